@@ -1,0 +1,46 @@
+"""Memory-efficient fine-tuning of vision transformers for Hugging Face PEFT.
+
+Importing this package registers its methods, so that `get_peft_model`, `PeftModel.from_pretrained` and transformers'
+`load_adapter` know them:
+
+    import peft_bsr
+    from peft import get_peft_model
+    from peft_bsr import BSRConfig
+
+    model = get_peft_model(vit, BSRConfig())
+"""
+
+from peft_bsr.registration import check_peft_version
+
+check_peft_version()
+
+from peft_bsr.backbones import Column, probe_column  # noqa: E402
+from peft_bsr.engine import Plan, Reduction, Route, record_routes  # noqa: E402
+from peft_bsr.errors import (  # noqa: E402
+    AdapterError,
+    ConfigError,
+    PeftBsrError,
+    ReductionNotMergedWarning,
+    UnsupportedModelError,
+    UnsupportedPeftError,
+)
+from peft_bsr.tuners import BSRConfig, BSRModel  # noqa: E402
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdapterError",
+    "BSRConfig",
+    "BSRModel",
+    "Column",
+    "ConfigError",
+    "PeftBsrError",
+    "Plan",
+    "Reduction",
+    "ReductionNotMergedWarning",
+    "Route",
+    "UnsupportedModelError",
+    "UnsupportedPeftError",
+    "probe_column",
+    "record_routes",
+]

@@ -1,0 +1,106 @@
+"""The Plan: what is done to each block. An immutable value that can be printed, compared and costed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from peft_bsr.core import num_kept
+
+ReduceAt = Literal["mid_block", "after_block"]
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """Token reduction at one block.
+
+    Attributes:
+        keep_rate: Share of the non-prefix tokens that stay, in (0, 1].
+        fuse: Append one token summed from the dropped ones.
+        position: `"mid_block"` = after attention and its residual, so that the block's MLP sees fewer tokens;
+            `"after_block"` = on the block's output.
+    """
+
+    keep_rate: float
+    fuse: bool = True
+    position: ReduceAt = "mid_block"
+
+    def count_after(self, num_tokens: int, num_prefix: int) -> int:
+        """Tokens left of `num_tokens`, prefix and fused token included."""
+        competing = num_tokens - num_prefix
+        kept = num_kept(self.keep_rate, competing)
+        return num_prefix + kept + (1 if self.fuse and kept < competing else 0)
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """What is done to one block.
+
+    Attributes:
+        trained: Whether any of its weights train.
+        cut_gradient: Whether its input is cut off the graph in training, because nothing before it trains.
+        reduction: Token reduction, or None.
+    """
+
+    trained: bool = False
+    cut_gradient: bool = False
+    reduction: Reduction | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is done to every block of a Column.
+
+    Example:
+        >>> plan = Plan.static(12, trained=[3, 7, 11], reductions={i: Reduction(0.5) for i in (3, 6, 9)})
+        >>> [mlp for _, mlp in plan.token_counts(197, 1)][::3]
+        [197, 100, 52, 28]
+    """
+
+    blocks: tuple[BlockPlan, ...]
+
+    @classmethod
+    def static(cls, depth: int, trained: list[int], reductions: dict[int, Reduction]) -> Plan:
+        """A plan that stays the same at every step; the gradient is cut at the first trained block.
+
+        Args:
+            depth: Number of blocks.
+            trained: Indices of the blocks that train, at least one.
+            reductions: Block index -> reduction.
+        """
+        first = min(trained)
+        return cls(tuple(BlockPlan(i in trained, i <= first, reductions.get(i)) for i in range(depth)))
+
+    @property
+    def trained_blocks(self) -> list[int]:
+        """Indices of the blocks that train, ascending."""
+        return [i for i, block in enumerate(self.blocks) if block.trained]
+
+    @property
+    def reduces(self) -> bool:
+        """Whether any block drops tokens."""
+        return any(block.reduction is not None for block in self.blocks)
+
+    def token_counts(self, num_tokens: int, num_prefix: int) -> list[tuple[int, int]]:
+        """(tokens in the attention, tokens in the MLP) of every block.
+
+        Args:
+            num_tokens: N at the first block, prefix included.
+            num_prefix: P.
+        """
+        counts = []
+        for block in self.blocks:
+            after = block.reduction.count_after(num_tokens, num_prefix) if block.reduction else num_tokens
+            mid = block.reduction is not None and block.reduction.position == "mid_block"
+            counts.append((num_tokens, after if mid else num_tokens))
+            num_tokens = after
+        return counts
+
+    def describe(self, num_tokens: int, num_prefix: int) -> str:
+        """One line a block: what it does, and how many tokens its attention and its MLP see."""
+        lines = ["block  weights  attention  MLP tokens"]
+        for index, (block, (attention, mlp)) in enumerate(
+            zip(self.blocks, self.token_counts(num_tokens, num_prefix), strict=True)
+        ):
+            lines.append(f"{index:>5}  {'trained' if block.trained else 'frozen':<7}  {attention:>9}  {mlp:>10}")
+        return "\n".join(lines)

@@ -1,0 +1,9 @@
+"""BSR, Block Selective Reprogramming (arXiv 2405.10951)."""
+
+from peft_bsr.registration import register_method
+from peft_bsr.tuners.bsr.config import BSRConfig
+from peft_bsr.tuners.bsr.model import BSRModel
+
+__all__ = ["BSRConfig", "BSRModel"]
+
+register_method("bsr", BSRConfig, BSRModel)

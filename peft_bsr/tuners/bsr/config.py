@@ -1,0 +1,225 @@
+"""Configuration of BSR, and the plan that it means for a given model."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from peft import PeftConfig
+
+from peft_bsr.backbones import Column
+from peft_bsr.engine import Plan, Reduction
+from peft_bsr.engine.plan import ReduceAt
+from peft_bsr.errors import ConfigError
+from peft_bsr.registration import extend_peft_type
+
+Trainable = Literal["full", "lora"]
+_BLOCK_RULE = re.compile(r"(every|last):([1-9]\d*)")
+
+
+@dataclass
+class BSRConfig(PeftConfig):
+    """Configuration of Block Selective Reprogramming: train a few whole blocks, drop tokens by class attention.
+
+    The final norm and the head are always trained and saved; `modules_to_save` is not needed for them. Defaults are
+    the paper's for 12 blocks (train {3, 7, 11}, reduce at {3, 6, 9}, keep half, fuse), scaled to the model's depth.
+
+    Source: arXiv 2405.10951. Departures: kept tokens stay in the order of their positions (the paper's order is by
+    score, the result is the same), heads that average patches average the kept and the fused ones.
+
+    Args:
+        trainable_blocks: Blocks that train: indices from 0, `"every:n"` (every n-th block ending at the last),
+            `"last:n"` (the last n). Default `"every:4"`.
+        reduction_blocks: Blocks that drop tokens: indices from 0, `[]` for none. Default None: a quarter, a half and
+            three quarters into the depth ({3, 6, 9} of 12).
+        keep_rate: Share of the tokens (prefix not counted) that a reduction keeps, in (0, 1]; one for all, or a list
+            with one for each of `reduction_blocks`. 1.0 switches reduction off. Default 0.5.
+        fuse_dropped: Append one token summed from the dropped ones, weighted by class attention. Default True.
+        reduce_at: `"mid_block"` (after attention and its residual, the paper's) or `"after_block"`.
+        trainable: `"full"` trains copies of the blocks' weights, `"lora"` a low-rank update of their Linear modules.
+        r: Rank of the update, `trainable="lora"` only.
+        lora_alpha: The update is scaled by `lora_alpha / r`, `trainable="lora"` only.
+        init_weights: False starts away from the base model (PEFT's convention for tests). Default True: the model
+            starts as the base model, exactly at `keep_rate=1.0`.
+        target_modules: Only these leaf modules of the trained blocks train: name endings, or a regular expression on
+            the whole name. Default None: all of them.
+        exclude_modules: These do not train, same forms; may also name the final norm or head.
+        modules_to_save: Further modules to train and save whole, PEFT's way. They must lie behind the first trained
+            block, because the gradient is cut there.
+
+    Raises:
+        ConfigError: Naming every value that cannot be.
+
+    Example:
+        >>> BSRConfig(trainable_blocks="last:3", keep_rate=0.7).trainable_blocks
+        'last:3'
+    """
+
+    trainable_blocks: list[int] | str = field(
+        default="every:4", metadata={"help": "Blocks that train: indices, 'every:n' or 'last:n'."}
+    )
+    reduction_blocks: list[int] | None = field(
+        default=None, metadata={"help": "Blocks that drop tokens; None = at 1/4, 1/2 and 3/4 of the depth, [] = none."}
+    )
+    keep_rate: float | list[float] = field(
+        default=0.5, metadata={"help": "Share of tokens kept at each reduction, one for all or one per block; 1.0 = off."}
+    )
+    fuse_dropped: bool = field(default=True, metadata={"help": "Append one token fused from the dropped ones."})
+    reduce_at: str = field(default="mid_block", metadata={"help": "'mid_block' (the paper's) or 'after_block'."})
+    trainable: str = field(default="full", metadata={"help": "'full' (whole weights) or 'lora' (low-rank updates)."})
+    r: int = field(default=8, metadata={"help": "Rank of the update, trainable='lora' only."})
+    lora_alpha: float = field(default=16, metadata={"help": "The update is scaled by lora_alpha / r."})
+    init_weights: bool = field(default=True, metadata={"help": "False starts away from the base model (for tests)."})
+    target_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Only these leaf modules of trained blocks train; None = all."}
+    )
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "These leaf modules do not train."})
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Further modules to train and save whole; final norm and head are anyway."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = extend_peft_type("BSR")
+        if isinstance(self.target_modules, set):
+            self.target_modules = sorted(self.target_modules)
+        if isinstance(self.exclude_modules, set):
+            self.exclude_modules = sorted(self.exclude_modules)
+        for name in ("trainable_blocks", "reduction_blocks", "keep_rate"):
+            if isinstance(getattr(self, name), (tuple, range)):
+                setattr(self, name, list(getattr(self, name)))
+        problems = [*self._check_blocks(), *self._check_rates(), *self._check_choices()]
+        if problems:
+            raise ConfigError.from_problems("BSRConfig", problems)
+
+    def _check_blocks(self) -> list[str]:
+        problems = []
+        if isinstance(self.trainable_blocks, str):
+            if not _BLOCK_RULE.fullmatch(self.trainable_blocks):
+                problems.append(
+                    f"`trainable_blocks={self.trainable_blocks!r}` is not understood. "
+                    'Use indices such as `[3, 7, 11]`, or "every:4", or "last:3".'
+                )
+        elif not _is_index_list(self.trainable_blocks) or not self.trainable_blocks:
+            problems.append(
+                f"`trainable_blocks={self.trainable_blocks!r}` must be a non-empty list of block indices, "
+                '"every:n" or "last:n".'
+            )
+        if self.reduction_blocks is not None and not _is_index_list(self.reduction_blocks):
+            problems.append(f"`reduction_blocks={self.reduction_blocks!r}` must be a list of block indices or None.")
+        for name in ("trainable_blocks", "reduction_blocks"):
+            blocks = getattr(self, name)
+            if not _is_index_list(blocks):
+                continue
+            if negative := [i for i in blocks if i < 0]:
+                problems.append(f"`{name}={blocks!r}` has negative indices {negative}. Count blocks from 0.")
+            if repeated := sorted({i for i in blocks if blocks.count(i) > 1}):
+                problems.append(f"`{name}={blocks!r}` names {repeated} more than once. Name each block once.")
+        return problems
+
+    def _check_rates(self) -> list[str]:
+        rates = self.keep_rate if isinstance(self.keep_rate, list) else [self.keep_rate]
+        problems = [
+            f"`keep_rate={self.keep_rate!r}` holds {rate!r}; a rate is a number in (0, 1], 1.0 = keep all."
+            for rate in rates
+            if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate <= 1
+        ]
+        if isinstance(self.keep_rate, list) and _is_index_list(self.reduction_blocks):
+            if len(self.keep_rate) != len(self.reduction_blocks):
+                problems.append(
+                    f"`keep_rate={self.keep_rate!r}` has {len(self.keep_rate)} rates for the {len(self.reduction_blocks)} "
+                    f"blocks of `reduction_blocks={self.reduction_blocks!r}`. Give one rate, or one for each block."
+                )
+        return problems
+
+    def _check_choices(self) -> list[str]:
+        problems = []
+        for name, choices in (("reduce_at", get_args(ReduceAt)), ("trainable", get_args(Trainable))):
+            if getattr(self, name) not in choices:
+                problems.append(f"`{name}={getattr(self, name)!r}` is unknown. Use one of {', '.join(map(repr, choices))}.")
+        for name in ("fuse_dropped", "init_weights"):
+            if not isinstance(getattr(self, name), bool):
+                problems.append(f"`{name}={getattr(self, name)!r}` must be True or False.")
+        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
+            problems.append(f"`r={self.r!r}` must be a whole number of at least 1.")
+        if isinstance(self.lora_alpha, bool) or not isinstance(self.lora_alpha, (int, float)) or self.lora_alpha <= 0:
+            problems.append(f"`lora_alpha={self.lora_alpha!r}` must be a number above 0.")
+        if self.target_modules == "all-linear":
+            problems.append(
+                "`target_modules='all-linear'` is not needed: `trainable='lora'` adapts every Linear of the trained "
+                "blocks. Leave it None, or name modules."
+            )
+        for name in ("target_modules", "exclude_modules"):
+            pattern = getattr(self, name)
+            if isinstance(pattern, str) and pattern != "all-linear":
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    problems.append(f"`{name}={pattern!r}` is not a regular expression: {error}.")
+            elif pattern is not None and not (isinstance(pattern, (list, str)) and all(map(_is_text, pattern))):
+                problems.append(f"`{name}={pattern!r}` must be a list of names, a regular expression or None.")
+        return problems
+
+
+def build_plan(config: BSRConfig, column: Column) -> Plan:
+    """The plan that `config` means for the model of `column`.
+
+    Args:
+        config: A checked configuration.
+        column: The model's column.
+
+    Raises:
+        ConfigError: Naming everything that this model does not allow.
+    """
+    problems = []
+    trainable = resolve_trainable_blocks(config, column.depth)
+    reducing = config.reduction_blocks
+    if reducing is None:
+        reducing = sorted({column.depth * k // 4 for k in (1, 2, 3)})
+    for name, blocks in (("trainable_blocks", trainable), ("reduction_blocks", reducing)):
+        if outside := [i for i in blocks if not 0 <= i < column.depth]:
+            last = column.depth - 1
+            instead = f' or "last:{min(len(blocks), column.depth)}"' if name == "trainable_blocks" else ""
+            problems.append(
+                f"`{name}={getattr(config, name)!r}` asks for block {', '.join(map(str, outside))}, but this model has "
+                f"{column.depth} blocks (0 to {last}). Use indices up to {last}{instead}."
+            )
+    rates = config.keep_rate if isinstance(config.keep_rate, list) else [config.keep_rate] * len(reducing)
+    if len(rates) != len(reducing):
+        problems.append(
+            f"`keep_rate={config.keep_rate!r}` has {len(rates)} rates, but this model reduces at the "
+            f"{len(reducing)} blocks {reducing}. Give one rate, or one for each block."
+        )
+    if column.num_prefix == 0 and any(rate < 1 for rate in rates) and reducing:
+        problems.append(
+            f"`keep_rate={config.keep_rate!r}` drops tokens by the class token's attention, but this model has no class "
+            "token. Use `keep_rate=1.0`."
+        )
+    if problems:
+        raise ConfigError.from_problems("BSRConfig", problems)
+    reductions = {
+        index: Reduction(float(rate), config.fuse_dropped, config.reduce_at)  # type: ignore[arg-type]
+        for index, rate in zip(reducing, rates, strict=True)
+        if rate < 1
+    }
+    return Plan.static(column.depth, trainable, reductions)
+
+
+def resolve_trainable_blocks(config: BSRConfig, depth: int) -> list[int]:
+    """Indices that `config.trainable_blocks` names in a model of `depth` blocks, ascending; may lie outside it."""
+    blocks = config.trainable_blocks
+    if not isinstance(blocks, str):
+        return sorted(blocks)
+    kind, number = blocks.split(":")
+    if kind == "last":
+        return list(range(depth - int(number), depth))
+    return list(range(depth - 1, -1, -int(number)))[::-1]
+
+
+def _is_index_list(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(i, int) and not isinstance(i, bool) for i in value)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value)

@@ -1,0 +1,273 @@
+"""Tuner layers of BSR: trained weights on a block's leaf modules, and the router that knows each adapter's plan."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+
+from peft_bsr.backbones import Column
+from peft_bsr.engine import BlockPlan, BlockRouter, RouteCarrier
+from peft_bsr.errors import AdapterError
+from peft_bsr.tuners.bsr.config import BSRConfig
+
+
+class BSRLayer(BaseTunerLayer):
+    """What PEFT's calls on adapters (set, delete, status) need from both kinds of layer."""
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Make one adapter active; a copy of a block's weights cannot be added to another.
+
+        Raises:
+            AdapterError: If several are named.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        check_single(names, "activate")
+        super().set_adapter(names, inference_mode=inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove the adapter. Which one is active next is the model's choice: a layer may not carry it."""
+        if adapter_name in self.merged_adapters:
+            self.unmerge()
+        for attribute in self.adapter_layer_names + self.other_param_names:
+            getattr(self, attribute).pop(adapter_name, None)
+        if adapter_name in self.active_adapters:
+            self.set_adapter([])
+
+    @property
+    def carried_adapter(self) -> str | None:
+        """The active adapter, if this layer is enabled and carries it."""
+        if self.disable_adapters or not self.active_adapters:
+            return None
+        name = self.active_adapters[0]
+        return name if name in self._get_available_adapters() else None
+
+
+class LowRankUpdate(nn.Module):
+    """`x -> base(x) + (lora_alpha / r) * (x A^T) B^T` on one Linear module; B starts at zero.
+
+    Args:
+        base: The Linear it belongs to; only its shape, dtype and device are used.
+        r: Rank.
+        lora_alpha: Scale, divided by `r`.
+    """
+
+    def __init__(self, base: nn.Linear, r: int, lora_alpha: float) -> None:
+        super().__init__()
+        like = {"dtype": base.weight.dtype, "device": base.weight.device}
+        self.lora_A = nn.Parameter(torch.empty(r, base.in_features, **like))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, **like))
+        self.scaling = lora_alpha / r
+        nn.init.kaiming_uniform_(self.lora_A, a=5**0.5)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """The update alone, [..., in_features] -> [..., out_features]."""
+        down = nn.functional.linear(hidden_states, self.lora_A)
+        return nn.functional.linear(down, self.lora_B) * self.scaling
+
+    def merged_weight(self, weight: Tensor) -> Tensor:
+        """`weight` [out, in] plus the update, in the dtype of `weight`."""
+        return (weight.to(self.lora_A.dtype) + self.scaling * (self.lora_B @ self.lora_A)).to(weight.dtype)
+
+
+class BSRWeights(nn.Module, BSRLayer):
+    """A leaf module whose weights train: one copy of the module, or one low-rank update, per adapter.
+
+    Args:
+        base_layer: The frozen module.
+    """
+
+    adapter_layer_names = ("bsr_params",)
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.bsr_params = nn.ModuleDict()
+        self._active_adapter: list[str] = []
+        self.merged_adapters: list[str] = []
+        self.unmerged_weights: dict[str, Tensor] = {}
+        for name in ("in_features", "out_features"):
+            if hasattr(base_layer, name):
+                setattr(self, name, getattr(base_layer, name))
+
+    def update_layer(self, adapter_name: str, config: BSRConfig, low_rank: bool) -> None:
+        """Add an adapter that starts as the base module (or away from it, with `init_weights=False`).
+
+        Args:
+            adapter_name: Its name.
+            config: Its configuration.
+            low_rank: Add a low-rank update instead of a copy.
+        """
+        if low_rank:
+            module: nn.Module = LowRankUpdate(self.base_layer, config.r, config.lora_alpha)
+        else:
+            module = copy.deepcopy(self.base_layer)
+            for name, parameter in list(module.named_parameters()):
+                start = self.unmerged_weights.get(name, parameter).detach().clone()
+                # registered anew, so that PEFT's low_cpu_mem_usage puts it on the meta device
+                module.register_parameter(name, nn.Parameter(start))
+        if not config.init_weights:
+            for name, parameter in module.named_parameters():
+                if name != "lora_A":
+                    parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
+        module.train(self.base_layer.training)
+        self.bsr_params[adapter_name] = module
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Run the active adapter's module in the base module's place."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        name = self.carried_adapter
+        if name is None or self.merged:
+            return self.base_layer(hidden_states, *args, **kwargs)
+        module = self.bsr_params[name]
+        if torch.is_autocast_enabled(hidden_states.device.type):
+            inputs = hidden_states  # autocast picks the dtypes, as in the base module
+        else:
+            inputs = self._cast_input_dtype(hidden_states, next(module.parameters()).dtype)
+        if isinstance(module, LowRankUpdate):
+            output = self.base_layer(hidden_states, *args, **kwargs)
+            return output + module(inputs).to(output.dtype)
+        output = module(inputs, *args, **kwargs)
+        return output if inputs is hidden_states else output.to(hidden_states.dtype)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Put the adapter's weights into the base module, itself (not base + difference); the old ones are kept.
+
+        Args:
+            safe_merge: Refuse weights that are not finite.
+            adapter_names: The adapter to merge, default the active one.
+
+        Raises:
+            AdapterError: If several are named, or with `safe_merge`, if a weight is NaN or infinite.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.bsr_params]
+        if not names:
+            return
+        check_single(names, "merge")
+        if self.merged:
+            self.unmerge()
+        if safe_merge:
+            self.check_finite(names[0])
+        weights = self._merged_weights(names[0])
+        for name, weight in weights.items():
+            parameter = self.base_layer.get_parameter(name)
+            self.unmerged_weights[name] = parameter.data
+            parameter.data = weight
+        self.merged_adapters.append(names[0])
+
+    def check_finite(self, adapter_name: str) -> None:
+        """Refuse weights that a merge would make NaN or infinite.
+
+        Raises:
+            AdapterError: If there are any.
+        """
+        if adapter_name not in self.bsr_params:
+            return
+        if not all(bool(weight.isfinite().all()) for weight in self._merged_weights(adapter_name).values()):
+            raise AdapterError(
+                f"Adapter {adapter_name!r} has weights that are NaN or infinite; nothing was merged. "
+                "Train it anew or load an earlier checkpoint."
+            )
+
+    def unmerge(self) -> None:
+        """Put the base module's own weights back, bit for bit."""
+        for name, weight in self.unmerged_weights.items():
+            self.base_layer.get_parameter(name).data = weight
+        self.unmerged_weights = {}
+        self.merged_adapters.clear()
+
+    def _merged_weights(self, adapter_name: str) -> dict[str, Tensor]:
+        module = self.bsr_params[adapter_name]
+        with torch.no_grad():
+            if isinstance(module, LowRankUpdate):
+                return {"weight": module.merged_weight(self.base_layer.weight)}
+            dtypes = {name: p.dtype for name, p in self.base_layer.named_parameters()}
+            return {name: p.detach().to(dtypes[name], copy=True) for name, p in module.named_parameters()}
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch adapters on or off; off also unmerges, so that the output is the base model's own."""
+        if not enabled and self.merged:
+            self.unmerge()
+        super().enable_adapters(enabled)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        if adapter_name not in self.bsr_params:
+            return
+        base = next(self.base_layer.parameters())  # a LayerScale has no `weight`, which is where PEFT looks
+        module = self.bsr_params[adapter_name]
+        if not any(p.is_meta for p in module.parameters()):
+            dtype = base.dtype if base.dtype.is_floating_point else None
+            module.to(device=device or base.device, dtype=dtype)
+
+    def __repr__(self) -> str:
+        return "bsr." + super().__repr__()
+
+
+class BSRRouter(BlockRouter, BSRLayer):
+    """A block's router with one block plan per adapter. Not a weight: PEFT's calls on adapters reach it as a layer.
+
+    Args:
+        index, column, carrier: See `BlockRouter`.
+    """
+
+    other_param_names = ("bsr_plans",)
+
+    def __init__(self, index: int, column: Column, carrier: RouteCarrier) -> None:
+        super().__init__(index, column, carrier)
+        self.bsr_plans: dict[str, BlockPlan] = {}
+        self._active_adapter: list[str] = []
+        self.merged_adapters: list[str] = []
+
+    @property
+    def block_plan(self) -> BlockPlan | None:
+        """The active adapter's, or None where adapters are disabled."""
+        name = self.carried_adapter
+        return None if name is None else self.bsr_plans[name]
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Token reduction is not in the weights: a merged adapter goes on reducing, its outputs do not change."""
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.bsr_plans]
+        self.merged_adapters[:] = names or self.merged_adapters
+
+    def unmerge(self) -> None:
+        """See `merge`."""
+        self.merged_adapters.clear()
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch adapters on or off."""
+        if not enabled:
+            self.unmerge()
+        super().enable_adapters(enabled)
+
+    @property
+    def weight(self) -> Tensor:
+        """There is none; PEFT's own look-up would call itself for ever on a layer without a base."""
+        raise AttributeError("a router has no weight")
+
+    bias = weight
+
+    def _get_available_adapters(self) -> set[str]:
+        return set(self.bsr_plans)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        pass
+
+    def __repr__(self) -> str:
+        return f"bsr.BSRRouter(block={self.index}, plans={self.bsr_plans})"
+
+
+def check_single(adapter_names: list[str], action: str) -> None:
+    """Refuse several adapters at once.
+
+    Raises:
+        AdapterError: If there are.
+    """
+    if len(adapter_names) > 1:
+        raise AdapterError(
+            f"Cannot {action} {adapter_names} together: a BSR adapter holds whole weights and a plan, and two of them do "
+            f"not add up. Name one of them."
+        )

@@ -1,0 +1,256 @@
+"""The tuner: injects BSR into a vision transformer the way PEFT expects."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
+from torch import nn
+
+from peft_bsr.backbones import Column, probe_column
+from peft_bsr.engine import Plan, RouteCarrier, attach_router, detach_router, verify_plan
+from peft_bsr.errors import AdapterError, ConfigError, ReductionNotMergedWarning
+from peft_bsr.tuners.bsr.config import BSRConfig, build_plan
+from peft_bsr.tuners.bsr.layer import BSRLayer, BSRRouter, BSRWeights, check_single
+
+
+class BSRModel(BaseTuner):
+    """BSR on a vision transformer; made by `get_peft_model(model, BSRConfig())`.
+
+    All checks (the model's column, the plan on this model, exactness on a probe image) run before the first change.
+
+    Args:
+        model: A supported vision transformer, see `peft_bsr.probe_column`.
+        config: The configuration.
+        adapter_name: Name of the adapter, default `"default"`.
+
+    Raises:
+        UnsupportedModelError: With the reason that the probe found.
+        ConfigError: Naming everything that this model does not allow.
+
+    Example:
+        >>> from peft import get_peft_model
+        >>> from transformers import ViTConfig, ViTForImageClassification
+        >>> tiny = ViTConfig(hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=64)
+        >>> model = get_peft_model(ViTForImageClassification(tiny), BSRConfig())
+        >>> model.base_model.plan().trained_blocks
+        [3]
+    """
+
+    prefix = "bsr_"
+    tuner_layer_cls = BSRLayer
+    target_module_mapping: dict[str, list[str]] = {}
+
+    def plan(self, adapter_name: str | None = None) -> Plan:
+        """The plan of an adapter, default the active one.
+
+        Raises:
+            AdapterError: If there is none of that name.
+        """
+        name = adapter_name or (self.active_adapters or [None])[0]
+        routers = find_routers(self.model)
+        if not routers or name not in routers[0].bsr_plans:
+            raise AdapterError(f"There is no adapter {name!r}; this model has {sorted(self.peft_config)}.")
+        return Plan(tuple(router.bsr_plans[name] for router in routers))
+
+    @property
+    def column(self) -> Column:
+        """What the probe found."""
+        return find_routers(self.model)[0].column
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Check everything, put trained weights on the leaf modules, then give each block its plan."""
+        routers = find_routers(model)
+        column = routers[0].column if routers else probe_column(model)
+        plan, self._targets = _resolve(model, column, self.peft_config[adapter_name])
+        with _detached(model, routers):
+            verify_plan(model, column, plan)
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if not routers:
+            carrier = RouteCarrier()
+            routers = [BSRRouter(index, column, carrier) for index in range(column.depth)]
+            for router in routers:
+                attach_router(model, router)
+        for router, block_plan in zip(routers, plan.blocks, strict=True):
+            router.bsr_plans[adapter_name] = block_plan
+            router.set_adapter(self.active_adapters)
+
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
+        return peft_config
+
+    def _check_target_module_exists(self, peft_config: BSRConfig, key: str) -> Any:
+        if _is_excluded(peft_config, key):
+            return _ExcludedModule()
+        return key in self._targets
+
+    def _create_and_replace(
+        self,
+        peft_config: BSRConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        if not isinstance(target, BSRWeights):
+            layer = BSRWeights(target)
+            setattr(parent, target_name, layer)
+            target = layer
+        target.update_layer(adapter_name, peft_config, low_rank=self._targets.get(current_key, False))
+        target.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Make one adapter active: its weights, its plan, its head.
+
+        Raises:
+            AdapterError: If several are named.
+        """
+        check_single([adapter_name] if isinstance(adapter_name, str) else list(adapter_name), "activate")
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter. If it was active, the first of the others becomes active, on every layer."""
+        was_active = adapter_name in self.active_adapters
+        active = list(self.active_adapters)
+        super().delete_adapter(adapter_name)
+        if not was_active:
+            self.active_adapter = active
+        elif self.peft_config:
+            following = next(iter(self.peft_config))
+            warnings.warn(f"Adapter {adapter_name!r} was active and is deleted; {following!r} is active now.", stacklevel=2)
+            self.set_adapter(following)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Put an adapter's weights into the base modules. Token reduction stays in force, so outputs do not change.
+
+        Raises:
+            AdapterError: If several adapters are named, or a weight is not finite (`safe_merge=True`).
+        """
+        self._check_merge(adapter_names, safe_merge)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> list[str]:
+        """Refuse what cannot be merged before the first layer is."""
+        names = list(adapter_names or self.active_adapters)
+        check_single(names, "merge")
+        if safe_merge and names:
+            for layer in self.model.modules():
+                if isinstance(layer, BSRWeights):
+                    layer.check_finite(names[0])
+        return names
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge:
+            names = self._check_merge(adapter_names, safe_merge)
+            if names and self.plan(names[0]).reduces:
+                warnings.warn(
+                    f"The merged model runs on all tokens: the token reduction of adapter {names[0]!r} is not part of "
+                    "the weights. Keep the adapter to keep the reduction.",
+                    ReductionNotMergedWarning,
+                    stacklevel=3,
+                )
+        else:
+            for layer in self.model.modules():
+                if isinstance(layer, BSRWeights) and layer.merged:
+                    layer.unmerge()
+        for router in find_routers(self.model):
+            detach_router(self.model, router)
+        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise AdapterError(
+                f"`adapter_names={kwargs['adapter_names']!r}` asks for several adapters in one batch, but each BSR "
+                "adapter has blocks and token counts of its own. Use `set_adapter` and one batch for each."
+            )
+        yield
+
+
+def find_routers(model: nn.Module) -> list[BSRRouter]:
+    """The routers of `model`, by block; empty without an adapter of ours."""
+    return sorted((m for m in model.modules() if isinstance(m, BSRRouter)), key=lambda router: router.index)
+
+
+@contextmanager
+def _detached(model: nn.Module, routers: list[BSRRouter]) -> Iterator[None]:
+    """Take the routers off for a while."""
+    for router in routers:
+        detach_router(model, router)
+    try:
+        yield
+    finally:
+        for router in routers:
+            attach_router(model, router)
+
+
+def _resolve(model: nn.Module, column: Column, config: BSRConfig) -> tuple[Plan, dict[str, bool]]:
+    """The plan, and the modules to train: name -> whether by a low-rank update. Nothing is changed.
+
+    Raises:
+        ConfigError: Naming everything that this model does not allow.
+    """
+    requested = build_plan(config, column)
+    targets: dict[str, bool] = {}
+    problems = []
+    for index in requested.trained_blocks:
+        leaves = [f"{column.blocks[index]}.{leaf}" for leaf in column.anatomy.leaves]
+        chosen = [n for n in leaves if _matches(config.target_modules, n, True) and not _is_excluded(config, n)]
+        if config.trainable == "lora":
+            chosen = [name for name in chosen if _is_linear(model.get_submodule(name))]
+        if not chosen and not config.modules_to_save:
+            problems.append(
+                f"`target_modules={config.target_modules!r}` with `exclude_modules={config.exclude_modules!r}` leaves "
+                f"nothing to train in block {index}, whose leaf modules are {list(column.anatomy.leaves)}."
+            )
+        targets.update(dict.fromkeys(chosen, config.trainable == "lora"))
+    targets.update(dict.fromkeys([name for name in column.head if not _is_excluded(config, name)], False))
+    problems += _check_modules_to_save(model, column, requested, config)
+    if problems:
+        raise ConfigError.from_problems("BSRConfig", problems)
+    return requested, targets
+
+
+def _matches(pattern: list[str] | str | None, name: str, default: bool) -> bool:
+    if pattern is None:
+        return default
+    if isinstance(pattern, str):
+        return re.fullmatch(pattern, name) is not None
+    return any(name == ending or name.endswith(f".{ending}") for ending in pattern)
+
+
+def _is_excluded(config: BSRConfig, name: str) -> bool:
+    """Whether `exclude_modules` or `modules_to_save` take the module out of our hands."""
+    saved = any(re.match(rf"(^|.*\.){m}($|\..*)", name) for m in config.modules_to_save or ())
+    return saved or _matches(config.exclude_modules, name, False)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    module = module.base_layer if isinstance(module, BSRWeights) else module
+    return isinstance(module, nn.Linear)
+
+
+def _check_modules_to_save(model: nn.Module, column: Column, plan: Plan, config: BSRConfig) -> list[str]:
+    reached = (*column.head, *column.blocks[min(plan.trained_blocks) :])
+    problems = []
+    for saved in config.modules_to_save or ():
+        names = [name for name, _ in model.named_modules() if re.match(rf"(^|.*\.){saved}$", name)]
+        early = [n for n in names if not any(f"{n}.".startswith(f"{r}.") or f"{r}.".startswith(f"{n}.") for r in reached)]
+        if early:
+            problems.append(
+                f"`modules_to_save` names {saved!r}, that is {early}, but the gradient is cut before block "
+                f"{min(plan.trained_blocks)} and only the head lies behind the blocks. Leave it out."
+            )
+    return problems

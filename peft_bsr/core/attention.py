@@ -25,7 +25,8 @@ def class_attention(query: Tensor, key: Tensor, scaling: float, attention_mask: 
         >>> class_attention(q, k, 4**-0.5).shape
         torch.Size([2, 3, 1, 5])
     """
-    logits = (query[:, :, :1] @ key.transpose(-1, -2)) * scaling
+    # a product and a sum, because `@` would keep a contiguous copy of the key for backward (1 MiB/image on ViT-B)
+    logits = (query[:, :, :1] * key).sum(dim=-1)[:, :, None] * scaling
     if attention_mask is not None:
         row_mask = attention_mask[:, :, :1]
         if row_mask.dtype == torch.bool:

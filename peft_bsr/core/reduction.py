@@ -57,15 +57,19 @@ def reduce_tokens(
     """
     if keep == origins.shape[1]:
         return hidden_states, origins
-    prefix, others = hidden_states[:, :num_prefix], hidden_states[:, num_prefix:]
     kept, dropped = select_tokens(scores, keep)
-    tokens, kept_origins = [prefix, _gather_tokens(others, kept)], [origins.gather(1, kept)]
+    prefix = torch.arange(num_prefix, device=kept.device).expand(len(kept), -1)
+    tokens = [_pick_tokens(hidden_states, torch.cat([prefix, kept + num_prefix], dim=1))]
+    kept_origins = [origins.gather(1, kept)]
     if fused_origin is not None:
-        weights = scores.gather(1, dropped).to(others.dtype)
-        tokens.append(weights[:, None, :] @ _gather_tokens(others, dropped))
+        weights = scores.gather(1, dropped).to(hidden_states.dtype)
+        tokens.append(weights[:, None, :] @ _pick_tokens(hidden_states, dropped + num_prefix))
         kept_origins.append(torch.full_like(origins[:, :1], fused_origin))
     return torch.cat(tokens, dim=1), torch.cat(kept_origins, dim=1)
 
 
-def _gather_tokens(tokens: Tensor, indices: Tensor) -> Tensor:
-    return tokens.gather(1, indices[:, :, None].expand(-1, -1, tokens.shape[-1]))
+def _pick_tokens(hidden_states: Tensor, positions: Tensor) -> Tensor:
+    """[B, N, D] at positions [B, K] -> [B, K, D]. By `index_select`: `gather` would keep its whole input for backward."""
+    images, num_tokens, width = hidden_states.shape
+    rows = positions + num_tokens * torch.arange(images, device=positions.device)[:, None]
+    return hidden_states.reshape(-1, width).index_select(0, rows.reshape(-1)).view(images, -1, width)

@@ -18,7 +18,7 @@ def class_attention(query: Tensor, key: Tensor, scaling: float, attention_mask: 
         attention_mask: Additive float or boolean (True = visible) mask that broadcasts to [B, H, N, N], or None.
 
     Returns:
-        [B, H, 1, N], rows sum to 1, in the dtype of `query` (the softmax runs in fp32, as eager attention does).
+        [B, H, 1, N], rows sum to 1, in the dtype of `query` (the softmax runs in fp32 at least, as in eager attention).
 
     Example:
         >>> q, k = torch.randn(2, 3, 5, 4), torch.randn(2, 3, 5, 4)
@@ -33,4 +33,4 @@ def class_attention(query: Tensor, key: Tensor, scaling: float, attention_mask: 
             logits = logits.masked_fill(~row_mask, torch.finfo(logits.dtype).min)
         else:
             logits = logits + row_mask
-    return logits.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    return logits.softmax(dim=-1, dtype=torch.promote_types(query.dtype, torch.float32)).to(query.dtype)

@@ -30,6 +30,13 @@ def verify_plan(model: nn.Module, column: Column, plan: Plan) -> None:
     """
     if not plan.reduces:
         return
+    for name in column.blocks:
+        if "forward" in vars(model.get_submodule(name)):
+            raise UnsupportedModelError(
+                f"{type(model).__name__}: another library replaced the `forward` of {name!r} (accelerate does, for a "
+                "device map over several devices), so tokens cannot be reduced inside it. Attach the adapter first, or "
+                "use `keep_rate=1.0`."
+            )
     images = probe_images(column, 1, next(p for p in model.parameters() if p.is_floating_point()))
     with quiet(model):
         stock = _tensors(model(pixel_values=images))

@@ -1,0 +1,87 @@
+"""Tiny random models, one for each supported family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    CLIPConfig,
+    CLIPForImageClassification,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    DeiTConfig,
+    DeiTForImageClassification,
+    DeiTForImageClassificationWithTeacher,
+    Dinov2Config,
+    Dinov2ForImageClassification,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTModel,
+    ViTMSNConfig,
+    ViTMSNForImageClassification,
+)
+
+SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "image_size": 32,
+    "patch_size": 8,
+}
+TEXT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+
+FAMILIES: dict[str, Callable[..., nn.Module]] = {
+    "vit": lambda **kw: ViTForImageClassification(ViTConfig(**SIZES, num_labels=3, **kw)),
+    "vit_bare": lambda **kw: ViTModel(ViTConfig(**SIZES, **kw)),
+    "deit": lambda **kw: DeiTForImageClassification(DeiTConfig(**SIZES, num_labels=3, **kw)),
+    "deit_teacher": lambda **kw: DeiTForImageClassificationWithTeacher(DeiTConfig(**SIZES, num_labels=3, **kw)),
+    "vit_msn": lambda **kw: ViTMSNForImageClassification(ViTMSNConfig(**SIZES, num_labels=3, **kw)),
+    "dinov2": lambda **kw: Dinov2ForImageClassification(Dinov2Config(**SIZES, mlp_ratio=2, num_labels=3, **kw)),
+    "dinov2_registers": lambda **kw: Dinov2WithRegistersForImageClassification(
+        Dinov2WithRegistersConfig(**SIZES, mlp_ratio=2, num_register_tokens=3, num_labels=3, **kw)
+    ),
+    "clip": lambda **kw: CLIPForImageClassification(
+        CLIPConfig(vision_config={**SIZES, **kw}, text_config=TEXT, num_labels=3)
+    ),
+    "clip_bare": lambda **kw: CLIPVisionModel(CLIPVisionConfig(**SIZES, **kw)),
+}
+
+
+@pytest.fixture
+def make_model() -> Callable[..., nn.Module]:
+    """`make_model("vit")`: a tiny model of that family, always with the same weights, in evaluation mode."""
+
+    def make(family: str = "vit", seed: int = 0, **config: object) -> nn.Module:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = FAMILIES[family](**config)
+            for name, parameter in model.named_parameters():
+                if "lambda1" in name:  # LayerScale starts at one; trained ones do not stay there
+                    nn.init.uniform_(parameter, 0.5, 1.5)
+        return model.eval()
+
+    return make
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    """Two random images [2, 3, 32, 32]."""
+    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(params=sorted(FAMILIES))
+def family(request: pytest.FixtureRequest) -> str:
+    """Each supported family in turn."""
+    return request.param
+
+
+def primary_output(output: object) -> torch.Tensor:
+    """Logits, or the last hidden state of a model without a head."""
+    logits = getattr(output, "logits", None)
+    return output.last_hidden_state if logits is None else logits

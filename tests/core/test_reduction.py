@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from peft_bsr.core import class_attention, num_kept, reduce_tokens, select_tokens
+
+
+@pytest.mark.parametrize(
+    ("keep_rate", "tokens", "kept"),
+    [(0.5, 196, 98), (0.5, 99, 50), (0.5, 51, 26), (0.7, 10, 7), (0.1, 30, 3), (0.01, 5, 1), (1.0, 7, 7)],
+)
+def test_num_kept_is_the_exact_ceiling(keep_rate, tokens, kept):
+    assert num_kept(keep_rate, tokens) == kept
+
+
+def test_select_tokens_splits_by_score_and_keeps_the_order_of_positions():
+    scores = torch.tensor([[0.1, 0.4, 0.2, 0.4, 0.3]])
+    kept, dropped = select_tokens(scores, 3)
+    assert kept.tolist() == [[1, 3, 4]]
+    assert dropped.tolist() == [[0, 2]]
+
+
+def test_ties_go_to_the_lower_position():
+    assert select_tokens(torch.ones(1, 6), 2)[0].tolist() == [[0, 1]]
+
+
+def test_reduce_tokens_keeps_prefix_kept_and_fused_in_this_order():
+    hidden = torch.arange(12.0).view(1, 6, 2)
+    origins = torch.arange(4)[None]
+    scores = torch.tensor([[0.1, 0.4, 0.2, 0.3]])
+    tokens, left = reduce_tokens(hidden, origins, scores, num_prefix=2, keep=2, fused_origin=4)
+    assert left.tolist() == [[1, 3, 4]]
+    fused = 0.1 * hidden[0, 2] + 0.2 * hidden[0, 4]
+    torch.testing.assert_close(tokens[0], torch.stack([*hidden[0, :2], hidden[0, 3], hidden[0, 5], fused]))
+
+
+def test_keeping_all_returns_the_very_inputs():
+    hidden, origins = torch.randn(2, 5, 3), torch.arange(4).expand(2, -1)
+    tokens, left = reduce_tokens(hidden, origins, torch.rand(2, 4), 1, 4, fused_origin=4)
+    assert tokens is hidden
+    assert left is origins
+
+
+def test_gradients_reach_values_and_weights_of_the_fused_token():
+    hidden = torch.randn(2, 6, 3, dtype=torch.float64, requires_grad=True)
+    scores = torch.rand(2, 5, dtype=torch.float64, requires_grad=True)
+    origins = torch.arange(5).expand(2, -1)
+    assert torch.autograd.gradcheck(lambda h, s: reduce_tokens(h, origins, s, 1, 2, 5)[0], (hidden, scores))
+
+
+def test_dropping_without_fusing_saves_no_token_for_backward():
+    hidden = torch.randn(2, 50, 64, requires_grad=True)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        reduce_tokens(hidden, torch.arange(49).expand(2, -1), torch.rand(2, 49), 1, 25, None)
+    assert all(not tensor.is_floating_point() for tensor in saved)
+
+
+@pytest.mark.parametrize("mask", [None, "float", "bool"])
+def test_class_attention_is_the_first_row_of_the_full_softmax(mask):
+    query, key = torch.randn(2, 3, 7, 4), torch.randn(2, 3, 7, 4)
+    logits = query @ key.transpose(-1, -2) * 0.5
+    attention_mask = None
+    if mask == "bool":
+        attention_mask = torch.rand(2, 1, 7, 7) > 0.3
+        attention_mask[..., 0] = True
+        logits = logits.masked_fill(~attention_mask, -torch.inf)
+    elif mask == "float":
+        attention_mask = torch.randn(2, 1, 7, 7)
+        logits = logits + attention_mask
+    torch.testing.assert_close(class_attention(query, key, 0.5, attention_mask), logits.softmax(-1)[:, :, :1])

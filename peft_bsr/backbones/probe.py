@@ -87,7 +87,7 @@ class _Trace:
     def __init__(self) -> None:
         self.inputs: list[Tensor] = []
         self.outputs: list[Any] = []
-        self.call: tuple[tuple[Any, ...], dict[str, Any]] | None = None  # the first block's
+        self.call: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})  # the first block's, less the hidden states
         self.order: dict[int, list[str]] = {}  # block index -> children as they ran
         self.attention_calls: list[tuple[Any, ...]] = []
         self.grid: tuple[int, int] | None = None
@@ -98,7 +98,7 @@ def _probe(model: nn.Module) -> Column:
     if any(p.is_meta for p in model.parameters()):
         raise UnsupportedModelError("its weights are on the meta device and the probe runs it once; load them first")
     list_name, attention_name = _find_blocks(model)
-    blocks = list(model.get_submodule(list_name))
+    blocks = list(model.get_submodule(list_name).children())
     with quiet(model):
         image_shape, output, trace = _run(model, list_name, blocks, attention_name)
         _check_chain(trace, blocks)
@@ -134,9 +134,10 @@ def _find_blocks(model: nn.Module) -> tuple[str, str]:
         attentions = [_attention_names(block) for block in module]
         if len({type(block) for block in module}) == 1 and all(len(names) == 1 for names in attentions):
             found[name] = attentions[0][0]
-    matching = {name: attention for name, attention in found.items() if len(model.get_submodule(name)) == depth}
+    lengths = {name: len(list(model.get_submodule(name).children())) for name in found}
+    matching = {name: attention for name, attention in found.items() if lengths[name] == depth}
     if len(matching) != 1:
-        lists = ", ".join(f"{name} ({len(model.get_submodule(name))} blocks)" for name in found) or "none"
+        lists = ", ".join(f"{name} ({length} blocks)" for name, length in lengths.items()) or "none"
         raise UnsupportedModelError(
             f"it must have one list of equal blocks, each with one attention (query, key and value projections), as "
             f"long as its config's num_hidden_layers={depth}; found: {lists}"
@@ -197,8 +198,8 @@ def _watch(
         hooks.callback(handle.remove)
 
     def enter_block(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden = args[0] if args else kwargs.get("hidden_states")
-        if trace.call is None:
+        hidden: Any = args[0] if args else kwargs.get("hidden_states")
+        if not trace.inputs:
             trace.call = (args[1:], {k: v for k, v in kwargs.items() if k != "hidden_states"})
         trace.inputs.append(hidden)
 
@@ -270,9 +271,8 @@ def _count_prefix(hidden: Tensor) -> int:
     shared = (hidden[0] == hidden[1]).all(dim=-1).tolist()
     num_prefix = shared.index(False) if False in shared else len(shared)
     if any(shared[num_prefix:]):
-        raise UnsupportedModelError(
-            f"tokens that do not depend on the image sit behind the patches, at {[i for i, s in enumerate(shared) if s]}"
-        )
+        special = [i for i, is_special in enumerate(shared) if is_special]
+        raise UnsupportedModelError(f"tokens that do not depend on the image sit behind the patches, at {special}")
     return num_prefix
 
 
@@ -299,7 +299,8 @@ def _read_out(output: Any, trace: _Trace) -> tuple[Tensor, tuple[str, ...]]:
         raise UnsupportedModelError("its output does not depend on its last block")
     generator = torch.Generator().manual_seed(0)
     with torch.enable_grad():  # random weights: a plain sum of a LayerNorm's output has no gradient
-        probe = sum((t.float() * torch.randn(t.shape, generator=generator).to(t.device)).sum() for t in tensors)
+        weighted = [t.float() * torch.randn(t.shape, generator=generator).to(t.device) for t in tensors]
+        probe = torch.stack([t.sum() for t in weighted]).sum()
     outputs = [t if t.requires_grad else None for t in trace.behind.values()]
     sources = [trace.outputs[-1], *(t for t in outputs if t is not None)]
     last, *rest = torch.autograd.grad(probe, sources, allow_unused=True)
@@ -324,7 +325,9 @@ def _anatomy(blocks: list[nn.Module], trace: _Trace, attention_name: str) -> Ana
     orphans = sorted({name for name, _ in blocks[0].named_parameters()} - owned)
     if orphans:
         raise UnsupportedModelError(f"its blocks hold parameters outside of a leaf module: {orphans}")
-    return Anatomy(order[0], order[a], tuple(order[a + 1 : m - 1]), order[m - 1], order[m], tuple(order[m + 1 :]), leaves)
+    return Anatomy(
+        order[0], order[a], tuple(order[a + 1 : m - 1]), order[m - 1], order[m], tuple(order[m + 1 :]), leaves
+    )
 
 
 def _has_linear(module: nn.Module) -> bool:
@@ -333,4 +336,3 @@ def _has_linear(module: nn.Module) -> bool:
 
 def _owns_parameters(module: nn.Module) -> bool:
     return next(module.parameters(recurse=False), None) is not None and not any(True for _ in module.children())
-

@@ -42,10 +42,13 @@ def attention_with_class_row(
     Args:
         implementation: Name known to transformers' `AttentionInterface`, or `"eager"`.
         module: The attention module.
-        query, key, value: [B, H, N, d].
+        query: [B, H, N, d].
+        key: [B, H, N, d].
+        value: [B, H, N, d].
         attention_mask: As the implementation takes it; 4-D masks also apply to the scores.
         scaling: Factor on the products; None = d ** -0.5.
         dropout: Dropout on the attention weights.
+        **kwargs: For the implementation.
 
     Returns:
         The implementation's output, and weights [B, H, Q, N] whose row 0 is the class token's (Q = 1 where the
@@ -53,9 +56,7 @@ def attention_with_class_row(
     """
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
-    output, weights = attend(
-        module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
-    )
+    output, weights = attend(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     if weights is not None and not dropout:
         return output, weights
     dense_mask = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.ndim == 4 else None
@@ -93,7 +94,7 @@ class _EagerConfig(ScoringConfig):
 
 
 @contextmanager
-def unscored(attention: nn.Module) -> Iterator[None]:
+def unscored(attention: Any) -> Iterator[None]:
     """Make `attention` run transformers' explicit softmax, whatever is configured: the reference for scores."""
     config = attention.config
     base = config.config if isinstance(config, ScoringConfig) else config

@@ -69,7 +69,7 @@ def reduce_tokens(
 
 
 def _pick_tokens(hidden_states: Tensor, positions: Tensor) -> Tensor:
-    """[B, N, D] at positions [B, K] -> [B, K, D]. By `index_select`: `gather` would keep its whole input for backward."""
+    """[B, N, D] at positions [B, K] -> [B, K, D]; by `index_select`, as `gather` keeps its whole input for backward."""
     images, num_tokens, width = hidden_states.shape
     rows = positions + num_tokens * torch.arange(images, device=positions.device)[:, None]
     return hidden_states.reshape(-1, width).index_select(0, rows.reshape(-1)).view(images, -1, width)

@@ -86,8 +86,8 @@ def cost_table(costs: Mapping[str, Cost], batch: Mapping[str, Tensor]) -> str:
     """
     first = next(iter(costs.values()))
     lines = [
-        "| method | trainable parameters | saved activations, MiB/image | forward, GMACs/image | training, GFLOPs/image "
-        "| step, s | step, ratio |",
+        "| method | trainable parameters | saved activations, MiB/image | forward, GMACs/image "
+        "| training, GFLOPs/image | step, s | step, ratio |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, cost in costs.items():

@@ -36,6 +36,11 @@ class Route:
         return grid.expand(hidden_states.shape[0], -1)
 
     @property
+    def num_tokens(self) -> int:
+        """Alive tokens, prefix and fused ones included."""
+        return self.num_prefix + (self.num_patches if self.origins is None else self.origins.shape[1])
+
+    @property
     def fused_origin(self) -> int:
         """Origin that the next fused token gets."""
         return self.num_patches + self.num_reductions
@@ -84,6 +89,16 @@ class RouteCarrier(threading.local):
     route: Route | None = None
     log: list[tuple[int, Route]] | None = None
 
+    def current(self) -> Route:
+        """The running forward's route.
+
+        Raises:
+            RuntimeError: If a block was called on its own, outside of the model's forward.
+        """
+        if self.route is None:
+            raise RuntimeError("a block of a model with an adapter ran outside of the model's forward; call the model")
+        return self.route
+
     def __reduce__(self) -> tuple[type[RouteCarrier], tuple[()]]:  # copies and pickles start empty
         return RouteCarrier, ()
 
@@ -106,7 +121,8 @@ def record_routes(model: nn.Module) -> Iterator[list[tuple[int, Route]]]:
         ...     model(pixel_values)
         >>> routes[-1][1].alive()  # which patches the last reduction left  # doctest: +SKIP
     """
-    carrier = next((m.carrier for m in model.modules() if isinstance(getattr(m, "carrier", None), RouteCarrier)), None)
+    carriers = [getattr(module, "carrier", None) for module in model.modules()]
+    carrier = next((c for c in carriers if isinstance(c, RouteCarrier)), None)
     if carrier is None:
         raise ValueError(f"{type(model).__name__} has no adapter of peft_bsr. Call get_peft_model(model, BSRConfig()).")
     log: list[tuple[int, Route]] = []

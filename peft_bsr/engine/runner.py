@@ -54,7 +54,7 @@ class BlockRouter(nn.Module):
 class RoutedBlock(nn.Module):
     """Mixin in front of a transformer block's own class; see `routed_class`."""
 
-    unrouted_class: type[nn.Module]
+    unrouted_class: type
 
     def forward(self, hidden_states: Tensor, *args: Any, route: Route | None = None, **kwargs: Any) -> Any:
         """Run the block; with a route, reduce tokens on it.
@@ -90,6 +90,7 @@ def forward_reducing(
         route: Tokens alive in `hidden_states`.
         hidden_states: [B, P + M, D].
         attention_mask: As the attention takes it.
+        **kwargs: For the attention.
 
     Returns:
         hidden states [B, P + K (+ 1), D] and origins [B, K (+ 1)].
@@ -124,38 +125,34 @@ def forward_reducing(
 
 
 @functools.cache
-def routed_class(block_class: type[nn.Module]) -> type[nn.Module]:
+def routed_class(block_class: type) -> type:
     """The subclass of `block_class` that takes a route; made once, with the same name."""
     namespace = {"unrouted_class": block_class, "__module__": block_class.__module__, "__doc__": block_class.__doc__}
     return type(block_class.__name__, (RoutedBlock, block_class), namespace)
 
 
-def _new_routed_block(block_class: type[nn.Module]) -> nn.Module:
-    cls = routed_class(block_class)
+def _new_routed_block(block_class: type) -> nn.Module:
+    cls: Any = routed_class(block_class)
     return cls.__new__(cls)
-
-
-def find_router(block: nn.Module) -> BlockRouter | None:
-    """The block's router, if it has one."""
-    return getattr(block, _ROUTER, None)
 
 
 def attach_router(model: nn.Module, router: BlockRouter) -> None:
     """Put `router` on its block of `model`. `detach_router` takes it all back."""
     block = model.get_submodule(router.column.blocks[router.index])
     setattr(block, _ROUTER, router)
-    block.__class__ = routed_class(type(block))
+    block_class: Any = type(block)
+    block.__class__ = routed_class(block_class)
     router.hooks = [
         block.register_forward_pre_hook(_enter_block, with_kwargs=True),
         block.register_forward_hook(_leave_block, prepend=True),  # before output capture: it sees the reduced tokens
     ]
-    attention = getattr(block, router.column.anatomy.attention)
+    attention: Any = getattr(block, router.column.anatomy.attention)
     attention.config = ScoringConfig(attention.config, router.is_scoring)
 
 
 def detach_router(model: nn.Module, router: BlockRouter) -> None:
     """Undo `attach_router`."""
-    block = model.get_submodule(router.column.blocks[router.index])
+    block: Any = model.get_submodule(router.column.blocks[router.index])
     for handle in router.hooks:
         handle.remove()
     attention = getattr(block, router.column.anatomy.attention)
@@ -165,42 +162,42 @@ def detach_router(model: nn.Module, router: BlockRouter) -> None:
 
 
 def _enter_block(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    router = find_router(block)
+    router: BlockRouter = getattr(block, _ROUTER)
     plan = router.block_plan
     if plan is None:
         return None
-    hidden_states, *args = args
+    hidden_states, *others = args
     if router.index == 0:
         num_prefix = router.column.num_prefix
         router.carrier.route = Route(num_prefix, hidden_states.shape[1] - num_prefix)
-    route = router.carrier.route
+    route = router.carrier.current()
     if plan.cut_gradient and block.training:
         hidden_states = _cut_gradient(block, plan, hidden_states)
-    args = [route.gather_mask(a) if _is_mask(a) else a for a in args]
+    others = [route.gather_mask(value) if _is_mask(value) else value for value in others]
     if _is_mask(kwargs.get("attention_mask")):
         kwargs = {**kwargs, "attention_mask": route.gather_mask(kwargs["attention_mask"])}
     if plan.reduction is not None:
         kwargs = {**kwargs, "route": route}
-    return (hidden_states, *args), kwargs
+    return (hidden_states, *others), kwargs
 
 
 def _leave_block(block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    router = find_router(block)
+    router: BlockRouter = getattr(block, _ROUTER)
     plan = router.block_plan
     if plan is None:
         return None
     carrier = router.carrier
     if plan.reduction is not None:
         output, origins = output
-        carrier.route = carrier.route.reduced(origins)
+        carrier.route = route = carrier.current().reduced(origins)
         if carrier.log is not None:
-            carrier.log.append((router.index, carrier.route))
+            carrier.log.append((router.index, route))
     if router.index == router.column.depth - 1:
         carrier.route = None
     return output
 
 
-def _cut_gradient(block: nn.Module, plan: BlockPlan, hidden_states: Tensor) -> Tensor:
+def _cut_gradient(block: Any, plan: BlockPlan, hidden_states: Tensor) -> Tensor:
     """Keep frozen leading blocks out of the graph, whatever asked for input gradients (76 -> 169 MiB measured)."""
     hidden_states = hidden_states.detach()
     checkpointing = getattr(block, "gradient_checkpointing", False)

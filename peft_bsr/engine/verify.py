@@ -41,9 +41,7 @@ def verify_plan(model: nn.Module, column: Column, plan: Plan) -> None:
     with quiet(model):
         stock = _tensors(model(pixel_values=images))
         keep_all = Plan(
-            tuple(
-                replace(b, reduction=b.reduction and replace(b.reduction, keep_rate=1.0)) for b in plan.blocks
-            )
+            tuple(replace(b, reduction=b.reduction and replace(b.reduction, keep_rate=1.0)) for b in plan.blocks)
         )
         with _routed(model, column, keep_all), _score_errors(model, column, plan) as errors:
             identical = _tensors(model(pixel_values=images))
@@ -72,7 +70,7 @@ def _check_reduced(model: nn.Module, column: Column, plan: Plan, images: Tensor,
             ) from error
     counts = plan.token_counts(column.num_tokens, column.num_prefix)
     after = [*(attention for attention, _ in counts[1:]), None]
-    found = {index: column.num_prefix + route.origins.shape[1] for index, route in routes}
+    found = {index: route.num_tokens for index, route in routes}
     wrong = {i: n for i, n in found.items() if after[i] is not None and n != after[i]}
     if wrong or len(found) != sum(b.reduction is not None for b in plan.blocks):
         raise UnsupportedModelError(f"{type(model).__name__}: planned token counts {counts}, found {found}")

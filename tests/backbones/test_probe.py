@@ -77,8 +77,6 @@ def test_half_precision_models_are_probed_alike(make_model):
     assert probe_column(make_model().bfloat16()) == probe_column(make_model())
 
 
-
-
 REFUSED = {
     "DINOv3 (rotary positions)": (lambda: DINOv3ViTModel(DINOv3ViTConfig(**SIZES)), "position tables"),
     "BEiT (relative bias)": (
@@ -98,9 +96,7 @@ REFUSED = {
     ),
     "BERT (text)": (
         lambda: BertModel(
-            BertConfig(
-                hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, vocab_size=30
-            )
+            BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, vocab_size=30)
         ),
         "",
     ),

@@ -63,7 +63,8 @@ class BSRConfig(PeftConfig):
         default=None, metadata={"help": "Blocks that drop tokens; None = at 1/4, 1/2 and 3/4 of the depth, [] = none."}
     )
     keep_rate: float | list[float] = field(
-        default=0.5, metadata={"help": "Share of tokens kept at each reduction, one for all or one per block; 1.0 = off."}
+        default=0.5,
+        metadata={"help": "Share of tokens kept at each reduction, one for all or one per block; 1.0 = off."},
     )
     fuse_dropped: bool = field(default=True, metadata={"help": "Append one token fused from the dropped ones."})
     reduce_at: str = field(default="mid_block", metadata={"help": "'mid_block' (the paper's) or 'after_block'."})
@@ -125,19 +126,21 @@ class BSRConfig(PeftConfig):
             for rate in rates
             if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate <= 1
         ]
-        if isinstance(self.keep_rate, list) and _is_index_list(self.reduction_blocks):
-            if len(self.keep_rate) != len(self.reduction_blocks):
-                problems.append(
-                    f"`keep_rate={self.keep_rate!r}` has {len(self.keep_rate)} rates for the {len(self.reduction_blocks)} "
-                    f"blocks of `reduction_blocks={self.reduction_blocks!r}`. Give one rate, or one for each block."
-                )
+        blocks = self.reduction_blocks
+        if isinstance(self.keep_rate, list) and isinstance(blocks, list) and len(rates) != len(blocks):
+            problems.append(
+                f"`keep_rate={self.keep_rate!r}` has {len(rates)} rates for the {len(blocks)} blocks of "
+                f"`reduction_blocks={blocks!r}`. Give one rate, or one for each block."
+            )
         return problems
 
     def _check_choices(self) -> list[str]:
         problems = []
         for name, choices in (("reduce_at", get_args(ReduceAt)), ("trainable", get_args(Trainable))):
             if getattr(self, name) not in choices:
-                problems.append(f"`{name}={getattr(self, name)!r}` is unknown. Use one of {', '.join(map(repr, choices))}.")
+                problems.append(
+                    f"`{name}={getattr(self, name)!r}` is unknown. Use one of {', '.join(map(repr, choices))}."
+                )
         for name in ("fuse_dropped", "init_weights"):
             if not isinstance(getattr(self, name), bool):
                 problems.append(f"`{name}={getattr(self, name)!r}` must be True or False.")
@@ -193,8 +196,8 @@ def build_plan(config: BSRConfig, column: Column) -> Plan:
         )
     if column.num_prefix == 0 and any(rate < 1 for rate in rates) and reducing:
         problems.append(
-            f"`keep_rate={config.keep_rate!r}` drops tokens by the class token's attention, but this model has no class "
-            "token. Use `keep_rate=1.0`."
+            f"`keep_rate={config.keep_rate!r}` drops tokens by the class token's attention, but this model has no "
+            "class token. Use `keep_rate=1.0`."
         )
     if problems:
         raise ConfigError.from_problems("BSRConfig", problems)

@@ -55,11 +55,10 @@ class LowRankUpdate(nn.Module):
         lora_alpha: Scale, divided by `r`.
     """
 
-    def __init__(self, base: nn.Linear, r: int, lora_alpha: float) -> None:
+    def __init__(self, base: Any, r: int, lora_alpha: float) -> None:
         super().__init__()
-        like = {"dtype": base.weight.dtype, "device": base.weight.device}
-        self.lora_A = nn.Parameter(torch.empty(r, base.in_features, **like))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, **like))
+        self.lora_A = nn.Parameter(base.weight.new_empty(r, base.in_features))
+        self.lora_B = nn.Parameter(base.weight.new_zeros(base.out_features, r))
         self.scaling = lora_alpha / r
         nn.init.kaiming_uniform_(self.lora_A, a=5**0.5)
 
@@ -123,7 +122,7 @@ class BSRWeights(nn.Module, BSRLayer):
         name = self.carried_adapter
         if name is None or self.merged:
             return self.base_layer(hidden_states, *args, **kwargs)
-        module = self.bsr_params[name]
+        module: Any = self.bsr_params[name]
         if torch.is_autocast_enabled(hidden_states.device.type):
             inputs = hidden_states  # autocast picks the dtypes, as in the base module
         else:
@@ -184,7 +183,7 @@ class BSRWeights(nn.Module, BSRLayer):
         module = self.bsr_params[adapter_name]
         with torch.no_grad():
             if isinstance(module, LowRankUpdate):
-                return {"weight": module.merged_weight(self.base_layer.weight)}
+                return {"weight": module.merged_weight(self.base_layer.get_parameter("weight"))}
             dtypes = {name: p.dtype for name, p in self.base_layer.named_parameters()}
             return {name: p.detach().to(dtypes[name], copy=True) for name, p in module.named_parameters()}
 
@@ -268,6 +267,6 @@ def check_single(adapter_names: list[str], action: str) -> None:
     """
     if len(adapter_names) > 1:
         raise AdapterError(
-            f"Cannot {action} {adapter_names} together: a BSR adapter holds whole weights and a plan, and two of them do "
-            f"not add up. Name one of them."
+            f"Cannot {action} {adapter_names} together: a BSR adapter holds whole weights and a plan, and two of "
+            "them do not add up. Name one of them."
         )

@@ -6,7 +6,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
@@ -44,7 +44,7 @@ class BSRModel(BaseTuner):
 
     prefix = "bsr_"
     tuner_layer_cls = BSRLayer
-    target_module_mapping: dict[str, list[str]] = {}
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
     def plan(self, adapter_name: str | None = None) -> Plan:
         """The plan of an adapter, default the active one.
@@ -123,7 +123,9 @@ class BSRModel(BaseTuner):
             self.active_adapter = active
         elif self.peft_config:
             following = next(iter(self.peft_config))
-            warnings.warn(f"Adapter {adapter_name!r} was active and is deleted; {following!r} is active now.", stacklevel=2)
+            warnings.warn(
+                f"Adapter {adapter_name!r} was active and is deleted; {following!r} is active now.", stacklevel=2
+            )
             self.set_adapter(following)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
@@ -247,7 +249,9 @@ def _check_modules_to_save(model: nn.Module, column: Column, plan: Plan, config:
     problems = []
     for saved in config.modules_to_save or ():
         names = [name for name, _ in model.named_modules() if re.match(rf"(^|.*\.){saved}$", name)]
-        early = [n for n in names if not any(f"{n}.".startswith(f"{r}.") or f"{r}.".startswith(f"{n}.") for r in reached)]
+        early = [
+            n for n in names if not any(f"{n}.".startswith(f"{r}.") or f"{r}.".startswith(f"{n}.") for r in reached)
+        ]
         if early:
             problems.append(
                 f"`modules_to_save` names {saved!r}, that is {early}, but the gradient is cut before block "

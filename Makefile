@@ -1,0 +1,38 @@
+# The two commands of the README: `make demo` and `make test`. Each makes its own virtual environment if there is none.
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+BIN := $(VENV)/bin
+OLDEST_PEFT := $(VENV)/peft-0.20.0
+
+.PHONY: demo test lint bench clean
+
+demo: $(VENV)/installed
+	$(BIN)/python examples/quickstart.py $(ARGS)
+
+test: lint $(OLDEST_PEFT)
+	PYTHONPATH=$(OLDEST_PEFT) $(BIN)/python -m pytest -q tests/tuners tests/test_registration.py
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/installed
+	$(BIN)/python benchmarks/bsr_vit_base.py $(ARGS)
+
+# torch by itself first: the version of the constraints, whichever build this machine offers for it
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet $$(grep '^torch==' constraints.txt)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+$(OLDEST_PEFT): $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --no-deps --target $@ peft==0.20.0
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -361,6 +361,15 @@ def test_a_refused_second_adapter_leaves_the_first_as_it_was(
     assert torch.equal(run(model, images), output)
 
 
+@pytest.mark.parametrize("modules_to_save", ["classifier", ["classifier("], [3]], ids=repr)
+def test_modules_to_save_that_cannot_be_is_a_config_error(make_vit, snapshot, assert_unchanged, modules_to_save):
+    model = make_vit()
+    before = snapshot(model)
+    with pytest.raises(ConfigError, match="modules_to_save"):
+        get_peft_model(model, BSRConfig(modules_to_save=modules_to_save))
+    assert_unchanged(model, before)
+
+
 @pytest.fixture
 def siglip() -> SiglipVisionModel:
     torch.manual_seed(0)
@@ -382,7 +391,8 @@ def test_a_model_without_class_token_is_refused(siglip, images, snapshot, assert
 def test_a_model_without_class_token_trains_on_all_tokens(siglip, images):
     expected = siglip(pixel_values=images).pooler_output
     model = get_peft_model(siglip, BSRConfig(keep_rate=1.0)).eval()
-    assert torch.equal(model(pixel_values=images).pooler_output, expected)
+    assert model.base_model.column.num_prefix == 0
+    torch.testing.assert_close(model(pixel_values=images).pooler_output, expected)
 
 
 def test_a_model_without_a_head_works(images):

@@ -81,6 +81,8 @@ class BSRWeights(nn.Module, BSRLayer):
 
     adapter_layer_names = ("bsr_params",)
 
+    base_layer: Any
+
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
@@ -126,7 +128,7 @@ class BSRWeights(nn.Module, BSRLayer):
         if torch.is_autocast_enabled(hidden_states.device.type):
             inputs = hidden_states  # autocast picks the dtypes, as in the base module
         else:
-            inputs = self._cast_input_dtype(hidden_states, next(module.parameters()).dtype)
+            inputs = BSRLayer._cast_input_dtype(self, hidden_states, next(module.parameters()).dtype)
         if isinstance(module, LowRankUpdate):
             output = self.base_layer(hidden_states, *args, **kwargs)
             return output + module(inputs).to(output.dtype)

@@ -10,9 +10,10 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from peft_bsr.engine import record_routes
+from peft_bsr.engine import Route, record_routes
 
-_FADE = 0.2  # brightness of a dropped patch
+_VEIL = np.array([0.30, 0.42, 0.62])  # a blue that neither black nor white backgrounds have
+_OPACITY = 0.8  # how much of a dropped patch the veil hides
 
 
 def draw_kept_tokens(
@@ -20,7 +21,7 @@ def draw_kept_tokens(
 ) -> Path:
     """Run the model and draw, one row an image, the image and what is left of it behind each reduction.
 
-    Dropped patches fade. Images are drawn as given, so `images` and `pixel_values` must show the same.
+    Dropped patches lie under a blue veil. Images are drawn as given, so `images` and `pixel_values` must show the same.
 
     Args:
         model: A model with one of our adapters active, reducing tokens.
@@ -48,13 +49,15 @@ def draw_kept_tokens(
     # a Figure of its own, not pyplot: no global state, no window
     figure = Figure(figsize=(1.6 * (len(routes) + 1), 1.6 * rows + 0.5), layout="constrained")
     axes = figure.subplots(rows, len(routes) + 1, squeeze=False)
+    titles_above = ["input", *(f"block {block}: {_share(route)} kept" for block, route in routes)]
     for row, image in enumerate(images):
-        axes[row, 0].imshow(image, cmap="gray", vmin=0, vmax=1)
+        colour = image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=-1)
+        axes[row, 0].imshow(colour)
         axes[row, 0].set_ylabel(titles[row] if titles else "")
-        for column, (_, route) in enumerate(routes, start=1):
-            axes[row, column].imshow(_fade(image, route.alive()[row].cpu().numpy()), cmap="gray", vmin=0, vmax=1)
-    for column, text in enumerate(["input", *(f"block {block}: {_share(route)}" for block, route in routes)]):
-        axes[0, column].set_title(text, fontsize=9)
+        for axis, (_, route) in zip(axes[row, 1:], routes, strict=True):
+            axis.imshow(_veil(colour, route.alive()[row].cpu().numpy()))
+    for axis, text in zip(axes[0], titles_above, strict=True):
+        axis.set_title(text, fontsize=8)
     for axis in axes.flat:
         axis.set_xticks([])
         axis.set_yticks([])
@@ -63,16 +66,16 @@ def draw_kept_tokens(
     return Path(path)
 
 
-def _share(route: object) -> str:
-    alive = route.alive()  # type: ignore[attr-defined]
-    return f"{alive.float().mean():.0%} of patches"
+def _share(route: Route) -> str:
+    return f"{route.alive().float().mean():.0%}"
 
 
-def _fade(image: np.ndarray, alive: np.ndarray) -> np.ndarray:
+def _veil(image: np.ndarray, alive: np.ndarray) -> np.ndarray:
+    """[H, W, 3] with the patches that are not in `alive` [patches] veiled."""
     height, width = image.shape[:2]
     rows = round((alive.size * height / width) ** 0.5)
     grid = alive.reshape(rows, -1)
-    mask = np.kron(grid, np.ones((height // grid.shape[0], width // grid.shape[1])))
-    mask = np.pad(mask, ((0, height - mask.shape[0]), (0, width - mask.shape[1])), mode="edge")
-    weight = _FADE + (1 - _FADE) * mask
-    return image * (weight[..., None] if image.ndim == 3 else weight)
+    # nearest patch of every pixel: the image need not be a multiple of the patch
+    row_of, column_of = (np.arange(n) * k // n for n, k in zip((height, width), grid.shape, strict=True))
+    is_alive = grid[row_of][:, column_of][..., None]
+    return np.where(is_alive, image, (1 - _OPACITY) * image + _OPACITY * _VEIL)

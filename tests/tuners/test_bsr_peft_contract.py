@@ -51,7 +51,13 @@ def test_attributes(model):
     )
     assert model.peft_type == "BSR"
     assert isinstance(model.get_base_model(), ViTForImageClassification)
-    for name in ("save_pretrained", "load_adapter", "merge_and_unload", "get_layer_status", "print_trainable_parameters"):
+    for name in (
+        "save_pretrained",
+        "load_adapter",
+        "merge_and_unload",
+        "get_layer_status",
+        "print_trainable_parameters",
+    ):
         assert hasattr(model, name)
 
 
@@ -111,7 +117,11 @@ def test_trainable_parameters_are_the_adapters(model, trainable):
 
 def test_file_holds_trained_blocks_norm_and_head_and_no_adapter_name(model, trainable, tmp_path):
     model.save_pretrained(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
     assert saved_keys(tmp_path) == expected_keys(trainable, [1, 3])
     assert set(get_peft_model_state_dict(model)) == expected_keys(trainable, [1, 3])
 
@@ -154,7 +164,9 @@ def test_adapter_names_that_are_parts_of_module_names(make_vit, images, run, tmp
     assert torch.equal(run(loaded, images), run(model, images))
 
 
-def test_adapters_with_names_inside_each_other_keep_their_own_files(make_vit, make_config, trainable, run, images, tmp_path):
+def test_adapters_with_names_inside_each_other_keep_their_own_files(
+    make_vit, make_config, trainable, run, images, tmp_path
+):
     model = get_peft_model(make_vit(), make_config(), adapter_name="a").eval()
     for name in ("ab", "a_b", "q_proj"):
         model.add_adapter(name, make_config())
@@ -491,7 +503,11 @@ FILTERS = [
 @pytest.mark.parametrize(("filters", "leaves"), FILTERS, ids=[repr(filters) for filters, _ in FILTERS])
 def test_target_and_exclude_modules(make_vit, make_config, trainable, images, filters, leaves):
     model = get_peft_model(make_vit(), make_config(**filters))
-    names = {n.replace("base_model.model.", "").split(".bsr_params")[0] for n, p in model.named_parameters() if p.requires_grad}
+    names = {
+        n.replace("base_model.model.", "").split(".bsr_params")[0]
+        for n, p in model.named_parameters()
+        if p.requires_grad
+    }
     assert names == {f"vit.layers.{i}.{leaf}" for i in (1, 3) for leaf in leaves} | {"vit.layernorm", "classifier"}
     model.train()(pixel_values=images, labels=torch.tensor([0, 1])).loss.backward()
     assert all((p.grad is not None) == p.requires_grad for p in model.parameters())

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+
+from peft_bsr import BSRConfig
+from peft_bsr.cost import compare, cost_table, count_flops, saved_activations
+
+
+def test_each_storage_counts_once_and_parameters_never():
+    layer = nn.Linear(8, 8)
+    x = torch.randn(4, 8)
+    assert saved_activations(layer, lambda: (layer(x) + layer(x)).sum()) == x.nbytes
+
+
+def test_nothing_is_saved_without_gradients():
+    layer = nn.Linear(8, 8).requires_grad_(False)
+    assert saved_activations(layer, lambda: layer(torch.randn(4, 8)).sum()) == 0
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_attention_counts_the_same_in_both_kernels(fused):
+    backend = nn.attention.SDPBackend.FLASH_ATTENTION if fused else nn.attention.SDPBackend.MATH
+    q, k, v = (torch.randn(2, 3, 50, 16, requires_grad=True) for _ in range(3))
+
+    def attend() -> torch.Tensor:
+        with nn.attention.sdpa_kernel(backend):
+            return nn.functional.scaled_dot_product_attention(q, k, v)
+
+    forward = 2 * 2 * (2 * 3 * 50 * 50 * 16)
+    with torch.no_grad():
+        assert count_flops(attend) == forward
+    backward = 5 if fused else 4  # the fused kernel forms the scores again
+    assert count_flops(lambda: attend().sum().backward()) == forward + backward * forward // 2
+
+
+def test_compare_leaves_weights_gradients_and_modes_alone(make_model):
+    model = get_peft_model(make_model(), BSRConfig())
+    model.eval()
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    batch = {"pixel_values": torch.randn(2, 3, 32, 32), "labels": torch.tensor([0, 1])}
+    costs = compare({"full": make_model(), "BSR": model}, batch, repeats=1)
+    assert not any(module.training for module in model.modules())
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    full, bsr = costs["full"], costs["BSR"]
+    assert bsr.trainable_parameters < full.trainable_parameters
+    assert bsr.saved_bytes_per_image < full.saved_bytes_per_image
+    assert bsr.forward_macs_per_image < full.forward_macs_per_image
+    assert bsr.training_flops_per_image < full.training_flops_per_image
+    assert bsr.step_seconds > 0
+
+
+def test_the_table_states_its_conditions(make_model):
+    batch = {"pixel_values": torch.randn(2, 3, 32, 32), "labels": torch.tensor([0, 1])}
+    table = cost_table(compare({"full": make_model()}, batch, repeats=1), batch)
+    assert "| full |" in table
+    assert "| 1.00 |" in table
+    for condition in ("CPU", "float32", "batch 2", "(32, 32) px", f"torch {torch.__version__}", "transformers"):
+        assert condition in table

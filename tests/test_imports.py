@@ -1,0 +1,51 @@
+"""Imports run inwards only: core <- backbones <- engine <- tuners <- everything a user looks at."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import peft_bsr
+
+ROOT = Path(peft_bsr.__file__).parent
+LAYERS = ["errors", "core", "backbones", "engine", "registration", "tuners", "cost", "viz"]
+OUTSIDE = {"core": {"torch"}, "backbones": {"torch", "transformers"}, "engine": {"torch"}}
+STANDARD = {"__future__", "collections", "contextlib", "dataclasses", "functools", "math", "sys", "threading", "typing"}
+
+
+def imports_of(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            found.add(node.module)
+    return found
+
+
+FILES = [path for path in sorted(ROOT.rglob("*.py")) if path.parent != ROOT]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_run_inwards(path):
+    layer = path.relative_to(ROOT).parts[0]
+    for module in imports_of(path):
+        parts = module.split(".")
+        if parts[0] == "peft_bsr":
+            assert len(parts) > 1, f"{path} imports the whole package"
+            assert LAYERS.index(parts[1]) <= LAYERS.index(layer), f"{layer} must not import {module}"
+        elif layer in OUTSIDE:
+            assert parts[0] in OUTSIDE[layer] | STANDARD, f"{layer} must not import {module}"
+
+
+def test_public_names_are_sorted_and_exist():
+    assert sorted(peft_bsr.__all__) == peft_bsr.__all__
+    assert all(hasattr(peft_bsr, name) for name in peft_bsr.__all__)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_stay_small(path):
+    assert len(path.read_text().splitlines()) <= 350

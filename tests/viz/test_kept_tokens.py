@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from peft import get_peft_model
+from PIL import Image
+
+from peft_bsr import BSRConfig
+from peft_bsr.viz import draw_kept_tokens
+from peft_bsr.viz.kept_tokens import _veil
+
+
+@pytest.mark.parametrize("shape", [(2, 32, 32), (2, 32, 32, 3)])
+def test_the_picture_is_written_and_the_mode_restored(shape, make_model, images, tmp_path):
+    model = get_peft_model(make_model(), BSRConfig(reduction_blocks=[1, 2])).train()
+    path = draw_kept_tokens(model, images, np.random.default_rng(0).random(shape), tmp_path / "kept.png", ["a", "b"])
+    assert path == tmp_path / "kept.png"
+    with Image.open(path) as picture:
+        width, height = picture.size
+    assert width > height, "three columns, two rows"
+    assert model.training
+
+
+def test_dropped_patches_are_veiled_and_kept_ones_are_not():
+    image = np.zeros((4, 4, 3))
+    veiled = _veil(image, np.array([True, False, False, True]))
+    assert (veiled[:2, :2] == 0).all()
+    assert (veiled[2:, 2:] == 0).all()
+    assert (veiled[:2, 2:] > 0).all()
+    assert (veiled[2:, :2] > 0).all()
+
+
+def test_a_model_that_keeps_everything_has_nothing_to_draw(make_model, images, tmp_path):
+    model = get_peft_model(make_model(), BSRConfig(keep_rate=1.0))
+    with pytest.raises(ValueError, match="dropped no tokens"):
+        draw_kept_tokens(model, images, torch.rand(2, 32, 32).numpy(), tmp_path / "kept.png")

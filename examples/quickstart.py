@@ -43,10 +43,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--image-size", type=int, help="pixels (default: 112 for the default model, else the model's)")
     parser.add_argument("--trainable-blocks", default="every:4", help='"every:n" or "last:n" (default every:4)')
     parser.add_argument("--keep-rate", type=float, default=0.5, help="tokens kept at each reduction (default 0.5)")
-    parser.add_argument("--epochs", type=float, default=3, help="default 3")
+    parser.add_argument("--epochs", type=float, default=4, help="default 4")
     parser.add_argument("--max-steps", type=int, default=-1, help="stop after so many steps (default: by epochs)")
     parser.add_argument("--batch-size", type=int, default=32, help="images a step (default 32)")
-    parser.add_argument("--learning-rate", type=float, default=5e-4, help="default 5e-4")
+    parser.add_argument("--learning-rate", type=float, default=2e-4, help="default 2e-4")
     parser.add_argument("--output", type=Path, default=Path("outputs/quickstart"), help="default outputs/quickstart")
     return parser.parse_args()
 
@@ -89,6 +89,12 @@ def find_model(name: str | None) -> tuple[str, str]:
         return str(load_saliency_tuned_dinov2()), "saliency-tuned DINOv2-S"
 
 
+def image_size_of(source: str) -> int:
+    """The size in pixels that the model was pretrained at."""
+    config = AutoConfig.from_pretrained(source)
+    return getattr(config, "vision_config", config).image_size
+
+
 def to_model_inputs(images: list[PILImage.Image], size: int, processor: object) -> torch.Tensor:
     """Images as [B, 3, size, size], normalised as the model was pretrained."""
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (processor.image_mean, processor.image_std))
@@ -100,11 +106,13 @@ def main() -> None:
     """Train, measure, save, reload, draw."""
     args = parse_arguments()
     transformers.set_seed(0)
+    transformers.logging.set_verbosity_error()  # "the classifier is newly initialized" is what we want
+    transformers.logging.disable_progress_bar()
     data, image_column, label_column = load_images(args.dataset)
     names = data["train"].features[label_column].names
     source, model_name = find_model(args.model)
     processor = AutoImageProcessor.from_pretrained(source)
-    size = args.image_size or (112 if args.model is None else AutoConfig.from_pretrained(source).image_size)
+    size = args.image_size or (112 if args.model is None else image_size_of(source))
 
     def load_base() -> torch.nn.Module:
         return AutoModelForImageClassification.from_pretrained(

@@ -26,6 +26,8 @@ from transformers import (
     ViTMSNForImageClassification,
 )
 
+torch.set_num_threads(1)  # tiny models: more threads only wait for each other
+
 SIZES = {
     "hidden_size": 32,
     "num_hidden_layers": 4,

@@ -86,20 +86,21 @@ def cost_table(costs: Mapping[str, Cost], batch: Mapping[str, Tensor]) -> str:
     """
     first = next(iter(costs.values()))
     lines = [
-        "| method | trainable parameters | saved activations, MiB/image | forward, GMACs/image "
-        "| training, GFLOPs/image | step, s | step, ratio |",
+        "| method | trained, M | saved, MiB | forward, GMACs | training, GFLOPs | step, s | ratio |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, cost in costs.items():
         lines.append(
-            f"| {name} | {cost.trainable_parameters / 1e6:.2f} M | {cost.saved_bytes_per_image / 2**20:.1f} "
+            f"| {name} | {cost.trainable_parameters / 1e6:.2f} | {cost.saved_bytes_per_image / 2**20:.1f} "
             f"| {cost.forward_macs_per_image / 1e9:.2f} | {cost.training_flops_per_image / 1e9:.1f} "
             f"| {cost.step_seconds:.2f} | {cost.step_seconds / first.step_seconds:.2f} |"
         )
     images = next(value for value in batch.values() if value.ndim > 1)
     device = torch.cuda.get_device_name(images.device) if images.is_cuda else f"CPU, {torch.get_num_threads()} threads"
     lines.append(
-        f"\n{device}, {str(images.dtype).removeprefix('torch.')}, batch {len(images)}, {tuple(images.shape[2:])} px, "
+        "\nTrained: parameters. Saved: activations kept for backward, per image. Forward and training (forward and "
+        "backward): per image. Step: forward, backward and SGD update, median; its ratio to the first row.\n"
+        f"{device}, {str(images.dtype).removeprefix('torch.')}, batch {len(images)}, {tuple(images.shape[2:])} px, "
         f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}."
     )
     return "\n".join(lines)

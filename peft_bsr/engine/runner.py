@@ -56,6 +56,17 @@ class RoutedBlock(nn.Module):
 
     unrouted_class: type
 
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """What transformers set, but off in frozen leading blocks: there is nothing to recompute for."""
+        plan = getattr(self, _ROUTER).block_plan
+        is_leading = plan is not None and plan.cut_gradient and not plan.trained
+        return self.__dict__.get("gradient_checkpointing", False) and not is_leading
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, enabled: bool) -> None:
+        self.__dict__["gradient_checkpointing"] = enabled  # where the block's own class looks once we are gone
+
     def forward(self, hidden_states: Tensor, *args: Any, route: Route | None = None, **kwargs: Any) -> Any:
         """Run the block; with a route, reduce tokens on it.
 
@@ -200,8 +211,7 @@ def _leave_block(block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
 def _cut_gradient(block: Any, plan: BlockPlan, hidden_states: Tensor) -> Tensor:
     """Keep frozen leading blocks out of the graph, whatever asked for input gradients (76 -> 169 MiB measured)."""
     hidden_states = hidden_states.detach()
-    checkpointing = getattr(block, "gradient_checkpointing", False)
-    if plan.trained and checkpointing and torch.is_grad_enabled():
+    if plan.trained and block.gradient_checkpointing and torch.is_grad_enabled():
         # reentrant checkpointing trains nothing inside a block whose input needs no gradient
         settings = getattr(block._gradient_checkpointing_func, "keywords", {})
         hidden_states.requires_grad_(bool(settings.get("use_reentrant", False)))

@@ -1,4 +1,4 @@
-"""BSR on ViT-B/16 against full fine-tuning: saved activations, MACs, FLOPs and the step's time, in one run.
+"""BSR on ViT-B/16 against full fine-tuning and PEFT's LoRA: saved activations, MACs, FLOPs and the step's time, in one run.
 
     python benchmarks/bsr_vit_base.py [--batch-size 8] [--device cuda]
 
@@ -10,13 +10,15 @@ from __future__ import annotations
 import argparse
 
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from transformers import ViTConfig, ViTForImageClassification
 
 from peft_bsr import BSRConfig
 from peft_bsr.cost import compare, cost_table
 
 METHODS = {
+    "LoRA r=8, q and v of all blocks": LoraConfig(target_modules=["q_proj", "v_proj"], modules_to_save=["classifier"]),
+    "LoRA r=8, every Linear": LoraConfig(target_modules="all-linear", modules_to_save=["classifier"]),
     "BSR, keep .5, fused": BSRConfig(keep_rate=0.5),
     "BSR, keep .5, dropped only": BSRConfig(keep_rate=0.5, fuse_dropped=False),
     "BSR, keep .7, fused": BSRConfig(keep_rate=0.7),

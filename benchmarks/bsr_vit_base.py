@@ -1,4 +1,4 @@
-"""BSR on ViT-B/16 against full fine-tuning and PEFT's LoRA: saved activations, MACs, FLOPs and the step's time, in one run.
+"""BSR on ViT-B/16 beside full fine-tuning and LoRA: saved activations, MACs, FLOPs and step time, in one run.
 
     python benchmarks/bsr_vit_base.py [--batch-size 8] [--device cuda]
 

@@ -168,7 +168,7 @@ def test_adapters_with_names_inside_each_other_keep_their_own_files(
     make_vit, make_config, trainable, run, images, tmp_path
 ):
     model = get_peft_model(make_vit(), make_config(), adapter_name="a").eval()
-    for name in ("ab", "a_b", "q_proj"):
+    for name in ("ab", "a_b", "proj"):
         model.add_adapter(name, make_config())
     outputs = {}
     for name in model.peft_config:
@@ -178,6 +178,14 @@ def test_adapters_with_names_inside_each_other_keep_their_own_files(
     for name, expected in outputs.items():
         assert saved_keys(tmp_path / name) == expected_keys(trainable, [1, 3])
         assert torch.equal(run(PeftModel.from_pretrained(make_vit(), tmp_path / name).eval(), images), expected)
+
+
+def test_one_of_several_adapters_called_like_a_module_is_refused(model, make_config, snapshot, assert_unchanged):
+    before = snapshot(model)
+    with pytest.raises(AdapterError, match=r"names \['q_proj'\] are names of modules"):
+        model.add_adapter("q_proj", make_config())
+    assert_unchanged(model, before)
+    assert list(model.peft_config) == ["default"]
 
 
 def test_selected_adapters_are_saved(make_vit, make_config, tmp_path):
@@ -429,7 +437,8 @@ def test_lora_scaling_is_alpha_over_r(make_vit, images, run):
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if "lora_" in name:
-                    parameter.fill_(0.1 * (factor if "lora_B" in name else 1))
+                    values = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
+                    parameter.copy_(values * (factor if "lora_B" in name else 1))
         outputs.append(run(model, images))
     torch.testing.assert_close(outputs[0], outputs[1])
     assert not torch.allclose(outputs[0], run(make_vit(), images), atol=1e-3)

@@ -15,6 +15,7 @@ from peft_bsr.errors import ConfigError
 from peft_bsr.registration import extend_peft_type
 
 Trainable = Literal["full", "lora"]
+_MODULE_LISTS = ("target_modules", "exclude_modules", "modules_to_save")
 _BLOCK_RULE = re.compile(r"(every|last):([1-9]\d*)")
 
 
@@ -83,13 +84,10 @@ class BSRConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = extend_peft_type("BSR")
-        if isinstance(self.target_modules, set):
-            self.target_modules = sorted(self.target_modules)
-        if isinstance(self.exclude_modules, set):
-            self.exclude_modules = sorted(self.exclude_modules)
-        for name in ("trainable_blocks", "reduction_blocks", "keep_rate"):
-            if isinstance(getattr(self, name), (tuple, range)):
-                setattr(self, name, list(getattr(self, name)))
+        for name in ("trainable_blocks", "reduction_blocks", "keep_rate", *_MODULE_LISTS):
+            value = getattr(self, name)
+            if isinstance(value, (tuple, range, set, frozenset)):
+                setattr(self, name, sorted(value) if isinstance(value, (set, frozenset)) else list(value))
         problems = [*self._check_blocks(), *self._check_rates(), *self._check_choices()]
         if problems:
             raise ConfigError.from_problems("BSRConfig", problems)
@@ -153,15 +151,24 @@ class BSRConfig(PeftConfig):
                 "`target_modules='all-linear'` is not needed: `trainable='lora'` adapts every Linear of the trained "
                 "blocks. Leave it None, or name modules."
             )
-        for name in ("target_modules", "exclude_modules"):
-            pattern = getattr(self, name)
-            if isinstance(pattern, str) and pattern != "all-linear":
+        for name in _MODULE_LISTS:
+            value = getattr(self, name)
+            is_pattern = isinstance(value, str) and name != "modules_to_save"
+            if value is None or value == "all-linear":
+                continue
+            if not is_pattern and not (isinstance(value, list) and all(map(_is_text, value))):
+                forms = (
+                    "a list of names or None"
+                    if name == "modules_to_save"
+                    else "a list of names, a regular expression or None"
+                )
+                problems.append(f"`{name}={value!r}` must be {forms}.")
+                continue
+            for pattern in [value] if is_pattern else value if name == "modules_to_save" else []:
                 try:
                     re.compile(pattern)
                 except re.error as error:
-                    problems.append(f"`{name}={pattern!r}` is not a regular expression: {error}.")
-            elif pattern is not None and not (isinstance(pattern, (list, str)) and all(map(_is_text, pattern))):
-                problems.append(f"`{name}={pattern!r}` must be a list of names, a regular expression or None.")
+                    problems.append(f"`{name}={value!r}` is not a regular expression: {error}.")
         return problems
 
 

@@ -33,7 +33,8 @@ class BSRLayer(BaseTunerLayer):
         if adapter_name in self.merged_adapters:
             self.unmerge()
         for attribute in self.adapter_layer_names + self.other_param_names:
-            getattr(self, attribute).pop(adapter_name, None)
+            if adapter_name in getattr(self, attribute):
+                del getattr(self, attribute)[adapter_name]
         if adapter_name in self.active_adapters:
             self.set_adapter([])
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from peft_bsr.backbones import Column, probe_column
@@ -67,6 +68,7 @@ class BSRModel(BaseTuner):
         """Check everything, put trained weights on the leaf modules, then give each block its plan."""
         routers = find_routers(model)
         column = routers[0].column if routers else probe_column(model)
+        _check_adapter_names(model, list(self.peft_config))
         plan, self._targets = _resolve(model, column, self.peft_config[adapter_name])
         with _detached(model, routers):
             verify_plan(model, column, plan)
@@ -164,12 +166,18 @@ class BSRModel(BaseTuner):
                     stacklevel=3,
                 )
         else:
-            for layer in self.model.modules():
-                if isinstance(layer, BSRWeights) and layer.merged:
-                    layer.unmerge()
+            self._restore_base_modules()
         for router in find_routers(self.model):
             detach_router(self.model, router)
         return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+
+    def _restore_base_modules(self) -> None:
+        """Unmerge, and take off PEFT's wrappers around `modules_to_save`, which would leave the trained ones behind."""
+        for name, module in list(self.model.named_modules()):
+            if isinstance(module, BSRWeights) and module.merged:
+                module.unmerge()
+            elif isinstance(module, AuxiliaryTrainingWrapper):
+                self.model.set_submodule(name, module.original_module)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -219,6 +227,12 @@ def _resolve(model: nn.Module, column: Column, config: BSRConfig) -> tuple[Plan,
             )
         targets.update(dict.fromkeys(chosen, config.trainable == "lora"))
     targets.update(dict.fromkeys([name for name in column.head if not _is_excluded(config, name)], False))
+    for name in targets:
+        if isinstance(model.get_submodule(name), AuxiliaryTrainingWrapper):
+            problems.append(
+                f"another adapter trains {name!r} through `modules_to_save`, this one as part of its own weights. Name it "
+                "in `modules_to_save` of both or of neither."
+            )
     problems += _check_modules_to_save(model, column, requested, config)
     if problems:
         raise ConfigError.from_problems("BSRConfig", problems)
@@ -244,11 +258,31 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear)
 
 
+def _check_adapter_names(model: nn.Module, adapter_names: list[str]) -> None:
+    """With several adapters, PEFT leaves keys that hold another adapter's name out of a saved file, silently.
+
+    Raises:
+        AdapterError: If one of several adapters is called like a module.
+    """
+    names = (re.split(r"\.(?:bsr_params|modules_to_save)\.", name)[0] for name, _ in model.named_modules())
+    parts = {part for name in names for part in name.split(".")}
+    if len(adapter_names) > 1 and (clashing := [name for name in adapter_names if name in parts]):
+        raise AdapterError(
+            f"The adapter names {clashing} are names of modules as well; saving one of several adapters would leave out "
+            "weights of those modules. Choose other names."
+        )
+
+
 def _check_modules_to_save(model: nn.Module, column: Column, plan: Plan, config: BSRConfig) -> list[str]:
     reached = (*column.head, *column.blocks[min(plan.trained_blocks) :])
     problems = []
     for saved in config.modules_to_save or ():
         names = [name for name, _ in model.named_modules() if re.match(rf"(^|.*\.){saved}$", name)]
+        if any(isinstance(model.get_submodule(name), BSRWeights) for name in names):
+            problems.append(
+                f"`modules_to_save` names {saved!r}, which another adapter trains as part of its own weights. Name it in "
+                "`modules_to_save` of both or of neither."
+            )
         early = [
             n for n in names if not any(f"{n}.".startswith(f"{r}.") or f"{r}.".startswith(f"{n}.") for r in reached)
         ]

@@ -18,6 +18,7 @@ from peft_bsr.backbones import Column, probe_column  # noqa: E402
 from peft_bsr.engine import Plan, Reduction, Route, record_routes  # noqa: E402
 from peft_bsr.errors import (  # noqa: E402
     AdapterError,
+    AdapterNameWarning,
     ConfigError,
     PeftBsrError,
     ReductionNotMergedWarning,
@@ -30,6 +31,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdapterError",
+    "AdapterNameWarning",
     "BSRConfig",
     "BSRModel",
     "Column",

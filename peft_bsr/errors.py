@@ -35,5 +35,9 @@ class AdapterError(PeftBsrError, ValueError):
     """A call on adapters (merge, set, mixed batch) asks for what this method cannot do."""
 
 
+class AdapterNameWarning(UserWarning):
+    """An adapter is called like a module: saving another one beside it would lose weights."""
+
+
 class ReductionNotMergedWarning(UserWarning):
     """The merged model runs on all tokens: token reduction is not part of the weights."""

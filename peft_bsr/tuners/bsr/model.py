@@ -15,7 +15,7 @@ from torch import nn
 
 from peft_bsr.backbones import Column, probe_column
 from peft_bsr.engine import Plan, RouteCarrier, attach_router, detach_router, verify_plan
-from peft_bsr.errors import AdapterError, ConfigError, ReductionNotMergedWarning
+from peft_bsr.errors import AdapterError, AdapterNameWarning, ConfigError, ReductionNotMergedWarning
 from peft_bsr.tuners.bsr.config import BSRConfig, build_plan
 from peft_bsr.tuners.bsr.layer import BSRLayer, BSRRouter, BSRWeights, check_single
 
@@ -68,7 +68,7 @@ class BSRModel(BaseTuner):
         """Check everything, put trained weights on the leaf modules, then give each block its plan."""
         routers = find_routers(model)
         column = routers[0].column if routers else probe_column(model)
-        _check_adapter_names(model, list(self.peft_config))
+        _warn_of_names(model, list(self.peft_config))
         plan, self._targets = _resolve(model, column, self.peft_config[adapter_name])
         with _detached(model, routers):
             verify_plan(model, column, plan)
@@ -230,8 +230,8 @@ def _resolve(model: nn.Module, column: Column, config: BSRConfig) -> tuple[Plan,
     for name in targets:
         if isinstance(model.get_submodule(name), AuxiliaryTrainingWrapper):
             problems.append(
-                f"another adapter trains {name!r} through `modules_to_save`, this one as part of its own weights. Name it "
-                "in `modules_to_save` of both or of neither."
+                f"another adapter trains {name!r} through `modules_to_save`, this one as part of its own weights. Name "
+                "it in `modules_to_save` of both or of neither."
             )
     problems += _check_modules_to_save(model, column, requested, config)
     if problems:
@@ -258,18 +258,16 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear)
 
 
-def _check_adapter_names(model: nn.Module, adapter_names: list[str]) -> None:
-    """With several adapters, PEFT leaves keys that hold another adapter's name out of a saved file, silently.
-
-    Raises:
-        AdapterError: If one of several adapters is called like a module.
-    """
+def _warn_of_names(model: nn.Module, adapter_names: list[str]) -> None:
+    """Saving one of several adapters, PEFT leaves out every key that holds the name of another, silently."""
     names = (re.split(r"\.(?:bsr_params|modules_to_save)\.", name)[0] for name, _ in model.named_modules())
     parts = {part for name in names for part in name.split(".")}
     if len(adapter_names) > 1 and (clashing := [name for name in adapter_names if name in parts]):
-        raise AdapterError(
-            f"The adapter names {clashing} are names of modules as well; saving one of several adapters would leave out "
-            "weights of those modules. Choose other names."
+        warnings.warn(
+            f"Adapters {clashing} are called like modules of this model. Running them is safe, but saving another "
+            "adapter beside them would leave out its weights of those modules. Save under other names.",
+            AdapterNameWarning,
+            stacklevel=2,
         )
 
 
@@ -280,8 +278,8 @@ def _check_modules_to_save(model: nn.Module, column: Column, plan: Plan, config:
         names = [name for name, _ in model.named_modules() if re.match(rf"(^|.*\.){saved}$", name)]
         if any(isinstance(model.get_submodule(name), BSRWeights) for name in names):
             problems.append(
-                f"`modules_to_save` names {saved!r}, which another adapter trains as part of its own weights. Name it in "
-                "`modules_to_save` of both or of neither."
+                f"`modules_to_save` names {saved!r}, which another adapter trains as part of its own weights. Name it "
+                "in `modules_to_save` of both or of neither."
             )
         early = [
             n for n in names if not any(f"{n}.".startswith(f"{r}.") or f"{r}.".startswith(f"{n}.") for r in reached)

@@ -54,8 +54,10 @@ def attention_with_class_row(
         The implementation's output, and weights [B, H, Q, N] whose row 0 is the class token's (Q = 1 where the
         implementation reports none, else its own rows). With dropout row 0 is the one before dropout.
     """
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
+    if implementation in (None, "eager"):
+        attend = sys.modules[type(module).__module__].eager_attention_forward
+    else:
+        attend = ALL_ATTENTION_FUNCTIONS[implementation]
     output, weights = attend(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     if weights is not None and not dropout:
         return output, weights

@@ -1,9 +1,10 @@
 """Makes a model's blocks follow a plan. The one file that changes a block's class.
 
 Each block gets a child module, its router, and a subclass of its own class with the same name (state-dict keys,
-`isinstance`, output capture and FSDP's wrapping stay intact). Hooks on the block's *call* take the running forward's
-route from the carrier and hand it to `forward` as a keyword. transformers checkpoints `forward`, not the call, so a
-recomputation gets the very route of its own forward; reading "the latest route" there was wrong by 0.6 to 1.1.
+`isinstance`, output capture and FSDP's wrapping stay intact). The block's *call* takes the running forward's route from
+the carrier and hands it to `forward` as a keyword. Gradient checkpointing, wherever transformers puts it (around
+`forward`, in earlier versions around the call of `nn.Module`), lies inside: a recomputation gets the very route of its
+own forward. Reading "the latest route" there was wrong by 0.6 to 1.1, silently.
 """
 
 from __future__ import annotations
@@ -38,7 +39,6 @@ class BlockRouter(nn.Module):
         self.column = column
         self.carrier = carrier
         self._block_plan = block_plan
-        self.hooks: list[torch.utils.hooks.RemovableHandle] = []
 
     @property
     def block_plan(self) -> BlockPlan | None:
@@ -67,17 +67,45 @@ class RoutedBlock(nn.Module):
     def gradient_checkpointing(self, enabled: bool) -> None:
         self.__dict__["gradient_checkpointing"] = enabled  # where the block's own class looks once we are gone
 
-    def forward(self, hidden_states: Tensor, *args: Any, route: Route | None = None, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the block on the running forward's route, and note what its reduction leaves."""
+        router: BlockRouter = getattr(self, _ROUTER)
+        plan = router.block_plan
+        if plan is None:
+            return super().__call__(*args, **kwargs)
+        left: list[Tensor] = []
+        args, kwargs = _enter_block(self, router, plan, left, args, kwargs)
+        output = super().__call__(*args, **kwargs)
+        _leave_block(router, left)
+        return output
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *args: Any,
+        route: Route | None = None,
+        left: list[Tensor] | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """Run the block; with a route, reduce tokens on it.
 
-        Returns:
-            What the block returns; with a route, the hidden states and the origins behind the reduction.
+        Args:
+            hidden_states: [B, P + M, D].
+            *args: For the block.
+            route: Tokens alive in `hidden_states`.
+            left: The origins behind the reduction are put here, because everybody around a block (hooks, output
+                capture, checkpointing) expects it to return what it always did.
+            **kwargs: For the block.
         """
-        if route is None:
+        if route is None or left is None:
             return super().forward(hidden_states, *args, **kwargs)
         router = getattr(self, _ROUTER)
         reduction = router.block_plan.reduction
-        return forward_reducing(self, router.column.anatomy, reduction, route, hidden_states, *args, **kwargs)
+        hidden_states, origins = forward_reducing(
+            self, router.column.anatomy, reduction, route, hidden_states, *args, **kwargs
+        )
+        left[:] = [origins]
+        return hidden_states
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _new_routed_block, (self.unrouted_class,), self.__dict__
@@ -153,31 +181,31 @@ def attach_router(model: nn.Module, router: BlockRouter) -> None:
     setattr(block, _ROUTER, router)
     block_class: Any = type(block)
     block.__class__ = routed_class(block_class)
-    router.hooks = [
-        block.register_forward_pre_hook(_enter_block, with_kwargs=True),
-        block.register_forward_hook(_leave_block, prepend=True),  # before output capture: it sees the reduced tokens
-    ]
     attention: Any = getattr(block, router.column.anatomy.attention)
-    attention.config = ScoringConfig(attention.config, router.is_scoring)
+    if hasattr(attention, "config"):  # without one, `verify_plan` refuses to reduce tokens
+        attention.config = ScoringConfig(attention.config, router.is_scoring)
 
 
 def detach_router(model: nn.Module, router: BlockRouter) -> None:
     """Undo `attach_router`."""
     block: Any = model.get_submodule(router.column.blocks[router.index])
-    for handle in router.hooks:
-        handle.remove()
-    attention = getattr(block, router.column.anatomy.attention)
-    attention.config = attention.config.config
+    attention: Any = getattr(block, router.column.anatomy.attention)
+    if hasattr(attention, "config"):
+        attention.config = attention.config.config
     block.__class__ = block.unrouted_class
     delattr(block, _ROUTER)
 
 
-def _enter_block(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    router: BlockRouter = getattr(block, _ROUTER)
-    plan = router.block_plan
-    if plan is None:
-        return None
-    hidden_states, *others = args
+def _enter_block(
+    block: nn.Module,
+    router: BlockRouter,
+    plan: BlockPlan,
+    left: list[Tensor],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of the block's call, made to follow the plan and the route."""
+    hidden_states, *others = args if args else (kwargs.pop("hidden_states"),)
     if router.index == 0:
         num_prefix = router.column.num_prefix
         router.carrier.route = Route(num_prefix, hidden_states.shape[1] - num_prefix)
@@ -188,24 +216,18 @@ def _enter_block(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     if _is_mask(kwargs.get("attention_mask")):
         kwargs = {**kwargs, "attention_mask": route.gather_mask(kwargs["attention_mask"])}
     if plan.reduction is not None:
-        kwargs = {**kwargs, "route": route}
+        kwargs = {**kwargs, "route": route, "left": left}
     return (hidden_states, *others), kwargs
 
 
-def _leave_block(block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    router: BlockRouter = getattr(block, _ROUTER)
-    plan = router.block_plan
-    if plan is None:
-        return None
+def _leave_block(router: BlockRouter, left: list[Tensor]) -> None:
     carrier = router.carrier
-    if plan.reduction is not None:
-        output, origins = output
-        carrier.route = route = carrier.current().reduced(origins)
+    if left:
+        carrier.route = route = carrier.current().reduced(left[0])
         if carrier.log is not None:
             carrier.log.append((router.index, route))
     if router.index == router.column.depth - 1:
         carrier.route = None
-    return output
 
 
 def _cut_gradient(block: Any, plan: BlockPlan, hidden_states: Tensor) -> Tensor:

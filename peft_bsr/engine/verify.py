@@ -30,6 +30,12 @@ def verify_plan(model: nn.Module, column: Column, plan: Plan) -> None:
     """
     if not plan.reduces:
         return
+    attention = getattr(model.get_submodule(column.blocks[0]), column.anatomy.attention)
+    if not hasattr(getattr(attention, "config", None), "_attn_implementation"):
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: its attention is not looked up in transformers' AttentionInterface, so the "
+            "class token's scores cannot be had. Use `keep_rate=1.0`, or a newer transformers."
+        )
     for name in column.blocks:
         if "forward" in vars(model.get_submodule(name)):
             raise UnsupportedModelError(

@@ -84,26 +84,25 @@ class RoutedBlock(nn.Module):
         hidden_states: Tensor,
         *args: Any,
         route: Route | None = None,
+        reduction: Reduction | None = None,
         left: list[Tensor] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Run the block; with a route, reduce tokens on it.
+        """Run the block; with a route and a reduction, reduce tokens. All of it comes with the call, for recomputation.
 
         Args:
             hidden_states: [B, P + M, D].
             *args: For the block.
             route: Tokens alive in `hidden_states`.
+            reduction: Where and how much to reduce.
             left: The origins behind the reduction are put here, because everybody around a block (hooks, output
                 capture, checkpointing) expects it to return what it always did.
             **kwargs: For the block.
         """
-        if route is None or left is None:
+        if route is None or reduction is None or left is None:
             return super().forward(hidden_states, *args, **kwargs)
-        router = getattr(self, _ROUTER)
-        reduction = router.block_plan.reduction
-        hidden_states, origins = forward_reducing(
-            self, router.column.anatomy, reduction, route, hidden_states, *args, **kwargs
-        )
+        anatomy = getattr(self, _ROUTER).column.anatomy
+        hidden_states, origins = forward_reducing(self, anatomy, reduction, route, hidden_states, *args, **kwargs)
         left[:] = [origins]
         return hidden_states
 
@@ -216,7 +215,7 @@ def _enter_block(
     if _is_mask(kwargs.get("attention_mask")):
         kwargs = {**kwargs, "attention_mask": route.gather_mask(kwargs["attention_mask"])}
     if plan.reduction is not None:
-        kwargs = {**kwargs, "route": route, "left": left}
+        kwargs = {**kwargs, "route": route, "reduction": plan.reduction, "left": left}
     return (hidden_states, *others), kwargs
 
 

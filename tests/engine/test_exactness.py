@@ -188,6 +188,12 @@ def test_two_forwards_before_a_backward_keep_their_own_tokens(make_model, images
         torch.testing.assert_close(gradients[1][name], expected, msg=name)
 
 
+def test_the_whole_model_compiles_as_one_graph(make_model, images):
+    model = reduced_model(make_model, "vit")
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(images).logits, model(images).logits)
+
+
 def test_routes_are_recorded_in_grid_coordinates(make_model, images):
     model = reduced_model(make_model, "deit", reduction_blocks=[1, 2])
     with record_routes(model) as routes:

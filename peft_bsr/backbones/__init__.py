@@ -1,7 +1,39 @@
 """What the model is: the only package that knows model families. `probe_column(model)` returns a `Column`."""
 
+from peft_bsr.backbones.anatomy import apply_part
 from peft_bsr.backbones.column import Anatomy, Column
+from peft_bsr.backbones.inputs import probe_inputs, quiet, relative_error, run_probe, tensors_of, tolerance
 from peft_bsr.backbones.probe import probe_column
-from peft_bsr.backbones.scoring import ScoringConfig, unscored
+from peft_bsr.backbones.registry import FamilyRule, find_rule, register_family, unregister_family
+from peft_bsr.backbones.scoring import (
+    AttentionScorer,
+    ScoringConfig,
+    SdpaObserver,
+    explicit_attention,
+    observed_interface,
+)
+from peft_bsr.backbones.side_inputs import TokenFollower, remove_hooks
 
-__all__ = ["Anatomy", "Column", "ScoringConfig", "probe_column", "unscored"]
+__all__ = [
+    "Anatomy",
+    "AttentionScorer",
+    "Column",
+    "FamilyRule",
+    "ScoringConfig",
+    "SdpaObserver",
+    "TokenFollower",
+    "apply_part",
+    "explicit_attention",
+    "find_rule",
+    "observed_interface",
+    "probe_column",
+    "probe_inputs",
+    "quiet",
+    "register_family",
+    "relative_error",
+    "remove_hooks",
+    "run_probe",
+    "tensors_of",
+    "tolerance",
+    "unregister_family",
+]

@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+ScoreSource = Literal["interface", "sdpa", "weights"]
 
 
 @dataclass(frozen=True)
 class Anatomy:
-    """Names of a pre-norm block's direct children in the order in which they run, and of its parameter owners.
+    """Names of a pre-norm block's direct children in the order in which they run.
 
     A block computes `x = x + after_attention(attention(norm1(x)))`, then `x = x + after_mlp(mlp(norm2(x)))`, where
-    the `after_*` are LayerScale, DropPath or Dropout modules.
+    the `after_*` are LayerScale, DropPath or Dropout modules, or vectors that the block itself holds.
     """
 
     norm1: str
     attention: str
     after_attention: tuple[str, ...]
     norm2: str
-    mlp: str
+    mlp: tuple[str, ...]
     after_mlp: tuple[str, ...]
-    leaves: tuple[str, ...]
-    """Every module inside the block that holds parameters, relative to the block: `"attention.q_proj"`, ..."""
+    mlp_adds_residual: bool = False
+    """The last of `mlp` takes the residual as its second argument and adds it itself."""
+    block_inputs: tuple[str, ...] = ()
+    """Names of what a block's forward takes by position behind the hidden states."""
+    attention_inputs: tuple[str, ...] | None = None
+    """Those that it hands to its attention, by the same names; None = all."""
 
 
 @dataclass(frozen=True)
@@ -29,26 +36,48 @@ class Column:
 
     Attributes:
         blocks: Module names of the transformer blocks, first to last.
-        anatomy: Parts of a block; all blocks share it.
+        leaves: Modules inside a block that hold its parameters, relative to the block: `"attention.q_proj"`, ...
+        roles: Canonical name of every leaf, the same whatever a layout calls it: `"attention.query"`, ...
+        attention: Name inside a block of the module that owns the query, key and value projections.
+        anatomy: Parts of a block, or None where it is not a plain pre-norm block; all blocks share it.
         head: Names of the modules behind the last block that hold parameters and change the output (final norm,
             pooler, classifiers).
         width: D, channels of a token.
         num_prefix: P, tokens at the front that do not depend on the image (class, distillation, registers).
-        image_shape: (channels, height, width) of the image that was probed.
-        grid: (rows, columns) of patches of that image.
+        num_patches: M, tokens of the probed image itself.
+        num_suffix: S, tokens at the end that do not depend on the image (detection tokens).
+        image_shape: Shape of the probed input without the batch: (channels, height, width) of an image.
+        grid: (rows, columns) of its patches, (frames, rows, columns) of a video; None where the tokens are no grid.
         reads_prefix: Prefix positions of the last block's output that change the model's output.
         reads_patches: Whether patch tokens of the last block's output do (a mean-pooling head, say).
+        reads_suffix: Whether suffix tokens do.
+        is_chained: Whether every block's input is the output of the one before it.
+        returns_tuple: Whether a block returns (hidden states, ...) and not the hidden states alone.
+        uses_positions: Whether blocks use a token's position, through side inputs that follow the kept tokens.
+        scores_from: How token scores are had: from the query and key that pass through transformers'
+            `AttentionInterface` (`"interface"`) or torch's `scaled_dot_product_attention` (`"sdpa"`), from the
+            `"weights"` that the attention returns, or not at all (None).
     """
 
     blocks: tuple[str, ...]
-    anatomy: Anatomy
+    leaves: tuple[str, ...]
+    roles: tuple[str, ...]
+    attention: str
+    anatomy: Anatomy | None
     head: tuple[str, ...]
     width: int
     num_prefix: int
-    image_shape: tuple[int, int, int]
-    grid: tuple[int, int]
+    num_patches: int
+    num_suffix: int
+    image_shape: tuple[int, ...]
+    grid: tuple[int, ...] | None
     reads_prefix: tuple[int, ...]
     reads_patches: bool
+    reads_suffix: bool
+    is_chained: bool
+    returns_tuple: bool
+    uses_positions: bool
+    scores_from: ScoreSource | None
 
     @property
     def depth(self) -> int:
@@ -56,11 +85,22 @@ class Column:
         return len(self.blocks)
 
     @property
+    def num_special(self) -> int:
+        """P + S, tokens that are never dropped."""
+        return self.num_prefix + self.num_suffix
+
+    @property
     def num_tokens(self) -> int:
-        """Tokens of the probed image, prefix included (N)."""
-        return self.num_prefix + self.grid[0] * self.grid[1]
+        """Tokens of the probed image, special ones included (N)."""
+        return self.num_special + self.num_patches
 
     @property
     def patch_size(self) -> tuple[int, int]:
-        """(height, width) of a patch in pixels."""
+        """(height, width) of an image's patch in pixels.
+
+        Raises:
+            ValueError: If the model does not cut one image into a grid.
+        """
+        if self.grid is None or len(self.grid) != 2 or len(self.image_shape) != 3:
+            raise ValueError("this model's tokens are not a grid of patches of one image")
         return self.image_shape[1] // self.grid[0], self.image_shape[2] // self.grid[1]

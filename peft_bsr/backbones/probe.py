@@ -1,35 +1,47 @@
 """Probe a model once and describe it as a `Column`, or refuse with the reason that was found.
 
-One forward pass on two random images, without gradients up to the last block: blocks are what maps [B, N, D] to
-[B, N, D] in a chain, special tokens are those that two different images share, the head is what changes the output
-behind the last block. No table of class names. The model's weights, buffers, mode and the random state are left alone.
+The embeddings of two random images and one whole forward pass, without gradients up to the last block: blocks are what
+maps [B, N, D] to [B, N, D], special tokens are those that two different images share, the head is what changes the
+output behind the last block. No table of class names. The model's weights, buffers, mode and the random state are left
+alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from peft_bsr.backbones.column import Anatomy, Column
+from peft_bsr.backbones.anatomy import attention_names, find_anatomy, leaf_roles, parameter_owners, takes_residual
+from peft_bsr.backbones.column import Column
+from peft_bsr.backbones.inputs import (
+    input_shapes,
+    probe_inputs,
+    quiet,
+    relative_error,
+    run_probe,
+    tensors_of,
+    tolerance,
+)
+from peft_bsr.backbones.registry import find_rule, vision_config
+from peft_bsr.backbones.scoring import find_score_source
+from peft_bsr.backbones.side_inputs import TokenFollower
+from peft_bsr.core import BlockRun, Route, RouteCarrier
 from peft_bsr.errors import UnsupportedModelError
 
 SUPPORTED = (
-    "Supported are plain vision transformers: ViT, DeiT (with and without teacher), ViT-MSN, DINOv2 (with and "
-    "without registers) and the CLIP vision tower, bare or with an image classification head"
+    "Supported are plain vision transformers, found by probing: one list of blocks that map [B, N, D] to [B, N, D] with "
+    "global attention; docs/compatibility.md lists the families tested"
 )
-_PROJECTIONS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q", "k", "v"))
-_PREFERRED_PATCHES = 256  # a probe at DINOv2's native 518 px (1369 patches) takes seconds, at 256 patches a fraction
 
 
 def probe_column(model: nn.Module) -> Column:
-    """Describe `model`, a vision transformer that takes `pixel_values`.
+    """Describe `model`, a vision transformer.
 
     Args:
-        model: A transformers vision model, with or without a head, on any device but meta.
+        model: A transformers vision (or spectrogram) model, with or without a head, on any device but meta.
 
     Returns:
         Its `Column`.
@@ -49,36 +61,8 @@ def probe_column(model: nn.Module) -> Column:
         raise UnsupportedModelError(f"{type(model).__name__} is not supported: {error}. {SUPPORTED}.") from None
 
 
-@contextmanager
-def quiet(model: nn.Module) -> Iterator[None]:
-    """Run `model` without a trace: evaluation mode, no gradients, the random state and every module's mode restored."""
-    training = [module for module in model.modules() if module.training]
-    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-    model.eval()
-    try:
-        with torch.random.fork_rng(devices), torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def probe_images(column_or_shape: Column | tuple[int, int, int], batch_size: int, like: Tensor) -> Tensor:
-    """Random images [batch_size, C, H, W], always the same, in the dtype and on the device of `like`."""
-    shape = column_or_shape.image_shape if isinstance(column_or_shape, Column) else column_or_shape
-    images = torch.randn(batch_size, *shape, generator=torch.Generator().manual_seed(0))
-    return images.to(device=like.device, dtype=like.dtype)
-
-
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    """Largest absolute difference over the largest absolute expected value."""
-    scale = expected.abs().max().clamp_min(torch.finfo(expected.dtype).tiny)
-    return float((found - expected).abs().max() / scale)
-
-
-def tolerance(dtype: torch.dtype) -> float:
-    """How far two orders of the same sums may lie apart: 1e-4 in fp32, 5e-2 in half precision."""
-    return 1e-4 if dtype in (torch.float32, torch.float64) else 5e-2
+class _EmbeddingsSeen(Exception):  # noqa: N818  (a way out of a forward, not an error)
+    """Leaves the forward at the first block."""
 
 
 class _Trace:
@@ -87,10 +71,14 @@ class _Trace:
     def __init__(self) -> None:
         self.inputs: list[Tensor] = []
         self.outputs: list[Any] = []
+        self.returns_tuple = False
+        self.last: Any = None  # the last block's hidden states, where the graph starts
         self.call: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})  # the first block's, less the hidden states
+        self.attention_call: tuple[tuple[Any, ...], dict[str, Any]] | None = None  # the first block's
+        self.attention_shapes: list[tuple[int, ...]] = []
         self.order: dict[int, list[str]] = {}  # block index -> children as they ran
-        self.attention_calls: list[tuple[Any, ...]] = []
-        self.grid: tuple[int, int] | None = None
+        self.residual_takers: set[str] = set()
+        self.grids: list[tuple[int, ...]] = []
         self.behind: dict[str, Tensor] = {}  # head candidates -> their output
 
 
@@ -100,95 +88,104 @@ def _probe(model: nn.Module) -> Column:
     list_name, attention_name = _find_blocks(model)
     blocks = list(model.get_submodule(list_name).children())
     with quiet(model):
-        image_shape, output, trace = _run(model, list_name, blocks, attention_name)
-        _check_chain(trace, blocks)
-        hidden = trace.inputs[0]
-        num_prefix = _count_prefix(hidden)
-        if trace.grid is None or num_prefix + trace.grid[0] * trace.grid[1] != hidden.shape[1]:
-            raise UnsupportedModelError(
-                f"its first block sees {hidden.shape[1]} tokens, which are not {num_prefix} special ones and one for "
-                f"each of the patches {trace.grid}"
-            )
-        _check_permutation(blocks[0], trace, num_prefix)
+        image_shape, embeddings, output, trace = _run(model, list_name, blocks, attention_name)
+        _check_blocks(trace, blocks)
+        num_prefix, num_suffix = _count_special(embeddings)
+        num_patches = embeddings.shape[1] - num_prefix - num_suffix
+        route = Route(num_prefix, num_patches, num_suffix)
+        uses_positions = _check_permutation(model, blocks[0], attention_name, trace, route)
+        attention = blocks[0].get_submodule(attention_name)
+        assert trace.attention_call is not None
+        scores_from = find_score_source(attention, *trace.attention_call)
         reads, head = _read_out(output, trace)
+    leaves = tuple(parameter_owners(blocks[0]))
+    orders = [list(order) for order in trace.order.values()]
+    is_same = all(order == orders[0] for order in orders)
+    anatomy = find_anatomy(blocks[0], orders[0], trace.residual_takers, attention_name) if is_same else None
+    grids = [grid for grid in trace.grids if torch.Size(grid).numel() == num_patches]
     return Column(
         blocks=tuple(f"{list_name}.{i}" for i in range(len(blocks))),
-        anatomy=_anatomy(blocks, trace, attention_name),
+        leaves=leaves,
+        roles=leaf_roles(blocks[0], leaves, anatomy, attention_name),
+        attention=attention_name,
+        anatomy=anatomy,
         head=head,
-        width=hidden.shape[-1],
+        width=embeddings.shape[-1],
         num_prefix=num_prefix,
+        num_patches=num_patches,
+        num_suffix=num_suffix,
         image_shape=image_shape,
-        grid=trace.grid,
+        grid=grids[-1] if grids else None,
         reads_prefix=tuple(i for i in range(num_prefix) if reads[i]),
-        reads_patches=bool(reads[num_prefix:].any()),
+        reads_patches=bool(reads[num_prefix : num_prefix + num_patches].any()),
+        reads_suffix=bool(reads[num_prefix + num_patches :].any()),
+        is_chained=all(torch.equal(a, b) for a, b in zip(trace.inputs[1:], trace.outputs, strict=False)),
+        returns_tuple=trace.returns_tuple,
+        uses_positions=uses_positions,
+        scores_from=scores_from,
     )
 
 
 def _find_blocks(model: nn.Module) -> tuple[str, str]:
     """Name of the list of blocks, and of the attention relative to a block."""
-    depth = getattr(_vision_config(model), "num_hidden_layers", None)
-    found: dict[str, str] = {}
+    depth = getattr(vision_config(model), "num_hidden_layers", None)
+    found: dict[str, list[str]] = {}
     for name, module in model.named_modules():
-        if not isinstance(module, (nn.ModuleList, nn.Sequential)) or len(module) < 2:
-            continue
-        attentions = [_attention_names(block) for block in module]
-        if len({type(block) for block in module}) == 1 and all(len(names) == 1 for names in attentions):
-            found[name] = attentions[0][0]
+        if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module) > 1:
+            attentions = [attention_names(block) for block in module]
+            if len({type(block) for block in module}) == 1 and all(attentions):
+                found[name] = attentions[0]
     lengths = {name: len(list(model.get_submodule(name).children())) for name in found}
-    matching = {name: attention for name, attention in found.items() if lengths[name] == depth}
-    if len(matching) != 1:
-        lists = ", ".join(f"{name} ({length} blocks)" for name, length in lengths.items()) or "none"
+    matching = [name for name in found if depth is None or lengths[name] == depth]
+    if len(matching) != 1 or len(found[matching[0]]) != 1:
+        lists = [f"{name} ({lengths[name]} blocks with {' and '.join(found[name])})" for name in found]
         raise UnsupportedModelError(
             f"it must have one list of equal blocks, each with one attention (query, key and value projections), as "
-            f"long as its config's num_hidden_layers={depth}; found: {lists}"
+            f"long as its config's num_hidden_layers={depth}; found: {', '.join(lists) or 'none'}"
         )
-    return next(iter(matching.items()))
-
-
-def _attention_names(block: nn.Module) -> list[str]:
-    return [name for name, module in block.named_modules() if any(_has_all(module, names) for names in _PROJECTIONS)]
-
-
-def _has_all(module: nn.Module, names: tuple[str, ...]) -> bool:
-    return all(hasattr(getattr(module, name, None), "in_features") for name in names)
+    return matching[0], found[matching[0]][0]
 
 
 def _run(
     model: nn.Module, list_name: str, blocks: list[nn.Module], attention_name: str
-) -> tuple[tuple[int, int, int], Any, _Trace]:
-    """Forward two images; the graph starts at the last block's output."""
-    like = next(p for p in model.parameters() if p.is_floating_point())
+) -> tuple[tuple[int, ...], Tensor, Any, _Trace]:
+    """Embed two images, then forward the first of them; the graph starts at the last block's output."""
     failure: Exception | None = None
-    for image_shape in _image_shapes(model):
+    for image_shape in input_shapes(model):
         trace = _Trace()
         with ExitStack() as hooks:
-            _watch(model, list_name, blocks, attention_name, trace, hooks)
             try:
+                embeddings = _embed(model, blocks[0], probe_inputs(model, 2, image_shape))
+                _watch(model, list_name, blocks, attention_name, trace, hooks)
                 with torch.no_grad():  # leaving it also undoes what the last block's hook switches on
-                    output = model(pixel_values=probe_images(image_shape, 2, like))
-                return image_shape, output, trace
-            except (ValueError, TypeError, RuntimeError, AttributeError) as error:
+                    output = run_probe(model, probe_inputs(model, 1, image_shape))
+                return image_shape, embeddings, output, trace
+            except UnsupportedModelError:
+                raise
+            except (ValueError, TypeError, RuntimeError, AttributeError, IndexError) as error:
                 failure = error  # a fixed-size model refuses the small image; the last try is its native size
-    raise UnsupportedModelError(f"a forward pass on random `pixel_values` failed with {failure!r}")
+    raise UnsupportedModelError(f"a forward pass on random inputs failed with {failure!r}")
 
 
-def _vision_config(model: nn.Module) -> Any:
-    config = getattr(model, "config", None)
-    return getattr(config, "vision_config", config)
+def _embed(model: nn.Module, first_block: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    """What the first block gets: the forward is left there."""
+    seen: list[Any] = []
 
+    def leave(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append(args[0] if args else kwargs.get("hidden_states"))
+        raise _EmbeddingsSeen
 
-def _image_shapes(model: nn.Module) -> list[tuple[int, int, int]]:
-    config = _vision_config(model)
-    size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", None)
-    patch = getattr(config, "patch_size", None)
-    if size is None or channels is None or not isinstance(patch, int):
-        raise UnsupportedModelError("its config names no image_size, num_channels and patch_size of a 2-D image")
-    height, width = (size, size) if isinstance(size, int) else size
-    shapes = [(channels, height, width)]
-    side = int(_PREFERRED_PATCHES**0.5) * patch
-    if height * width > side * side:
-        shapes.insert(0, (channels, side, side))
-    return shapes
+    handle = first_block.register_forward_pre_hook(leave, with_kwargs=True)
+    try:
+        run_probe(model, inputs)
+    except _EmbeddingsSeen:
+        pass
+    finally:
+        handle.remove()
+    if len(seen) != 1 or not isinstance(seen[0], Tensor) or seen[0].ndim != 3:
+        shape = tuple(getattr(seen[0], "shape", ())) if seen else None
+        raise UnsupportedModelError(f"its first block gets {shape} in the place of tokens [B, N, D]")
+    return seen[0]
 
 
 def _watch(
@@ -198,28 +195,38 @@ def _watch(
         hooks.callback(handle.remove)
 
     def enter_block(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden: Any = args[0] if args else kwargs.get("hidden_states")
         if not trace.inputs:
             trace.call = (args[1:], {k: v for k, v in kwargs.items() if k != "hidden_states"})
-        trace.inputs.append(hidden)
+        trace.inputs.append(args[0] if args else kwargs["hidden_states"])
 
     def leave_block(block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        trace.outputs.append(output)
-        if block is blocks[-1] and isinstance(output, Tensor):
-            trace.outputs[-1] = output.detach().requires_grad_()
+        hidden_states, *others = output if isinstance(output, tuple) else (output,)
+        trace.outputs.append(hidden_states)
+        trace.returns_tuple = isinstance(output, tuple)
+        if block is blocks[-1] and isinstance(hidden_states, Tensor):
+            trace.last = hidden_states.detach().requires_grad_()
             torch.set_grad_enabled(True)
-            return trace.outputs[-1]
+            return (trace.last, *others) if isinstance(output, tuple) else trace.last
         return None
 
     def enter_attention(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        trace.attention_calls.append((*args, *kwargs.values()))
+        trace.attention_call = trace.attention_call or (args, dict(kwargs))
+        tokens = args[0] if args else next(iter(kwargs.values()), None)
+        trace.attention_shapes.append(tuple(getattr(tokens, "shape", ())))
+
+    def enter_child(name: str, order: list[str], args: tuple[Any, ...]) -> None:
+        order.append(name)
+        if takes_residual(args):
+            trace.residual_takers.add(name)
 
     def leave_patches(conv: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        trace.grid = trace.grid or (output.shape[2], output.shape[3])
+        if not trace.inputs:
+            trace.grids.append(tuple(output.shape[2:]))
 
     def leave_behind(name: str, output: Any) -> None:
-        if len(trace.outputs) == len(blocks) and isinstance(output, Tensor):
-            trace.behind[name] = output
+        tensors = tensors_of(output) if len(trace.outputs) == len(blocks) else []
+        if tensors:
+            trace.behind[name] = tensors[0]
 
     for index, block in enumerate(blocks):
         on(block.register_forward_pre_hook(enter_block, with_kwargs=True))
@@ -227,112 +234,105 @@ def _watch(
         on(block.get_submodule(attention_name).register_forward_pre_hook(enter_attention, with_kwargs=True))
         for child_name, child in block.named_children():
             order = trace.order.setdefault(index, [])
-            on(child.register_forward_pre_hook(lambda _m, _a, order=order, name=child_name: order.append(name)))
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d) and module.stride == module.kernel_size:
+            on(child.register_forward_pre_hook(lambda _m, a, order=order, name=child_name: enter_child(name, order, a)))
+    for module in model.modules():
+        if isinstance(module, (nn.Conv2d, nn.Conv3d)):
             on(module.register_forward_hook(leave_patches))
-        if _owns_parameters(module) and not name.startswith(f"{list_name}."):
-            on(module.register_forward_hook(lambda _m, _a, output, name=name: leave_behind(name, output)))
+    for name in parameter_owners(model, avoid=list_name):
+        hook = model.get_submodule(name).register_forward_hook
+        on(hook(lambda _m, _a, output, name=name: leave_behind(name, output)))
 
 
-def _check_chain(trace: _Trace, blocks: list[nn.Module]) -> None:
-    """Every block ran once, [B, N, D] -> [B, N, D], and nothing happens between two blocks."""
+def _check_blocks(trace: _Trace, blocks: list[nn.Module]) -> None:
+    """Every block ran once, [B, N, D] -> [B, N, D], and its attention saw all tokens."""
     if len(trace.inputs) != len(blocks):
         raise UnsupportedModelError(f"its {len(blocks)} blocks ran {len(trace.inputs)} times in one forward")
-    shape = getattr(trace.inputs[0], "shape", ())
+    shape = trace.inputs[0].shape
     for index, (hidden, output) in enumerate(zip(trace.inputs, trace.outputs, strict=True)):
-        if not isinstance(output, Tensor):
-            raise UnsupportedModelError(f"block {index} returns a {type(output).__name__}, not a tensor [B, N, D]")
-        if len(shape) != 3 or hidden.shape != shape or output.shape != shape:
+        if not isinstance(output, Tensor) or hidden.shape != shape or output.shape != shape:
+            found = tuple(getattr(output, "shape", ())) or type(output).__name__
             raise UnsupportedModelError(
-                f"block {index} maps {tuple(hidden.shape)} to {tuple(output.shape)}, not [B, N, D] to the same shape"
+                f"block {index} maps {tuple(hidden.shape)} to {found}, not the {tuple(shape)} of block 0 to the same"
             )
-        if index and not torch.equal(hidden, trace.outputs[index - 1]):
-            raise UnsupportedModelError(f"something changes the tokens between blocks {index - 1} and {index}")
-    for index, (hidden, *side_inputs) in enumerate(trace.attention_calls):
-        if hidden.shape != shape:
-            raise UnsupportedModelError(f"attention {index} sees {tuple(hidden.shape)}, not all tokens {tuple(shape)}")
-        if any(isinstance(t, Tensor) for t in _flatten(side_inputs)):
+    for index, attended in enumerate(trace.attention_shapes):
+        if attended != shape:
             raise UnsupportedModelError(
-                "its attention takes position tables, biases or masks as inputs, which would have to follow the "
-                "kept tokens"
+                f"attention {index} sees {attended}, not all tokens {tuple(shape)} at once (windows, or a grid)"
             )
-
-
-def _flatten(values: Any) -> Iterator[Any]:
-    for value in values:
-        if isinstance(value, (tuple, list)):
-            yield from _flatten(value)
-        else:
-            yield value
-
-
-def _count_prefix(hidden: Tensor) -> int:
-    shared = (hidden[0] == hidden[1]).all(dim=-1).tolist()
-    num_prefix = shared.index(False) if False in shared else len(shared)
-    if any(shared[num_prefix:]):
-        special = [i for i, is_special in enumerate(shared) if is_special]
-        raise UnsupportedModelError(f"tokens that do not depend on the image sit behind the patches, at {special}")
-    return num_prefix
-
-
-def _check_permutation(block: nn.Module, trace: _Trace, num_prefix: int) -> None:
-    """Dropping tokens is exact only if a block treats patches alike wherever they stand."""
-    hidden, (args, kwargs) = trace.inputs[0], trace.call
-    num_tokens = hidden.shape[1]
-    shuffled = num_prefix + torch.randperm(num_tokens - num_prefix, generator=torch.Generator().manual_seed(0))
-    order = torch.cat([torch.arange(num_prefix), shuffled]).to(hidden.device)
-    error = relative_error(block(hidden[:, order], *args, **kwargs), block(hidden, *args, **kwargs)[:, order])
-    if error > tolerance(hidden.dtype):
+    if len(trace.attention_shapes) != len(blocks):
         raise UnsupportedModelError(
-            f"its blocks use the position of a token inside (swapping patches changes a block's output by "
-            f"{error:.1e} relative), which would have to follow the kept tokens"
+            f"its {len(blocks)} blocks called their attention {len(trace.attention_shapes)} times in one forward"
         )
+
+
+def _count_special(embeddings: Tensor) -> tuple[int, int]:
+    """Lengths of the prefix and the suffix of tokens that both images share."""
+    shared = (embeddings[0] == embeddings[1]).all(dim=-1).tolist()
+    if all(shared):
+        raise UnsupportedModelError("its first block gets the same tokens for two different images")
+    num_prefix, num_suffix = shared.index(False), shared[::-1].index(False)
+    if any(shared[num_prefix : len(shared) - num_suffix]):
+        special = [i for i, is_special in enumerate(shared) if is_special]
+        raise UnsupportedModelError(f"tokens that do not depend on the image sit among the patches, at {special}")
+    return num_prefix, num_suffix
+
+
+def _check_permutation(model: nn.Module, block: nn.Module, attention_name: str, trace: _Trace, route: Route) -> bool:
+    """Dropping tokens is exact only if a block treats patches alike wherever they stand, or where side inputs tell it.
+
+    Returns:
+        Whether it is the side inputs that tell.
+    """
+    hidden, (args, kwargs) = trace.inputs[0], trace.call
+    order = torch.randperm(route.num_patches, generator=torch.Generator().manual_seed(0)).to(hidden.device)
+    shuffled = Route(route.num_prefix, route.num_patches, route.num_suffix, origins=order[None])
+    places = shuffled.places()[0]
+    expected = tensors_of(block(hidden, *args, **kwargs))[0][:, places]
+
+    def error() -> float:
+        return relative_error(tensors_of(block(hidden[:, places], *args, **kwargs))[0], expected)
+
+    limit = tolerance(hidden.dtype)
+    raw = error()
+    if raw <= limit:
+        return False
+    carrier = RouteCarrier()
+    follower = TokenFollower(carrier, find_rule(model))
+    follower.attach(block, attention_name)
+    carrier.inside = BlockRun(shuffled)
+    try:
+        followed = error()
+    except (ValueError, TypeError, RuntimeError, AttributeError, IndexError) as failure:
+        raise UnsupportedModelError(
+            f"its blocks use the position of a token inside (swapping patches changes a block's output by {raw:.1e} "
+            f"relative), and with position tables, biases and masks swapped alike they fail with {failure!r}"
+        ) from failure
+    finally:
+        follower.detach(block, attention_name)
+    if followed > limit:
+        raise UnsupportedModelError(
+            f"its blocks use the position of a token inside (swapping patches changes a block's output by {raw:.1e} "
+            f"relative, {followed:.1e} with position tables, biases and masks swapped alike), so what they compute on "
+            "fewer tokens is not known"
+        )
+    return True
 
 
 def _read_out(output: Any, trace: _Trace) -> tuple[Tensor, tuple[str, ...]]:
     """Tokens of the last block that change the output [N], and the modules behind it that do."""
-    values = output.to_tuple() if hasattr(output, "to_tuple") else output
-    tensors = [t for t in _flatten(values if isinstance(values, (tuple, list)) else (values,)) if isinstance(t, Tensor)]
-    tensors = [t for t in tensors if t.requires_grad]
+    tensors = [t for t in tensors_of(output) if t.requires_grad]
     if not tensors:
-        raise UnsupportedModelError("its output does not depend on its last block")
+        raise UnsupportedModelError("its output does not depend on its last block, which would train for nothing")
     generator = torch.Generator().manual_seed(0)
     with torch.enable_grad():  # random weights: a plain sum of a LayerNorm's output has no gradient
         weighted = [t.float() * torch.randn(t.shape, generator=generator).to(t.device) for t in tensors]
         probe = torch.stack([t.sum() for t in weighted]).sum()
     outputs = [t if t.requires_grad else None for t in trace.behind.values()]
-    sources = [trace.outputs[-1], *(t for t in outputs if t is not None)]
+    sources = [trace.last, *(t for t in outputs if t is not None)]
     last, *rest = torch.autograd.grad(probe, sources, allow_unused=True)
+    if last is None:
+        raise UnsupportedModelError("its output does not depend on its last block, which would train for nothing")
     gradients = iter(rest)
     used = [t is not None and next(gradients) is not None for t in outputs]
     reads = last.abs().sum(dim=(0, 2)).ne(0).cpu()
     return reads, tuple(name for name, is_used in zip(trace.behind, used, strict=True) if is_used)
-
-
-def _anatomy(blocks: list[nn.Module], trace: _Trace, attention_name: str) -> Anatomy:
-    orders = {tuple(order) for order in trace.order.values()}
-    order = list(orders.pop())
-    attention = attention_name.split(".")[0]
-    with_linears = [n for n in order if n != attention and _has_linear(getattr(blocks[0], n))]
-    if orders or attention not in order or len(with_linears) != 1 or len(order) < 4:
-        raise UnsupportedModelError(f"its blocks are not norm, attention, norm, MLP with one of each; they run {order}")
-    a, m = order.index(attention), order.index(with_linears[0])
-    if a != 1 or m < a + 2:
-        raise UnsupportedModelError(f"its blocks are not pre-norm; their parts run in the order {order}")
-    leaves = tuple(name for name, module in blocks[0].named_modules() if _owns_parameters(module))
-    owned = {f"{leaf}.{name}" for leaf in leaves for name, _ in blocks[0].get_submodule(leaf).named_parameters()}
-    orphans = sorted({name for name, _ in blocks[0].named_parameters()} - owned)
-    if orphans:
-        raise UnsupportedModelError(f"its blocks hold parameters outside of a leaf module: {orphans}")
-    return Anatomy(
-        order[0], order[a], tuple(order[a + 1 : m - 1]), order[m - 1], order[m], tuple(order[m + 1 :]), leaves
-    )
-
-
-def _has_linear(module: nn.Module) -> bool:
-    return any(hasattr(m, "in_features") for m in module.modules())
-
-
-def _owns_parameters(module: nn.Module) -> bool:
-    return next(module.parameters(recurse=False), None) is not None and not any(True for _ in module.children())

@@ -1,114 +1,210 @@
-"""Class-token scores from the query and key that attention really uses, whichever implementation runs.
+"""Token scores from the query and key that attention really uses, whichever implementation runs.
 
-transformers looks the attention function up by `attention.config._attn_implementation` at each call. A scoring layer
-gets a view of its config that answers with a twin of the configured name; the twin runs the configured function and
-returns the class token's attention row in the place of the attention weights. Nothing is stored between calls, the
-model's own config is untouched (so masks are still made for the configured implementation), and
-`model.set_attn_implementation` keeps working. Hooks on the q and k projections would be wrong wherever something
-sits between projection and product (row error 5e-2 on DINOv3, 1e-2 on BEiT).
+Three ways, in this order; the probe finds out which one an attention allows:
+
+1. `"interface"`: transformers looks the attention function up by `attention.config._attn_implementation` at each call.
+   The attention gets a view of its config that answers, while scores are asked for, with a twin of the configured
+   name; the twin notes query, key and mask and runs the configured function. The model's own config is untouched (so
+   masks are still made for the configured implementation), and `model.set_attn_implementation` keeps working.
+2. `"sdpa"`: attention that calls torch's `scaled_dot_product_attention` itself (timm, Data2Vec).
+3. `"weights"`: attention that always returns its weights (BLIP).
+
+Hooks on the q and k projections would be wrong wherever something sits between projection and product (row error
+5e-2 on DINOv3, 1e-2 on BEiT).
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from peft_bsr.core import class_attention
+from peft_bsr.backbones.column import ScoreSource
+from peft_bsr.core import RouteCarrier, token_scores, weights_to_scores
 
-_TWIN_PREFIX = "class_row|"
+_TWIN_PREFIX = "scored|"
+# what attention was called with and what it gave: query [B, H, N, d], key, value, scaling, mask, output [B, H, N, d]
+Observer = Callable[[Tensor, Tensor, Tensor, float, Any, Tensor], None]
 
 
-def attention_with_class_row(
-    implementation: str | None,
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor]:
-    """Run `implementation` and report the class token's attention beside its output.
+class AttentionScorer:
+    """Fills the scores of the block that runs with what its attention is called with.
 
     Args:
-        implementation: Name known to transformers' `AttentionInterface`, or `"eager"`.
-        module: The attention module.
-        query: [B, H, N, d].
-        key: [B, H, N, d].
-        value: [B, H, N, d].
-        attention_mask: As the implementation takes it; 4-D masks also apply to the scores.
-        scaling: Factor on the products; None = d ** -0.5.
-        dropout: Dropout on the attention weights.
-        **kwargs: For the implementation.
-
-    Returns:
-        The implementation's output, and weights [B, H, Q, N] whose row 0 is the class token's (Q = 1 where the
-        implementation reports none, else its own rows). With dropout row 0 is the one before dropout.
+        carrier: Knows the block that runs.
     """
-    if implementation in (None, "eager"):
-        attend = sys.modules[type(module).__module__].eager_attention_forward
-    else:
-        attend = ALL_ATTENTION_FUNCTIONS[implementation]
-    output, weights = attend(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
-    if weights is not None and not dropout:
-        return output, weights
-    dense_mask = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.ndim == 4 else None
-    row = class_attention(query, key, query.shape[-1] ** -0.5 if scaling is None else scaling, dense_mask)
-    return output, row if weights is None else torch.cat([row, weights[:, :, 1:]], dim=2)
+
+    def __init__(self, carrier: RouteCarrier) -> None:
+        self.carrier = carrier
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether the running block wants scores that it has not got yet."""
+        run = self.carrier.inside
+        return run is not None and run.score is not None and run.token_scores is None
+
+    def observe(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: Any, output: Tensor) -> None:
+        """Score the tokens of [B, H, N, d]; a second attention inside the same block is not looked at."""
+        run = self.carrier.inside
+        if run is not None and run.score is not None and run.token_scores is None:
+            run.token_scores = token_scores(run.score, query, key, scaling, _dense(mask))
+
+    def observe_weights(self, attention: nn.Module, args: Any, output: Any) -> None:
+        """A forward hook for attention that returns (output, weights [B, H, N, N])."""
+        run = self.carrier.inside
+        if run is not None and run.score is not None and run.token_scores is None:
+            run.token_scores = weights_to_scores(run.score, output[1])
+
+    def watching(self, source: ScoreSource | None) -> Any:
+        """A context in which attention of this source reports here; only `"sdpa"` needs one."""
+        return SdpaObserver(self.observe) if source == "sdpa" else nullcontext()
 
 
 class ScoringConfig:
-    """A view of an attention module's config that names the scoring twin while `is_scoring()` holds.
+    """A view of an attention module's config that names the scoring twin while scores are asked for.
 
     Args:
         config: The config to look through; it stays shared with the rest of the model.
-        is_scoring: Called at each look-up.
+        scorer: Asked at each look-up, told at each call.
     """
 
-    def __init__(self, config: Any, is_scoring: Callable[[], bool]) -> None:
+    def __init__(self, config: Any, scorer: Any) -> None:
         self.config = config
-        self.is_scoring = is_scoring
+        self.scorer = scorer
 
     @property
     def _attn_implementation(self) -> str | None:
         implementation = self.config._attn_implementation
-        return _twin(implementation) if self.is_scoring() else implementation
+        return _twin(implementation) if self.scorer.is_asked else implementation
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "config":  # copying and pickling ask before `config` is there
+        if name.startswith("__") or name in ("config", "scorer"):  # copying and pickling ask before they are there
             raise AttributeError(name)
         return getattr(self.config, name)
 
 
-class _EagerConfig(ScoringConfig):
-    @property
-    def _attn_implementation(self) -> str | None:
-        return "eager"
+class SdpaObserver(TorchFunctionMode):
+    """Tells `observe` what `scaled_dot_product_attention` is called with."""
+
+    def __init__(self, observe: Observer) -> None:
+        super().__init__()
+        self.observe = observe
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Pass everything on."""
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        if func is nn.functional.scaled_dot_product_attention:
+            _report(self.observe, output, *args, **kwargs)
+        return output
+
+
+def find_score_source(attention: Any, args: Any, kwargs: Any) -> ScoreSource | None:
+    """Which way `attention`, called with these arguments, allows; see the module's text."""
+    seen: list[Tensor] = []
+    with observed_interface(attention, lambda *tensors: seen.append(tensors[0])):
+        attention(*args, **kwargs)
+    if seen:
+        return "interface"
+    with SdpaObserver(lambda *tensors: seen.append(tensors[0])):
+        output = attention(*args, **kwargs)
+    if seen:
+        return "sdpa"
+    weights = output[1] if isinstance(output, tuple) and len(output) > 1 else None
+    tokens = args[0] if args else next(iter(kwargs.values()))
+    is_square = isinstance(weights, Tensor) and weights.ndim == 4 and weights.shape[2:] == (tokens.shape[1],) * 2
+    return "weights" if is_square else None
 
 
 @contextmanager
-def unscored(attention: Any) -> Iterator[None]:
-    """Make `attention` run transformers' explicit softmax, whatever is configured: the reference for scores."""
-    config = attention.config
+def observed_interface(attention: Any, observe: Observer) -> Iterator[None]:
+    """Tell `observe` what the attention function of transformers' interface is called with."""
+    config = getattr(attention, "config", None)
+    if config is None or not hasattr(config, "_attn_implementation"):
+        yield
+        return
     base = config.config if isinstance(config, ScoringConfig) else config
-    attention.config = _EagerConfig(base, lambda: False)
+    attention.config = ScoringConfig(base, _Asking(observe))
     try:
         yield
     finally:
         attention.config = config
 
 
+class _Asking:
+    is_asked = True
+
+    def __init__(self, observe: Observer) -> None:
+        self.observe = observe
+
+
+def _attend_scored(
+    implementation: str | None,
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Run `implementation`, and tell the module's scorer on what."""
+    if implementation in (None, "eager"):
+        attend = sys.modules[type(module).__module__].eager_attention_forward
+    else:
+        attend = ALL_ATTENTION_FUNCTIONS[implementation]
+    output = attend(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    scale = _scale(query, scaling)
+    module.config.scorer.observe(query, key, value, scale, attention_mask, output[0].transpose(1, 2))
+    return output
+
+
 def _twin(implementation: str | None) -> str:
     name = f"{_TWIN_PREFIX}{implementation}"
     if name not in ALL_ATTENTION_FUNCTIONS:
-        AttentionInterface.register(name, partial(attention_with_class_row, implementation))
+        AttentionInterface.register(name, partial(_attend_scored, implementation))
     return name
+
+
+def _report(
+    observe: Observer,
+    output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    **kwargs: Any,
+) -> None:
+    observe(query, key, value, _scale(query, scale), attn_mask, output)
+
+
+def _scale(query: Tensor, scaling: float | None) -> float:
+    return query.shape[-1] ** -0.5 if scaling is None else scaling
+
+
+def _dense(mask: Any) -> Tensor | None:
+    """Masks [B, 1, N, N] and biases count for the scores; the [B, N] padding of flash attention becomes one."""
+    if not isinstance(mask, Tensor):
+        return None
+    return mask[:, None, None, :].bool() if mask.ndim == 2 else mask
+
+
+def explicit_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: Any) -> tuple[Tensor, Tensor]:
+    """Weights [B, H, N, N] and output [B, H, N, d] of plain softmax attention in fp32: the reference for scores."""
+    logits = query.float() @ key.float().transpose(2, 3) * scaling
+    dense = _dense(mask)
+    if dense is not None:
+        logits = logits.masked_fill(~dense, -torch.inf) if dense.dtype == torch.bool else logits + dense.float()
+    weights = logits.softmax(dim=-1)
+    return weights, weights @ value.float()

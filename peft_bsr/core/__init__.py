@@ -1,6 +1,21 @@
-"""Pure tensor functions: no transformers, no peft, no state."""
+"""Pure tensor functions and values: no transformers, no peft, no state."""
 
-from peft_bsr.core.attention import class_attention
-from peft_bsr.core.reduction import num_kept, reduce_tokens, select_tokens
+from peft_bsr.core.attention import CLASS_FREE_SCORE, SCORE_KINDS, ScoreKind, token_scores, weights_to_scores
+from peft_bsr.core.reduction import num_kept, pick_tokens, put_tokens, reduce_tokens, select_tokens
+from peft_bsr.core.route import BlockRun, Route, RouteCarrier
 
-__all__ = ["class_attention", "num_kept", "reduce_tokens", "select_tokens"]
+__all__ = [
+    "CLASS_FREE_SCORE",
+    "SCORE_KINDS",
+    "BlockRun",
+    "Route",
+    "RouteCarrier",
+    "ScoreKind",
+    "num_kept",
+    "pick_tokens",
+    "put_tokens",
+    "reduce_tokens",
+    "select_tokens",
+    "token_scores",
+    "weights_to_scores",
+]

@@ -1,36 +1,75 @@
-"""Attention of the class token. Shapes: B images, H heads, N tokens, d head width."""
+"""Scores of tokens by attention. Shapes: B images, H heads, N tokens, P prefix tokens, d head width."""
 
 from __future__ import annotations
+
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+ScoreKind = Literal["class", "mean_query", "received"]
+CLASS_FREE_SCORE: ScoreKind = "mean_query"  # for models without a class token
+SCORE_KINDS: tuple[str, ...] = get_args(ScoreKind)
 
-def class_attention(query: Tensor, key: Tensor, scaling: float, attention_mask: Tensor | None = None) -> Tensor:
-    """Row of the class token (token 0) in `softmax(Q K^T * scaling + mask)`.
 
-    The row depends on one query only, so it costs 2 N d FLOPs a head (0.01 % of a ViT-B block) and no N x N tensor.
+def token_scores(kind: str, query: Tensor, key: Tensor, scaling: float, attention_mask: Tensor | None = None) -> Tensor:
+    """How much each token is attended to, mean over heads.
+
+    - `"class"`: the class token's (token 0's) row of `softmax(Q K^T * scaling + mask)`, BSR's score.
+    - `"mean_query"`: the row of the mean of all queries, for models without a class token.
+    - `"received"`: the mean of all rows, for the same; it needs the whole N x N product.
+
+    The first two depend on one query, so they cost 2 N d FLOPs a head (0.01 % of a ViT-B block) and no N x N tensor.
 
     Args:
+        kind: One of the above.
         query: [B, H, N, d], the very tensor that the attention uses (after rotation or normalisation, if any).
         key: [B, H, N, d], likewise.
         scaling: Factor on the products, usually `d ** -0.5`.
         attention_mask: Additive float or boolean (True = visible) mask that broadcasts to [B, H, N, N], or None.
 
     Returns:
-        [B, H, 1, N], rows sum to 1, in the dtype of `query` (the softmax runs in fp32 at least, as in eager attention).
+        [B, N], rows sum to 1, in the dtype of `query` (the softmax runs in fp32 at least, as in eager attention).
 
     Example:
         >>> q, k = torch.randn(2, 3, 5, 4), torch.randn(2, 3, 5, 4)
-        >>> class_attention(q, k, 4**-0.5).shape
-        torch.Size([2, 3, 1, 5])
+        >>> token_scores("class", q, k, 4**-0.5).shape
+        torch.Size([2, 5])
     """
-    # a product and a sum, because `@` would keep a contiguous copy of the key for backward (1 MiB/image on ViT-B)
-    logits = (query[:, :, :1] * key).sum(dim=-1)[:, :, None] * scaling
-    if attention_mask is not None:
-        row_mask = attention_mask[:, :, :1]
-        if row_mask.dtype == torch.bool:
-            logits = logits.masked_fill(~row_mask, torch.finfo(logits.dtype).min)
-        else:
-            logits = logits + row_mask
+    if kind == "received":
+        rows = _attend(query, key, scaling, attention_mask)
+        return _mean_of_visible(rows, attention_mask).squeeze(2).mean(dim=1)
+    one = query[:, :, :1] if kind == "class" else _mean_of_visible(query, attention_mask)
+    row_mask = None if attention_mask is None else attention_mask[:, :, :1]
+    return _attend(one, key, scaling, row_mask).squeeze(2).mean(dim=1)
+
+
+def weights_to_scores(kind: str, weights: Tensor) -> Tensor | None:
+    """`token_scores` from attention weights [B, H, N, N], or None for a kind that needs queries."""
+    if kind == "mean_query":
+        return None
+    return (weights[:, :, 0] if kind == "class" else weights.mean(dim=2)).mean(dim=1)
+
+
+def _attend(query: Tensor, key: Tensor, scaling: float, mask: Tensor | None) -> Tensor:
+    """Softmax rows [B, H, Q, N] of the queries [B, H, Q, d]."""
+    if query.shape[2] == 1:
+        # a product and a sum, because `@` would keep a contiguous copy of the key for backward (1 MiB/image on ViT-B)
+        logits = (query * key).sum(dim=-1)[:, :, None] * scaling
+    else:
+        logits = query @ key.transpose(2, 3) * scaling
+    if mask is not None and mask.dtype == torch.bool:
+        logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
+    elif mask is not None:
+        logits = logits + mask
     return logits.softmax(dim=-1, dtype=torch.promote_types(query.dtype, torch.float32)).to(query.dtype)
+
+
+def _mean_of_visible(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean over tokens [B, H, N, x] -> [B, H, 1, x], without the padding that `mask` hides from token 0."""
+    if mask is None:
+        return values.mean(dim=2, keepdim=True)
+    first_row = mask[:, :, 0]
+    visible = first_row if mask.dtype == torch.bool else first_row > torch.finfo(mask.dtype).min / 2
+    weight = visible.to(values.dtype)[..., None]
+    return (values * weight).sum(dim=2, keepdim=True) / weight.sum(dim=2, keepdim=True).clamp_min(1)

@@ -1,7 +1,7 @@
 """Token reduction by class attention (BSR, arXiv 2405.10951, section on token dropping).
 
-Shapes: B images, N tokens of which the first P are the prefix (class, distillation, registers), M = N - P others
-(patches and earlier fused tokens), K of them kept, D width.
+Shapes: B images, N tokens of which the first P are the prefix (class, distillation, registers) and the last S a suffix
+(detection tokens), M = N - P - S others (patches and earlier fused tokens), K of them kept, D width.
 """
 
 from __future__ import annotations
@@ -37,39 +37,54 @@ def select_tokens(scores: Tensor, keep: int) -> tuple[Tensor, Tensor]:
 
 
 def reduce_tokens(
-    hidden_states: Tensor, origins: Tensor, scores: Tensor, num_prefix: int, keep: int, fused_origin: int | None
+    hidden_states: Tensor,
+    origins: Tensor,
+    scores: Tensor,
+    num_prefix: int,
+    keep: int,
+    fused_origin: int | None,
+    num_suffix: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Keep the prefix and the `keep` best other tokens; optionally append one token fused from the dropped ones.
+    """Keep the special tokens and the `keep` best other ones; optionally append one token fused from the dropped ones.
 
-    The fused token is the sum of the dropped tokens weighted by their class attention, not normalised, appended
-    last; gradients flow through its values and weights, never through the choice of indices.
+    The fused token is the sum of the dropped tokens weighted by their scores, not normalised, appended behind the
+    kept ones; gradients flow through its values and weights, never through the choice of indices.
 
     Args:
-        hidden_states: [B, N, D].
-        origins: [B, M], where each non-prefix token comes from (see `Route`), ascending.
-        scores: [B, M], class attention of the non-prefix tokens, mean over heads.
+        hidden_states: [B, P + M + S, D].
+        origins: [B, M], where each token that is not special comes from (see `Route`), ascending.
+        scores: [B, P + M + S], attention of the tokens, mean over heads.
         num_prefix: P.
         keep: K. With K = M nothing is dropped and the very inputs are returned.
         fused_origin: Origin number of the fused token, or None to drop without fusing.
+        num_suffix: S, special tokens at the end.
 
     Returns:
-        hidden states [B, P + K (+ 1), D] and origins [B, K (+ 1)].
+        hidden states [B, P + K (+ 1) + S, D] and origins [B, K (+ 1)].
     """
     if keep == origins.shape[1]:
         return hidden_states, origins
-    kept, dropped = select_tokens(scores, keep)
+    competing = scores[:, num_prefix : num_prefix + origins.shape[1]]
+    kept, dropped = select_tokens(competing, keep)
     prefix = torch.arange(num_prefix, device=kept.device).expand(len(kept), -1)
-    tokens = [_pick_tokens(hidden_states, torch.cat([prefix, kept + num_prefix], dim=1))]
+    tokens = [pick_tokens(hidden_states, torch.cat([prefix, kept + num_prefix], dim=1))]
     kept_origins = [origins.gather(1, kept)]
     if fused_origin is not None:
-        weights = scores.gather(1, dropped).to(hidden_states.dtype)
-        tokens.append(weights[:, None, :] @ _pick_tokens(hidden_states, dropped + num_prefix))
+        weights = competing.gather(1, dropped).to(hidden_states.dtype)
+        tokens.append(weights[:, None, :] @ pick_tokens(hidden_states, dropped + num_prefix))
         kept_origins.append(torch.full_like(origins[:, :1], fused_origin))
+    if num_suffix:
+        tokens.append(hidden_states[:, -num_suffix:])
     return torch.cat(tokens, dim=1), torch.cat(kept_origins, dim=1)
 
 
-def _pick_tokens(hidden_states: Tensor, positions: Tensor) -> Tensor:
+def pick_tokens(hidden_states: Tensor, positions: Tensor) -> Tensor:
     """[B, N, D] at positions [B, K] -> [B, K, D]; by `index_select`, as `gather` keeps its whole input for backward."""
     images, num_tokens, width = hidden_states.shape
     rows = positions + num_tokens * torch.arange(images, device=positions.device)[:, None]
     return hidden_states.reshape(-1, width).index_select(0, rows.reshape(-1)).view(images, -1, width)
+
+
+def put_tokens(hidden_states: Tensor, positions: Tensor, tokens: Tensor) -> Tensor:
+    """A copy of [B, N, D] with `tokens` [B, K, D] at positions [B, K]."""
+    return hidden_states.scatter(1, positions[..., None].expand(-1, -1, hidden_states.shape[2]), tokens)

@@ -1,17 +1,17 @@
-"""Plan, route and the runner that makes a model's blocks follow them."""
+"""Plan, and the runner that makes a model's blocks follow it along a route."""
 
-from peft_bsr.engine.plan import BlockPlan, Plan, Reduction
-from peft_bsr.engine.route import Route, RouteCarrier, record_routes
+from peft_bsr.engine.plan import BlockPlan, Mode, Plan, ReduceAt, Reduction
+from peft_bsr.engine.record import record_routes
 from peft_bsr.engine.runner import BlockRouter, attach_router, detach_router
 from peft_bsr.engine.verify import verify_plan
 
 __all__ = [
     "BlockPlan",
     "BlockRouter",
+    "Mode",
     "Plan",
+    "ReduceAt",
     "Reduction",
-    "Route",
-    "RouteCarrier",
     "attach_router",
     "detach_router",
     "record_routes",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
-from peft_bsr.core import num_kept
+from peft_bsr.core import ScoreKind, num_kept
 
 ReduceAt = Literal["mid_block", "after_block"]
+Mode = Literal["compact", "full_view"]
 
 
 @dataclass(frozen=True)
@@ -15,21 +16,23 @@ class Reduction:
     """Token reduction at one block.
 
     Attributes:
-        keep_rate: Share of the non-prefix tokens that stay, in (0, 1].
+        keep_rate: Share of the tokens that are not special that stay, in (0, 1].
         fuse: Append one token summed from the dropped ones.
         position: `"mid_block"` = after attention and its residual, so that the block's MLP sees fewer tokens;
             `"after_block"` = on the block's output.
+        score: What tokens are ranked by, see `peft_bsr.core.token_scores`.
     """
 
     keep_rate: float
     fuse: bool = True
     position: ReduceAt = "mid_block"
+    score: ScoreKind = "class"
 
-    def count_after(self, num_tokens: int, num_prefix: int) -> int:
-        """Tokens left of `num_tokens`, prefix and fused token included."""
-        competing = num_tokens - num_prefix
+    def count_after(self, num_tokens: int, num_special: int) -> int:
+        """Tokens left of `num_tokens`, special and fused ones included."""
+        competing = num_tokens - num_special
         kept = num_kept(self.keep_rate, competing)
-        return num_prefix + kept + (1 if self.fuse and kept < competing else 0)
+        return num_special + kept + (1 if self.fuse and kept < competing else 0)
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,11 @@ class BlockPlan:
 class Plan:
     """What is done to every block of a Column.
 
+    Attributes:
+        blocks: One plan a block.
+        mode: `"compact"` = the sequence gets shorter, from the first reduction to the head; `"full_view"` = it keeps
+            its length outside of the blocks: each block runs on the alive tokens, dropped ones keep their last value.
+
     Example:
         >>> plan = Plan.static(12, trained=[3, 7, 11], reductions={i: Reduction(0.5) for i in (3, 6, 9)})
         >>> [mlp for _, mlp in plan.token_counts(197, 1)][::3]
@@ -58,18 +66,25 @@ class Plan:
     """
 
     blocks: tuple[BlockPlan, ...]
+    mode: Mode = "compact"
 
     @classmethod
-    def static(cls, depth: int, trained: list[int], reductions: dict[int, Reduction]) -> Plan:
+    def static(cls, depth: int, trained: list[int], reductions: dict[int, Reduction], mode: Mode = "compact") -> Plan:
         """A plan that stays the same at every step; the gradient is cut at the first trained block.
 
         Args:
             depth: Number of blocks.
             trained: Indices of the blocks that train, at least one.
             reductions: Block index -> reduction.
+            mode: See above.
         """
         first = min(trained)
-        return cls(tuple(BlockPlan(i in trained, i <= first, reductions.get(i)) for i in range(depth)))
+        return cls(tuple(BlockPlan(i in trained, i <= first, reductions.get(i)) for i in range(depth)), mode)
+
+    def with_reductions(self, mode: Mode | None = None, **changes: Any) -> Plan:
+        """A plan with other settings for all of its reductions, and another mode if one is given."""
+        blocks = tuple(replace(b, reduction=b.reduction and replace(b.reduction, **changes)) for b in self.blocks)
+        return Plan(blocks, mode or self.mode)
 
     @property
     def trained_blocks(self) -> list[int]:
@@ -81,26 +96,28 @@ class Plan:
         """Whether any block drops tokens."""
         return any(block.reduction is not None for block in self.blocks)
 
-    def token_counts(self, num_tokens: int, num_prefix: int) -> list[tuple[int, int]]:
+    def token_counts(self, num_tokens: int, num_special: int) -> list[tuple[int, int]]:
         """(tokens in the attention, tokens in the MLP) of every block.
 
         Args:
-            num_tokens: N at the first block, prefix included.
-            num_prefix: P.
+            num_tokens: N at the first block, special ones included.
+            num_special: Those that are never dropped (P + S).
         """
         counts = []
         for block in self.blocks:
-            after = block.reduction.count_after(num_tokens, num_prefix) if block.reduction else num_tokens
+            after = block.reduction.count_after(num_tokens, num_special) if block.reduction else num_tokens
             mid = block.reduction is not None and block.reduction.position == "mid_block"
             counts.append((num_tokens, after if mid else num_tokens))
             num_tokens = after
         return counts
 
-    def describe(self, num_tokens: int, num_prefix: int) -> str:
-        """One line a block: what it does, and how many tokens its attention and its MLP see."""
-        lines = ["block  weights  attention  MLP tokens"]
+    def describe(self, num_tokens: int, num_special: int) -> str:
+        """The mode, then one line a block: what it does, and how many tokens its attention and its MLP see."""
+        scores = sorted({b.reduction.score for b in self.blocks if b.reduction})
+        lines = [f"{self.mode}, tokens ranked by {' and '.join(scores)}"] if scores else []
+        lines += ["block  weights  attention  MLP tokens"]
         for index, (block, (attention, mlp)) in enumerate(
-            zip(self.blocks, self.token_counts(num_tokens, num_prefix), strict=True)
+            zip(self.blocks, self.token_counts(num_tokens, num_special), strict=True)
         ):
             lines.append(f"{index:>5}  {'trained' if block.trained else 'frozen':<7}  {attention:>9}  {mlp:>10}")
         return "\n".join(lines)

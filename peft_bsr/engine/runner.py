@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_bsr.backbones import Anatomy, Column, ScoringConfig
-from peft_bsr.core import num_kept, reduce_tokens
-from peft_bsr.engine.plan import BlockPlan, Reduction
-from peft_bsr.engine.route import Route, RouteCarrier
+from peft_bsr.backbones import AttentionScorer, Column, FamilyRule, ScoringConfig, TokenFollower, remove_hooks
+from peft_bsr.core import BlockRun, Route, RouteCarrier
+from peft_bsr.engine.plan import BlockPlan, Plan
+from peft_bsr.engine.reducing import forward_block
 
 _ROUTER = "token_router"
 
@@ -30,25 +30,39 @@ class BlockRouter(nn.Module):
         index: The block's place in the column.
         column: The model's column.
         carrier: Shared by the routers of one model.
-        block_plan: What to do; a tuner's router answers per adapter instead.
+        rule: Exceptions of the model's family.
+        plan: What to do; a tuner's router answers per adapter instead.
     """
 
-    def __init__(self, index: int, column: Column, carrier: RouteCarrier, block_plan: BlockPlan | None = None) -> None:
+    def __init__(
+        self, index: int, column: Column, carrier: RouteCarrier, rule: FamilyRule, plan: Plan | None = None
+    ) -> None:
         super().__init__()
         self.index = index
         self.column = column
         self.carrier = carrier
-        self._block_plan = block_plan
+        self.rule = rule
+        self.scorer = AttentionScorer(carrier)
+        self.follower = TokenFollower(carrier, rule)
+        self._plan = plan
+
+    @property
+    def plan(self) -> Plan | None:
+        """The plan in force, or None to run the model untouched."""
+        return self._plan
 
     @property
     def block_plan(self) -> BlockPlan | None:
-        """The plan in force, or None to run the block untouched."""
-        return self._block_plan
+        """This block's part of the plan in force."""
+        plan = self.plan
+        return None if plan is None else plan.blocks[self.index]
 
-    def is_scoring(self) -> bool:
-        """Whether the block's attention must report the class token's row."""
-        plan = self.block_plan
-        return plan is not None and plan.reduction is not None
+    def start_route(self, hidden_states: Tensor) -> Route:
+        """The route of a forward that begins with these tokens [B, N, D]."""
+        column, plan = self.column, self.plan
+        num_patches = hidden_states.shape[1] - column.num_special
+        is_full_view = plan is not None and plan.mode == "full_view"
+        return Route(column.num_prefix, num_patches, column.num_suffix, is_full_view)
 
 
 class RoutedBlock(nn.Module):
@@ -84,82 +98,41 @@ class RoutedBlock(nn.Module):
         hidden_states: Tensor,
         *args: Any,
         route: Route | None = None,
-        reduction: Reduction | None = None,
+        plan: BlockPlan | None = None,
         left: list[Tensor] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Run the block; with a route and a reduction, reduce tokens. All of it comes with the call, for recomputation.
+        """Run the block on a route, reducing tokens if its plan says so. All comes with the call, for recomputation.
 
         Args:
-            hidden_states: [B, P + M, D].
+            hidden_states: [B, P + A + S, D], or in full view [B, N, D].
             *args: For the block.
-            route: Tokens alive in `hidden_states`.
-            reduction: Where and how much to reduce.
-            left: The origins behind the reduction are put here, because everybody around a block (hooks, output
+            route: Tokens alive, or None to run the stock block on all it gets.
+            plan: The block's plan.
+            left: The origins behind a reduction are put here, because everybody around a block (hooks, output
                 capture, checkpointing) expects it to return what it always did.
             **kwargs: For the block.
         """
-        if route is None or reduction is None or left is None:
-            return super().forward(hidden_states, *args, **kwargs)
-        anatomy = getattr(self, _ROUTER).column.anatomy
-        hidden_states, origins = forward_reducing(self, anatomy, reduction, route, hidden_states, *args, **kwargs)
-        left[:] = [origins]
-        return hidden_states
+        stock = super().forward
+        if route is None or plan is None or left is None:
+            return stock(hidden_states, *args, **kwargs)
+        router: BlockRouter = getattr(self, _ROUTER)
+        reduction = plan.reduction
+        run = BlockRun(route, None if reduction is None else reduction.score)
+        earlier, router.carrier.inside = router.carrier.inside, run
+        try:
+            with router.scorer.watching(None if reduction is None else router.column.scores_from):
+                output, origins = forward_block(
+                    self, stock, router.column, router.rule, reduction, run, hidden_states, args, kwargs
+                )
+        finally:
+            router.carrier.inside = earlier
+        if origins is not None:
+            left[:] = [origins]
+        return output
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _new_routed_block, (self.unrouted_class,), self.__dict__
-
-
-def forward_reducing(
-    block: nn.Module,
-    anatomy: Anatomy,
-    reduction: Reduction,
-    route: Route,
-    hidden_states: Tensor,
-    attention_mask: Tensor | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor]:
-    """The pre-norm block of the Anatomy with a reduction in it; bit-equal to the stock block where all are kept.
-
-    Args:
-        block: The block; its parts are looked up by the names of `anatomy`.
-        anatomy: Names of the parts.
-        reduction: Where and how much.
-        route: Tokens alive in `hidden_states`.
-        hidden_states: [B, P + M, D].
-        attention_mask: As the attention takes it.
-        **kwargs: For the attention.
-
-    Returns:
-        hidden states [B, P + K (+ 1), D] and origins [B, K (+ 1)].
-    """
-
-    def run(name: str, tokens: Tensor) -> Tensor:
-        return getattr(block, name)(tokens)
-
-    def reduce(tokens: Tensor) -> tuple[Tensor, Tensor]:
-        origins = route.origins_like(tokens)
-        keep = num_kept(reduction.keep_rate, origins.shape[1])
-        scores = class_rows[:, :, 0, route.num_prefix :].mean(dim=1)
-        fused_origin = route.fused_origin if reduction.fuse else None
-        return reduce_tokens(tokens, origins, scores, route.num_prefix, keep, fused_origin)
-
-    attention = getattr(block, anatomy.attention)
-    attended, class_rows, *_ = attention(run(anatomy.norm1, hidden_states), attention_mask=attention_mask, **kwargs)
-    if not reduction.fuse:
-        class_rows = class_rows.detach()  # only the choice of tokens depends on them
-    for name in anatomy.after_attention:
-        attended = run(name, attended)
-    hidden_states = hidden_states + attended
-    if reduction.position == "mid_block":
-        hidden_states, origins = reduce(hidden_states)
-    expanded = run(anatomy.mlp, run(anatomy.norm2, hidden_states))
-    for name in anatomy.after_mlp:
-        expanded = run(name, expanded)
-    hidden_states = hidden_states + expanded
-    if reduction.position == "after_block":
-        hidden_states, origins = reduce(hidden_states)
-    return hidden_states, origins
 
 
 @functools.cache
@@ -176,21 +149,29 @@ def _new_routed_block(block_class: type) -> nn.Module:
 
 def attach_router(model: nn.Module, router: BlockRouter) -> None:
     """Put `router` on its block of `model`. `detach_router` takes it all back."""
-    block = model.get_submodule(router.column.blocks[router.index])
+    column = router.column
+    block = model.get_submodule(column.blocks[router.index])
     setattr(block, _ROUTER, router)
     block_class: Any = type(block)
     block.__class__ = routed_class(block_class)
-    attention: Any = getattr(block, router.column.anatomy.attention)
-    if hasattr(attention, "config"):  # without one, `verify_plan` refuses to reduce tokens
-        attention.config = ScoringConfig(attention.config, router.is_scoring)
+    attention: Any = block.get_submodule(column.attention)
+    router.follower.attach(block, column.attention)
+    if column.scores_from == "interface":
+        attention.config = ScoringConfig(attention.config, router.scorer)
+    elif column.scores_from == "weights":
+        attention.register_forward_hook(router.scorer.observe_weights)
 
 
 def detach_router(model: nn.Module, router: BlockRouter) -> None:
     """Undo `attach_router`."""
-    block: Any = model.get_submodule(router.column.blocks[router.index])
-    attention: Any = getattr(block, router.column.anatomy.attention)
-    if hasattr(attention, "config"):
+    column = router.column
+    block: Any = model.get_submodule(column.blocks[router.index])
+    attention: Any = block.get_submodule(column.attention)
+    router.follower.detach(block, column.attention)
+    if column.scores_from == "interface":
         attention.config = attention.config.config
+    elif column.scores_from == "weights":
+        remove_hooks(attention, router.scorer)
     block.__class__ = block.unrouted_class
     delattr(block, _ROUTER)
 
@@ -206,16 +187,12 @@ def _enter_block(
     """The arguments of the block's call, made to follow the plan and the route."""
     hidden_states, *others = args if args else (kwargs.pop("hidden_states"),)
     if router.index == 0:
-        num_prefix = router.column.num_prefix
-        router.carrier.route = Route(num_prefix, hidden_states.shape[1] - num_prefix)
+        router.carrier.route = router.start_route(hidden_states)
     route = router.carrier.current()
     if plan.cut_gradient and block.training:
         hidden_states = _cut_gradient(block, plan, hidden_states)
-    others = [route.gather_mask(value) if _is_mask(value) else value for value in others]
-    if _is_mask(kwargs.get("attention_mask")):
-        kwargs = {**kwargs, "attention_mask": route.gather_mask(kwargs["attention_mask"])}
-    if plan.reduction is not None:
-        kwargs = {**kwargs, "route": route, "reduction": plan.reduction, "left": left}
+    if plan.reduction is not None or route.origins is not None:
+        kwargs = {**kwargs, "route": route, "plan": plan, "left": left}
     return (hidden_states, *others), kwargs
 
 
@@ -237,7 +214,3 @@ def _cut_gradient(block: Any, plan: BlockPlan, hidden_states: Tensor) -> Tensor:
         settings = getattr(block._gradient_checkpointing_func, "keywords", {})
         hidden_states.requires_grad_(bool(settings.get("use_reentrant", False)))
     return hidden_states
-
-
-def _is_mask(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.ndim == 4

@@ -3,93 +3,180 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from peft_bsr.backbones import Column, unscored
-from peft_bsr.backbones.probe import probe_images, quiet, relative_error, tolerance
-from peft_bsr.engine.plan import Plan
-from peft_bsr.engine.route import RouteCarrier, record_routes
+from peft_bsr.backbones import (
+    Column,
+    SdpaObserver,
+    explicit_attention,
+    find_rule,
+    observed_interface,
+    probe_inputs,
+    quiet,
+    relative_error,
+    run_probe,
+    tensors_of,
+    tolerance,
+)
+from peft_bsr.core import RouteCarrier, token_scores, weights_to_scores
+from peft_bsr.engine.plan import Mode, Plan
+from peft_bsr.engine.record import record_routes
 from peft_bsr.engine.runner import BlockRouter, attach_router, detach_router
 from peft_bsr.errors import UnsupportedModelError
 
+# hidden states, further arguments and output of one block's call
+_Call = tuple[tuple[Any, ...], dict[str, Any], Any]
 
-def verify_plan(model: nn.Module, column: Column, plan: Plan) -> None:
+
+def verify_plan(model: nn.Module, column: Column, plan: Plan, modes: tuple[Mode, ...] | None = None) -> Plan:
     """Check on one random image that `plan` does on `model` what it says; the model is left as it was.
 
     1. With every token kept, the blocks that reduce tokens equal the stock ones bit for bit.
-    2. The class-token scores equal the rows of an explicit softmax.
+    2. The attention is the softmax of the queries and keys that the scores are made of, and the scores are its rows.
     3. The reduced forward runs through the head, keeps the planned number of tokens and returns the same shapes.
+
+    Args:
+        model: The model.
+        column: Its column.
+        plan: The plan.
+        modes: Modes to try for the third check, the first that passes is taken; default the plan's own.
+
+    Returns:
+        The plan, in the mode that was taken. Nothing is fused in full view: dropped tokens stay where they are.
 
     Raises:
         UnsupportedModelError: Naming the check that failed.
     """
+    modes = modes or (plan.mode,)
     if not plan.reduces:
-        return
-    attention = getattr(model.get_submodule(column.blocks[0]), column.anatomy.attention)
-    if not hasattr(getattr(attention, "config", None), "_attn_implementation"):
-        raise UnsupportedModelError(
-            f"{type(model).__name__}: its attention is not looked up in transformers' AttentionInterface, so the "
-            "class token's scores cannot be had. Use `keep_rate=1.0`, or a newer transformers."
-        )
-    for name in column.blocks:
-        if "forward" in vars(model.get_submodule(name)):
-            raise UnsupportedModelError(
-                f"{type(model).__name__}: another library replaced the `forward` of {name!r} (accelerate does, for a "
-                "device map over several devices), so tokens cannot be reduced inside it. Attach the adapter first, or "
-                "use `keep_rate=1.0`."
-            )
-    images = probe_images(column, 1, next(p for p in model.parameters() if p.is_floating_point()))
+        return plan.with_reductions(modes[0])
+    name = type(model).__name__
+    _check_reachable(model, column, name)
+    inputs = probe_inputs(model, 1, column.image_shape)
     with quiet(model):
-        stock = _tensors(model(pixel_values=images))
-        keep_all = Plan(
-            tuple(replace(b, reduction=b.reduction and replace(b.reduction, keep_rate=1.0)) for b in plan.blocks)
+        with _watched(model, column, plan) as calls:
+            stock = tensors_of(run_probe(model, inputs))
+        _check_blocks(model, column, plan, calls)
+        failures = []
+        for mode in modes:
+            candidate = plan.with_reductions(mode, **({"fuse": False} if mode == "full_view" else {}))
+            failure = _try_reduced(model, column, candidate, inputs, stock)
+            if failure is None:
+                return candidate
+            failures.append(f"in mode {mode!r}, {failure}")
+    raise UnsupportedModelError(f"{name}: {'; '.join(failures)}. Use `keep_rate=1.0`.")
+
+
+def _check_reachable(model: nn.Module, column: Column, name: str) -> None:
+    if column.scores_from is None:
+        raise UnsupportedModelError(
+            f"{name}: its attention is not looked up in transformers' AttentionInterface, does not call torch's "
+            "scaled_dot_product_attention and does not return its weights, so the tokens' scores cannot be had. Use "
+            "`keep_rate=1.0`, `attn_implementation='sdpa'`, or a newer transformers."
         )
-        with _routed(model, column, keep_all), _score_errors(model, column, plan) as errors:
-            identical = _tensors(model(pixel_values=images))
-        if not all(torch.equal(a, b) for a, b in zip(stock, identical, strict=True)):
+    for block in column.blocks:
+        if "forward" in vars(model.get_submodule(block)):
             raise UnsupportedModelError(
-                f"{type(model).__name__}: its blocks compute something else than norm, attention, norm and MLP with "
-                "two residuals, so tokens cannot be reduced inside them. Use `keep_rate=1.0`."
+                f"{name}: another library replaced the `forward` of {block!r} (accelerate does, for a device map over "
+                "several devices), so tokens cannot be reduced inside it. Attach the adapter first, or use "
+                "`keep_rate=1.0`."
             )
-        for index, error in errors.items():
-            if error > tolerance(images.dtype):
-                raise UnsupportedModelError(
-                    f"{type(model).__name__}: the class-token scores of block {index} differ by {error:.1e} from an "
-                    "explicit softmax. Use `keep_rate=1.0`, or another attention implementation."
-                )
-        _check_reduced(model, column, plan, images, stock)
 
 
-def _check_reduced(model: nn.Module, column: Column, plan: Plan, images: Tensor, stock: list[Tensor]) -> None:
+def _check_blocks(model: nn.Module, column: Column, plan: Plan, calls: dict[int, _Call]) -> None:
+    """Identity with all tokens kept, and true scores, block by block on what the stock model called it with."""
+    name = type(model).__name__
+    for index, (args, kwargs, expected) in calls.items():
+        keep_all = plan.with_reductions(keep_rate=1.0)
+        block = model.get_submodule(column.blocks[index])
+        with _routed(model, column, keep_all, start_at=index, like=args[0]):
+            found = tensors_of(block(*args, **kwargs))
+        if not all(torch.equal(a, b) for a, b in zip(found, tensors_of(expected), strict=True)):
+            raise UnsupportedModelError(
+                f"{name}: its blocks compute something else than norm, attention, norm and MLP with two residuals, so "
+                "tokens cannot be reduced inside them. Use `reduce_at='after_block'` or `keep_rate=1.0`."
+            )
+        reduction = plan.blocks[index].reduction
+        assert reduction is not None
+        error = _score_error(model, column, index, reduction.score, args, kwargs)
+        if not error <= tolerance(args[0].dtype):
+            raise UnsupportedModelError(
+                f"{name}: the token scores of block {index} differ by {error:.1e} from an explicit softmax. Use "
+                "`keep_rate=1.0`, or another attention implementation."
+            )
+
+
+def _score_error(
+    model: nn.Module, column: Column, index: int, kind: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> float:
+    """How far the scores, and the attention's output, lie from an explicit softmax, relative to their maxima."""
+    block = model.get_submodule(column.blocks[index])
+    attention = block.get_submodule(column.attention)
+    errors: list[float] = []
+
+    def observe(query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: Any, output: Tensor) -> None:
+        weights, attended = explicit_attention(query, key, value, scaling, mask)
+        errors.append(relative_error(output.float(), attended))
+        expected = weights_to_scores(kind, weights)
+        if expected is None:  # no row of the attention: the mean query's own softmax is the reference
+            mean = query.float().mean(dim=2, keepdim=True)
+            row_mask = mask[:, :, :1] if isinstance(mask, Tensor) else None
+            expected = explicit_attention(mean, key, value, scaling, row_mask)[0][:, :, 0].mean(dim=1)
+        errors.append(relative_error(token_scores(kind, query, key, scaling, mask).float(), expected))
+
+    if column.scores_from == "weights":
+        return 0.0  # the scores are rows of what the attention itself returns
+    context = observed_interface(attention, observe) if column.scores_from == "interface" else SdpaObserver(observe)
+    with context:
+        block(*args, **kwargs)
+    return max(errors)
+
+
+def _try_reduced(
+    model: nn.Module, column: Column, plan: Plan, inputs: dict[str, Tensor], stock: list[Tensor]
+) -> str | None:
+    """What goes wrong in the reduced forward, or None."""
+    if plan.mode == "compact" and not column.is_chained:
+        return "something changes the tokens between two blocks, which it does to the whole sequence"
     with _routed(model, column, plan), record_routes(model) as routes:
         try:
-            reduced = _tensors(model(pixel_values=images))
-        except (RuntimeError, ValueError, IndexError) as error:
-            raise UnsupportedModelError(
-                f"{type(model).__name__}: what follows the blocks does not run on fewer tokens ({error}). It probably "
-                "needs the whole patch grid; use `keep_rate=1.0`."
-            ) from error
-    counts = plan.token_counts(column.num_tokens, column.num_prefix)
+            reduced = tensors_of(run_probe(model, inputs))
+        except (RuntimeError, ValueError, IndexError, TypeError, NotImplementedError) as error:
+            return f"what follows the blocks does not run on fewer tokens ({error}); it probably needs the whole grid"
+    counts = plan.token_counts(column.num_tokens, column.num_special)
     after = [*(attention for attention, _ in counts[1:]), None]
     found = {index: route.num_tokens for index, route in routes}
     wrong = {i: n for i, n in found.items() if after[i] is not None and n != after[i]}
     if wrong or len(found) != sum(b.reduction is not None for b in plan.blocks):
-        raise UnsupportedModelError(f"{type(model).__name__}: planned token counts {counts}, found {found}")
-    if [t.shape for t in reduced if t.ndim < 3] != [t.shape for t in stock if t.ndim < 3]:
-        raise UnsupportedModelError(f"{type(model).__name__}: reducing tokens changes the shape of the output")
+        return f"planned token counts {counts}, found {found}"
+    if [t.shape for t in reduced] != [t.shape for t in stock]:
+        return "reducing tokens changes the shape of the output"
+    return None
 
 
 @contextmanager
-def _routed(model: nn.Module, column: Column, plan: Plan) -> Iterator[None]:
-    carrier = RouteCarrier()
-    routers = [BlockRouter(i, column, carrier, block) for i, block in enumerate(plan.blocks)]
+def _routed(
+    model: nn.Module, column: Column, plan: Plan, start_at: int = 0, like: Tensor | None = None
+) -> Iterator[None]:
+    """Attach routers for a while.
+
+    Args:
+        model: The model.
+        column: Its column.
+        plan: What the routers follow.
+        start_at: A block that will be called on its own.
+        like: Its hidden states [B, N, D].
+    """
+    carrier, rule = RouteCarrier(), find_rule(model)
+    routers = [BlockRouter(i, column, carrier, rule, plan) for i in range(column.depth)]
     for router in routers:
         attach_router(model, router)
+    if like is not None:
+        carrier.route = routers[start_at].start_route(like)
     try:
         yield
     finally:
@@ -98,36 +185,20 @@ def _routed(model: nn.Module, column: Column, plan: Plan) -> Iterator[None]:
 
 
 @contextmanager
-def _score_errors(model: nn.Module, column: Column, plan: Plan) -> Iterator[dict[int, float]]:
-    """Block index -> largest error of its class row against eager attention, relative to the row's maximum."""
-    errors: dict[int, float] = {}
-    handles = []
+def _watched(model: nn.Module, column: Column, plan: Plan) -> Iterator[dict[int, _Call]]:
+    """What every block that reduces tokens is called with, and what it gives."""
+    calls: dict[int, _Call] = {}
 
-    def compare(index: int, attention: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if index in errors:  # the reference run below passes here as well
-            return
-        errors[index] = 0.0
-        with unscored(attention):
-            expected = attention(*args, **kwargs)[1]
-        errors[index] = relative_error(output[1][:, :, 0], expected[:, :, 0])
+    def note(index: int, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if not args:
+            args, kwargs = (kwargs["hidden_states"],), {k: v for k, v in kwargs.items() if k != "hidden_states"}
+        calls[index] = (args, kwargs, output)
 
-    for index, block in enumerate(plan.blocks):
-        if block.reduction is not None:
-            attention = getattr(model.get_submodule(column.blocks[index]), column.anatomy.attention)
-            handles.append(
-                attention.register_forward_hook(
-                    lambda m, args, kwargs, output, index=index: compare(index, m, args, kwargs, output),
-                    with_kwargs=True,
+    with ExitStack() as hooks:
+        for index, block_plan in enumerate(plan.blocks):
+            if block_plan.reduction is not None:
+                handle = model.get_submodule(column.blocks[index]).register_forward_hook(
+                    lambda _m, args, kwargs, output, index=index: note(index, args, kwargs, output), with_kwargs=True
                 )
-            )
-    try:
-        yield errors
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _tensors(output: Any) -> list[Tensor]:
-    values = output.to_tuple() if hasattr(output, "to_tuple") else output
-    values = values if isinstance(values, (tuple, list)) else (values,)
-    return [value for value in values if isinstance(value, Tensor)]
+                hooks.callback(handle.remove)
+        yield calls

@@ -9,8 +9,8 @@ from typing import Any, Literal, get_args
 from peft import PeftConfig
 
 from peft_bsr.backbones import Column
-from peft_bsr.engine import Plan, Reduction
-from peft_bsr.engine.plan import ReduceAt
+from peft_bsr.core import CLASS_FREE_SCORE, SCORE_KINDS
+from peft_bsr.engine import Mode, Plan, ReduceAt, Reduction
 from peft_bsr.errors import ConfigError
 from peft_bsr.registration import extend_peft_type
 
@@ -27,7 +27,11 @@ class BSRConfig(PeftConfig):
     the paper's for 12 blocks (train {3, 7, 11}, reduce at {3, 6, 9}, keep half, fuse), scaled to the model's depth.
 
     Source: arXiv 2405.10951. Departures: kept tokens stay in the order of their positions (the paper's order is by
-    score, the result is the same), heads that average patches average the kept and the fused ones.
+    score, the result is the same), in compact mode heads that average patches average the kept and the fused ones, and
+    LayerScale vectors that the block itself holds (BEiT, Data2Vec, InternVL) stay frozen.
+
+    What is left None is chosen for the model when the adapter is attached, and written into the adapter's own copy of
+    the config.
 
     Args:
         trainable_blocks: Blocks that train: indices from 0, `"every:n"` (every n-th block ending at the last),
@@ -36,8 +40,16 @@ class BSRConfig(PeftConfig):
             three quarters into the depth ({3, 6, 9} of 12).
         keep_rate: Share of the tokens (prefix not counted) that a reduction keeps, in (0, 1]; one for all, or a list
             with one for each of `reduction_blocks`. 1.0 switches reduction off. Default 0.5.
-        fuse_dropped: Append one token summed from the dropped ones, weighted by class attention. Default True.
-        reduce_at: `"mid_block"` (after attention and its residual, the paper's) or `"after_block"`.
+        fuse_dropped: Append one token summed from the dropped ones, weighted by their scores. Default None: True in
+            compact mode; in full view nothing is fused, as dropped tokens stay in the sequence.
+        reduce_at: `"mid_block"` (after attention and its residual, the paper's) or `"after_block"`. Default None:
+            mid-block where the parts of the model's blocks are known.
+        mode: `"compact"` (the sequence gets shorter) or `"full_view"` (it keeps its length outside of the blocks, so
+            heads that need the grid, mean heads that must see every token and hidden states of constant length work).
+            Default None: compact where no output changes its shape by it.
+        score: What tokens are ranked by: `"class"` (the class token's attention, the paper's), `"mean_query"` or
+            `"received"` for models without one, see `peft_bsr.core.token_scores`. Default None: the class token's
+            attention, or where there is none or the head reads other special tokens, the better of the two others.
         trainable: `"full"` trains copies of the blocks' weights, `"lora"` a low-rank update of their Linear modules.
         r: Rank of the update, `trainable="lora"` only.
         lora_alpha: The update is scaled by `lora_alpha / r`, `trainable="lora"` only.
@@ -48,6 +60,8 @@ class BSRConfig(PeftConfig):
         exclude_modules: These do not train, same forms; may also name the final norm or head.
         modules_to_save: Further modules to train and save whole, PEFT's way. They must lie behind the first trained
             block, because the gradient is cut there.
+        layout: Canonical place -> name in the model of each trained module. Written when the adapter is attached; by
+            it a file that was saved on another layout of the same model (other module names) is read.
 
     Raises:
         ConfigError: Naming every value that cannot be.
@@ -67,8 +81,18 @@ class BSRConfig(PeftConfig):
         default=0.5,
         metadata={"help": "Share of tokens kept at each reduction, one for all or one per block; 1.0 = off."},
     )
-    fuse_dropped: bool = field(default=True, metadata={"help": "Append one token fused from the dropped ones."})
-    reduce_at: str = field(default="mid_block", metadata={"help": "'mid_block' (the paper's) or 'after_block'."})
+    fuse_dropped: bool | None = field(
+        default=None, metadata={"help": "Append one token fused from the dropped ones; None = in compact mode."}
+    )
+    reduce_at: str | None = field(
+        default=None, metadata={"help": "'mid_block' (the paper's) or 'after_block'; None = chosen for the model."}
+    )
+    mode: str | None = field(
+        default=None, metadata={"help": "'compact' or 'full_view'; None = chosen by what the head reads."}
+    )
+    score: str | None = field(
+        default=None, metadata={"help": "'class', 'mean_query' or 'received'; None = chosen for the model."}
+    )
     trainable: str = field(default="full", metadata={"help": "'full' (whole weights) or 'lora' (low-rank updates)."})
     r: int = field(default=8, metadata={"help": "Rank of the update, trainable='lora' only."})
     lora_alpha: float = field(default=16, metadata={"help": "The update is scaled by lora_alpha / r."})
@@ -79,6 +103,9 @@ class BSRConfig(PeftConfig):
     exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "These leaf modules do not train."})
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Further modules to train and save whole; final norm and head are anyway."}
+    )
+    layout: dict[str, str] | None = field(
+        default=None, metadata={"help": "Written at attach: canonical place -> module name of what trains."}
     )
 
     def __post_init__(self) -> None:
@@ -134,14 +161,21 @@ class BSRConfig(PeftConfig):
 
     def _check_choices(self) -> list[str]:
         problems = []
-        for name, choices in (("reduce_at", get_args(ReduceAt)), ("trainable", get_args(Trainable))):
-            if getattr(self, name) not in choices:
+        choices_of = {"reduce_at": get_args(ReduceAt), "mode": get_args(Mode), "score": SCORE_KINDS}
+        for name, choices in {**choices_of, "trainable": get_args(Trainable)}.items():
+            if getattr(self, name) not in choices and (getattr(self, name) is not None or name == "trainable"):
                 problems.append(
                     f"`{name}={getattr(self, name)!r}` is unknown. Use one of {', '.join(map(repr, choices))}."
                 )
-        for name in ("fuse_dropped", "init_weights"):
-            if not isinstance(getattr(self, name), bool):
-                problems.append(f"`{name}={getattr(self, name)!r}` must be True or False.")
+        for name, allowed in (("fuse_dropped", "True, False or None"), ("init_weights", "True or False")):
+            value = getattr(self, name)
+            if not isinstance(value, bool) and not (value is None and name == "fuse_dropped"):
+                problems.append(f"`{name}={value!r}` must be {allowed}.")
+        if self.fuse_dropped and self.mode == "full_view":
+            problems.append(
+                "`fuse_dropped=True` needs a place for the fused token, but in `mode='full_view'` the sequence keeps its "
+                "length and the dropped tokens their place. Leave one of them None."
+            )
         if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
             problems.append(f"`r={self.r!r}` must be a whole number of at least 1.")
         if isinstance(self.lora_alpha, bool) or not isinstance(self.lora_alpha, (int, float)) or self.lora_alpha <= 0:
@@ -201,19 +235,49 @@ def build_plan(config: BSRConfig, column: Column) -> Plan:
             f"`keep_rate={config.keep_rate!r}` has {len(rates)} rates, but this model reduces at the "
             f"{len(reducing)} blocks {reducing}. Give one rate, or one for each block."
         )
-    if column.num_prefix == 0 and any(rate < 1 for rate in rates) and reducing:
+    score, reduce_at = resolve_score(config, column), config.reduce_at
+    reduces = bool(reducing) and any(rate < 1 for rate in rates)
+    if reduces and score == "class" and column.num_prefix == 0:
         problems.append(
-            f"`keep_rate={config.keep_rate!r}` drops tokens by the class token's attention, but this model has no "
-            "class token. Use `keep_rate=1.0`."
+            f"`score='class'` ranks tokens by the class token's attention, but this model has no class token. Use "
+            f"`score={CLASS_FREE_SCORE!r}`, or leave it None."
+        )
+    if reduces and score == "mean_query" and column.scores_from == "weights":
+        problems.append(
+            "`score='mean_query'` needs the queries, but this model's attention shows only its weights. Use "
+            "`score='received'`, or `'class'` where there is a class token."
+        )
+    if reduces and reduce_at == "mid_block" and column.anatomy is None:
+        problems.append(
+            "`reduce_at='mid_block'` needs blocks of norm, attention, norm and MLP with two residuals, which this model "
+            "does not have. Use `reduce_at='after_block'`, or leave it None."
         )
     if problems:
         raise ConfigError.from_problems("BSRConfig", problems)
+    fuse = config.fuse_dropped is not False and config.mode != "full_view"
+    position = reduce_at or ("after_block" if column.anatomy is None else "mid_block")
     reductions = {
-        index: Reduction(float(rate), config.fuse_dropped, config.reduce_at)  # type: ignore[arg-type]
+        index: Reduction(float(rate), fuse, position, score)  # type: ignore[arg-type]
         for index, rate in zip(reducing, rates, strict=True)
         if rate < 1
     }
-    return Plan.static(column.depth, trainable, reductions)
+    return Plan.static(column.depth, trainable, reductions, config.mode or "compact")  # type: ignore[arg-type]
+
+
+def resolve_score(config: BSRConfig, column: Column) -> str:
+    """What tokens are ranked by: the config's choice, or the best that the model allows."""
+    if config.score is not None:
+        return config.score
+    if column.num_prefix and not column.reads_suffix:
+        return "class"
+    return "received" if column.scores_from == "weights" else CLASS_FREE_SCORE
+
+
+def allowed_modes(config: BSRConfig) -> tuple[Mode, ...]:
+    """Modes to try, best first."""
+    if config.mode is not None:
+        return (config.mode,)  # type: ignore[return-value]
+    return ("compact",) if config.fuse_dropped else ("compact", "full_view")
 
 
 def resolve_trainable_blocks(config: BSRConfig, depth: int) -> list[int]:

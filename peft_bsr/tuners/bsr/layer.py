@@ -9,8 +9,9 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from peft_bsr.backbones import Column
-from peft_bsr.engine import BlockPlan, BlockRouter, RouteCarrier
+from peft_bsr.backbones import Column, FamilyRule
+from peft_bsr.core import RouteCarrier
+from peft_bsr.engine import BlockRouter, Plan
 from peft_bsr.errors import AdapterError
 from peft_bsr.tuners.bsr.config import BSRConfig
 
@@ -118,7 +119,7 @@ class BSRWeights(nn.Module, BSRLayer):
         module.train(self.base_layer.training)
         self.bsr_params[adapter_name] = module
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
         """Run the active adapter's module in the base module's place."""
         if self.disable_adapters and self.merged:
             self.unmerge()
@@ -126,15 +127,15 @@ class BSRWeights(nn.Module, BSRLayer):
         if name is None or self.merged:
             return self.base_layer(hidden_states, *args, **kwargs)
         module: Any = self.bsr_params[name]
-        if torch.is_autocast_enabled(hidden_states.device.type):
-            inputs = hidden_states  # autocast picks the dtypes, as in the base module
+        if not isinstance(hidden_states, Tensor) or torch.is_autocast_enabled(hidden_states.device.type):
+            inputs = hidden_states  # a position bias gets a window size; autocast picks the dtypes itself
         else:
             inputs = BSRLayer._cast_input_dtype(self, hidden_states, next(module.parameters()).dtype)
         if isinstance(module, LowRankUpdate):
             output = self.base_layer(hidden_states, *args, **kwargs)
             return output + module(inputs).to(output.dtype)
         output = module(inputs, *args, **kwargs)
-        return output if inputs is hidden_states else output.to(hidden_states.dtype)
+        return output.to(hidden_states.dtype) if isinstance(output, Tensor) and inputs is not hidden_states else output
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Put the adapter's weights into the base module, itself (not base + difference); the old ones are kept.
@@ -213,19 +214,19 @@ class BSRRouter(BlockRouter, BSRLayer):
     """A block's router with one block plan per adapter. Not a weight: PEFT's calls on adapters reach it as a layer.
 
     Args:
-        index, column, carrier: See `BlockRouter`.
+        index, column, carrier, rule: See `BlockRouter`.
     """
 
     other_param_names = ("bsr_plans",)
 
-    def __init__(self, index: int, column: Column, carrier: RouteCarrier) -> None:
-        super().__init__(index, column, carrier)
-        self.bsr_plans: dict[str, BlockPlan] = {}
+    def __init__(self, index: int, column: Column, carrier: RouteCarrier, rule: FamilyRule) -> None:
+        super().__init__(index, column, carrier, rule)
+        self.bsr_plans: dict[str, Plan] = {}
         self._active_adapter: list[str] = []
         self.merged_adapters: list[str] = []
 
     @property
-    def block_plan(self) -> BlockPlan | None:
+    def plan(self) -> Plan | None:
         """The active adapter's, or None where adapters are disabled."""
         name = self.carried_adapter
         return None if name is None else self.bsr_plans[name]
@@ -259,7 +260,7 @@ class BSRRouter(BlockRouter, BSRLayer):
         pass
 
     def __repr__(self) -> str:
-        return f"bsr.BSRRouter(block={self.index}, plans={self.bsr_plans})"
+        return f"bsr.BSRRouter(block={self.index}, plans={sorted(self.bsr_plans)})"
 
 
 def check_single(adapter_names: list[str], action: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import warnings
 from collections.abc import Iterator
@@ -13,10 +14,11 @@ from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from peft_bsr.backbones import Column, probe_column
-from peft_bsr.engine import Plan, RouteCarrier, attach_router, detach_router, verify_plan
+from peft_bsr.backbones import Column, find_rule, probe_column
+from peft_bsr.core import RouteCarrier
+from peft_bsr.engine import Plan, attach_router, detach_router, verify_plan
 from peft_bsr.errors import AdapterError, AdapterNameWarning, ConfigError, ReductionNotMergedWarning
-from peft_bsr.tuners.bsr.config import BSRConfig, build_plan
+from peft_bsr.tuners.bsr.config import BSRConfig, allowed_modes, build_plan
 from peft_bsr.tuners.bsr.layer import BSRLayer, BSRRouter, BSRWeights, check_single
 
 
@@ -57,7 +59,7 @@ class BSRModel(BaseTuner):
         routers = find_routers(self.model)
         if not routers or name not in routers[0].bsr_plans:
             raise AdapterError(f"There is no adapter {name!r}; this model has {sorted(self.peft_config)}.")
-        return Plan(tuple(router.bsr_plans[name] for router in routers))
+        return routers[0].bsr_plans[name]
 
     @property
     def column(self) -> Column:
@@ -69,17 +71,19 @@ class BSRModel(BaseTuner):
         routers = find_routers(model)
         column = routers[0].column if routers else probe_column(model)
         _warn_of_names(model, list(self.peft_config))
-        plan, self._targets = _resolve(model, column, self.peft_config[adapter_name])
+        config: BSRConfig = self.peft_config[adapter_name]
+        requested, self._targets = _resolve(model, column, config)
         with _detached(model, routers):
-            verify_plan(model, column, plan)
+            plan = verify_plan(model, column, requested, allowed_modes(config))
+        self.peft_config[adapter_name] = _write_down(config, plan)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         if not routers:
             carrier = RouteCarrier()
-            routers = [BSRRouter(index, column, carrier) for index in range(column.depth)]
+            routers = [BSRRouter(index, column, carrier, find_rule(model)) for index in range(column.depth)]
             for router in routers:
                 attach_router(model, router)
-        for router, block_plan in zip(routers, plan.blocks, strict=True):
-            router.bsr_plans[adapter_name] = block_plan
+        for router in routers:
+            router.bsr_plans[adapter_name] = plan
             router.set_adapter(self.active_adapters)
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
@@ -216,14 +220,14 @@ def _resolve(model: nn.Module, column: Column, config: BSRConfig) -> tuple[Plan,
     targets: dict[str, bool] = {}
     problems = []
     for index in requested.trained_blocks:
-        leaves = [f"{column.blocks[index]}.{leaf}" for leaf in column.anatomy.leaves]
+        leaves = [f"{column.blocks[index]}.{leaf}" for leaf in column.leaves]
         chosen = [n for n in leaves if _matches(config.target_modules, n, True) and not _is_excluded(config, n)]
         if config.trainable == "lora":
             chosen = [name for name in chosen if _is_linear(model.get_submodule(name))]
         if not chosen and not config.modules_to_save:
             problems.append(
                 f"`target_modules={config.target_modules!r}` with `exclude_modules={config.exclude_modules!r}` leaves "
-                f"nothing to train in block {index}, whose leaf modules are {list(column.anatomy.leaves)}."
+                f"nothing to train in block {index}, whose leaf modules are {list(column.leaves)}."
             )
         targets.update(dict.fromkeys(chosen, config.trainable == "lora"))
     targets.update(dict.fromkeys([name for name in column.head if not _is_excluded(config, name)], False))
@@ -237,6 +241,16 @@ def _resolve(model: nn.Module, column: Column, config: BSRConfig) -> tuple[Plan,
     if problems:
         raise ConfigError.from_problems("BSRConfig", problems)
     return requested, targets
+
+
+def _write_down(config: BSRConfig, plan: Plan) -> BSRConfig:
+    """A copy of `config` that names what was chosen for this model."""
+    config = copy.copy(config)
+    reductions = [block.reduction for block in plan.blocks if block.reduction is not None]
+    if reductions:
+        config.mode, config.reduce_at, config.score = plan.mode, reductions[0].position, reductions[0].score
+        config.fuse_dropped = reductions[0].fuse
+    return config
 
 
 def _matches(pattern: list[str] | str | None, name: str, default: bool) -> bool:

@@ -1,0 +1,132 @@
+"""Names of a block's parts: which module owns its parameters, what it is, and in which order the parts run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from peft_bsr.backbones.column import Anatomy
+from peft_bsr.backbones.side_inputs import input_names, takes_any_keyword
+
+_PROJECTIONS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q", "k", "v"), ("qkv",))
+_PROJECTION_ROLES = {
+    name: role for names in _PROJECTIONS for name, role in zip(names, ("query", "key", "value"), strict=False)
+} | {"qkv": "qkv"}
+
+
+def attention_names(block: nn.Module) -> list[str]:
+    """Modules inside a block that own query, key and value projections (or one for all three)."""
+    found = (name for name, module in block.named_modules() if any(_has_all(module, names) for names in _PROJECTIONS))
+    return [name for name in found if name]
+
+
+def parameter_owners(module: nn.Module, prefix: str = "", avoid: str = "") -> Iterator[str]:
+    """Names of the outermost modules inside `module` that hold parameters of their own.
+
+    Args:
+        module: Where to look; its own parameters do not count.
+        prefix: Put in front of the names.
+        avoid: A name; modules that contain it are looked into, itself is left out.
+    """
+    for child_name, child in module.named_children():
+        name = f"{prefix}{child_name}"
+        if avoid and name == avoid:
+            continue
+        contains_avoided = bool(avoid) and avoid.startswith(f"{name}.")
+        if next(child.parameters(recurse=False), None) is not None and not contains_avoided:
+            yield name
+        else:
+            yield from parameter_owners(child, f"{name}.", avoid)
+
+
+def find_anatomy(block: nn.Module, order: list[str], residual_takers: set[str], attention_name: str) -> Anatomy | None:
+    """The parts of a pre-norm block, or None where it is something else.
+
+    Args:
+        block: The block.
+        order: Its direct children in the order in which they ran.
+        residual_takers: Those of them that were called with two tensors.
+        attention_name: The module with the projections, relative to the block.
+    """
+    attention = attention_name.split(".")[0]
+    order = order[order.index(attention) - 1 :] if attention in order[1:] else []
+    linears = [name for name in order if name != attention and _has_linear(getattr(block, name))]
+    if not linears or order.count(attention) != 1:
+        return None
+    first, last = order.index(linears[0]), order.index(linears[-1])
+    if first < 3 or order[first : last + 1] != linears or _has_linear(getattr(block, order[0])):
+        return None
+    scales = [name for name, p in block.named_parameters(recurse=False) if p.ndim == 1]
+    if len(scales) not in (0, 2):
+        return None
+    return Anatomy(
+        norm1=order[0],
+        attention=attention,
+        after_attention=(*scales[:1], *order[2 : first - 1]),
+        norm2=order[first - 1],
+        mlp=tuple(linears),
+        after_mlp=(*scales[1:], *order[last + 1 :]),
+        mlp_adds_residual=linears[-1] in residual_takers,
+        block_inputs=input_names(block),
+        attention_inputs=_keyword_names(getattr(block, attention)),
+    )
+
+
+def leaf_roles(
+    block: nn.Module, leaves: tuple[str, ...], anatomy: Anatomy | None, attention_name: str
+) -> tuple[str, ...]:
+    """What each leaf is, under the same name whatever a layout calls it."""
+    return tuple(_role(block, leaf, leaves, anatomy, attention_name) for leaf in leaves)
+
+
+def _role(block: nn.Module, leaf: str, leaves: tuple[str, ...], anatomy: Anatomy | None, attention_name: str) -> str:
+    if leaf.startswith(f"{attention_name}.") and leaf.split(".")[-1] in _PROJECTION_ROLES:
+        return f"attention.{_PROJECTION_ROLES[leaf.split('.')[-1]]}"
+    if anatomy is None:
+        return leaf
+    part, _, inner = leaf.partition(".")
+    if part == anatomy.attention:
+        others = [
+            other
+            for other in leaves
+            if other.startswith(f"{part}.")
+            and other.split(".")[-1] not in _PROJECTION_ROLES
+            and isinstance(block.get_submodule(other), nn.Linear)
+        ]
+        return "attention.output" if others == [leaf] else ".".join(filter(None, ("attention", inner)))
+    names = {anatomy.norm1: "norm1", anatomy.norm2: "norm2"}
+    names |= {name: f"scale1.{i}" for i, name in enumerate(anatomy.after_attention)}
+    names |= {name: f"scale2.{i}" for i, name in enumerate(anatomy.after_mlp)}
+    if part in anatomy.mlp:
+        inside = [other for other in leaves if other.split(".")[0] in anatomy.mlp]
+        inside.sort(key=lambda other: anatomy.mlp.index(other.split(".")[0]))
+        return f"mlp.{inside.index(leaf)}"
+    return ".".join(filter(None, (names.get(part, part), inner)))
+
+
+def takes_residual(args: tuple[Any, ...]) -> bool:
+    """Whether a call hands over two tensors of hidden states."""
+    tensors = [value for value in args if isinstance(value, Tensor) and value.ndim == 3]
+    return len(tensors) == 2
+
+
+def apply_part(block: nn.Module, name: str, tokens: Tensor, *others: Tensor) -> Tensor:
+    """Run a part of the block: a module is called, a vector or number multiplies, None does nothing."""
+    part: Any = getattr(block, name)
+    if part is None:
+        return tokens
+    return part(tokens, *others) if isinstance(part, nn.Module) else part * tokens
+
+
+def _keyword_names(module: nn.Module) -> tuple[str, ...] | None:
+    return None if takes_any_keyword(module) else input_names(module)
+
+
+def _has_all(module: nn.Module, names: tuple[str, ...]) -> bool:
+    return all(hasattr(getattr(module, name, None), "in_features") for name in names)
+
+
+def _has_linear(module: nn.Module) -> bool:
+    return any(hasattr(m, "in_features") for m in module.modules())

@@ -1,0 +1,119 @@
+"""Random inputs for one forward of a model, and the frame in which such forwards run without a trace."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_bsr.backbones.registry import find_rule, vision_config
+from peft_bsr.errors import UnsupportedModelError
+
+_PREFERRED_PATCHES = 256  # a probe at DINOv2's native 518 px (1369 patches) takes seconds, at 256 patches a fraction
+
+
+@contextmanager
+def quiet(model: nn.Module) -> Iterator[None]:
+    """Run `model` without a trace: evaluation mode, no gradients, the random state and every module's mode restored."""
+    training = [module for module in model.modules() if module.training]
+    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    model.eval()
+    try:
+        with torch.random.fork_rng(devices), torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def probe_inputs(model: nn.Module, batch_size: int, shape: tuple[int, ...] | None = None) -> dict[str, Tensor]:
+    """Random inputs of `model`, always the same, in the dtype and on the device of its weights.
+
+    Args:
+        model: A vision (or spectrogram) model.
+        batch_size: B.
+        shape: Shape of the main input without the batch; default the first of `input_shapes`.
+
+    Raises:
+        UnsupportedModelError: If the config does not say what the input looks like.
+    """
+    like = next(p for p in model.parameters() if p.is_floating_point())
+    generator = torch.Generator().manual_seed(0)
+    make = find_rule(model).probe_inputs
+    if make is not None:
+        inputs = make(vision_config(model), batch_size, generator)
+    else:
+        shape = input_shapes(model)[0] if shape is None else shape
+        inputs = {_main_input(model): torch.randn(batch_size, *shape, generator=generator)}
+    dtypes = {name: like.dtype if value.is_floating_point() else value.dtype for name, value in inputs.items()}
+    return {name: value.to(device=like.device, dtype=dtypes[name]) for name, value in inputs.items()}
+
+
+def input_shapes(model: nn.Module) -> list[tuple[int, ...]]:
+    """Shapes of the main input to try, without the batch: a small image where the native one has many patches.
+
+    Raises:
+        UnsupportedModelError: If the config does not say what the input looks like.
+    """
+    rule, config = find_rule(model), vision_config(model)
+    if rule.probe_inputs is not None:
+        return [tuple(rule.probe_inputs(config, 1, torch.Generator().manual_seed(0))[_main_input(model)].shape[1:])]
+    if _main_input(model) == "input_values" and hasattr(config, "num_mel_bins"):
+        return [(config.max_length, config.num_mel_bins)]
+    size = getattr(config, "image_size", None) or getattr(config, "crop_size", None)
+    channels = getattr(config, "num_channels", None) or getattr(config, "in_chans", None) or 3
+    patch = getattr(config, "patch_size", None)
+    frames = getattr(config, "num_frames", None) or getattr(config, "frames_per_clip", None)
+    if size is None:
+        raise UnsupportedModelError(
+            "its config names no image_size, so no probe image can be made; register a FamilyRule with `probe_inputs`"
+        )
+    height, width = _pair(size)
+    if frames is not None:
+        return [(frames, channels, height, width)]
+    shapes: list[tuple[int, ...]] = [(channels, height, width)]
+    if patch is not None:
+        side = int(_PREFERRED_PATCHES**0.5)
+        small = (side * _pair(patch)[0], side * _pair(patch)[1])
+        if height * width > small[0] * small[1]:
+            shapes.insert(0, (channels, *small))
+    return shapes
+
+
+def run_probe(model: nn.Module, inputs: dict[str, Tensor]) -> Any:
+    """One forward, inside `quiet`, with the same random numbers every time (a masked autoencoder draws its masks)."""
+    torch.manual_seed(0)
+    return model(**inputs)
+
+
+def tensors_of(output: Any) -> list[Tensor]:
+    """All tensors of a model's output, in order."""
+    if isinstance(output, Tensor):
+        return [output]
+    values = output.to_tuple() if hasattr(output, "to_tuple") else output
+    if isinstance(values, (tuple, list)):
+        return [tensor for value in values for tensor in tensors_of(value)]
+    return []
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """Largest absolute difference over the largest absolute expected value."""
+    scale = expected.abs().max().clamp_min(torch.finfo(expected.dtype).tiny)
+    return float((found - expected).abs().max() / scale)
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """How far two orders of the same sums may lie apart: 1e-4 in fp32, 5e-2 in half precision."""
+    return 1e-4 if dtype in (torch.float32, torch.float64) else 5e-2
+
+
+def _main_input(model: nn.Module) -> str:
+    return getattr(model, "main_input_name", "pixel_values")
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width

@@ -1,0 +1,155 @@
+"""What probing cannot know: one small entry for each exception. Everything else is found by running the model.
+
+See docs/new_model.md for when a model needs an entry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_bsr.core import Route
+
+Arguments = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class FamilyRule:
+    """Exceptions of one model family. Each field that is None leaves the general way in force.
+
+    Attributes:
+        probe_inputs: `(config, batch_size, generator) -> inputs` with random inputs for one forward. General way:
+            images, videos or spectrograms of the shape that the config names.
+        follow_attention: `(route, arguments) -> arguments`, what the attention is called with (by name, hidden states
+            left out), for the alive tokens only. General way: `Route.follow` on every argument.
+        position_bias: Name of a module in the block or its attention that makes a bias [.., N, N] of all tokens. Its
+            `dim_size` is set to the full length, and inside an attention its output follows the route. General way:
+            there is none.
+        attention_arguments: `(block, hidden_states, arguments) -> arguments`, what a block computes for its attention
+            out of what it is called with. General way: it hands on arguments of the same name.
+
+    Example:
+        >>> rule = FamilyRule(follow_attention=lambda route, arguments: {**arguments, "ids": route.origins})
+        >>> register_family("my_model", rule)
+        >>> unregister_family("my_model")
+    """
+
+    probe_inputs: Callable[[Any, int, torch.Generator], dict[str, Tensor]] | None = None
+    follow_attention: Callable[[Route, Arguments], Arguments] | None = None
+    position_bias: str | None = None
+    attention_arguments: Callable[[Any, Tensor, Arguments], Arguments] | None = None
+
+
+_RULES: dict[str, FamilyRule] = {}
+
+
+def register_family(model_type: str, rule: FamilyRule) -> None:
+    """Add the exceptions of a family.
+
+    Args:
+        model_type: The `model_type` of the vision model's config.
+        rule: What probing cannot know about it.
+
+    Raises:
+        ValueError: If the family has an entry; `unregister_family` takes it out.
+    """
+    if model_type in _RULES:
+        raise ValueError(f"{model_type!r} has an entry already: {_RULES[model_type]}. Call unregister_family first.")
+    _RULES[model_type] = rule
+
+
+def unregister_family(model_type: str) -> None:
+    """Take an entry out.
+
+    Raises:
+        KeyError: If there is none.
+    """
+    del _RULES[model_type]
+
+
+def find_rule(model: nn.Module) -> FamilyRule:
+    """The entry for `model`, empty for most."""
+    return _RULES.get(getattr(vision_config(model), "model_type", ""), FamilyRule())
+
+
+def vision_config(model: nn.Module) -> Any:
+    """The config of the vision part, or None."""
+    config = getattr(model, "config", None)
+    return getattr(config, "vision_config", config)
+
+
+def _siglip2_inputs(config: Any, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """NaFlex: patches come flattened, with a mask and their grid."""
+    rows = int(config.num_patches**0.5)
+    columns = config.num_patches // rows
+    values = torch.randn(batch_size, rows * columns, config.num_channels * config.patch_size**2, generator=generator)
+    return {
+        "pixel_values": values,
+        "pixel_attention_mask": torch.ones(batch_size, rows * columns, dtype=torch.int64),
+        "spatial_shapes": torch.tensor([[rows, columns]] * batch_size),
+    }
+
+
+class _PerImageTable:
+    """A table [B, alive, d] for an attention that takes [N, d] and puts the axis of images in front by itself."""
+
+    def __init__(self, table: Tensor) -> None:
+        self.table = table
+
+    def unsqueeze(self, dim: int) -> Tensor:
+        return self.table
+
+
+def _follow_mlcd(route: Route, arguments: Arguments) -> Arguments:
+    cos, sin = (_PerImageTable(table[:, 0]) for table in route.follow(tuple(arguments["position_embeddings"])))
+    return {**route.follow_items(arguments, but="position_embeddings"), "position_embeddings": (cos, sin)}
+
+
+def _follow_vjepa2(route: Route, arguments: Arguments) -> Arguments:
+    """Its attention rotates by `arange(N)`, or by the token numbers it is told; number 0 is not rotated."""
+    assert route.origins is not None
+    numbers = torch.where(route.origins < route.num_patches, route.origins, 0)
+    return {**arguments, "position_mask": numbers}
+
+
+def _timm_inputs(config: Any, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
+    shape = config.pretrained_cfg["input_size"]
+    return {"pixel_values": torch.randn(batch_size, *shape, generator=generator)}
+
+
+def _follow_timm(route: Route, arguments: Arguments) -> Arguments:
+    """EVA's table holds sine and cosine side by side: [M, 2 d]."""
+    followed = route.follow_items(arguments, but="rope")
+    rope = arguments.get("rope")
+    if rope is None:
+        return followed
+    sin, cos = rope.tensor_split(2, dim=-1)
+    cos, sin = route.follow((cos, sin))
+    return {**followed, "rope": torch.cat([sin, cos], dim=-1)}
+
+
+def _beit_attention_arguments(block: Any, hidden_states: Tensor, arguments: Arguments) -> Arguments:
+    """The block adds its own bias to the mask that it is called with."""
+    arguments = dict(arguments)
+    interpolate = arguments.pop("interpolate_pos_encoding", False)
+    resolution = arguments.pop("resolution", None)
+    mask = arguments.pop("attention_mask", None)
+    if block.relative_position_bias is not None:
+        window = tuple(side // block.patch_size for side in resolution)
+        bias = block.relative_position_bias(window, interpolate, dim_size=hidden_states.shape[1])
+        mask = bias if mask is None else bias + mask
+    return {**arguments, "attention_mask": mask}
+
+
+register_family("siglip2_vision_model", FamilyRule(probe_inputs=_siglip2_inputs))
+register_family("mlcd_vision_model", FamilyRule(follow_attention=_follow_mlcd))
+register_family("vjepa2", FamilyRule(follow_attention=_follow_vjepa2))
+register_family("timm_wrapper", FamilyRule(probe_inputs=_timm_inputs, follow_attention=_follow_timm))
+register_family(
+    "beit", FamilyRule(position_bias="relative_position_bias", attention_arguments=_beit_attention_arguments)
+)
+register_family("data2vec-vision", FamilyRule(position_bias="relative_position_bias"))

@@ -1,0 +1,100 @@
+"""Makes what enters a block's attention beside the hidden states follow the alive tokens.
+
+Position tables, biases and masks of the whole image reach an attention as arguments. A hook on the attention selects
+the alive tokens' part by the route of the block that runs; the route comes with the block's call, so a recomputed block
+(gradient checkpointing) selects by its own route, not by the latest one.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import Tensor, nn
+
+from peft_bsr.backbones.registry import FamilyRule
+from peft_bsr.core import Route, RouteCarrier
+
+
+class TokenFollower:
+    """The hooks on one block.
+
+    Args:
+        carrier: Knows the block that runs, and its route.
+        rule: Exceptions of the family.
+    """
+
+    def __init__(self, carrier: RouteCarrier, rule: FamilyRule) -> None:
+        self.carrier = carrier
+        self.rule = rule
+        self.names: tuple[str, ...] = ()
+
+    def attach(self, block: nn.Module, attention_name: str) -> None:
+        """Put the hooks on. They are methods of this object, so a deep copy of the model gets its own."""
+        attention = block.get_submodule(attention_name)
+        self.names = input_names(attention)
+        attention.register_forward_pre_hook(self.enter_attention, with_kwargs=True)
+        for bias in self._biases(block):
+            bias.register_forward_pre_hook(self.enter_bias, with_kwargs=True)
+        for bias in self._biases(attention):
+            bias.register_forward_hook(self.leave_bias)
+
+    def detach(self, block: nn.Module, attention_name: str) -> None:
+        """Take the hooks off."""
+        attention = block.get_submodule(attention_name)
+        for module in (attention, *self._biases(block)):
+            remove_hooks(module, self)
+
+    @property
+    def route(self) -> Route | None:
+        """The running block's route, if anything was dropped on it."""
+        run = self.carrier.inside
+        return None if run is None or run.route.origins is None else run.route
+
+    def enter_attention(self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Select the alive tokens' part of every argument but the hidden states."""
+        route = self.route
+        if route is None:
+            return None
+        named = {**dict(zip(self.names, args[1:], strict=False)), **kwargs}
+        tokens = {} if args else {"hidden_states": named.pop("hidden_states")}
+        follow = self.rule.follow_attention
+        followed = follow(route, named) if follow is not None else route.follow_items(named)
+        return args[:1], {**tokens, **followed}
+
+    def enter_bias(self, bias: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A bias is made for all tokens, however few are alive."""
+        route = self.route
+        return None if route is None else (args, {**kwargs, "dim_size": route.full_length})
+
+    def leave_bias(self, bias: nn.Module, args: tuple[Any, ...], output: Tensor) -> Any:
+        """Inside an attention, nobody else selects the alive tokens' part."""
+        route = self.route
+        return None if route is None else route.follow(output)
+
+    def _biases(self, module: nn.Module) -> list[nn.Module]:
+        name = self.rule.position_bias
+        return [] if name is None else [m for path, m in module.named_modules() if path.split(".")[-1] == name]
+
+
+def input_names(module: nn.Module) -> tuple[str, ...]:
+    """Names of what the module's forward takes by position, behind the first."""
+    layer = getattr(module, "base_layer", module)
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(type(layer).forward).parameters.values()
+    return tuple(p.name for p in parameters if p.kind in kinds)[2:]
+
+
+def takes_any_keyword(module: nn.Module) -> bool:
+    """Whether the module's forward takes keywords that it does not name."""
+    parameters = inspect.signature(type(module).forward).parameters.values()
+    return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+
+
+def remove_hooks(module: nn.Module, owner: object) -> None:
+    """Remove the forward hooks of `module` that are methods of `owner`."""
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is owner]:
+            del hooks[key]
+            module._forward_pre_hooks_with_kwargs.pop(key, None)
+            module._forward_hooks_with_kwargs.pop(key, None)

@@ -1,0 +1,199 @@
+"""The Route: which tokens are alive in this very forward. Immutable, and carried with the call.
+
+Shapes: B images, N tokens of the full sequence `[P prefix | M patches | S suffix]`, A alive tokens between prefix and
+suffix, H heads, d head width.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Route:
+    """Tokens alive at some point of one forward.
+
+    Attributes:
+        num_prefix: P, tokens at the front that are never dropped.
+        num_patches: M, patches of the image before any reduction.
+        num_suffix: S, tokens at the end that are never dropped (detection tokens).
+        is_full_view: Whether the sequence keeps its length outside of the blocks.
+        origins: [B, A] int64, ascending: the patch in row-major grid order, or `num_patches + j` for the token fused
+            by the j-th reduction. None = every patch, none fused.
+        num_reductions: Reductions so far.
+    """
+
+    num_prefix: int
+    num_patches: int
+    num_suffix: int = 0
+    is_full_view: bool = False
+    origins: Tensor | None = None
+    num_reductions: int = 0
+
+    @property
+    def full_length(self) -> int:
+        """N, tokens before any reduction."""
+        return self.num_prefix + self.num_patches + self.num_suffix
+
+    @property
+    def num_tokens(self) -> int:
+        """Alive tokens, special and fused ones included."""
+        alive = self.num_patches if self.origins is None else self.origins.shape[1]
+        return self.num_prefix + alive + self.num_suffix
+
+    @property
+    def fused_origin(self) -> int:
+        """Origin that the next fused token gets."""
+        return self.num_patches + self.num_reductions
+
+    def origins_like(self, hidden_states: Tensor) -> Tensor:
+        """`origins` as a tensor, for hidden states [B, ..., D] on their device."""
+        if self.origins is not None:
+            return self.origins
+        grid = torch.arange(self.num_patches, device=hidden_states.device)
+        return grid.expand(hidden_states.shape[0], -1)
+
+    def reduced(self, origins: Tensor) -> Route:
+        """The route behind a reduction that left `origins`."""
+        return replace(self, origins=origins, num_reductions=self.num_reductions + 1)
+
+    def alive(self) -> Tensor:
+        """[B, num_patches] bool, True where a patch is still there by itself. CPU or device as `origins`.
+
+        Raises:
+            ValueError: If nothing was reduced: there is no batch to speak of.
+        """
+        if self.origins is None:
+            raise ValueError("nothing was reduced on this route: every patch is alive")
+        alive = self.origins.new_zeros(self.origins.shape[0], self.num_patches + self.num_reductions, dtype=torch.bool)
+        return alive.scatter(1, self.origins, True)[:, : self.num_patches]
+
+    def places(self) -> Tensor:
+        """[B, P + A + S] int64: place of every alive token in the full sequence; fused ones come after its end."""
+        origins = self.origins
+        assert origins is not None, "only a reduced route has places"
+        batch, device = origins.shape[0], origins.device
+        prefix = torch.arange(self.num_prefix, device=device).expand(batch, -1)
+        suffix_start = self.num_prefix + self.num_patches
+        fused = torch.where(origins < self.num_patches, origins, origins + self.num_suffix)
+        suffix = torch.arange(suffix_start, self.full_length, device=device).expand(batch, -1)
+        return torch.cat([prefix, self.num_prefix + fused, suffix], dim=1)
+
+    def follow(self, value: Any) -> Any:
+        """Select the alive tokens' part of an attention input; what does not speak of single tokens stays as it is.
+
+        Padding masks [B, N] lose columns, masks and biases [.., .., N or 1, N] rows and columns; a fused token takes
+        those of the first special token, and is visible without a bias where there is none. Tables [.., N or M, d]
+        lose rows; a pair of tables is read as (cos, sin), and a fused token is not rotated. Lists and tuples are
+        followed item by item.
+
+        Raises:
+            NotImplementedError: On a mask of flex attention, which is no tensor.
+        """
+        if self.origins is None:
+            return value
+        if type(value).__name__ == "BlockMask":
+            raise NotImplementedError("token reduction cannot follow a mask of flex attention; use sdpa or eager")
+        if isinstance(value, (tuple, list)):
+            if len(value) == 2 and all(isinstance(table, Tensor) for table in value):
+                cos, sin = value
+                return self._follow_tensor(cos, unrotated=1.0), self._follow_tensor(sin, unrotated=0.0)
+            return tuple(self.follow(item) for item in value)
+        return self._follow_tensor(value, unrotated=0.0) if isinstance(value, Tensor) else value
+
+    def follow_items(self, arguments: dict[str, Any], but: str = "") -> dict[str, Any]:
+        """`follow` on every value of `arguments`, less the one called `but`."""
+        return {name: value if name == but else self.follow(value) for name, value in arguments.items()}
+
+    def _follow_tensor(self, value: Tensor, unrotated: float) -> Tensor:
+        shape, length = value.shape, self.full_length
+        if value.ndim == 2 and shape[-1] == length and not value.is_floating_point():
+            return self.gather_mask(value[:, None, None])[:, 0, 0]
+        if value.ndim >= 3 and shape[-1] == length and shape[-2] in (1, length):
+            return self.gather_mask(value)
+        if value.is_floating_point() and value.ndim >= 2 and shape[-2] in (length, self.num_patches):
+            return self.gather_table(value, unrotated)
+        return value
+
+    def gather_mask(self, mask: Tensor) -> Tensor:
+        """A mask or bias [H, N, N] or [B or 1, H or 1, N or 1, N] for the alive tokens, [B, .., alive or 1, alive]."""
+        if mask.ndim == 3:
+            mask = mask[None]
+        places = self.places().to(mask.device)
+        if self.num_prefix:
+            places = torch.where(places < self.full_length, places, 0)
+        else:
+            visible = 0.0 if mask.is_floating_point() else 1
+            rows = self.num_reductions if mask.shape[2] > 1 else 0
+            mask = nn.functional.pad(mask, (0, self.num_reductions, 0, rows), value=visible)
+        mask = mask.expand(len(places), -1, -1, -1)
+        mask = mask.gather(3, places[:, None, None, :].expand(-1, *mask.shape[1:3], -1))
+        if mask.shape[2] == 1:
+            return mask
+        return mask.gather(2, places[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
+
+    def gather_table(self, table: Tensor, unrotated: float = 0.0) -> Tensor:
+        """A table of positions [.., N or M, d] for the alive tokens: [B, 1, alive, d] from 2-D, else with its own axes.
+
+        Args:
+            table: One row a token, or one a patch; a leading axis of images may be there.
+            unrotated: What a fused token's row is filled with.
+        """
+        assert self.origins is not None, "only a reduced route has a table to shorten"
+        rows = self.origins if table.shape[-2] == self.num_patches else self.places()
+        rows = rows.to(table.device)
+        padded = nn.functional.pad(table, (0, 0, 0, self.num_reductions), value=unrotated)
+        if table.ndim == 2:
+            return padded[rows][:, None]
+        padded = padded.expand(len(rows), *padded.shape[1:])
+        index = rows.view(len(rows), *(1,) * (table.ndim - 3), -1, 1)
+        return padded.gather(-2, index.expand(*padded.shape[:-2], -1, padded.shape[-1]))
+
+
+class BlockRun:
+    """One block's forward in progress.
+
+    Args:
+        route: Tokens alive in it.
+        score: Kind of token score that its attention is asked for, or None.
+    """
+
+    def __init__(self, route: Route, score: str | None = None) -> None:
+        self.route = route
+        self.score = score
+        self.token_scores: Tensor | None = None
+
+
+class RouteCarrier(threading.local):
+    """Hands the route from one block's call to the next within a forward, one per thread (nn.DataParallel).
+
+    The first block's call starts a new route and the last one's ends it. A recomputed block (gradient checkpointing)
+    does not come by here: it gets the route that its own call was given.
+
+    Attributes:
+        route: The running forward's route, between blocks.
+        inside: The block that runs right now, for what its attention is called with.
+        log: Where `record_routes` collects.
+    """
+
+    route: Route | None = None
+    inside: BlockRun | None = None
+    log: list[tuple[int, Route]] | None = None
+
+    def current(self) -> Route:
+        """The running forward's route.
+
+        Raises:
+            RuntimeError: If a block was called on its own, outside of the model's forward.
+        """
+        if self.route is None:
+            raise RuntimeError("a block of a model with an adapter ran outside of the model's forward; call the model")
+        return self.route
+
+    def __reduce__(self) -> tuple[type[RouteCarrier], tuple[()]]:  # copies and pickles start empty
+        return RouteCarrier, ()

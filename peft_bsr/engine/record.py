@@ -1,0 +1,40 @@
+"""Watching the routes of a model's forwards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from peft_bsr.core import Route, RouteCarrier
+
+
+@contextmanager
+def record_routes(model: nn.Module) -> Iterator[list[tuple[int, Route]]]:
+    """Collect `(block index, route behind it)` of every reduction that runs inside the `with` block.
+
+    Args:
+        model: A model with one of our adapters.
+
+    Yields:
+        The list, filled as forwards run.
+
+    Raises:
+        ValueError: If the model carries none of our adapters.
+
+    Example:
+        >>> with record_routes(model) as routes:  # doctest: +SKIP
+        ...     model(pixel_values)
+        >>> routes[-1][1].alive()  # which patches the last reduction left  # doctest: +SKIP
+    """
+    carriers = [getattr(module, "carrier", None) for module in model.modules()]
+    carrier = next((c for c in carriers if isinstance(c, RouteCarrier)), None)
+    if carrier is None:
+        raise ValueError(f"{type(model).__name__} has no adapter of peft_bsr. Call get_peft_model(model, BSRConfig()).")
+    log: list[tuple[int, Route]] = []
+    earlier, carrier.log = carrier.log, log
+    try:
+        yield log
+    finally:
+        carrier.log = earlier

@@ -1,0 +1,134 @@
+"""One block's forward on a route: gather, attention, reduction, MLP, scatter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from peft_bsr.backbones import Anatomy, Column, FamilyRule, apply_part
+from peft_bsr.core import BlockRun, num_kept, pick_tokens, put_tokens, reduce_tokens
+from peft_bsr.engine.plan import Reduction
+
+
+def forward_block(
+    block: nn.Module,
+    stock: Callable[..., Any],
+    column: Column,
+    rule: FamilyRule,
+    reduction: Reduction | None,
+    run: BlockRun,
+    hidden_states: Tensor,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> tuple[Any, Tensor | None]:
+    """Run a block on the tokens of `run.route`; bit-equal to the stock block where all are kept.
+
+    In full view the sequence comes and goes whole: the alive tokens are taken out, run, and put back; dropped ones
+    keep the value they had when they were dropped.
+
+    Args:
+        block: The block.
+        stock: Its own forward.
+        column: Knows its parts.
+        rule: Exceptions of the family.
+        reduction: Where and how much to reduce, or None.
+        run: The route, and where the scores arrive.
+        hidden_states: [B, P + A + S, D], in full view [B, N, D].
+        args: For the block.
+        kwargs: For the block.
+
+    Returns:
+        What the stock block returns, with fewer tokens; and the origins behind the reduction [B, A'], None without.
+    """
+    route = run.route
+    whole = hidden_states
+    if route.is_full_view and route.origins is not None:
+        hidden_states = pick_tokens(whole, route.places())
+    origins = None
+    if reduction is not None and reduction.position == "mid_block":
+        output, before, origins = _forward_composed(block, column, rule, reduction, run, hidden_states, args, kwargs)
+    else:
+        output = stock(hidden_states, *args, **kwargs)
+        before = _tokens(output)
+    tokens = _tokens(output)
+    if reduction is not None and reduction.position == "after_block":
+        tokens, origins = _reduce(reduction, run, tokens)
+    if route.is_full_view:
+        if origins is not None:
+            whole = before if route.origins is None else put_tokens(whole, route.places(), before)
+            tokens = put_tokens(whole, route.reduced(origins).places(), tokens)
+        elif route.origins is not None:
+            tokens = put_tokens(whole, route.places(), tokens)
+    return ((tokens, *output[1:]) if isinstance(output, tuple) else tokens), origins
+
+
+def _forward_composed(
+    block: nn.Module,
+    column: Column,
+    rule: FamilyRule,
+    reduction: Reduction,
+    run: BlockRun,
+    hidden_states: Tensor,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> tuple[Any, Tensor, Tensor]:
+    """The pre-norm block of the Anatomy with a reduction between its halves.
+
+    Returns:
+        Its output, the tokens between its halves before the reduction, and the origins behind it.
+    """
+    anatomy = column.anatomy
+    assert anatomy is not None, "a plan reduces mid-block only where the block's parts are known"
+    arguments = _attention_arguments(block, anatomy, rule, hidden_states, args, kwargs)
+    normalized = apply_part(block, anatomy.norm1, hidden_states)
+    attended = getattr(block, anatomy.attention)(normalized, **arguments)
+    attended, *others = attended if isinstance(attended, tuple) else (attended,)
+    for name in anatomy.after_attention:
+        attended = apply_part(block, name, attended)
+    before = hidden_states + attended
+    residual, origins = _reduce(reduction, run, before)
+    expanded = apply_part(block, anatomy.norm2, residual)
+    for name in anatomy.mlp[:-1]:
+        expanded = apply_part(block, name, expanded)
+    if anatomy.mlp_adds_residual:
+        tokens = apply_part(block, anatomy.mlp[-1], expanded, residual)
+    else:
+        expanded = apply_part(block, anatomy.mlp[-1], expanded)
+        for name in anatomy.after_mlp:
+            expanded = apply_part(block, name, expanded)
+        tokens = residual + expanded
+    return ((tokens, *others) if column.returns_tuple else tokens), before, origins
+
+
+def _reduce(reduction: Reduction, run: BlockRun, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    route, scores = run.route, run.token_scores
+    if scores is None:
+        raise RuntimeError("the attention ran without showing its queries and keys; was its implementation replaced?")
+    if not reduction.fuse:
+        scores = scores.detach()  # only the choice of tokens depends on them
+    origins = route.origins_like(tokens)
+    keep = num_kept(reduction.keep_rate, origins.shape[1])
+    fused_origin = route.fused_origin if reduction.fuse else None
+    return reduce_tokens(tokens, origins, scores, route.num_prefix, keep, fused_origin, route.num_suffix)
+
+
+def _attention_arguments(
+    block: nn.Module,
+    anatomy: Anatomy,
+    rule: FamilyRule,
+    hidden_states: Tensor,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> dict[str, Any]:
+    """What the block calls its attention with, beside the hidden states."""
+    arguments = {**dict(zip(anatomy.block_inputs, args, strict=False)), **kwargs}
+    if rule.attention_arguments is not None:
+        return rule.attention_arguments(block, hidden_states, arguments)
+    names = anatomy.attention_inputs
+    return arguments if names is None else {n: value for n, value in arguments.items() if n in names}
+
+
+def _tokens(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output

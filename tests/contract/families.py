@@ -1,0 +1,302 @@
+"""Tiny random models of every family, with a batch for each; what the contract test and the compatibility page run on.
+
+`FAMILIES[name]()` makes a model in evaluation mode, always with the same weights. Tables that start at zero (position
+biases, LayerScale of ones) are drawn at random, because a check on zeros passes whatever the code does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+WIDTH = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64}
+IMAGE = {"image_size": 32, "patch_size": 8}
+VIT = {**WIDTH, **IMAGE}
+TEXT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+_RANDOMIZED = ("lambda", "bias_table", "gamma", "mid_position", "position_embedding")
+
+
+def _model(name: str, config_name: str, **settings: Any) -> Callable[..., nn.Module]:
+    """Make `transformers.<name>(transformers.<config_name>(**settings))`."""
+
+    def make(seed: int = 0, **extra: Any) -> nn.Module:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            config = getattr(transformers, config_name)(**{**settings, **extra})
+            model = getattr(transformers, name)(config)
+            for parameter_name, parameter in model.named_parameters():
+                if any(word in parameter_name for word in _RANDOMIZED):
+                    nn.init.normal_(parameter, 1.0 if "lambda" in parameter_name else 0.0, 0.3)
+        return model.eval()
+
+    return make
+
+
+def _mae_encoder(seed: int = 0, **extra: Any) -> nn.Module:
+    return _model("ViTMAEModel", "ViTMAEConfig", **VIT, mask_ratio=0.25)(seed, **extra)
+
+
+SUPPORTED: dict[str, Callable[..., nn.Module]] = {
+    "vit": _model("ViTForImageClassification", "ViTConfig", **VIT, num_labels=3),
+    "vit_bare": _model("ViTModel", "ViTConfig", **VIT),
+    "vit_mim": _model("ViTForMaskedImageModeling", "ViTConfig", **VIT, encoder_stride=8),
+    "deit": _model("DeiTForImageClassification", "DeiTConfig", **VIT, num_labels=3),
+    "deit_teacher": _model("DeiTForImageClassificationWithTeacher", "DeiTConfig", **VIT, num_labels=3),
+    "deit_mim": _model("DeiTForMaskedImageModeling", "DeiTConfig", **VIT, encoder_stride=8),
+    "vit_msn": _model("ViTMSNForImageClassification", "ViTMSNConfig", **VIT, num_labels=3),
+    "vit_mae": _mae_encoder,
+    "ijepa": _model("IJepaForImageClassification", "IJepaConfig", **VIT, num_labels=3),
+    "ast": _model(
+        "ASTForAudioClassification",
+        "ASTConfig",
+        **WIDTH,
+        patch_size=8,
+        frequency_stride=4,
+        time_stride=4,
+        max_length=24,
+        num_mel_bins=16,
+        num_labels=3,
+    ),
+    "vivit": _model(
+        "VivitForVideoClassification",
+        "VivitConfig",
+        **WIDTH,
+        image_size=16,
+        num_frames=4,
+        tubelet_size=[2, 8, 8],
+        num_labels=3,
+    ),
+    "videomae": _model(
+        "VideoMAEForVideoClassification",
+        "VideoMAEConfig",
+        **WIDTH,
+        image_size=16,
+        patch_size=8,
+        num_frames=4,
+        num_labels=3,
+    ),
+    "dinov2": _model("Dinov2ForImageClassification", "Dinov2Config", **VIT, mlp_ratio=2, num_labels=3),
+    "dinov2_swiglu": _model(
+        "Dinov2ForImageClassification", "Dinov2Config", **VIT, mlp_ratio=2, use_swiglu_ffn=True, num_labels=3
+    ),
+    "dinov2_backbone": _model(
+        "Dinov2Backbone", "Dinov2Config", **VIT, mlp_ratio=2, out_indices=[2, 4], reshape_hidden_states=True
+    ),
+    "dinov2_registers": _model(
+        "Dinov2WithRegistersForImageClassification",
+        "Dinov2WithRegistersConfig",
+        **VIT,
+        mlp_ratio=2,
+        num_register_tokens=3,
+        num_labels=3,
+    ),
+    "dinov3": _model("DINOv3ViTModel", "DINOv3ViTConfig", **VIT, num_register_tokens=2),
+    "dinov3_backbone": _model("DINOv3ViTBackbone", "DINOv3ViTConfig", **VIT, num_register_tokens=2, out_indices=[2, 4]),
+    "beit": _model("BeitForImageClassification", "BeitConfig", **VIT, use_relative_position_bias=True, num_labels=3),
+    "beit_shared_bias": _model(
+        "BeitForImageClassification", "BeitConfig", **VIT, use_shared_relative_position_bias=True, num_labels=3
+    ),
+    "beit_no_bias": _model(
+        "BeitForImageClassification", "BeitConfig", **VIT, use_absolute_position_embeddings=True, num_labels=3
+    ),
+    "data2vec": _model(
+        "Data2VecVisionForImageClassification",
+        "Data2VecVisionConfig",
+        **VIT,
+        use_relative_position_bias=True,
+        layer_scale_init_value=0.1,
+        num_labels=3,
+    ),
+    "data2vec_shared_bias": _model(
+        "Data2VecVisionForImageClassification",
+        "Data2VecVisionConfig",
+        **VIT,
+        use_shared_relative_position_bias=True,
+        num_labels=3,
+    ),
+    "clip": _model("CLIPForImageClassification", "CLIPConfig", vision_config=VIT, text_config=TEXT, num_labels=3),
+    "clip_bare": _model("CLIPVisionModel", "CLIPVisionConfig", **VIT),
+    "clip_projection": _model("CLIPVisionModelWithProjection", "CLIPVisionConfig", **VIT, projection_dim=16),
+    "metaclip2": _model(
+        "MetaClip2ForImageClassification", "MetaClip2Config", vision_config=VIT, text_config=TEXT, num_labels=3
+    ),
+    "owlvit": _model("OwlViTVisionModel", "OwlViTVisionConfig", **VIT),
+    "owlv2": _model("Owlv2VisionModel", "Owlv2VisionConfig", **VIT),
+    "chinese_clip": _model("ChineseCLIPVisionModel", "ChineseCLIPVisionConfig", **VIT),
+    "siglip": _model("SiglipForImageClassification", "SiglipConfig", vision_config=VIT, text_config=TEXT, num_labels=3),
+    "siglip_pooling": _model("SiglipVisionModel", "SiglipVisionConfig", **VIT),
+    "siglip2": _model(
+        "Siglip2ForImageClassification",
+        "Siglip2Config",
+        vision_config={**WIDTH, "patch_size": 8, "num_patches": 16},
+        text_config=TEXT,
+        num_labels=3,
+    ),
+    "siglip2_pooling": _model("Siglip2VisionModel", "Siglip2VisionConfig", **WIDTH, patch_size=8, num_patches=16),
+    "aimv2": _model("Aimv2VisionModel", "Aimv2VisionConfig", **VIT),
+    "pixio": _model("PixioModel", "PixioConfig", **VIT, n_cls_tokens=3),
+    "internvl": _model("InternVLVisionModel", "InternVLVisionConfig", **WIDTH, image_size=[32, 32], patch_size=[8, 8]),
+    "internvl_qk_norm": _model(
+        "InternVLVisionModel",
+        "InternVLVisionConfig",
+        **WIDTH,
+        image_size=[32, 32],
+        patch_size=[8, 8],
+        use_qk_norm=True,
+        norm_type="rms_norm",
+    ),
+    "radio": _model("RadioModel", "RadioConfig", **VIT),
+    "blip": _model("BlipVisionModel", "BlipVisionConfig", **VIT),
+    "vjepa2": _model(
+        "VJEPA2ForVideoClassification",
+        "VJEPA2Config",
+        **{k: v for k, v in WIDTH.items() if k != "intermediate_size"},
+        mlp_ratio=2,
+        crop_size=16,
+        patch_size=8,
+        frames_per_clip=4,
+        tubelet_size=2,
+        pred_hidden_size=32,
+        pred_num_attention_heads=4,
+        pred_num_hidden_layers=2,
+        num_pooler_layers=2,
+        num_labels=3,
+    ),
+    "mlcd": _model("MLCDVisionModel", "MLCDVisionConfig", **VIT),
+    "dpt": _model(
+        "DPTForDepthEstimation",
+        "DPTConfig",
+        **VIT,
+        is_hybrid=False,
+        backbone_out_indices=[0, 1, 2, 3],
+        neck_hidden_sizes=[8, 8, 8, 8],
+        fusion_hidden_size=8,
+    ),
+    "yolos": _model(
+        "YolosForObjectDetection",
+        "YolosConfig",
+        **WIDTH,
+        image_size=[32, 32],
+        patch_size=8,
+        num_detection_tokens=3,
+        num_labels=3,
+    ),
+}
+
+REFUSED: dict[str, Callable[..., nn.Module]] = {
+    "swin": _model(
+        "SwinForImageClassification",
+        "SwinConfig",
+        image_size=32,
+        patch_size=2,
+        embed_dim=16,
+        depths=[2, 2],
+        num_heads=[2, 2],
+        window_size=4,
+    ),
+    "swinv2": _model(
+        "Swinv2ForImageClassification",
+        "Swinv2Config",
+        image_size=32,
+        patch_size=2,
+        embed_dim=16,
+        depths=[2, 2],
+        num_heads=[2, 2],
+        window_size=4,
+    ),
+    "hiera": _model(
+        "HieraForImageClassification",
+        "HieraConfig",
+        image_size=[32, 32],
+        patch_size=[3, 3],
+        patch_stride=[2, 2],
+        patch_padding=[1, 1],
+        embed_dim=16,
+        depths=[1, 2],
+        num_heads=[1, 2],
+        masked_unit_size=[4, 4],
+        query_stride=[2, 2],
+        num_query_pool=1,
+        masked_unit_attention=[True, False],
+    ),
+    "sam": _model(
+        "SamVisionModel",
+        "SamVisionConfig",
+        **WIDTH,
+        image_size=32,
+        patch_size=8,
+        output_channels=16,
+        window_size=2,
+        global_attn_indexes=[1, 3],
+        mlp_dim=64,
+    ),
+    "vitdet": _model(
+        "VitDetModel",
+        "VitDetConfig",
+        **{k: v for k, v in WIDTH.items() if k != "intermediate_size"},
+        mlp_ratio=2,
+        image_size=32,
+        patch_size=8,
+        pretrain_image_size=32,
+        window_size=2,
+        window_block_indices=[0, 2],
+    ),
+    "segformer": _model(
+        "SegformerForImageClassification",
+        "SegformerConfig",
+        num_encoder_blocks=2,
+        depths=[2, 2],
+        sr_ratios=[2, 1],
+        hidden_sizes=[16, 32],
+        patch_sizes=[3, 3],
+        strides=[2, 2],
+        num_attention_heads=[1, 2],
+        mlp_ratios=[2, 2],
+        decoder_hidden_size=16,
+    ),
+    "timesformer": _model(
+        "TimesformerForVideoClassification",
+        "TimesformerConfig",
+        **WIDTH,
+        image_size=16,
+        patch_size=8,
+        num_frames=2,
+    ),
+    "eomt": _model(
+        "EomtForUniversalSegmentation",
+        "EomtConfig",
+        **{k: v for k, v in VIT.items() if k != "intermediate_size"},
+        mlp_ratio=2,
+        num_blocks=2,
+        num_queries=4,
+        num_upscale_blocks=1,
+    ),
+}
+
+
+def run_batch(model: nn.Module, batch_size: int = 2, seed: int = 1) -> dict[str, Tensor]:
+    """A batch of random inputs as a user of `model` would give it."""
+    generator = torch.Generator().manual_seed(seed)
+    kind = type(model).__name__
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(batch_size, *shape, generator=generator)
+
+    if kind.startswith("Siglip2"):
+        mask = torch.ones(batch_size, 16, dtype=torch.int64)
+        mask[-1, 12:] = 0
+        shapes = torch.tensor([[4, 4]] * (batch_size - 1) + [[3, 4]])
+        return {"pixel_values": random(16, 192), "pixel_attention_mask": mask, "spatial_shapes": shapes}
+    if kind.startswith("AST"):
+        return {"input_values": random(24, 16)}
+    if kind.startswith("VJEPA2"):
+        return {"pixel_values_videos": random(4, 3, 16, 16)}
+    if kind.startswith(("Vivit", "VideoMAE")):
+        return {"pixel_values": random(4, 3, 16, 16)}
+    if kind.startswith("Timesformer"):
+        return {"pixel_values": random(2, 3, 16, 16)}
+    return {"pixel_values": random(3, 32, 32)}

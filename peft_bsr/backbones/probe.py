@@ -32,8 +32,8 @@ from peft_bsr.core import BlockRun, Route, RouteCarrier
 from peft_bsr.errors import UnsupportedModelError
 
 SUPPORTED = (
-    "Supported are plain vision transformers, found by probing: one list of blocks that map [B, N, D] to [B, N, D] with "
-    "global attention; docs/compatibility.md lists the families tested"
+    "Supported are plain vision transformers, found by probing: one list of blocks that map [B, N, D] to [B, N, D] "
+    "with global attention; docs/compatibility.md lists the families tested"
 )
 
 

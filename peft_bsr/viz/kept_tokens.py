@@ -10,7 +10,8 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from peft_bsr.core import Route, record_routes
+from peft_bsr.core import Route
+from peft_bsr.engine import record_routes
 
 _VEIL = np.array([0.30, 0.42, 0.62])  # a blue that neither black nor white backgrounds have
 _OPACITY = 0.8  # how much of a dropped patch the veil hides

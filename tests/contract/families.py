@@ -150,7 +150,7 @@ SUPPORTED: dict[str, Callable[..., nn.Module]] = {
         norm_type="rms_norm",
     ),
     "radio": _model("RadioModel", "RadioConfig", **VIT),
-    "blip": _model("BlipVisionModel", "BlipVisionConfig", **VIT),
+    "blip": _model("BlipVisionModel", "BlipVisionConfig", **VIT, initializer_range=0.02),
     "vjepa2": _model(
         "VJEPA2ForVideoClassification",
         "VJEPA2Config",

@@ -173,8 +173,8 @@ class BSRConfig(PeftConfig):
                 problems.append(f"`{name}={value!r}` must be {allowed}.")
         if self.fuse_dropped and self.mode == "full_view":
             problems.append(
-                "`fuse_dropped=True` needs a place for the fused token, but in `mode='full_view'` the sequence keeps its "
-                "length and the dropped tokens their place. Leave one of them None."
+                "`fuse_dropped=True` needs a place for the fused token, but in `mode='full_view'` the sequence keeps "
+                "its length and the dropped tokens their place. Leave one of them None."
             )
         if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
             problems.append(f"`r={self.r!r}` must be a whole number of at least 1.")
@@ -249,8 +249,8 @@ def build_plan(config: BSRConfig, column: Column) -> Plan:
         )
     if reduces and reduce_at == "mid_block" and column.anatomy is None:
         problems.append(
-            "`reduce_at='mid_block'` needs blocks of norm, attention, norm and MLP with two residuals, which this model "
-            "does not have. Use `reduce_at='after_block'`, or leave it None."
+            "`reduce_at='mid_block'` needs blocks of norm, attention, norm and MLP with two residuals, which this "
+            "model does not have. Use `reduce_at='after_block'`, or leave it None."
         )
     if problems:
         raise ConfigError.from_problems("BSRConfig", problems)

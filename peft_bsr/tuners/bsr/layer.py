@@ -111,7 +111,8 @@ class BSRWeights(nn.Module, BSRLayer):
             for name, parameter in list(module.named_parameters()):
                 start = self.unmerged_weights.get(name, parameter).detach().clone()
                 # registered anew, so that PEFT's low_cpu_mem_usage puts it on the meta device
-                module.register_parameter(name, nn.Parameter(start))
+                owner, _, own_name = name.rpartition(".")
+                module.get_submodule(owner).register_parameter(own_name, nn.Parameter(start))
         if not config.init_weights:
             for name, parameter in module.named_parameters():
                 if name != "lora_A":

@@ -28,7 +28,6 @@ from datasets import load_dataset
 from torch import Tensor, nn
 from transformers import ViTForImageClassification
 
-from peft_bsr.core.attention import class_attention
 from peft_bsr.core.reduction import num_kept, reduce_tokens, select_tokens
 
 BLOCKS = (3, 6, 9)
@@ -66,7 +65,7 @@ def norm(tensor: Tensor) -> Tensor:
 # each returns [B, H, M] (or H = 1); the mean over heads is taken by the caller
 Score = Callable[[State], Tensor]
 SCORES: dict[str, Score] = {
-    "class attention (BSR)": lambda s: class_attention(s.query, s.key, s.scaling)[:, :, 0, 1:],
+    "class attention (BSR)": lambda s: (s.query[:, :, :1] @ s.key.mT * s.scaling).softmax(dim=-1)[:, :, 0, 1:],
     "received": received,
     "mean_query": mean_query,
     "received x |value|": lambda s: received(s) * norm(s.value),

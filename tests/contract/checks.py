@@ -1,0 +1,228 @@
+"""What every supported model must pass. Each check raises AssertionError; the test and the report call the same ones.
+
+The reference for attention is the stock model with eager attention, watched and masked at its softmax: it shares no
+code with the package's way to query, key and mask.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from families import SUPPORTED, run_batch
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from peft_bsr import BSRConfig, record_routes
+from peft_bsr.backbones import tensors_of
+from peft_bsr.engine import reducing
+
+EVERY_BLOCK = {"trainable_blocks": [1, 3], "reduction_blocks": [0, 1, 2]}
+
+
+def attach(name: str, mode: str | None, **settings: Any) -> PeftModel:
+    """The family's tiny model with an adapter, in evaluation mode."""
+    torch.manual_seed(3)
+    return get_peft_model(SUPPORTED[name](), BSRConfig(mode=mode, **{**EVERY_BLOCK, **settings})).eval()
+
+
+def outputs(model: nn.Module, batch: dict[str, Tensor]) -> list[Tensor]:
+    """All tensors that the model returns, with the same random numbers every time."""
+    torch.manual_seed(7)
+    with torch.no_grad():
+        return tensors_of(model(**batch))
+
+
+def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:
+    assert len(found) == len(expected) > 0
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def check_identity(name: str, mode: str | None) -> None:
+    """keep_rate 1.0 is the untouched model bit for bit, and so are reducing blocks that happen to keep everything."""
+    base = SUPPORTED[name]()
+    batch = run_batch(base)
+    expected = outputs(base, batch)
+    assert_same(outputs(attach(name, mode, keep_rate=1.0), batch), expected)
+    nearly_all = attach(name, mode, keep_rate=0.999)  # the ceiling keeps every one of these few tokens
+    with record_routes(nearly_all) as routes:
+        found = outputs(nearly_all, batch)
+    assert len(routes) == 3, "the blocks ran through their own forward"
+    assert_same(found, expected)
+
+
+def check_masking(name: str, mode: str | None) -> None:
+    """Dropping tokens equals keeping them and masking their keys in the blocks behind, to 1e-5."""
+    model = attach(name, mode, keep_rate=0.7, fuse_dropped=False)
+    column = model.base_model.column
+    batch = run_batch(model.base_model.model)
+    last = model.get_submodule(f"base_model.model.{column.blocks[-1]}")
+    seen: dict[str, Tensor] = {}
+    handle = last.register_forward_hook(lambda _m, _a, out: seen.update(reduced=tensors_of(out)[0]))
+    with record_routes(model) as routes:
+        outputs(model, batch)
+    handle.remove()
+    assert routes[-1][1].origins.shape[1] < column.num_patches
+
+    stock = SUPPORTED[name]()
+    blocks = [stock.get_submodule(block) for block in column.blocks]
+    use_eager(stock, name)
+    blocks[-1].register_forward_hook(lambda _m, _a, out: seen.update(masked=tensors_of(out)[0]))
+
+    def mask_dropped(index: int, logits: Tensor) -> Tensor:
+        behind = [route for block, route in routes if block < index]
+        if not behind:
+            return logits
+        special = torch.ones(len(logits), column.num_special, dtype=torch.bool)
+        prefix, suffix = special[:, : column.num_prefix], special[:, column.num_prefix :]
+        visible = torch.cat([prefix, behind[-1].alive(), suffix], dim=1)
+        return logits.masked_fill(~visible[:, None, None], -1e30)
+
+    with watched_softmax(blocks, change=mask_dropped):
+        outputs(stock, batch)
+    places = routes[-1][1].places()[..., None].expand(-1, -1, column.width)
+    reduced = seen["reduced"]
+    if model.peft_config["default"].mode == "full_view":
+        reduced = reduced.gather(1, places)
+    torch.testing.assert_close(reduced, seen["masked"].gather(1, places), atol=1e-5, rtol=1e-5)
+
+
+def check_scores(name: str, mode: str | None) -> None:
+    """The scores that tokens are ranked by equal those made of the stock model's eager attention, to 1e-5."""
+    model = attach(name, mode, reduction_blocks=[1])
+    column, kind = model.base_model.column, model.peft_config["default"].score
+    batch = run_batch(model.base_model.model)
+    found: list[Tensor] = []
+    true_reduce = reducing.reduce_tokens
+
+    def note(hidden_states: Tensor, origins: Tensor, scores: Tensor, *others: Any) -> Any:
+        found.append(scores)
+        return true_reduce(hidden_states, origins, scores, *others)
+
+    with mock.patch.object(reducing, "reduce_tokens", note):
+        outputs(model, batch)
+    stock = SUPPORTED[name]()
+    use_eager(stock, name)
+    logits: dict[int, Tensor] = {}
+    with watched_softmax(
+        [stock.get_submodule(block) for block in column.blocks],
+        change=lambda index, values: logits.setdefault(index, values),
+    ):
+        outputs(stock, batch)
+    torch.testing.assert_close(found[0], expected_scores(kind, logits[1]), atol=1e-5, rtol=1e-5)
+
+
+def expected_scores(kind: str, logits: Tensor) -> Tensor:
+    """Scores [B, N] from the logits [B, H, N, N] of plain attention, padding left out of means over queries."""
+    weights = logits.softmax(dim=-1)
+    is_padding = logits[:, :, 0] < -1e30
+    count = (~is_padding).sum(dim=-1, keepdim=True)
+    if kind == "class":
+        return weights[:, :, 0].mean(dim=1)
+    if kind == "received":
+        rows = weights.masked_fill(is_padding[..., None], 0).sum(dim=2) / count
+        return rows.mean(dim=1)
+    mean = logits.masked_fill(is_padding[..., None], 0).sum(dim=2) / count
+    return mean.softmax(dim=-1).mean(dim=1)
+
+
+def check_gradients(name: str, mode: str | None) -> None:
+    """Gradients under both kinds of checkpointing, with two forwards before the backward, equal those without."""
+    found = []
+    for use_reentrant in (None, False, True):
+        model = attach(name, mode, keep_rate=0.7, init_weights=False).train()
+        base = model.base_model.model
+        if use_reentrant is not None:
+            base.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        first, second = run_batch(base, seed=1), run_batch(base, seed=2)
+        torch.manual_seed(5)
+        losses = [sum(t.float().square().mean() for t in tensors_of(model(**batch)) if t.requires_grad)
+                  for batch in (first, second)]
+        (losses[0] + losses[1]).backward()
+        found.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    plain = found[0]
+    assert sum(gradient is not None for gradient in plain.values()) > 4
+    for gradients in found[1:]:
+        for parameter, expected in plain.items():
+            assert (gradients[parameter] is None) == (expected is None), parameter
+            if expected is not None:
+                torch.testing.assert_close(gradients[parameter], expected, atol=1e-5, rtol=1e-4, msg=parameter)
+
+
+def check_save_and_load(name: str, mode: str | None) -> None:
+    """A saved adapter, loaded on a fresh base model under another name, gives the same outputs bit for bit."""
+    model = attach(name, mode, init_weights=False)
+    batch = run_batch(model.base_model.model)
+    expected = outputs(model, batch)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        loaded = PeftModel.from_pretrained(SUPPORTED[name](), folder, adapter_name="other").eval()
+    assert_same(outputs(loaded, batch), expected)
+    assert loaded.peft_config["other"].mode == model.peft_config["default"].mode
+
+
+def check_disable(name: str, mode: str | None) -> None:
+    """Disabled and unloaded, the model is the base model bit for bit."""
+    base = SUPPORTED[name]()
+    batch = run_batch(base)
+    expected = outputs(base, batch)
+    model = attach(name, mode, init_weights=False)
+    changed = outputs(model, batch)
+    assert not all(torch.equal(a, b) for a, b in zip(changed, expected, strict=True) if a.shape == b.shape)
+    with model.disable_adapter():
+        assert_same(outputs(model, batch), expected)
+    assert_same(outputs(model.unload(), batch), expected)
+
+
+CHECKS: dict[str, Callable[[str, str | None], None]] = {
+    "identity": check_identity,
+    "masking": check_masking,
+    "scores": check_scores,
+    "gradients": check_gradients,
+    "save and load": check_save_and_load,
+    "disable": check_disable,
+}
+
+
+def use_eager(model: nn.Module, name: str) -> None:
+    """Switch a stock model to eager attention."""
+    if name.startswith("data2vec"):  # chooses the class of its attention when it is made
+        from transformers.models.data2vec import modeling_data2vec_vision as module
+
+        for attention in model.modules():
+            if type(attention) is module.Data2VecVisionSdpaSelfAttention:
+                attention.__class__ = module.Data2VecVisionSelfAttention
+        return
+    model.set_attn_implementation("eager")
+
+
+class _SoftmaxWatcher(TorchFunctionMode):
+    def __init__(self, change: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.change = change
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (nn.functional.softmax, torch.softmax, Tensor.softmax) and args[0].ndim == 4:
+            args = (self.change(args[0]), *args[1:])
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def watched_softmax(blocks: list[nn.Module], change: Callable[[int, Tensor], Tensor]) -> Iterator[None]:
+    """`change(block index, logits [B, H, N, N])` before every softmax of attention in a block."""
+    running: list[int] = []
+    handles = []
+    for index, block in enumerate(blocks):
+        handles.append(block.register_forward_pre_hook(lambda _m, _a, index=index: running.append(index)))
+        handles.append(block.register_forward_hook(lambda _m, _a, _o: (running.pop(), None)[1]))
+    try:
+        with _SoftmaxWatcher(lambda logits: change(running[-1], logits) if running else logits):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()

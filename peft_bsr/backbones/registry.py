@@ -83,14 +83,16 @@ def vision_config(model: nn.Module) -> Any:
 
 
 def _siglip2_inputs(config: Any, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """NaFlex: patches come flattened, with a mask and their grid."""
+    """NaFlex: patches come flattened, with a mask and their grid; the last row is padding, as in most real batches."""
     rows = int(config.num_patches**0.5)
     columns = config.num_patches // rows
     values = torch.randn(batch_size, rows * columns, config.num_channels * config.patch_size**2, generator=generator)
+    mask = torch.ones(batch_size, rows * columns, dtype=torch.int64)
+    mask[:, -columns:] = 0
     return {
         "pixel_values": values,
-        "pixel_attention_mask": torch.ones(batch_size, rows * columns, dtype=torch.int64),
-        "spatial_shapes": torch.tensor([[rows, columns]] * batch_size),
+        "pixel_attention_mask": mask,
+        "spatial_shapes": torch.tensor([[rows - 1, columns]] * batch_size),
     }
 
 

@@ -1,6 +1,13 @@
 """Pure tensor functions and values: no transformers, no peft, no state."""
 
-from peft_bsr.core.attention import CLASS_FREE_SCORE, SCORE_KINDS, ScoreKind, token_scores, weights_to_scores
+from peft_bsr.core.attention import (
+    CLASS_FREE_SCORE,
+    SCORE_KINDS,
+    ScoreKind,
+    mean_of_visible,
+    token_scores,
+    weights_to_scores,
+)
 from peft_bsr.core.reduction import num_kept, pick_tokens, put_tokens, reduce_tokens, select_tokens
 from peft_bsr.core.route import BlockRun, Route, RouteCarrier
 
@@ -11,6 +18,7 @@ __all__ = [
     "Route",
     "RouteCarrier",
     "ScoreKind",
+    "mean_of_visible",
     "num_kept",
     "pick_tokens",
     "put_tokens",

@@ -38,17 +38,17 @@ def token_scores(kind: str, query: Tensor, key: Tensor, scaling: float, attentio
     """
     if kind == "received":
         rows = _attend(query, key, scaling, attention_mask)
-        return _mean_of_visible(rows, attention_mask).squeeze(2).mean(dim=1)
-    one = query[:, :, :1] if kind == "class" else _mean_of_visible(query, attention_mask)
+        return mean_of_visible(rows, attention_mask).squeeze(2).mean(dim=1)
+    one = query[:, :, :1] if kind == "class" else mean_of_visible(query, attention_mask)
     row_mask = None if attention_mask is None else attention_mask[:, :, :1]
     return _attend(one, key, scaling, row_mask).squeeze(2).mean(dim=1)
 
 
-def weights_to_scores(kind: str, weights: Tensor) -> Tensor | None:
+def weights_to_scores(kind: str, weights: Tensor, attention_mask: Tensor | None = None) -> Tensor | None:
     """`token_scores` from attention weights [B, H, N, N], or None for a kind that needs queries."""
     if kind == "mean_query":
         return None
-    return (weights[:, :, 0] if kind == "class" else weights.mean(dim=2)).mean(dim=1)
+    return (weights[:, :, 0] if kind == "class" else mean_of_visible(weights, attention_mask)[:, :, 0]).mean(dim=1)
 
 
 def _attend(query: Tensor, key: Tensor, scaling: float, mask: Tensor | None) -> Tensor:
@@ -65,8 +65,8 @@ def _attend(query: Tensor, key: Tensor, scaling: float, mask: Tensor | None) -> 
     return logits.softmax(dim=-1, dtype=torch.promote_types(query.dtype, torch.float32)).to(query.dtype)
 
 
-def _mean_of_visible(values: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean over tokens [B, H, N, x] -> [B, H, 1, x], without the padding that `mask` hides from token 0."""
+def mean_of_visible(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean over tokens [B, H, N, x] -> [B, H, 1, x], without the padding that the mask hides from token 0."""
     if mask is None:
         return values.mean(dim=2, keepdim=True)
     first_row = mask[:, :, 0]

@@ -22,7 +22,7 @@ from peft_bsr.backbones import (
     tensors_of,
     tolerance,
 )
-from peft_bsr.core import RouteCarrier, token_scores, weights_to_scores
+from peft_bsr.core import RouteCarrier, mean_of_visible, token_scores, weights_to_scores
 from peft_bsr.engine.plan import Mode, Plan
 from peft_bsr.engine.record import record_routes
 from peft_bsr.engine.runner import BlockRouter, attach_router, detach_router
@@ -122,10 +122,11 @@ def _score_error(
     def observe(query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: Any, output: Tensor) -> None:
         weights, attended = explicit_attention(query, key, value, scaling, mask)
         errors.append(relative_error(output.float(), attended))
-        expected = weights_to_scores(kind, weights)
+        mask = mask if isinstance(mask, Tensor) else None
+        expected = weights_to_scores(kind, weights, mask)
         if expected is None:  # no row of the attention: the mean query's own softmax is the reference
-            mean = query.float().mean(dim=2, keepdim=True)
-            row_mask = mask[:, :, :1] if isinstance(mask, Tensor) else None
+            mean = mean_of_visible(query.float(), mask)
+            row_mask = None if mask is None else mask[:, :, :1]
             expected = explicit_attention(mean, key, value, scaling, row_mask)[0][:, :, 0].mean(dim=1)
         errors.append(relative_error(token_scores(kind, query, key, scaling, mask).float(), expected))
 

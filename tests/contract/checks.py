@@ -141,8 +141,10 @@ def check_gradients(name: str, mode: str | None) -> None:
             base.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
         first, second = run_batch(base, seed=1), run_batch(base, seed=2)
         torch.manual_seed(5)
-        losses = [sum(t.float().square().mean() for t in tensors_of(model(**batch)) if t.requires_grad)
-                  for batch in (first, second)]
+        losses = [
+            sum(t.float().square().mean() for t in tensors_of(model(**batch)) if t.requires_grad)
+            for batch in (first, second)
+        ]
         (losses[0] + losses[1]).backward()
         found.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
     plain = found[0]
@@ -161,19 +163,20 @@ def check_save_and_load(name: str, mode: str | None) -> None:
     expected = outputs(model, batch)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        loaded = PeftModel.from_pretrained(SUPPORTED[name](), folder, adapter_name="other").eval()
+        # trainable, because torch multiplies in another order where a weight requires no gradient
+        loaded = PeftModel.from_pretrained(SUPPORTED[name](), folder, "other", is_trainable=True).eval()
     assert_same(outputs(loaded, batch), expected)
     assert loaded.peft_config["other"].mode == model.peft_config["default"].mode
 
 
 def check_disable(name: str, mode: str | None) -> None:
     """Disabled and unloaded, the model is the base model bit for bit."""
-    base = SUPPORTED[name]()
+    base = SUPPORTED[name]().requires_grad_(False)  # torch multiplies in another order where a weight requires none
     batch = run_batch(base)
     expected = outputs(base, batch)
     model = attach(name, mode, init_weights=False)
     changed = outputs(model, batch)
-    assert not all(torch.equal(a, b) for a, b in zip(changed, expected, strict=True) if a.shape == b.shape)
+    assert not all(torch.equal(a, b) for a, b in zip(changed, expected, strict=True))
     with model.disable_adapter():
         assert_same(outputs(model, batch), expected)
     assert_same(outputs(model.unload(), batch), expected)

@@ -92,6 +92,7 @@ class BSRWeights(nn.Module, BSRLayer):
         self._active_adapter: list[str] = []
         self.merged_adapters: list[str] = []
         self.unmerged_weights: dict[str, Tensor] = {}
+        self.saved_as: dict[str, str] = {}  # adapter -> this module's name where the adapter was saved, if another
         for name in ("in_features", "out_features"):
             if hasattr(base_layer, name):
                 setattr(self, name, getattr(base_layer, name))

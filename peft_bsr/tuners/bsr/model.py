@@ -12,14 +12,17 @@ from typing import Any, ClassVar
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import nn
+from torch import Tensor, nn
 
 from peft_bsr.backbones import Column, find_rule, probe_column
 from peft_bsr.core import RouteCarrier
 from peft_bsr.engine import Plan, attach_router, detach_router, verify_plan
-from peft_bsr.errors import AdapterError, AdapterNameWarning, ConfigError, ReductionNotMergedWarning
-from peft_bsr.tuners.bsr.config import BSRConfig, allowed_modes, build_plan
+from peft_bsr.errors import AdapterError, AdapterNameWarning, ReductionNotMergedWarning
+from peft_bsr.tuners.bsr.config import BSRConfig, allowed_modes
 from peft_bsr.tuners.bsr.layer import BSRLayer, BSRRouter, BSRWeights, check_single
+from peft_bsr.tuners.bsr.targets import is_excluded, resolve_targets
+
+_ROOT = "base_model.model."
 
 
 class BSRModel(BaseTuner):
@@ -72,11 +75,14 @@ class BSRModel(BaseTuner):
         column = routers[0].column if routers else probe_column(model)
         _warn_of_names(model, list(self.peft_config))
         config: BSRConfig = self.peft_config[adapter_name]
-        requested, self._targets = _resolve(model, column, config)
+        requested, self._targets, layout = resolve_targets(model, column, config)
         with _detached(model, routers):
             plan = verify_plan(model, column, requested, allowed_modes(config))
-        self.peft_config[adapter_name] = _write_down(config, plan)
+        self.peft_config[adapter_name] = _write_down(config, plan, layout)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        for place, saved_name in (config.layout or {}).items():
+            layer: Any = model.get_submodule(layout[place])
+            layer.saved_as[adapter_name] = saved_name
         if not routers:
             carrier = RouteCarrier()
             routers = [BSRRouter(index, column, carrier, find_rule(model)) for index in range(column.depth)]
@@ -90,7 +96,7 @@ class BSRModel(BaseTuner):
         return peft_config
 
     def _check_target_module_exists(self, peft_config: BSRConfig, key: str) -> Any:
-        if _is_excluded(peft_config, key):
+        if is_excluded(peft_config, key):
             return _ExcludedModule()
         return key in self._targets
 
@@ -175,6 +181,31 @@ class BSRModel(BaseTuner):
             detach_router(self.model, router)
         return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """PEFT's own copies a `weight`, which a LayerScale or a pooling head does not have."""
+        setattr(parent, child_name, new_module)
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """PEFT's own expects the name right before the last part of the key; a pooling head's modules are nested."""
+        return key.replace(f".bsr_params.{adapter_name}.", ".bsr_params.")
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """First to this model's module names, for a file that was saved on another layout."""
+        own_names = {}
+        for name, layer in model.named_modules():
+            if isinstance(layer, BSRWeights) and adapter_name in layer.saved_as:
+                root = "" if name.startswith(_ROOT) else _ROOT
+                own_names[f"{_ROOT}{layer.saved_as[adapter_name]}"] = f"{root}{name}"
+        renamed = {}
+        for key, tensor in state_dict.items():
+            name, separator, parameter = key.partition(".bsr_params.")
+            renamed[f"{own_names.get(name, name)}{separator}{parameter}"] = tensor
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, renamed)
+
     def _restore_base_modules(self) -> None:
         """Unmerge, and take off PEFT's wrappers around `modules_to_save`, which would leave the trained ones behind."""
         for name, module in list(self.model.named_modules()):
@@ -210,66 +241,15 @@ def _detached(model: nn.Module, routers: list[BSRRouter]) -> Iterator[None]:
             attach_router(model, router)
 
 
-def _resolve(model: nn.Module, column: Column, config: BSRConfig) -> tuple[Plan, dict[str, bool]]:
-    """The plan, and the modules to train: name -> whether by a low-rank update. Nothing is changed.
-
-    Raises:
-        ConfigError: Naming everything that this model does not allow.
-    """
-    requested = build_plan(config, column)
-    targets: dict[str, bool] = {}
-    problems = []
-    for index in requested.trained_blocks:
-        leaves = [f"{column.blocks[index]}.{leaf}" for leaf in column.leaves]
-        chosen = [n for n in leaves if _matches(config.target_modules, n, True) and not _is_excluded(config, n)]
-        if config.trainable == "lora":
-            chosen = [name for name in chosen if _is_linear(model.get_submodule(name))]
-        if not chosen and not config.modules_to_save:
-            problems.append(
-                f"`target_modules={config.target_modules!r}` with `exclude_modules={config.exclude_modules!r}` leaves "
-                f"nothing to train in block {index}, whose leaf modules are {list(column.leaves)}."
-            )
-        targets.update(dict.fromkeys(chosen, config.trainable == "lora"))
-    targets.update(dict.fromkeys([name for name in column.head if not _is_excluded(config, name)], False))
-    for name in targets:
-        if isinstance(model.get_submodule(name), AuxiliaryTrainingWrapper):
-            problems.append(
-                f"another adapter trains {name!r} through `modules_to_save`, this one as part of its own weights. Name "
-                "it in `modules_to_save` of both or of neither."
-            )
-    problems += _check_modules_to_save(model, column, requested, config)
-    if problems:
-        raise ConfigError.from_problems("BSRConfig", problems)
-    return requested, targets
-
-
-def _write_down(config: BSRConfig, plan: Plan) -> BSRConfig:
+def _write_down(config: BSRConfig, plan: Plan, layout: dict[str, str]) -> BSRConfig:
     """A copy of `config` that names what was chosen for this model."""
     config = copy.copy(config)
     reductions = [block.reduction for block in plan.blocks if block.reduction is not None]
     if reductions:
         config.mode, config.reduce_at, config.score = plan.mode, reductions[0].position, reductions[0].score
         config.fuse_dropped = reductions[0].fuse
+    config.layout = layout
     return config
-
-
-def _matches(pattern: list[str] | str | None, name: str, default: bool) -> bool:
-    if pattern is None:
-        return default
-    if isinstance(pattern, str):
-        return re.fullmatch(pattern, name) is not None
-    return any(name == ending or name.endswith(f".{ending}") for ending in pattern)
-
-
-def _is_excluded(config: BSRConfig, name: str) -> bool:
-    """Whether `exclude_modules` or `modules_to_save` take the module out of our hands."""
-    saved = any(re.match(rf"(^|.*\.){m}($|\..*)", name) for m in config.modules_to_save or ())
-    return saved or _matches(config.exclude_modules, name, False)
-
-
-def _is_linear(module: nn.Module) -> bool:
-    module = module.base_layer if isinstance(module, BSRWeights) else module
-    return isinstance(module, nn.Linear)
 
 
 def _warn_of_names(model: nn.Module, adapter_names: list[str]) -> None:
@@ -283,24 +263,3 @@ def _warn_of_names(model: nn.Module, adapter_names: list[str]) -> None:
             AdapterNameWarning,
             stacklevel=2,
         )
-
-
-def _check_modules_to_save(model: nn.Module, column: Column, plan: Plan, config: BSRConfig) -> list[str]:
-    reached = (*column.head, *column.blocks[min(plan.trained_blocks) :])
-    problems = []
-    for saved in config.modules_to_save or ():
-        names = [name for name, _ in model.named_modules() if re.match(rf"(^|.*\.){saved}$", name)]
-        if any(isinstance(model.get_submodule(name), BSRWeights) for name in names):
-            problems.append(
-                f"`modules_to_save` names {saved!r}, which another adapter trains as part of its own weights. Name it "
-                "in `modules_to_save` of both or of neither."
-            )
-        early = [
-            n for n in names if not any(f"{n}.".startswith(f"{r}.") or f"{r}.".startswith(f"{n}.") for r in reached)
-        ]
-        if early:
-            problems.append(
-                f"`modules_to_save` names {saved!r}, that is {early}, but the gradient is cut before block "
-                f"{min(plan.trained_blocks)} and only the head lies behind the blocks. Leave it out."
-            )
-    return problems

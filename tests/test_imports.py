@@ -12,7 +12,18 @@ import peft_bsr
 ROOT = Path(peft_bsr.__file__).parent
 LAYERS = ["errors", "core", "backbones", "engine", "registration", "tuners", "cost", "viz"]
 OUTSIDE = {"core": {"torch"}, "backbones": {"torch", "transformers"}, "engine": {"torch"}}
-STANDARD = {"__future__", "collections", "contextlib", "dataclasses", "functools", "math", "sys", "threading", "typing"}
+STANDARD = {
+    "__future__",
+    "collections",
+    "contextlib",
+    "dataclasses",
+    "functools",
+    "inspect",
+    "math",
+    "sys",
+    "threading",
+    "typing",
+}
 
 
 def imports_of(path: Path) -> set[str]:

@@ -69,7 +69,8 @@ def verify_plan(model: nn.Module, column: Column, plan: Plan, modes: tuple[Mode,
             if failure is None:
                 return candidate
             failures.append(f"in mode {mode!r}, {failure}")
-    raise UnsupportedModelError(f"{name}: {'; '.join(failures)}. Use `keep_rate=1.0`.")
+    instead = "`mode='full_view'` or `keep_rate=1.0`" if modes == ("compact",) else "`keep_rate=1.0`"
+    raise UnsupportedModelError(f"{name}: {'; '.join(failures)}. Use {instead}.")
 
 
 def _check_reachable(model: nn.Module, column: Column, name: str) -> None:

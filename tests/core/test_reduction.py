@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from peft_bsr.core import class_attention, num_kept, reduce_tokens, select_tokens
+from peft_bsr.core import num_kept, reduce_tokens, select_tokens, token_scores
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ def test_ties_go_to_the_lower_position():
 def test_reduce_tokens_keeps_prefix_kept_and_fused_in_this_order():
     hidden = torch.arange(12.0).view(1, 6, 2)
     origins = torch.arange(4)[None]
-    scores = torch.tensor([[0.1, 0.4, 0.2, 0.3]])
+    scores = torch.tensor([[9.0, 9.0, 0.1, 0.4, 0.2, 0.3]])
     tokens, left = reduce_tokens(hidden, origins, scores, num_prefix=2, keep=2, fused_origin=4)
     assert left.tolist() == [[1, 3, 4]]
     fused = 0.1 * hidden[0, 2] + 0.2 * hidden[0, 4]
@@ -37,14 +37,14 @@ def test_reduce_tokens_keeps_prefix_kept_and_fused_in_this_order():
 
 def test_keeping_all_returns_the_very_inputs():
     hidden, origins = torch.randn(2, 5, 3), torch.arange(4).expand(2, -1)
-    tokens, left = reduce_tokens(hidden, origins, torch.rand(2, 4), 1, 4, fused_origin=4)
+    tokens, left = reduce_tokens(hidden, origins, torch.rand(2, 5), 1, 4, fused_origin=4)
     assert tokens is hidden
     assert left is origins
 
 
 def test_gradients_reach_values_and_weights_of_the_fused_token():
     hidden = torch.randn(2, 6, 3, dtype=torch.float64, requires_grad=True)
-    scores = torch.rand(2, 5, dtype=torch.float64, requires_grad=True)
+    scores = torch.rand(2, 6, dtype=torch.float64, requires_grad=True)
     origins = torch.arange(5).expand(2, -1)
     assert torch.autograd.gradcheck(lambda h, s: reduce_tokens(h, origins, s, 1, 2, 5)[0], (hidden, scores))
 
@@ -53,12 +53,12 @@ def test_dropping_without_fusing_saves_no_token_for_backward():
     hidden = torch.randn(2, 50, 64, requires_grad=True)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        reduce_tokens(hidden, torch.arange(49).expand(2, -1), torch.rand(2, 49), 1, 25, None)
+        reduce_tokens(hidden, torch.arange(49).expand(2, -1), torch.rand(2, 50), 1, 25, None)
     assert all(not tensor.is_floating_point() for tensor in saved)
 
 
 @pytest.mark.parametrize("mask", [None, "float", "bool"])
-def test_class_attention_is_the_first_row_of_the_full_softmax(mask):
+def test_scores_are_rows_of_the_full_softmax(mask):
     query, key = torch.randn(2, 3, 7, 4), torch.randn(2, 3, 7, 4)
     logits = query @ key.transpose(-1, -2) * 0.5
     attention_mask = None
@@ -69,4 +69,23 @@ def test_class_attention_is_the_first_row_of_the_full_softmax(mask):
     elif mask == "float":
         attention_mask = torch.randn(2, 1, 7, 7)
         logits = logits + attention_mask
-    torch.testing.assert_close(class_attention(query, key, 0.5, attention_mask), logits.softmax(-1)[:, :, :1])
+    weights = logits.softmax(-1)
+    torch.testing.assert_close(token_scores("class", query, key, 0.5, attention_mask), weights[:, :, 0].mean(1))
+    if mask != "bool":
+        received = token_scores("received", query, key, 0.5, attention_mask)
+        torch.testing.assert_close(received, weights.mean(dim=(1, 2)))
+    if mask is None:
+        mean_query = token_scores("mean_query", query, key, 0.5)
+        torch.testing.assert_close(mean_query, logits.mean(2).softmax(-1).mean(1))
+
+
+@pytest.mark.parametrize("kind", ["mean_query", "received"])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_padding_neither_scores_nor_votes(kind, dtype):
+    """Scores of three tokens and two of padding are the three tokens' own."""
+    query, key = torch.randn(2, 3, 5, 4), torch.randn(2, 3, 5, 4)
+    visible = torch.tensor([True, True, True, False, False]).expand(2, 1, 5, 5)
+    mask = visible if dtype == torch.bool else torch.zeros(visible.shape).masked_fill(~visible, -3e38)
+    scores = token_scores(kind, query, key, 0.5, mask)
+    torch.testing.assert_close(scores[:, :3], token_scores(kind, query[:, :, :3], key[:, :, :3], 0.5))
+    assert (scores[:, 3:] == 0).all()

@@ -12,9 +12,8 @@ from peft import get_peft_model
 from torch import nn
 
 from peft_bsr import BSRConfig, Reduction, probe_column, record_routes
-from peft_bsr.backbones import unscored
-from peft_bsr.engine import Plan, verify_plan
-from peft_bsr.engine.runner import forward_reducing
+from peft_bsr.core import BlockRun
+from peft_bsr.engine import Plan, reducing, verify_plan
 from peft_bsr.errors import UnsupportedModelError
 
 EVERY_BLOCK = {"trainable_blocks": [1, 3], "reduction_blocks": [0, 1, 2, 3]}
@@ -25,7 +24,7 @@ def outputs(model: nn.Module, images: torch.Tensor, **kwargs: object) -> list[to
 
 
 def reduced_model(make_model, family: str, **config: object) -> nn.Module:
-    return get_peft_model(make_model(family), BSRConfig(**{**EVERY_BLOCK, **config})).eval()
+    return get_peft_model(make_model(family), BSRConfig(mode="compact", **{**EVERY_BLOCK, **config})).eval()
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
@@ -41,7 +40,8 @@ def test_the_composed_block_is_the_stock_block_bit_for_bit(family, position, mak
     """Here the blocks do run through our forward, with a reduction that happens to keep everything."""
     model = make_model(family)
     column = probe_column(model)
-    verify_plan(model, column, Plan.static(4, [1], {i: Reduction(0.5, position=position) for i in range(4)}))
+    plan = Plan.static(4, [1], {i: Reduction(0.5, position=position) for i in range(4)})
+    assert verify_plan(model, column, plan) == plan
 
 
 @pytest.mark.parametrize("reduce_at", ["mid_block", "after_block"])
@@ -113,38 +113,44 @@ def test_the_block_equals_its_numpy_twin(fuse, keep_rate, make_model):
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_scores_are_the_explicit_softmax_and_output_is_unchanged(family, implementation, make_model, images):
+def test_being_scored_changes_nothing_for_the_attention(family, implementation, make_model):
     model = reduced_model(make_model, family)
     model.base_model.model.set_attn_implementation(implementation)
     column = model.base_model.column
-    attention = model.get_submodule(f"base_model.model.{column.blocks[1]}.{column.anatomy.attention}")
+    block = model.get_submodule(f"base_model.model.{column.blocks[1]}")
+    attention = block.get_submodule(column.attention)
     tokens = torch.randn(2, column.num_tokens, 32)
-    output, weights = attention(tokens, attention_mask=None)
-    with unscored(attention):
-        expected_output, expected = attention(tokens, attention_mask=None)
-    torch.testing.assert_close(weights[:, :, 0], expected[:, :, 0], atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(output, expected_output, atol=1e-6, rtol=1e-5)
+    expected = attention(tokens, attention_mask=None)
+    block.token_router.carrier.inside = run = BlockRun(block.token_router.start_route(tokens), "class")
+    found = attention(tokens, attention_mask=None)
+    block.token_router.carrier.inside = None
+    assert torch.equal(found[0], expected[0])
+    assert run.token_scores.shape == (2, column.num_tokens)
+    if implementation == "eager":
+        torch.testing.assert_close(run.token_scores, expected[1][:, :, 0].mean(dim=1), atol=1e-6, rtol=1e-5)
 
 
-def test_dropout_on_attention_does_not_touch_the_scores(make_model):
-    model = reduced_model(make_model, "vit", keep_rate=0.5)
+def test_dropout_on_attention_does_not_touch_the_scores(make_model, images):
+    model = reduced_model(make_model, "vit", keep_rate=0.5, reduction_blocks=[1])
     model.base_model.model.set_attn_implementation("eager")
-    attention = model.base_model.model.vit.layers[1].attention
-    attention.attention_dropout = 0.5
-    tokens = torch.randn(2, 17, 32)
-    clean = attention(tokens, attention_mask=None)[1][:, :, 0]
-    noisy = attention.train()(tokens, attention_mask=None)[1][:, :, 0]
-    torch.testing.assert_close(noisy, clean)
+    kept = []
+    for training in (False, True):
+        model.base_model.model.vit.layers[1].attention.attention_dropout = 0.5
+        model.base_model.model.vit.layers[1].attention.train(training)
+        with record_routes(model) as routes:
+            model(pixel_values=images)
+        kept.append(routes[0][1].origins)
+    assert torch.equal(*kept)
 
 
 def test_a_wrong_score_is_refused_at_attach(make_model, monkeypatch):
-    from peft_bsr.backbones import scoring
+    from peft_bsr.engine import verify
 
-    true_row = scoring.class_attention
-    monkeypatch.setattr(scoring, "class_attention", lambda *args: true_row(*args).roll(1, -1))
+    true_scores = verify.token_scores
+    monkeypatch.setattr(verify, "token_scores", lambda *args: true_scores(*args).roll(1, -1))
     model = make_model("vit")
     classes = [type(module) for module in model.modules()]
-    with pytest.raises(UnsupportedModelError, match="class-token scores of block 1 differ by"):
+    with pytest.raises(UnsupportedModelError, match="token scores of block 1 differ by"):
         get_peft_model(model, BSRConfig())
     assert [type(module) for module in model.modules()] == classes
 
@@ -166,12 +172,13 @@ def test_a_block_whose_forward_was_replaced_is_refused(make_model):
         get_peft_model(model, BSRConfig())
 
 
-def test_a_head_that_needs_the_grid_is_refused(make_model):
+def test_a_head_that_needs_the_grid_gets_the_full_view(make_model):
     model = make_model("vit_bare")
     norm = model.layernorm
     norm.register_forward_hook(lambda _m, _a, out: out + out.reshape(len(out), 17, 32))
-    with pytest.raises(UnsupportedModelError, match="whole patch grid"):
-        get_peft_model(model, BSRConfig())
+    with pytest.raises(UnsupportedModelError, match="needs the whole grid.*Use `mode='full_view'`"):
+        get_peft_model(model, BSRConfig(mode="compact"))
+    assert get_peft_model(model, BSRConfig()).peft_config["default"].mode == "full_view"
 
 
 def test_two_forwards_before_a_backward_keep_their_own_tokens(make_model, images):
@@ -246,5 +253,5 @@ def test_nothing_is_left_over_from_a_forward(make_model, images):
 def test_forward_reducing_names_no_family(make_model):
     import inspect
 
-    source = inspect.getsource(forward_reducing).lower()
+    source = inspect.getsource(reducing).lower()
     assert not any(family in source for family in ("dino", "clip", "deit"))

@@ -26,7 +26,7 @@ def test_exactly_the_plan_gets_a_gradient(family, trainable, make_model, images)
     expected = {
         f"base_model.model.{column.blocks[i]}.{leaf}"
         for i in (2, 3)
-        for leaf in column.anatomy.leaves
+        for leaf in column.leaves
         if trainable == "full" or hasattr(make_model(family).get_submodule(f"{column.blocks[i]}.{leaf}"), "in_features")
     } | {f"base_model.model.{name}" for name in column.head}
     if family == "vit_bare":

@@ -26,11 +26,11 @@ def test_reducing_after_the_block_leaves_its_mlp_all_tokens():
 
 
 def test_prefix_tokens_do_not_compete():
-    assert Reduction(0.5).count_after(5 + 10, num_prefix=5) == 5 + 5 + 1
+    assert Reduction(0.5).count_after(5 + 10, num_special=5) == 5 + 5 + 1
 
 
 def test_nothing_is_fused_where_nothing_is_dropped():
-    assert Reduction(0.99).count_after(1 + 3, num_prefix=1) == 4
+    assert Reduction(0.99).count_after(1 + 3, num_special=1) == 4
 
 
 def test_the_gradient_is_cut_up_to_the_first_trained_block():
@@ -46,5 +46,6 @@ def test_plans_are_values():
 
 def test_describe_has_a_line_for_each_block():
     lines = paper_plan().describe(197, 1).splitlines()
-    assert len(lines) == 13
-    assert lines[4].split() == ["3", "trained", "197", "100"]
+    assert lines[0] == "compact, tokens ranked by class"
+    assert len(lines) == 14
+    assert lines[5].split() == ["3", "trained", "197", "100"]

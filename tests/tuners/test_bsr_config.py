@@ -61,7 +61,14 @@ BAD_VALUES: list[tuple[dict[str, Any], str]] = [
     ),
     ({"reduce_at": "before"}, "BSRConfig: `reduce_at='before'` is unknown. Use one of 'mid_block', 'after_block'."),
     ({"trainable": "bitfit"}, "BSRConfig: `trainable='bitfit'` is unknown. Use one of 'full', 'lora'."),
-    ({"fuse_dropped": None}, "BSRConfig: `fuse_dropped=None` must be True or False."),
+    ({"fuse_dropped": 2}, "BSRConfig: `fuse_dropped=2` must be True, False or None."),
+    ({"mode": "short"}, "BSRConfig: `mode='short'` is unknown. Use one of 'compact', 'full_view'."),
+    ({"score": "norm"}, "BSRConfig: `score='norm'` is unknown. Use one of 'class', 'mean_query', 'received'."),
+    (
+        {"fuse_dropped": True, "mode": "full_view"},
+        "BSRConfig: `fuse_dropped=True` needs a place for the fused token, but in `mode='full_view'` the sequence keeps "
+        "its length and the dropped tokens their place. Leave one of them None.",
+    ),
     ({"init_weights": "no"}, "BSRConfig: `init_weights='no'` must be True or False."),
     ({"r": 0}, "BSRConfig: `r=0` must be a whole number of at least 1."),
     ({"r": 2.5}, "BSRConfig: `r=2.5` must be a whole number of at least 1."),
@@ -112,7 +119,7 @@ def test_a_bad_value_is_refused_with_its_own_text(values, message):
         {"keep_rate": True},
         {"keep_rate": None},
         {"keep_rate": ["0.5"]},
-        {"reduce_at": None},
+        {"trainable": None},
         {"trainable": ["full"]},
         {"r": True},
         {"r": "8"},
@@ -266,10 +273,14 @@ def test_unknown_keys_of_a_newer_version_warn_and_load(tmp_path, make_vit, image
 def test_injecting_leaves_the_users_config_alone(make_vit):
     config = BSRConfig(trainable_blocks="last:2")
     before = config.to_dict()
-    model = get_peft_model(make_vit(), config)
-    assert {k: v for k, v in model.peft_config["default"].to_dict().items() if k != "base_model_name_or_path"} == {
-        k: v for k, v in before.items() if k != "base_model_name_or_path"
+    attached = get_peft_model(make_vit(), config).peft_config["default"].to_dict()
+    chosen = {"mode": "compact", "score": "class", "reduce_at": "mid_block", "fuse_dropped": True}
+    written = {"base_model_name_or_path", "layout", *chosen}
+    assert {k: v for k, v in attached.items() if k not in written} == {
+        k: v for k, v in before.items() if k not in written
     }
+    assert {name: attached[name] for name in chosen} == chosen
+    assert {name: config.to_dict()[name] for name in [*chosen, "layout"]} == dict.fromkeys([*chosen, "layout"])
 
 
 REFUSED: list[tuple[dict[str, Any], list[str]]] = [
@@ -376,13 +387,13 @@ def siglip() -> SiglipVisionModel:
     return SiglipVisionModel(SiglipVisionConfig(num_hidden_layers=4, **TINY)).eval()
 
 
-def test_a_model_without_class_token_is_refused(siglip, images, snapshot, assert_unchanged):
+def test_the_class_score_is_refused_without_a_class_token(siglip, images, snapshot, assert_unchanged):
     before, output = snapshot(siglip), siglip(pixel_values=images).pooler_output
     with pytest.raises((ConfigError, UnsupportedModelError)) as error:
-        get_peft_model(siglip, BSRConfig())
+        get_peft_model(siglip, BSRConfig(score="class"))
     assert str(error.value) == (
-        "BSRConfig: `keep_rate=0.5` drops tokens by the class token's attention, but this model has no class token. "
-        "Use `keep_rate=1.0`."
+        "BSRConfig: `score='class'` ranks tokens by the class token's attention, but this model has no class token. "
+        "Use `score='mean_query'`, or leave it None."
     )
     assert_unchanged(siglip, before)
     assert torch.equal(siglip(pixel_values=images).pooler_output, output)

@@ -1,0 +1,124 @@
+"""Write docs/compatibility.md from the contract checks: `make compatibility`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import peft
+import torch
+import transformers
+from checks import CHECKS, attach
+from families import REFUSED, SUPPORTED
+
+from peft_bsr import UnsupportedModelError, probe_column
+
+HEADER = """# Compatibility
+
+Made by `make compatibility` from the checks of `tests/contract`, on tiny random models (32 channels, 4 blocks) on the
+CPU in fp32 with scaled-dot-product attention. What each check says:
+
+- **identity**: `keep_rate=1.0` and blocks that happen to keep all tokens equal the untouched model bit for bit;
+- **masking**: dropping tokens equals keeping them and masking their keys in the blocks behind, to 1e-5;
+- **scores**: the scores equal those made of the stock model's eager attention, to 1e-5;
+- **gradients**: both kinds of gradient checkpointing, two forwards before the backward, equal no checkpointing;
+- **save and load**, **disable**: bit-equal outputs after reloading under another name, disabling and unloading.
+
+"Special" counts the tokens at the front and at the end that are never dropped. "Positions" says whether a block uses the
+position of a token, by tables, biases or masks that follow the kept tokens. "Modes" names first the one that is chosen.
+Models that are not in the table are probed alike: what passes is accepted, the rest is refused with the reason found.
+timm's models through `TimmWrapper` are supported by the same probe; their tests run where timm is installed.
+"""
+COLUMNS = ("family", "class", "special", "positions", "scores from", "score", "modes", "passed")
+
+
+@dataclass
+class Row:
+    """One family's line."""
+
+    family: str
+    model: str
+    cells: list[str] = field(default_factory=list)
+    refused: str | None = None
+
+
+def survey(run_checks: bool = True) -> list[Row]:
+    """Probe, attach and check every family."""
+    rows = []
+    for family, make in {**SUPPORTED, **REFUSED}.items():
+        model = make()
+        row = Row(family, type(model).__name__)
+        rows.append(row)
+        try:
+            column = probe_column(model)
+        except UnsupportedModelError as error:
+            row.refused = str(error).partition(" is not supported: ")[2].partition(". Supported are")[0]
+            continue
+        config = attach(family, None).peft_config["default"]
+        modes = [config.mode, *([other] if (other := _other_mode(family, config.mode)) else [])]
+        special = f"{column.num_prefix} + {column.num_suffix}"
+        positions = "side inputs follow" if column.uses_positions else "none inside"
+        row.cells = [special, positions, str(column.scores_from), config.score, ", ".join(modes)]
+        if run_checks:
+            row.cells.append(", ".join(_passed(family, config.mode, modes)))
+    return rows
+
+
+def _other_mode(family: str, mode: str) -> str | None:
+    other = "compact" if mode == "full_view" else "full_view"
+    try:
+        attach(family, other)
+    except UnsupportedModelError:
+        return None
+    return other
+
+
+def _passed(family: str, chosen: str, modes: list[str]) -> list[str]:
+    """Names of the checks that pass in all modes; a failing one is named with its mode."""
+    results = []
+    for name, check in CHECKS.items():
+        failed = []
+        for mode in modes:
+            try:
+                check(family, None if mode == chosen else mode)
+            except (AssertionError, RuntimeError) as error:
+                failed.append(f"{mode}: {type(error).__name__}")
+        results.append(f"**{name} FAILS ({'; '.join(failed)})**" if failed else name)
+    return ["all six"] if results == list(CHECKS) else results
+
+
+def render(rows: list[Row]) -> str:
+    """The page."""
+    supported = [row for row in rows if row.refused is None]
+    lines = [HEADER, f"## {len(supported)} configurations that work", "", _line(COLUMNS), _line(["---"] * len(COLUMNS))]
+    lines += [_line([row.family, f"`{row.model}`", *row.cells]) for row in supported]
+    lines += ["", "## Refused, with the reason that the probe finds", "", _line(("family", "class", "reason"))]
+    lines.append(_line(["---"] * 3))
+    lines += [_line([row.family, f"`{row.model}`", row.refused or ""]) for row in rows if row.refused is not None]
+    lines += ["", f"torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}."]
+    return "\n".join(lines) + "\n"
+
+
+def _line(cells: tuple[str, ...] | list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> int:
+    """Write the page; 1 if a check fails."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    default = Path(__file__).parents[2] / "docs" / "compatibility.md"
+    parser.add_argument("--output", type=Path, default=default, help="where to write (default docs/compatibility.md)")
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    page = render(survey())
+    args.output.write_text(page)
+    print(f"wrote {args.output}")
+    return 1 if "FAILS" in page else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

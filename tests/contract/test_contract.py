@@ -1,0 +1,142 @@
+"""Every supported family passes every check, in every mode that its head allows; others are refused with a reason."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from checks import CHECKS, attach
+from families import REFUSED, SUPPORTED, run_batch
+from peft import get_peft_model
+from report import render, survey
+
+from peft_bsr import BSRConfig, UnsupportedModelError, probe_column
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*lru_cache.*")
+
+# family -> the mode chosen for it, the score, and whether the other mode can be asked for
+EXPECTED = {
+    "vit": ("compact", "class", True),
+    "vit_bare": ("full_view", "class", True),
+    "vit_mim": ("full_view", "class", False),
+    "deit": ("compact", "class", True),
+    "deit_teacher": ("compact", "class", True),
+    "deit_mim": ("full_view", "class", False),
+    "vit_msn": ("compact", "class", True),
+    "vit_mae": ("full_view", "class", True),
+    "ijepa": ("compact", "mean_query", True),
+    "ast": ("compact", "class", True),
+    "vivit": ("compact", "class", True),
+    "videomae": ("compact", "mean_query", True),
+    "dinov2": ("compact", "class", True),
+    "dinov2_swiglu": ("compact", "class", True),
+    "dinov2_backbone": ("full_view", "class", False),
+    "dinov2_registers": ("compact", "class", True),
+    "dinov3": ("full_view", "class", True),
+    "dinov3_backbone": ("full_view", "class", False),
+    "beit": ("compact", "class", True),
+    "beit_shared_bias": ("compact", "class", True),
+    "beit_no_bias": ("compact", "class", True),
+    "data2vec": ("compact", "class", True),
+    "data2vec_shared_bias": ("compact", "class", True),
+    "clip": ("compact", "class", True),
+    "clip_bare": ("full_view", "class", True),
+    "clip_projection": ("full_view", "class", True),
+    "metaclip2": ("compact", "class", True),
+    "owlvit": ("full_view", "class", True),
+    "owlv2": ("full_view", "class", True),
+    "chinese_clip": ("full_view", "class", True),
+    "siglip": ("compact", "mean_query", True),
+    "siglip_pooling": ("full_view", "mean_query", True),
+    "siglip2": ("full_view", "mean_query", False),
+    "siglip2_pooling": ("full_view", "mean_query", False),
+    "aimv2": ("full_view", "mean_query", True),
+    "pixio": ("full_view", "class", True),
+    "internvl": ("full_view", "class", True),
+    "internvl_qk_norm": ("full_view", "class", True),
+    "radio": ("full_view", "class", True),
+    "blip": ("full_view", "class", True),
+    "vjepa2": ("compact", "mean_query", True),
+    "mlcd": ("full_view", "class", True),
+    "dpt": ("full_view", "class", False),
+    "yolos": ("full_view", "mean_query", False),
+}
+OTHER = {"compact": "full_view", "full_view": "compact"}
+CASES = [
+    (family, mode)
+    for family, (chosen, _, other_works) in EXPECTED.items()
+    for mode in (chosen, *([OTHER[chosen]] if other_works else []))
+]
+REASONS = {
+    "swin": "one list of equal blocks",
+    "swinv2": "one list of equal blocks",
+    "hiera": "one list of equal blocks",
+    "segformer": "one list of equal blocks",
+    "timesformer": "attention.attention and temporal_attention.attention",
+    "sam": r"its first block gets \(2, 4, 4, 32\)",
+    "vitdet": r"its first block gets \(2, 32, 4, 4\)",
+    "eomt": r"block 2 maps \(1, 25, 32\)",
+}
+
+
+def test_every_family_has_an_expectation():
+    assert list(EXPECTED) == list(SUPPORTED)
+    assert list(REASONS) and set(REASONS) == set(REFUSED)
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize(("family", "mode"), CASES, ids=lambda value: str(value))
+def test_contract(family, mode, check):
+    chosen = EXPECTED[family][0]
+    CHECKS[check](family, None if mode == chosen else mode)
+
+
+@pytest.mark.parametrize("family", SUPPORTED)
+def test_mode_and_score_are_chosen_and_written_into_the_config(family):
+    asked = BSRConfig(trainable_blocks=[1, 3])
+    config = get_peft_model(SUPPORTED[family](), asked).peft_config["default"]
+    mode, score, _ = EXPECTED[family]
+    assert (config.mode, config.score) == (mode, score)
+    assert config.fuse_dropped is (mode == "compact")
+    assert asked.mode is None, "the user's own config can be used for another model"
+
+
+@pytest.mark.parametrize("family", [name for name, (_, _, other) in EXPECTED.items() if not other])
+def test_compact_mode_is_refused_where_the_head_needs_every_token(family):
+    with pytest.raises(UnsupportedModelError, match=r"in mode 'compact', .*Use `mode='full_view'`"):
+        attach(family, "compact")
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_others_are_refused_with_the_reason_that_the_probe_found(family):
+    model = REFUSED[family]()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    classes = [type(module) for module in model.modules()]
+    with pytest.raises(UnsupportedModelError, match=REASONS[family]):
+        get_peft_model(model, BSRConfig())
+    assert [type(module) for module in model.modules()] == classes
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("family", SUPPORTED)
+def test_probing_and_attaching_leave_the_random_state_and_the_model_alone(family):
+    model = SUPPORTED[family]()
+    model(**run_batch(model))  # transformers puts its own hooks on at the first call
+    hooks = {name: (len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in model.named_modules()}
+    model.train()
+    modes = {name: module.training for name, module in model.named_modules()}
+    torch.manual_seed(11)
+    expected = torch.get_rng_state()
+    probe_column(model)
+    assert torch.equal(torch.get_rng_state(), expected)
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    assert {n: (len(m._forward_hooks), len(m._forward_pre_hooks)) for n, m in model.named_modules()} == hooks
+    get_peft_model(model, BSRConfig())
+    assert torch.equal(torch.get_rng_state(), expected)
+
+
+def test_the_compatibility_page_is_up_to_date(pytestconfig):
+    page = pytestconfig.rootpath / "docs" / "compatibility.md"
+    rows = [line for line in render(survey(run_checks=False)).splitlines() if line.startswith("|")]
+    committed = [line for line in page.read_text().splitlines() if line.startswith("|")]
+    # the columns in front of the checks: family, special tokens, positions, scores, mode
+    assert [row.split("|")[:8] for row in committed] == [row.split("|")[:8] for row in rows], "run `make compatibility`"

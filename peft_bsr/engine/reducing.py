@@ -44,7 +44,8 @@ def forward_block(
     """
     route = run.route
     whole = hidden_states
-    if route.is_full_view and route.origins is not None:
+    is_partial = route.is_full_view and route.num_tokens < route.full_length
+    if is_partial:
         hidden_states = pick_tokens(whole, route.places())
     origins = None
     if reduction is not None and reduction.position == "mid_block":
@@ -56,10 +57,10 @@ def forward_block(
     if reduction is not None and reduction.position == "after_block":
         tokens, origins = _reduce(reduction, run, tokens)
     if route.is_full_view:
-        if origins is not None:
-            whole = before if route.origins is None else put_tokens(whole, route.places(), before)
+        if origins is not None and route.reduced(origins).num_tokens < route.full_length:
+            whole = put_tokens(whole, route.places(), before) if is_partial else before
             tokens = put_tokens(whole, route.reduced(origins).places(), tokens)
-        elif route.origins is not None:
+        elif is_partial:
             tokens = put_tokens(whole, route.places(), tokens)
     return ((tokens, *output[1:]) if isinstance(output, tuple) else tokens), origins
 

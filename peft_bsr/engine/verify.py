@@ -37,7 +37,9 @@ def verify_plan(model: nn.Module, column: Column, plan: Plan, modes: tuple[Mode,
 
     1. With every token kept, the blocks that reduce tokens equal the stock ones bit for bit.
     2. The attention is the softmax of the queries and keys that the scores are made of, and the scores are its rows.
-    3. The reduced forward runs through the head, keeps the planned number of tokens and returns the same shapes.
+    3. The reduced forward runs through the head, keeps the planned number of tokens and returns the same shapes; in
+       compact mode, the head does not care in which order the tokens come (a grid head may take 9 tokens for a 3 x 3
+       image, silently).
 
     Args:
         model: The model.
@@ -148,16 +150,23 @@ def _try_reduced(
     may_shorten: bool,
 ) -> str | None:
     """What goes wrong in the reduced forward, or None."""
+    if plan.token_counts(column.num_tokens, column.num_special)[-1][1] == column.num_tokens:
+        plan = plan.with_reductions(keep_rate=0.5)  # the rate keeps all of these few tokens; larger images lose some
     if plan.mode == "compact" and not column.is_chained:
         return "something changes the tokens between two blocks, which it does to the whole sequence"
     with _routed(model, column, plan), record_routes(model) as routes:
         try:
             reduced = tensors_of(run_probe(model, inputs))
+            shuffled = reduced
+            if plan.mode == "compact" and column.reads_patches:
+                with _reversed(model, column, plan):
+                    shuffled = tensors_of(run_probe(model, inputs))
         except (RuntimeError, ValueError, IndexError, TypeError, NotImplementedError) as error:
             return f"what follows the blocks does not run on fewer tokens ({error}); it probably needs the whole grid"
     counts = plan.token_counts(column.num_tokens, column.num_special)
     after = [*(attention for attention, _ in counts[1:]), None]
     found = {index: route.num_tokens for index, route in routes}
+    # the reversed forward's routes overwrite those of the first, which are as long
     wrong = {i: n for i, n in found.items() if after[i] is not None and n != after[i]}
     if wrong or len(found) != sum(b.reduction is not None for b in plan.blocks):
         return f"planned token counts {counts}, found {found}"
@@ -167,7 +176,33 @@ def _try_reduced(
     if changed:
         before, after_it = (tuple(shape) for shape in changed[0])
         return f"reducing tokens changes the shape of an output from {before} to {after_it}"
+    unchanged = [i for i, (a, b) in enumerate(zip(stock, reduced, strict=True)) if a.shape == b.shape]
+    errors = [relative_error(shuffled[i], reduced[i]) for i in unchanged if reduced[i].is_floating_point()]
+    if max(errors, default=0.0) > tolerance(stock[0].dtype):
+        return "what follows the blocks depends on the order of the tokens, so it needs the whole grid"
     return None
+
+
+@contextmanager
+def _reversed(model: nn.Module, column: Column, plan: Plan) -> Iterator[None]:
+    """Reverse the order of the tokens that the first reduction leaves."""
+    first = next(i for i, block in enumerate(plan.blocks) if block.reduction is not None)
+
+    def reverse(block: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        tokens, *others = output if isinstance(output, tuple) else (output,)
+        (origins,) = kwargs["left"]
+        kwargs["left"][:] = [origins.flip(1)]
+        end = column.num_prefix + origins.shape[1]
+        prefix, alive, suffix = tokens[:, : column.num_prefix], tokens[:, column.num_prefix : end], tokens[:, end:]
+        tokens = torch.cat([prefix, alive.flip(1), suffix], dim=1)
+        return (tokens, *others) if isinstance(output, tuple) else tokens
+
+    block = model.get_submodule(column.blocks[first])
+    handle = block.register_forward_hook(reverse, prepend=True, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextmanager

@@ -27,8 +27,9 @@ CPU in fp32 with scaled-dot-product attention. What each check says:
 - **gradients**: both kinds of gradient checkpointing, two forwards before the backward, equal no checkpointing;
 - **save and load**, **disable**: bit-equal outputs after reloading under another name, disabling and unloading.
 
-"Special" counts the tokens at the front and at the end that are never dropped. "Positions" says whether a block uses the
-position of a token, by tables, biases or masks that follow the kept tokens. "Modes" names first the one that is chosen.
+"Special" counts the tokens at the front and at the end that are never dropped. "Positions" says whether a block uses
+the position of a token, by tables, biases or masks that follow the kept tokens. "Modes" names first the one that is
+chosen.
 Models that are not in the table are probed alike: what passes is accepted, the rest is refused with the reason found.
 timm's models through `TimmWrapper` are supported by the same probe; their tests run where timm is installed.
 """

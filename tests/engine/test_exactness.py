@@ -176,7 +176,7 @@ def test_a_head_that_needs_the_grid_gets_the_full_view(make_model):
     model = make_model("vit_bare")
     norm = model.layernorm
     norm.register_forward_hook(lambda _m, _a, out: out + out.reshape(len(out), 17, 32))
-    with pytest.raises(UnsupportedModelError, match="needs the whole grid.*Use `mode='full_view'`"):
+    with pytest.raises(UnsupportedModelError, match=r"needs the whole grid.*Use `mode='full_view'`"):
         get_peft_model(model, BSRConfig(mode="compact"))
     assert get_peft_model(model, BSRConfig()).peft_config["default"].mode == "full_view"
 

@@ -66,8 +66,8 @@ BAD_VALUES: list[tuple[dict[str, Any], str]] = [
     ({"score": "norm"}, "BSRConfig: `score='norm'` is unknown. Use one of 'class', 'mean_query', 'received'."),
     (
         {"fuse_dropped": True, "mode": "full_view"},
-        "BSRConfig: `fuse_dropped=True` needs a place for the fused token, but in `mode='full_view'` the sequence keeps "
-        "its length and the dropped tokens their place. Leave one of them None.",
+        "BSRConfig: `fuse_dropped=True` needs a place for the fused token, but in `mode='full_view'` the sequence "
+        "keeps its length and the dropped tokens their place. Leave one of them None.",
     ),
     ({"init_weights": "no"}, "BSRConfig: `init_weights='no'` must be True or False."),
     ({"r": 0}, "BSRConfig: `r=0` must be a whole number of at least 1."),

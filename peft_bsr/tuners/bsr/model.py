@@ -81,8 +81,9 @@ class BSRModel(BaseTuner):
         self.peft_config[adapter_name] = _write_down(config, plan, layout)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         for place, saved_name in (config.layout or {}).items():
-            layer: Any = model.get_submodule(layout[place])
-            layer.saved_as[adapter_name] = saved_name
+            if (own_name := layout.get(place, saved_name)) != saved_name:
+                layer: Any = model.get_submodule(own_name)
+                layer.saved_as[adapter_name] = saved_name
         if not routers:
             carrier = RouteCarrier()
             routers = [BSRRouter(index, column, carrier, find_rule(model)) for index in range(column.depth)]

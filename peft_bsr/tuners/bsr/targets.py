@@ -33,7 +33,8 @@ def resolve_targets(
     is_foreign = any(places.get(place) != name for place, name in layout.items())
     if is_foreign:
         problems += _check_foreign_layout(places, layout)
-        targets = {places[place]: config.trainable == "lora" and place.startswith("blocks.") for place in layout}
+        known = [place for place in layout if place in places]
+        targets = {places[place]: config.trainable == "lora" and place.startswith("blocks.") for place in known}
     for index in [] if is_foreign else requested.trained_blocks:
         leaves = [f"{column.blocks[index]}.{leaf}" for leaf in column.leaves]
         chosen = [n for n in leaves if _matches(config.target_modules, n, True) and not is_excluded(config, n)]

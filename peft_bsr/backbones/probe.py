@@ -8,7 +8,8 @@ alone.
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -20,7 +21,6 @@ from peft_bsr.backbones.inputs import (
     input_shapes,
     probe_inputs,
     quiet,
-    relative_error,
     run_probe,
     tensors_of,
     tolerance,
@@ -93,7 +93,8 @@ def _probe(model: nn.Module) -> Column:
         num_prefix, num_suffix = _count_special(embeddings)
         num_patches = embeddings.shape[1] - num_prefix - num_suffix
         route = Route(num_prefix, num_patches, num_suffix)
-        uses_positions = _check_permutation(model, blocks[0], attention_name, trace, route)
+        with _no_zero_tables(blocks[0]):
+            uses_positions = _check_permutation(model, blocks[0], attention_name, trace, route)
         attention = blocks[0].get_submodule(attention_name)
         assert trace.attention_call is not None
         scores_from = find_score_source(attention, *trace.attention_call)
@@ -287,35 +288,73 @@ def _check_permutation(model: nn.Module, block: nn.Module, attention_name: str, 
     order = torch.randperm(route.num_patches, generator=torch.Generator().manual_seed(0)).to(hidden.device)
     shuffled = Route(route.num_prefix, route.num_patches, route.num_suffix, origins=order[None])
     places = shuffled.places()[0]
-    expected = tensors_of(block(hidden, *args, **kwargs))[0][:, places]
+    attention = block.get_submodule(attention_name)
+
+    def changes(tokens: Tensor) -> list[Tensor]:
+        """What the attention and the whole block make of the tokens: [attention's output, block's change]."""
+        seen: list[Tensor] = []
+        handle = attention.register_forward_hook(lambda _m, _a, output: seen.append(tensors_of(output)[0]))
+        try:
+            output = tensors_of(block(tokens, *args, **kwargs))[0]
+        finally:
+            handle.remove()
+        return [seen[0], output - tokens]
+
+    expected = [change[:, places] for change in changes(hidden)]
+    scales = [expected[0].abs().max(), hidden.abs().max()]
 
     def error() -> float:
-        return relative_error(tensors_of(block(hidden[:, places], *args, **kwargs))[0], expected)
+        """Largest difference, in units of what is beyond tolerance: over 1 is too much."""
+        found = changes(hidden[:, places])
+        return max(_excess(*pair) for pair in zip(found, expected, scales, strict=True))
 
-    limit = tolerance(hidden.dtype)
     raw = error()
-    if raw <= limit:
+    if raw <= 1:
         return False
     carrier = RouteCarrier()
     follower = TokenFollower(carrier, find_rule(model))
     follower.attach(block, attention_name)
     carrier.inside = BlockRun(shuffled)
+    reason = "its blocks use the position of a token inside (swapping patches changes what they compute"
     try:
         followed = error()
     except (ValueError, TypeError, RuntimeError, AttributeError, IndexError) as failure:
         raise UnsupportedModelError(
-            f"its blocks use the position of a token inside (swapping patches changes a block's output by {raw:.1e} "
-            f"relative), and with position tables, biases and masks swapped alike they fail with {failure!r}"
+            f"{reason}), and with position tables, biases and masks swapped alike they fail with {failure!r}"
         ) from failure
     finally:
         follower.detach(block, attention_name)
-    if followed > limit:
+    if followed > 1:
         raise UnsupportedModelError(
-            f"its blocks use the position of a token inside (swapping patches changes a block's output by {raw:.1e} "
-            f"relative, {followed:.1e} with position tables, biases and masks swapped alike), so what they compute on "
-            "fewer tokens is not known"
+            f"{reason} by {raw:.0f} times the tolerance, {followed:.0f} times with position tables, biases and masks "
+            "swapped alike), so what they compute on fewer tokens is not known"
         )
     return True
+
+
+@contextmanager
+def _no_zero_tables(block: nn.Module) -> Iterator[None]:
+    """Fill matrices of zeros with random numbers for a while: a fresh table of position biases would hide what it does."""
+    zeros = [p for p in block.parameters() if p.ndim >= 2 and not p.any()]
+    originals = [p.data for p in zeros]
+    for parameter in zeros:
+        parameter.data = torch.randn_like(parameter)
+    try:
+        yield
+    finally:
+        for parameter, original in zip(zeros, originals, strict=True):
+            parameter.data = original
+
+
+def _excess(found: Tensor, expected: Tensor, scale: Tensor) -> float:
+    """The largest difference over what may be: a small part of how much tokens differ, or rounding at `scale`.
+
+    Measured against the spread over tokens, because where weights are small (a fresh model, a LayerScale of 1e-5)
+    tokens hardly change each other, and a comparison with the values themselves would pass whatever blocks do.
+    """
+    spread = (expected - expected.mean(dim=1, keepdim=True)).abs().max()
+    allowed = torch.maximum(tolerance(found.dtype) * spread, 16 * torch.finfo(found.dtype).eps * scale)
+    return float((found - expected).abs().max() / allowed.clamp_min(torch.finfo(found.dtype).tiny))
 
 
 def _read_out(output: Any, trace: _Trace) -> tuple[Tensor, tuple[str, ...]]:

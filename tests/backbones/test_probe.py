@@ -6,13 +6,16 @@ from torch import nn
 from transformers import (
     BertConfig,
     BertModel,
+    Data2VecVisionConfig,
+    Data2VecVisionForImageClassification,
     Dinov2Backbone,
     Dinov2Config,
     VideoMAEConfig,
     VideoMAEForVideoClassification,
 )
 
-from peft_bsr import UnsupportedModelError, probe_column
+from peft_bsr import UnsupportedModelError, probe_column, register_family, unregister_family
+from peft_bsr.backbones import find_rule
 
 SIZES = {
     "hidden_size": 32,
@@ -107,6 +110,26 @@ def test_positions_that_nothing_tells_are_refused(make_model, monkeypatch):
     monkeypatch.setattr(attention_class, "forward", forward)
     with pytest.raises(UnsupportedModelError, match="what they compute on fewer tokens is not known"):
         probe_column(model)
+
+
+def test_a_fresh_table_of_zeros_does_not_hide_that_positions_count():
+    """Data2Vec makes its bias inside the attention; without its entry, nothing would select the kept tokens' part."""
+    model = Data2VecVisionForImageClassification(Data2VecVisionConfig(**SIZES, use_relative_position_bias=True)).eval()
+    assert (
+        not model.data2vec_vision.encoder.layer[0]
+        .attention.attention.relative_position_bias.state_dict()["relative_position_bias_table"]
+        .any()
+    )
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert probe_column(model).uses_positions
+    rule = find_rule(model)
+    unregister_family("data2vec-vision")
+    try:
+        with pytest.raises(UnsupportedModelError, match="its blocks use the position of a token inside"):
+            probe_column(model)
+    finally:
+        register_family("data2vec-vision", rule)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_tokens_that_do_not_depend_on_the_image_are_special_only_at_the_ends(make_model):

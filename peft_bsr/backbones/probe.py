@@ -8,8 +8,7 @@ alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -23,12 +22,11 @@ from peft_bsr.backbones.inputs import (
     quiet,
     run_probe,
     tensors_of,
-    tolerance,
 )
-from peft_bsr.backbones.registry import find_rule, vision_config
+from peft_bsr.backbones.permutation import check_permutation
+from peft_bsr.backbones.registry import vision_config
 from peft_bsr.backbones.scoring import find_score_source
-from peft_bsr.backbones.side_inputs import TokenFollower
-from peft_bsr.core import BlockRun, Route, RouteCarrier
+from peft_bsr.core import Route
 from peft_bsr.errors import UnsupportedModelError
 
 SUPPORTED = (
@@ -93,8 +91,7 @@ def _probe(model: nn.Module) -> Column:
         num_prefix, num_suffix = _count_special(embeddings)
         num_patches = embeddings.shape[1] - num_prefix - num_suffix
         route = Route(num_prefix, num_patches, num_suffix)
-        with _no_zero_tables(blocks[0]):
-            uses_positions = _check_permutation(model, blocks[0], attention_name, trace, route)
+        uses_positions = check_permutation(model, blocks[0], attention_name, trace.inputs[0], trace.call, route)
         attention = blocks[0].get_submodule(attention_name)
         assert trace.attention_call is not None
         scores_from = find_score_source(attention, *trace.attention_call)
@@ -276,85 +273,6 @@ def _count_special(embeddings: Tensor) -> tuple[int, int]:
         special = [i for i, is_special in enumerate(shared) if is_special]
         raise UnsupportedModelError(f"tokens that do not depend on the image sit among the patches, at {special}")
     return num_prefix, num_suffix
-
-
-def _check_permutation(model: nn.Module, block: nn.Module, attention_name: str, trace: _Trace, route: Route) -> bool:
-    """Dropping tokens is exact only if a block treats patches alike wherever they stand, or where side inputs tell it.
-
-    Returns:
-        Whether it is the side inputs that tell.
-    """
-    hidden, (args, kwargs) = trace.inputs[0], trace.call
-    order = torch.randperm(route.num_patches, generator=torch.Generator().manual_seed(0)).to(hidden.device)
-    shuffled = Route(route.num_prefix, route.num_patches, route.num_suffix, origins=order[None])
-    places = shuffled.places()[0]
-    attention = block.get_submodule(attention_name)
-
-    def changes(tokens: Tensor) -> list[Tensor]:
-        """What the attention and the whole block make of the tokens: [attention's output, block's change]."""
-        seen: list[Tensor] = []
-        handle = attention.register_forward_hook(lambda _m, _a, output: seen.append(tensors_of(output)[0]))
-        try:
-            output = tensors_of(block(tokens, *args, **kwargs))[0]
-        finally:
-            handle.remove()
-        return [seen[0], output - tokens]
-
-    expected = [change[:, places] for change in changes(hidden)]
-    scales = [expected[0].abs().max(), hidden.abs().max()]
-
-    def error() -> float:
-        """Largest difference, in units of what is beyond tolerance: over 1 is too much."""
-        found = changes(hidden[:, places])
-        return max(_excess(*pair) for pair in zip(found, expected, scales, strict=True))
-
-    raw = error()
-    if raw <= 1:
-        return False
-    carrier = RouteCarrier()
-    follower = TokenFollower(carrier, find_rule(model))
-    follower.attach(block, attention_name)
-    carrier.inside = BlockRun(shuffled)
-    reason = "its blocks use the position of a token inside (swapping patches changes what they compute"
-    try:
-        followed = error()
-    except (ValueError, TypeError, RuntimeError, AttributeError, IndexError) as failure:
-        raise UnsupportedModelError(
-            f"{reason}), and with position tables, biases and masks swapped alike they fail with {failure!r}"
-        ) from failure
-    finally:
-        follower.detach(block, attention_name)
-    if followed > 1:
-        raise UnsupportedModelError(
-            f"{reason} by {raw:.0f} times the tolerance, {followed:.0f} times with position tables, biases and masks "
-            "swapped alike), so what they compute on fewer tokens is not known"
-        )
-    return True
-
-
-@contextmanager
-def _no_zero_tables(block: nn.Module) -> Iterator[None]:
-    """Fill matrices of zeros with random numbers for a while: a fresh table of position biases would hide what it does."""
-    zeros = [p for p in block.parameters() if p.ndim >= 2 and not p.any()]
-    originals = [p.data for p in zeros]
-    for parameter in zeros:
-        parameter.data = torch.randn_like(parameter)
-    try:
-        yield
-    finally:
-        for parameter, original in zip(zeros, originals, strict=True):
-            parameter.data = original
-
-
-def _excess(found: Tensor, expected: Tensor, scale: Tensor) -> float:
-    """The largest difference over what may be: a small part of how much tokens differ, or rounding at `scale`.
-
-    Measured against the spread over tokens, because where weights are small (a fresh model, a LayerScale of 1e-5)
-    tokens hardly change each other, and a comparison with the values themselves would pass whatever blocks do.
-    """
-    spread = (expected - expected.mean(dim=1, keepdim=True)).abs().max()
-    allowed = torch.maximum(tolerance(found.dtype) * spread, 16 * torch.finfo(found.dtype).eps * scale)
-    return float((found - expected).abs().max() / allowed.clamp_min(torch.finfo(found.dtype).tiny))
 
 
 def _read_out(output: Any, trace: _Trace) -> tuple[Tensor, tuple[str, ...]]:

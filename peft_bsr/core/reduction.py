@@ -19,7 +19,7 @@ def num_kept(keep_rate: float, num_tokens: int) -> int:
         keep_rate: In (0, 1].
         num_tokens: Tokens that compete (M), prefix not counted.
     """
-    return math.ceil(round(keep_rate * num_tokens, 6))
+    return math.ceil(round(keep_rate * int(num_tokens), 6))
 
 
 def select_tokens(scores: Tensor, keep: int) -> tuple[Tensor, Tensor]:
@@ -32,8 +32,14 @@ def select_tokens(scores: Tensor, keep: int) -> tuple[Tensor, Tensor]:
     Returns:
         kept [B, K] and dropped [B, M - K], int64.
     """
-    ranking = scores.detach().argsort(dim=1, descending=True, stable=True)
-    return ranking[:, :keep].sort(dim=1).values, ranking[:, keep:].sort(dim=1).values
+    scores, num_tokens = scores.detach(), scores.shape[1]
+    # by the K-th value alone: which of two equals `topk` takes is not defined, and ONNX has no stable sort
+    last = scores.topk(keep, dim=1).values[:, -1:]
+    is_above, is_tie = scores > last, scores == last
+    is_kept = is_above | (is_tie & (is_tie.long().cumsum(dim=1) <= keep - is_above.sum(dim=1, keepdim=True)))
+    places = torch.arange(num_tokens, device=scores.device)
+    ordered = torch.where(is_kept, places, places + num_tokens).sort(dim=1).values % num_tokens
+    return ordered[:, :keep], ordered[:, keep:]
 
 
 def reduce_tokens(
@@ -66,7 +72,7 @@ def reduce_tokens(
         return hidden_states, origins
     competing = scores[:, num_prefix : num_prefix + origins.shape[1]]
     kept, dropped = select_tokens(competing, keep)
-    prefix = torch.arange(num_prefix, device=kept.device).expand(len(kept), -1)
+    prefix = torch.arange(num_prefix, device=kept.device).expand(kept.shape[0], -1)
     tokens = [pick_tokens(hidden_states, torch.cat([prefix, kept + num_prefix], dim=1))]
     kept_origins = [origins.gather(1, kept)]
     if fused_origin is not None:

@@ -131,7 +131,7 @@ class Route:
             visible = 0.0 if mask.is_floating_point() else 1
             rows = self.num_reductions if mask.shape[2] > 1 else 0
             mask = nn.functional.pad(mask, (0, self.num_reductions, 0, rows), value=visible)
-        mask = mask.expand(len(places), -1, -1, -1)
+        mask = mask.expand(places.shape[0], -1, -1, -1)
         mask = mask.gather(3, places[:, None, None, :].expand(-1, *mask.shape[1:3], -1))
         if mask.shape[2] == 1:
             return mask
@@ -150,8 +150,8 @@ class Route:
         padded = nn.functional.pad(table, (0, 0, 0, self.num_reductions), value=unrotated)
         if table.ndim == 2:
             return padded[rows][:, None]
-        padded = padded.expand(len(rows), *padded.shape[1:])
-        index = rows.view(len(rows), *(1,) * (table.ndim - 3), -1, 1)
+        padded = padded.expand(rows.shape[0], *padded.shape[1:])
+        index = rows.view(rows.shape[0], *(1,) * (table.ndim - 3), -1, 1)
         return padded.gather(-2, index.expand(*padded.shape[:-2], -1, padded.shape[-1]))
 
 
@@ -181,9 +181,10 @@ class RouteCarrier(threading.local):
         log: Where `record_routes` collects.
     """
 
-    route: Route | None = None
-    inside: BlockRun | None = None
-    log: list[tuple[int, Route]] | None = None
+    def __init__(self) -> None:  # runs in every thread; class attributes would fail torch.compile's guards
+        self.route: Route | None = None
+        self.inside: BlockRun | None = None
+        self.log: list[tuple[int, Route]] | None = None
 
     def current(self) -> Route:
         """The running forward's route.

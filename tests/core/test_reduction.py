@@ -25,6 +25,27 @@ def test_ties_go_to_the_lower_position():
     assert select_tokens(torch.ones(1, 6), 2)[0].tolist() == [[0, 1]]
 
 
+def test_the_selection_is_that_of_a_stable_sort_with_and_without_ties():
+    generator = torch.Generator().manual_seed(0)
+    for keep in (1, 5, 19, 20):
+        for scores in (
+            torch.rand(50, 20, generator=generator),
+            torch.randint(3, (50, 20), generator=generator).float(),
+            torch.zeros(2, 20),
+        ):
+            ranking = scores.argsort(dim=1, descending=True, stable=True)
+            kept, dropped = select_tokens(scores, keep)
+            assert torch.equal(kept, ranking[:, :keep].sort(dim=1).values)
+            assert torch.equal(dropped, ranking[:, keep:].sort(dim=1).values)
+
+
+def test_scores_that_are_not_numbers_still_give_places():
+    """A diverged run must end in its own loss being NaN, not in an index out of range on the accelerator."""
+    kept, dropped = select_tokens(torch.full((2, 6), torch.nan), 2)
+    assert kept.shape == (2, 2) and dropped.shape == (2, 4)
+    assert torch.cat([kept, dropped], dim=1).max() < 6
+
+
 def test_reduce_tokens_keeps_prefix_kept_and_fused_in_this_order():
     hidden = torch.arange(12.0).view(1, 6, 2)
     origins = torch.arange(4)[None]

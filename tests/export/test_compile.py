@@ -22,10 +22,9 @@ FAMILIES = [
 TRAINED_FAMILIES = [
     "vit",
     "dinov3_compact",
-    "beit",
     *(
         pytest.param(name, marks=SLOW)
-        for name in ("dinov2", "dinov3", "siglip", "data2vec", "clip_bare", "vjepa2", "mlcd", "siglip_pooling")
+        for name in ("dinov2", "dinov3", "beit", "siglip", "data2vec", "clip_bare", "vjepa2", "mlcd", "siglip_pooling")
     ),
 ]
 BLOCK_FAMILIES = [
@@ -118,21 +117,12 @@ def uncompile_blocks(model) -> None:
 @pytest.mark.parametrize("family", BLOCK_FAMILIES)
 def test_every_block_compiles_by_itself(make_wrapped, family):
     model, batches = make_wrapped(family)
-    compile_blocks(model, fullgraph=True)
+    compile_blocks(model, fullgraph=True)  # before anything ran eagerly: guards must hold on a fresh model too
     with torch._dynamo.config.patch(recompile_limit=64):  # blocks share their code, but have plans of their own
         found = [train_step(model, model, images) for images in batches]
     uncompile_blocks(model)
     for images, step in zip(batches, found, strict=True):
         assert_same_step(step, train_step(model, model, images))
-
-
-@torch.no_grad()
-def test_blocks_compile_without_an_eager_forward_before(make_wrapped):
-    model, batches = make_wrapped("vit")
-    compile_blocks(model, fullgraph=True)
-    found = model(batches[0])
-    uncompile_blocks(model)
-    torch.testing.assert_close(found, model(batches[0]), atol=1e-6, rtol=0)
 
 
 @pytest.mark.slow

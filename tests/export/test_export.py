@@ -23,11 +23,11 @@ FAMILIES = [
 ]
 STRICT_FAMILIES = [
     "vit",
-    "dinov3",
     *(
         pytest.param(name, marks=SLOW)
         for name in (
             "dinov2",
+            "dinov3",
             "dinov3_compact",
             "beit",
             "siglip",

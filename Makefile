@@ -6,7 +6,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 OLDEST_PEFT := $(VENV)/peft-0.20.0
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench compatibility clean
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/quickstart.py $(ARGS)
@@ -22,6 +22,9 @@ lint: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/bsr_vit_base.py $(ARGS)
+
+compatibility: $(VENV)/installed
+	$(BIN)/python tests/contract/report.py
 
 # torch by itself first: the version of the constraints, whichever build this machine offers for it
 $(VENV)/installed: pyproject.toml constraints.txt

@@ -111,7 +111,7 @@ def run(
         if index in drops:
             scores = score(state).mean(dim=1)
             origins, keep = torch.zeros_like(scores, dtype=torch.int64), num_kept(KEEP_RATE, scores.shape[1])
-            hidden, _ = reduce_tokens(hidden, origins, scores, 1, keep, None)
+            hidden, _ = reduce_tokens(hidden, origins, F.pad(scores, (1, 0)), 1, keep, None)
         hidden = hidden + block.mlp(block.layernorm_after(hidden))
     final = model.vit.layernorm(hidden)
     return model.classifier(final[:, 0]), final[:, 1:].mean(dim=1), states

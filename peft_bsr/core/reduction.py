@@ -67,7 +67,15 @@ def reduce_tokens(
 
     Returns:
         hidden states [B, P + K (+ 1) + S, D] and origins [B, K (+ 1)].
+
+    Raises:
+        ValueError: If the shapes do not belong together.
     """
+    if not scores.shape[1] == hidden_states.shape[1] == num_prefix + origins.shape[1] + num_suffix:
+        raise ValueError(
+            f"scores {tuple(scores.shape)}, tokens {tuple(hidden_states.shape)} and origins {tuple(origins.shape)} do "
+            f"not belong together with {num_prefix} + {num_suffix} special tokens"
+        )
     if keep == origins.shape[1]:
         return hidden_states, origins
     competing = scores[:, num_prefix : num_prefix + origins.shape[1]]

@@ -193,7 +193,11 @@ class RouteCarrier(threading.local):
             RuntimeError: If a block was called on its own, outside of the model's forward.
         """
         if self.route is None:
-            raise RuntimeError("a block of a model with an adapter ran outside of the model's forward; call the model")
+            raise RuntimeError(
+                "a block of a model with an adapter ran outside of the model's forward. Call the model; and if this is "
+                "a backward pass, gradient checkpointing wraps the block's call (timm's does), where no route reaches "
+                "the recomputation: switch it off, or set `keep_rate=1.0`"
+            )
         return self.route
 
     def __reduce__(self) -> tuple[type[RouteCarrier], tuple[()]]:  # copies and pickles start empty

@@ -186,13 +186,14 @@ def _enter_block(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of the block's call, made to follow the plan and the route."""
     hidden_states, *others = args if args else (kwargs.pop("hidden_states"),)
-    if router.index == 0:
-        router.carrier.route = router.start_route(hidden_states)
-    route = router.carrier.current()
     if plan.cut_gradient and block.training:
         hidden_states = _cut_gradient(block, plan, hidden_states)
-    if plan.reduction is not None or route.origins is not None:
-        kwargs = {**kwargs, "route": route, "plan": plan, "left": left}
+    if router.plan is not None and router.plan.reduces:
+        if router.index == 0:
+            router.carrier.route = router.start_route(hidden_states)
+        route = router.carrier.current()
+        if plan.reduction is not None or route.origins is not None:
+            kwargs = {**kwargs, "route": route, "plan": plan, "left": left}
     return (hidden_states, *others), kwargs
 
 

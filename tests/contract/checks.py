@@ -201,6 +201,9 @@ def use_eager(model: nn.Module, name: str) -> None:
             if type(attention) is module.Data2VecVisionSdpaSelfAttention:
                 attention.__class__ = module.Data2VecVisionSelfAttention
         return
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):  # timm's switch
+            module.fused_attn = False
     model.set_attn_implementation("eager")
 
 

@@ -56,6 +56,11 @@ def test_reduce_tokens_keeps_prefix_kept_and_fused_in_this_order():
     torch.testing.assert_close(tokens[0], torch.stack([*hidden[0, :2], hidden[0, 3], hidden[0, 5], fused]))
 
 
+def test_scores_of_patches_alone_are_refused():
+    with pytest.raises(ValueError, match=r"scores \(2, 4\), tokens \(2, 5, 3\) and origins \(2, 4\) do not belong"):
+        reduce_tokens(torch.randn(2, 5, 3), torch.arange(4).expand(2, -1), torch.rand(2, 4), 1, 2, None)
+
+
 def test_keeping_all_returns_the_very_inputs():
     hidden, origins = torch.randn(2, 5, 3), torch.arange(4).expand(2, -1)
     tokens, left = reduce_tokens(hidden, origins, torch.rand(2, 5), 1, 4, fused_origin=4)

@@ -21,6 +21,7 @@ METHODS = {
     "LoRA r=8, every Linear": LoraConfig(target_modules="all-linear", modules_to_save=["classifier"]),
     "BSR, keep .5, fused": BSRConfig(keep_rate=0.5),
     "BSR, keep .5, dropped only": BSRConfig(keep_rate=0.5, fuse_dropped=False),
+    "BSR, keep .5, full view": BSRConfig(keep_rate=0.5, mode="full_view"),
     "BSR, keep .7, fused": BSRConfig(keep_rate=0.7),
     "BSR, all tokens": BSRConfig(keep_rate=1.0),
     "BSR {9,10,11}, keep .5, fused": BSRConfig(trainable_blocks="last:3", keep_rate=0.5),

@@ -113,7 +113,7 @@ def old(make_vit) -> OldViT:
     return OldViT(make_vit()).eval()
 
 
-pytestmark = pytest.mark.skipif(
+needs_key_translation = pytest.mark.skipif(
     not hasattr(__import__("peft").tuners.tuners_utils.BaseTuner, "_remap_adapter_state_dict_for_load"),
     reason="peft < 0.21 cannot translate the keys of an adapter file",
 )
@@ -123,6 +123,7 @@ def test_the_two_layouts_are_one_model(new, old, images):
     torch.testing.assert_close(old(images), new(images).logits)
 
 
+@needs_key_translation
 @pytest.mark.parametrize("to_old", [True, False])
 @pytest.mark.parametrize("adapter_name", ["default", "other"])
 def test_a_file_loads_on_the_other_layout(make_config, new, old, images, to_old, adapter_name, tmp_path):
@@ -155,6 +156,7 @@ def test_keys_stay_native_so_that_transformers_can_load_the_file(new, make_confi
     assert all(key.startswith(("base_model.model.vit.", "base_model.model.classifier.")) for key in keys)
 
 
+@needs_key_translation
 def test_a_layout_of_another_model_is_refused_before_anything_changes(make_vit, snapshot, assert_unchanged):
     config = get_peft_model(make_vit(), BSRConfig(trainable_blocks=[3])).peft_config["default"]
     config.trainable_blocks = [2]
@@ -163,3 +165,33 @@ def test_a_layout_of_another_model_is_refused_before_anything_changes(make_vit, 
     with pytest.raises(ConfigError, match=r"`layout` names \['blocks.3.attention.key', .*set `layout=None`"):
         get_peft_model(vit, config)
     assert_unchanged(vit, before)
+
+
+def test_a_nested_head_of_an_older_peft_loads_under_any_name(images, tmp_path):
+    """peft 0.20 leaves the adapter's name inside the keys of a module that has modules in it."""
+    from safetensors.torch import load_file, save_file
+    from transformers import SiglipVisionConfig, SiglipVisionModel
+
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64, "num_hidden_layers": 4}
+
+    def make() -> SiglipVisionModel:
+        torch.manual_seed(0)
+        return SiglipVisionModel(SiglipVisionConfig(**sizes, image_size=32, patch_size=8)).eval()
+
+    model = get_peft_model(make(), BSRConfig(init_weights=False)).eval()
+    expected = model(images).pooler_output
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    new_way, old_way = (
+        "base_model.model.head.bsr_params.attention.",
+        "base_model.model.head.bsr_params.default.attention.",
+    )
+    weights = load_file(path)
+    new = {key.replace(old_way, new_way): tensor for key, tensor in weights.items()}
+    old = {key.replace(new_way, old_way): tensor for key, tensor in new.items()}
+    assert len(set(new) - set(old)) == 4
+    for file in (new, old):
+        save_file(file, path, {"format": "pt"})
+        for name in ("default", "other"):
+            loaded = PeftModel.from_pretrained(make(), tmp_path, name).eval()
+            torch.testing.assert_close(loaded(images).pooler_output, expected)

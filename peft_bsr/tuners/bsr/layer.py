@@ -93,6 +93,7 @@ class BSRWeights(nn.Module, BSRLayer):
         self.merged_adapters: list[str] = []
         self.unmerged_weights: dict[str, Tensor] = {}
         self.saved_as: dict[str, str] = {}  # adapter -> this module's name where the adapter was saved, if another
+        self.register_load_state_dict_pre_hook(_drop_saved_name)
         for name in ("in_features", "out_features"):
             if hasattr(base_layer, name):
                 setattr(self, name, getattr(base_layer, name))
@@ -210,6 +211,16 @@ class BSRWeights(nn.Module, BSRLayer):
 
     def __repr__(self) -> str:
         return "bsr." + super().__repr__()
+
+
+def _drop_saved_name(layer: Any, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+    """Peft 0.20 saves a nested module's key with the adapter's name in it, and puts another in front when loading."""
+    for key in [key for key in state_dict if key.startswith(f"{prefix}bsr_params.")]:
+        name, _, parameter = key.removeprefix(f"{prefix}bsr_params.").partition(".")
+        inner = parameter.partition(".")[2]
+        own = dict(layer.bsr_params[name].named_parameters()) if name in layer.bsr_params else {}
+        if parameter not in own and inner in own:
+            state_dict[f"{prefix}bsr_params.{name}.{inner}"] = state_dict.pop(key)
 
 
 class BSRRouter(BlockRouter, BSRLayer):

@@ -195,16 +195,21 @@ class BSRModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """First to this model's module names, for a file that was saved on another layout."""
-        own_names = {}
+        """First to this model's names: the file may be from another layout, or from peft 0.20 (see `layer.py`)."""
+        own = {}
         for name, layer in model.named_modules():
-            if isinstance(layer, BSRWeights) and adapter_name in layer.saved_as:
-                root = "" if name.startswith(_ROOT) else _ROOT
-                own_names[f"{_ROOT}{layer.saved_as[adapter_name]}"] = f"{root}{name}"
+            if isinstance(layer, BSRWeights) and adapter_name in layer.bsr_params:
+                saved_name = layer.saved_as.get(adapter_name, name.removeprefix(_ROOT))
+                own[f"{_ROOT}{saved_name}"] = (f"{_ROOT}{name.removeprefix(_ROOT)}", layer.bsr_params[adapter_name])
         renamed = {}
         for key, tensor in state_dict.items():
             name, separator, parameter = key.partition(".bsr_params.")
-            renamed[f"{own_names.get(name, name)}{separator}{parameter}"] = tensor
+            if name in own:
+                name, module = own[name]
+                names = {n for n, _ in module.named_parameters()}
+                inner = parameter.partition(".")[2]
+                parameter = inner if parameter not in names and inner in names else parameter
+            renamed[f"{name}{separator}{parameter}"] = tensor
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, renamed)
 
     def _restore_base_modules(self) -> None:

@@ -48,7 +48,6 @@ def resolve_targets(
         targets.update(dict.fromkeys(chosen, config.trainable == "lora"))
     if not is_foreign:
         targets.update(dict.fromkeys([name for name in column.head if not is_excluded(config, name)], False))
-    problems += _check_nested(model, targets)
     for name in targets:
         if isinstance(model.get_submodule(name), AuxiliaryTrainingWrapper):
             problems.append(
@@ -81,18 +80,6 @@ def _check_foreign_layout(places: dict[str, str], layout: dict[str, str]) -> lis
     if not _PEFT_TRANSLATES_KEYS:
         return ["the adapter was saved on another layout of this model; reading it needs `peft>=0.21`."]
     return []
-
-
-def _check_nested(model: nn.Module, targets: dict[str, bool]) -> list[str]:
-    nested = [name for name in targets if any("." in n for n, _ in _base_of(model, name).named_parameters())]
-    if not nested or _PEFT_TRANSLATES_KEYS:
-        return []
-    return [f"{nested} are trained whole, with the modules inside; reading such files needs `peft>=0.21`."]
-
-
-def _base_of(model: nn.Module, name: str) -> nn.Module:
-    module = model.get_submodule(name)
-    return module.base_layer if isinstance(module, BSRWeights) else module
 
 
 def _matches(pattern: list[str] | str | None, name: str, default: bool) -> bool:

@@ -19,7 +19,8 @@ import transformers
 from peft import get_peft_model
 from transformers import ViTConfig, ViTForImageClassification
 
-from peft_bsr import BSRConfig, Plan, Reduction, probe_column
+from peft_bsr import BSRConfig, Plan, Reduction
+from peft_bsr.backbones import probe
 from peft_bsr.engine import verify_plan
 
 REPEATS = 5
@@ -28,13 +29,16 @@ REPEATS = 5
 def main() -> None:
     """Print medians in seconds."""
     vit = ViTForImageClassification(ViTConfig(num_labels=10)).eval()
-    column = probe_column(vit)
     plan = Plan.static(12, [3, 7, 11], {i: Reduction(0.5) for i in (3, 6, 9)})
+
+    def self_test() -> None:
+        column, stock = probe(vit)
+        verify_plan(vit, column, plan, stock=stock)
+
     image = torch.randn(1, 3, 224, 224)
     rows = {
         "one forward of one image, for comparison": [seconds(vit, image) for _ in range(REPEATS)],
-        "self-test, probe": [seconds(probe_column, vit) for _ in range(REPEATS)],
-        "self-test, the plan on the model": [seconds(verify_plan, vit, column, plan) for _ in range(REPEATS)],
+        "self-test": [seconds(self_test) for _ in range(REPEATS)],
     }
     models = [ViTForImageClassification(ViTConfig(num_labels=10)).eval() for _ in range(REPEATS)]
     rows["get_peft_model(vit, BSRConfig()), all of it"] = [seconds(get_peft_model, m, BSRConfig()) for m in models]

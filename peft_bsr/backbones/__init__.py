@@ -2,8 +2,17 @@
 
 from peft_bsr.backbones.anatomy import apply_part
 from peft_bsr.backbones.column import Anatomy, Column
-from peft_bsr.backbones.inputs import probe_inputs, quiet, relative_error, run_probe, tensors_of, tolerance
-from peft_bsr.backbones.probe import probe_column
+from peft_bsr.backbones.inputs import (
+    StockRun,
+    probe_inputs,
+    quiet,
+    relative_error,
+    run_probe,
+    run_stock,
+    tensors_of,
+    tolerance,
+)
+from peft_bsr.backbones.probe import probe, probe_column
 from peft_bsr.backbones.registry import FamilyRule, find_rule, register_family, unregister_family
 from peft_bsr.backbones.scoring import (
     AttentionScorer,
@@ -21,11 +30,13 @@ __all__ = [
     "FamilyRule",
     "ScoringConfig",
     "SdpaObserver",
+    "StockRun",
     "TokenFollower",
     "apply_part",
     "explicit_attention",
     "find_rule",
     "observed_interface",
+    "probe",
     "probe_column",
     "probe_inputs",
     "quiet",
@@ -33,6 +44,7 @@ __all__ = [
     "relative_error",
     "remove_hooks",
     "run_probe",
+    "run_stock",
     "tensors_of",
     "tolerance",
     "unregister_family",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -81,6 +82,41 @@ def input_shapes(model: nn.Module) -> list[tuple[int, ...]]:
         if height * width > small[0] * small[1]:
             shapes.insert(0, (channels, *small))
     return shapes
+
+
+@dataclass
+class StockRun:
+    """One forward of the stock model on the probe's image.
+
+    Attributes:
+        calls: (arguments, keywords, output) of every block, the hidden states first among the arguments.
+        outputs: All tensors that the model returned.
+    """
+
+    calls: list[tuple[tuple[Any, ...], dict[str, Any], Any]]
+    outputs: list[Tensor]
+
+
+def run_stock(model: nn.Module, blocks: tuple[str, ...], inputs: dict[str, Tensor]) -> StockRun:
+    """Forward once, inside `quiet`, and note what every block is called with and gives."""
+    calls: list[tuple[tuple[Any, ...], dict[str, Any], Any]] = []
+
+    def note(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        calls.append((*hidden_first(args, kwargs), output))
+
+    handles = [model.get_submodule(name).register_forward_hook(note, with_kwargs=True) for name in blocks]
+    try:
+        return StockRun(calls, tensors_of(run_probe(model, inputs)))
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def hidden_first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A block's call with its hidden states as the first argument."""
+    if args:
+        return args, kwargs
+    return (kwargs["hidden_states"],), {name: value for name, value in kwargs.items() if name != "hidden_states"}
 
 
 def run_probe(model: nn.Module, inputs: dict[str, Tensor]) -> Any:

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from peft_bsr.backbones.anatomy import attention_names, find_anatomy, leaf_roles, parameter_owners, takes_residual
 from peft_bsr.backbones.column import Column
 from peft_bsr.backbones.inputs import (
+    StockRun,
+    hidden_first,
     input_shapes,
     probe_inputs,
     quiet,
@@ -53,6 +55,11 @@ def probe_column(model: nn.Module) -> Column:
         >>> probe_column(ViTForImageClassification(tiny)).num_tokens
         197
     """
+    return probe(model)[0]
+
+
+def probe(model: nn.Module) -> tuple[Column, StockRun]:
+    """`probe_column`, and the forward pass that it took, for further checks."""
     try:
         return _probe(model)
     except UnsupportedModelError as error:
@@ -67,11 +74,9 @@ class _Trace:
     """What the probe's hooks saw."""
 
     def __init__(self) -> None:
-        self.inputs: list[Tensor] = []
-        self.outputs: list[Any] = []
-        self.returns_tuple = False
+        self.calls: list[tuple[tuple[Any, ...], dict[str, Any], Any]] = []  # arguments, keywords, output of each block
+        self.has_begun = False
         self.last: Any = None  # the last block's hidden states, where the graph starts
-        self.call: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})  # the first block's, less the hidden states
         self.attention_call: tuple[tuple[Any, ...], dict[str, Any]] | None = None  # the first block's
         self.attention_shapes: list[tuple[int, ...]] = []
         self.order: dict[int, list[str]] = {}  # block index -> children as they ran
@@ -79,8 +84,18 @@ class _Trace:
         self.grids: list[tuple[int, ...]] = []
         self.behind: dict[str, Tensor] = {}  # head candidates -> their output
 
+    @property
+    def inputs(self) -> list[Tensor]:
+        """Hidden states that each block got."""
+        return [args[0] for args, _, _ in self.calls]
 
-def _probe(model: nn.Module) -> Column:
+    @property
+    def outputs(self) -> list[Any]:
+        """Hidden states that each block gave."""
+        return [output[0] if isinstance(output, tuple) else output for _, _, output in self.calls]
+
+
+def _probe(model: nn.Module) -> tuple[Column, StockRun]:
     if any(p.is_meta for p in model.parameters()):
         raise UnsupportedModelError("its weights are on the meta device and the probe runs it once; load them first")
     list_name, attention_name = _find_blocks(model)
@@ -91,7 +106,8 @@ def _probe(model: nn.Module) -> Column:
         num_prefix, num_suffix = _count_special(embeddings)
         num_patches = embeddings.shape[1] - num_prefix - num_suffix
         route = Route(num_prefix, num_patches, num_suffix)
-        uses_positions = check_permutation(model, blocks[0], attention_name, trace.inputs[0], trace.call, route)
+        (hidden, *args), kwargs, first_output = trace.calls[0]
+        uses_positions = check_permutation(model, blocks[0], attention_name, hidden, (tuple(args), kwargs), route)
         attention = blocks[0].get_submodule(attention_name)
         assert trace.attention_call is not None
         scores_from = find_score_source(attention, *trace.attention_call)
@@ -101,7 +117,7 @@ def _probe(model: nn.Module) -> Column:
     is_same = all(order == orders[0] for order in orders)
     anatomy = find_anatomy(blocks[0], orders[0], trace.residual_takers, attention_name) if is_same else None
     grids = [grid for grid in trace.grids if torch.Size(grid).numel() == num_patches]
-    return Column(
+    column = Column(
         blocks=tuple(f"{list_name}.{i}" for i in range(len(blocks))),
         leaves=leaves,
         roles=leaf_roles(blocks[0], leaves, anatomy, attention_name),
@@ -118,10 +134,11 @@ def _probe(model: nn.Module) -> Column:
         reads_patches=bool(reads[num_prefix : num_prefix + num_patches].any()),
         reads_suffix=bool(reads[num_prefix + num_patches :].any()),
         is_chained=all(torch.equal(a, b) for a, b in zip(trace.inputs[1:], trace.outputs, strict=False)),
-        returns_tuple=trace.returns_tuple,
+        returns_tuple=isinstance(first_output, tuple),
         uses_positions=uses_positions,
         scores_from=scores_from,
     )
+    return column, StockRun(trace.calls, [tensor.detach() for tensor in tensors_of(output)])
 
 
 def _find_blocks(model: nn.Module) -> tuple[str, str]:
@@ -192,15 +209,12 @@ def _watch(
     def on(handle: Any) -> None:
         hooks.callback(handle.remove)
 
-    def enter_block(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not trace.inputs:
-            trace.call = (args[1:], {k: v for k, v in kwargs.items() if k != "hidden_states"})
-        trace.inputs.append(args[0] if args else kwargs["hidden_states"])
+    def enter_block(block: nn.Module, args: tuple[Any, ...]) -> None:
+        trace.has_begun = True
 
-    def leave_block(block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    def leave_block(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        trace.calls.append((*hidden_first(args, kwargs), output))
         hidden_states, *others = output if isinstance(output, tuple) else (output,)
-        trace.outputs.append(hidden_states)
-        trace.returns_tuple = isinstance(output, tuple)
         if block is blocks[-1] and isinstance(hidden_states, Tensor):
             trace.last = hidden_states.detach().requires_grad_()
             torch.set_grad_enabled(True)
@@ -218,17 +232,17 @@ def _watch(
             trace.residual_takers.add(name)
 
     def leave_patches(conv: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        if not trace.inputs:
+        if not trace.has_begun:
             trace.grids.append(tuple(output.shape[2:]))
 
     def leave_behind(name: str, output: Any) -> None:
-        tensors = tensors_of(output) if len(trace.outputs) == len(blocks) else []
+        tensors = tensors_of(output) if len(trace.calls) == len(blocks) else []
         if tensors:
             trace.behind[name] = tensors[0]
 
     for index, block in enumerate(blocks):
-        on(block.register_forward_pre_hook(enter_block, with_kwargs=True))
-        on(block.register_forward_hook(leave_block, prepend=True))
+        on(block.register_forward_pre_hook(enter_block))
+        on(block.register_forward_hook(leave_block, prepend=True, with_kwargs=True))
         on(block.get_submodule(attention_name).register_forward_pre_hook(enter_attention, with_kwargs=True))
         for child_name, child in block.named_children():
             order = trace.order.setdefault(index, [])
@@ -243,8 +257,8 @@ def _watch(
 
 def _check_blocks(trace: _Trace, blocks: list[nn.Module]) -> None:
     """Every block ran once, [B, N, D] -> [B, N, D], and its attention saw all tokens."""
-    if len(trace.inputs) != len(blocks):
-        raise UnsupportedModelError(f"its {len(blocks)} blocks ran {len(trace.inputs)} times in one forward")
+    if len(trace.calls) != len(blocks):
+        raise UnsupportedModelError(f"its {len(blocks)} blocks ran {len(trace.calls)} times in one forward")
     shape = trace.inputs[0].shape
     for index, (hidden, output) in enumerate(zip(trace.inputs, trace.outputs, strict=True)):
         if not isinstance(output, Tensor) or hidden.shape != shape or output.shape != shape:

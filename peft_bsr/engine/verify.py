@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from peft_bsr.backbones import (
     Column,
     SdpaObserver,
+    StockRun,
     explicit_attention,
     find_rule,
     observed_interface,
@@ -19,6 +20,7 @@ from peft_bsr.backbones import (
     quiet,
     relative_error,
     run_probe,
+    run_stock,
     tensors_of,
     tolerance,
 )
@@ -28,11 +30,14 @@ from peft_bsr.engine.record import record_routes
 from peft_bsr.engine.runner import BlockRouter, attach_router, detach_router
 from peft_bsr.errors import UnsupportedModelError
 
-# hidden states, further arguments and output of one block's call
-_Call = tuple[tuple[Any, ...], dict[str, Any], Any]
 
-
-def verify_plan(model: nn.Module, column: Column, plan: Plan, modes: tuple[Mode, ...] | None = None) -> Plan:
+def verify_plan(
+    model: nn.Module,
+    column: Column,
+    plan: Plan,
+    modes: tuple[Mode, ...] | None = None,
+    stock: StockRun | None = None,
+) -> Plan:
     """Check on one random image that `plan` does on `model` what it says; the model is left as it was.
 
     1. With every token kept, the blocks that reduce tokens equal the stock ones bit for bit.
@@ -46,6 +51,7 @@ def verify_plan(model: nn.Module, column: Column, plan: Plan, modes: tuple[Mode,
         column: Its column.
         plan: The plan.
         modes: Modes to try for the third check, the first that passes is taken; default the plan's own.
+        stock: The probe's forward, if there is one; default: one more is run.
 
     Returns:
         The plan, in the mode that was taken. Nothing is fused in full view: dropped tokens stay where they are.
@@ -60,14 +66,13 @@ def verify_plan(model: nn.Module, column: Column, plan: Plan, modes: tuple[Mode,
     _check_reachable(model, column, name)
     inputs = probe_inputs(model, 1, column.image_shape)
     with quiet(model):
-        with _watched(model, column, plan) as calls:
-            stock = tensors_of(run_probe(model, inputs))
-        _check_blocks(model, column, plan, calls)
+        stock = stock or run_stock(model, column.blocks, inputs)
+        _check_blocks(model, column, plan, stock)
         failures = []
         for mode in modes:
             candidate = plan.with_reductions(mode, **({"fuse": False} if mode == "full_view" else {}))
             may_shorten = len(modes) == 1  # who asks for compact mode wants shorter hidden states
-            failure = _try_reduced(model, column, candidate, inputs, stock, may_shorten)
+            failure = _try_reduced(model, column, candidate, inputs, stock.outputs, may_shorten)
             if failure is None:
                 return candidate
             failures.append(f"in mode {mode!r}, {failure}")
@@ -91,11 +96,14 @@ def _check_reachable(model: nn.Module, column: Column, name: str) -> None:
             )
 
 
-def _check_blocks(model: nn.Module, column: Column, plan: Plan, calls: dict[int, _Call]) -> None:
+def _check_blocks(model: nn.Module, column: Column, plan: Plan, stock: StockRun) -> None:
     """Identity with all tokens kept, and true scores, block by block on what the stock model called it with."""
     name = type(model).__name__
-    for index, (args, kwargs, expected) in calls.items():
-        keep_all = plan.with_reductions(keep_rate=1.0)
+    keep_all = plan.with_reductions(keep_rate=1.0)
+    for index, (args, kwargs, expected) in enumerate(stock.calls):
+        reduction = plan.blocks[index].reduction
+        if reduction is None:
+            continue
         block = model.get_submodule(column.blocks[index])
         with _routed(model, column, keep_all, start_at=index, like=args[0]):
             found = tensors_of(block(*args, **kwargs))
@@ -104,8 +112,6 @@ def _check_blocks(model: nn.Module, column: Column, plan: Plan, calls: dict[int,
                 f"{name}: its blocks compute something else than norm, attention, norm and MLP with two residuals, so "
                 "tokens cannot be reduced inside them. Use `reduce_at='after_block'` or `keep_rate=1.0`."
             )
-        reduction = plan.blocks[index].reduction
-        assert reduction is not None
         error = _score_error(model, column, index, reduction.score, args, kwargs)
         if not error <= tolerance(args[0].dtype):
             raise UnsupportedModelError(
@@ -229,23 +235,3 @@ def _routed(
     finally:
         for router in routers:
             detach_router(model, router)
-
-
-@contextmanager
-def _watched(model: nn.Module, column: Column, plan: Plan) -> Iterator[dict[int, _Call]]:
-    """What every block that reduces tokens is called with, and what it gives."""
-    calls: dict[int, _Call] = {}
-
-    def note(index: int, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if not args:
-            args, kwargs = (kwargs["hidden_states"],), {k: v for k, v in kwargs.items() if k != "hidden_states"}
-        calls[index] = (args, kwargs, output)
-
-    with ExitStack() as hooks:
-        for index, block_plan in enumerate(plan.blocks):
-            if block_plan.reduction is not None:
-                handle = model.get_submodule(column.blocks[index]).register_forward_hook(
-                    lambda _m, args, kwargs, output, index=index: note(index, args, kwargs, output), with_kwargs=True
-                )
-                hooks.callback(handle.remove)
-        yield calls

@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from peft_bsr.backbones import Column, find_rule, probe_column
+from peft_bsr.backbones import Column, find_rule, probe
 from peft_bsr.core import RouteCarrier
 from peft_bsr.engine import Plan, attach_router, detach_router, verify_plan
 from peft_bsr.errors import AdapterError, AdapterNameWarning, ReductionNotMergedWarning
@@ -72,12 +72,12 @@ class BSRModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Check everything, put trained weights on the leaf modules, then give each block its plan."""
         routers = find_routers(model)
-        column = routers[0].column if routers else probe_column(model)
+        column, stock = (routers[0].column, None) if routers else probe(model)
         _warn_of_names(model, list(self.peft_config))
         config: BSRConfig = self.peft_config[adapter_name]
         requested, self._targets, layout = resolve_targets(model, column, config)
         with _detached(model, routers):
-            plan = verify_plan(model, column, requested, allowed_modes(config))
+            plan = verify_plan(model, column, requested, allowed_modes(config), stock)
         self.peft_config[adapter_name] = _write_down(config, plan, layout)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         for place, saved_name in (config.layout or {}).items():

@@ -19,6 +19,7 @@ STANDARD = {
     "dataclasses",
     "functools",
     "inspect",
+    "logging",
     "math",
     "sys",
     "threading",

@@ -12,12 +12,14 @@ from peft_bsr.backbones.inputs import (
     tensors_of,
     tolerance,
 )
+from peft_bsr.backbones.permutation import no_zero_tables
 from peft_bsr.backbones.probe import probe, probe_column
 from peft_bsr.backbones.registry import FamilyRule, find_rule, register_family, unregister_family
 from peft_bsr.backbones.scoring import (
     AttentionScorer,
     ScoringConfig,
     SdpaObserver,
+    attend,
     explicit_attention,
     observed_interface,
 )
@@ -33,8 +35,10 @@ __all__ = [
     "StockRun",
     "TokenFollower",
     "apply_part",
+    "attend",
     "explicit_attention",
     "find_rule",
+    "no_zero_tables",
     "observed_interface",
     "probe",
     "probe_column",

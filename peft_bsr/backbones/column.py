@@ -57,6 +57,8 @@ class Column:
         scores_from: How token scores are had: from the query and key that pass through transformers'
             `AttentionInterface` (`"interface"`) or torch's `scaled_dot_product_attention` (`"sdpa"`), from the
             `"weights"` that the attention returns, or not at all (None).
+        num_heads: H, of the attention; 0 where it is not seen.
+        scaling: Factor on the products of queries and keys; 0 where it is not seen.
     """
 
     blocks: tuple[str, ...]
@@ -78,6 +80,8 @@ class Column:
     returns_tuple: bool
     uses_positions: bool
     scores_from: ScoreSource | None
+    num_heads: int
+    scaling: float
 
     @property
     def depth(self) -> int:

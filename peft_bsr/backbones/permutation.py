@@ -43,7 +43,7 @@ def check_permutation(
     Raises:
         UnsupportedModelError: If the block uses positions that no side input tells it.
     """
-    with _no_zero_tables(block):
+    with no_zero_tables(block):
         return _uses_side_inputs(model, block, attention_name, hidden, call, route)
 
 
@@ -104,7 +104,7 @@ def _uses_side_inputs(
 
 
 @contextmanager
-def _no_zero_tables(block: nn.Module) -> Iterator[None]:
+def no_zero_tables(block: nn.Module) -> Iterator[None]:
     """Fill matrices of zeros with random numbers for a while: a fresh table of biases would hide what it does."""
     zeros = [p for p in block.parameters() if p.ndim >= 2 and not p.any()]
     originals = [p.data for p in zeros]

@@ -110,7 +110,7 @@ def _probe(model: nn.Module) -> tuple[Column, StockRun]:
         uses_positions = check_permutation(model, blocks[0], attention_name, hidden, (tuple(args), kwargs), route)
         attention = blocks[0].get_submodule(attention_name)
         assert trace.attention_call is not None
-        scores_from = find_score_source(attention, *trace.attention_call)
+        scores_from, num_heads, scaling = find_score_source(attention, *trace.attention_call)
         reads, head = _read_out(output, trace)
     leaves = tuple(parameter_owners(blocks[0]))
     orders = [list(order) for order in trace.order.values()]
@@ -137,6 +137,8 @@ def _probe(model: nn.Module) -> tuple[Column, StockRun]:
         returns_tuple=isinstance(first_output, tuple),
         uses_positions=uses_positions,
         scores_from=scores_from,
+        num_heads=num_heads,
+        scaling=scaling,
     )
     return column, StockRun(trace.calls, [tensor.detach() for tensor in tensors_of(output)])
 

@@ -107,21 +107,26 @@ class SdpaObserver(TorchFunctionMode):
         return output
 
 
-def find_score_source(attention: Any, args: Any, kwargs: Any) -> ScoreSource | None:
-    """Which way `attention`, called with these arguments, allows; see the module's text."""
-    seen: list[Tensor] = []
-    with observed_interface(attention, lambda *tensors: seen.append(tensors[0])):
+def find_score_source(attention: Any, args: Any, kwargs: Any) -> tuple[ScoreSource | None, int, float]:
+    """Which way `attention`, called with these arguments, allows (see the module's text); its heads and scaling."""
+    seen: list[tuple[int, float]] = []
+
+    def observe(query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: Any, output: Tensor) -> None:
+        seen.append((query.shape[1], scaling))
+
+    with observed_interface(attention, observe):
         attention(*args, **kwargs)
     if seen:
-        return "interface"
-    with SdpaObserver(lambda *tensors: seen.append(tensors[0])):
+        return "interface", *seen[0]
+    with SdpaObserver(observe):
         output = attention(*args, **kwargs)
     if seen:
-        return "sdpa"
+        return "sdpa", *seen[0]
     weights = output[1] if isinstance(output, tuple) and len(output) > 1 else None
     tokens = args[0] if args else next(iter(kwargs.values()))
-    is_square = isinstance(weights, Tensor) and weights.ndim == 4 and weights.shape[2:] == (tokens.shape[1],) * 2
-    return "weights" if is_square else None
+    if isinstance(weights, Tensor) and weights.ndim == 4 and weights.shape[2:] == (tokens.shape[1],) * 2:
+        return "weights", weights.shape[1], 0.0
+    return None, 0, 0.0
 
 
 @contextmanager
@@ -157,14 +162,33 @@ def _attend_scored(
     **kwargs: Any,
 ) -> Any:
     """Run `implementation`, and tell the module's scorer on what."""
-    if implementation in (None, "eager"):
-        attend = sys.modules[type(module).__module__].eager_attention_forward
-    else:
-        attend = ALL_ATTENTION_FUNCTIONS[implementation]
-    output = attend(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    function = _function(module, implementation)
+    output = function(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     scale = _scale(query, scaling)
     module.config.scorer.observe(query, key, value, scale, attention_mask, output[0].transpose(1, 2))
     return output
+
+
+def attend(
+    attention: Any, source: ScoreSource | None, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float
+) -> Tensor:
+    """What `attention` makes of query [B, H, Q, d], key and value [B, H, N, d], in the implementation configured.
+
+    Returns:
+        [B, Q, H * d], without dropout.
+    """
+    if source == "sdpa":
+        output = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+        return output.transpose(1, 2).flatten(2)
+    config = attention.config.config if isinstance(attention.config, ScoringConfig) else attention.config
+    output = _function(attention, config._attn_implementation)(attention, query, key, value, mask, scaling=scaling)[0]
+    return output.flatten(2)
+
+
+def _function(module: Any, implementation: str | None) -> Any:
+    if implementation in (None, "eager"):
+        return sys.modules[type(module).__module__].eager_attention_forward
+    return ALL_ATTENTION_FUNCTIONS[implementation]
 
 
 def _twin(implementation: str | None) -> str:

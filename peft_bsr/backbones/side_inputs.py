@@ -58,9 +58,14 @@ class TokenFollower:
             return None
         named = {**dict(zip(self.names, args[1:], strict=False)), **kwargs}
         tokens = {} if args else {"hidden_states": named.pop("hidden_states")}
-        follow = self.rule.follow_attention
-        followed = follow(route, named) if follow is not None else route.follow_items(named)
-        return args[:1], {**tokens, **followed}
+        return args[:1], {**tokens, **self.follow(named)}
+
+    def follow(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The alive tokens' part of what an attention is called with, on the running block's route."""
+        route, follow = self.route, self.rule.follow_attention
+        if route is None:
+            return arguments
+        return follow(route, arguments) if follow is not None else route.follow_items(arguments)
 
     def enter_bias(self, bias: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A bias is made for all tokens, however few are alive."""

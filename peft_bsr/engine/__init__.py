@@ -1,13 +1,15 @@
 """Plan, and the runner that makes a model's blocks follow it along a route."""
 
-from peft_bsr.engine.plan import BlockPlan, Mode, Plan, ReduceAt, Reduction
+from peft_bsr.engine.plan import BlockPlan, Lean, Mode, Plan, ReduceAt, Reduction
 from peft_bsr.engine.record import record_routes
 from peft_bsr.engine.runner import BlockRouter, attach_router, detach_router
 from peft_bsr.engine.verify import verify_plan
+from peft_bsr.engine.verify_lean import verify_lean
 
 __all__ = [
     "BlockPlan",
     "BlockRouter",
+    "Lean",
     "Mode",
     "Plan",
     "ReduceAt",
@@ -15,5 +17,6 @@ __all__ = [
     "attach_router",
     "detach_router",
     "record_routes",
+    "verify_lean",
     "verify_plan",
 ]

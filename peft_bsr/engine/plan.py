@@ -36,6 +36,25 @@ class Reduction:
 
 
 @dataclass(frozen=True)
+class Lean:
+    """What a block does not keep for backward, as far as the self-test allowed it. See `peft_bsr.engine.lean`.
+
+    Attributes:
+        attention: Whether norm and projections run lean.
+        mlp: Whether norm and MLP do.
+        save_products: Keep the products of the MLP's first Linear and of the projections (`lean="exact"`), or compute
+            them again (`"max"`).
+        num_queries: Tokens that the head reads, at the front, if the last block runs queries, output projection and
+            MLP for those alone; else None.
+    """
+
+    attention: bool = True
+    mlp: bool = True
+    save_products: bool = True
+    num_queries: int | None = None
+
+
+@dataclass(frozen=True)
 class BlockPlan:
     """What is done to one block.
 
@@ -43,11 +62,18 @@ class BlockPlan:
         trained: Whether any of its weights train.
         cut_gradient: Whether its input is cut off the graph in training, because nothing before it trains.
         reduction: Token reduction, or None.
+        lean: What it does not keep for backward, or None for the stock block.
     """
 
     trained: bool = False
     cut_gradient: bool = False
     reduction: Reduction | None = None
+    lean: Lean | None = None
+
+    @property
+    def in_graph(self) -> bool:
+        """Whether gradients reach the block."""
+        return self.trained or not self.cut_gradient
 
 
 @dataclass(frozen=True)
@@ -85,6 +111,10 @@ class Plan:
         """A plan with other settings for all of its reductions, and another mode if one is given."""
         blocks = tuple(replace(b, reduction=b.reduction and replace(b.reduction, **changes)) for b in self.blocks)
         return Plan(blocks, mode or self.mode)
+
+    def with_lean(self, lean: Lean | None) -> Plan:
+        """A plan whose blocks in the graph run lean; the others keep nothing anyway."""
+        return Plan(tuple(replace(block, lean=lean if block.in_graph else None) for block in self.blocks), self.mode)
 
     @property
     def trained_blocks(self) -> list[int]:

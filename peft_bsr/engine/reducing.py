@@ -7,17 +7,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from peft_bsr.backbones import Anatomy, Column, FamilyRule, apply_part
+from peft_bsr.backbones import Anatomy, Column, TokenFollower, apply_part
 from peft_bsr.core import BlockRun, num_kept, pick_tokens, put_tokens, reduce_tokens
-from peft_bsr.engine.plan import Reduction
+from peft_bsr.engine.lean_block import run_lean_attention, run_lean_mlp
+from peft_bsr.engine.plan import BlockPlan, Lean, Reduction
 
 
 def forward_block(
     block: nn.Module,
     stock: Callable[..., Any],
     column: Column,
-    rule: FamilyRule,
-    reduction: Reduction | None,
+    follower: TokenFollower,
+    plan: BlockPlan,
     run: BlockRun,
     hidden_states: Tensor,
     args: tuple[Any, ...],
@@ -32,8 +33,8 @@ def forward_block(
         block: The block.
         stock: Its own forward.
         column: Knows its parts.
-        rule: Exceptions of the family.
-        reduction: Where and how much to reduce, or None.
+        follower: Selects the alive tokens' part of side inputs.
+        plan: Where and how much to reduce, and what not to keep for backward.
         run: The route, and where the scores arrive.
         hidden_states: [B, P + A + S, D], in full view [B, N, D].
         args: For the block.
@@ -42,14 +43,19 @@ def forward_block(
     Returns:
         What the stock block returns, with fewer tokens; and the origins behind the reduction [B, A'], None without.
     """
-    route = run.route
+    route, reduction = run.route, plan.reduction
+    lean = plan.lean
     whole = hidden_states
     is_partial = route.is_full_view and route.num_tokens < route.full_length
     if is_partial:
         hidden_states = pick_tokens(whole, route.places())
     origins = None
-    if reduction is not None and reduction.position == "mid_block":
-        output, before, origins = _forward_composed(block, column, rule, reduction, run, hidden_states, args, kwargs)
+    is_mid_block = reduction is not None and reduction.position == "mid_block"
+    if is_mid_block or lean is not None:
+        mid_block = reduction if is_mid_block else None
+        output, before, origins = _forward_composed(
+            block, column, follower, mid_block, lean, run, hidden_states, args, kwargs
+        )
     else:
         output = stock(hidden_states, *args, **kwargs)
         before = _tokens(output)
@@ -68,38 +74,46 @@ def forward_block(
 def _forward_composed(
     block: nn.Module,
     column: Column,
-    rule: FamilyRule,
-    reduction: Reduction,
+    follower: TokenFollower,
+    reduction: Reduction | None,
+    lean: Lean | None,
     run: BlockRun,
     hidden_states: Tensor,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-) -> tuple[Any, Tensor, Tensor]:
-    """The pre-norm block of the Anatomy with a reduction between its halves.
+) -> tuple[Any, Tensor, Tensor | None]:
+    """The pre-norm block of the Anatomy, with a reduction between its halves or lean halves or both.
 
     Returns:
         Its output, the tokens between its halves before the reduction, and the origins behind it.
     """
     anatomy = column.anatomy
-    assert anatomy is not None, "a plan reduces mid-block only where the block's parts are known"
-    arguments = _attention_arguments(block, anatomy, rule, hidden_states, args, kwargs)
-    normalized = apply_part(block, anatomy.norm1, hidden_states)
-    attended = getattr(block, anatomy.attention)(normalized, **arguments)
-    attended, *others = attended if isinstance(attended, tuple) else (attended,)
+    assert anatomy is not None, "a plan reduces mid-block, or runs lean, only where the block's parts are known"
+    arguments = _attention_arguments(block, anatomy, follower.rule.attention_arguments, hidden_states, args, kwargs)
+    attended, others = None, []
+    if lean is not None and lean.attention:
+        attended = run_lean_attention(block, column, lean, run, hidden_states, follower.follow(arguments))
+    if attended is None:
+        normalized = apply_part(block, anatomy.norm1, hidden_states)
+        attended = getattr(block, anatomy.attention)(normalized, **arguments)
+        attended, *others = attended if isinstance(attended, tuple) else (attended,)
     for name in anatomy.after_attention:
         attended = apply_part(block, name, attended)
-    before = hidden_states + attended
-    residual, origins = _reduce(reduction, run, before)
-    expanded = apply_part(block, anatomy.norm2, residual)
-    for name in anatomy.mlp[:-1]:
-        expanded = apply_part(block, name, expanded)
-    if anatomy.mlp_adds_residual:
-        tokens = apply_part(block, anatomy.mlp[-1], expanded, residual)
-    else:
-        expanded = apply_part(block, anatomy.mlp[-1], expanded)
-        for name in anatomy.after_mlp:
+    before = hidden_states[:, : attended.shape[1]] + attended
+    residual, origins = (before, None) if reduction is None else _reduce(reduction, run, before)
+    expanded = None if lean is None or not lean.mlp else run_lean_mlp(block, anatomy, lean, residual)
+    if expanded is None:
+        expanded = apply_part(block, anatomy.norm2, residual)
+        for name in anatomy.mlp[:-1]:
             expanded = apply_part(block, name, expanded)
-        tokens = residual + expanded
+        takes = (residual,) if anatomy.mlp_adds_residual else ()
+        expanded = apply_part(block, anatomy.mlp[-1], expanded, *takes)
+        is_added = anatomy.mlp_adds_residual
+    else:
+        is_added = False
+    for name in () if anatomy.mlp_adds_residual else anatomy.after_mlp:
+        expanded = apply_part(block, name, expanded)
+    tokens = expanded if is_added else residual + expanded
     return ((tokens, *others) if column.returns_tuple else tokens), before, origins
 
 
@@ -118,15 +132,15 @@ def _reduce(reduction: Reduction, run: BlockRun, tokens: Tensor) -> tuple[Tensor
 def _attention_arguments(
     block: nn.Module,
     anatomy: Anatomy,
-    rule: FamilyRule,
+    compute: Callable[..., dict[str, Any]] | None,
     hidden_states: Tensor,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> dict[str, Any]:
     """What the block calls its attention with, beside the hidden states."""
     arguments = {**dict(zip(anatomy.block_inputs, args, strict=False)), **kwargs}
-    if rule.attention_arguments is not None:
-        return rule.attention_arguments(block, hidden_states, arguments)
+    if compute is not None:
+        return compute(block, hidden_states, arguments)
     names = anatomy.attention_inputs
     return arguments if names is None else {n: value for n, value in arguments.items() if n in names}
 

@@ -10,6 +10,7 @@ own forward. Reading "the latest route" there was wrong by 0.6 to 1.1, silently.
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -123,7 +124,7 @@ class RoutedBlock(nn.Module):
         try:
             with router.scorer.watching(None if reduction is None else router.column.scores_from):
                 output, origins = forward_block(
-                    self, stock, router.column, router.rule, reduction, run, hidden_states, args, kwargs
+                    self, stock, router.column, router.follower, plan, run, hidden_states, args, kwargs
                 )
         finally:
             router.carrier.inside = earlier
@@ -188,12 +189,16 @@ def _enter_block(
     hidden_states, *others = args if args else (kwargs.pop("hidden_states"),)
     if plan.cut_gradient and block.training:
         hidden_states = _cut_gradient(block, plan, hidden_states)
+    if plan.lean is not None and not _is_worth_it(block, plan):
+        plan = replace(plan, lean=None)
     if router.plan is not None and router.plan.reduces:
         if router.index == 0:
             router.carrier.route = router.start_route(hidden_states)
         route = router.carrier.current()
-        if plan.reduction is not None or route.origins is not None:
+        if plan.reduction is not None or route.origins is not None or plan.lean is not None:
             kwargs = {**kwargs, "route": route, "plan": plan, "left": left}
+    elif plan.lean is not None:
+        kwargs = {**kwargs, "route": router.start_route(hidden_states), "plan": plan, "left": left}
     return (hidden_states, *others), kwargs
 
 
@@ -205,6 +210,14 @@ def _leave_block(router: BlockRouter, left: list[Tensor]) -> None:
             carrier.log.append((router.index, route))
     if router.index == router.column.depth - 1:
         carrier.route = None
+
+
+def _is_worth_it(block: nn.Module, plan: BlockPlan) -> bool:
+    """Whether lean halves save anything: something is kept for backward, and no compiler decides what.
+
+    Decided outside of gradient checkpointing, whose first forward runs without gradients and whose second does not.
+    """
+    return block.training and plan.in_graph and torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def _cut_gradient(block: Any, plan: BlockPlan, hidden_states: Tensor) -> Tensor:

@@ -105,7 +105,7 @@ def _check_blocks(model: nn.Module, column: Column, plan: Plan, stock: StockRun)
         if reduction is None:
             continue
         block = model.get_submodule(column.blocks[index])
-        with _routed(model, column, keep_all, start_at=index, like=args[0]):
+        with routed(model, column, keep_all, start_at=index, like=args[0]):
             found = tensors_of(block(*args, **kwargs))
         if not all(torch.equal(a, b) for a, b in zip(found, tensors_of(expected), strict=True)):
             raise UnsupportedModelError(
@@ -160,7 +160,7 @@ def _try_reduced(
         plan = plan.with_reductions(keep_rate=0.5)  # the rate keeps all of these few tokens; larger images lose some
     if plan.mode == "compact" and not column.is_chained:
         return "something changes the tokens between two blocks, which it does to the whole sequence"
-    with _routed(model, column, plan), record_routes(model) as routes:
+    with routed(model, column, plan), record_routes(model) as routes:
         try:
             reduced = tensors_of(run_probe(model, inputs))
             shuffled = reduced
@@ -212,7 +212,7 @@ def _reversed(model: nn.Module, column: Column, plan: Plan) -> Iterator[None]:
 
 
 @contextmanager
-def _routed(
+def routed(
     model: nn.Module, column: Column, plan: Plan, start_at: int = 0, like: Tensor | None = None
 ) -> Iterator[None]:
     """Attach routers for a while.

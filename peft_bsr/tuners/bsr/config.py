@@ -10,11 +10,12 @@ from peft import PeftConfig
 
 from peft_bsr.backbones import Column
 from peft_bsr.core import CLASS_FREE_SCORE, SCORE_KINDS
-from peft_bsr.engine import Mode, Plan, ReduceAt, Reduction
+from peft_bsr.engine import Lean, Mode, Plan, ReduceAt, Reduction
 from peft_bsr.errors import ConfigError
 from peft_bsr.registration import extend_peft_type
 
 Trainable = Literal["full", "lora"]
+LeanLevel = Literal["off", "exact", "max"]
 _MODULE_LISTS = ("target_modules", "exclude_modules", "modules_to_save")
 _BLOCK_RULE = re.compile(r"(every|last):([1-9]\d*)")
 
@@ -60,6 +61,11 @@ class BSRConfig(PeftConfig):
         exclude_modules: These do not train, same forms; may also name the final norm or head.
         modules_to_save: Further modules to train and save whole, PEFT's way. They must lie behind the first trained
             block, because the gradient is cut there.
+        lean: What blocks that gradients reach do not keep for backward. `"exact"`: nothing that one pass over the
+            tokens restores, no matrix product is computed twice; `"max"`: first products of the halves are computed
+            again too; `"off"`: the stock blocks. Gradients are the same. Parts that the self-test does not find equal
+            stay stock. If the head reads only special tokens, the last block computes queries, output projection and
+            MLP for those alone in training (not with `"off"`). Default `"exact"`.
         layout: Canonical place -> name in the model of each trained module. Written when the adapter is attached; by
             it a file that was saved on another layout of the same model (other module names) is read.
 
@@ -104,6 +110,7 @@ class BSRConfig(PeftConfig):
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Further modules to train and save whole; final norm and head are anyway."}
     )
+    lean: str = field(default="exact", metadata={"help": "'off', 'exact' or 'max': what is not kept for backward."})
     layout: dict[str, str] | None = field(
         default=None, metadata={"help": "Written at attach: canonical place -> module name of what trains."}
     )
@@ -162,8 +169,9 @@ class BSRConfig(PeftConfig):
     def _check_choices(self) -> list[str]:
         problems = []
         choices_of = {"reduce_at": get_args(ReduceAt), "mode": get_args(Mode), "score": SCORE_KINDS}
-        for name, choices in {**choices_of, "trainable": get_args(Trainable)}.items():
-            if getattr(self, name) not in choices and (getattr(self, name) is not None or name == "trainable"):
+        always = {"trainable": get_args(Trainable), "lean": get_args(LeanLevel)}
+        for name, choices in {**choices_of, **always}.items():
+            if getattr(self, name) not in choices and (getattr(self, name) is not None or name in always):
                 problems.append(
                     f"`{name}={getattr(self, name)!r}` is unknown. Use one of {', '.join(map(repr, choices))}."
                 )
@@ -261,7 +269,8 @@ def build_plan(config: BSRConfig, column: Column) -> Plan:
         for index, rate in zip(reducing, rates, strict=True)
         if rate < 1
     }
-    return Plan.static(column.depth, trainable, reductions, config.mode or "compact")  # type: ignore[arg-type]
+    plan = Plan.static(column.depth, trainable, reductions, config.mode or "compact")  # type: ignore[arg-type]
+    return plan if config.lean == "off" else plan.with_lean(Lean(save_products=config.lean == "exact"))
 
 
 def resolve_score(config: BSRConfig, column: Column) -> str:

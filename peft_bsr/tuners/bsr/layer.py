@@ -140,6 +140,14 @@ class BSRWeights(nn.Module, BSRLayer):
         output = module(inputs, *args, **kwargs)
         return output.to(hidden_states.dtype) if isinstance(output, Tensor) and inputs is not hidden_states else output
 
+    def leaf_in_force(self) -> nn.Module | None:
+        """The module that `forward` runs, or None where it is not one module alone."""
+        name = self.carried_adapter
+        if name is None or self.merged:
+            return self.base_layer
+        module = self.bsr_params[name]
+        return None if isinstance(module, LowRankUpdate) else module
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Put the adapter's weights into the base module, itself (not base + difference); the old ones are kept.
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from peft_bsr.backbones import Column, find_rule, probe
 from peft_bsr.core import RouteCarrier
-from peft_bsr.engine import Plan, attach_router, detach_router, verify_plan
+from peft_bsr.engine import Plan, attach_router, detach_router, verify_lean, verify_plan
 from peft_bsr.errors import AdapterError, AdapterNameWarning, ReductionNotMergedWarning
 from peft_bsr.tuners.bsr.config import BSRConfig, allowed_modes
 from peft_bsr.tuners.bsr.layer import BSRLayer, BSRRouter, BSRWeights, check_single
@@ -78,6 +78,7 @@ class BSRModel(BaseTuner):
         requested, self._targets, layout = resolve_targets(model, column, config)
         with _detached(model, routers):
             plan = verify_plan(model, column, requested, allowed_modes(config), stock)
+            plan = verify_lean(model, column, plan, stock)
         self.peft_config[adapter_name] = _write_down(config, plan, layout)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         for place, saved_name in (config.layout or {}).items():

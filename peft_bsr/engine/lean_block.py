@@ -1,0 +1,138 @@
+"""Which parts of a block can run lean, and how they run: the lean functions on a block's own modules."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import layer_norm, linear
+
+from peft_bsr.backbones import Anatomy, Column, attend
+from peft_bsr.core import BlockRun, token_scores
+from peft_bsr.engine.lean import Activation, Affine, lean_mlp, lean_projections, recomputed
+from peft_bsr.engine.plan import Lean
+
+_FOREIGN = ("attention_mask", "position_embeddings")  # what a lean attention knows to do with
+
+
+def run_lean_mlp(block: nn.Module, anatomy: Anatomy, lean: Lean, tokens: Tensor) -> Tensor | None:
+    """norm2 and the MLP of [B, N, D], or None where they must run as they are."""
+    norm = _in_force(getattr(block, anatomy.norm2), nn.LayerNorm)
+    parts = _mlp_parts(block, anatomy)
+    if norm is None or parts is None or not _same_dtype(tokens, norm, parts[0], parts[2]):
+        return None
+    first, activation, second = parts
+    weights = (Affine.of(norm), norm.eps, Affine.of(first), activation, Affine.of(second))
+    return lean_mlp(tokens, *weights, save_products=lean.save_products)
+
+
+def run_lean_attention(
+    block: nn.Module, column: Column, lean: Lean, run: BlockRun, tokens: Tensor, arguments: dict[str, Any]
+) -> Tensor | None:
+    """norm1 and the attention of [B, N, D], or None where they must run as they are.
+
+    Args:
+        block: The block.
+        column: Knows its parts.
+        lean: How.
+        run: Where the scores go.
+        tokens: [B, N, D].
+        arguments: What the attention is called with beside the hidden states, for the alive tokens.
+
+    Returns:
+        [B, N, D], or [B, Q, D] if only the first Q tokens are wanted.
+    """
+    anatomy = column.anatomy
+    assert anatomy is not None, "only a block whose parts are known runs lean"
+    attention: Any = block.get_submodule(column.attention)
+    leaves = {role: block.get_submodule(leaf) for role, leaf in zip(column.roles, column.leaves, strict=True)}
+    norm = _in_force(getattr(block, anatomy.norm1), nn.LayerNorm)
+    projections = [_in_force(leaves.get(f"attention.{name}"), nn.Linear) for name in ("query", "key", "value")]
+    output: Any = leaves.get("attention.output")
+    known = {name: value for name, value in arguments.items() if name in _FOREIGN and value is not None}
+    foreign = [name for name, v in arguments.items() if name not in known and (isinstance(v, (Tensor, tuple)))]
+    if norm is None or any(p is None for p in projections) or output is None or foreign:
+        return None
+    if _has_dropout(getattr(block, anatomy.attention)) or attention._forward_hooks:  # somebody captures its weights
+        return None
+    if column.scores_from not in ("interface", "sdpa") or not _same_dtype(tokens, norm, *projections):
+        return None
+    mask, tables = known.get("attention_mask"), known.get("position_embeddings")
+    rotate = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
+    if (tables is not None and (rotate is None or lean.num_queries)) or (mask is not None and lean.num_queries):
+        return None
+
+    def mix(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        heads = [t.unflatten(2, (column.num_heads, -1)).transpose(1, 2) for t in (query, key, value)]
+        if tables is not None and rotate is not None:
+            heads[:2] = rotate(*heads[:2], *tables)
+        q, k, v = heads
+        mixed = attend(attention, column.scores_from, q, k, v, mask, column.scaling)
+        return (mixed,) if run.score is None else (mixed, token_scores(run.score, q, k, column.scaling, mask))
+
+    if lean.save_products:
+        query, key, value = (Affine.of(p) for p in projections)
+        results = mix(*lean_projections(tokens, Affine.of(norm), norm.eps, query, key, value, lean.num_queries))
+    else:
+
+        def project_and_mix(tokens: Tensor, *parameters: Any) -> tuple[Tensor, ...]:
+            normalized = layer_norm(tokens, tokens.shape[-1:], parameters[0], parameters[1], norm.eps)
+            asked = normalized[:, : lean.num_queries]
+            return mix(*(linear(asked if i == 2 else normalized, *parameters[i : i + 2]) for i in (2, 4, 6)))
+
+        parameters = [p for module in (norm, *projections) for p in (module.weight, module.bias)]
+        results = recomputed(project_and_mix, tokens, *parameters)
+    if run.score is not None:
+        run.token_scores = results[1]
+    projected: Tensor = output(results[0])
+    return projected
+
+
+def _mlp_parts(block: nn.Module, anatomy: Anatomy) -> tuple[Any, Any, Any] | None:
+    """First Linear, activation and second Linear of a plain MLP in one or two modules."""
+    modules = [m for name in anatomy.mlp for m in _leaves(getattr(block, name))]
+    modules = [m for m in modules if not (isinstance(m, nn.Identity) or (isinstance(m, nn.Dropout) and m.p == 0))]
+    linears = [_in_force(m, nn.Linear) for m in modules if hasattr(m, "in_features")]
+    others = [m for m in modules if not hasattr(m, "in_features")]
+    is_plain = len(linears) == 2 and None not in linears and len(others) == 1
+    activation = Activation.of(others[0]) if is_plain else None
+    if activation is None:
+        return None
+    first, second = linears
+    if first.out_features != second.in_features:
+        first, second = second, first
+    return first, activation, second
+
+
+def _leaves(module: nn.Module) -> list[nn.Module]:
+    """Modules without modules inside, a wrapped leaf counting as one."""
+    children = list(module.children())
+    if not children or hasattr(module, "leaf_in_force"):
+        return [module]
+    return [leaf for child in children for leaf in _leaves(child)]
+
+
+def _in_force(module: Any, kind: type[nn.Module]) -> Any:
+    """The very module of that class that runs, or None if there is something around or in the place of it."""
+    if module is None or module._forward_hooks or module._forward_pre_hooks:
+        return None
+    leaf = module.leaf_in_force() if hasattr(module, "leaf_in_force") else module
+    return leaf if type(leaf) is kind and not leaf._forward_hooks and not leaf._forward_pre_hooks else None
+
+
+def _has_dropout(attention: nn.Module) -> bool:
+    """Whether anything in the attention drops numbers in training; nobody can know where it would be."""
+    for module in attention.modules():
+        rates = [v for name, v in vars(module).items() if "drop" in name and isinstance(v, (int, float))]
+        if any(rates) or (isinstance(module, nn.Dropout) and module.p > 0):
+            return True
+    return False
+
+
+def _same_dtype(tokens: Tensor, *modules: Any) -> bool:
+    """Whether no module would cast; autocast casts by itself."""
+    if torch.is_autocast_enabled(tokens.device.type):
+        return True
+    return all(p.dtype == tokens.dtype for module in modules for p in module.parameters())

@@ -16,6 +16,7 @@ STANDARD = {
     "__future__",
     "collections",
     "contextlib",
+    "contextvars",
     "dataclasses",
     "functools",
     "inspect",

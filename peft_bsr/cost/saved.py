@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peft_bsr.engine import packed_tensors
+
 
 def saved_activations(model: nn.Module, forward: Callable[[], Tensor]) -> int:
     """Bytes that autograd saves for backward in one forward, each storage once, parameters and buffers excluded.
@@ -34,7 +36,7 @@ def saved_activations(model: nn.Module, forward: Callable[[], Tensor]) -> int:
             storages[storage.data_ptr()] = storage
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), packed_tensors() as packed:
         loss = forward()
     del loss
-    return sum(storage.nbytes() for storage in storages.values())
+    return sum(storage.nbytes() for storage in storages.values()) + sum(tensor.nbytes for tensor in packed)

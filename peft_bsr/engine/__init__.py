@@ -1,5 +1,6 @@
 """Plan, and the runner that makes a model's blocks follow it along a route."""
 
+from peft_bsr.engine.int8 import packed_tensors
 from peft_bsr.engine.plan import BlockPlan, Lean, Mode, Plan, ReduceAt, Reduction
 from peft_bsr.engine.record import record_routes
 from peft_bsr.engine.runner import BlockRouter, attach_router, detach_router
@@ -16,6 +17,7 @@ __all__ = [
     "Reduction",
     "attach_router",
     "detach_router",
+    "packed_tensors",
     "record_routes",
     "verify_lean",
     "verify_plan",

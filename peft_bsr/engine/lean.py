@@ -152,24 +152,23 @@ class _LeanMLP(torch.autograd.Function):
     ) -> Tensor:
         norm_weight, norm_bias, first_weight, first_bias, second_weight, second_bias = parameters
         with _autocast_off(tokens):
-            normalized, mean, rstd = _layer_norm(tokens, tokens.shape[-1:], norm_weight, norm_bias, eps)
+            normalized = _layer_norm(tokens, tokens.shape[-1:], norm_weight, norm_bias, eps)[0]
             product = linear(normalized.to(dtype), *_cast(dtype, first_weight, first_bias))
             output = linear(activation.forward(product), *_cast(dtype, second_weight, second_bias))
         kept = product if save_products else None
-        ctx.save_for_backward(tokens, mean, rstd, kept, norm_weight, norm_bias, first_weight, first_bias, second_weight)
+        ctx.save_for_backward(tokens, kept, norm_weight, norm_bias, first_weight, first_bias, second_weight)
         ctx.eps, ctx.activation, ctx.dtype = eps, activation, dtype
         return output
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         _refuse_second_derivatives()
-        tokens, mean, rstd, product, norm_weight, norm_bias, first_weight, first_bias, second_weight = ctx.saved_tensors
+        tokens, product, norm_weight, norm_bias, first_weight, first_bias, second_weight = ctx.saved_tensors
         needs = ctx.needs_input_grad[5:]
         with _autocast_off(tokens):
             weight, bias = _cast(ctx.dtype, first_weight, first_bias)
-            normalized: Any = None
-            if needs[2] or product is None:
-                normalized = _layer_norm(tokens, tokens.shape[-1:], norm_weight, norm_bias, ctx.eps)[0].to(ctx.dtype)
+            normalized, mean, rstd = _layer_norm(tokens, tokens.shape[-1:], norm_weight, norm_bias, ctx.eps)
+            normalized = normalized.to(ctx.dtype)
             if product is None:
                 product = linear(normalized, weight, bias)
             hidden = ctx.activation.forward(product) if needs[4] else None
@@ -188,28 +187,26 @@ class _LeanProjections(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         norm_weight, norm_bias, *projections = parameters
         with _autocast_off(tokens):
-            normalized, mean, rstd = _layer_norm(tokens, tokens.shape[-1:], norm_weight, norm_bias, eps)
-            normalized = normalized.to(dtype)
+            normalized = _layer_norm(tokens, tokens.shape[-1:], norm_weight, norm_bias, eps)[0].to(dtype)
             weights = [_cast(dtype, *projections[i : i + 2]) for i in (0, 2, 4)]
             outputs = tuple(
                 linear(normalized[:, :num_queries] if i == 0 else normalized, *pair) for i, pair in enumerate(weights)
             )
-        ctx.save_for_backward(tokens, mean, rstd, norm_weight, norm_bias, *projections[::2])
+        ctx.save_for_backward(tokens, norm_weight, norm_bias, *projections[::2])
         ctx.eps, ctx.num_queries, ctx.dtype = eps, num_queries, dtype
         return outputs
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         _refuse_second_derivatives()
-        tokens, mean, rstd, norm_weight, norm_bias, *weights = ctx.saved_tensors
+        tokens, norm_weight, norm_bias, *weights = ctx.saved_tensors
         needs = ctx.needs_input_grad[4:]
         with _autocast_off(tokens):
-            normalized = None
-            if any(needs[2::2]):
-                normalized = _layer_norm(tokens, tokens.shape[-1:], norm_weight, norm_bias, ctx.eps)[0].to(ctx.dtype)
+            normalized, mean, rstd = _layer_norm(tokens, tokens.shape[-1:], norm_weight, norm_bias, ctx.eps)
+            normalized = normalized.to(ctx.dtype)
             found: list[Tensor | None] = []
             for i, (gradient, weight) in enumerate(zip(gradients, weights, strict=True)):
-                inputs = normalized[:, : ctx.num_queries] if i == 0 and normalized is not None else normalized
+                inputs = normalized[:, : ctx.num_queries] if i == 0 else normalized
                 found += _weight_gradients(gradient, inputs, weight.dtype, needs[2 + 2 * i], needs[3 + 2 * i])
             query, key, value = (g @ w.to(ctx.dtype) for g, w in zip(gradients, weights, strict=True))
             gradient_in = key + value

@@ -25,7 +25,7 @@ def run_lean_mlp(block: nn.Module, anatomy: Anatomy, lean: Lean, tokens: Tensor)
         return None
     first, activation, second = parts
     weights = (Affine.of(norm), norm.eps, Affine.of(first), activation, Affine.of(second))
-    return lean_mlp(tokens, *weights, save_products=lean.save_products)
+    return lean_mlp(tokens, *weights, save_products=lean.save_products and lean.num_queries is None)
 
 
 def run_lean_attention(

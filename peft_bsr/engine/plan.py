@@ -45,7 +45,7 @@ class Lean:
         save_products: Keep the products of the MLP's first Linear and of the projections (`lean="exact"`), or compute
             them again (`"max"`).
         num_queries: Tokens that the head reads, at the front, if the last block runs queries, output projection and
-            MLP for those alone; else None.
+            MLP for those alone; else None. For so few, the MLP's first product is computed again at any level.
     """
 
     attention: bool = True
@@ -63,12 +63,19 @@ class BlockPlan:
         cut_gradient: Whether its input is cut off the graph in training, because nothing before it trains.
         reduction: Token reduction, or None.
         lean: What it does not keep for backward, or None for the stock block.
+        int8: Whether it keeps the rest in 8 bits, see `peft_bsr.engine.int8`.
     """
 
     trained: bool = False
     cut_gradient: bool = False
     reduction: Reduction | None = None
     lean: Lean | None = None
+    int8: bool = False
+
+    @property
+    def saves_less(self) -> bool:
+        """Whether it keeps less for backward than the stock block."""
+        return self.lean is not None or self.int8
 
     @property
     def in_graph(self) -> bool:
@@ -115,6 +122,10 @@ class Plan:
     def with_lean(self, lean: Lean | None) -> Plan:
         """A plan whose blocks in the graph run lean; the others keep nothing anyway."""
         return Plan(tuple(replace(block, lean=lean if block.in_graph else None) for block in self.blocks), self.mode)
+
+    def with_int8(self, int8: bool) -> Plan:
+        """A plan whose blocks in the graph keep in 8 bits what they keep."""
+        return Plan(tuple(replace(block, int8=int8 and block.in_graph) for block in self.blocks), self.mode)
 
     @property
     def trained_blocks(self) -> list[int]:

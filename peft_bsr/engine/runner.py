@@ -10,6 +10,7 @@ own forward. Reading "the latest route" there was wrong by 0.6 to 1.1, silently.
 from __future__ import annotations
 
 import functools
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from peft_bsr.backbones import AttentionScorer, Column, FamilyRule, ScoringConfig, TokenFollower, remove_hooks
 from peft_bsr.core import BlockRun, Route, RouteCarrier
+from peft_bsr.engine.int8 import saved_in_int8
 from peft_bsr.engine.plan import BlockPlan, Plan
 from peft_bsr.engine.reducing import forward_block
 
@@ -121,8 +123,13 @@ class RoutedBlock(nn.Module):
         reduction = plan.reduction
         run = BlockRun(route, None if reduction is None else reduction.score)
         earlier, router.carrier.inside = router.carrier.inside, run
+        num_values = len(hidden_states) * hidden_states.shape[-1] * route.num_tokens
+        saving = saved_in_int8(self, num_values * (reduction.keep_rate if reduction else 1.0), (args, kwargs))
         try:
-            with router.scorer.watching(None if reduction is None else router.column.scores_from):
+            with (
+                router.scorer.watching(None if reduction is None else router.column.scores_from),
+                saving if plan.int8 else nullcontext(),
+            ):
                 output, origins = forward_block(
                     self, stock, router.column, router.follower, plan, run, hidden_states, args, kwargs
                 )
@@ -189,15 +196,14 @@ def _enter_block(
     hidden_states, *others = args if args else (kwargs.pop("hidden_states"),)
     if plan.cut_gradient and block.training:
         hidden_states = _cut_gradient(block, plan, hidden_states)
-    if plan.lean is not None and not _is_worth_it(block, plan):
-        plan = replace(plan, lean=None)
+    plan = _as_needed(block, plan)
     if router.plan is not None and router.plan.reduces:
         if router.index == 0:
             router.carrier.route = router.start_route(hidden_states)
         route = router.carrier.current()
-        if plan.reduction is not None or route.origins is not None or plan.lean is not None:
+        if plan.reduction is not None or route.origins is not None or plan.saves_less:
             kwargs = {**kwargs, "route": route, "plan": plan, "left": left}
-    elif plan.lean is not None:
+    elif plan.saves_less:
         kwargs = {**kwargs, "route": router.start_route(hidden_states), "plan": plan, "left": left}
     return (hidden_states, *others), kwargs
 
@@ -212,12 +218,17 @@ def _leave_block(router: BlockRouter, left: list[Tensor]) -> None:
         carrier.route = None
 
 
-def _is_worth_it(block: nn.Module, plan: BlockPlan) -> bool:
-    """Whether lean halves save anything: something is kept for backward, and no compiler decides what.
+def _as_needed(block: nn.Module, plan: BlockPlan) -> BlockPlan:
+    """The plan without what saves nothing now: nothing is kept for backward, or a compiler decides what.
 
-    Decided outside of gradient checkpointing, whose first forward runs without gradients and whose second does not.
+    Decided outside of gradient checkpointing, whose first forward runs without gradients and whose second does not. Its
+    own hooks keep nothing already; those of 8 bits would replace them.
     """
-    return block.training and plan.in_graph and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if not plan.saves_less:
+        return plan
+    if not (block.training and plan.in_graph and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+        return replace(plan, lean=None, int8=False)
+    return replace(plan, int8=plan.int8 and not getattr(block, "gradient_checkpointing", False))
 
 
 def _cut_gradient(block: Any, plan: BlockPlan, hidden_states: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,10 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from peft_bsr.backbones import Column, StockRun, no_zero_tables, probe_inputs, quiet, run_stock, tensors_of, tolerance
-from peft_bsr.engine.plan import Lean, Plan
+from peft_bsr.engine.int8 import packed_tensors
+from peft_bsr.engine.plan import BlockPlan, Plan
 from peft_bsr.engine.verify import routed
 
 logger = logging.getLogger(__name__)
+
+_INT8_ERROR = 5e-2  # of a block's gradients, by their norm; 1e-2 is usual
 
 
 def verify_lean(model: nn.Module, column: Column, plan: Plan, stock: StockRun | None = None) -> Plan:
@@ -31,30 +35,34 @@ def verify_lean(model: nn.Module, column: Column, plan: Plan, stock: StockRun | 
     Returns:
         The plan with the parts that passed. What did not is logged with the reason.
     """
-    index = next((i for i, block in enumerate(plan.blocks) if block.lean is not None), None)
+    index = next((i for i, block in enumerate(plan.blocks) if block.saves_less), None)
     if index is None:
         return plan
+    wanted = plan.blocks[index]
     name = type(model).__name__
-    if column.anatomy is None:
-        logger.info("%s: blocks run as they are, their parts are not those of a pre-norm block", name)
-        return plan.with_lean(None)
-    wanted = plan.blocks[index].lean
-    assert wanted is not None
     with quiet(model):
         stock = stock or run_stock(model, column.blocks, probe_inputs(model, 1, column.image_shape))
-        parts = {}
-        for part in ("attention", "mlp"):
-            alone = replace(wanted, attention=part == "attention", mlp=part == "mlp")
-            parts[part] = _is_equal(model, column, index, alone, stock, f"{name}: lean {part}")
-        lean = replace(wanted, **parts)
-        plan = plan.with_lean(lean if any(parts.values()) else None)
-        last = len(plan.blocks) - 1
-        if not parts["attention"] or not _reads_prefix_alone(column, plan):
-            return plan
-        short = replace(lean, num_queries=column.num_prefix)
-        if not _is_equal(model, column, last, short, stock, f"{name}: special tokens alone in the last block"):
-            return plan
-    return Plan((*plan.blocks[:-1], replace(plan.blocks[-1], lean=short)), plan.mode)
+        is_equal = partial(_is_equal, model, column, stock=stock)
+        if column.anatomy is None:
+            if wanted.lean is not None:
+                logger.info("%s: blocks run as they are, their parts are not those of a pre-norm block", name)
+            plan = plan.with_lean(None)
+        elif wanted.lean is not None:
+            parts = {}
+            for part in ("attention", "mlp"):
+                alone = replace(wanted.lean, attention=part == "attention", mlp=part == "mlp")
+                parts[part] = is_equal(index, BlockPlan(True, lean=alone), what=f"{name}: lean {part}")
+            lean = replace(wanted.lean, **parts)
+            plan = plan.with_lean(lean if any(parts.values()) else None)
+            if parts["attention"] and _reads_prefix_alone(column, plan):
+                short = replace(lean, num_queries=column.num_prefix)
+                what = f"{name}: special tokens alone in the last block"
+                if is_equal(len(plan.blocks) - 1, BlockPlan(True, lean=short), what=what):
+                    plan = replace(plan, blocks=(*plan.blocks[:-1], replace(plan.blocks[-1], lean=short)))
+        if wanted.int8:
+            candidate = BlockPlan(True, lean=plan.blocks[index].lean, int8=True)
+            plan = plan.with_int8(is_equal(index, candidate, what=f"{name}: activations in 8 bits"))
+    return plan
 
 
 def _reads_prefix_alone(column: Column, plan: Plan) -> bool:
@@ -64,21 +72,22 @@ def _reads_prefix_alone(column: Column, plan: Plan) -> bool:
     return not reads_others and plan.mode == "compact" and last.reduction is None and last.lean is not None
 
 
-def _is_equal(model: nn.Module, column: Column, index: int, lean: Lean, stock: StockRun, what: str) -> bool:
-    """Whether block `index` gives the same output and gradients with `lean` as without."""
+def _is_equal(model: nn.Module, column: Column, index: int, candidate: BlockPlan, stock: StockRun, what: str) -> bool:
+    """Whether block `index` gives the same output and gradients by the candidate as stock, and keeps less."""
     (hidden, *others), kwargs, _ = stock.calls[index]
     block = model.get_submodule(column.blocks[index])
-    keep_all = Plan.static(column.depth, [index], {}).with_lean(None)
+    num_queries = None if candidate.lean is None else candidate.lean.num_queries
     found, saved = [], []
-    for candidate in (None, lean):
-        blocks = (*keep_all.blocks[:index], replace(keep_all.blocks[index], lean=candidate))
-        plan = Plan((*blocks, *keep_all.blocks[index + 1 :]))
-        with routed(model, column, plan, start_at=index, like=hidden), _in_training(block) as parameters:
+    for block_plan in (BlockPlan(True), candidate):
+        blocks = [BlockPlan(cut_gradient=i < index) for i in range(column.depth)]
+        blocks[index] = block_plan
+        with routed(model, column, Plan(tuple(blocks)), start_at=index, like=hidden), _in_training(block) as parameters:
             tokens = hidden.detach().clone().requires_grad_()
             kept: dict[int, int] = {}
-            with no_zero_tables(block), torch.autograd.graph.saved_tensors_hooks(partial(_count, kept), lambda t: t):
-                output = tensors_of(block(tokens, *others, **kwargs))[0][:, : lean.num_queries]
-            saved.append(sum(kept.values()))
+            counting = torch.autograd.graph.saved_tensors_hooks(partial(_count, kept), lambda t: t)
+            with no_zero_tables(block), counting, packed_tensors() as packed:
+                output = tensors_of(block(tokens, *others, **kwargs))[0][:, :num_queries]
+            saved.append(sum(kept.values()) + sum(tensor.nbytes for tensor in packed))
             weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output)
             gradients = torch.autograd.grad((output * weights).sum(), [tokens, *parameters], allow_unused=True)
         found.append([output.detach(), *gradients])
@@ -90,10 +99,16 @@ def _is_equal(model: nn.Module, column: Column, index: int, lean: Lean, stock: S
         logger.info("%s: left out, a gradient is missing", what)
         return False
     pairs = [(a, b) for a, b in zip(expected, candidates, strict=True) if a is not None]
-    # what is zero but for rounding (a key's bias: softmax does not see it) is measured by the others' size
-    floor = 1e-3 * max(float(a.abs().max()) for a, _ in pairs[1:])
-    error = max(float((a - b).abs().max() / a.abs().max().clamp_min(floor)) for a, b in pairs)
-    if not error <= tolerance(hidden.dtype):
+    if candidate.int8:
+        error = math.sqrt(sum(float((a - b).square().sum()) for a, b in pairs[1:]))
+        error /= math.sqrt(sum(float(a.square().sum()) for a, _ in pairs[1:]))
+        allowed = _INT8_ERROR
+    else:
+        # what is zero but for rounding (a key's bias: softmax does not see it) is measured by the others' size
+        floor = 1e-3 * max(float(a.abs().max()) for a, _ in pairs[1:])
+        error = max(float((a - b).abs().max() / a.abs().max().clamp_min(floor)) for a, b in pairs)
+        allowed = tolerance(hidden.dtype)
+    if not error <= allowed:
         logger.info("%s: left out, it differs from the stock block by %.1e", what, error)
         return False
     return True

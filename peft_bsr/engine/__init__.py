@@ -1,6 +1,7 @@
 """Plan, and the runner that makes a model's blocks follow it along a route."""
 
 from peft_bsr.engine.int8 import packed_tensors
+from peft_bsr.engine.parking import Parking
 from peft_bsr.engine.plan import BlockPlan, Lean, Mode, Plan, ReduceAt, Reduction
 from peft_bsr.engine.record import record_routes
 from peft_bsr.engine.runner import BlockRouter, attach_router, detach_router
@@ -12,6 +13,7 @@ __all__ = [
     "BlockRouter",
     "Lean",
     "Mode",
+    "Parking",
     "Plan",
     "ReduceAt",
     "Reduction",

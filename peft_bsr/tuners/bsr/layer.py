@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from peft_bsr.backbones import Column, FamilyRule
 from peft_bsr.core import RouteCarrier
-from peft_bsr.engine import BlockRouter, Plan
+from peft_bsr.engine import BlockRouter, Parking, Plan
 from peft_bsr.errors import AdapterError
 from peft_bsr.tuners.bsr.config import BSRConfig
 
@@ -77,6 +77,8 @@ class LowRankUpdate(nn.Module):
 class BSRWeights(nn.Module, BSRLayer):
     """A leaf module whose weights train: one copy of the module, or one low-rank update, per adapter.
 
+    While a copy runs, the base module's weights are parked: see `peft_bsr.engine.Parking`.
+
     Args:
         base_layer: The frozen module.
     """
@@ -92,6 +94,7 @@ class BSRWeights(nn.Module, BSRLayer):
         self._active_adapter: list[str] = []
         self.merged_adapters: list[str] = []
         self.unmerged_weights: dict[str, Tensor] = {}
+        self.parking = Parking()
         self.saved_as: dict[str, str] = {}  # adapter -> this module's name where the adapter was saved, if another
         self.register_load_state_dict_pre_hook(_drop_saved_name)
         for name in ("in_features", "out_features"):
@@ -111,7 +114,7 @@ class BSRWeights(nn.Module, BSRLayer):
         else:
             module = copy.deepcopy(self.base_layer)
             for name, parameter in list(module.named_parameters()):
-                start = self.unmerged_weights.get(name, parameter).detach().clone()
+                start = self.unmerged_weights.get(name, parameter).detach().to(self.device, copy=True)
                 # registered anew, so that PEFT's low_cpu_mem_usage puts it on the meta device
                 owner, _, own_name = name.rpartition(".")
                 module.get_submodule(owner).register_parameter(own_name, nn.Parameter(start))
@@ -139,6 +142,30 @@ class BSRWeights(nn.Module, BSRLayer):
             return output + module(inputs).to(output.dtype)
         output = module(inputs, *args, **kwargs)
         return output.to(hidden_states.dtype) if isinstance(output, Tensor) and inputs is not hidden_states else output
+
+    @property
+    def device(self) -> torch.device:
+        """Where the module runs; parked base weights are elsewhere."""
+        trained = (p for module in self.bsr_params.values() for p in module.parameters())
+        return next((p.device for p in trained if not p.is_meta), next(self.base_layer.parameters()).device)
+
+    def place_base(self) -> None:
+        """Park the base module's weights if nothing reads them, else have them where the module runs."""
+        name = self.carried_adapter
+        if name is None or self.merged or isinstance(self.bsr_params[name], LowRankUpdate):
+            self.parking.fetch(self.base_layer, self.device)
+        else:
+            self.parking.park(self.base_layer)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> BSRWeights:
+        super()._apply(fn, recurse)
+        self.place_base()
+        return self
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Make one adapter active."""
+        super().set_adapter(adapter_names, inference_mode)
+        self.place_base()
 
     def leaf_in_force(self) -> nn.Module | None:
         """The module that `forward` runs, or None where it is not one module alone."""
@@ -172,6 +199,7 @@ class BSRWeights(nn.Module, BSRLayer):
             self.unmerged_weights[name] = parameter.data
             parameter.data = weight
         self.merged_adapters.append(names[0])
+        self.place_base()
 
     def check_finite(self, adapter_name: str) -> None:
         """Refuse weights that a merge would make NaN or infinite.
@@ -193,12 +221,13 @@ class BSRWeights(nn.Module, BSRLayer):
             self.base_layer.get_parameter(name).data = weight
         self.unmerged_weights = {}
         self.merged_adapters.clear()
+        self.place_base()
 
     def _merged_weights(self, adapter_name: str) -> dict[str, Tensor]:
         module = self.bsr_params[adapter_name]
         with torch.no_grad():
             if isinstance(module, LowRankUpdate):
-                return {"weight": module.merged_weight(self.base_layer.get_parameter("weight"))}
+                return {"weight": module.merged_weight(self.base_layer.get_parameter("weight").to(self.device))}
             dtypes = {name: p.dtype for name, p in self.base_layer.named_parameters()}
             return {name: p.detach().to(dtypes[name], copy=True) for name, p in module.named_parameters()}
 
@@ -207,6 +236,7 @@ class BSRWeights(nn.Module, BSRLayer):
         if not enabled and self.merged:
             self.unmerge()
         super().enable_adapters(enabled)
+        self.place_base()
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         if adapter_name not in self.bsr_params:
@@ -215,7 +245,7 @@ class BSRWeights(nn.Module, BSRLayer):
         module = self.bsr_params[adapter_name]
         if not any(p.is_meta for p in module.parameters()):
             dtype = base.dtype if base.dtype.is_floating_point else None
-            module.to(device=device or base.device, dtype=dtype)
+            module.to(device=device or self.device, dtype=dtype)
 
     def __repr__(self) -> str:
         return "bsr." + super().__repr__()

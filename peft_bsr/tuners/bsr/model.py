@@ -23,6 +23,7 @@ from peft_bsr.tuners.bsr.layer import BSRLayer, BSRRouter, BSRWeights, check_sin
 from peft_bsr.tuners.bsr.targets import is_excluded, resolve_targets
 
 _ROOT = "base_model.model."
+_IGNORED_BY_DDP = "_ddp_params_and_buffers_to_ignore"
 
 
 class BSRModel(BaseTuner):
@@ -93,6 +94,10 @@ class BSRModel(BaseTuner):
         for router in routers:
             router.bsr_plans[adapter_name] = plan
             router.set_adapter(self.active_adapters)
+        # parked weights lie on the CPU, where DistributedDataParallel would refuse them beside others on accelerators
+        layers = [(name.removeprefix(_ROOT), m) for name, m in model.named_modules() if isinstance(m, BSRWeights)]
+        parked = [f"{name}.base_layer.{p}" for name, layer in layers for p, _ in layer.base_layer.named_parameters()]
+        setattr(model, _IGNORED_BY_DDP, [*parked, *(f"{_ROOT}{name}" for name in parked)])
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
         return peft_config
@@ -181,7 +186,12 @@ class BSRModel(BaseTuner):
             self._restore_base_modules()
         for router in find_routers(self.model):
             detach_router(self.model, router)
-        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        delattr(self.model, _IGNORED_BY_DDP)
+        layers = [module for module in self.model.modules() if isinstance(module, BSRWeights)]
+        model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        for layer in layers:
+            layer.parking.clear(layer.base_layer, layer.device)
+        return model
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         """PEFT's own copies a `weight`, which a LayerScale or a pooling head does not have."""

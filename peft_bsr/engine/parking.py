@@ -1,0 +1,94 @@
+"""Weights that nothing reads for now leave memory: they go to a file that is mapped, off the accelerator.
+
+A trained copy of a block would double that block's weights. The base weights are needed again only to switch the
+adapter off, to merge or to attach another; until then the file is their place, and what reads them on the CPU reads the
+same numbers through the mapping.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import tempfile
+
+import torch
+from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
+
+_SMALLEST = 2**16  # bytes; a page for every bias would cost more than it gives
+
+
+class Parking:
+    """Place for the parameters of one module.
+
+    Example:
+        >>> layer, parking = torch.nn.Linear(256, 256), Parking()
+        >>> before = layer.weight.detach().clone()
+        >>> parking.park(layer)
+        >>> torch.equal(layer.weight, before)
+        True
+    """
+
+    def __init__(self) -> None:
+        self._mapped: dict[str, Tensor] = {}
+        self._fetched: dict[str, tuple[int, int]] = {}  # what `fetch` made: address and version
+
+    def park(self, module: nn.Module) -> None:
+        """Move the parameters' memory to a file and map it; values do not change. Without room they stay, logged.
+
+        Args:
+            module: Whose parameters, of 64 KiB and more. Their device becomes the CPU.
+        """
+        for name, parameter in module.named_parameters():
+            data = parameter.data
+            if type(data) is not Tensor or data.is_meta or data.nbytes < _SMALLEST or self._is_parked(name, data):
+                continue
+            is_known = name in self._mapped and self._fetched.get(name) == (data.data_ptr(), parameter._version)
+            try:
+                parameter.data = self._mapped[name] if is_known else _map_to_file(data)
+            except OSError as error:
+                logger.warning("base weights stay in memory, %s cannot take them: %s", tempfile.gettempdir(), error)
+                return
+            self._mapped[name] = parameter.data
+
+    def fetch(self, module: nn.Module, device: torch.device) -> None:
+        """Bring parked parameters back to where they are computed with. On the CPU they are there already."""
+        for name, parameter in module.named_parameters():
+            if self._is_parked(name, parameter.data) and device.type not in ("cpu", "meta"):
+                parameter.data = parameter.data.to(device)
+                self._fetched[name] = (parameter.data_ptr(), parameter._version)
+
+    def clear(self, module: nn.Module, device: torch.device) -> None:
+        """Bring parked parameters back into memory and forget the files."""
+        for name, parameter in module.named_parameters():
+            if self._is_parked(name, parameter.data):
+                parameter.data = parameter.data.to(device, copy=True)
+        self.__init__()  # type: ignore[misc]
+
+    def _is_parked(self, name: str, data: Tensor) -> bool:
+        return name in self._mapped and self._mapped[name].data_ptr() == data.data_ptr()
+
+    def __deepcopy__(self, memo: object) -> Parking:
+        return Parking()  # a copied parameter lies in memory
+
+    def __reduce__(self) -> tuple[type[Parking], tuple[()]]:
+        return Parking, ()
+
+
+def _map_to_file(data: Tensor) -> Tensor:
+    """The same numbers, backed by a file without a name."""
+    dense = data.detach().contiguous().cpu()
+    handle, path = tempfile.mkstemp(prefix="peft_bsr_")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(dense.view(torch.uint8).numpy().data)
+        storage = torch.UntypedStorage.from_file(path, shared=False, nbytes=dense.nbytes)
+    finally:
+        with contextlib.suppress(OSError):  # Windows keeps a mapped file's name, and clears its temporary folder itself
+            os.unlink(path)
+    return torch.empty(0, dtype=dense.dtype).set_(storage, 0, dense.shape, dense.stride())  # type: ignore[arg-type]
+
+
+__all__ = ["Parking"]

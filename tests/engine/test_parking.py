@@ -1,0 +1,192 @@
+"""Base weights of trained modules lie in mapped files, and nobody notices."""
+
+from __future__ import annotations
+
+import copy
+import io
+import logging
+import sys
+import tempfile
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+from transformers import ViTConfig, ViTForImageClassification
+
+from peft_bsr import BSRConfig
+from peft_bsr.engine import Parking
+from peft_bsr.tuners.bsr.layer import BSRWeights
+
+BATCH = {"pixel_values": torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))}
+linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps")
+
+
+def is_mapped(tensor: torch.Tensor) -> bool:
+    with open("/proc/self/maps") as maps:
+        ranges = [line.split()[0].split("-") for line in maps if "peft_bsr_" in line]
+    return any(int(begin, 16) <= tensor.data_ptr() < int(end, 16) for begin, end in ranges)
+
+
+def vit() -> ViTForImageClassification:
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=192, num_hidden_layers=4, num_attention_heads=3, intermediate_size=768, image_size=32, patch_size=8
+    )
+    return ViTForImageClassification(config).eval()
+
+
+def attach(**settings: object) -> tuple[torch.Tensor, nn.Module]:
+    base = vit()
+    logits = base(**BATCH).logits.detach()
+    config = BSRConfig(**{"trainable_blocks": [1, 3], "init_weights": False, **settings})
+    return logits, get_peft_model(base, config).eval()
+
+
+def base_weights(model: nn.Module) -> list[torch.Tensor]:
+    layers = [module for module in model.modules() if isinstance(module, BSRWeights)]
+    return [p.data for layer in layers for p in layer.base_layer.parameters() if p.nbytes >= 2**16]
+
+
+@linux
+def test_a_parked_module_is_mapped_and_equal():
+    layer, parking = nn.Linear(256, 256), Parking()
+    before = copy.deepcopy(layer)
+    parking.park(layer)
+    assert is_mapped(layer.weight) and not is_mapped(layer.bias)
+    assert torch.equal(layer.weight, before.weight)
+    address = layer.weight.data_ptr()
+    parking.park(layer)
+    assert layer.weight.data_ptr() == address
+    parking.clear(layer, torch.device("cpu"))
+    assert not is_mapped(layer.weight) and torch.equal(layer.weight, before.weight)
+
+
+def test_without_room_weights_stay_and_it_is_said(monkeypatch, tmp_path, caplog):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    layer = nn.Linear(256, 256)
+    address = layer.weight.data_ptr()
+    with caplog.at_level(logging.WARNING, "peft_bsr"):
+        Parking().park(layer)
+    assert layer.weight.data_ptr() == address
+    assert "base weights stay in memory" in caplog.text
+
+
+@linux
+@pytest.mark.parametrize("blocks", [[1, 3], [0, 1, 2, 3]])
+def test_training_holds_no_more_weights_than_the_base_model(blocks):
+    weights = sum(p.nbytes for p in vit().parameters())
+    _, model = attach(trainable_blocks=blocks)
+    assert all(is_mapped(tensor) for tensor in base_weights(model))
+    model(**BATCH).logits.sum().backward()
+    assert sum(p.nbytes for p in model.parameters() if not is_mapped(p)) <= 1.02 * weights
+    assert not list_leftovers()
+
+
+def list_leftovers() -> list[str]:
+    with open("/proc/self/maps") as maps:
+        return [line for line in maps if "peft_bsr_" in line and "(deleted)" not in line]
+
+
+@linux
+def test_low_rank_updates_need_the_base_weights_in_memory():
+    _, model = attach(trainable="lora")
+    is_linear = [isinstance(m.base_layer, nn.Linear) for m in model.modules() if isinstance(m, BSRWeights)]
+    assert any(is_linear) and not any(is_mapped(tensor) for tensor in base_weights(model))
+
+
+def test_switched_off_merged_and_unloaded_as_before():
+    expected, model = attach()
+    adapted = model(**BATCH).logits
+    assert not torch.equal(adapted, expected)
+    for _ in range(2):
+        with model.disable_adapter():
+            assert torch.equal(model(**BATCH).logits, expected)
+        assert torch.equal(model(**BATCH).logits, adapted)
+    model.merge_adapter()
+    torch.testing.assert_close(model(**BATCH).logits, adapted)
+    model.unmerge_adapter()
+    assert torch.equal(model(**BATCH).logits, adapted)
+    base = model.unload()
+    assert torch.equal(base(**BATCH).logits, expected)
+    assert not any(is_mapped(p) for p in base.parameters()) or sys.platform != "linux"
+
+
+def test_a_second_adapter_starts_from_the_base_weights():
+    expected, model = attach()
+    adapted = model(**BATCH).logits
+    settings = {"trainable_blocks": [1, 3], "reduction_blocks": []}
+    model.add_adapter("second", BSRConfig(**settings))
+    model.add_adapter("third", BSRConfig(trainable="lora", **settings))
+    for name, logits in (("second", expected), ("default", adapted), ("third", expected), ("default", adapted)):
+        model.set_adapter(name)
+        assert torch.equal(model(**BATCH).logits, logits), name
+    model.delete_adapter("default")
+    assert torch.equal(model(**BATCH).logits, expected)
+
+
+def test_merging_for_good_forgets_the_files():
+    _, model = attach(reduction_blocks=[])
+    adapted = model(**BATCH).logits
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(merged(**BATCH).logits, adapted)
+    assert not any(is_mapped(p) for p in merged.parameters()) or sys.platform != "linux"
+
+
+def test_copies_pickles_and_state_dicts_hold_the_weights():
+    expected, model = attach()
+    copied = copy.deepcopy(model)
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    loaded = torch.load(buffer, weights_only=False)
+    _, other = attach(init_weights=True)
+    other.load_state_dict(model.state_dict())
+    adapted = model(**BATCH).logits
+    for each in (copied, loaded, other):
+        assert torch.equal(each(**BATCH).logits, adapted)
+        with each.disable_adapter():
+            assert torch.equal(each(**BATCH).logits, expected)
+
+
+@linux
+def test_a_change_of_dtype_parks_again():
+    expected, model = attach()
+    model.double()
+    assert all(is_mapped(tensor) and tensor.dtype == torch.float64 for tensor in base_weights(model))
+    batch = {"pixel_values": BATCH["pixel_values"].double()}
+    with model.disable_adapter():
+        torch.testing.assert_close(model(**batch).logits.float(), expected)
+
+
+def test_distributed_data_parallel_leaves_parked_weights_alone(tmp_path):
+    _, model = attach(lean="off")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        parallel = nn.parallel.DistributedDataParallel(model.train())
+        parked = [name for name, _ in model.named_parameters() if ".base_layer." in name]
+        assert set(parked) <= parallel.parameters_to_ignore
+        parallel(**BATCH).logits.sum().backward()
+        assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert not hasattr(model.unload(), "_ddp_params_and_buffers_to_ignore")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_off_the_accelerator_and_back():
+    expected, model = attach()
+    model.cuda()
+    batch = {name: tensor.cuda() for name, tensor in BATCH.items()}
+    adapted = model(**batch).logits
+    assert all(tensor.device.type == "cpu" for tensor in base_weights(model))
+    for _ in range(2):
+        with model.disable_adapter():
+            torch.testing.assert_close(model(**batch).logits.cpu(), expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(model(**batch).logits, adapted)
+    model.add_adapter("second", BSRConfig(trainable_blocks=[1, 3], reduction_blocks=[]))
+    model.set_adapter("second")
+    torch.testing.assert_close(model(**batch).logits.cpu(), expected, atol=1e-4, rtol=1e-4)
+    base = model.unload()
+    assert all(p.is_cuda for p in base.parameters())

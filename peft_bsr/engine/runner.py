@@ -74,11 +74,23 @@ class RoutedBlock(nn.Module):
     unrouted_class: type
 
     @property
-    def gradient_checkpointing(self) -> bool:
-        """What transformers set, but off in frozen leading blocks: there is nothing to recompute for."""
+    def is_leading(self) -> bool:
+        """Whether nothing trains in this block or before it."""
         plan = getattr(self, _ROUTER).block_plan
-        is_leading = plan is not None and plan.cut_gradient and not plan.trained
-        return self.__dict__.get("gradient_checkpointing", False) and not is_leading
+        return plan is not None and not plan.in_graph
+
+    def train(self, mode: bool = True) -> Any:
+        """Set the mode; what is inside of a leading block stays in evaluation mode, nothing there learns from dropout."""
+        super().train(mode)
+        if self.is_leading:
+            for child in self.children():
+                child.eval()
+        return self
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """What transformers set, but off in leading blocks: there is nothing to recompute for."""
+        return self.__dict__.get("gradient_checkpointing", False) and not self.is_leading
 
     @gradient_checkpointing.setter
     def gradient_checkpointing(self, enabled: bool) -> None:

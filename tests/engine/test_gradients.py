@@ -81,3 +81,22 @@ def test_evaluation_lets_input_gradients_through(make_model, images):
     pixels = images.clone().requires_grad_()
     loss_of(model, pixels).backward()
     assert pixels.grad.abs().sum() > 0
+
+
+def test_leading_blocks_stay_in_evaluation_mode(make_model, images):
+    base = make_model("vit").train()
+    dropout = [m for m in base.modules() if isinstance(m, torch.nn.Dropout)]
+    for module in dropout[1:]:  # not that of the embeddings
+        module.p = 0.5
+    model = get_peft_model(base, BSRConfig(trainable_blocks=[2, 3], reduction_blocks=[]))
+    seen = []
+    model.base_model.model.vit.layers[2].register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    for _ in range(2):
+        model.train()(pixel_values=images)
+    assert torch.equal(*seen)
+    modes = [[m.training for m in block.modules()] for block in model.base_model.model.vit.layers]
+    assert [any(m[1:]) for m in modes] == [False, False, True, True] and all(m[0] for m in modes)
+    with model.disable_adapter():
+        assert all(m.training for m in model.base_model.model.vit.layers[0].modules())
+    assert not any(m.training for m in model.base_model.model.vit.layers[0].children())
+    assert all(m.training for m in model.unload().modules())

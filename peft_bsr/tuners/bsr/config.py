@@ -25,7 +25,8 @@ _BLOCK_RULE = re.compile(r"(every|last):([1-9]\d*)")
 class BSRConfig(PeftConfig):
     """Configuration of Block Selective Reprogramming: train a few whole blocks, drop tokens by class attention.
 
-    The final norm and the head are always trained and saved; `modules_to_save` is not needed for them. Defaults are
+    The final norm and the head are always trained and saved; `modules_to_save` is not needed for them. Blocks before
+    the first trained one stay out of the graph and in evaluation mode, whatever the model's mode. Defaults are
     the paper's for 12 blocks (train {3, 7, 11}, reduce at {3, 6, 9}, keep half, fuse), scaled to the model's depth.
 
     Source: arXiv 2405.10951. Departures: kept tokens stay in the order of their positions (the paper's order is by

@@ -94,6 +94,7 @@ class BSRModel(BaseTuner):
         for router in routers:
             router.bsr_plans[adapter_name] = plan
             router.set_adapter(self.active_adapters)
+        self._set_modes()
         # parked weights lie on the CPU, where DistributedDataParallel would refuse them beside others on accelerators
         layers = [(name.removeprefix(_ROOT), m) for name, m in model.named_modules() if isinstance(m, BSRWeights)]
         parked = [f"{name}.base_layer.{p}" for name, layer in layers for p, _ in layer.base_layer.named_parameters()]
@@ -132,6 +133,23 @@ class BSRModel(BaseTuner):
         """
         check_single([adapter_name] if isinstance(adapter_name, str) else list(adapter_name), "activate")
         super().set_adapter(adapter_name, inference_mode=inference_mode)
+        self._set_modes()
+
+    def enable_adapter_layers(self) -> None:
+        """Switch adapters on."""
+        super().enable_adapter_layers()
+        self._set_modes()
+
+    def disable_adapter_layers(self) -> None:
+        """Switch adapters off: the model is the base model."""
+        super().disable_adapter_layers()
+        self._set_modes()
+
+    def _set_modes(self) -> None:
+        """Training mode in each block as the plan in force has it."""
+        for router in find_routers(self.model):
+            block = self.model.get_submodule(router.column.blocks[router.index])
+            block.train(block.training)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter. If it was active, the first of the others becomes active, on every layer."""
@@ -185,7 +203,9 @@ class BSRModel(BaseTuner):
         else:
             self._restore_base_modules()
         for router in find_routers(self.model):
+            block = self.model.get_submodule(router.column.blocks[router.index])
             detach_router(self.model, router)
+            block.train(block.training)
         delattr(self.model, _IGNORED_BY_DDP)
         layers = [module for module in self.model.modules() if isinstance(module, BSRWeights)]
         model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)

@@ -21,11 +21,13 @@ from peft_bsr.errors import (  # noqa: E402
     AdapterError,
     AdapterNameWarning,
     ConfigError,
+    FeatureCacheError,
     PeftBsrError,
     ReductionNotMergedWarning,
     UnsupportedModelError,
     UnsupportedPeftError,
 )
+from peft_bsr.training import FeatureCache  # noqa: E402
 from peft_bsr.tuners import BSRConfig, BSRModel  # noqa: E402
 
 __version__ = "0.1.0"
@@ -38,6 +40,8 @@ __all__ = [
     "Column",
     "ConfigError",
     "FamilyRule",
+    "FeatureCache",
+    "FeatureCacheError",
     "PeftBsrError",
     "Plan",
     "Reduction",

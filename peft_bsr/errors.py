@@ -35,6 +35,10 @@ class AdapterError(PeftBsrError, ValueError):
     """A call on adapters (merge, set, mixed batch) asks for what this method cannot do."""
 
 
+class FeatureCacheError(PeftBsrError, ValueError):
+    """A feature cache does not belong to this model or these samples, is not complete, or has no room."""
+
+
 class AdapterNameWarning(UserWarning):
     """An adapter is called like a module: saving another one beside it would lose weights."""
 

@@ -9,12 +9,13 @@ from peft_bsr.core.attention import (
     weights_to_scores,
 )
 from peft_bsr.core.reduction import num_kept, pick_tokens, put_tokens, reduce_tokens, select_tokens
-from peft_bsr.core.route import BlockRun, Route, RouteCarrier
+from peft_bsr.core.route import BlockRun, Entry, Route, RouteCarrier
 
 __all__ = [
     "CLASS_FREE_SCORE",
     "SCORE_KINDS",
     "BlockRun",
+    "Entry",
     "Route",
     "RouteCarrier",
     "ScoreKind",

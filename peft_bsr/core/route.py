@@ -169,6 +169,23 @@ class BlockRun:
         self.token_scores: Tensor | None = None
 
 
+@dataclass
+class Entry:
+    """A place in the middle of a column where a forward stops, or from where it begins.
+
+    Attributes:
+        index: The block in front of which the place is.
+        tokens: What this block gets, [B, N, D] as it comes. None = stop there, and put all this here.
+        origins: Of the route there, see `Route`.
+        num_reductions: Of the route there.
+    """
+
+    index: int
+    tokens: Tensor | None = None
+    origins: Tensor | None = None
+    num_reductions: int = 0
+
+
 class RouteCarrier(threading.local):
     """Hands the route from one block's call to the next within a forward, one per thread (nn.DataParallel).
 
@@ -179,12 +196,14 @@ class RouteCarrier(threading.local):
         route: The running forward's route, between blocks.
         inside: The block that runs right now, for what its attention is called with.
         log: Where `record_routes` collects.
+        entry: Where the next forward stops or begins, see `peft_bsr.engine.entry`.
     """
 
     def __init__(self) -> None:  # runs in every thread; class attributes would fail torch.compile's guards
         self.route: Route | None = None
         self.inside: BlockRun | None = None
         self.log: list[tuple[int, Route]] | None = None
+        self.entry: Entry | None = None
 
     def current(self) -> Route:
         """The running forward's route.

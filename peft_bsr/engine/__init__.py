@@ -1,9 +1,10 @@
 """Plan, and the runner that makes a model's blocks follow it along a route."""
 
+from peft_bsr.engine.entry import run_from, run_until
 from peft_bsr.engine.int8 import packed_tensors
 from peft_bsr.engine.parking import Parking
 from peft_bsr.engine.plan import BlockPlan, Lean, Mode, Plan, ReduceAt, Reduction
-from peft_bsr.engine.record import record_routes
+from peft_bsr.engine.record import find_carrier, record_routes
 from peft_bsr.engine.runner import BlockRouter, attach_router, detach_router
 from peft_bsr.engine.verify import verify_plan
 from peft_bsr.engine.verify_lean import verify_lean
@@ -19,8 +20,11 @@ __all__ = [
     "Reduction",
     "attach_router",
     "detach_router",
+    "find_carrier",
     "packed_tensors",
     "record_routes",
+    "run_from",
+    "run_until",
     "verify_lean",
     "verify_plan",
 ]

@@ -28,13 +28,23 @@ def record_routes(model: nn.Module) -> Iterator[list[tuple[int, Route]]]:
         ...     model(pixel_values)
         >>> routes[-1][1].alive()  # which patches the last reduction left  # doctest: +SKIP
     """
-    carriers = [getattr(module, "carrier", None) for module in model.modules()]
-    carrier = next((c for c in carriers if isinstance(c, RouteCarrier)), None)
-    if carrier is None:
-        raise ValueError(f"{type(model).__name__} has no adapter of peft_bsr. Call get_peft_model(model, BSRConfig()).")
+    carrier = find_carrier(model)
     log: list[tuple[int, Route]] = []
     earlier, carrier.log = carrier.log, log
     try:
         yield log
     finally:
         carrier.log = earlier
+
+
+def find_carrier(model: nn.Module) -> RouteCarrier:
+    """What the blocks of `model` share.
+
+    Raises:
+        ValueError: If the model carries none of our adapters.
+    """
+    carriers = [getattr(module, "carrier", None) for module in model.modules()]
+    carrier = next((c for c in carriers if isinstance(c, RouteCarrier)), None)
+    if carrier is None:
+        raise ValueError(f"{type(model).__name__} has no adapter of peft_bsr. Call get_peft_model(model, BSRConfig()).")
+    return carrier

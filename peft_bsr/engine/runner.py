@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from peft_bsr.backbones import AttentionScorer, Column, FamilyRule, ScoringConfig, TokenFollower, remove_hooks
 from peft_bsr.core import BlockRun, Route, RouteCarrier
+from peft_bsr.engine.entry import meet_entry
 from peft_bsr.engine.int8 import saved_in_int8
 from peft_bsr.engine.plan import BlockPlan, Plan
 from peft_bsr.engine.reducing import forward_block
@@ -80,7 +81,7 @@ class RoutedBlock(nn.Module):
         return plan is not None and not plan.in_graph
 
     def train(self, mode: bool = True) -> Any:
-        """Set the mode; what is inside of a leading block stays in evaluation mode, nothing there learns from dropout."""
+        """Set the mode; what is inside of a leading block stays in evaluation mode: nothing there learns."""
         super().train(mode)
         if self.is_leading:
             for child in self.children():
@@ -102,6 +103,9 @@ class RoutedBlock(nn.Module):
         plan = router.block_plan
         if plan is None:
             return super().__call__(*args, **kwargs)
+        entry = router.carrier.entry
+        if entry is not None and entry.tokens is not None and router.index < entry.index:
+            return _pass_by(router, args[0] if args else kwargs["hidden_states"])
         left: list[Tensor] = []
         args, kwargs = _enter_block(self, router, plan, left, args, kwargs)
         output = super().__call__(*args, **kwargs)
@@ -206,18 +210,28 @@ def _enter_block(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of the block's call, made to follow the plan and the route."""
     hidden_states, *others = args if args else (kwargs.pop("hidden_states"),)
+    carrier, reduces = router.carrier, router.plan is not None and router.plan.reduces
+    if router.index == 0:
+        carrier.route = router.start_route(hidden_states) if reduces else None
+    if carrier.entry is not None and router.index == carrier.entry.index:
+        hidden_states = meet_entry(carrier, hidden_states)
     if plan.cut_gradient and block.training:
         hidden_states = _cut_gradient(block, plan, hidden_states)
     plan = _as_needed(block, plan)
-    if router.plan is not None and router.plan.reduces:
-        if router.index == 0:
-            router.carrier.route = router.start_route(hidden_states)
-        route = router.carrier.current()
+    if reduces:
+        route = carrier.current()
         if plan.reduction is not None or route.origins is not None or plan.saves_less:
             kwargs = {**kwargs, "route": route, "plan": plan, "left": left}
     elif plan.saves_less:
         kwargs = {**kwargs, "route": router.start_route(hidden_states), "plan": plan, "left": left}
     return (hidden_states, *others), kwargs
+
+
+def _pass_by(router: BlockRouter, hidden_states: Tensor) -> Any:
+    """What a block gives in a forward that begins behind it."""
+    if router.index == 0 and router.plan is not None and router.plan.reduces:
+        router.carrier.route = router.start_route(hidden_states)
+    return (hidden_states,) if router.column.returns_tuple else hidden_states
 
 
 def _leave_block(router: BlockRouter, left: list[Tensor]) -> None:

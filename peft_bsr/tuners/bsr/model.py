@@ -22,7 +22,7 @@ from peft_bsr.tuners.bsr.config import BSRConfig, allowed_modes
 from peft_bsr.tuners.bsr.layer import BSRLayer, BSRRouter, BSRWeights, check_single
 from peft_bsr.tuners.bsr.targets import is_excluded, resolve_targets
 
-_ROOT = "base_model.model."
+ROOT = "base_model.model."
 _IGNORED_BY_DDP = "_ddp_params_and_buffers_to_ignore"
 
 
@@ -96,9 +96,9 @@ class BSRModel(BaseTuner):
             router.set_adapter(self.active_adapters)
         self._set_modes()
         # parked weights lie on the CPU, where DistributedDataParallel would refuse them beside others on accelerators
-        layers = [(name.removeprefix(_ROOT), m) for name, m in model.named_modules() if isinstance(m, BSRWeights)]
+        layers = [(name.removeprefix(ROOT), m) for name, m in model.named_modules() if isinstance(m, BSRWeights)]
         parked = [f"{name}.base_layer.{p}" for name, layer in layers for p, _ in layer.base_layer.named_parameters()]
-        setattr(model, _IGNORED_BY_DDP, [*parked, *(f"{_ROOT}{name}" for name in parked)])
+        setattr(model, _IGNORED_BY_DDP, [*parked, *(f"{ROOT}{name}" for name in parked)])
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
         return peft_config
@@ -230,8 +230,8 @@ class BSRModel(BaseTuner):
         own = {}
         for name, layer in model.named_modules():
             if isinstance(layer, BSRWeights) and adapter_name in layer.bsr_params:
-                saved_name = layer.saved_as.get(adapter_name, name.removeprefix(_ROOT))
-                own[f"{_ROOT}{saved_name}"] = (f"{_ROOT}{name.removeprefix(_ROOT)}", layer.bsr_params[adapter_name])
+                saved_name = layer.saved_as.get(adapter_name, name.removeprefix(ROOT))
+                own[f"{ROOT}{saved_name}"] = (f"{ROOT}{name.removeprefix(ROOT)}", layer.bsr_params[adapter_name])
         renamed = {}
         for key, tensor in state_dict.items():
             name, separator, parameter = key.partition(".bsr_params.")

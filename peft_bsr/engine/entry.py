@@ -1,0 +1,72 @@
+"""Forwards that stop or begin in the middle of a column: what a cache of frozen blocks' outputs is made and fed by."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_bsr.core import Entry, RouteCarrier
+from peft_bsr.engine.record import find_carrier
+
+
+class ReachedError(Exception):
+    """Ends a forward that was to stop at a place; never leaves `run_until`."""
+
+
+def run_until(model: nn.Module, index: int, inputs: dict[str, Any]) -> Entry:
+    """Run `model(**inputs)` up to block `index`, without gradients.
+
+    Args:
+        model: A model with one of our adapters.
+        index: The block that does not run any more.
+        inputs: Of the model.
+
+    Returns:
+        What stands in front of the block.
+    """
+    entry = Entry(index)
+    with _entry(find_carrier(model), entry), torch.no_grad():
+        try:
+            model(**inputs)
+        except ReachedError:
+            return entry
+    raise RuntimeError(f"the forward came to its end without block {index}; is the adapter disabled?")
+
+
+@contextmanager
+def run_from(model: nn.Module, entry: Entry) -> Iterator[None]:
+    """A forward inside begins at `entry`: earlier blocks do not run, and what comes before them does not matter."""
+    with _entry(find_carrier(model), entry):
+        yield
+
+
+@contextmanager
+def _entry(carrier: RouteCarrier, entry: Entry) -> Iterator[None]:
+    carrier.entry = entry
+    try:
+        yield
+    finally:
+        carrier.entry = carrier.route = carrier.inside = None
+
+
+def meet_entry(carrier: RouteCarrier, hidden_states: Tensor) -> Tensor:
+    """Stop in front of the entry's block, or take its tokens and its route. Called by that block."""
+    entry = carrier.entry
+    assert entry is not None, "only an entry's block meets it"
+    route = carrier.route
+    if entry.tokens is None:
+        entry.tokens = hidden_states.detach()
+        if route is not None:
+            entry.origins, entry.num_reductions = route.origins, route.num_reductions
+        raise ReachedError
+    if route is not None:
+        carrier.route = replace(route, origins=entry.origins, num_reductions=entry.num_reductions)
+    return entry.tokens.to(hidden_states)
+
+
+__all__ = ["Entry", "ReachedError", "meet_entry", "run_from", "run_until"]

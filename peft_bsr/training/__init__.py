@@ -1,0 +1,5 @@
+"""What helps to train: the cache of the frozen blocks' outputs."""
+
+from peft_bsr.training.feature_cache import FeatureCache
+
+__all__ = ["FeatureCache"]

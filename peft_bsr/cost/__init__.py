@@ -1,7 +1,17 @@
-"""What training costs: saved activations, FLOPs and time, measured."""
+"""What training costs: saved activations, FLOPs and time, measured; and the paper's accounting of memory and MACs."""
 
 from peft_bsr.cost.compare import Cost, compare, cost_table
 from peft_bsr.cost.flops import count_flops
+from peft_bsr.cost.paper import Dimensions, PaperCost, paper_cost
 from peft_bsr.cost.saved import saved_activations
 
-__all__ = ["Cost", "compare", "cost_table", "count_flops", "saved_activations"]
+__all__ = [
+    "Cost",
+    "Dimensions",
+    "PaperCost",
+    "compare",
+    "cost_table",
+    "count_flops",
+    "paper_cost",
+    "saved_activations",
+]

@@ -210,7 +210,7 @@ def _check_replay(model: nn.Module, batch: dict[str, Any], name: str) -> None:
     if not error <= tolerance(expected[0].dtype):
         raise FeatureCacheError(
             f"{type(model).__name__} gives another output from the tokens in front of block {entry.index} than from "
-            f"the images they were made of (off by {error:.1e}): it reads more than these tokens. Train without a cache."
+            f"the images they were made of (off by {error:.1e}): it reads more than that. Train without a cache."
         )
 
 

@@ -1,0 +1,428 @@
+"""Everything the lean engine promises, measured: saved activations, gradients, step times, resident memory.
+
+    python benchmarks/lean.py                        # all of it, about 20 minutes on 2 cores
+    python benchmarks/lean.py saved gradients        # parts of it
+    python benchmarks/lean.py convergence --data FOLDER
+
+Parts: `saved`, `gradients`, `time`, `cache`, `memory` (20 AdamW steps of each method in a fresh process), and with
+`--data`, `convergence` (200 steps of ViT-Ti on CIFAR-10; FOLDER holds `vit-tiny-patch16-224` and
+`cifar10-train-5000.parquet`). ViT-B/16, 224 px, fp32, random weights unless said: they change none of these figures but
+the gradients' errors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import gc
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import (
+    AutoModelForImageClassification,
+    BeitConfig,
+    BeitForImageClassification,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    Dinov2Config,
+    Dinov2ForImageClassification,
+    DINOv3ViTConfig,
+    DINOv3ViTModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+    VideoMAEConfig,
+    VideoMAEModel,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from peft_bsr import BSRConfig, FeatureCache
+from peft_bsr.backbones import probe_inputs, tensors_of
+from peft_bsr.cost import saved_activations
+
+warnings.filterwarnings("ignore", category=FutureWarning)
+
+LEVELS = {
+    "stock": {"lean": "off"},
+    "exact": {"lean": "exact"},
+    "max": {"lean": "max"},
+    "exact, int8": {"lean": "exact", "saved_activations": "int8"},
+    "max, int8": {"lean": "max", "saved_activations": "int8"},
+}
+PLANS = {
+    "{3,7,11}, reduce {3,6,9}": {},
+    "last 4, reduce after 7": {"trainable_blocks": "last:4", "reduction_blocks": [7], "reduce_at": "after_block"},
+    "{9,10,11}, reduce {3,6,9}": {"trainable_blocks": "last:3"},
+    "all blocks, all tokens": {"trainable_blocks": "every:1", "reduction_blocks": []},
+}
+BARS_MIB = {
+    ("{3,7,11}, reduce {3,6,9}", "exact"): 18.5,
+    ("{3,7,11}, reduce {3,6,9}", "max"): 6.5,
+    ("{3,7,11}, reduce {3,6,9}", "exact, int8"): 5.2,
+    ("{3,7,11}, reduce {3,6,9}", "max, int8"): 2.2,
+    ("last 4, reduce after 7", "exact"): 9.7,
+    ("last 4, reduce after 7", "max"): 5.0,
+    ("{9,10,11}, reduce {3,6,9}", "exact"): 2.6,
+    ("all blocks, all tokens", "max"): 30.0,
+}
+SMALL = {"hidden_size": 192, "num_hidden_layers": 12, "num_attention_heads": 3, "intermediate_size": 768}
+SMALL |= {"image_size": 96, "patch_size": 16}
+FAMILIES: dict[str, Callable[[], nn.Module]] = {
+    "B: ViT": lambda: ViTForImageClassification(ViTConfig(**SMALL)),
+    "C: DINOv2": lambda: Dinov2ForImageClassification(Dinov2Config(**SMALL)),
+    "D: DINOv3": lambda: DINOv3ViTModel(DINOv3ViTConfig(**SMALL)),
+    "A: CLIP": lambda: CLIPVisionModel(CLIPVisionConfig(**SMALL)),
+    "A: SigLIP": lambda: SiglipVisionModel(SiglipVisionConfig(**SMALL)),
+    "E: VideoMAE": lambda: VideoMAEModel(VideoMAEConfig(**SMALL, num_frames=2)),
+    "BEiT": lambda: BeitForImageClassification(BeitConfig(**SMALL, drop_path_rate=0.0)),
+}
+
+
+def main() -> None:
+    """Run the parts that were asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", help="default: all that need no data, and convergence with --data")
+    parser.add_argument("--data", type=Path, help="folder with real weights and images")
+    parser.add_argument("--batch-size", type=int, default=8, help="images a step (default 8)")
+    parser.add_argument("--steps", type=int, default=20, help="steps of each method in `memory` (default 20)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        print(json.dumps(train_in_this_process(args.worker, args)))
+        return
+    parts: dict[str, Callable[[Any], str]] = {
+        "saved": saved,
+        "gradients": gradients,
+        "time": times,
+        "cache": cache_epoch,
+        "memory": memory,
+        "convergence": convergence,
+    }
+    chosen = args.parts or [name for name in parts if name != "convergence" or args.data]
+    if unknown := sorted(set(chosen) - set(parts)):
+        parser.error(f"unknown parts {unknown}; there are {list(parts)}")
+    if "convergence" in chosen and not args.data:
+        parser.error("convergence trains on real images: give --data FOLDER")
+    device = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(
+        f"{device}, fp32, torch {torch.__version__}, transformers {transformers.__version__}, "
+        f"Python {platform.python_version()}\n"
+    )
+    for name in chosen:
+        print(f"## {name}\n\n{parts[name](args)}\n", flush=True)
+
+
+def saved(args: argparse.Namespace) -> str:
+    """Saved activations of every plan at every level, against their bars."""
+    rows = [["plan", *LEVELS]]
+    for plan, settings in PLANS.items():
+        cells = []
+        for level, lean in LEVELS.items():
+            model = bsr(args.device, **settings, **lean)
+            batch = random_batch(2, args.device)
+            mib = saved_activations(model, lambda m=model, b=batch: m(**b).loss) / 2 / 2**20
+            cells.append(verdict(f"{mib:.2f}", mib, BARS_MIB.get((plan, level))))
+        rows.append([plan, *cells])
+    return table(rows) + "\n\nMiB per image kept for backward, each storage once, parameters excluded; batch 2."
+
+
+def gradients(args: argparse.Namespace) -> str:
+    """Errors of all gradients against the stock path, by their norm."""
+    rows = [["family", "exact", "max", "exact, int8", "max, int8", "stock in bf16", "exact in bf16", "max in bf16"]]
+    for family, make in FAMILIES.items():
+        expected = all_gradients(make, args.device, torch.float32, lean="off")
+        cells = []
+        for level in ("exact", "max", "exact, int8", "max, int8"):
+            error = distance(all_gradients(make, args.device, torch.float32, **LEVELS[level]), expected)
+            cells.append(verdict(f"{error:.1e}", error, 0.02 if "int8" in level else 1e-5))
+        rounding = distance(all_gradients(make, args.device, torch.bfloat16, lean="off"), expected)
+        cells.append(f"{rounding:.1e}")
+        for level in ("exact", "max"):
+            error = distance(all_gradients(make, args.device, torch.bfloat16, **LEVELS[level]), expected)
+            cells.append(verdict(f"{error:.1e}", error, 1.1 * rounding))
+        rows.append([family, *cells])
+    return table(rows) + (
+        "\n\n|gradients - those of the stock path in fp32| / |those of the stock path in fp32|, all trained weights "
+        "together; 12 blocks of width 192, 96 px, batch 4. bf16 = weights and activations."
+    )
+
+
+def times(args: argparse.Namespace) -> str:
+    """Step times of the levels beside the stock BSR step and a full fine-tuning step."""
+    models = {"full fine-tuning": vit(args.device).train()}
+    models |= {f"BSR {level}": bsr(args.device, **lean) for level, lean in LEVELS.items()}
+    batch = random_batch(args.batch_size, args.device)
+    steps = {name: Step(model, batch) for name, model in models.items()}
+    for step in steps.values():
+        step.seconds()
+    taken: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(7):  # in turn, so that a busy machine is busy for all
+        for name, step in steps.items():
+            taken[name].append(step.seconds())
+    seconds = {name: statistics.median(values) for name, values in taken.items()}
+    full, stock = seconds["full fine-tuning"], seconds["BSR stock"]
+    bars = {"BSR exact": (1.03, 0.32), "BSR max": (1.20, None)}
+    rows = [["method", "step, s", "to BSR stock", "to full fine-tuning"]]
+    for name, value in seconds.items():
+        bar = bars.get(name, (None, None))
+        rows.append([name, f"{value:.2f}"])
+        rows[-1] += [
+            verdict(f"{value / base:.3f}", value / base, b) for base, b in zip((stock, full), bar, strict=True)
+        ]
+    return table(rows) + f"\n\nForward, backward and SGD update, median of 7 in turn; batch {args.batch_size}."
+
+
+def cache_epoch(args: argparse.Namespace) -> str:
+    """An epoch from the feature cache beside one from images that are ready in memory."""
+    images = [{"pixel_values": torch.randn(3, 224, 224), "labels": i % 10} for i in range(64)]
+    model = bsr(args.device, lean="exact")
+    with tempfile.TemporaryDirectory() as folder:
+        begin = time.perf_counter()
+        cache = FeatureCache.build(model, images, folder, batch_size=args.batch_size, progress=False)
+        built = time.perf_counter() - begin
+        kib = (Path(folder) / "cached_tokens.bin").stat().st_size / len(images) / 1024
+
+        def epoch(data: Any) -> float:
+            begin = time.perf_counter()
+            for batch in DataLoader(data, args.batch_size, shuffle=True):
+                Step(model, {name: value.to(args.device) for name, value in batch.items()})()
+            return time.perf_counter() - begin
+
+        taken: dict[str, list[float]] = {"images": [], "cache": []}
+        with cache.read_by(model):
+            for _ in range(3):
+                taken["images"].append(epoch(images))
+                taken["cache"].append(epoch(cache))
+    from_images, from_cache = (statistics.median(values) for values in taken.values())
+    ratio = verdict(f"{from_cache / from_images:.3f}", from_cache / from_images, 0.5)
+    return (
+        f"Epoch of 64 images from memory {from_images:.1f} s, from the cache {from_cache:.1f} s, ratio {ratio}; cache "
+        f"in bf16 {kib:.0f} KiB an image, built in {built:.1f} s. BSR exact, batch {args.batch_size}, median of 3 in turn."
+    )
+
+
+METHODS: dict[str, Callable[[str], nn.Module]] = {
+    "full fine-tuning": lambda device: vit(device),
+    "full, checkpointing": lambda device: checkpointing(vit(device)),
+    "LoRA r=8, q k v": lambda device: get_peft_model(
+        vit(device), LoraConfig(target_modules=["q_proj", "k_proj", "v_proj"], modules_to_save=["classifier"])
+    ),
+    "BSR stock": lambda device: bsr(device, lean="off"),
+    "BSR stock, checkpointing": lambda device: checkpointing(bsr(device, lean="off")),
+    "BSR exact": lambda device: bsr(device, lean="exact"),
+    "BSR max": lambda device: bsr(device, lean="max"),
+    "BSR max, int8": lambda device: bsr(device, lean="max", saved_activations="int8"),
+}
+
+
+def memory(args: argparse.Namespace) -> str:
+    """A training run of each method in a process of its own."""
+    found = {}
+    for name in METHODS:
+        command = [sys.executable, __file__, "--worker", name, "--device", args.device]
+        command += ["--batch-size", str(args.batch_size), "--steps", str(args.steps)]
+        result = subprocess.run(command, capture_output=True, text=True, check=True)
+        found[name] = json.loads(result.stdout.splitlines()[-1])
+    peer, stock = found["BSR stock, checkpointing"], found["BSR stock"]
+    rows = [["method", "weights, MiB", "saved, MiB", "peak, MiB", "peak over weights", "step, s", "to BSR stock"]]
+    for name, row in found.items():
+        limits = {"BSR exact": stock, "BSR max": peer}.get(name)
+        peak = verdict(f"{row['peak']:.0f}", row["peak"], limits and limits["peak"])
+        seconds = verdict(f"{row['seconds']:.2f}", row["seconds"], limits and limits["seconds"])
+        cells = [f"{row['weights']:.0f}", f"{row['saved']:.0f}", peak, f"{row['peak'] - row['weights']:.0f}", seconds]
+        rows.append([name, *cells, f"{row['seconds'] / stock['seconds']:.2f}"])
+    weights = {name: found[name]["weights"] / found["full fine-tuning"]["weights"] for name in ("BSR exact", "BSR max")}
+    resident = ", ".join(f"{name} {verdict(f'{value:.3f}', value, 1.02)}" for name, value in weights.items())
+    where = "torch's peak on the device" if args.device == "cuda" else "the process's resident set (VmHWM)"
+    return table(rows) + (
+        f"\n\n{args.steps} AdamW steps, batch {args.batch_size}, each method in a fresh process. Weights: parameters "
+        f"in memory, without those mapped from files; to the base model's: {resident}. Saved: activations kept for "
+        f"backward, the whole batch. Peak: {where}, its high-water mark reset before the first step; Python, torch "
+        "and weights are in it. Bars: exact against BSR stock, max against its checkpointing."
+    )
+
+
+def train_in_this_process(name: str, args: argparse.Namespace) -> dict[str, float]:
+    """Peak and step time of one method."""
+    model = METHODS[name](args.device).train()
+    batch = random_batch(args.batch_size, args.device)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
+    kept = saved_activations(model, lambda: model(**batch).loss)
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what attaching freed
+    if args.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+    seconds = []
+    for _ in range(args.steps):
+        begin = time.perf_counter()
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if args.device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - begin)
+    if args.device == "cuda":
+        peak = torch.cuda.max_memory_allocated() / 2**20
+    else:
+        status = Path("/proc/self/status").read_text()
+        peak = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) / 1024
+    mapped = parked_bytes(model)
+    weights = (sum(p.nbytes for p in model.parameters()) - mapped) / 2**20
+    return {"peak": peak, "seconds": statistics.median(seconds), "saved": kept / 2**20, "weights": weights}
+
+
+def parked_bytes(model: nn.Module) -> int:
+    """Parameters that lie in mapped files, or off the accelerator."""
+    device = next(model.parameters()).device
+    if device.type != "cpu":
+        return sum(p.nbytes for p in model.parameters() if p.device != device)
+    with open("/proc/self/maps") as maps:
+        ranges = [[int(end, 16) for end in line.split()[0].split("-")] for line in maps if "peft_bsr_" in line]
+    return sum(p.nbytes for p in model.parameters() if any(a <= p.data_ptr() < b for a, b in ranges))
+
+
+def convergence(args: argparse.Namespace) -> str:
+    """Losses of 200 steps on real images, by level."""
+    curves = {level: loss_curve(args.data, 200, **LEVELS[level]) for level in LEVELS}
+    stock = curves["stock"]
+    rows = [["level", "first 10", "last 50", "largest difference", "last 50, to stock"]]
+    for level, curve in curves.items():
+        ends = statistics.mean(curve[-50:]) / statistics.mean(stock[-50:])
+        largest = max(abs(a - b) for a, b in zip(curve, stock, strict=True))
+        bar = None if level == "stock" else 0.01 if "int8" in level else 1e-3
+        ratio = verdict(f"{ends - 1:+.2%}", abs(ends - 1), bar)
+        means = [f"{statistics.mean(part):.4f}" for part in (curve[:10], curve[-50:])]
+        rows.append([level, *means, f"{largest:.1e}", ratio])
+    return table(rows) + "\n\nViT-Ti/16, CIFAR-10 at 224 px, 10 new classes, batch 16, AdamW 5e-4, the same batches."
+
+
+def loss_curve(data: Path, steps: int, **settings: Any) -> list[float]:
+    """Training losses of BSR on ViT-Ti, from the same seed.
+
+    Args:
+        data: Folder with `vit-tiny-patch16-224` and `cifar10-train-5000.parquet`.
+        steps: How many.
+        settings: Of the BSRConfig.
+    """
+    from datasets import load_dataset
+    from transformers import AutoImageProcessor
+
+    torch.manual_seed(0)
+    base = AutoModelForImageClassification.from_pretrained(
+        data / "vit-tiny-patch16-224", num_labels=10, ignore_mismatched_sizes=True, dtype=torch.float32
+    )
+    processor = AutoImageProcessor.from_pretrained(data / "vit-tiny-patch16-224", backend="pil")
+    images = load_dataset("parquet", data_files=str(data / "cifar10-train-5000.parquet"), split="train").shuffle(seed=0)
+    model = get_peft_model(base, BSRConfig(**settings)).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-4)
+    losses = []
+    for step in range(steps):
+        rows = images[16 * step : 16 * (step + 1)]
+        pixels = processor([image.convert("RGB") for image in rows["image"]], return_tensors="pt")["pixel_values"]
+        loss = model(pixel_values=pixels, labels=torch.tensor(rows["label"])).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+class Step:
+    """One training step that leaves the weights alone (learning rate 0)."""
+
+    def __init__(self, model: nn.Module, batch: dict[str, Tensor]) -> None:
+        self.model, self.batch = model, batch
+        self.optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+
+    def __call__(self) -> None:
+        """Forward, backward, update."""
+        self.model(**self.batch).loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def seconds(self) -> float:
+        """Of one call."""
+        synchronize = torch.cuda.synchronize if self.batch["labels"].is_cuda else lambda: None
+        synchronize()
+        begin = time.perf_counter()
+        self()
+        synchronize()
+        return time.perf_counter() - begin
+
+
+def vit(device: str) -> nn.Module:
+    """ViT-B/16 with 10 classes."""
+    torch.manual_seed(0)
+    return ViTForImageClassification(ViTConfig(num_labels=10)).to(device)
+
+
+def bsr(device: str, **settings: Any) -> nn.Module:
+    """BSR on it, in training mode."""
+    return get_peft_model(vit(device), BSRConfig(**settings)).train()
+
+
+def checkpointing(model: nn.Module) -> nn.Module:
+    """With gradient checkpointing of the blocks that gradients reach."""
+    inner: Any = model.base_model.model if hasattr(model, "peft_config") else model
+    inner.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def random_batch(size: int, device: str) -> dict[str, Tensor]:
+    """Images and labels."""
+    generator = torch.Generator().manual_seed(1)
+    images, labels = torch.randn(size, 3, 224, 224, generator=generator), torch.arange(size) % 10
+    return {"pixel_values": images.to(device), "labels": labels.to(device)}
+
+
+def all_gradients(make: Callable[[], nn.Module], device: str, dtype: torch.dtype, **settings: Any) -> Tensor:
+    """Of all trained weights, in one vector, fp32."""
+    torch.manual_seed(0)
+    model = get_peft_model(make().to(device, dtype), BSRConfig(**settings)).train()
+    inputs = probe_inputs(model.base_model.model, 4, model.base_model.column.image_shape)
+    torch.manual_seed(0)
+    outputs = [output for output in tensors_of(model(**inputs)) if output.requires_grad]
+    sum(output.float().square().mean() for output in outputs).backward()
+    return torch.cat([p.grad.float().flatten() for p in model.parameters() if p.grad is not None])
+
+
+def distance(found: Tensor, expected: Tensor) -> float:
+    """Relative, by the norm."""
+    return float((found - expected).norm() / expected.norm())
+
+
+def verdict(text: str, value: float, bar: float | None) -> str:
+    """The figure, with its bar where it has one."""
+    if bar is None:
+        return text
+    shown = f"{bar:.3g}" if bar < 100 else f"{bar:.0f}"
+    return f"{text} (bar {shown}: {'met' if value <= bar else 'MISSED'})"
+
+
+def table(rows: list[list[str]]) -> str:
+    """Markdown."""
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+
+
+if __name__ == "__main__":
+    main()

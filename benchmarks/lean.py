@@ -17,6 +17,7 @@ import contextlib
 import ctypes
 import gc
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -53,7 +54,7 @@ from transformers import (
 
 from peft_bsr import BSRConfig, FeatureCache
 from peft_bsr.backbones import probe_inputs, tensors_of
-from peft_bsr.cost import saved_activations
+from peft_bsr.cost import count_flops, saved_activations
 
 warnings.filterwarnings("ignore", category=FutureWarning)
 
@@ -191,30 +192,40 @@ def times(args: argparse.Namespace) -> str:
 def cache_epoch(args: argparse.Namespace) -> str:
     """An epoch from the feature cache beside one from images that are ready in memory."""
     images = [{"pixel_values": torch.randn(3, 224, 224), "labels": i % 10} for i in range(64)]
-    model = bsr(args.device, lean="exact")
-    with tempfile.TemporaryDirectory() as folder:
-        begin = time.perf_counter()
-        cache = FeatureCache.build(model, images, folder, batch_size=args.batch_size, progress=False)
-        built = time.perf_counter() - begin
-        kib = (Path(folder) / "cached_tokens.bin").stat().st_size / len(images) / 1024
-
-        def epoch(data: Any) -> float:
+    rows = [
+        ["plan", "KiB an image", "built, s", "from images, s", "from the cache, s", "ratio", "FLOPs behind the cut"]
+    ]
+    for plan in ("{3,7,11}, reduce {3,6,9}", "last 4, reduce after 7", "{9,10,11}, reduce {3,6,9}"):
+        model = bsr(args.device, **PLANS[plan])
+        with tempfile.TemporaryDirectory() as folder:
             begin = time.perf_counter()
-            for batch in DataLoader(data, args.batch_size, shuffle=True):
-                Step(model, {name: value.to(args.device) for name, value in batch.items()})()
-            return time.perf_counter() - begin
-
-        taken: dict[str, list[float]] = {"images": [], "cache": []}
-        with cache.read_by(model):
-            for _ in range(3):
-                taken["images"].append(epoch(images))
-                taken["cache"].append(epoch(cache))
-    from_images, from_cache = (statistics.median(values) for values in taken.values())
-    ratio = verdict(f"{from_cache / from_images:.3f}", from_cache / from_images, 0.5)
-    return (
-        f"Epoch of 64 images from memory {from_images:.1f} s, from the cache {from_cache:.1f} s, ratio {ratio}; cache "
-        f"in bf16 {kib:.0f} KiB an image, built in {built:.1f} s. BSR exact, batch {args.batch_size}, median of 3 in turn."
+            cache = FeatureCache.build(model, images, folder, batch_size=args.batch_size, progress=False)
+            built = time.perf_counter() - begin
+            kib = (Path(folder) / "cached_tokens.bin").stat().st_size / len(images) / 1024
+            taken: dict[str, list[float]] = {"images": [], "cache": []}
+            with cache.read_by(model):
+                for _ in range(3):
+                    for name, data in (("images", images), ("cache", cache)):
+                        taken[name].append(epoch_seconds(model, data, args))
+                batches = (next(iter(DataLoader(data, args.batch_size))) for data in (images, cache))
+                whole, behind = (count_flops(Step(model, batch)) for batch in batches)
+        whole_s, cache_s = (statistics.median(values) for values in taken.values())
+        bar = 0.5 if plan == "last 4, reduce after 7" else None
+        ratio = verdict(f"{cache_s / whole_s:.3f}", cache_s / whole_s, bar)
+        cells = [f"{kib:.0f}", f"{built:.1f}", f"{whole_s:.1f}", f"{cache_s:.1f}", ratio, f"{behind / whole:.2f}"]
+        rows.append([plan, *cells])
+    return table(rows) + (
+        f"\n\nEpochs of 64 images, ready in memory or read from the cache (bf16), BSR exact, batch {args.batch_size}, "
+        "median of 3 in turn. FLOPs: of a training step, the share that a cache cannot spare."
     )
+
+
+def epoch_seconds(model: nn.Module, data: Any, args: argparse.Namespace) -> float:
+    """Of training on all of `data`."""
+    begin = time.perf_counter()
+    for batch in DataLoader(data, args.batch_size, shuffle=True):
+        Step(model, {name: value.to(args.device) for name, value in batch.items()})()
+    return time.perf_counter() - begin
 
 
 METHODS: dict[str, Callable[[str], nn.Module]] = {
@@ -232,21 +243,19 @@ METHODS: dict[str, Callable[[str], nn.Module]] = {
 
 
 def memory(args: argparse.Namespace) -> str:
-    """A training run of each method in a process of its own."""
-    found = {}
-    for name in METHODS:
-        command = [sys.executable, __file__, "--worker", name, "--device", args.device]
-        command += ["--batch-size", str(args.batch_size), "--steps", str(args.steps)]
-        result = subprocess.run(command, capture_output=True, text=True, check=True)
-        found[name] = json.loads(result.stdout.splitlines()[-1])
+    """A training run of each method in a process of its own, then another that shows what is really in use."""
+    found = {name: run_worker(name, args, args.steps, {}) for name in METHODS}
+    if args.device == "cpu":
+        for name, row in found.items():
+            row["live"] = run_worker(name, args, 4, {"MALLOC_MMAP_THRESHOLD_": str(2**17)})["peak"]
     peer, stock = found["BSR stock, checkpointing"], found["BSR stock"]
-    rows = [["method", "weights, MiB", "saved, MiB", "peak, MiB", "peak over weights", "step, s", "to BSR stock"]]
+    rows = [["method", "weights, MiB", "saved, MiB", "peak, MiB", "peak without gaps, MiB", "step, s", "to BSR stock"]]
     for name, row in found.items():
-        limits = {"BSR exact": stock, "BSR max": peer}.get(name)
-        peak = verdict(f"{row['peak']:.0f}", row["peak"], limits and limits["peak"])
-        seconds = verdict(f"{row['seconds']:.2f}", row["seconds"], limits and limits["seconds"])
-        cells = [f"{row['weights']:.0f}", f"{row['saved']:.0f}", peak, f"{row['peak'] - row['weights']:.0f}", seconds]
-        rows.append([name, *cells, f"{row['seconds'] / stock['seconds']:.2f}"])
+        limits = {"BSR exact": stock, "BSR max": peer}.get(name, {})
+        peaks = [verdict(f"{row[k]:.0f}", row[k], limits.get(k)) if k in row else "" for k in ("peak", "live")]
+        seconds = verdict(f"{row['seconds']:.2f}", row["seconds"], limits.get("seconds"))
+        ratio = f"{row['seconds'] / stock['seconds']:.2f}"
+        rows.append([name, f"{row['weights']:.0f}", f"{row['saved']:.0f}", *peaks, seconds, ratio])
     weights = {name: found[name]["weights"] / found["full fine-tuning"]["weights"] for name in ("BSR exact", "BSR max")}
     resident = ", ".join(f"{name} {verdict(f'{value:.3f}', value, 1.02)}" for name, value in weights.items())
     where = "torch's peak on the device" if args.device == "cuda" else "the process's resident set (VmHWM)"
@@ -254,8 +263,18 @@ def memory(args: argparse.Namespace) -> str:
         f"\n\n{args.steps} AdamW steps, batch {args.batch_size}, each method in a fresh process. Weights: parameters "
         f"in memory, without those mapped from files; to the base model's: {resident}. Saved: activations kept for "
         f"backward, the whole batch. Peak: {where}, its high-water mark reset before the first step; Python, torch "
-        "and weights are in it. Bars: exact against BSR stock, max against its checkpointing."
+        "and weights are in it. Without gaps: the same in another process with MALLOC_MMAP_THRESHOLD_=131072, where "
+        "glibc gives freed tensors back at once instead of keeping gaps between others. Bars: exact against BSR "
+        "stock, max against its checkpointing."
     )
+
+
+def run_worker(name: str, args: argparse.Namespace, steps: int, environment: dict[str, str]) -> dict[str, float]:
+    """`train_in_this_process` in a fresh one."""
+    command = [sys.executable, __file__, "--worker", name, "--device", args.device]
+    command += ["--batch-size", str(args.batch_size), "--steps", str(steps)]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, **environment})
+    return json.loads(result.stdout.splitlines()[-1])
 
 
 def train_in_this_process(name: str, args: argparse.Namespace) -> dict[str, float]:

@@ -208,9 +208,14 @@ class _LeanProjections(torch.autograd.Function):
             for i, (gradient, weight) in enumerate(zip(gradients, weights, strict=True)):
                 inputs = normalized[:, : ctx.num_queries] if i == 0 else normalized
                 found += _weight_gradients(gradient, inputs, weight.dtype, needs[2 + 2 * i], needs[3 + 2 * i])
-            query, key, value = (g @ w.to(ctx.dtype) for g, w in zip(gradients, weights, strict=True))
-            gradient_in = key + value
-            gradient_in[:, : ctx.num_queries] += query
+            query, key, value = (g.flatten(0, 1) for g in gradients)
+            to_query, to_key, to_value = _cast(ctx.dtype, *weights)
+            flat = torch.addmm(key @ to_key, value, to_value)  # adding while multiplying spares a pass over the tokens
+            if ctx.num_queries is None:
+                gradient_in = torch.addmm(flat, query, to_query).view_as(tokens)
+            else:
+                gradient_in = flat.view_as(tokens)
+                gradient_in[:, : ctx.num_queries] += (query @ to_query).view_as(gradient_in[:, : ctx.num_queries])
             into = _norm_gradients(ctx, gradient_in, tokens, mean, rstd, norm_weight, norm_bias, needs)
         return into[0], None, None, None, *into[1:], *found
 

@@ -172,8 +172,10 @@ class _LeanMLP(torch.autograd.Function):
             if product is None:
                 product = linear(normalized, weight, bias)
             hidden = ctx.activation.forward(product) if needs[4] else None
-            product_gradient = ctx.activation.backward(gradient @ second_weight.to(ctx.dtype), product)
             second = _weight_gradients(gradient, hidden, second_weight.dtype, needs[4], needs[5])
+            del hidden  # one wide tensor less at the peak
+            product_gradient = ctx.activation.backward(gradient @ second_weight.to(ctx.dtype), product)
+            del product
             first = _weight_gradients(product_gradient, normalized, first_weight.dtype, needs[2], needs[3])
             gradient_in = product_gradient @ weight
             into = _norm_gradients(ctx, gradient_in, tokens, mean, rstd, norm_weight, norm_bias, needs)

@@ -1,0 +1,23 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from transformers import ViTImageProcessorPil
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "feature_cache.py"
+
+
+def test_the_example_on_a_tiny_model_twice(make_model, tmp_path):
+    make_model().save_pretrained(tmp_path / "model")
+    ViTImageProcessorPil().save_pretrained(tmp_path / "model")
+    command = [sys.executable, str(EXAMPLE), "--model", str(tmp_path / "model"), "--output", str(tmp_path / "out")]
+    command += ["--epochs", "0.1", "--trainable-blocks", "last:2"]
+    for _ in range(2):  # the second run takes the cache of the first
+        result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+        assert result.returncode == 0, result.stderr
+        assert "from the cache" in result.stdout
+    assert "Feature cache: 1437 samples of" not in result.stderr
+    assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").exists()

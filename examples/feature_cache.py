@@ -37,9 +37,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--epochs", type=float, default=2, help="default 2")
     parser.add_argument("--batch-size", type=int, default=32, help="images a step (default 32)")
     parser.add_argument("--learning-rate", type=float, default=2e-4, help="default 2e-4")
-    parser.add_argument(
-        "--output", type=Path, default=Path("outputs/feature_cache"), help="folder of all that is written"
-    )
+    parser.add_argument("--output", type=Path, default=Path("outputs/feature_cache"), help="folder of what is written")
     return parser.parse_args()
 
 
@@ -101,8 +99,8 @@ def main() -> None:
     model.save_pretrained(args.output / "adapter")
     console.print(
         f"{args.epochs:g} epochs from images: {from_images:.0f} s, test accuracy {accuracy:.3f}\n"
-        f"{args.epochs:g} epochs from the cache: {from_cache:.0f} s ({from_cache / from_images:.2f} of it), test accuracy "
-        f"{cached_accuracy:.3f}; making the cache took {built:.0f} s, once."
+        f"{args.epochs:g} epochs from the cache: {from_cache:.0f} s ({from_cache / from_images:.2f} of it), test "
+        f"accuracy {cached_accuracy:.3f}; making the cache took {built:.0f} s, once."
     )
 
 

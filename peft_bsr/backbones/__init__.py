@@ -4,6 +4,7 @@ from peft_bsr.backbones.anatomy import apply_part
 from peft_bsr.backbones.column import Anatomy, Column
 from peft_bsr.backbones.inputs import (
     StockRun,
+    input_shapes,
     probe_inputs,
     quiet,
     relative_error,
@@ -38,6 +39,7 @@ __all__ = [
     "attend",
     "explicit_attention",
     "find_rule",
+    "input_shapes",
     "no_zero_tables",
     "observed_interface",
     "probe",

@@ -1,6 +1,7 @@
 """What training costs: saved activations, FLOPs and time, measured; and the paper's accounting of memory and MACs."""
 
 from peft_bsr.cost.compare import Cost, compare, cost_table
+from peft_bsr.cost.estimate import Estimate, estimate
 from peft_bsr.cost.flops import count_flops
 from peft_bsr.cost.paper import Dimensions, PaperCost, paper_cost
 from peft_bsr.cost.saved import saved_activations
@@ -8,10 +9,12 @@ from peft_bsr.cost.saved import saved_activations
 __all__ = [
     "Cost",
     "Dimensions",
+    "Estimate",
     "PaperCost",
     "compare",
     "cost_table",
     "count_flops",
+    "estimate",
     "paper_cost",
     "saved_activations",
 ]

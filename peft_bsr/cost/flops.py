@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 
 def count_flops(run: Callable[[], Any]) -> int:
@@ -21,6 +21,16 @@ def count_flops(run: Callable[[], Any]) -> int:
     with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
         run()
     return counter.get_total_flops()
+
+
+def flops_of(function: Any, args: Any, kwargs: dict[str, Any], output: Any) -> int:
+    """Those of one operation, from inside of a dispatch mode.
+
+    `FlopCounterMode` beside another mode would keep recomputed blocks alive, by the hooks with which it tells modules.
+    """
+    packet = function._overloadpacket
+    formula = _CPU_ATTENTION.get(packet) or flop_registry.get(packet)
+    return 0 if formula is None else int(formula(*args, **kwargs, out_val=output))
 
 
 def _attention(query: Any, key: Any, value: Any, *_args: Any, out_val: Any = None, **_kwargs: Any) -> int:

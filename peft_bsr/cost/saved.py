@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_bsr.engine import packed_tensors
+from peft_bsr.engine import kept_tensors
 
 
 def saved_activations(model: nn.Module, forward: Callable[[], Tensor]) -> int:
@@ -36,7 +36,9 @@ def saved_activations(model: nn.Module, forward: Callable[[], Tensor]) -> int:
             storages[storage.data_ptr()] = storage
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), packed_tensors() as packed:
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), kept_tensors() as others:
         loss = forward()
     del loss
-    return sum(storage.nbytes() for storage in storages.values()) + sum(tensor.nbytes for tensor in packed)
+    for tensor in others:
+        pack(tensor)
+    return sum(storage.nbytes() for storage in storages.values())

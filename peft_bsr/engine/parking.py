@@ -43,7 +43,7 @@ class Parking:
         """
         for name, parameter in module.named_parameters():
             data = parameter.data
-            if type(data) is not Tensor or data.is_meta or data.nbytes < _SMALLEST or self._is_parked(name, data):
+            if not _is_worth_it(data) or type(data) is not Tensor or data.is_meta or self._is_parked(name, data):
                 continue
             is_known = name in self._mapped and self._fetched.get(name) == (data.data_ptr(), parameter._version)
             try:
@@ -52,6 +52,11 @@ class Parking:
                 logger.warning("base weights stay in memory, %s cannot take them: %s", tempfile.gettempdir(), error)
                 return
             self._mapped[name] = parameter.data
+
+    @staticmethod
+    def takes(module: nn.Module) -> list[Tensor]:
+        """The parameters that `park` would move."""
+        return [parameter for parameter in module.parameters() if _is_worth_it(parameter)]
 
     def fetch(self, module: nn.Module, device: torch.device) -> None:
         """Bring parked parameters back to where they are computed with. On the CPU they are there already."""
@@ -75,6 +80,10 @@ class Parking:
 
     def __reduce__(self) -> tuple[type[Parking], tuple[()]]:
         return Parking, ()
+
+
+def _is_worth_it(data: Tensor) -> bool:
+    return data.nbytes >= _SMALLEST
 
 
 def _map_to_file(data: Tensor) -> Tensor:

@@ -149,13 +149,18 @@ class BSRWeights(nn.Module, BSRLayer):
         trained = (p for module in self.bsr_params.values() for p in module.parameters())
         return next((p.device for p in trained if not p.is_meta), next(self.base_layer.parameters()).device)
 
+    @property
+    def parks_base(self) -> bool:
+        """Whether nothing reads the base module's weights: a trained copy runs in its place."""
+        name = self.carried_adapter
+        return name is not None and not self.merged and not isinstance(self.bsr_params[name], LowRankUpdate)
+
     def place_base(self) -> None:
         """Park the base module's weights if nothing reads them, else have them where the module runs."""
-        name = self.carried_adapter
-        if name is None or self.merged or isinstance(self.bsr_params[name], LowRankUpdate):
-            self.parking.fetch(self.base_layer, self.device)
-        else:
+        if self.parks_base:
             self.parking.park(self.base_layer)
+        else:
+            self.parking.fetch(self.base_layer, self.device)
 
     def _apply(self, fn: Any, recurse: bool = True) -> BSRWeights:
         super()._apply(fn, recurse)

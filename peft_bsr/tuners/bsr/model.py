@@ -73,13 +73,9 @@ class BSRModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Check everything, put trained weights on the leaf modules, then give each block its plan."""
         routers = find_routers(model)
-        column, stock = (routers[0].column, None) if routers else probe(model)
         _warn_of_names(model, list(self.peft_config))
         config: BSRConfig = self.peft_config[adapter_name]
-        requested, self._targets, layout = resolve_targets(model, column, config)
-        with _detached(model, routers):
-            plan = verify_plan(model, column, requested, allowed_modes(config), stock)
-            plan = verify_lean(model, column, plan, stock)
+        column, plan, layout = self._settle(model, config, routers)
         self.peft_config[adapter_name] = _write_down(config, plan, layout)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         for place, saved_name in (config.layout or {}).items():
@@ -99,6 +95,16 @@ class BSRModel(BaseTuner):
         layers = [(name.removeprefix(ROOT), m) for name, m in model.named_modules() if isinstance(m, BSRWeights)]
         parked = [f"{name}.base_layer.{p}" for name, layer in layers for p, _ in layer.base_layer.named_parameters()]
         setattr(model, _IGNORED_BY_DDP, [*parked, *(f"{ROOT}{name}" for name in parked)])
+
+    def _settle(
+        self, model: nn.Module, config: BSRConfig, routers: list[BSRRouter]
+    ) -> tuple[Column, Plan, dict[str, str]]:
+        """What the model is, what will be done to it, checked on itself, and the layout; nothing is changed."""
+        column, stock = (routers[0].column, None) if routers else probe(model)
+        requested, self._targets, layout = resolve_targets(model, column, config)
+        with _detached(model, routers):
+            plan = verify_plan(model, column, requested, allowed_modes(config), stock)
+            return column, verify_lean(model, column, plan, stock), layout
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
         return peft_config

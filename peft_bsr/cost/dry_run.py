@@ -1,0 +1,155 @@
+"""A training step on tensors without memory: every operation runs, no number is computed, each byte is counted.
+
+The tensors are torch's fake ones: they have a shape, a dtype, a device that need not exist, and the very operations of
+the step decide what is made, kept for backward and let go. So what is predicted is what the code does, whatever the
+model, the adapter or the rewrite.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from peft_bsr.cost.flops import flops_of
+from peft_bsr.engine import kept_tensors
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a forward and a backward took, in bytes and FLOPs. The three parts of the peak add up to it.
+
+    Attributes:
+        peak_bytes: Most that was alive at a time, without what was there before (weights, inputs).
+        gradient_bytes: Gradients of parameters alive at the peak.
+        activation_bytes: Kept for backward and alive at the peak.
+        workspace_bytes: The rest at the peak.
+        saved_bytes: Kept for backward, all of it (at the end of the forward).
+        flops: Of forward and backward.
+    """
+
+    peak_bytes: int
+    gradient_bytes: int
+    activation_bytes: int
+    workspace_bytes: int
+    saved_bytes: int
+    flops: int
+
+
+@contextmanager
+def no_memory() -> Iterator[None]:
+    """Tensors made inside have no memory."""
+    with FakeTensorMode():
+        yield
+
+
+def without_memory(model: nn.Module, device: str | torch.device) -> nn.Module:
+    """A copy of `model` whose tensors have no memory. Inside of `no_memory()`.
+
+    Args:
+        model: On any device, also meta.
+        device: Where the copy pretends to be; it need not exist.
+    """
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        empty = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+        memo[id(parameter)] = nn.Parameter(empty, parameter.requires_grad)
+    for buffer in model.buffers():
+        memo[id(buffer)] = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
+    return copy.deepcopy(model, memo)
+
+
+def dry_run(model: nn.Module, forward: Callable[[], Tensor]) -> DryRun:
+    """Forward and backward of a model without memory. Inside of `no_memory()`.
+
+    Args:
+        model: From `without_memory`; its gradients are made.
+        forward: Runs it and gives the loss.
+    """
+    ledger = _Ledger()
+    for tensor in (*model.parameters(), *model.buffers()):
+        ledger.note(tensor, is_new=False)
+    with ledger, kept_tensors() as others:
+        with torch.autograd.graph.saved_tensors_hooks(ledger.keep, lambda tensor: tensor):
+            loss = forward()
+        for tensor in others:
+            ledger.keep(tensor)
+        others.clear()
+        saved_bytes = sum(ledger.sizes[number] for number in ledger.kept)
+        loss.backward()
+    gradients = {ledger.find(p.grad) for p in model.parameters() if p.grad is not None}
+    peak, alive = ledger.peak()
+    parts = [sum(ledger.sizes[n] for n in alive & chosen) for chosen in (gradients, ledger.kept - gradients)]
+    return DryRun(peak, parts[0], parts[1], peak - sum(parts), saved_bytes, ledger.flops)
+
+
+class _Ledger(TorchDispatchMode):
+    """Writes down when memory is taken and given back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []  # number of a storage -> bytes
+        self.events: list[tuple[int, int]] = []  # (number, 1 or -1) in the order of time
+        self.kept: set[int] = set()  # for backward
+        self.flops = 0
+        self._numbers: dict[int, int] = {}  # address of a living storage -> number
+        self._watched: dict[int, Any] = {}
+
+    def note(self, tensor: Tensor, is_new: bool = True) -> None:
+        """Write down the tensor's storage, if it is not yet; an old one takes nothing."""
+        storage = tensor.untyped_storage()
+        address = storage._cdata
+        if address in self._numbers:
+            return
+        number = self._numbers[address] = len(self.sizes)
+        self.sizes.append(storage.nbytes() if is_new else 0)
+        self.events.append((number, 1))
+        self._watched[number] = weakref.ref(storage, partial(self._forget, address, number))
+
+    def find(self, tensor: Any) -> int | None:
+        """Number of the tensor's storage."""
+        return self._numbers.get(tensor.untyped_storage()._cdata)
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        """For autograd: what is saved for backward."""
+        self.note(tensor)
+        self.kept.add(self._numbers[tensor.untyped_storage()._cdata])
+        return tensor
+
+    def peak(self) -> tuple[int, set[int]]:
+        """Most bytes at a time, and the storages that were alive then."""
+        alive: set[int] = set()
+        total = most = 0
+        at_most: set[int] = set()
+        for number, change in self.events:
+            (alive.add if change > 0 else alive.discard)(number)
+            total += change * self.sizes[number]
+            if total > most:
+                most, at_most = total, set(alive)
+        return most, at_most
+
+    def _forget(self, address: int, number: int, _: Any) -> None:
+        self.events.append((number, -1))
+        self._numbers.pop(address, None)
+        self._watched.pop(number, None)
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = function(*args, **(kwargs or {}))
+        self.flops += flops_of(function, args, kwargs or {}, output)
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, Tensor):
+                self.note(leaf)
+        return output
+
+
+__all__ = ["DryRun", "dry_run", "no_memory", "without_memory"]

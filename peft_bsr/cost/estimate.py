@@ -1,0 +1,166 @@
+"""What a training run will take, before it runs and without the model's weights."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from peft import PeftConfig, get_peft_model
+from torch import Tensor, nn
+
+from peft_bsr.backbones import input_shapes, probe_inputs, tensors_of
+from peft_bsr.cost.dry_run import DryRun, dry_run, no_memory, without_memory
+from peft_bsr.cost.twin import SettledModel, on_meta, settle
+from peft_bsr.engine import Parking, Plan
+from peft_bsr.errors import ConfigError
+from peft_bsr.tuners.bsr.config import BSRConfig
+from peft_bsr.tuners.bsr.layer import BSRWeights
+
+OPTIMIZER_STATES = {"adamw": 2, "sgd_momentum": 1, "sgd": 0}  # tensors kept for each trained one
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Predicted memory and compute of a training step. Python, torch and what the kernels hold inside are not in it.
+
+    Attributes:
+        weights_bytes: Parameters and buffers in memory; base weights that are parked in files are not.
+        optimizer_bytes: Its state.
+        gradients_bytes: Gradients of parameters alive at the peak.
+        activations_bytes: Kept for backward and alive at the peak.
+        workspace_bytes: What operations hold while they run, at the peak.
+        saved_bytes: Kept for backward at the end of the forward, the whole batch; see `saved_activations`.
+        training_flops: Of forward and backward, the whole batch.
+        batch_size: Images.
+        trainable_parameters: Number of values that train.
+        plan: What is done to each block, or None without one of our adapters.
+    """
+
+    weights_bytes: int
+    optimizer_bytes: int
+    gradients_bytes: int
+    activations_bytes: int
+    workspace_bytes: int
+    saved_bytes: int
+    training_flops: int
+    batch_size: int
+    trainable_parameters: int
+    plan: Plan | None = None
+
+    @property
+    def total_bytes(self) -> int:
+        """The peak: the sum of the first five."""
+        return sum(getattr(self, name) for name in self._parts())
+
+    def describe(self) -> str:
+        """One line a part, and the peak."""
+        lines = [f"{name.removesuffix('_bytes'):<11}{getattr(self, name) / 2**20:>9.1f} MiB" for name in self._parts()]
+        return "\n".join([*lines, f"{'peak':<11}{self.total_bytes / 2**20:>9.1f} MiB"])
+
+    @classmethod
+    def _parts(cls) -> list[str]:
+        return [field.name for field in fields(cls)][:5]
+
+
+def estimate(
+    model: nn.Module,
+    config: PeftConfig | None = None,
+    *,
+    batch_size: int = 32,
+    image_size: int | None = None,
+    optimizer: str = "adamw",
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    gradient_checkpointing: bool = False,
+) -> Estimate:
+    """Predict what training `model` with an adapter will take, by running a step on tensors without memory.
+
+    Args:
+        model: A vision model of transformers, best without weights: `with torch.device("meta"): Class(config)`. Which
+            of its parameters ask for gradients counts where `config` is None. It is not changed.
+        config: A `BSRConfig`, or any other of PEFT's; None = train what asks for gradients (full fine-tuning).
+        batch_size: Images a step. Default 32.
+        image_size: Pixels. Default the model's.
+        optimizer: `"adamw"`, `"sgd_momentum"` or `"sgd"`. Default `"adamw"`.
+        dtype: Of weights and activations. Default the model's.
+        device: Whose operations are counted; it need not exist here. Default `"cpu"`.
+        gradient_checkpointing: transformers' own (not reentrant), of every block that gradients reach.
+
+    Returns:
+        An `Estimate`.
+
+    Raises:
+        ConfigError: If an argument is out of range, or the config asks for what this model does not allow.
+        UnsupportedModelError: If the model is not a plain vision transformer of transformers.
+
+    Example:
+        >>> from transformers import ViTConfig, ViTForImageClassification
+        >>> with torch.device("meta"):
+        ...     vit = ViTForImageClassification(ViTConfig(num_labels=10))
+        >>> found = estimate(vit, BSRConfig(), batch_size=8)
+        >>> f"{found.saved_bytes / 8 / 2**20:.1f} MiB an image are kept for backward"
+        '18.3 MiB an image are kept for backward'
+    """
+    problems = [
+        f"`{name}={value!r}` must be a whole number of at least 1."
+        for name, value in (("batch_size", batch_size), ("image_size", image_size))
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1)
+    ]
+    if optimizer not in OPTIMIZER_STATES:
+        problems.append(f"`optimizer={optimizer!r}` is unknown. Use one of {', '.join(map(repr, OPTIMIZER_STATES))}.")
+    if problems:
+        raise ConfigError.from_problems("estimate", problems)
+    bare = on_meta(model, image_size, dtype)
+    adapted: nn.Module = bare
+    plan = None
+    if isinstance(config, BSRConfig):
+        settled = settle(bare, config)
+        adapted, plan = SettledModel(bare, copy.deepcopy(config), settled), settled.plan
+    elif config is not None:
+        adapted = get_peft_model(bare, copy.deepcopy(config))
+    if gradient_checkpointing:
+        settings = {"use_reentrant": False, "preserve_rng_state": False}
+        bare.gradient_checkpointing_enable(settings)  # type: ignore[operator]
+    with no_memory():
+        trained = without_memory(adapted, device).train()
+        inputs = probe_inputs(_innermost(trained), batch_size, input_shapes(bare)[-1])
+        run = dry_run(trained, lambda: _loss(trained(**inputs)))
+        return _summarize(trained, run, batch_size, optimizer, plan)
+
+
+def _innermost(model: Any) -> Any:
+    """The model of transformers inside of adapters."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else getattr(model, "model", model)
+
+
+def _loss(output: Any) -> Tensor:
+    outputs = [tensor for tensor in tensors_of(output) if tensor.requires_grad]
+    if not outputs:
+        raise ConfigError("nothing trains: no output of the model depends on a parameter that asks for gradients.")
+    return torch.stack([tensor.float().sum() for tensor in outputs]).sum()
+
+
+def _summarize(model: nn.Module, run: DryRun, batch_size: int, optimizer: str, plan: Plan | None) -> Estimate:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    trained_bytes = sum(p.nbytes for p in trained)
+    layers = (module for module in model.modules() if isinstance(module, BSRWeights))
+    parked = sum(p.nbytes for layer in layers if layer.parks_base for p in Parking.takes(layer.base_layer))
+    parts = (run.gradient_bytes, run.activation_bytes, run.workspace_bytes)
+    # AdamW makes a copy or two of what it updates: of one tensor on the CPU, of all on accelerators (foreach)
+    updated = trained_bytes if trained[0].device.type != "cpu" else 2 * max(p.nbytes for p in trained)
+    update = (trained_bytes, 0, updated if optimizer == "adamw" else 0)
+    return Estimate(
+        sum(t.nbytes for t in (*model.parameters(), *model.buffers())) - parked,
+        OPTIMIZER_STATES[optimizer] * trained_bytes,
+        *max(parts, update, key=sum),
+        saved_bytes=run.saved_bytes,
+        training_flops=run.flops,
+        batch_size=batch_size,
+        trainable_parameters=sum(p.numel() for p in trained),
+        plan=plan,
+    )
+
+
+__all__ = ["OPTIMIZER_STATES", "Estimate", "estimate"]

@@ -1,0 +1,124 @@
+"""Predictions against what is measured."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    Dinov2Config,
+    Dinov2ForImageClassification,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from peft_bsr import BSRConfig, ConfigError, UnsupportedModelError
+from peft_bsr.backbones import tensors_of
+from peft_bsr.cost import count_flops, estimate, saved_activations
+
+SMALL = {"num_hidden_layers": 4, "hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 768}
+SMALL |= {"image_size": 96, "patch_size": 16}
+MODELS = {
+    "vit": lambda: ViTForImageClassification(ViTConfig(**SMALL)),
+    "dinov2": lambda: Dinov2ForImageClassification(Dinov2Config(**SMALL)),
+    "siglip": lambda: SiglipVisionModel(SiglipVisionConfig(**SMALL)),
+}
+CONFIGS = {
+    "full": lambda: None,
+    "lora": lambda: LoraConfig(target_modules=["q_proj", "v_proj"]),
+    "stock": lambda: BSRConfig(trainable_blocks=[1, 3], lean="off"),
+    "exact": lambda: BSRConfig(trainable_blocks=[1, 3]),
+    "max": lambda: BSRConfig(trainable_blocks=[1, 3], lean="max"),
+    "int8": lambda: BSRConfig(trainable_blocks=[1, 3], saved_activations="int8"),
+    "lora in blocks": lambda: BSRConfig(trainable_blocks=[1, 3], trainable="lora"),
+    "all tokens": lambda: BSRConfig(trainable_blocks="last:2", reduction_blocks=[]),
+    "full view": lambda: BSRConfig(trainable_blocks=[1, 3], mode="full_view"),
+}
+
+
+def on_meta(make) -> torch.nn.Module:
+    with torch.device("meta"):
+        return make()
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("model", MODELS)
+def test_saved_activations_and_flops_are_those_of_the_real_step(model, config):
+    found = estimate(on_meta(MODELS[model]), CONFIGS[config](), batch_size=3)
+    real = MODELS[model]()
+    if CONFIGS[config]() is not None:
+        real = get_peft_model(real, CONFIGS[config]())
+    real.train()
+    images = torch.randn(3, 3, 96, 96)
+
+    def loss() -> torch.Tensor:
+        return sum(t.float().sum() for t in tensors_of(real(pixel_values=images)) if t.requires_grad)
+
+    assert found.saved_bytes == pytest.approx(saved_activations(real, loss), rel=0.02)
+    assert found.training_flops == pytest.approx(count_flops(lambda: loss().backward()), rel=1e-6)
+    assert found.trainable_parameters == sum(p.numel() for p in real.parameters() if p.requires_grad)
+    if config in ("stock", "exact", "max", "int8"):
+        assert found.plan == real.base_model.plan()
+
+
+def test_weights_optimizer_and_gradients_are_counted_by_hand():
+    trained = sum(p.numel() for p in MODELS["vit"]().parameters())
+    for optimizer, states in (("adamw", 2), ("sgd_momentum", 1), ("sgd", 0)):
+        found = estimate(on_meta(MODELS["vit"]), batch_size=1, optimizer=optimizer)
+        assert found.optimizer_bytes == states * trained * 4
+        assert found.weights_bytes == trained * 4
+        parts = found.weights_bytes + found.optimizer_bytes + found.gradients_bytes
+        assert found.total_bytes == parts + found.activations_bytes + found.workspace_bytes
+        assert found.total_bytes >= (2 + states) * trained * 4
+    half = estimate(on_meta(MODELS["vit"]), batch_size=1, dtype=torch.bfloat16)
+    assert half.weights_bytes == trained * 2
+    parked = estimate(on_meta(MODELS["vit"]), BSRConfig(trainable_blocks=[1, 3]), batch_size=1)
+    assert parked.weights_bytes <= 1.02 * trained * 4
+
+
+def test_checkpointing_keeps_little_and_computes_more():
+    stock = estimate(on_meta(MODELS["vit"]), batch_size=8)
+    checkpointed = estimate(on_meta(MODELS["vit"]), batch_size=8, gradient_checkpointing=True)
+    assert checkpointed.saved_bytes < 0.2 * stock.saved_bytes
+    assert checkpointed.total_bytes < stock.total_bytes
+    assert 1.15 < checkpointed.training_flops / stock.training_flops < 1.35
+
+
+def test_larger_images_batches_and_a_device_that_is_not_there():
+    small, large = (estimate(on_meta(MODELS["vit"]), BSRConfig(), batch_size=2, image_size=s) for s in (96, 192))
+    assert 3.5 < large.training_flops / small.training_flops < 5
+    again = estimate(on_meta(MODELS["vit"]), BSRConfig(), batch_size=4)
+    assert again.saved_bytes == pytest.approx(2 * small.saved_bytes, rel=0.01)
+    assert "peak" in again.describe()
+
+
+def test_the_model_is_left_as_it_was():
+    model = MODELS["vit"]()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("classifier" in name)
+    before = {name: (p.clone(), p.requires_grad) for name, p in model.named_parameters()}
+    found = estimate(model, batch_size=2)
+    assert found.trainable_parameters == sum(p.numel() for p in model.classifier.parameters())
+    estimate(model, BSRConfig(), batch_size=2)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name][0]) and parameter.requires_grad == before[name][1]
+
+
+def test_bad_questions_are_answered_in_words():
+    model = on_meta(MODELS["vit"])
+    with pytest.raises(ConfigError, match="`batch_size=0` must be a whole number"):
+        estimate(model, batch_size=0)
+    with pytest.raises(ConfigError, match=r"`optimizer='lion'` is unknown. Use one of 'adamw', 'sgd_momentum', 'sgd'"):
+        estimate(model, optimizer="lion")
+    with pytest.raises(ConfigError, match="asks for block 11, but this model has 4 blocks"):
+        estimate(model, BSRConfig(trainable_blocks=[11]))
+    with pytest.raises(UnsupportedModelError, match="has no config"):
+        estimate(torch.nn.Linear(2, 2))
+    with pytest.raises(UnsupportedModelError, match="cannot be made from its config"):
+        estimate(get_peft_model(MODELS["vit"](), BSRConfig()))
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    with pytest.raises(ConfigError, match="nothing trains"):
+        estimate(model)

@@ -1,5 +1,6 @@
 """What training costs: saved activations, FLOPs and time, measured; and the paper's accounting of memory and MACs."""
 
+from peft_bsr.cost.budget import BudgetPlan, parse_size, plan_for_budget
 from peft_bsr.cost.compare import Cost, compare, cost_table
 from peft_bsr.cost.estimate import Estimate, estimate
 from peft_bsr.cost.flops import count_flops
@@ -7,6 +8,7 @@ from peft_bsr.cost.paper import Dimensions, PaperCost, paper_cost
 from peft_bsr.cost.saved import saved_activations
 
 __all__ = [
+    "BudgetPlan",
     "Cost",
     "Dimensions",
     "Estimate",
@@ -16,5 +18,7 @@ __all__ = [
     "count_flops",
     "estimate",
     "paper_cost",
+    "parse_size",
+    "plan_for_budget",
     "saved_activations",
 ]

@@ -139,11 +139,13 @@ class RoutedBlock(nn.Module):
         reduction = plan.reduction
         run = BlockRun(route, None if reduction is None else reduction.score)
         earlier, router.carrier.inside = router.carrier.inside, run
-        saving = saved_in_int8(self, _fewest_values(router.column, plan, route, hidden_states), (args, kwargs))
+        saving: Any = nullcontext()
+        if plan.int8:
+            saving = saved_in_int8(self, _fewest_values(router.column, plan, route, hidden_states), (args, kwargs))
         try:
             with (
                 router.scorer.watching(None if reduction is None else router.column.scores_from),
-                saving if plan.int8 else nullcontext(),
+                saving,
             ):
                 output, origins = forward_block(
                     self, stock, router.column, router.follower, plan, run, hidden_states, args, kwargs
@@ -231,7 +233,7 @@ def _fewest_values(column: Column, plan: BlockPlan, route: Route, hidden_states:
     rate = 1.0 if plan.reduction is None else plan.reduction.keep_rate
     share = min(rate, 1 - rate) * 0.9 if rate < 1 else 1.0
     numbers = max(share * hidden_states.shape[-1], 2 * (column.num_heads or 0))
-    return len(hidden_states) * route.num_tokens * numbers
+    return hidden_states.shape[0] * route.num_tokens * numbers
 
 
 def _pass_by(router: BlockRouter, hidden_states: Tensor) -> Any:

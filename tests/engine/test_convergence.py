@@ -22,10 +22,12 @@ def test_losses_are_equal_exactly_or_nearly():
     if FOLDER is None or not all((Path(FOLDER) / name).exists() for name in NEEDED):
         pytest.skip(f"PEFT_BSR_DATA={FOLDER!r} is not a folder with {' and '.join(NEEDED)}")
     curves = {level: loss_curve(Path(FOLDER), 200, **LEVELS[level]) for level in LEVELS}
+    nudged = loss_curve(Path(FOLDER), 200, nudge=1e-7, **LEVELS["stock"])
     stock = curves["stock"]
     assert statistics.mean(stock[-50:]) < 0.6 * statistics.mean(stock[:10]), "it learns"
-    for level in ("exact", "max"):
-        assert max(abs(a - b) for a, b in zip(curves[level][:20], stock[:20], strict=True)) < 1e-3
-        assert statistics.mean(curves[level][-50:]) == pytest.approx(statistics.mean(stock[-50:]), rel=0.01)
+    for number in (20, 200):
+        noise = max(abs(a - b) for a, b in zip(nudged[:number], stock[:number], strict=True))
+        for level in ("exact", "max"):
+            assert max(abs(a - b) for a, b in zip(curves[level][:number], stock[:number], strict=True)) <= 10 * noise
     for level in ("exact, int8", "max, int8"):
         assert statistics.mean(curves[level]) == pytest.approx(statistics.mean(stock), rel=0.01)

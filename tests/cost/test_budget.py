@@ -1,0 +1,123 @@
+"""Plans for a budget: what is chosen fits, when it is really run."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import ViTConfig, ViTForImageClassification
+
+from peft_bsr import ConfigError
+from peft_bsr.cost import BudgetPlan, parse_size, plan_for_budget
+
+VIT = {"num_hidden_layers": 4, "hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 1024}
+BATCH = 16
+
+# a process whose resident set is measured: what the training adds to what was there before the model
+RUN = """
+import ctypes, gc, json, sys
+from pathlib import Path
+import torch
+from peft import get_peft_model
+from transformers import ViTConfig, ViTForImageClassification
+from peft_bsr import BSRConfig
+
+def status(key):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key)) * 1024
+
+torch.set_num_threads(1)
+question = json.loads(sys.argv[1])
+
+def run(config, checkpointing, batch, steps):
+    torch.manual_seed(0)
+    model = inner = ViTForImageClassification(ViTConfig(**question["vit"]))
+    if config is not None:
+        model = get_peft_model(model, BSRConfig(**config))
+    if checkpointing:
+        inner.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    images = torch.randn(batch, 3, 224, 224)
+    gc.collect()
+    for _ in range(steps):
+        model(pixel_values=images).logits.sum().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+run(question["config"], question["checkpointing"], 1, 1)  # libraries load what they need
+gc.collect()
+ctypes.CDLL("libc.so.6").malloc_trim(0)
+before = status("RssAnon")
+Path("/proc/self/clear_refs").write_text("5")
+high = status("VmHWM")
+run(question["config"], question["checkpointing"], question["batch"], 2)
+print(json.dumps({"rise": status("VmHWM") - high, "before": before}))
+"""
+
+
+def vit() -> torch.nn.Module:
+    with torch.device("meta"):
+        return ViTForImageClassification(ViTConfig(**VIT))
+
+
+def measured_rise(plan: BudgetPlan) -> int:
+    config = (
+        None
+        if plan.config is None
+        else {
+            name: getattr(plan.config, name)
+            for name in ("trainable_blocks", "reduction_blocks", "keep_rate", "trainable", "lean", "saved_activations")
+        }
+    )
+    question = {"vit": VIT, "config": config, "checkpointing": plan.gradient_checkpointing, "batch": BATCH}
+    result = subprocess.run(
+        [sys.executable, "-c", RUN, json.dumps(question)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072", "HF_HUB_OFFLINE": "1"},
+    )
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])["rise"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
+@pytest.mark.parametrize("memory", ["300MB", "150MB", "120MB", "70MB", "52MB"])
+def test_what_is_chosen_fits_when_it_is_run(memory):
+    plan = plan_for_budget(vit(), memory, batch_size=BATCH, limit=1)[0]
+    predicted = plan.estimate.total_bytes
+    assert predicted <= parse_size(memory)
+    images = BATCH * 3 * 224 * 224 * 4  # not part of the estimate
+    found = measured_rise(plan) - images
+    assert found <= parse_size(memory), plan.describe()
+    assert found == pytest.approx(predicted, rel=0.1, abs=8e6), plan.describe()
+
+
+def test_more_memory_gives_up_less():
+    plans = plan_for_budget(vit(), "10GB", batch_size=BATCH)
+    assert plans[0].config is None and not plans[0].gradient_checkpointing
+    assert all(plan.estimate.total_bytes <= 10**10 for plan in plans)
+    assert len({plan.gives_up for plan in plans}) == len(plans) == 8
+    small = plan_for_budget(vit(), 10**8, batch_size=BATCH)
+    assert len(small) < len(plans) and small[0].config is not None
+    assert "gives up: " in small[0].describe() and "BSRConfig(" in small[0].describe()
+
+
+def test_too_little_names_the_smallest():
+    with pytest.raises(ConfigError, match=r"`memory='10MB'` is too little .* The smallest plan takes \d+ MiB") as error:
+        plan_for_budget(vit(), "10MB", batch_size=4)
+    assert "trainable='lora'" in str(error.value)
+
+
+@pytest.mark.parametrize("memory", ["2 gigs", "-1", 0, True, None, "1.5.2GB"])
+def test_sizes_that_are_none(memory):
+    with pytest.raises(ConfigError, match="is not understood"):
+        parse_size(memory)
+
+
+def test_sizes():
+    assert [parse_size(s) for s in ("2GB", "2 GiB", "1.5KB", 7, "512")] == [2 * 10**9, 2**31, 1500, 7, 512]

@@ -337,8 +337,8 @@ def convergence(args: argparse.Namespace) -> str:
             rows[-1].append(verdict(f"{largest:.1e}", largest, 10 * limit if level in ("exact", "max") else None))
     return table(rows) + (
         "\n\nViT-Ti/16, CIFAR-10 at 224 px, 10 new classes, batch 16, AdamW 5e-4, the same batches. Nudged: trained "
-        "weights multiplied by 1 + 1e-7 x noise, to see how far rounding alone carries; the bar of exact and max is ten "
-        "times that, the bar of int8 is 1 % of the mean loss."
+        "weights multiplied by 1 + 1e-7 x noise, to see how far rounding alone carries; the bar of exact and max is "
+        "ten times that, the bar of int8 is 1 % of the mean loss."
     )
 
 

@@ -5,7 +5,7 @@ from peft_bsr.cost.compare import Cost, compare, cost_table
 from peft_bsr.cost.estimate import Estimate, estimate
 from peft_bsr.cost.flops import count_flops
 from peft_bsr.cost.paper import Dimensions, PaperCost, paper_cost
-from peft_bsr.cost.saved import saved_activations
+from peft_bsr.cost.saved import saved_activations, saved_by_module
 
 __all__ = [
     "BudgetPlan",
@@ -21,4 +21,5 @@ __all__ = [
     "parse_size",
     "plan_for_budget",
     "saved_activations",
+    "saved_by_module",
 ]

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from peft_bsr.cost.flops import flops_of
-from peft_bsr.engine import kept_tensors
+from peft_bsr.engine import watch_kept
 
 
 @dataclass(frozen=True)
@@ -79,12 +79,9 @@ def dry_run(model: nn.Module, forward: Callable[[], Tensor]) -> DryRun:
     ledger = _Ledger()
     for tensor in (*model.parameters(), *model.buffers()):
         ledger.note(tensor, is_new=False)
-    with ledger, kept_tensors() as others:
+    with ledger, watch_kept(ledger.keep):
         with torch.autograd.graph.saved_tensors_hooks(ledger.keep, lambda tensor: tensor):
             loss = forward()
-        for tensor in others:
-            ledger.keep(tensor)
-        others.clear()
         saved_bytes = sum(ledger.sizes[number] for number in ledger.kept)
         loss.backward()
     gradients = {ledger.find(p.grad) for p in model.parameters() if p.grad is not None}
@@ -124,7 +121,7 @@ class _Ledger(TorchDispatchMode):
         """For autograd: what is saved for backward."""
         self.note(tensor)
         self.kept.add(self._numbers[tensor.untyped_storage()._cdata])
-        return tensor
+        return tensor.detach()
 
     def peak(self) -> tuple[int, set[int]]:
         """Most bytes at a time, and the storages that were alive then."""

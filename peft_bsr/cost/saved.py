@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from peft_bsr.engine import kept_tensors
+from peft_bsr.engine import watch_kept
 
 
 def saved_activations(model: nn.Module, forward: Callable[[], Tensor]) -> int:
@@ -27,18 +29,51 @@ def saved_activations(model: nn.Module, forward: Callable[[], Tensor]) -> int:
         >>> saved_activations(layer, lambda: layer(torch.randn(3, 4)).sum())  # its input: 3 x 4 x 4 bytes
         48
     """
+    return sum(saved_by_module(model, forward).values())
+
+
+def saved_by_module(model: nn.Module, forward: Callable[[], Tensor]) -> dict[str, int]:
+    """`saved_activations` by the module that was running when a storage was first saved.
+
+    Args:
+        model: See `saved_activations`.
+        forward: See `saved_activations`.
+
+    Returns:
+        Name of the innermost module -> bytes, in the order of the forward; `""` is the model itself or what runs
+        outside of it.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 2), torch.nn.ReLU())
+        >>> saved_by_module(model, lambda: model(torch.randn(3, 4)).sum())  # the input, and the output of ReLU
+        {'0': 48, '1': 24}
+    """
     persistent = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     storages: dict[int, Any] = {}  # the storage is held, so that its address cannot be given away while we count
+    saved: defaultdict[str, int] = defaultdict(int)
+    names = {module: name for name, module in model.named_modules()}
+    running = [""]
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in persistent:
+        if storage.data_ptr() not in persistent and storage.data_ptr() not in storages:
             storages[storage.data_ptr()] = storage
-        return tensor
+            saved[running[-1]] += storage.nbytes()
+        return tensor.detach()  # itself it would hold the graph that holds it, unseen by the garbage collector
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), kept_tensors() as others:
-        loss = forward()
+    def enter(module: nn.Module, _: Any) -> None:
+        running.append(names.get(module, running[-1]))
+
+    def leave(*_: Any) -> None:
+        running.pop()
+
+    # hooks on the modules themselves would keep lean blocks from running lean
+    handles = (register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True))
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), watch_kept(pack):
+            loss = forward()
+    finally:
+        for handle in handles:
+            handle.remove()
     del loss
-    for tensor in others:
-        pack(tensor)
-    return sum(storage.nbytes() for storage in storages.values())
+    return dict(saved)

@@ -1,7 +1,7 @@
 """Plan, and the runner that makes a model's blocks follow it along a route."""
 
 from peft_bsr.engine.entry import run_from, run_until
-from peft_bsr.engine.int8 import kept_tensors
+from peft_bsr.engine.int8 import watch_kept
 from peft_bsr.engine.parking import Parking
 from peft_bsr.engine.plan import BlockPlan, Lean, Mode, Plan, ReduceAt, Reduction
 from peft_bsr.engine.record import find_carrier, record_routes
@@ -21,10 +21,10 @@ __all__ = [
     "attach_router",
     "detach_router",
     "find_carrier",
-    "kept_tensors",
     "record_routes",
     "run_from",
     "run_until",
     "verify_lean",
     "verify_plan",
+    "watch_kept",
 ]

@@ -9,7 +9,7 @@ attention weights, and everything smaller than a token tensor (statistics).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ _CHUNK = 2**20  # numbers rounded at a time, so that the noise takes little memo
 
 _BF16_ROUNDING = 2.0**-8  # a bf16 is that near to what it was rounded from
 
-_kept: ContextVar[list[Tensor] | None] = ContextVar("kept", default=None)
+_watcher: ContextVar[Callable[[Tensor], Any] | None] = ContextVar("watcher", default=None)
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def saved_in_int8(block: nn.Module, num_values: float, arguments: Any) -> Iterat
         storage = tensor.untyped_storage()
         if StorageWeakRef(storage) in exact:
             _note(tensor)
-            return tensor
+            return tensor.detach()  # itself it would hold the graph that holds it, if no backward comes
         if (
             not tensor.is_floating_point()
             or tensor.numel() < num_values
@@ -93,7 +93,8 @@ def saved_in_int8(block: nn.Module, num_values: float, arguments: Any) -> Iterat
             or tuple(sorted(tensor.shape)) in shapes
         ):
             # a piece of a larger tensor (the class token's query) would keep the whole of it
-            kept = tensor.detach().clone() if 2 * tensor.nbytes < storage.nbytes() else tensor
+            kept = tensor.detach()
+            kept = kept.clone() if 2 * tensor.nbytes < storage.nbytes() else kept
             _note(kept)
             return kept
         dense = tensor if _is_dense(tensor) else tensor.contiguous()
@@ -118,19 +119,19 @@ def saved_in_int8(block: nn.Module, num_values: float, arguments: Any) -> Iterat
 
 
 @contextmanager
-def kept_tensors() -> Iterator[list[Tensor]]:
-    """Collects what `saved_in_int8` keeps, packed or as it is: hooks further out do not see it."""
-    found: list[Tensor] = []
-    token = _kept.set(found)
+def watch_kept(note: Callable[[Tensor], Any]) -> Iterator[None]:
+    """Calls `note` with what `saved_in_int8` keeps, packed or as it is: hooks further out do not see it."""
+    token = _watcher.set(note)
     try:
-        yield found
+        yield
     finally:
-        _kept.reset(token)
+        _watcher.reset(token)
 
 
 def _note(*tensors: Tensor) -> None:
-    if (ledger := _kept.get()) is not None:
-        ledger.extend(tensors)
+    note = _watcher.get()
+    for tensor in tensors if note is not None else ():
+        note(tensor)  # type: ignore[misc]
 
 
 def _tensors_in(value: Any) -> list[Tensor]:
@@ -157,4 +158,4 @@ def _group_size(tensor: Tensor) -> int:
     return next((size for size in range(_GROUP, 15, -1) if innermost % size == 0), innermost)
 
 
-__all__ = ["PackedTensor", "kept_tensors", "saved_in_int8"]
+__all__ = ["PackedTensor", "saved_in_int8", "watch_kept"]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_bsr.backbones import Column, StockRun, no_zero_tables, probe_inputs, quiet, run_stock, tensors_of, tolerance
-from peft_bsr.engine.int8 import kept_tensors
+from peft_bsr.engine.int8 import watch_kept
 from peft_bsr.engine.plan import BlockPlan, Plan
 from peft_bsr.engine.verify import routed
 
@@ -84,11 +84,10 @@ def _is_equal(model: nn.Module, column: Column, index: int, candidate: BlockPlan
         with routed(model, column, Plan(tuple(blocks)), start_at=index, like=hidden), _in_training(block) as parameters:
             tokens = hidden.detach().clone().requires_grad_()
             kept: dict[int, int] = {}
-            counting = torch.autograd.graph.saved_tensors_hooks(partial(_count, kept), lambda t: t)
-            with no_zero_tables(block), counting, kept_tensors() as others_kept:
+            count = partial(_count, kept)
+            counting = torch.autograd.graph.saved_tensors_hooks(count, lambda t: t)
+            with no_zero_tables(block), counting, watch_kept(count):
                 output = tensors_of(block(tokens, *others, **kwargs))[0][:, :num_queries]
-            for tensor in others_kept:
-                _count(kept, tensor)
             saved.append(sum(kept.values()))
             weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output)
             gradients = torch.autograd.grad((output * weights).sum(), [tokens, *parameters], allow_unused=True)
@@ -119,7 +118,7 @@ def _is_equal(model: nn.Module, column: Column, index: int, candidate: BlockPlan
 def _count(kept: dict[int, int], tensor: Tensor) -> Tensor:
     storage = tensor.untyped_storage()
     kept[storage.data_ptr()] = storage.nbytes()
-    return tensor
+    return tensor.detach()
 
 
 @contextmanager

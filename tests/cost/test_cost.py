@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from peft import get_peft_model
 from torch import nn
 
 from peft_bsr import BSRConfig
-from peft_bsr.cost import compare, cost_table, count_flops, saved_activations
+from peft_bsr.cost import compare, cost_table, count_flops, saved_activations, saved_by_module
 
 
 def test_each_storage_counts_once_and_parameters_never():
@@ -60,3 +63,34 @@ def test_the_table_states_its_conditions(make_model):
     assert "| 1.00 |" in table
     for condition in ("CPU", "float32", "batch 2", "(32, 32) px", f"torch {torch.__version__}", "transformers"):
         assert condition in table
+
+
+@pytest.mark.parametrize("lean", ["off", "exact", "max"])
+def test_saved_by_module_adds_up_and_leaves_lean_blocks_lean(lean, make_model, images):
+    model = get_peft_model(make_model("vit"), BSRConfig(trainable_blocks=[1, 3], lean=lean)).train()
+
+    def loss() -> torch.Tensor:
+        return model(pixel_values=images).logits.sum()
+
+    found = saved_by_module(model, loss)
+    assert sum(found.values()) == saved_activations(model, loss)
+    column = model.base_model.column
+    blocks = {i: sum(v for n, v in found.items() if f"{column.blocks[i]}." in f"{n}.") for i in range(4)}
+    assert blocks[0] == 0 and min(blocks[1], blocks[2], blocks[3]) > 0
+
+
+@pytest.mark.parametrize("settings", [{"lean": "off"}, {"lean": "max"}, {"saved_activations": "int8"}])
+def test_a_forward_without_backward_is_let_go(settings, make_model, images):
+    model = get_peft_model(make_model("vit"), BSRConfig(trainable_blocks=[1, 3], **settings)).train()
+    alive = []
+
+    def loss() -> torch.Tensor:
+        alive[:] = [weakref.ref(output := model(pixel_values=images).logits)]
+        return output.sum()
+
+    saved_activations(model, loss)
+    gc.collect()
+    assert alive[0]() is None
+    loss()
+    gc.collect()
+    assert alive[0]() is None

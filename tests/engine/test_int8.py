@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,13 +16,20 @@ from transformers import ViTConfig, ViTForImageClassification
 from peft_bsr import BSRConfig
 from peft_bsr.backbones import tensors_of
 from peft_bsr.cost import saved_activations
-from peft_bsr.engine.int8 import PackedTensor, kept_tensors, saved_in_int8
+from peft_bsr.engine.int8 import PackedTensor, saved_in_int8, watch_kept
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "contract"))
 
 from families import SUPPORTED, run_batch
 
 FAMILIES = ["vit", "clip", "siglip", "dinov2", "dinov3", "beit", "vivit"]
+
+
+@contextmanager
+def collected():
+    found: list[torch.Tensor] = []
+    with watch_kept(found.append):
+        yield found
 
 
 def codes(kept: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -57,7 +65,7 @@ def test_equal_numbers_and_numbers_that_are_none():
 
 def test_a_tensor_is_packed_once_per_version_and_its_views_share():
     tokens = torch.randn(2, 9, 64, requires_grad=True)
-    with saved_in_int8(nn.Identity(), 1, ()), kept_tensors() as packed:
+    with saved_in_int8(nn.Identity(), 1, ()), collected() as packed:
         hidden = tokens * 1.0
         _ = hidden * hidden
         _ = hidden.transpose(1, 2).exp().reshape(-1) @ hidden.view(-1)
@@ -82,7 +90,7 @@ def test_what_is_not_an_activation_is_left_alone():
     layer = nn.Linear(64, 64)
     mask = torch.randn(1, 1, 9, 64)
     tokens = torch.randn(2, 9, 64, requires_grad=True)
-    with saved_in_int8(layer, tokens.numel(), {"mask": (mask,)}), kept_tensors() as packed:
+    with saved_in_int8(layer, tokens.numel(), {"mask": (mask,)}), collected() as packed:
         hidden = layer(tokens)
         outputs = [hidden.square(), hidden * mask, hidden.mean(-1).exp(), hidden.sort(-1).values]
         outputs.append(torch.softmax(torch.randn(2, 64, 64, requires_grad=True), -1))
@@ -137,7 +145,7 @@ def test_the_counter_sees_what_is_packed(lean):
 def test_inside_checkpointing_nothing_is_packed():
     model = vit(saved_activations="int8")
     model.base_model.model.gradient_checkpointing_enable({"use_reentrant": False})
-    with kept_tensors() as packed:
+    with collected() as packed:
         model(**BATCH).logits.sum().backward()
     assert not packed
     expected = vit()
@@ -150,7 +158,7 @@ def test_inside_checkpointing_nothing_is_packed():
 def test_evaluation_packs_nothing_and_outputs_do_not_change():
     model, stock = vit(saved_activations="int8"), vit()
     assert torch.equal(model(**BATCH).logits, stock(**BATCH).logits)
-    with kept_tensors() as packed, torch.no_grad():
+    with collected() as packed, torch.no_grad():
         assert torch.equal(model.eval()(**BATCH).logits, stock.eval()(**BATCH).logits)
         model.eval()(**BATCH)
     assert not packed
@@ -161,7 +169,7 @@ def test_autocast_packs_activations_and_no_weights():
     expected = vit(lean="off")
     images = torch.randn(5, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     for each in (model, expected):
-        with torch.autocast("cpu", torch.bfloat16), kept_tensors() as packed:
+        with torch.autocast("cpu", torch.bfloat16), collected() as packed:
             loss = each(pixel_values=images).logits.float().sum()
         loss.backward()
         assert (len(codes(packed)) > 10) == (each is model)

@@ -64,13 +64,15 @@ def run_lean_attention(
     if (tables is not None and (rotate is None or lean.num_queries)) or (mask is not None and lean.num_queries):
         return None
 
+    score = run.score  # not `run`: the graph that its scores hold would hold it by this function, for ever
+
     def mix(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         heads = [t.unflatten(2, (column.num_heads, -1)).transpose(1, 2) for t in (query, key, value)]
         if tables is not None and rotate is not None:
             heads[:2] = rotate(*heads[:2], *tables)
         q, k, v = heads
         mixed = attend(attention, column.scores_from, q, k, v, mask, column.scaling)
-        return (mixed,) if run.score is None else (mixed, token_scores(run.score, q, k, column.scaling, mask))
+        return (mixed,) if score is None else (mixed, token_scores(score, q, k, column.scaling, mask))
 
     if lean.save_products:
         query, key, value = (Affine.of(p) for p in projections)
@@ -84,7 +86,7 @@ def run_lean_attention(
 
         parameters = [p for module in (norm, *projections) for p in (module.weight, module.bias)]
         results = recomputed(project_and_mix, tokens, *parameters)
-    if run.score is not None:
+    if score is not None:
         run.token_scores = results[1]
     projected: Tensor = output(results[0])
     return projected

@@ -17,6 +17,7 @@ from peft_bsr.tuners.bsr.config import BSRConfig
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?i?B?)\s*", re.IGNORECASE)
 
+_MARGIN = 1.05  # what kernels and the allocator take by themselves; up to 3 % was measured
 _HALVES = "half of the tokens go, 3 times"
 # what trains and how many tokens stay, what gives up least first
 _SETTINGS: tuple[tuple[dict[str, Any] | None, str], ...] = (
@@ -85,7 +86,7 @@ def plan_for_budget(
     device: str = "cpu",
     limit: int | None = None,
 ) -> list[BudgetPlan]:
-    """Ways to train `model` whose predicted peak fits, the one that gives up least first.
+    """Ways to train `model` whose predicted peak and 5 % more fit, the one that gives up least first.
 
     For every choice of trained blocks and tokens there is at most one, the one of fewest FLOPs among those that fit
     (lean blocks, checkpointing, 8 bits). The order is by how much trains and how many tokens stay, not by accuracy:
@@ -113,8 +114,8 @@ def plan_for_budget(
         >>> from transformers import ViTConfig, ViTForImageClassification
         >>> with torch.device("meta"):
         ...     vit = ViTForImageClassification(ViTConfig(num_labels=10))
-        >>> plan_for_budget(vit, "0.7GB", batch_size=8, limit=1)[0].config.keep_rate
-        0.7
+        >>> plan_for_budget(vit, "0.7GB", batch_size=8, limit=1)[0].gives_up
+        '3 blocks of 4 stay frozen; first products are computed twice; gradients off by 1 %'
     """
     budget = parse_size(memory)
     settings: dict[str, Any] = {
@@ -132,7 +133,7 @@ def plan_for_budget(
             plan = BudgetPlan(config, checkpointing, cost, "; ".join(filter(None, (gives_up, price))))
             if smallest is None or cost.total_bytes < smallest.estimate.total_bytes:
                 smallest = plan
-            if cost.total_bytes <= budget:
+            if cost.total_bytes * _MARGIN <= budget:
                 fitting.append(plan)
         if fitting:
             found.append(min(fitting, key=lambda plan: plan.estimate.training_flops))

@@ -54,7 +54,7 @@ from transformers import (
 
 from peft_bsr import BSRConfig, FeatureCache
 from peft_bsr.backbones import probe_inputs, tensors_of
-from peft_bsr.cost import count_flops, saved_activations
+from peft_bsr.cost import TrainingStep, count_flops, saved_activations
 
 warnings.filterwarnings("ignore", category=FutureWarning)
 
@@ -170,7 +170,7 @@ def times(args: argparse.Namespace) -> str:
     models = {"full fine-tuning": vit(args.device).train()}
     models |= {f"BSR {level}": bsr(args.device, **lean) for level, lean in LEVELS.items()}
     batch = random_batch(args.batch_size, args.device)
-    steps = {name: Step(model, batch) for name, model in models.items()}
+    steps = {name: TrainingStep(model, batch) for name, model in models.items()}
     for step in steps.values():
         step.seconds()
     taken: dict[str, list[float]] = {name: [] for name in steps}
@@ -209,7 +209,7 @@ def cache_epoch(args: argparse.Namespace) -> str:
                     for name, data in (("images", images), ("cache", cache)):
                         taken[name].append(epoch_seconds(model, data, args))
                 batches = (next(iter(DataLoader(data, args.batch_size))) for data in (images, cache))
-                whole, behind = (count_flops(Step(model, batch)) for batch in batches)
+                whole, behind = (count_flops(TrainingStep(model, batch)) for batch in batches)
         whole_s, cache_s = (statistics.median(values) for values in taken.values())
         bar = 0.5 if plan == "last 4, reduce after 7" else None
         ratio = verdict(f"{cache_s / whole_s:.3f}", cache_s / whole_s, bar)
@@ -225,7 +225,7 @@ def epoch_seconds(model: nn.Module, data: Any, args: argparse.Namespace) -> floa
     """Of training on all of `data`."""
     begin = time.perf_counter()
     for batch in DataLoader(data, args.batch_size, shuffle=True):
-        Step(model, {name: value.to(args.device) for name, value in batch.items()})()
+        TrainingStep(model, {name: value.to(args.device) for name, value in batch.items()})()
     return time.perf_counter() - begin
 
 
@@ -375,29 +375,6 @@ def loss_curve(data: Path, steps: int, nudge: float = 0.0, **settings: Any) -> l
         optimizer.zero_grad()
         losses.append(loss.item())
     return losses
-
-
-class Step:
-    """One training step that leaves the weights alone (learning rate 0)."""
-
-    def __init__(self, model: nn.Module, batch: dict[str, Tensor]) -> None:
-        self.model, self.batch = model, batch
-        self.optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
-
-    def __call__(self) -> None:
-        """Forward, backward, update."""
-        self.model(**self.batch).loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def seconds(self) -> float:
-        """Of one call."""
-        synchronize = torch.cuda.synchronize if self.batch["labels"].is_cuda else lambda: None
-        synchronize()
-        begin = time.perf_counter()
-        self()
-        synchronize()
-        return time.perf_counter() - begin
 
 
 def vit(device: str) -> nn.Module:

@@ -22,21 +22,16 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Tr
 from peft_bsr import BSRConfig, FeatureCache
 
 sys.path.insert(0, str(Path(__file__).parent))
-from quickstart import find_model, image_size_of, load_images, to_model_inputs
+from quickstart import find_model, image_size_of, load_images, make_parser, to_model_inputs
 
 console = Console()
 
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="Hub id or folder of an image model (default: DINOv2-small or its stand-in)")
-    parser.add_argument("--dataset", help="Hub id, .parquet file or folder of images by class (default: digits)")
-    parser.add_argument("--image-size", type=int, help="pixels (default: 112 for the default model, else the model's)")
+    parser = make_parser(__doc__)
     parser.add_argument("--trainable-blocks", default="last:4", help='"every:n" or "last:n" (default last:4)')
     parser.add_argument("--epochs", type=float, default=2, help="default 2")
-    parser.add_argument("--batch-size", type=int, default=32, help="images a step (default 32)")
-    parser.add_argument("--learning-rate", type=float, default=2e-4, help="default 2e-4")
     parser.add_argument("--output", type=Path, default=Path("outputs/feature_cache"), help="folder of what is written")
     return parser.parse_args()
 

@@ -36,18 +36,24 @@ HUB_MODEL = "facebook/dinov2-small"
 console = Console()
 
 
-def parse_arguments() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def make_parser(description: str | None) -> argparse.ArgumentParser:
+    """The command line as far as the examples share it."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="Hub id or folder of an image model (default: DINOv2-small or its stand-in)")
     parser.add_argument("--dataset", help="Hub id, .parquet file or folder of images by class (default: digits)")
     parser.add_argument("--image-size", type=int, help="pixels (default: 112 for the default model, else the model's)")
+    parser.add_argument("--batch-size", type=int, default=32, help="images a step (default 32)")
+    parser.add_argument("--learning-rate", type=float, default=2e-4, help="default 2e-4")
+    return parser
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = make_parser(__doc__)
     parser.add_argument("--trainable-blocks", default="every:4", help='"every:n" or "last:n" (default every:4)')
     parser.add_argument("--keep-rate", type=float, default=0.5, help="tokens kept at each reduction (default 0.5)")
     parser.add_argument("--epochs", type=float, default=4, help="default 4")
     parser.add_argument("--max-steps", type=int, default=-1, help="stop after so many steps (default: by epochs)")
-    parser.add_argument("--batch-size", type=int, default=32, help="images a step (default 32)")
-    parser.add_argument("--learning-rate", type=float, default=2e-4, help="default 2e-4")
     parser.add_argument("--output", type=Path, default=Path("outputs/quickstart"), help="default outputs/quickstart")
     return parser.parse_args()
 

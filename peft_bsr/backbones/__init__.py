@@ -5,6 +5,7 @@ from peft_bsr.backbones.column import Anatomy, Column
 from peft_bsr.backbones.inputs import (
     StockRun,
     input_shapes,
+    main_input,
     probe_inputs,
     quiet,
     relative_error,
@@ -40,6 +41,7 @@ __all__ = [
     "explicit_attention",
     "find_rule",
     "input_shapes",
+    "main_input",
     "no_zero_tables",
     "observed_interface",
     "probe",

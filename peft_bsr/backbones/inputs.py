@@ -48,7 +48,7 @@ def probe_inputs(model: nn.Module, batch_size: int, shape: tuple[int, ...] | Non
         inputs = make(vision_config(model), batch_size, generator)
     else:
         shape = input_shapes(model)[0] if shape is None else shape
-        inputs = {_main_input(model): torch.randn(batch_size, *shape, generator=generator)}
+        inputs = {main_input(model): torch.randn(batch_size, *shape, generator=generator)}
     dtypes = {name: like.dtype if value.is_floating_point() else value.dtype for name, value in inputs.items()}
     return {name: value.to(device=like.device, dtype=dtypes[name]) for name, value in inputs.items()}
 
@@ -61,8 +61,8 @@ def input_shapes(model: nn.Module) -> list[tuple[int, ...]]:
     """
     rule, config = find_rule(model), vision_config(model)
     if rule.probe_inputs is not None:
-        return [tuple(rule.probe_inputs(config, 1, torch.Generator().manual_seed(0))[_main_input(model)].shape[1:])]
-    if _main_input(model) == "input_values" and hasattr(config, "num_mel_bins"):
+        return [tuple(rule.probe_inputs(config, 1, torch.Generator().manual_seed(0))[main_input(model)].shape[1:])]
+    if main_input(model) == "input_values" and hasattr(config, "num_mel_bins"):
         return [(config.max_length, config.num_mel_bins)]
     size = getattr(config, "image_size", None) or getattr(config, "crop_size", None)
     channels = getattr(config, "num_channels", None) or getattr(config, "in_chans", None) or 3
@@ -146,7 +146,8 @@ def tolerance(dtype: torch.dtype) -> float:
     return 1e-4 if dtype in (torch.float32, torch.float64) else 5e-2
 
 
-def _main_input(model: nn.Module) -> str:
+def main_input(model: nn.Module) -> str:
+    """Name of the input that images come by."""
     return getattr(model, "main_input_name", "pixel_values")
 
 

@@ -1,7 +1,7 @@
 """What training costs: saved activations, FLOPs and time, measured; and the paper's accounting of memory and MACs."""
 
 from peft_bsr.cost.budget import BudgetPlan, parse_size, plan_for_budget
-from peft_bsr.cost.compare import Cost, compare, cost_table
+from peft_bsr.cost.compare import Cost, TrainingStep, compare, cost_table
 from peft_bsr.cost.estimate import Estimate, estimate
 from peft_bsr.cost.flops import count_flops
 from peft_bsr.cost.paper import Dimensions, PaperCost, paper_cost
@@ -13,6 +13,7 @@ __all__ = [
     "Dimensions",
     "Estimate",
     "PaperCost",
+    "TrainingStep",
     "compare",
     "cost_table",
     "count_flops",

@@ -48,7 +48,7 @@ def compare(models: Mapping[str, nn.Module], batch: Mapping[str, Tensor], repeat
         name -> `Cost`.
     """
     size = len(next(iter(batch.values())))
-    steps = {name: _Step(model, batch) for name, model in models.items()}
+    steps = {name: TrainingStep(model, batch) for name, model in models.items()}
     modes = {name: {m for m in model.modules() if m.training} for name, model in models.items()}
     try:
         counted = {}
@@ -106,22 +106,30 @@ def cost_table(costs: Mapping[str, Cost], batch: Mapping[str, Tensor]) -> str:
     return "\n".join(lines)
 
 
-class _Step:
-    """One training step that leaves the weights alone (learning rate 0)."""
+class TrainingStep:
+    """Forward, backward and an SGD update that leaves the weights alone (learning rate 0).
+
+    Args:
+        model: Called as `model(**batch)`, with a `loss` in the output.
+        batch: Inputs and labels.
+    """
 
     def __init__(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
         self.model, self.batch = model, batch
         self.optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
 
     def forward(self) -> Tensor:
+        """The loss alone."""
         return self.model(**self.batch).loss
 
     def __call__(self) -> None:
+        """Run the step."""
         self.forward().backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
     def seconds(self) -> float:
+        """Run the step and time it."""
         is_cuda = any(value.is_cuda for value in self.batch.values())
         if is_cuda:
             torch.cuda.synchronize()

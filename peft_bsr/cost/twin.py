@@ -77,13 +77,12 @@ def settle(model: nn.Module, config: BSRConfig) -> Settled:
             f"{type(model).__name__}'s config names no `hidden_size` and `num_attention_heads`, by which a narrow twin "
             "could be made. Attach the adapter to the model itself and measure it."
         )
-    vision.hidden_size = _HEAD_WIDTH * heads
+    width, vision.hidden_size = vision.hidden_size, _HEAD_WIDTH * heads
     if hasattr(vision, "intermediate_size"):
         vision.intermediate_size = 2 * vision.hidden_size
     with torch.random.fork_rng(devices=()):
         twin = _make(model, narrow).eval()
     adapted = BSRModel(twin, copy.deepcopy(config), "default")
-    width = next(p.shape[0] for n, p in model.named_parameters() if p.ndim == 1 and "norm" in n)
     return Settled(replace(adapted.column, width=width), adapted.plan())
 
 

@@ -61,6 +61,11 @@ class BlockRouter(nn.Module):
         plan = self.plan
         return None if plan is None else plan.blocks[self.index]
 
+    @property
+    def reduces(self) -> bool:
+        """Whether the plan in force drops tokens in any block."""
+        return self.plan is not None and self.plan.reduces
+
     def start_route(self, hidden_states: Tensor) -> Route:
         """The route of a forward that begins with these tokens [B, N, D]."""
         column, plan = self.column, self.plan
@@ -103,9 +108,12 @@ class RoutedBlock(nn.Module):
         plan = router.block_plan
         if plan is None:
             return super().__call__(*args, **kwargs)
-        entry = router.carrier.entry
-        if entry is not None and entry.tokens is not None and router.index < entry.index:
-            return _pass_by(router, args[0] if args else kwargs["hidden_states"])
+        hidden_states = args[0] if args else kwargs["hidden_states"]
+        carrier, entry = router.carrier, router.carrier.entry
+        if router.index == 0:
+            carrier.route = router.start_route(hidden_states) if router.reduces else None
+        if entry is not None and entry.tokens is not None and router.index < entry.index:  # begins behind this block
+            return (hidden_states,) if router.column.returns_tuple else hidden_states
         left: list[Tensor] = []
         args, kwargs = _enter_block(self, router, plan, left, args, kwargs)
         output = super().__call__(*args, **kwargs)
@@ -211,15 +219,13 @@ def _enter_block(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of the block's call, made to follow the plan and the route."""
     hidden_states, *others = args if args else (kwargs.pop("hidden_states"),)
-    carrier, reduces = router.carrier, router.plan is not None and router.plan.reduces
-    if router.index == 0:
-        carrier.route = router.start_route(hidden_states) if reduces else None
+    carrier = router.carrier
     if carrier.entry is not None and router.index == carrier.entry.index:
         hidden_states = meet_entry(carrier, hidden_states)
     if plan.cut_gradient and block.training:
         hidden_states = _cut_gradient(block, plan, hidden_states)
     plan = _as_needed(block, plan)
-    if reduces:
+    if router.reduces:
         route = carrier.current()
         if plan.reduction is not None or route.origins is not None or plan.saves_less:
             kwargs = {**kwargs, "route": route, "plan": plan, "left": left}
@@ -232,15 +238,8 @@ def _fewest_values(column: Column, plan: BlockPlan, route: Route, hidden_states:
     """Numbers in the smallest set of tokens that counts: those kept, or those dropped; above one for each head."""
     rate = 1.0 if plan.reduction is None else plan.reduction.keep_rate
     share = min(rate, 1 - rate) * 0.9 if rate < 1 else 1.0
-    numbers = max(share * hidden_states.shape[-1], 2 * (column.num_heads or 0))
+    numbers = max(share * hidden_states.shape[-1], 2 * column.num_heads)
     return hidden_states.shape[0] * route.num_tokens * numbers
-
-
-def _pass_by(router: BlockRouter, hidden_states: Tensor) -> Any:
-    """What a block gives in a forward that begins behind it."""
-    if router.index == 0 and router.plan is not None and router.plan.reduces:
-        router.carrier.route = router.start_route(hidden_states)
-    return (hidden_states,) if router.column.returns_tuple else hidden_states
 
 
 def _leave_block(router: BlockRouter, left: list[Tensor]) -> None:

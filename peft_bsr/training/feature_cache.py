@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 from tqdm.auto import tqdm
 
-from peft_bsr.backbones import relative_error, tensors_of, tolerance
+from peft_bsr.backbones import main_input, relative_error, tensors_of, tolerance
 from peft_bsr.core import Entry
 from peft_bsr.engine import run_from, run_until
 from peft_bsr.errors import FeatureCacheError
@@ -91,7 +91,7 @@ class FeatureCache(Dataset):
                 f"`dtype={dtype!r}` and {len(dataset)} samples: tokens are kept as bfloat16, float16 or float32, and "
                 "there must be samples to keep."
             )
-        name, device = _main_input(model), next(model.parameters()).device
+        name, device = main_input(model), next(model.parameters()).device
         sample = _to(collate([dataset[0], dataset[len(dataset) - 1]]), device)
         if _digests(sample[name]) != _digests(collate([dataset[0], dataset[len(dataset) - 1]])[name]):
             raise FeatureCacheError(
@@ -173,7 +173,7 @@ class FeatureCache(Dataset):
             running.enter_context(run_from(model, _entry(model, tokens, origins)))
             weight = next(p for p in model.parameters() if p.is_floating_point())
             image = torch.zeros(1, *self.files.key["image"], device=tokens.device, dtype=weight.dtype)
-            return args, {_main_input(model): image, **kwargs}
+            return args, {main_input(model): image, **kwargs}
 
         handles = (
             model.register_forward_pre_hook(begin, with_kwargs=True),
@@ -277,10 +277,6 @@ def _routers(model: nn.Module) -> list[BSRRouter]:
             f"{type(model).__name__} has no adapter of peft_bsr. Call get_peft_model(model, BSRConfig()) first."
         )
     return routers
-
-
-def _main_input(model: nn.Module) -> str:
-    return getattr(model, "main_input_name", "pixel_values")
 
 
 def _digests(images: Tensor) -> list[int]:

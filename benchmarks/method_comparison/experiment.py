@@ -1,0 +1,95 @@
+"""One row of the comparison: a folder with `training_params.json`, and `adapter_config.json` if PEFT attaches it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, get_peft_model
+from torch import nn
+from transformers import AutoModelForImageClassification
+
+import peft_bsr
+from peft_bsr.backbones import Column, probe_column
+
+HERE = Path(__file__).parent
+EXPERIMENTS = HERE / "experiments"
+assert peft_bsr  # its import makes adapter_config.json with `"peft_type": "BSR"` readable
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A method as it is compared.
+
+    Attributes:
+        name: Its folder below `experiments/`, `"lora/qv"`.
+        params: Of the training: the defaults and what its own file changes.
+    """
+
+    name: str
+    params: dict[str, Any]
+
+    @classmethod
+    def load(cls, name: str) -> Experiment:
+        """From `experiments/NAME`."""
+        params = json.loads((HERE / "default_training_params.json").read_text())
+        own = json.loads((EXPERIMENTS / name / "training_params.json").read_text())
+        if unknown := set(own) - set(params):
+            raise SystemExit(f"experiments/{name}/training_params.json: unknown {sorted(unknown)}, not {list(params)}")
+        return cls(name, params | own)
+
+    @classmethod
+    def all(cls) -> list[Experiment]:
+        """Every one, in order of their names."""
+        return [cls.load(str(p.parent.relative_to(EXPERIMENTS))) for p in sorted(EXPERIMENTS.rglob("training_params.json"))]
+
+    def adapter(self) -> PeftConfig | None:
+        """The adapter's config, or None where plain parameters train."""
+        folder = EXPERIMENTS / self.name
+        return PeftConfig.from_pretrained(str(folder)) if (folder / "adapter_config.json").exists() else None
+
+    def attach(self, base: nn.Module) -> nn.Module:
+        """Make `base` train what this experiment trains."""
+        adapter = self.adapter()
+        if adapter is not None:
+            return get_peft_model(base, adapter)
+        trains = TRAINABLE[self.params["trainable"]]
+        column = probe_column(base)
+        for name, parameter in base.named_parameters():
+            parameter.requires_grad_(trains(base, column, name))
+        return base
+
+
+def load_base(source: str, names: list[str]) -> nn.Module:
+    """A pretrained model with a new head for these classes, its weights drawn from torch's generator."""
+    return AutoModelForImageClassification.from_pretrained(
+        source,
+        id2label=dict(enumerate(names)),
+        label2id={name: i for i, name in enumerate(names)},
+        ignore_mismatched_sizes=True,
+        dtype=torch.float32,
+    )
+
+
+def _is_behind_blocks(column: Column, name: str) -> bool:
+    return any(name.startswith(f"{module}.") for module in column.head)
+
+
+def _is_classifier(model: nn.Module, column: Column, name: str) -> bool:
+    return _is_behind_blocks(column, name) and isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Linear)
+
+
+def _is_last(count: int, column: Column, name: str) -> bool:
+    return _is_behind_blocks(column, name) or any(name.startswith(f"{block}.") for block in column.blocks[-count:])
+
+
+# parameter name -> whether it trains, where no adapter says so; the classifier always does
+TRAINABLE = {
+    "all": lambda model, column, name: True,
+    "head": _is_classifier,
+    "last:3": lambda model, column, name: _is_last(3, column, name),
+    "biases": lambda model, column, name: name.endswith("bias") or _is_classifier(model, column, name),
+}

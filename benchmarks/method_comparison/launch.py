@@ -1,0 +1,62 @@
+"""Runs `train.py` in processes of their own, a few at a time, and keeps their results: what is there is not run again."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+
+
+def add_launching(parser: argparse.ArgumentParser) -> None:
+    """Arguments that say how runs share the machine."""
+    parser.add_argument("--at-once", type=int, default=default_at_once(), help="runs side by side (default: by cores)")
+    parser.add_argument("--threads", type=int, default=0, help="of each run (default: cores / runs side by side)")
+
+
+def default_at_once() -> int:
+    """One where there is a GPU; else one for each core, up to 4: a run of its own uses a core better than a thread."""
+    return 1 if torch.cuda.is_available() else min(4, os.cpu_count() or 1)
+
+
+def launch(args: argparse.Namespace, result: Path, experiment: str, **settings: Any) -> dict[str, Any] | None:
+    """The result of a run, from its file or from the run itself.
+
+    Args:
+        args: With what `add_sources` and `add_launching` ask for.
+        result: File that the result is kept in.
+        experiment: Folder below `experiments/`.
+        settings: Further arguments of `train.py`, `learning_rate=1e-3`; True = without a value.
+
+    Returns:
+        What `train.py` printed, or None if it failed; why, is in a file beside `result` then.
+    """
+    if result.exists():
+        return json.loads(result.read_text())
+    threads = args.threads or max(1, (os.cpu_count() or 1) // args.at_once)
+    settings |= {"protocol": args.protocol, "model": args.model, "threads": threads}
+    if args.data is not None:
+        settings["data"] = args.data
+    command = [sys.executable, str(HERE / "train.py"), experiment]
+    for name, value in settings.items():
+        command += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": str(threads)})
+    result.parent.mkdir(parents=True, exist_ok=True)
+    failed = result.with_suffix(".failed.txt")
+    if done.returncode:
+        failed.write_text(f"{' '.join(command)}\n\n{done.stderr}")
+        return None
+    failed.unlink(missing_ok=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    unfinished = result.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(found, indent=2) + "\n")
+    unfinished.replace(result)
+    return found

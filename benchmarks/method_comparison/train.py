@@ -1,0 +1,205 @@
+"""One run of one experiment in this process; prints its result as JSON, in the layout of PEFT's method comparison.
+
+    python benchmarks/method_comparison/train.py lora/qv --task cifar10 --learning-rate 1e-3 --model MODEL --data DATA
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import datasets
+import numpy as np
+import peft
+import torch
+import transformers
+from safetensors.torch import save_file
+from torch import nn
+from transformers import EvalPrediction, Trainer, TrainingArguments
+
+sys.path.insert(0, str(Path(__file__).parent))
+from data import Protocol, collate, load_task, with_pixels
+from experiment import Experiment, load_base
+
+from peft_bsr.cost import PeakMemory
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiment", help="folder below experiments/")
+    parser.add_argument("--task", default="cifar10", help="see data.py (default cifar10)")
+    parser.add_argument("--seed", type=int, default=0, help="of the head, the order of images and the adapter")
+    parser.add_argument("--learning-rate", type=float, required=True, help="at its highest")
+    parser.add_argument("--threads", type=int, default=0, help="of torch on the CPU (default: torch's choice)")
+    parser.add_argument("--sweep", action="store_true", help="train on fewer images, score on the validation split")
+    add_sources(parser)
+    return parser.parse_args()
+
+
+def add_sources(parser: argparse.ArgumentParser) -> None:
+    """Arguments that say what is compared where."""
+    parser.add_argument("--protocol", default="cpu", help="file in protocols/ (default cpu)")
+    parser.add_argument("--model", default="google/vit-base-patch16-224", help="Hub id or folder")
+    parser.add_argument("--data", type=Path, help="folder of TASK-train-*.parquet and TASK-test-*.parquet (default: the Hub)")
+
+
+def main() -> None:
+    """Run and print."""
+    args = parse_arguments()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    transformers.logging.set_verbosity_error()  # "the classifier is newly initialized" is what we want
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    print(json.dumps(run(args)))
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Train and score."""
+    begin = time.perf_counter()
+    experiment, protocol = Experiment.load(args.experiment), Protocol.load(args.protocol)
+    images = load_task(args.task, protocol, args.data)
+    count = min(protocol.sweep_train_images if args.sweep else protocol.train_images, len(images["train"]))
+    train = with_pixels(images["train"].select(range(count)), args.model)
+    scored = "validation" if args.sweep else "test"
+    transformers.set_seed(args.seed)
+    model = experiment.attach(load_base(args.model, images["train"].features["label"].names))
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(
+            model=model,
+            args=training_arguments(experiment, protocol, args, folder),
+            data_collator=collate,
+            train_dataset=train,
+            eval_dataset=with_pixels(images[scored], args.model),
+            compute_metrics=accuracy,
+        )
+        with PeakMemory(trainer.args.device) as memory:
+            trained = trainer.train()
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        score = trainer.evaluate()
+        file_size = saved_size(model, Path(folder) / "trained")
+    adapter = experiment.adapter()
+    return {
+        "run_info": {
+            "created_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "total_time": round(time.perf_counter() - begin, 2),
+            "experiment_name": experiment.name,
+            "commit": commit(),
+            "train_config": {
+                **experiment.params,
+                "learning_rate": args.learning_rate,
+                "seed": args.seed,
+                "protocol": args.protocol,
+                "train_images": len(train),
+                "epochs": protocol.epochs,
+                "batch_size": protocol.batch_size,
+            },
+            "peft_config": None if adapter is None else json.loads(json.dumps(adapter.to_dict(), default=sorted)),
+            "error_msg": "",
+        },
+        "train_info": {
+            "status": "success",
+            "train_time": round(trained.metrics["train_runtime"], 2),
+            "memory_start_bytes": memory.start_bytes,
+            "memory_peak_bytes": memory.peak_bytes,
+            "file_size": file_size,
+            "num_trainable_params": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "num_total_params": sum(p.numel() for p in model.parameters()),
+            "train_losses": losses,
+            "metrics": [{"split": scored, "accuracy": score["eval_accuracy"], "loss": round(score["eval_loss"], 5)}],
+        },
+        "meta_info": meta_info(args, len(images[scored])),
+    }
+
+
+def training_arguments(
+    experiment: Experiment, protocol: Protocol, args: argparse.Namespace, folder: str
+) -> TrainingArguments:
+    """The Trainer's, from the experiment and the protocol."""
+    params = experiment.params
+    return TrainingArguments(
+        output_dir=folder,
+        num_train_epochs=protocol.epochs,
+        per_device_train_batch_size=protocol.batch_size,
+        per_device_eval_batch_size=protocol.batch_size,
+        learning_rate=args.learning_rate,
+        optim=params["optimizer"],
+        weight_decay=params["weight_decay"],
+        lr_scheduler_type=params["lr_scheduler"],
+        warmup_steps=params["warmup"],  # below 1 it is a share of all steps
+        max_grad_norm=params["max_grad_norm"],
+        gradient_checkpointing=params["gradient_checkpointing"],
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        seed=args.seed,
+        logging_steps=10,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+
+
+def accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    """Share of images whose highest logit is that of their class."""
+    return {"accuracy": float(np.mean(prediction.predictions.argmax(-1) == prediction.label_ids))}
+
+
+def saved_size(model: nn.Module, folder: Path) -> int:
+    """Bytes of what one would share: the adapter's file, or the parameters that trained."""
+    if isinstance(model, peft.PeftModel):
+        model.save_pretrained(folder)
+    else:
+        folder.mkdir()
+        trained = {n: p.detach().cpu().contiguous() for n, p in model.named_parameters() if p.requires_grad}
+        save_file(trained, folder / "model.safetensors")
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def meta_info(args: argparse.Namespace, scored_images: int) -> dict[str, Any]:
+    """Where, with what and on what it ran."""
+    packages = {"peft": peft, "transformers": transformers, "accelerate": accelerate, "datasets": datasets}
+    cuda = torch.cuda.is_available()
+    return {
+        "model_info": {"model": Path(args.model).name if Path(args.model).exists() else args.model, "dtype": "float32"},
+        "dataset_info": {"task": args.task, "scored_images": scored_images},
+        "package_info": {f"{name}-version": package.__version__ for name, package in packages.items()},
+        "system_info": {
+            "system": platform.system(),
+            "processor": processor_name(),
+            "python": platform.python_version(),
+            "device": torch.cuda.get_device_name() if cuda else "cpu",
+            "threads": torch.get_num_threads(),
+        },
+        "pytorch_info": torch.__version__,
+    }
+
+
+def processor_name() -> str:
+    """Of the CPU."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def commit() -> str:
+    """Of this repository, or nothing."""
+    found = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    return found.stdout.strip()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""Memory that is really there: of a model and its optimizer by kind, and the peak of what runs."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import Tensor, nn
+
+from peft_bsr.errors import PeftBsrError
+
+_CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+
+
+@dataclass(frozen=True)
+class ModelMemory:
+    """Bytes that stay between the steps of a training; tensors that share storage count once.
+
+    Attributes:
+        trainable_bytes: Parameters that ask for gradients.
+        frozen_bytes: Other parameters, and buffers; base weights that our adapters park in files or on the CPU too.
+        gradient_bytes: Gradients that exist now.
+        optimizer_bytes: The optimizer's state as it is now; most make it in their first step.
+    """
+
+    trainable_bytes: int
+    frozen_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+
+
+def model_memory(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> ModelMemory:
+    """What a model and its optimizer hold.
+
+    Args:
+        model: Any.
+        optimizer: Of the model, or None.
+
+    Example:
+        >>> layer = torch.nn.Linear(4, 2)  # 8 weights and 2 biases of 4 bytes
+        >>> optimizer = torch.optim.AdamW(layer.parameters())
+        >>> layer(torch.randn(3, 4)).sum().backward()
+        >>> optimizer.step()
+        >>> model_memory(layer, optimizer)  # two moments of each, and two step counters
+        ModelMemory(trainable_bytes=40, frozen_bytes=0, gradient_bytes=40, optimizer_bytes=88)
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    frozen = [t for t in (*model.parameters(), *model.buffers()) if not t.requires_grad]
+    states = [] if optimizer is None else [t for state in optimizer.state.values() for t in state.values()]
+    return ModelMemory(
+        trainable_bytes=_bytes(trained),
+        frozen_bytes=_bytes(frozen),
+        gradient_bytes=_bytes([p.grad for p in model.parameters() if p.grad is not None]),
+        optimizer_bytes=_bytes([t for t in states if isinstance(t, Tensor)]),
+    )
+
+
+class PeakMemory:
+    """The most memory in use while it is open.
+
+    On CUDA what torch has allocated on the device; on the CPU the resident set of this process (Linux only), Python,
+    libraries and what the allocator keeps for later included, so `added_bytes` says more than `peak_bytes`.
+
+    Args:
+        device: `"cpu"` or a CUDA device. Default `"cpu"`.
+
+    Attributes:
+        start_bytes: In use when it was opened.
+        peak_bytes: The most since; known once it is closed.
+
+    Raises:
+        PeftBsrError: If the peak cannot be measured here.
+
+    Example:
+        >>> with PeakMemory() as memory:
+        ...     _ = torch.ones(2**22).sum()  # 16 MiB
+        >>> memory.added_bytes >= 15 * 2**20
+        True
+    """
+
+    def __init__(self, device: str | torch.device = "cpu") -> None:
+        self.device = torch.device(device)
+        self.start_bytes = self.peak_bytes = 0
+        if self.device.type not in ("cpu", "cuda"):
+            raise PeftBsrError(f"`device={device!r}`: peaks are measured on CUDA and on the CPU only.")
+
+    @property
+    def added_bytes(self) -> int:
+        """How far the peak lies above the start."""
+        return self.peak_bytes - self.start_bytes
+
+    def __enter__(self) -> PeakMemory:
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self.start_bytes = torch.cuda.memory_allocated(self.device)
+        else:
+            with suppress(OSError, AttributeError):
+                ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed before must not count
+            try:
+                _CLEAR.write_text("5")
+            except OSError as error:
+                raise PeftBsrError(
+                    f"The peak of this process cannot be measured: {_CLEAR} cannot be written ({error}). It needs "
+                    "Linux with /proc mounted; on CUDA it needs neither."
+                ) from error
+            self.start_bytes = _resident("VmHWM")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            self.peak_bytes = torch.cuda.max_memory_allocated(self.device)
+        else:
+            self.peak_bytes = _resident("VmHWM")
+
+
+def _resident(key: str) -> int:
+    return next(int(line.split()[1]) * 1024 for line in _STATUS.read_text().splitlines() if line.startswith(key))
+
+
+def _bytes(tensors: list[Tensor]) -> int:
+    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+__all__ = ["ModelMemory", "PeakMemory", "model_memory"]

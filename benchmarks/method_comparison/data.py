@@ -78,11 +78,15 @@ def collate(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
 def _named(images: Dataset) -> Dataset:
     """With the columns `image` and `label`, whatever they were called."""
-    found = {kind: next((c for c, f in images.features.items() if isinstance(f, kind)), None) for kind in (Image, ClassLabel)}
+    found = {
+        kind: next((c for c, f in images.features.items() if isinstance(f, kind)), None) for kind in (Image, ClassLabel)
+    }
     if None in found.values():
         raise SystemExit(f"the columns are {list(images.features)}; one of images and one of class labels are needed.")
     images = images.select_columns([found[Image], found[ClassLabel]])
-    return images.rename_columns({old: new for old, new in ((found[Image], "image"), (found[ClassLabel], "label")) if old != new})
+    return images.rename_columns(
+        {old: new for old, new in ((found[Image], "image"), (found[ClassLabel], "label")) if old != new}
+    )
 
 
 def _split(images: Dataset, first: int, second: int) -> tuple[Dataset, Dataset]:

@@ -44,7 +44,9 @@ class Experiment:
     @classmethod
     def all(cls) -> list[Experiment]:
         """Every one, in order of their names."""
-        return [cls.load(str(p.parent.relative_to(EXPERIMENTS))) for p in sorted(EXPERIMENTS.rglob("training_params.json"))]
+        return [
+            cls.load(str(p.parent.relative_to(EXPERIMENTS))) for p in sorted(EXPERIMENTS.rglob("training_params.json"))
+        ]
 
     def adapter(self) -> PeftConfig | None:
         """The adapter's config, or None where plain parameters train."""

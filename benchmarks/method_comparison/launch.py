@@ -1,4 +1,4 @@
-"""Runs `train.py` in processes of their own, a few at a time, and keeps their results: what is there is not run again."""
+"""Runs `train.py` in processes of their own and keeps their results: what is there is not run again."""
 
 from __future__ import annotations
 
@@ -48,7 +48,9 @@ def launch(args: argparse.Namespace, result: Path, experiment: str, **settings: 
     command = [sys.executable, str(HERE / "train.py"), experiment]
     for name, value in settings.items():
         command += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": str(threads)})
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": str(threads)}
+    )
     result.parent.mkdir(parents=True, exist_ok=True)
     failed = result.with_suffix(".failed.txt")
     if done.returncode:

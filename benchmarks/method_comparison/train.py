@@ -1,6 +1,8 @@
-"""One run of one experiment in this process; prints its result as JSON, in the layout of PEFT's method comparison.
+"""One run of one experiment in this process.
 
     python benchmarks/method_comparison/train.py lora/qv --task cifar10 --learning-rate 1e-3 --model MODEL --data DATA
+
+Its last line is the result as JSON, in the layout of PEFT's method comparison.
 """
 
 from __future__ import annotations
@@ -50,7 +52,9 @@ def add_sources(parser: argparse.ArgumentParser) -> None:
     """Arguments that say what is compared where."""
     parser.add_argument("--protocol", default="cpu", help="file in protocols/ (default cpu)")
     parser.add_argument("--model", default="google/vit-base-patch16-224", help="Hub id or folder")
-    parser.add_argument("--data", type=Path, help="folder of TASK-train-*.parquet and TASK-test-*.parquet (default: the Hub)")
+    parser.add_argument(
+        "--data", type=Path, help="folder of TASK-train-*.parquet and TASK-test-*.parquet (default: the Hub)"
+    )
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
 from peft_bsr.cost.budget import BudgetPlan, parse_size, plan_for_budget
 from peft_bsr.cost.compare import Cost, TrainingStep, compare, cost_table
 from peft_bsr.cost.estimate import Estimate, estimate
-from peft_bsr.cost.flops import count_flops
+from peft_bsr.cost.flops import count_flops, flops_by_module
 from peft_bsr.cost.memory import ModelMemory, PeakMemory, model_memory
 from peft_bsr.cost.paper import Dimensions, PaperCost, paper_cost
 from peft_bsr.cost.saved import saved_activations, saved_by_module
@@ -13,12 +13,16 @@ __all__ = [
     "Cost",
     "Dimensions",
     "Estimate",
+    "ModelMemory",
     "PaperCost",
+    "PeakMemory",
     "TrainingStep",
     "compare",
     "cost_table",
     "count_flops",
     "estimate",
+    "flops_by_module",
+    "model_memory",
     "paper_cost",
     "parse_size",
     "plan_for_budget",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -30,7 +30,7 @@ class DryRun:
     """What a forward and a backward took, in bytes and FLOPs. The three parts of the peak add up to it.
 
     Attributes:
-        peak_bytes: Most that was alive at a time, without what was there before (weights, inputs).
+        peak_bytes: Most that was alive at a time, inputs too, without what was there before (weights).
         gradient_bytes: Gradients of parameters alive at the peak.
         activation_bytes: Kept for backward and alive at the peak.
         workspace_bytes: The rest at the peak.
@@ -69,16 +69,19 @@ def without_memory(model: nn.Module, device: str | torch.device) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def dry_run(model: nn.Module, forward: Callable[[], Tensor]) -> DryRun:
+def dry_run(model: nn.Module, inputs: Iterable[Tensor], forward: Callable[[], Tensor]) -> DryRun:
     """Forward and backward of a model without memory. Inside of `no_memory()`.
 
     Args:
         model: From `without_memory`; its gradients are made.
+        inputs: Of the forward; they are there all the time.
         forward: Runs it and gives the loss.
     """
     ledger = _Ledger()
     for tensor in (*model.parameters(), *model.buffers()):
         ledger.note(tensor, is_new=False)
+    for tensor in inputs:
+        ledger.note(tensor)
     with ledger, watch_kept(ledger.keep):
         with torch.autograd.graph.saved_tensors_hooks(ledger.keep, lambda tensor: tensor):
             loss = forward()

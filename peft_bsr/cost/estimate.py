@@ -30,7 +30,7 @@ class Estimate:
         optimizer_bytes: Its state.
         gradients_bytes: Gradients of parameters alive at the peak.
         activations_bytes: Kept for backward and alive at the peak.
-        workspace_bytes: What operations hold while they run, at the peak.
+        workspace_bytes: The batch, and what operations hold while they run, at the peak.
         saved_bytes: Kept for backward at the end of the forward, the whole batch; see `saved_activations`.
         training_flops: Of forward and backward, the whole batch.
         batch_size: Images.
@@ -126,8 +126,9 @@ def estimate(
     with no_memory():
         trained = without_memory(adapted, device).train()
         inputs = probe_inputs(_innermost(trained), batch_size, input_shapes(bare)[-1])
-        run = dry_run(trained, lambda: _loss(trained(**inputs)))
-        return _summarize(trained, run, batch_size, optimizer, plan)
+        run = dry_run(trained, inputs.values(), lambda: _loss(trained(**inputs)))
+        batch_bytes = sum(tensor.nbytes for tensor in inputs.values())
+        return _summarize(trained, run, batch_bytes, batch_size, optimizer, plan)
 
 
 def _innermost(model: Any) -> Any:
@@ -142,7 +143,9 @@ def _loss(output: Any) -> Tensor:
     return torch.stack([tensor.float().sum() for tensor in outputs]).sum()
 
 
-def _summarize(model: nn.Module, run: DryRun, batch_size: int, optimizer: str, plan: Plan | None) -> Estimate:
+def _summarize(
+    model: nn.Module, run: DryRun, batch_bytes: int, batch_size: int, optimizer: str, plan: Plan | None
+) -> Estimate:
     trained = [p for p in model.parameters() if p.requires_grad]
     trained_bytes = sum(p.nbytes for p in trained)
     layers = (module for module in model.modules() if isinstance(module, BSRWeights))
@@ -150,7 +153,7 @@ def _summarize(model: nn.Module, run: DryRun, batch_size: int, optimizer: str, p
     parts = (run.gradient_bytes, run.activation_bytes, run.workspace_bytes)
     # AdamW makes a copy or two of what it updates: of one tensor on the CPU, of all on accelerators (foreach)
     updated = trained_bytes if trained[0].device.type != "cpu" else 2 * max(p.nbytes for p in trained)
-    update = (trained_bytes, 0, updated if optimizer == "adamw" else 0)
+    update = (trained_bytes, 0, batch_bytes + (updated if optimizer == "adamw" else 0))
     return Estimate(
         sum(t.nbytes for t in (*model.parameters(), *model.buffers())) - parked,
         OPTIMIZER_STATES[optimizer] * trained_bytes,

@@ -23,6 +23,27 @@ def count_flops(run: Callable[[], Any]) -> int:
     return counter.get_total_flops()
 
 
+def flops_by_module(run: Callable[[], Any]) -> dict[str, int]:
+    """`count_flops` by module; what runs inside of a module, its backward too, counts to it.
+
+    Args:
+        run: Calls one model, once; and its backward, if that shall count.
+
+    Returns:
+        Name in the model that is called -> FLOPs, for all that have any; `""` is the whole.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 2), torch.nn.ReLU(), torch.nn.Linear(2, 1))
+        >>> flops_by_module(lambda: model(torch.randn(3, 4)).sum().backward())  # the first needs no input gradient
+        {'': 132, '0': 96, '2': 36}
+    """
+    with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
+        run()
+    counts = {name: sum(by_operation.values()) for name, by_operation in counter.get_flop_counts().items()}
+    whole = {"": counts.pop("Global", 0)}
+    return whole | {name.partition(".")[2]: flops for name, flops in counts.items() if "." in name}
+
+
 def flops_of(function: Any, args: Any, kwargs: dict[str, Any], output: Any) -> int:
     """Those of one operation, from inside of a dispatch mode.
 

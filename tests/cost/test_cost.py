@@ -8,8 +8,17 @@ from peft import get_peft_model
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from peft_bsr import BSRConfig
-from peft_bsr.cost import compare, cost_table, count_flops, saved_activations, saved_by_module
+from peft_bsr import BSRConfig, PeftBsrError
+from peft_bsr.cost import (
+    PeakMemory,
+    compare,
+    cost_table,
+    count_flops,
+    flops_by_module,
+    model_memory,
+    saved_activations,
+    saved_by_module,
+)
 from peft_bsr.engine import watch_kept
 
 
@@ -104,3 +113,52 @@ def test_a_forward_without_backward_is_let_go(settings, make_model, images):
     saved_activations(model, loss)  # hooks inside of the counter's own
     gc.collect()
     assert kept and all(storage.expired() for storage in kept)
+
+
+@pytest.mark.parametrize("lean", ["off", "exact", "max"])
+def test_flops_by_module_adds_up_with_true_token_counts(lean, make_model, images):
+    model = get_peft_model(make_model("vit"), BSRConfig(trainable_blocks=[1, 3], reduction_blocks=[2], lean=lean))
+    model.train()
+    found = flops_by_module(lambda: model(pixel_values=images).logits.sum().backward())
+    with torch.no_grad():
+        forward = flops_by_module(lambda: model(pixel_values=images))
+    blocks = [f"base_model.model.{name}" for name in model.base_model.column.blocks]
+    for counts in (found, forward):
+        outside = sum(counts[f"base_model.model.{name}"] for name in ("vit.embeddings", "classifier"))
+        assert sum(counts[block] for block in blocks) + outside == counts[""]
+    assert found[blocks[0]] == forward[blocks[0]] == forward[blocks[1]]  # frozen before the first trained: no backward
+    assert forward[blocks[1]] > forward[blocks[2]] > forward[blocks[3]]
+    assert found[blocks[1]] > 2.5 * forward[blocks[1]]
+    assert 1.9 * forward[blocks[2]] < found[blocks[2]] < (3 if lean == "max" else 2.5) * forward[blocks[2]]
+
+
+def test_model_memory_follows_a_step(make_model, images):
+    model = get_peft_model(make_model("vit"), BSRConfig(trainable_blocks=[3])).train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained)
+    before = model_memory(model, optimizer)
+    size = sum(p.nbytes for p in trained)
+    assert (before.trainable_bytes, before.gradient_bytes, before.optimizer_bytes) == (size, 0, 0)
+    assert before.frozen_bytes == sum(t.nbytes for t in (*model.parameters(), *model.buffers())) - size
+    model(pixel_values=images).logits.sum().backward()
+    optimizer.step()
+    after = model_memory(model, optimizer)
+    assert after.gradient_bytes == size
+    assert after.optimizer_bytes == 2 * size + 4 * len(trained)  # two moments and a step counter each
+    tied = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+    tied[1].weight = tied[0].weight
+    assert model_memory(tied).trainable_bytes == 4 * (16 + 4 + 4)
+
+
+def test_peak_memory_sees_what_is_freed_before_the_end():
+    with PeakMemory() as memory:
+        torch.ones(2**24).add_(1)  # 64 MiB, gone at once
+    assert 60 * 2**20 < memory.added_bytes < 100 * 2**20
+    with PeakMemory() as memory:
+        pass
+    assert memory.added_bytes < 8 * 2**20
+
+
+def test_peaks_of_other_devices_are_refused():
+    with pytest.raises(PeftBsrError, match=r"`device='meta'`: peaks are measured on CUDA and on the CPU only"):
+        PeakMemory("meta")

@@ -24,15 +24,18 @@ from peft_bsr.errors import (  # noqa: E402
     FeatureCacheError,
     PeftBsrError,
     ReductionNotMergedWarning,
+    TrainabilityError,
     UnsupportedModelError,
     UnsupportedPeftError,
 )
 from peft_bsr.training import FeatureCache  # noqa: E402
-from peft_bsr.tuners import BSRConfig, BSRModel  # noqa: E402
+from peft_bsr.tuners import ALaSTConfig, ALaSTModel, BSRConfig, BSRModel  # noqa: E402
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ALaSTConfig",
+    "ALaSTModel",
     "AdapterError",
     "AdapterNameWarning",
     "BSRConfig",
@@ -47,6 +50,7 @@ __all__ = [
     "Reduction",
     "ReductionNotMergedWarning",
     "Route",
+    "TrainabilityError",
     "UnsupportedModelError",
     "UnsupportedPeftError",
     "probe_column",

@@ -39,6 +39,10 @@ class FeatureCacheError(PeftBsrError, ValueError):
     """A feature cache does not belong to this model or these samples, is not complete, or has no room."""
 
 
+class TrainabilityError(PeftBsrError, RuntimeError):
+    """What was to train does not; the message names it."""
+
+
 class AdapterNameWarning(UserWarning):
     """An adapter is called like a module: saving another one beside it would lose weights."""
 

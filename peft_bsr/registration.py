@@ -50,9 +50,9 @@ def register_method(name: str, config_cls: type[PeftConfig], model_cls: type[Bas
     """Make a method known to PEFT. Safe to call again, also after this package was imported anew.
 
     Args:
-        name: Lower-case method name; the parameter prefix is `name + "_"`.
+        name: Lower-case method name.
         config_cls: The `PeftConfig` subclass.
-        model_cls: The `BaseTuner` subclass.
+        model_cls: The `BaseTuner` subclass; its `prefix` marks trained parameters.
     """
     from peft.mapping import (
         PEFT_TYPE_TO_CONFIG_MAPPING,
@@ -66,4 +66,4 @@ def register_method(name: str, config_cls: type[PeftConfig], model_cls: type[Bas
         PEFT_TYPE_TO_TUNER_MAPPING[peft_type] = model_cls
         PEFT_TYPE_TO_PREFIX_MAPPING[peft_type] = model_cls.prefix
         return
-    register_peft_method(name=name, config_cls=config_cls, model_cls=model_cls)
+    register_peft_method(name=name, config_cls=config_cls, model_cls=model_cls, prefix=model_cls.prefix)

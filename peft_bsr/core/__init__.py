@@ -8,23 +8,37 @@ from peft_bsr.core.attention import (
     token_scores,
     weights_to_scores,
 )
+from peft_bsr.core.budgets import (
+    DELTA_REDUCTIONS,
+    SELECTIONS,
+    block_change,
+    reduced_delta,
+    select_blocks,
+    update_budgets,
+)
 from peft_bsr.core.reduction import num_kept, pick_tokens, put_tokens, reduce_tokens, select_tokens
 from peft_bsr.core.route import BlockRun, Entry, Route, RouteCarrier
 
 __all__ = [
     "CLASS_FREE_SCORE",
+    "DELTA_REDUCTIONS",
     "SCORE_KINDS",
+    "SELECTIONS",
     "BlockRun",
     "Entry",
     "Route",
     "RouteCarrier",
     "ScoreKind",
+    "block_change",
     "mean_of_visible",
     "num_kept",
     "pick_tokens",
     "put_tokens",
     "reduce_tokens",
+    "reduced_delta",
+    "select_blocks",
     "select_tokens",
     "token_scores",
+    "update_budgets",
     "weights_to_scores",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -21,17 +22,31 @@ class Reduction:
         position: `"mid_block"` = after attention and its residual, so that the block's MLP sees fewer tokens;
             `"after_block"` = on the block's output.
         score: What tokens are ranked by, see `peft_bsr.core.token_scores`.
+        of_all: The rate is of all tokens, special ones too, and rounds down (ALaST's rule), yet special tokens stay
+            beside what it keeps. False: of those that are not special, rounding up (BSR's).
     """
 
     keep_rate: float
     fuse: bool = True
     position: ReduceAt = "mid_block"
     score: ScoreKind = "class"
+    of_all: bool = False
+
+    def keep(self, competing: int, num_special: int) -> int:
+        """K, tokens that stay of those that are not special.
+
+        Args:
+            competing: M, tokens that are not special.
+            num_special: P + S.
+        """
+        if self.of_all:
+            return min(competing, max(1, math.floor(round(self.keep_rate * int(competing + num_special), 6))))
+        return num_kept(self.keep_rate, competing)
 
     def count_after(self, num_tokens: int, num_special: int) -> int:
         """Tokens left of `num_tokens`, special and fused ones included."""
         competing = num_tokens - num_special
-        kept = num_kept(self.keep_rate, competing)
+        kept = self.keep(competing, num_special)
         return num_special + kept + (1 if self.fuse and kept < competing else 0)
 
 
@@ -131,6 +146,11 @@ class Plan:
     def trained_blocks(self) -> list[int]:
         """Indices of the blocks that train, ascending."""
         return [i for i, block in enumerate(self.blocks) if block.trained]
+
+    @property
+    def cuts_gradient(self) -> bool:
+        """Whether the gradient ends anywhere."""
+        return any(block.cut_gradient for block in self.blocks)
 
     @property
     def reduces(self) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from peft_bsr.backbones import Anatomy, Column, TokenFollower, apply_part
-from peft_bsr.core import BlockRun, num_kept, pick_tokens, put_tokens, reduce_tokens
+from peft_bsr.core import BlockRun, pick_tokens, put_tokens, reduce_tokens
 from peft_bsr.engine.lean_block import run_lean_attention, run_lean_mlp
 from peft_bsr.engine.plan import BlockPlan, Lean, Reduction
 
@@ -124,7 +124,7 @@ def _reduce(reduction: Reduction, run: BlockRun, tokens: Tensor) -> tuple[Tensor
     if not reduction.fuse:
         scores = scores.detach()  # only the choice of tokens depends on them
     origins = route.origins_like(tokens)
-    keep = num_kept(reduction.keep_rate, origins.shape[1])
+    keep = reduction.keep(origins.shape[1], route.num_prefix + route.num_suffix)
     fused_origin = route.fused_origin if reduction.fuse else None
     return reduce_tokens(tokens, origins, scores, route.num_prefix, keep, fused_origin, route.num_suffix)
 

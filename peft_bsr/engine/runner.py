@@ -56,6 +56,17 @@ class BlockRouter(nn.Module):
         return self._plan
 
     @property
+    def changes(self) -> bool:
+        """Whether the plan changes from step to step."""
+        return False
+
+    def begin(self) -> None:
+        """A forward begins; called on the first block's router, before anybody asks for the plan."""
+
+    def observe(self, before: Tensor, after: Tensor) -> None:
+        """See the block's tokens [B, N, D] before and [B, N', D] after it."""
+
+    @property
     def block_plan(self) -> BlockPlan | None:
         """This block's part of the plan in force."""
         plan = self.plan
@@ -86,9 +97,9 @@ class RoutedBlock(nn.Module):
         return plan is not None and not plan.in_graph
 
     def train(self, mode: bool = True) -> Any:
-        """Set the mode; what is inside of a leading block stays in evaluation mode: nothing there learns."""
+        """Set the mode; what is inside of a block that always leads stays in evaluation mode: nothing there learns."""
         super().train(mode)
-        if self.is_leading:
+        if self.is_leading and not getattr(self, _ROUTER).changes:
             for child in self.children():
                 child.eval()
         return self
@@ -105,6 +116,8 @@ class RoutedBlock(nn.Module):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the block on the running forward's route, and note what its reduction leaves."""
         router: BlockRouter = getattr(self, _ROUTER)
+        if router.index == 0:
+            router.begin()
         plan = router.block_plan
         if plan is None:
             return super().__call__(*args, **kwargs)
@@ -117,6 +130,7 @@ class RoutedBlock(nn.Module):
         left: list[Tensor] = []
         args, kwargs = _enter_block(self, router, plan, left, args, kwargs)
         output = super().__call__(*args, **kwargs)
+        router.observe(hidden_states, output[0] if isinstance(output, tuple) else output)
         _leave_block(router, left)
         return output
 

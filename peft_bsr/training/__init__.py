@@ -1,5 +1,6 @@
-"""What helps to train: the cache of the frozen blocks' outputs."""
+"""Training: the cache of what frozen leading blocks give, and ALaST's callback."""
 
+from peft_bsr.training.alast_callback import ALaSTCallback, BudgetRecord
 from peft_bsr.training.feature_cache import FeatureCache
 
-__all__ = ["FeatureCache"]
+__all__ = ["ALaSTCallback", "BudgetRecord", "FeatureCache"]

@@ -1,5 +1,6 @@
-"""What PEFT sees: thin tuners over the engine."""
+"""What PEFT sees: one folder for each method, thin over the engine."""
 
+from peft_bsr.tuners.alast import ALaSTConfig, ALaSTModel
 from peft_bsr.tuners.bsr import BSRConfig, BSRModel
 
-__all__ = ["BSRConfig", "BSRModel"]
+__all__ = ["ALaSTConfig", "ALaSTModel", "BSRConfig", "BSRModel"]

@@ -4,25 +4,19 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
-
-from peft import PeftConfig
+from typing import Any, get_args
 
 from peft_bsr.backbones import Column
-from peft_bsr.core import CLASS_FREE_SCORE, SCORE_KINDS
-from peft_bsr.engine import Lean, Mode, Plan, ReduceAt, Reduction
+from peft_bsr.engine import Mode, Plan, ReduceAt, Reduction
 from peft_bsr.errors import ConfigError
 from peft_bsr.registration import extend_peft_type
+from peft_bsr.tuners.block_config import BlockConfig, as_list, check_score, resolve_score, saving_less
 
-Trainable = Literal["full", "lora"]
-LeanLevel = Literal["off", "exact", "max"]
-SavedActivations = Literal["full", "int8"]
-_MODULE_LISTS = ("target_modules", "exclude_modules", "modules_to_save")
 _BLOCK_RULE = re.compile(r"(every|last):([1-9]\d*)")
 
 
 @dataclass
-class BSRConfig(PeftConfig):
+class BSRConfig(BlockConfig):
     """Configuration of Block Selective Reprogramming: train a few whole blocks, drop tokens by class attention.
 
     The final norm and the head are always trained and saved; `modules_to_save` is not needed for them. Blocks before
@@ -97,41 +91,24 @@ class BSRConfig(PeftConfig):
     reduce_at: str | None = field(
         default=None, metadata={"help": "'mid_block' (the paper's) or 'after_block'; None = chosen for the model."}
     )
-    mode: str | None = field(
-        default=None, metadata={"help": "'compact' or 'full_view'; None = chosen by what the head reads."}
-    )
-    score: str | None = field(
-        default=None, metadata={"help": "'class', 'mean_query' or 'received'; None = chosen for the model."}
-    )
-    trainable: str = field(default="full", metadata={"help": "'full' (whole weights) or 'lora' (low-rank updates)."})
-    r: int = field(default=8, metadata={"help": "Rank of the update, trainable='lora' only."})
-    lora_alpha: float = field(default=16, metadata={"help": "The update is scaled by lora_alpha / r."})
-    init_weights: bool = field(default=True, metadata={"help": "False starts away from the base model (for tests)."})
-    target_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Only these leaf modules of trained blocks train; None = all."}
-    )
-    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "These leaf modules do not train."})
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Further modules to train and save whole; final norm and head are anyway."}
-    )
-    lean: str = field(default="exact", metadata={"help": "'off', 'exact' or 'max': what is not kept for backward."})
-    saved_activations: str = field(
-        default="full", metadata={"help": "'full' or 'int8': how numbers are kept for backward."}
-    )
-    layout: dict[str, str] | None = field(
-        default=None, metadata={"help": "Written at attach: canonical place -> module name of what trains."}
-    )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         self.peft_type = extend_peft_type("BSR")
-        for name in ("trainable_blocks", "reduction_blocks", "keep_rate", *_MODULE_LISTS):
-            value = getattr(self, name)
-            if isinstance(value, (tuple, range, set, frozenset)):
-                setattr(self, name, sorted(value) if isinstance(value, (set, frozenset)) else list(value))
-        problems = [*self._check_blocks(), *self._check_rates(), *self._check_choices()]
-        if problems:
-            raise ConfigError.from_problems("BSRConfig", problems)
+        for name in ("trainable_blocks", "reduction_blocks", "keep_rate"):
+            setattr(self, name, as_list(getattr(self, name)))
+        super().__post_init__()
+
+    def _problems(self) -> list[str]:
+        problems = [*self._check_blocks(), *self._check_rates()]
+        problems += self._check_choice("reduce_at", get_args(ReduceAt), is_optional=True)
+        if not (self.fuse_dropped is None or isinstance(self.fuse_dropped, bool)):
+            problems.append(f"`fuse_dropped={self.fuse_dropped!r}` must be True, False or None.")
+        if self.fuse_dropped and self.mode == "full_view":
+            problems.append(
+                "`fuse_dropped=True` needs a place for the fused token, but in `mode='full_view'` the sequence keeps "
+                "its length and the dropped tokens their place. Leave one of them None."
+            )
+        return [*problems, *super()._problems()]
 
     def _check_blocks(self) -> list[str]:
         problems = []
@@ -173,133 +150,61 @@ class BSRConfig(PeftConfig):
             )
         return problems
 
-    def _check_choices(self) -> list[str]:
+    def plan_for(self, column: Column) -> Plan:
+        """The plan that this config means for the model of `column`.
+
+        Raises:
+            ConfigError: Naming everything that this model does not allow.
+        """
         problems = []
-        choices_of = {"reduce_at": get_args(ReduceAt), "mode": get_args(Mode), "score": SCORE_KINDS}
-        always = {
-            "trainable": get_args(Trainable),
-            "lean": get_args(LeanLevel),
-            "saved_activations": get_args(SavedActivations),
-        }
-        for name, choices in {**choices_of, **always}.items():
-            if getattr(self, name) not in choices and (getattr(self, name) is not None or name in always):
+        trainable = resolve_trainable_blocks(self, column.depth)
+        reducing = self.reduction_blocks
+        if reducing is None:
+            reducing = sorted({column.depth * k // 4 for k in (1, 2, 3)})
+        for name, blocks in (("trainable_blocks", trainable), ("reduction_blocks", reducing)):
+            if outside := [i for i in blocks if not 0 <= i < column.depth]:
+                last = column.depth - 1
+                instead = f' or "last:{min(len(blocks), column.depth)}"' if name == "trainable_blocks" else ""
                 problems.append(
-                    f"`{name}={getattr(self, name)!r}` is unknown. Use one of {', '.join(map(repr, choices))}."
+                    f"`{name}={getattr(self, name)!r}` asks for block {', '.join(map(str, outside))}, but this model "
+                    f"has {column.depth} blocks (0 to {last}). Use indices up to {last}{instead}."
                 )
-        for name, allowed in (("fuse_dropped", "True, False or None"), ("init_weights", "True or False")):
-            value = getattr(self, name)
-            if not isinstance(value, bool) and not (value is None and name == "fuse_dropped"):
-                problems.append(f"`{name}={value!r}` must be {allowed}.")
-        if self.fuse_dropped and self.mode == "full_view":
+        rates = self.keep_rate if isinstance(self.keep_rate, list) else [self.keep_rate] * len(reducing)
+        if len(rates) != len(reducing):
             problems.append(
-                "`fuse_dropped=True` needs a place for the fused token, but in `mode='full_view'` the sequence keeps "
-                "its length and the dropped tokens their place. Leave one of them None."
+                f"`keep_rate={self.keep_rate!r}` has {len(rates)} rates, but this model reduces at the "
+                f"{len(reducing)} blocks {reducing}. Give one rate, or one for each block."
             )
-        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
-            problems.append(f"`r={self.r!r}` must be a whole number of at least 1.")
-        if isinstance(self.lora_alpha, bool) or not isinstance(self.lora_alpha, (int, float)) or self.lora_alpha <= 0:
-            problems.append(f"`lora_alpha={self.lora_alpha!r}` must be a number above 0.")
-        if self.target_modules == "all-linear":
+        score, reduce_at = resolve_score(self, column), self.reduce_at
+        reduces = bool(reducing) and any(rate < 1 for rate in rates)
+        problems += check_score(self, column) if reduces else []
+        if reduces and reduce_at == "mid_block" and column.anatomy is None:
             problems.append(
-                "`target_modules='all-linear'` is not needed: `trainable='lora'` adapts every Linear of the trained "
-                "blocks. Leave it None, or name modules."
+                "`reduce_at='mid_block'` needs blocks of norm, attention, norm and MLP with two residuals, which this "
+                "model does not have. Use `reduce_at='after_block'`, or leave it None."
             )
-        for name in _MODULE_LISTS:
-            value = getattr(self, name)
-            is_pattern = isinstance(value, str) and name != "modules_to_save"
-            if value is None or value == "all-linear":
-                continue
-            if not is_pattern and not (isinstance(value, list) and all(map(_is_text, value))):
-                forms = (
-                    "a list of names or None"
-                    if name == "modules_to_save"
-                    else "a list of names, a regular expression or None"
-                )
-                problems.append(f"`{name}={value!r}` must be {forms}.")
-                continue
-            for pattern in [value] if is_pattern else value if name == "modules_to_save" else []:
-                try:
-                    re.compile(pattern)
-                except re.error as error:
-                    problems.append(f"`{name}={value!r}` is not a regular expression: {error}.")
-        return problems
+        if problems:
+            raise ConfigError.from_problems("BSRConfig", problems)
+        fuse = self.fuse_dropped is not False and self.mode != "full_view"
+        position = reduce_at or ("after_block" if column.anatomy is None else "mid_block")
+        reductions = {
+            index: Reduction(float(rate), fuse, position, score)  # type: ignore[arg-type]
+            for index, rate in zip(reducing, rates, strict=True)
+            if rate < 1
+        }
+        plan = Plan.static(column.depth, trainable, reductions, self.mode or "compact")  # type: ignore[arg-type]
+        return saving_less(plan, self)
 
+    def allowed_modes(self) -> tuple[Mode, ...]:
+        """Modes to try, best first."""
+        return ("compact",) if self.mode is None and self.fuse_dropped else super().allowed_modes()
 
-def build_plan(config: BSRConfig, column: Column) -> Plan:
-    """The plan that `config` means for the model of `column`.
-
-    Args:
-        config: A checked configuration.
-        column: The model's column.
-
-    Raises:
-        ConfigError: Naming everything that this model does not allow.
-    """
-    problems = []
-    trainable = resolve_trainable_blocks(config, column.depth)
-    reducing = config.reduction_blocks
-    if reducing is None:
-        reducing = sorted({column.depth * k // 4 for k in (1, 2, 3)})
-    for name, blocks in (("trainable_blocks", trainable), ("reduction_blocks", reducing)):
-        if outside := [i for i in blocks if not 0 <= i < column.depth]:
-            last = column.depth - 1
-            instead = f' or "last:{min(len(blocks), column.depth)}"' if name == "trainable_blocks" else ""
-            problems.append(
-                f"`{name}={getattr(config, name)!r}` asks for block {', '.join(map(str, outside))}, but this model has "
-                f"{column.depth} blocks (0 to {last}). Use indices up to {last}{instead}."
-            )
-    rates = config.keep_rate if isinstance(config.keep_rate, list) else [config.keep_rate] * len(reducing)
-    if len(rates) != len(reducing):
-        problems.append(
-            f"`keep_rate={config.keep_rate!r}` has {len(rates)} rates, but this model reduces at the "
-            f"{len(reducing)} blocks {reducing}. Give one rate, or one for each block."
-        )
-    score, reduce_at = resolve_score(config, column), config.reduce_at
-    reduces = bool(reducing) and any(rate < 1 for rate in rates)
-    if reduces and score == "class" and column.num_prefix == 0:
-        problems.append(
-            f"`score='class'` ranks tokens by the class token's attention, but this model has no class token. Use "
-            f"`score={CLASS_FREE_SCORE!r}`, or leave it None."
-        )
-    if reduces and score == "mean_query" and column.scores_from == "weights":
-        problems.append(
-            "`score='mean_query'` needs the queries, but this model's attention shows only its weights. Use "
-            "`score='received'`, or `'class'` where there is a class token."
-        )
-    if reduces and reduce_at == "mid_block" and column.anatomy is None:
-        problems.append(
-            "`reduce_at='mid_block'` needs blocks of norm, attention, norm and MLP with two residuals, which this "
-            "model does not have. Use `reduce_at='after_block'`, or leave it None."
-        )
-    if problems:
-        raise ConfigError.from_problems("BSRConfig", problems)
-    fuse = config.fuse_dropped is not False and config.mode != "full_view"
-    position = reduce_at or ("after_block" if column.anatomy is None else "mid_block")
-    reductions = {
-        index: Reduction(float(rate), fuse, position, score)  # type: ignore[arg-type]
-        for index, rate in zip(reducing, rates, strict=True)
-        if rate < 1
-    }
-    plan = Plan.static(column.depth, trainable, reductions, config.mode or "compact")  # type: ignore[arg-type]
-    if config.lean != "off":
-        plan = plan.with_lean(Lean(save_products=config.lean == "exact"))
-    return plan.with_int8(config.saved_activations == "int8")
-
-
-def resolve_score(config: BSRConfig, column: Column) -> str:
-    """What tokens are ranked by: the config's choice, or the best that the model allows."""
-    if config.score is not None:
-        return config.score
-    if column.num_prefix and not column.reads_suffix:
-        return "class"
-    return "received" if column.scores_from == "weights" else CLASS_FREE_SCORE
-
-
-def allowed_modes(config: BSRConfig) -> tuple[Mode, ...]:
-    """Modes to try, best first."""
-    if config.mode is not None:
-        return (config.mode,)  # type: ignore[return-value]
-    return ("compact",) if config.fuse_dropped else ("compact", "full_view")
+    def settled(self, plan: Plan, layout: dict[str, str]) -> Any:
+        """A copy that names what was chosen for the model."""
+        config = super().settled(plan, layout)
+        for reduction in [block.reduction for block in plan.blocks if block.reduction is not None]:
+            config.reduce_at, config.fuse_dropped = reduction.position, reduction.fuse
+        return config
 
 
 def resolve_trainable_blocks(config: BSRConfig, depth: int) -> list[int]:
@@ -315,7 +220,3 @@ def resolve_trainable_blocks(config: BSRConfig, depth: int) -> list[int]:
 
 def _is_index_list(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(i, int) and not isinstance(i, bool) for i in value)
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value)

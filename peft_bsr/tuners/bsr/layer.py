@@ -13,7 +13,7 @@ from peft_bsr.backbones import Column, FamilyRule
 from peft_bsr.core import RouteCarrier
 from peft_bsr.engine import BlockRouter, Parking, Plan
 from peft_bsr.errors import AdapterError
-from peft_bsr.tuners.bsr.config import BSRConfig
+from peft_bsr.tuners.block_config import BlockConfig
 
 
 class BSRLayer(BaseTunerLayer):
@@ -101,7 +101,7 @@ class BSRWeights(nn.Module, BSRLayer):
             if hasattr(base_layer, name):
                 setattr(self, name, getattr(base_layer, name))
 
-    def update_layer(self, adapter_name: str, config: BSRConfig, low_rank: bool) -> None:
+    def update_layer(self, adapter_name: str, config: BlockConfig, low_rank: bool) -> None:
         """Add an adapter that starts as the base module (or away from it, with `init_weights=False`).
 
         Args:

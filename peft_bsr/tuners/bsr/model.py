@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 import warnings
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from peft_bsr.backbones import Column, find_rule, probe
 from peft_bsr.core import RouteCarrier
 from peft_bsr.engine import Plan, attach_router, detach_router, verify_lean, verify_plan
 from peft_bsr.errors import AdapterError, AdapterNameWarning, ReductionNotMergedWarning
-from peft_bsr.tuners.bsr.config import BSRConfig, allowed_modes
+from peft_bsr.tuners.block_config import BlockConfig
 from peft_bsr.tuners.bsr.layer import BSRLayer, BSRRouter, BSRWeights, check_single
 from peft_bsr.tuners.bsr.targets import is_excluded, resolve_targets
 
@@ -50,6 +49,8 @@ class BSRModel(BaseTuner):
     """
 
     prefix = "bsr_"
+    router_cls: ClassVar[type[BSRRouter]] = BSRRouter
+    reduces_in_evaluation = True
     tuner_layer_cls = BSRLayer
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
@@ -74,9 +75,9 @@ class BSRModel(BaseTuner):
         """Check everything, put trained weights on the leaf modules, then give each block its plan."""
         routers = find_routers(model)
         _warn_of_names(model, list(self.peft_config))
-        config: BSRConfig = self.peft_config[adapter_name]
+        config: BlockConfig = self.peft_config[adapter_name]
         column, plan, layout = self._settle(model, config, routers)
-        self.peft_config[adapter_name] = _write_down(config, plan, layout)
+        self.peft_config[adapter_name] = self._write_down(model, column, config, plan, layout)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         for place, saved_name in (config.layout or {}).items():
             if (own_name := layout.get(place, saved_name)) != saved_name:
@@ -84,11 +85,11 @@ class BSRModel(BaseTuner):
                 layer.saved_as[adapter_name] = saved_name
         if not routers:
             carrier = RouteCarrier()
-            routers = [BSRRouter(index, column, carrier, find_rule(model)) for index in range(column.depth)]
+            routers = [self.router_cls(index, column, carrier, find_rule(model)) for index in range(column.depth)]
             for router in routers:
                 attach_router(model, router)
+        self._hand_out(model, routers, adapter_name, plan)
         for router in routers:
-            router.bsr_plans[adapter_name] = plan
             router.set_adapter(self.active_adapters)
         self._set_modes()
         # parked weights lie on the CPU, where DistributedDataParallel would refuse them beside others on accelerators
@@ -97,26 +98,37 @@ class BSRModel(BaseTuner):
         setattr(model, _IGNORED_BY_DDP, [*parked, *(f"{ROOT}{name}" for name in parked)])
 
     def _settle(
-        self, model: nn.Module, config: BSRConfig, routers: list[BSRRouter]
+        self, model: nn.Module, config: BlockConfig, routers: list[BSRRouter]
     ) -> tuple[Column, Plan, dict[str, str]]:
         """What the model is, what will be done to it, checked on itself, and the layout; nothing is changed."""
         column, stock = (routers[0].column, None) if routers else probe(model)
         requested, self._targets, layout = resolve_targets(model, column, config)
         with _detached(model, routers):
-            plan = verify_plan(model, column, requested, allowed_modes(config), stock)
+            plan = verify_plan(model, column, requested, config.allowed_modes(), stock)
             return column, verify_lean(model, column, plan, stock), layout
+
+    def _hand_out(self, model: nn.Module, routers: list[BSRRouter], adapter_name: str, plan: Plan) -> None:
+        """Give each block's router what it needs to follow the adapter's plan."""
+        for router in routers:
+            router.bsr_plans[adapter_name] = plan
+
+    def _write_down(
+        self, model: nn.Module, column: Column, config: BlockConfig, plan: Plan, layout: dict[str, str]
+    ) -> BlockConfig:
+        """The adapter's own copy of `config`."""
+        return config.settled(plan, layout)
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
         return peft_config
 
-    def _check_target_module_exists(self, peft_config: BSRConfig, key: str) -> Any:
+    def _check_target_module_exists(self, peft_config: BlockConfig, key: str) -> Any:
         if is_excluded(peft_config, key):
             return _ExcludedModule()
         return key in self._targets
 
     def _create_and_replace(
         self,
-        peft_config: BSRConfig,
+        peft_config: BlockConfig,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
@@ -199,7 +211,7 @@ class BSRModel(BaseTuner):
     ) -> nn.Module:
         if merge:
             names = self._check_merge(adapter_names, safe_merge)
-            if names and self.plan(names[0]).reduces:
+            if names and self.reduces_in_evaluation and self.plan(names[0]).reduces:
                 warnings.warn(
                     f"The merged model runs on all tokens: the token reduction of adapter {names[0]!r} is not part of "
                     "the weights. Keep the adapter to keep the reduction.",
@@ -282,17 +294,6 @@ def _detached(model: nn.Module, routers: list[BSRRouter]) -> Iterator[None]:
     finally:
         for router in routers:
             attach_router(model, router)
-
-
-def _write_down(config: BSRConfig, plan: Plan, layout: dict[str, str]) -> BSRConfig:
-    """A copy of `config` that names what was chosen for this model."""
-    config = copy.copy(config)
-    reductions = [block.reduction for block in plan.blocks if block.reduction is not None]
-    if reductions:
-        config.mode, config.reduce_at, config.score = plan.mode, reductions[0].position, reductions[0].score
-        config.fuse_dropped = reductions[0].fuse
-    config.layout = layout
-    return config
 
 
 def _warn_of_names(model: nn.Module, adapter_names: list[str]) -> None:

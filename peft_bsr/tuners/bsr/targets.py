@@ -11,21 +11,21 @@ from torch import nn
 from peft_bsr.backbones import Column
 from peft_bsr.engine import Plan
 from peft_bsr.errors import ConfigError
-from peft_bsr.tuners.bsr.config import BSRConfig, build_plan
+from peft_bsr.tuners.block_config import BlockConfig
 from peft_bsr.tuners.bsr.layer import BSRWeights
 
 _PEFT_TRANSLATES_KEYS = hasattr(BaseTuner, "_remap_adapter_state_dict_for_load")
 
 
 def resolve_targets(
-    model: nn.Module, column: Column, config: BSRConfig
+    model: nn.Module, column: Column, config: BlockConfig
 ) -> tuple[Plan, dict[str, bool], dict[str, str]]:
     """The plan, the modules to train (name -> whether by a low-rank update) and the layout. Nothing is changed.
 
     Raises:
         ConfigError: Naming everything that this model does not allow.
     """
-    requested = build_plan(config, column)
+    requested = config.plan_for(column)
     targets: dict[str, bool] = {}
     problems = []
     places = _places(column, requested)
@@ -56,7 +56,7 @@ def resolve_targets(
             )
     problems += _check_modules_to_save(model, column, requested, config)
     if problems:
-        raise ConfigError.from_problems("BSRConfig", problems)
+        raise ConfigError.from_problems(type(config).__name__, problems)
     return requested, targets, {place: name for place, name in places.items() if name in targets}
 
 
@@ -90,7 +90,7 @@ def _matches(pattern: list[str] | str | None, name: str, default: bool) -> bool:
     return any(name == ending or name.endswith(f".{ending}") for ending in pattern)
 
 
-def is_excluded(config: BSRConfig, name: str) -> bool:
+def is_excluded(config: BlockConfig, name: str) -> bool:
     """Whether `exclude_modules` or `modules_to_save` take the module out of our hands."""
     saved = any(re.match(rf"(^|.*\.){m}($|\..*)", name) for m in config.modules_to_save or ())
     return saved or _matches(config.exclude_modules, name, False)
@@ -101,7 +101,7 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear)
 
 
-def _check_modules_to_save(model: nn.Module, column: Column, plan: Plan, config: BSRConfig) -> list[str]:
+def _check_modules_to_save(model: nn.Module, column: Column, plan: Plan, config: BlockConfig) -> list[str]:
     reached = (*column.head, *column.blocks[min(plan.trained_blocks) :])
     problems = []
     for saved in config.modules_to_save or ():
@@ -111,12 +111,15 @@ def _check_modules_to_save(model: nn.Module, column: Column, plan: Plan, config:
                 f"`modules_to_save` names {saved!r}, which another adapter trains as part of its own weights. Name it "
                 "in `modules_to_save` of both or of neither."
             )
-        early = [
-            n for n in names if not any(f"{n}.".startswith(f"{r}.") or f"{r}.".startswith(f"{n}.") for r in reached)
-        ]
+        early = [n for n in names if plan.cuts_gradient and not any(_overlap(n, part) for part in reached)]
         if early:
             problems.append(
                 f"`modules_to_save` names {saved!r}, that is {early}, but the gradient is cut before block "
                 f"{min(plan.trained_blocks)} and only the head lies behind the blocks. Leave it out."
             )
     return problems
+
+
+def _overlap(name: str, other: str) -> bool:
+    """Whether one module is the other, or lies in it."""
+    return f"{name}.".startswith(f"{other}.") or f"{other}.".startswith(f"{name}.")

@@ -1,0 +1,140 @@
+"""Configuration of ALaST, and the plan that its steps are made from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft_bsr.backbones import Column
+from peft_bsr.core import DELTA_REDUCTIONS, SELECTIONS
+from peft_bsr.engine import BlockPlan, Plan, Reduction
+from peft_bsr.errors import ConfigError
+from peft_bsr.registration import extend_peft_type
+from peft_bsr.tuners.block_config import BlockConfig, as_list, check_score, resolve_score, saving_less
+
+_PRESETS: dict[str | None, dict[str, Any]] = {
+    None: {"alpha": 0.5, "delta_reduction": "relative", "train_embeddings": False},
+    "paper": {"alpha": "lr", "delta_reduction": "paper", "train_embeddings": True},
+}
+
+
+@dataclass
+class ALaSTConfig(BlockConfig):
+    """Configuration of Adaptive Layer Selection: budgets decide, step by step, what trains and on how many tokens.
+
+    Each block has a budget. Before a step, K blocks are drawn by it, the others are frozen for that step; behind each
+    block `int(budget * N)` of its N tokens stay, beside the special ones, by the class token's attention. How much a
+    block moves the class token moves its budget. In evaluation all tokens stay: the result is a plain model, and
+    `merge_and_unload` loses nothing. The final norm and the head always train.
+
+    Source: arXiv 2408.08670. Departures: a budget moved by a step counts from the next step on, not within the same
+    forward, which would need the host to wait for the device in every block; importance is relative to the class
+    token's size, and the embeddings stay frozen (`preset="paper"` takes both back); a model without a class token
+    ranks its tokens another way (`score`), and the mean token takes the class token's place in the importance.
+
+    Args:
+        trainable_blocks_per_step: K. Default None: three quarters of the blocks (9 of 12).
+        initial_budget: Of every block, default 0.9.
+        budget_range: (least, largest) budget, default (0.5, 1.0).
+        alpha: How far a change of importance moves the budget; `"lr"` = the learning rate, which
+            `peft_bsr.training.ALaSTCallback` tells the model, or `model.base_model.schedule().learning_rate = ...`.
+            Default 0.5. 0.0 keeps budgets as they are.
+        delta_reduction: Importance: `"relative"` (each image's change of the class token over its size, mean over
+            images; default), `"mean"` (not relative), `"paper"` (not relative, summed over the images).
+        selection: `"sample"` (by chance, by budget; default), `"topk"` (the largest budgets) or `"prefix"` (the last K
+            blocks; the frozen ones lead and leave the graph, which saves the most).
+        train_embeddings: Train what lies before the blocks, too. No block leaves the graph then. Default False.
+        seed: Of the draws, which depend on it and on the step alone. Default 0.
+        preset: `"paper"` = alpha `"lr"`, delta_reduction `"paper"`, train_embeddings True, where these are not given.
+        mode, score, trainable, r, lora_alpha, init_weights, target_modules, exclude_modules, modules_to_save, lean,
+            saved_activations, layout: See `BSRConfig`.
+
+    Raises:
+        ConfigError: Naming every value that cannot be.
+
+    Example:
+        >>> ALaSTConfig(preset="paper").alpha
+        'lr'
+    """
+
+    trainable_blocks_per_step: int | None = field(
+        default=None, metadata={"help": "Blocks that train in each step; None = three quarters of them."}
+    )
+    initial_budget: float = field(default=0.9, metadata={"help": "Budget of every block at the start."})
+    budget_range: list[float] = field(
+        default_factory=lambda: [0.5, 1.0], metadata={"help": "Least and largest budget."}
+    )
+    alpha: float | str | None = field(
+        default=None, metadata={"help": "Step size of the budgets, or 'lr' for the learning rate; None = 0.5."}
+    )
+    delta_reduction: str | None = field(
+        default=None, metadata={"help": "'relative', 'mean' or 'paper'; None = 'relative'."}
+    )
+    selection: str = field(default="sample", metadata={"help": "'sample', 'topk' or 'prefix'."})
+    train_embeddings: bool | None = field(
+        default=None, metadata={"help": "Train what lies before the blocks, too; None = False."}
+    )
+    seed: int = field(default=0, metadata={"help": "Of the draws."})
+    preset: str | None = field(default=None, metadata={"help": "'paper' for the paper's own choices."})
+
+    def __post_init__(self) -> None:
+        self.peft_type = extend_peft_type("ALAST")
+        self.budget_range = as_list(self.budget_range)
+        for name, value in _PRESETS.get(self.preset, {}).items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        super().__post_init__()
+
+    def _problems(self) -> list[str]:
+        problems = []
+        if self.preset not in _PRESETS:
+            return [f"`preset={self.preset!r}` is unknown. Use 'paper' or None."]
+        count, low_high = self.trainable_blocks_per_step, self.budget_range
+        if count is not None and (not _is_int(count) or count < 1):
+            problems.append(f"`trainable_blocks_per_step={count!r}` must be a whole number of at least 1, or None.")
+        if not (isinstance(low_high, list) and len(low_high) == 2 and all(map(_is_number, low_high))):
+            problems.append(f"`budget_range={low_high!r}` must be two numbers, the least and the largest budget.")
+        elif not 0 < low_high[0] <= low_high[1] <= 1:
+            problems.append(f"`budget_range={low_high!r}` must lie in (0, 1], the least budget first.")
+        elif not _is_number(self.initial_budget) or not low_high[0] <= self.initial_budget <= low_high[1]:
+            problems.append(f"`initial_budget={self.initial_budget!r}` must lie in `budget_range={low_high!r}`.")
+        if self.alpha != "lr" and not (_is_number(self.alpha) and float(self.alpha or 0) >= 0):
+            problems.append(f"`alpha={self.alpha!r}` must be a number of at least 0, or 'lr' for the learning rate.")
+        problems += self._check_choice("delta_reduction", DELTA_REDUCTIONS)
+        problems += self._check_choice("selection", SELECTIONS)
+        if not isinstance(self.train_embeddings, bool):
+            problems.append(f"`train_embeddings={self.train_embeddings!r}` must be True, False or None.")
+        if not _is_int(self.seed):
+            problems.append(f"`seed={self.seed!r}` must be a whole number.")
+        return [*problems, *super()._problems()]
+
+    def plan_for(self, column: Column) -> Plan:
+        """What every step's plan is made from: all blocks train, each drops tokens by the initial budget.
+
+        Raises:
+            ConfigError: Naming everything that this model does not allow.
+        """
+        problems, count = check_score(self, column), self.trainable_blocks_per_step
+        if count is not None and count > column.depth:
+            problems.append(
+                f"`trainable_blocks_per_step={count}` asks for more than this model's {column.depth} blocks. Use at "
+                f"most {column.depth}."
+            )
+        if problems:
+            raise ConfigError.from_problems("ALaSTConfig", problems)
+        score: Any = resolve_score(self, column)
+        reduction = Reduction(self.initial_budget, fuse=False, position="after_block", score=score, of_all=True)
+        cut = not self.train_embeddings
+        blocks = tuple(BlockPlan(True, cut and index == 0, reduction) for index in range(column.depth))
+        return saving_less(Plan(blocks, self.mode or "compact"), self)  # type: ignore[arg-type]
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+__all__ = ["ALaSTConfig"]

@@ -1,0 +1,128 @@
+"""The tuner: every block may train, under a plan that changes from step to step."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import Tensor, nn
+
+from peft_bsr.backbones import Column
+from peft_bsr.engine import Plan
+from peft_bsr.errors import AdapterError, UnsupportedModelError
+from peft_bsr.tuners.alast.config import ALaSTConfig
+from peft_bsr.tuners.alast.layer import STATE, ALaSTRouter
+from peft_bsr.tuners.alast.schedule import ALaSTSchedule
+from peft_bsr.tuners.bsr.layer import BSRWeights
+from peft_bsr.tuners.bsr.model import BSRModel, find_routers
+
+
+class ALaSTModel(BSRModel):
+    """ALaST on a vision transformer; made by `get_peft_model(model, ALaSTConfig())`.
+
+    Args:
+        model: A supported vision transformer, see `peft_bsr.probe_column`.
+        config: The configuration.
+        adapter_name: Name of the adapter, default `"default"`.
+
+    Raises:
+        UnsupportedModelError: With the reason that the probe found.
+        ConfigError: Naming everything that this model does not allow.
+
+    Example:
+        >>> from peft import get_peft_model
+        >>> from transformers import ViTConfig, ViTForImageClassification
+        >>> tiny = ViTConfig(hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=64)
+        >>> model = get_peft_model(ViTForImageClassification(tiny), ALaSTConfig())
+        >>> model.base_model.schedule().budgets
+        [0.9, 0.9, 0.9, 0.9]
+    """
+
+    router_cls = ALaSTRouter
+    reduces_in_evaluation = False
+
+    def schedule(self, adapter_name: str | None = None) -> ALaSTSchedule:
+        """Budgets and draws of an adapter, default the active one.
+
+        Raises:
+            AdapterError: If there is none of that name.
+        """
+        name = adapter_name or (self.active_adapters or [None])[0]
+        routers: Any = find_routers(self.model)
+        if not routers or name not in routers[0].schedules:
+            raise AdapterError(f"There is no adapter {name!r}; this model has {sorted(self.peft_config)}.")
+        return routers[0].schedules[name]
+
+    def plan(self, adapter_name: str | None = None) -> Plan:
+        """The plan of the step that runs; before the first, that of a step in which every block trains.
+
+        Raises:
+            AdapterError: If there is no adapter of that name.
+        """
+        return self.schedule(adapter_name).plan or super().plan(adapter_name)
+
+    def _hand_out(self, model: nn.Module, routers: list[Any], adapter_name: str, plan: Plan) -> None:
+        """One schedule for all routers, which knows the adapter's weights in each block."""
+        super()._hand_out(model, routers, adapter_name, plan)
+        column = routers[0].column
+        blocks: list[list[nn.Module]] = [[] for _ in column.blocks]
+        others: list[nn.Module] = []
+        for name, module in model.named_modules():
+            if isinstance(module, BSRWeights) and adapter_name in module.bsr_params:
+                index = next((i for i, block in enumerate(column.blocks) if name.startswith(f"{block}.")), None)
+                (others if index is None else blocks[index]).append(module.bsr_params[adapter_name])
+        schedule = ALaSTSchedule(self.peft_config[adapter_name], plan, blocks, others)
+        for router in routers:
+            router.schedules[adapter_name] = schedule
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor], **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """PEFT's own knows parameters and buffers only; the schedule's state is neither."""
+        found = super()._get_adapter_state_dict(
+            model=model, config=config, adapter_name=adapter_name, state_dict=state_dict, **kwargs
+        )
+        return found | {key: value for key, value in state_dict.items() if key.endswith(f".{STATE}.{adapter_name}")}
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """Of the schedule's state, too."""
+        if key.endswith(f".{STATE}.{adapter_name}"):
+            return key.removesuffix(f".{adapter_name}")
+        return super()._remove_adapter_name_from_key(key, adapter_name)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Of the schedule's state, too."""
+        renamed = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        return {f"{k}.{adapter_name}" if k.endswith(f".{STATE}") else k: value for k, value in renamed.items()}
+
+    def _write_down(self, model: nn.Module, column: Column, config: Any, plan: Plan, layout: dict[str, str]) -> Any:
+        written: ALaSTConfig = super()._write_down(model, column, config, plan, layout)
+        if written.train_embeddings:
+            written = copy.copy(written)
+            written.modules_to_save = sorted({*(written.modules_to_save or ()), *find_embeddings(model, column)})
+        return written
+
+
+def find_embeddings(model: nn.Module, column: Column) -> list[str]:
+    """Names of the outermost modules outside of the blocks and the head that hold parameters themselves.
+
+    Raises:
+        UnsupportedModelError: If the model itself holds some: there is no module that could be saved.
+    """
+    inside = (*column.blocks, *column.head)
+    owners = {name.rpartition(".")[0] for name, _ in model.named_parameters()}
+    owners = {n for n in owners if not any(f"{n}.".startswith(f"{part}.") for part in inside)}
+    if "" in owners:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} holds parameters itself, beside its modules, which cannot be trained by name. Use "
+            "`train_embeddings=False`."
+        )
+    return sorted(n for n in owners if not any(n.startswith(f"{other}.") for other in owners))
+
+
+__all__ = ["ALaSTModel"]

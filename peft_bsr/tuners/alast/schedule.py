@@ -1,0 +1,220 @@
+"""The state of ALaST: budgets, importances, and the plan of the step that runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+from weakref import WeakSet
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from peft_bsr.core import block_change, reduced_delta, select_blocks, update_budgets
+from peft_bsr.engine import Plan
+from peft_bsr.errors import ConfigError, TrainabilityError
+from peft_bsr.tuners.alast.config import ALaSTConfig
+
+
+class ALaSTSchedule:
+    """Draws the blocks that train, once per optimizer step, and moves the budgets by what the blocks did.
+
+    The first training forward after an optimizer step draws anew, so batches that are accumulated share a draw, and a
+    step that a gradient scaler skips costs none. The step is seen through torch's hook on optimizers; one that is not
+    torch's, or holds other tensors than the model, needs `next_step()` in the loop (`ALaSTCallback` calls it).
+
+    Args:
+        config: Of the adapter.
+        template: The plan of a step in which every block trains.
+        blocks: Modules that hold the trained weights, one list a block.
+        others: Modules that hold those behind (or before) the blocks, which always train.
+
+    Attributes:
+        budgets: One a block, as they count now.
+        deltas: Importances of the last step that ended, or None before that.
+        drawn: Blocks that train in this step, ascending.
+        step: Draws so far.
+        learning_rate: For `alpha="lr"`.
+    """
+
+    def __init__(
+        self, config: ALaSTConfig, template: Plan, blocks: Sequence[Sequence[nn.Module]], others: Sequence[nn.Module]
+    ) -> None:
+        depth = len(template.blocks)
+        self.config = config
+        self.budgets = [float(config.initial_budget)] * depth
+        self.deltas: list[float] | None = None
+        self.drawn = list(range(depth))
+        self.step = 0
+        self.learning_rate: float | None = None
+        self.plan: Plan | None = None
+        self._template = template
+        self._blocks, self._others = [list(modules) for modules in blocks], list(others)
+        self._is_due = True
+        self._is_restored = False
+        self._stepped: set[int] | None = None  # ids of parameters that an optimizer had in hand since the draw
+        self._total: Tensor | None = None  # [L + 1]: changes summed over this step's forwards, and their images
+        self._changes: list[Tensor] = []  # of the forward that runs
+        _SCHEDULES.add(self)
+
+    def begin(self) -> None:
+        """A training forward begins: draw, if the optimizer has stepped since the last draw.
+
+        Raises:
+            TrainabilityError: If an optimizer has stepped that does not hold what was to train.
+            ConfigError: If `alpha="lr"` and nobody told the learning rate.
+        """
+        self._changes = []
+        if not any(p.requires_grad for modules in self._all() for module in modules for p in module.parameters()):
+            self.plan = None  # loaded to be used, not to be trained
+            return
+        if self._is_due:
+            self._check_trained()
+            self._advance()
+        elif self._is_restored:  # in the middle of a step
+            self._apply()
+        self._is_restored = False
+
+    def next_step(self) -> None:
+        """Say that the optimizer has stepped; the next training forward draws. Saying it twice does no harm."""
+        self._is_due = True
+
+    def observe(self, before: Tensor, after: Tensor, num_prefix: int) -> None:
+        """See a block's tokens before and after it, [B, N, D] and [B, N', D], block after block."""
+        if self.plan is None:
+            return
+        entering, leaving = (t[:, 0] if num_prefix else t.detach().mean(dim=1) for t in (before, after))
+        self._changes.append(block_change(entering, leaving, self._reduction))
+        if len(self._changes) == len(self.budgets):
+            images = self._changes[0].new_tensor(float(before.shape[0]))
+            total = torch.stack([*self._changes, images])
+            if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+                dist.all_reduce(total)  # so that budgets and draws are the same in every process
+            self._total = total if self._total is None else self._total + total
+            self._changes = []
+
+    def pack(self) -> Tensor:
+        """The state as one tensor, int64 bit patterns of float64 numbers [5, max(L, 3)], that no cast can touch."""
+        depth = len(self.budgets)
+        rows = torch.zeros(5, max(depth, 3), dtype=torch.float64)
+        rows[0, :depth] = torch.tensor(self.budgets, dtype=torch.float64)
+        rows[1, :depth] = torch.tensor(self.deltas or [float("nan")] * depth, dtype=torch.float64)
+        images = 0.0
+        if self._total is not None:
+            *changes, images = self._total.tolist()
+            rows[2, :depth] = torch.tensor(changes, dtype=torch.float64)
+        rows[3, self.drawn] = 1
+        rows[4, :3] = torch.tensor([self.step, images, self._is_due], dtype=torch.float64)
+        return rows.view(torch.int64)
+
+    def unpack(self, packed: Tensor) -> None:
+        """Go on from what `pack` gave."""
+        depth, rows = len(self.budgets), packed.cpu().view(torch.float64)
+        self.budgets = rows[0, :depth].tolist()
+        deltas = rows[1, :depth].tolist()
+        self.deltas = None if deltas[0] != deltas[0] else deltas
+        self.drawn = rows[3, :depth].nonzero().flatten().tolist()
+        step, images, is_due = rows[4, :3].tolist()
+        self.step, self._is_due = int(step), bool(is_due)
+        self._total = torch.tensor([*rows[2, :depth].tolist(), images]) if images else None
+        self._is_restored = True
+
+    def see_step(self, parameters: set[int]) -> None:
+        """An optimizer has stepped.
+
+        Args:
+            parameters: Ids of those that it holds.
+        """
+        if parameters & {id(p) for modules in self._all() for module in modules for p in module.parameters()}:
+            self._is_due = True
+            self._stepped = (self._stepped or set()) | parameters
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _stepped=None)
+        _SCHEDULES.add(self)
+
+    @property
+    def _reduction(self) -> str:
+        return str(self.config.delta_reduction)
+
+    def _advance(self) -> None:
+        """Take in what the last step's forwards showed, and draw for the next."""
+        if self._total is not None:
+            *changes, images = self._total.tolist()  # the one time a step that the host waits for the device
+            deltas = [reduced_delta(change, images, self._reduction) for change in changes]
+            if self.deltas is not None:
+                low, high = self.config.budget_range
+                self.budgets = update_budgets(self.budgets, deltas, self.deltas, self._alpha(), low, high)
+            self.deltas, self._total = deltas, None
+        self.step += 1
+        self._is_due = False
+        depth = len(self.budgets)
+        count = self.config.trainable_blocks_per_step or max(1, round(0.75 * depth))
+        generator = torch.Generator().manual_seed(self.config.seed * 2**32 + self.step)
+        self.drawn = select_blocks(self.budgets, count, self.config.selection, generator)
+        self._apply()
+
+    def _apply(self) -> None:
+        """Make plan and weights follow the draw. What is frozen loses its gradient, so that no optimizer touches it."""
+        first = self.drawn[0]
+        blocks = []
+        for index, (block, budget) in enumerate(zip(self._template.blocks, self.budgets, strict=True)):
+            assert block.reduction is not None, "every block of the template reduces"
+            cut = not self.config.train_embeddings and index <= first
+            block = replace(
+                block,
+                trained=index in self.drawn,
+                cut_gradient=cut,
+                reduction=replace(block.reduction, keep_rate=budget),
+            )
+            blocks.append(block if block.in_graph else replace(block, lean=None, int8=False))
+        self.plan = replace(self._template, blocks=tuple(blocks))
+        for index, modules in enumerate(self._blocks):
+            for parameter in (p for module in modules for p in module.parameters()):
+                parameter.requires_grad_(index in self.drawn)
+                if index not in self.drawn:
+                    parameter.grad = None
+
+    def _alpha(self) -> float:
+        if self.config.alpha != "lr":
+            return float(self.config.alpha)  # type: ignore[arg-type]
+        if self.learning_rate is None:
+            raise ConfigError(
+                "`alpha='lr'` moves budgets by the learning rate, which nobody told this model. Give Trainer "
+                "`callbacks=[ALaSTCallback()]`, or set `model.base_model.schedule().learning_rate` before each step, "
+                "or use a number."
+            )
+        return self.learning_rate
+
+    def _all(self) -> list[list[nn.Module]]:
+        return [*self._blocks, self._others]
+
+    def _check_trained(self) -> None:
+        """Every block that trained must have been in an optimizer's hands."""
+        stepped, self._stepped = self._stepped, None
+        if stepped is None:
+            return
+        held = [any(id(p) in stepped for module in modules for p in module.parameters()) for modules in self._blocks]
+        if missed := [index for index in self.drawn if not held[index]]:
+            raise TrainabilityError(
+                f"blocks {missed} were to train in step {self.step}, but the optimizer that stepped does not hold "
+                "their weights. It was probably made from the parameters that asked for gradients in the middle of "
+                "the training; make it before the first training forward, from all parameters of the adapter."
+            )
+
+
+_SCHEDULES: WeakSet[ALaSTSchedule] = WeakSet()
+
+
+def _see_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    if _SCHEDULES:
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        for schedule in list(_SCHEDULES):
+            schedule.see_step(held)
+
+
+register_optimizer_step_post_hook(_see_step)
+
+__all__ = ["ALaSTSchedule"]

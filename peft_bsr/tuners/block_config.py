@@ -1,0 +1,205 @@
+"""What the methods that train whole blocks are all asked: how blocks train, and what they keep for backward."""
+
+from __future__ import annotations
+
+import copy
+import re
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from peft import PeftConfig
+
+from peft_bsr.backbones import Column
+from peft_bsr.core import CLASS_FREE_SCORE, SCORE_KINDS
+from peft_bsr.engine import Lean, Mode, Plan
+from peft_bsr.errors import ConfigError
+
+Trainable = Literal["full", "lora"]
+LeanLevel = Literal["off", "exact", "max"]
+SavedActivations = Literal["full", "int8"]
+_MODULE_LISTS = ("target_modules", "exclude_modules", "modules_to_save")
+
+
+@dataclass
+class BlockConfig(PeftConfig):
+    """Base of the configurations of methods that train blocks under a plan; not for use by itself.
+
+    Args:
+        mode: `"compact"` (the sequence gets shorter) or `"full_view"` (it keeps its length outside of the blocks, so
+            heads that need the grid, mean heads that must see every token and hidden states of constant length work).
+            Default None: compact where no output changes its shape by it.
+        score: What tokens are ranked by: `"class"` (the class token's attention, the paper's), `"mean_query"` or
+            `"received"` for models without one, see `peft_bsr.core.token_scores`. Default None: the class token's
+            attention, or where there is none or the head reads other special tokens, the better of the two others.
+        trainable: `"full"` trains copies of the blocks' weights, `"lora"` a low-rank update of their Linear modules.
+        r: Rank of the update, `trainable="lora"` only.
+        lora_alpha: The update is scaled by `lora_alpha / r`, `trainable="lora"` only.
+        init_weights: False starts away from the base model (PEFT's convention for tests). Default True: the model
+            starts as the base model.
+        target_modules: Only these leaf modules of the trained blocks train: name endings, or a regular expression on
+            the whole name. Default None: all of them.
+        exclude_modules: These do not train, same forms; may also name the final norm or head.
+        modules_to_save: Further modules to train and save whole, PEFT's way. They must lie behind the first trained
+            block, because the gradient is cut there.
+        lean: What blocks that gradients reach do not keep for backward. `"exact"`: nothing that one pass over the
+            tokens restores, no matrix product is computed twice; `"max"`: first products of the halves are computed
+            again too; `"off"`: the stock blocks. Gradients are the same. Parts that the self-test does not find equal
+            stay stock. If the head reads only special tokens, the last block computes queries, output projection and
+            MLP for those alone in training (not with `"off"`). Default `"exact"`.
+        saved_activations: `"full"`, or `"int8"`: what those blocks do keep is kept in 8 bits, rounded stochastically.
+            Gradients have an error of about 1 % then. Default `"full"`.
+        layout: Canonical place -> name in the model of each trained module. Written when the adapter is attached; by
+            it a file that was saved on another layout of the same model (other module names) is read.
+    """
+
+    mode: str | None = field(
+        default=None, metadata={"help": "'compact' or 'full_view'; None = chosen by what the head reads."}
+    )
+    score: str | None = field(
+        default=None, metadata={"help": "'class', 'mean_query' or 'received'; None = chosen for the model."}
+    )
+    trainable: str = field(default="full", metadata={"help": "'full' (whole weights) or 'lora' (low-rank updates)."})
+    r: int = field(default=8, metadata={"help": "Rank of the update, trainable='lora' only."})
+    lora_alpha: float = field(default=16, metadata={"help": "The update is scaled by lora_alpha / r."})
+    init_weights: bool = field(default=True, metadata={"help": "False starts away from the base model (for tests)."})
+    target_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Only these leaf modules of trained blocks train; None = all."}
+    )
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "These leaf modules do not train."})
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Further modules to train and save whole; final norm and head are anyway."}
+    )
+    lean: str = field(default="exact", metadata={"help": "'off', 'exact' or 'max': what is not kept for backward."})
+    saved_activations: str = field(
+        default="full", metadata={"help": "'full' or 'int8': how numbers are kept for backward."}
+    )
+    layout: dict[str, str] | None = field(
+        default=None, metadata={"help": "Written at attach: canonical place -> module name of what trains."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in _MODULE_LISTS:
+            setattr(self, name, as_list(getattr(self, name)))
+        if problems := self._problems():
+            raise ConfigError.from_problems(type(self).__name__, problems)
+
+    def plan_for(self, column: Column) -> Plan:
+        """The plan that this config means for the model of `column`.
+
+        Raises:
+            ConfigError: Naming everything that this model does not allow.
+        """
+        raise NotImplementedError(f"{type(self).__name__} makes no plan")
+
+    def allowed_modes(self) -> tuple[Mode, ...]:
+        """Modes to try, best first."""
+        return ("compact", "full_view") if self.mode is None else (self.mode,)  # type: ignore[return-value]
+
+    def settled(self, plan: Plan, layout: dict[str, str]) -> Any:
+        """A copy that names what was chosen for the model.
+
+        Args:
+            plan: As it was checked on the model.
+            layout: Canonical place -> module name of what trains.
+        """
+        config = copy.copy(self)
+        if plan.reduces:
+            config.mode = plan.mode
+            config.score = next(block.reduction.score for block in plan.blocks if block.reduction is not None)
+        config.layout = layout
+        return config
+
+    def _problems(self) -> list[str]:
+        """Every value that cannot be, and what to use instead."""
+        problems = []
+        optional = {"mode": get_args(Mode), "score": SCORE_KINDS}
+        required = {
+            "trainable": get_args(Trainable),
+            "lean": get_args(LeanLevel),
+            "saved_activations": get_args(SavedActivations),
+        }
+        for name, choices in {**optional, **required}.items():
+            problems += self._check_choice(name, choices, is_optional=name in optional)
+        if not isinstance(self.init_weights, bool):
+            problems.append(f"`init_weights={self.init_weights!r}` must be True or False.")
+        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
+            problems.append(f"`r={self.r!r}` must be a whole number of at least 1.")
+        if isinstance(self.lora_alpha, bool) or not isinstance(self.lora_alpha, (int, float)) or self.lora_alpha <= 0:
+            problems.append(f"`lora_alpha={self.lora_alpha!r}` must be a number above 0.")
+        if self.target_modules == "all-linear":
+            problems.append(
+                "`target_modules='all-linear'` is not needed: `trainable='lora'` adapts every Linear of the trained "
+                "blocks. Leave it None, or name modules."
+            )
+        for name in _MODULE_LISTS:
+            value = getattr(self, name)
+            is_pattern = isinstance(value, str) and name != "modules_to_save"
+            if value is None or value == "all-linear":
+                continue
+            if not is_pattern and not (isinstance(value, list) and all(map(_is_text, value))):
+                forms = (
+                    "a list of names or None"
+                    if name == "modules_to_save"
+                    else "a list of names, a regular expression or None"
+                )
+                problems.append(f"`{name}={value!r}` must be {forms}.")
+                continue
+            for pattern in [value] if is_pattern else value if name == "modules_to_save" else []:
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    problems.append(f"`{name}={value!r}` is not a regular expression: {error}.")
+        return problems
+
+    def _check_choice(self, name: str, choices: tuple[str, ...], is_optional: bool = False) -> list[str]:
+        value = getattr(self, name)
+        if value in choices or (value is None and is_optional):
+            return []
+        return [f"`{name}={value!r}` is unknown. Use one of {', '.join(map(repr, choices))}."]
+
+
+def resolve_score(config: BlockConfig, column: Column) -> str:
+    """What tokens are ranked by: the config's choice, or the best that the model allows."""
+    if config.score is not None:
+        return config.score
+    if column.num_prefix and not column.reads_suffix:
+        return "class"
+    return "received" if column.scores_from == "weights" else CLASS_FREE_SCORE
+
+
+def check_score(config: BlockConfig, column: Column) -> list[str]:
+    """Why this model's tokens cannot be ranked that way."""
+    score = resolve_score(config, column)
+    if score == "class" and column.num_prefix == 0:
+        return [
+            f"`score='class'` ranks tokens by the class token's attention, but this model has no class token. Use "
+            f"`score={CLASS_FREE_SCORE!r}`, or leave it None."
+        ]
+    if score == "mean_query" and column.scores_from == "weights":
+        return [
+            "`score='mean_query'` needs the queries, but this model's attention shows only its weights. Use "
+            "`score='received'`, or `'class'` where there is a class token."
+        ]
+    return []
+
+
+def saving_less(plan: Plan, config: BlockConfig) -> Plan:
+    """The plan with what the config says of lean blocks and of 8 bits."""
+    if config.lean != "off":
+        plan = plan.with_lean(Lean(save_products=config.lean == "exact"))
+    return plan.with_int8(config.saved_activations == "int8")
+
+
+def as_list(value: Any) -> Any:
+    """Tuples, ranges and sets as lists; anything else as it is."""
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    return list(value) if isinstance(value, (tuple, range)) else value
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
+__all__ = ["BlockConfig", "as_list", "check_score", "resolve_score", "saving_less"]

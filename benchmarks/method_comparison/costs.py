@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 sys.path.insert(0, str(Path(__file__).parent))
 from data import Protocol
 from experiment import Experiment, load_base
-from launch import RESULTS
+from launch import add_results, results_of
 from train import add_sources, meta_info
 
 from peft_bsr.cost import compare
@@ -35,12 +35,13 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="these experiments (default: all)")
     parser.add_argument("--repeats", type=int, default=7, help="timed steps of each (default 7)")
     add_sources(parser)
+    add_results(parser)
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     batch_size = Protocol.load(args.protocol).batch_size
-    path = RESULTS / args.protocol / "costs.json"
+    path = results_of(args) / "costs.json"
     found = json.loads(path.read_text()) if path.exists() else {}
     for experiment in tqdm([e for e in Experiment.all() if not args.only or e.name in args.only], unit="experiment"):
         full, this = (ready(e, args.model, device) for e in (Experiment.load(REFERENCE), experiment))

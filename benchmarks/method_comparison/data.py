@@ -33,8 +33,9 @@ class Protocol:
 
     @classmethod
     def load(cls, name: str) -> Protocol:
-        """From `protocols/NAME.json`."""
-        return cls(name=name, **json.loads((HERE / "protocols" / f"{name}.json").read_text()))
+        """From `protocols/NAME.json`, or from a file whose path ends on `.json`."""
+        path = Path(name) if name.endswith(".json") else HERE / "protocols" / f"{name}.json"
+        return cls(name=path.stem, **json.loads(path.read_text()))
 
 
 def load_task(task: str, protocol: Protocol, data: Path | None) -> DatasetDict:

@@ -13,7 +13,16 @@ from typing import Any
 import torch
 
 HERE = Path(__file__).parent
-RESULTS = HERE / "results"
+
+
+def add_results(parser: argparse.ArgumentParser) -> None:
+    """The argument that says where results are kept."""
+    parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of results (default: ours)")
+
+
+def results_of(args: argparse.Namespace) -> Path:
+    """The folder of the protocol's results."""
+    return args.results / Path(args.protocol).stem
 
 
 def add_launching(parser: argparse.ArgumentParser) -> None:

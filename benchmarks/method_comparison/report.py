@@ -20,9 +20,9 @@ import matplotlib.pyplot as plt
 sys.path.insert(0, str(Path(__file__).parent))
 from data import Protocol
 from experiment import Experiment
-from launch import HERE, RESULTS
+from launch import HERE, add_results, results_of
 from run import result_path
-from sweep import RECIPES
+from sweep import load_recipes
 
 REFERENCE = "full_finetuning/all"
 COLORS = {
@@ -65,19 +65,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--protocol", default="cpu", help="default cpu")
     parser.add_argument("--output", type=Path, default=HERE.parents[1] / "docs" / "benchmarks.md", help="the page")
+    add_results(parser)
     args = parser.parse_args()
     protocol = Protocol.load(args.protocol)
-    costs_path = RESULTS / args.protocol / "costs.json"
+    results = results_of(args)
+    costs_path = results / "costs.json"
     costs = json.loads(costs_path.read_text()) if costs_path.exists() else {}
-    tasks = {task: rows for task in protocol.tasks if (rows := load_rows(args.protocol, task, costs))}
+    tasks = {task: rows for task in protocol.tasks if (rows := load_rows(results, task, costs))}
     if not tasks:
-        raise SystemExit(f"{RESULTS / args.protocol} has no results; run run.py first.")
-    recipes = json.loads(RECIPES.read_text())[args.protocol]
+        raise SystemExit(f"{results} has no results; run run.py first.")
+    recipes = load_recipes(args)
     pictures = args.output.parent / "images"
     pictures.mkdir(parents=True, exist_ok=True)
     parts = [(HERE / "page.md").read_text().strip(), conditions(protocol, tasks)]
     for task, rows in tasks.items():
-        picture = pictures / f"benchmark-{args.protocol}-{task.replace('/', '--')}.png"
+        picture = pictures / f"benchmark-{protocol.name}-{task.replace('/', '--')}.png"
         draw(rows, task, picture)
         parts += [f"## {task}", accuracy_table(rows), f"![{task}]({picture.relative_to(args.output.parent)})"]
     parts += ["## Costs", cost_table(costs, tasks), "## Learning rates", recipe_table(recipes)]
@@ -85,11 +87,11 @@ def main() -> None:
     print(f"{args.output}: {sum(len(row.runs) for rows in tasks.values() for row in rows)} runs")
 
 
-def load_rows(protocol: str, task: str, costs: dict[str, Any]) -> list[Row]:
+def load_rows(results: Path, task: str, costs: dict[str, Any]) -> list[Row]:
     """Of every experiment that ran on the task."""
     rows = []
     for experiment in Experiment.all():
-        folder = result_path(protocol, task, experiment.name, 0).parent
+        folder = result_path(results, task, experiment.name, 0).parent
         runs = [json.loads(path.read_text()) for path in sorted(folder.glob("seed-*.json"))]
         if runs:
             accuracies = [run["train_info"]["metrics"][0]["accuracy"] for run in runs]

@@ -3,13 +3,13 @@
     python benchmarks/method_comparison/run.py --model MODEL --data DATA
     python benchmarks/method_comparison/run.py --only bsr/spread-exact full_finetuning/all --tasks cifar10
 
-Learning rates are those of `recipes.json` (see sweep.py). Results: `results/PROTOCOL/TASK/EXPERIMENT/seed-N.json`.
+Learning rates are those of `results/PROTOCOL/recipes.json` (see sweep.py). Results:
+`results/PROTOCOL/TASK/EXPERIMENT/seed-N.json`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,8 +19,8 @@ from tqdm.auto import tqdm
 sys.path.insert(0, str(Path(__file__).parent))
 from data import Protocol
 from experiment import Experiment
-from launch import RESULTS, add_launching, launch
-from sweep import RECIPES
+from launch import add_launching, add_results, launch, results_of
+from sweep import load_recipes
 from train import add_sources
 
 
@@ -32,12 +32,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="*", help="these seeds (default: as many as the protocol asks for)")
     add_sources(parser)
     add_launching(parser)
+    add_results(parser)
     args = parser.parse_args()
     protocol = Protocol.load(args.protocol)
-    recipes = json.loads(RECIPES.read_text()).get(args.protocol, {}) if RECIPES.exists() else {}
+    recipes = load_recipes(args)
     experiments = [e for e in Experiment.all() if not args.only or e.name in args.only]
     if missing := {e.params["recipe"] for e in experiments} - set(recipes):
-        raise SystemExit(f"{RECIPES} has no learning rate for {sorted(missing)}; run sweep.py first.")
+        raise SystemExit(f"{results_of(args)} has no recipe for {sorted(missing)}; run sweep.py first.")
     runs = [
         (seed, task, experiment)
         for seed in args.seeds or range(max(protocol.main_seeds, protocol.other_seeds))
@@ -49,7 +50,7 @@ def main() -> None:
 
         def one(run: tuple[int, str, Experiment]) -> bool:
             seed, task, experiment = run
-            path = result_path(args.protocol, task, experiment.name, seed)
+            path = result_path(results_of(args), task, experiment.name, seed)
             rate = recipes[experiment.params["recipe"]]["learning_rate"]
             result = launch(args, path, experiment.name, task=task, seed=seed, learning_rate=rate)
             score = "failed" if result is None else f"{result['train_info']['metrics'][0]['accuracy']:.3f}"
@@ -59,12 +60,14 @@ def main() -> None:
 
         succeeded = sum(pool.map(one, runs))
     if succeeded < len(runs):
-        raise SystemExit(f"{len(runs) - succeeded} of {len(runs)} runs failed; see the .failed.txt files in {RESULTS}.")
+        raise SystemExit(
+            f"{len(runs) - succeeded} of {len(runs)} runs failed; see the .failed.txt files in {args.results}."
+        )
 
 
-def result_path(protocol: str, task: str, experiment: str, seed: int) -> Path:
+def result_path(results: Path, task: str, experiment: str, seed: int) -> Path:
     """Where the result of a run lies."""
-    return RESULTS / protocol / task.replace("/", "--") / experiment.replace("/", "--") / f"seed-{seed}.json"
+    return results / task.replace("/", "--") / experiment.replace("/", "--") / f"seed-{seed}.json"
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
 
 Each recipe is tried at 1e-4, 3e-4 and 1e-3, then outwards in the same steps until the best rate has a worse one on
 either side. What counts is accuracy on the validation split (then its loss), after the protocol's epochs on fewer
-images of its first task. Test images are not seen. `recipes.json` gets what was found; runs that are there are not
-repeated.
+images of its first task. Test images are not seen. `results/PROTOCOL/recipes.json` gets what was found; runs that
+are there are not repeated.
 """
 
 from __future__ import annotations
@@ -22,12 +22,11 @@ from tqdm.auto import tqdm
 sys.path.insert(0, str(Path(__file__).parent))
 from data import Protocol
 from experiment import Experiment
-from launch import HERE, RESULTS, add_launching, launch
+from launch import add_launching, add_results, launch, results_of
 from train import add_sources
 
 RATES = [1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1]
 START = (2, 3, 4)
-RECIPES = HERE / "recipes.json"
 
 
 def main() -> None:
@@ -36,6 +35,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="these recipes (default: all)")
     add_sources(parser)
     add_launching(parser)
+    add_results(parser)
     args = parser.parse_args()
     leaders: dict[str, str] = {}
     for experiment in Experiment.all():
@@ -50,9 +50,14 @@ def main() -> None:
             return recipe, found
 
         found = dict(pool.map(search, chosen))
-    recipes = json.loads(RECIPES.read_text()) if RECIPES.exists() else {}
-    recipes.setdefault(args.protocol, {}).update(found)
-    RECIPES.write_text(json.dumps(recipes, indent=2) + "\n")
+    path = results_of(args) / "recipes.json"
+    path.write_text(json.dumps(load_recipes(args) | found, indent=2) + "\n")
+
+
+def load_recipes(args: argparse.Namespace) -> dict[str, Any]:
+    """What earlier sweeps found, recipe by recipe."""
+    path = results_of(args) / "recipes.json"
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def find_rate(args: argparse.Namespace, recipe: str, experiment: str) -> dict[str, Any]:
@@ -61,7 +66,7 @@ def find_rate(args: argparse.Namespace, recipe: str, experiment: str) -> dict[st
     scores: dict[int, tuple[float, float]] = {}
 
     def try_rate(index: int) -> None:
-        path = RESULTS / args.protocol / "sweep" / recipe / f"{RATES[index]:g}.json"
+        path = results_of(args) / "sweep" / recipe / f"{RATES[index]:g}.json"
         result = launch(args, path, experiment, task=task, learning_rate=RATES[index], sweep=True)
         if result is None:
             raise SystemExit(f"{recipe} failed; see {path.with_suffix('.failed.txt')}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import random
 import subprocess
 import sys
 import tempfile
@@ -26,13 +27,15 @@ import torch
 import transformers
 from safetensors.torch import save_file
 from torch import nn
-from transformers import EvalPrediction, Trainer, TrainingArguments
+from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments
 
 sys.path.insert(0, str(Path(__file__).parent))
 from data import Protocol, collate, load_task, with_pixels
 from experiment import Experiment, load_base
 
+from peft_bsr import ALaSTConfig
 from peft_bsr.cost import PeakMemory
+from peft_bsr.training import ALaSTCallback, schedule_of
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -50,7 +53,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def add_sources(parser: argparse.ArgumentParser) -> None:
     """Arguments that say what is compared where."""
-    parser.add_argument("--protocol", default="cpu", help="file in protocols/ (default cpu)")
+    parser.add_argument("--protocol", default="cpu", help="name in protocols/, or a .json file (default cpu)")
     parser.add_argument("--model", default="google/vit-base-patch16-224", help="Hub id or folder")
     parser.add_argument(
         "--data", type=Path, help="folder of TASK-train-*.parquet and TASK-test-*.parquet (default: the Hub)"
@@ -86,6 +89,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             train_dataset=train,
             eval_dataset=with_pixels(images[scored], args.model),
             compute_metrics=accuracy,
+            callbacks=callbacks(experiment, args.seed),
         )
         with PeakMemory(trainer.args.device) as memory:
             trained = trainer.train()
@@ -103,7 +107,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 **experiment.params,
                 "learning_rate": args.learning_rate,
                 "seed": args.seed,
-                "protocol": args.protocol,
+                "protocol": protocol.name,
                 "train_images": len(train),
                 "epochs": protocol.epochs,
                 "batch_size": protocol.batch_size,
@@ -153,6 +157,29 @@ def training_arguments(
         label_names=["labels"],
         dataloader_pin_memory=torch.cuda.is_available(),
     )
+
+
+def callbacks(experiment: Experiment, seed: int) -> list[TrainerCallback]:
+    """What a method needs in the loop, and controls."""
+    adapter = experiment.adapter()
+    found: list[TrainerCallback] = [ALaSTCallback()] if isinstance(adapter, ALaSTConfig) else []
+    if experiment.params["control"] == "random_budgets":
+        found.append(RandomBudgets(seed))
+    return found
+
+
+class RandomBudgets(TrainerCallback):
+    """A control for ALaST: budgets without a signal, drawn anew for each step around the one they start at."""
+
+    def __init__(self, seed: int) -> None:
+        self.generator = random.Random(seed)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Draw."""
+        schedule = schedule_of(kwargs["model"])
+        start, (low, high) = schedule.config.initial_budget, schedule.config.budget_range
+        reach = min(start - low, high - start)
+        schedule.budgets = [self.generator.uniform(start - reach, start + reach) for _ in schedule.budgets]
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:

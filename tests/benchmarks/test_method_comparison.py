@@ -1,0 +1,137 @@
+"""The method comparison: its experiments can be attached, its splits are clean, and a small one runs to a page."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, Image
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
+
+FOLDER = Path(__file__).parents[2] / "benchmarks" / "method_comparison"
+CONFIG = {"hidden_size": 16, "num_hidden_layers": 12, "num_attention_heads": 2, "intermediate_size": 32}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _on_the_path():
+    sys.path.insert(0, str(FOLDER))
+    yield
+    sys.path.remove(str(FOLDER))
+
+
+def images(count: int, seed: int) -> Dataset:
+    """Three classes, each bright in one colour, in no order."""
+    rng = np.random.default_rng(seed)
+    labels = rng.permutation(np.arange(count) % 3)
+    pixels = rng.integers(0, 100, (count, 16, 16, 3), dtype=np.uint8)
+    for image, label in zip(pixels, labels, strict=True):
+        image[..., label] += 120
+    features = Features({"img": Image(), "fine_label": ClassLabel(names=["red", "green", "blue"])})
+    return Dataset.from_dict({"img": list(pixels), "fine_label": labels.tolist()}, features=features)
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory) -> dict[str, Path]:
+    """A tiny model, images and a protocol, as files."""
+    folder = tmp_path_factory.mktemp("sources")
+    torch.manual_seed(0)
+    ViTForImageClassification(ViTConfig(**CONFIG, image_size=32, patch_size=8)).save_pretrained(folder / "vit")
+    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder / "vit")
+    images(60, seed=0).to_parquet(folder / "colours-train-60.parquet")
+    images(30, seed=1).to_parquet(folder / "colours-test-30.parquet")
+    protocol = {
+        "tasks": ["colours"], "train_images": 30, "validation_images": 15, "test_images": 15, "epochs": 1,
+        "batch_size": 15, "main_seeds": 2, "other_seeds": 1, "sweep_train_images": 15,
+    }  # fmt: skip
+    (folder / "tiny.json").write_text(json.dumps(protocol))
+    return {"model": folder / "vit", "data": folder, "protocol": folder / "tiny.json", "results": folder / "results"}
+
+
+def run(script: str, sources: dict[str, Path], *arguments: str) -> str:
+    command = [sys.executable, str(FOLDER / script)]
+    for name in ("protocol", "results") if script == "report.py" else ("model", "data", "protocol", "results"):
+        command += [f"--{name}", str(sources[name])]
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_every_experiment_trains_what_it_says(sources):
+    from experiment import Experiment, load_base
+
+    experiments = {e.name: e for e in Experiment.all()}
+    assert len(experiments) > 30
+    trained = {}
+    for name, experiment in experiments.items():
+        torch.manual_seed(0)
+        model = experiment.attach(load_base(str(sources["model"]), ["red", "green", "blue"]))
+        trained[name] = {n for n, p in model.named_parameters() if p.requires_grad}
+        assert any("classifier" in parameter for parameter in trained[name]), name
+    plain = {n for n, _ in load_base(str(sources["model"]), ["red", "green", "blue"]).named_parameters()}
+    assert trained["full_finetuning/all"] == plain
+    assert trained["linear_probe/head"] == {"classifier.weight", "classifier.bias"}
+    last3 = {n for n in plain if any(f"layers.{i}." in n for i in (9, 10, 11)) or "layernorm." in n}
+    assert trained["last_blocks/last3"] == last3 | {"classifier.weight", "classifier.bias"}
+    assert trained["bitfit/biases"] == {n for n in plain if n.endswith("bias")} | {"classifier.weight"}
+    assert {n.split("layers.")[1].split(".")[0] for n in trained["bsr/spread-exact"] if "layers." in n} == {
+        "3",
+        "7",
+        "11",
+    }
+    norms = {n.split(".base_layer")[0].split(".ln_tuning")[0] for n in trained["ln_tuning/all"] if "ln_tuning" in n}
+    assert len(norms) == 25
+
+
+def test_splits_share_no_image_and_are_even(sources):
+    from data import Protocol, load_task
+
+    protocol = Protocol.load(str(sources["protocol"]))
+    parts = load_task("colours", protocol, sources["data"])
+    again = load_task("colours", protocol, sources["data"])
+    seen: set[bytes] = set()
+    for split, size in (("train", 30), ("validation", 15), ("test", 15)):
+        pictures = {np.asarray(image).tobytes() for image in parts[split]["image"]}
+        assert len(pictures) == size and not pictures & seen
+        assert np.bincount(parts[split]["label"]).tolist() == [size // 3] * 3
+        assert parts[split]["label"] == again[split]["label"]
+        seen |= pictures
+
+
+def test_a_sweep_takes_the_best_rate_inside_what_it_tried(monkeypatch, sources):
+    import argparse
+
+    import sweep
+
+    def fake(args: object, path: Path, experiment: str, **settings: float) -> dict:
+        accuracy = 1 - abs(np.log10(settings["learning_rate"] / 3e-3))
+        return {"train_info": {"metrics": [{"accuracy": accuracy, "loss": 1.0}]}}
+
+    monkeypatch.setattr(sweep, "launch", fake)
+    args = argparse.Namespace(protocol=str(sources["protocol"]), results=sources["results"])
+    found = sweep.find_rate(args, "full", "full_finetuning/all")
+    assert found["learning_rate"] == 3e-3
+    assert list(found["tried"]) == ["0.0001", "0.0003", "0.001", "0.003", "0.01"]
+
+
+@pytest.mark.slow
+def test_from_sweep_to_page(sources, tmp_path):
+    chosen = ["full_finetuning/all", "bsr/spread-exact", "lora/qv-checkpointing", "alast/control-random_budgets"]
+    run("sweep.py", sources, "--only", "full", "bsr_spread", "lora_qv", "alast")
+    assert "seed 0" in run("run.py", sources, "--only", *chosen)
+    results = sources["results"] / "tiny" / "colours"
+    assert len(list(results.glob("full_finetuning--all/seed-*.json"))) == 2
+    result = json.loads((results / "lora--qv-checkpointing" / "seed-0.json").read_text())
+    assert set(result) == {"run_info", "train_info", "meta_info"} and result["train_info"]["status"] == "success"
+    before = {path: path.stat().st_mtime_ns for path in results.rglob("*.json")}
+    run("run.py", sources, "--only", *chosen)
+    assert {path: path.stat().st_mtime_ns for path in results.rglob("*.json")} == before
+    run("costs.py", sources, "--only", *chosen, "--repeats", "1")
+    run("report.py", sources, "--output", str(tmp_path / "page.md"))
+    page = (tmp_path / "page.md").read_text()
+    assert "| bsr/spread-exact |" in page and "| full |" in page
+    assert (tmp_path / "images" / "benchmark-tiny-colours.png").exists()

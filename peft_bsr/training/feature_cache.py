@@ -25,7 +25,7 @@ from peft_bsr.engine import run_from, run_until
 from peft_bsr.errors import FeatureCacheError
 from peft_bsr.training.cache_files import CacheFiles, num_bytes
 from peft_bsr.tuners.bsr.layer import BSRRouter, BSRWeights
-from peft_bsr.tuners.bsr.model import ROOT, find_routers
+from peft_bsr.tuners.routed import ROOT, find_routers
 
 _TOKENS, _ORIGINS, _DIGEST = "cached_tokens", "cached_origins", "digest"
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)

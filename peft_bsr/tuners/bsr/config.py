@@ -9,10 +9,17 @@ from typing import Any, Literal, get_args
 from peft import PeftConfig
 
 from peft_bsr.backbones import Column
-from peft_bsr.core import CLASS_FREE_SCORE, SCORE_KINDS
-from peft_bsr.engine import Lean, Mode, Plan, ReduceAt, Reduction
+from peft_bsr.engine import Lean, Plan
 from peft_bsr.errors import ConfigError
 from peft_bsr.registration import extend_peft_type
+from peft_bsr.tuners.reductions import (
+    check_choice,
+    check_indices,
+    check_reductions,
+    check_within,
+    is_index_list,
+    resolve_reductions,
+)
 
 Trainable = Literal["full", "lora"]
 LeanLevel = Literal["off", "exact", "max"]
@@ -129,7 +136,7 @@ class BSRConfig(PeftConfig):
             value = getattr(self, name)
             if isinstance(value, (tuple, range, set, frozenset)):
                 setattr(self, name, sorted(value) if isinstance(value, (set, frozenset)) else list(value))
-        problems = [*self._check_blocks(), *self._check_rates(), *self._check_choices()]
+        problems = [*self._check_blocks(), *check_reductions(self), *self._check_choices()]
         if problems:
             raise ConfigError.from_problems("BSRConfig", problems)
 
@@ -141,60 +148,26 @@ class BSRConfig(PeftConfig):
                     f"`trainable_blocks={self.trainable_blocks!r}` is not understood. "
                     'Use indices such as `[3, 7, 11]`, or "every:4", or "last:3".'
                 )
-        elif not _is_index_list(self.trainable_blocks) or not self.trainable_blocks:
+        elif not is_index_list(self.trainable_blocks) or not self.trainable_blocks:
             problems.append(
                 f"`trainable_blocks={self.trainable_blocks!r}` must be a non-empty list of block indices, "
                 '"every:n" or "last:n".'
             )
-        if self.reduction_blocks is not None and not _is_index_list(self.reduction_blocks):
-            problems.append(f"`reduction_blocks={self.reduction_blocks!r}` must be a list of block indices or None.")
-        for name in ("trainable_blocks", "reduction_blocks"):
-            blocks = getattr(self, name)
-            if not _is_index_list(blocks):
-                continue
-            if negative := [i for i in blocks if i < 0]:
-                problems.append(f"`{name}={blocks!r}` has negative indices {negative}. Count blocks from 0.")
-            if repeated := sorted({i for i in blocks if blocks.count(i) > 1}):
-                problems.append(f"`{name}={blocks!r}` names {repeated} more than once. Name each block once.")
-        return problems
-
-    def _check_rates(self) -> list[str]:
-        rates = self.keep_rate if isinstance(self.keep_rate, list) else [self.keep_rate]
-        problems = [
-            f"`keep_rate={self.keep_rate!r}` holds {rate!r}; a rate is a number in (0, 1], 1.0 = keep all."
-            for rate in rates
-            if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate <= 1
-        ]
-        blocks = self.reduction_blocks
-        if isinstance(self.keep_rate, list) and isinstance(blocks, list) and len(rates) != len(blocks):
-            problems.append(
-                f"`keep_rate={self.keep_rate!r}` has {len(rates)} rates for the {len(blocks)} blocks of "
-                f"`reduction_blocks={blocks!r}`. Give one rate, or one for each block."
-            )
+        else:
+            problems += check_indices(self, "trainable_blocks")
         return problems
 
     def _check_choices(self) -> list[str]:
         problems = []
-        choices_of = {"reduce_at": get_args(ReduceAt), "mode": get_args(Mode), "score": SCORE_KINDS}
-        always = {
+        choices_of = {
             "trainable": get_args(Trainable),
             "lean": get_args(LeanLevel),
             "saved_activations": get_args(SavedActivations),
         }
-        for name, choices in {**choices_of, **always}.items():
-            if getattr(self, name) not in choices and (getattr(self, name) is not None or name in always):
-                problems.append(
-                    f"`{name}={getattr(self, name)!r}` is unknown. Use one of {', '.join(map(repr, choices))}."
-                )
-        for name, allowed in (("fuse_dropped", "True, False or None"), ("init_weights", "True or False")):
-            value = getattr(self, name)
-            if not isinstance(value, bool) and not (value is None and name == "fuse_dropped"):
-                problems.append(f"`{name}={value!r}` must be {allowed}.")
-        if self.fuse_dropped and self.mode == "full_view":
-            problems.append(
-                "`fuse_dropped=True` needs a place for the fused token, but in `mode='full_view'` the sequence keeps "
-                "its length and the dropped tokens their place. Leave one of them None."
-            )
+        for name, choices in choices_of.items():
+            problems += check_choice(self, name, choices)
+        if not isinstance(self.init_weights, bool):
+            problems.append(f"`init_weights={self.init_weights!r}` must be True or False.")
         if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
             problems.append(f"`r={self.r!r}` must be a whole number of at least 1.")
         if isinstance(self.lora_alpha, bool) or not isinstance(self.lora_alpha, (int, float)) or self.lora_alpha <= 0:
@@ -235,71 +208,16 @@ def build_plan(config: BSRConfig, column: Column) -> Plan:
     Raises:
         ConfigError: Naming everything that this model does not allow.
     """
-    problems = []
     trainable = resolve_trainable_blocks(config, column.depth)
-    reducing = config.reduction_blocks
-    if reducing is None:
-        reducing = sorted({column.depth * k // 4 for k in (1, 2, 3)})
-    for name, blocks in (("trainable_blocks", trainable), ("reduction_blocks", reducing)):
-        if outside := [i for i in blocks if not 0 <= i < column.depth]:
-            last = column.depth - 1
-            instead = f' or "last:{min(len(blocks), column.depth)}"' if name == "trainable_blocks" else ""
-            problems.append(
-                f"`{name}={getattr(config, name)!r}` asks for block {', '.join(map(str, outside))}, but this model has "
-                f"{column.depth} blocks (0 to {last}). Use indices up to {last}{instead}."
-            )
-    rates = config.keep_rate if isinstance(config.keep_rate, list) else [config.keep_rate] * len(reducing)
-    if len(rates) != len(reducing):
-        problems.append(
-            f"`keep_rate={config.keep_rate!r}` has {len(rates)} rates, but this model reduces at the "
-            f"{len(reducing)} blocks {reducing}. Give one rate, or one for each block."
-        )
-    score, reduce_at = resolve_score(config, column), config.reduce_at
-    reduces = bool(reducing) and any(rate < 1 for rate in rates)
-    if reduces and score == "class" and column.num_prefix == 0:
-        problems.append(
-            f"`score='class'` ranks tokens by the class token's attention, but this model has no class token. Use "
-            f"`score={CLASS_FREE_SCORE!r}`, or leave it None."
-        )
-    if reduces and score == "mean_query" and column.scores_from == "weights":
-        problems.append(
-            "`score='mean_query'` needs the queries, but this model's attention shows only its weights. Use "
-            "`score='received'`, or `'class'` where there is a class token."
-        )
-    if reduces and reduce_at == "mid_block" and column.anatomy is None:
-        problems.append(
-            "`reduce_at='mid_block'` needs blocks of norm, attention, norm and MLP with two residuals, which this "
-            "model does not have. Use `reduce_at='after_block'`, or leave it None."
-        )
+    instead = f' or "last:{min(len(trainable), column.depth)}"'
+    reductions, not_allowed = resolve_reductions(config, column)
+    problems = check_within(config, "trainable_blocks", trainable, column.depth, instead) + not_allowed
     if problems:
         raise ConfigError.from_problems("BSRConfig", problems)
-    fuse = config.fuse_dropped is not False and config.mode != "full_view"
-    position = reduce_at or ("after_block" if column.anatomy is None else "mid_block")
-    reductions = {
-        index: Reduction(float(rate), fuse, position, score)  # type: ignore[arg-type]
-        for index, rate in zip(reducing, rates, strict=True)
-        if rate < 1
-    }
     plan = Plan.static(column.depth, trainable, reductions, config.mode or "compact")  # type: ignore[arg-type]
     if config.lean != "off":
         plan = plan.with_lean(Lean(save_products=config.lean == "exact"))
     return plan.with_int8(config.saved_activations == "int8")
-
-
-def resolve_score(config: BSRConfig, column: Column) -> str:
-    """What tokens are ranked by: the config's choice, or the best that the model allows."""
-    if config.score is not None:
-        return config.score
-    if column.num_prefix and not column.reads_suffix:
-        return "class"
-    return "received" if column.scores_from == "weights" else CLASS_FREE_SCORE
-
-
-def allowed_modes(config: BSRConfig) -> tuple[Mode, ...]:
-    """Modes to try, best first."""
-    if config.mode is not None:
-        return (config.mode,)  # type: ignore[return-value]
-    return ("compact",) if config.fuse_dropped else ("compact", "full_view")
 
 
 def resolve_trainable_blocks(config: BSRConfig, depth: int) -> list[int]:
@@ -311,10 +229,6 @@ def resolve_trainable_blocks(config: BSRConfig, depth: int) -> list[int]:
     if kind == "last":
         return list(range(depth - int(number), depth))
     return list(range(depth - 1, -1, -int(number)))[::-1]
-
-
-def _is_index_list(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(i, int) and not isinstance(i, bool) for i in value)
 
 
 def _is_text(value: Any) -> bool:

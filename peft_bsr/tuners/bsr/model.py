@@ -15,9 +15,10 @@ from peft_bsr.backbones import Column, find_rule, probe
 from peft_bsr.core import RouteCarrier
 from peft_bsr.engine import Plan, attach_router, verify_lean, verify_plan
 from peft_bsr.errors import ReductionNotMergedWarning
-from peft_bsr.tuners.bsr.config import BSRConfig, allowed_modes
+from peft_bsr.tuners.bsr.config import BSRConfig
 from peft_bsr.tuners.bsr.layer import BSRRouter, BSRWeights
 from peft_bsr.tuners.bsr.targets import is_excluded, resolve_targets
+from peft_bsr.tuners.reductions import allowed_modes, write_down
 from peft_bsr.tuners.routed import ROOT, RoutedTuner, check_single, detached, find_routers, warn_of_names
 
 _IGNORED_BY_DDP = "_ddp_params_and_buffers_to_ignore"
@@ -184,9 +185,6 @@ class BSRModel(RoutedTuner):
 def _write_down(config: BSRConfig, plan: Plan, layout: dict[str, str]) -> BSRConfig:
     """A copy of `config` that names what was chosen for this model."""
     config = copy.copy(config)
-    reductions = [block.reduction for block in plan.blocks if block.reduction is not None]
-    if reductions:
-        config.mode, config.reduce_at, config.score = plan.mode, reductions[0].position, reductions[0].score
-        config.fuse_dropped = reductions[0].fuse
+    write_down(config, plan)
     config.layout = layout
     return config

@@ -8,6 +8,7 @@ from peft_bsr.core.attention import (
     token_scores,
     weights_to_scores,
 )
+from peft_bsr.core.queries import absorb_key, apply_value, attend_plain, hidden_tokens, pooling_weights
 from peft_bsr.core.reduction import num_kept, pick_tokens, put_tokens, reduce_tokens, select_tokens
 from peft_bsr.core.route import BlockRun, Entry, Route, RouteCarrier
 
@@ -19,9 +20,14 @@ __all__ = [
     "Route",
     "RouteCarrier",
     "ScoreKind",
+    "absorb_key",
+    "apply_value",
+    "attend_plain",
+    "hidden_tokens",
     "mean_of_visible",
     "num_kept",
     "pick_tokens",
+    "pooling_weights",
     "put_tokens",
     "reduce_tokens",
     "select_tokens",

@@ -7,7 +7,7 @@ suffix, H heads, d head width.
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -178,12 +178,15 @@ class Entry:
         tokens: What this block gets, [B, N, D] as it comes. None = stop there, and put all this here.
         origins: Of the route there, see `Route`.
         num_reductions: Of the route there.
+        read: What a query path reads of the blocks before that place, in their order: [B, N_i, D] each. A forward that
+            stops fills it; one that begins behind them takes it from there.
     """
 
     index: int
     tokens: Tensor | None = None
     origins: Tensor | None = None
     num_reductions: int = 0
+    read: list[Tensor] = field(default_factory=list)
 
 
 class RouteCarrier(threading.local):
@@ -197,6 +200,7 @@ class RouteCarrier(threading.local):
         inside: The block that runs right now, for what its attention is called with.
         log: Where `record_routes` collects.
         entry: Where the next forward stops or begins, see `peft_bsr.engine.entry`.
+        reading: What a query path made of the blocks so far, between blocks and up to its head.
     """
 
     def __init__(self) -> None:  # runs in every thread; class attributes would fail torch.compile's guards
@@ -204,6 +208,7 @@ class RouteCarrier(threading.local):
         self.inside: BlockRun | None = None
         self.log: list[tuple[int, Route]] | None = None
         self.entry: Entry | None = None
+        self.reading: Any = None
 
     def current(self) -> Route:
         """The running forward's route.

@@ -28,7 +28,7 @@ from peft_bsr.errors import (  # noqa: E402
     UnsupportedPeftError,
 )
 from peft_bsr.training import FeatureCache  # noqa: E402
-from peft_bsr.tuners import BSRConfig, BSRModel  # noqa: E402
+from peft_bsr.tuners import BSRConfig, BSRModel, SynQTConfig, SynQTModel  # noqa: E402
 
 __version__ = "0.1.0"
 
@@ -47,6 +47,8 @@ __all__ = [
     "Reduction",
     "ReductionNotMergedWarning",
     "Route",
+    "SynQTConfig",
+    "SynQTModel",
     "UnsupportedModelError",
     "UnsupportedPeftError",
     "probe_column",

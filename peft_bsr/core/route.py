@@ -7,7 +7,7 @@ suffix, H heads, d head width.
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -175,18 +175,18 @@ class Entry:
 
     Attributes:
         index: The block in front of which the place is.
-        tokens: What this block gets, [B, N, D] as it comes. None = stop there, and put all this here.
+        tokens: What this block gets, [B, N, D] as it comes; with `lengths`, what is read of blocks before the place,
+            side by side, [B, sum(lengths), D]. None = stop there, and put all this here.
         origins: Of the route there, see `Route`.
         num_reductions: Of the route there.
-        read: What a query path reads of the blocks before that place, in their order: [B, N_i, D] each. A forward that
-            stops fills it; one that begins behind them takes it from there.
+        lengths: Tokens of each block that is read, where blocks are read on the way (SynQT).
     """
 
     index: int
     tokens: Tensor | None = None
     origins: Tensor | None = None
     num_reductions: int = 0
-    read: list[Tensor] = field(default_factory=list)
+    lengths: tuple[int, ...] = ()
 
 
 class RouteCarrier(threading.local):

@@ -1,5 +1,6 @@
 """What PEFT sees: thin tuners over the engine."""
 
 from peft_bsr.tuners.bsr import BSRConfig, BSRModel
+from peft_bsr.tuners.synqt import SynQTConfig, SynQTModel
 
-__all__ = ["BSRConfig", "BSRModel"]
+__all__ = ["BSRConfig", "BSRModel", "SynQTConfig", "SynQTModel"]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import dropout, gelu
+from torch.nn.functional import dropout, gelu, linear
 
 from peft_bsr.tuners.synqt.config import SynQTConfig
 
@@ -15,8 +15,8 @@ from peft_bsr.tuners.synqt.config import SynQTConfig
 class Adapter(nn.Module):
     """`A_r(z) = z + W2 (s * dropout(gelu(W1 z)))`, r wide inside; starts as the identity.
 
-    s is a learned scalar that starts at 1. It stands in front of W2, not behind, as r numbers are kept for its gradient
-    there and D behind.
+    s is a learned scalar that starts at 1. It stands in front of W2, where its gradient needs r numbers, not behind,
+    where it would need D.
 
     Args:
         width: D.
@@ -33,10 +33,12 @@ class Adapter(nn.Module):
         for tensor in (self.up.weight, self.up.bias, self.down.bias):
             nn.init.zeros_(tensor)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """[..., D] -> [..., D]."""
-        inside = dropout(gelu(self.down(tokens)), self.rate, self.training)
-        return tokens + self.up(inside * self.scale)
+    def forward(self, tokens: Tensor, factor: Tensor | None = None) -> Tensor:
+        """[..., D] -> [..., D], times `factor` if there is one: a learned scalar, whose gradient needs no D either."""
+        inside = dropout(gelu(self.down(tokens)), self.rate, self.training) * self.scale
+        if factor is None:
+            return tokens + self.up(inside)
+        return factor * tokens + linear(factor * inside, self.up.weight, factor * self.up.bias)
 
 
 class QuerySynthesis(nn.Module):
@@ -83,17 +85,17 @@ class QuerySynthesis(nn.Module):
         if feature is not None and feature_scale is not None:
             queries = queries + feature_scale * feature
         queries = self.prompt_adapter(queries)
-        queries = queries + self.attention_scale * self.attend(self.norm1(queries))
-        queries = queries + self.ffn_scale * self.ffn_adapter(self.norm2(queries))
+        queries = queries + self.attend(self.norm1(queries))
+        queries = queries + self.ffn_adapter(self.norm2(queries), self.ffn_scale)
         return dropout(queries, self.rate, self.training)
 
     def attend(self, tokens: Tensor) -> Tensor:
-        """The self-attention of normalised [B, T, D]."""
+        """The self-attention of normalised [B, T, D], times its scale."""
         query = self.query_norm(self.query(tokens))
         key = self.key_norm(self.key(tokens))
         value = self.value_norm(self.value(tokens))
         weights = (query @ key.transpose(1, 2) * query.shape[-1] ** -0.5).softmax(dim=-1)
-        attended: Tensor = self.output(weights @ value)
+        attended: Tensor = self.output(weights @ value, self.attention_scale)
         return attended
 
 

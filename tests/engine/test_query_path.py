@@ -48,7 +48,7 @@ def test_others_are_refused_with_the_reason(family):
 
 def test_a_block_that_is_no_plain_one_is_refused(make_model):
     model = make_model()
-    column, stock = probe(model)
+    column = probe_column(model)
     block = model.vit.layers[1]
     stock_forward = type(block.attention).forward
 
@@ -110,7 +110,9 @@ def test_second_derivatives_are_refused():
         gradient.sum().backward()
 
 
-@pytest.mark.parametrize(("kept", "share", "error"), [("bfloat16", 0.5, 1e-2), ("float16", 0.5, 2e-3), ("int8", 0.35, 3e-2)])
+@pytest.mark.parametrize(
+    ("kept", "share", "error"), [("bfloat16", 0.5, 1e-2), ("float16", 0.5, 2e-3), ("int8", 0.35, 3e-2)]
+)
 def test_what_is_kept_is_rounded_the_output_is_not(kept, share, error):
     tokens, query = tokens_and_queries()
     exact = pool_tokens(query, tokens, 0.3)

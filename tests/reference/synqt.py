@@ -60,7 +60,9 @@ def read(hq: np.ndarray, x: np.ndarray, w: Weights, heads: int, eps: float) -> t
         mixed[:, part] = softmax(q[:, part] @ k[:, part].T / math.sqrt(d)) @ v[:, part]
     f_att = linear(mixed, inside(attention, "o_proj"))
     state = hq + f_att
-    f_ffn = linear(gelu(linear(norm(state, inside(w, "layernorm_after"), eps), inside(w, "mlp.fc1"))), inside(w, "mlp.fc2"))
+    f_ffn = linear(
+        gelu(linear(norm(state, inside(w, "layernorm_after"), eps), inside(w, "mlp.fc1"))), inside(w, "mlp.fc2")
+    )
     return tuple(t.mean(axis=0) for t in (state + f_ffn, f_att, f_ffn))
 
 

@@ -146,14 +146,22 @@ def count_calls(model, part="attention"):
     return calls
 
 
-def test_blocks_run_once_without_a_graph_and_the_last_read_one_not_at_all(make_vit, images):
-    model = get_peft_model(make_vit(depth=6), SynQTConfig(**SMALL, layers=[1, 3])).train()
+@pytest.mark.parametrize("training", [True, False])
+def test_blocks_run_once_without_a_graph_and_the_last_read_one_not_at_all(make_vit, images, training):
+    model = get_peft_model(make_vit(depth=6), SynQTConfig(**SMALL, layers=[1, 3])).train(training)
     calls = count_calls(model)
     states = []
     model.get_base_model().vit.layers[2].mlp.register_forward_hook(lambda _m, _a, output: states.append(output))
-    model(pixel_values=images)
+    assert model(pixel_values=images.clone().requires_grad_()).logits.requires_grad
     assert calls == [0, 1, 2]
     assert not states[0].requires_grad and states[0].grad_fn is None
+
+
+def test_nothing_stays_on_the_carrier(make_vit, images):
+    model = get_peft_model(make_vit(), SynQTConfig(**SMALL, keep_rate=0.5))
+    model(pixel_values=images)
+    carrier = find_routers(model)[0].carrier
+    assert carrier.reading is carrier.route is carrier.inside is None
 
 
 def test_all_tokens_kept_is_no_reduction_bit_for_bit(make_vit, images, run):

@@ -215,10 +215,16 @@ def drop_saved_name(layer: Any, state_dict: dict[str, Tensor], prefix: str, *arg
     adapters = getattr(layer, container)
     for key in [key for key in state_dict if key.startswith(f"{prefix}{container}.")]:
         name, _, parameter = key.removeprefix(f"{prefix}{container}.").partition(".")
-        inner = parameter.partition(".")[2]
-        own = dict(adapters[name].named_parameters()) if name in adapters else {}
-        if parameter not in own and inner in own:
-            state_dict[f"{prefix}{container}.{name}.{inner}"] = state_dict.pop(key)
+        own = parameter_of(adapters[name], parameter) if name in adapters else parameter
+        if own != parameter:
+            state_dict[f"{prefix}{container}.{name}.{own}"] = state_dict.pop(key)
+
+
+def parameter_of(module: nn.Module, parameter: str) -> str:
+    """A parameter's name in `module`, without the adapter's name that peft 0.20 leaves in front of a nested one."""
+    names = {name for name, _ in module.named_parameters()}
+    inner = parameter.partition(".")[2]
+    return inner if parameter not in names and inner in names else parameter
 
 
 def warn_of_names(model: nn.Module, adapter_names: list[str]) -> None:

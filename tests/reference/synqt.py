@@ -7,8 +7,13 @@ modules in the adapter's file.
 from __future__ import annotations
 
 import math
+import sys
+from pathlib import Path
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent))
+
 from bsr_block import bsr_block, gelu, layer_norm, softmax
 
 Weights = dict[str, np.ndarray]

@@ -19,7 +19,7 @@ from peft_bsr.tuners.bsr.config import BSRConfig
 from peft_bsr.tuners.bsr.layer import BSRRouter, BSRWeights
 from peft_bsr.tuners.bsr.targets import is_excluded, resolve_targets
 from peft_bsr.tuners.reductions import allowed_modes, write_down
-from peft_bsr.tuners.routed import ROOT, RoutedTuner, check_single, detached, find_routers, warn_of_names
+from peft_bsr.tuners.routed import ROOT, RoutedTuner, check_single, detached, find_routers, parameter_of, warn_of_names
 
 _IGNORED_BY_DDP = "_ddp_params_and_buffers_to_ignore"
 
@@ -167,9 +167,7 @@ class BSRModel(RoutedTuner):
             name, separator, parameter = key.partition(".bsr_params.")
             if name in own:
                 name, module = own[name]
-                names = {n for n, _ in module.named_parameters()}
-                inner = parameter.partition(".")[2]
-                parameter = inner if parameter not in names and inner in names else parameter
+                parameter = parameter_of(module, parameter)
             renamed[f"{name}{separator}{parameter}"] = tensor
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, renamed)
 

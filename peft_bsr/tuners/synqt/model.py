@@ -16,11 +16,11 @@ from peft_bsr.core import RouteCarrier
 from peft_bsr.engine import Plan, QueryPath, attach_router, verify_plan, verify_queries
 from peft_bsr.errors import AdapterError, UnsupportedModelError
 from peft_bsr.tuners.reductions import allowed_modes, write_down
-from peft_bsr.tuners.routed import ROOT, RoutedTuner, detached, find_routers, warn_of_names
+from peft_bsr.tuners.routed import ROOT, RoutedTuner, detached, find_routers, parameter_of, warn_of_names
 from peft_bsr.tuners.synqt.config import SynQTConfig, build_plan
 from peft_bsr.tuners.synqt.layer import SynQTHead, SynQTRouter
 
-_ROUTER_KEY = re.compile(r".*\.(\d+)\.token_router\.synqt_params\.(.*)")
+_ROUTER_PLACE = re.compile(r".*\.(\d+)\.token_router")
 
 
 class SynQTModel(RoutedTuner):
@@ -146,15 +146,18 @@ class SynQTModel(RoutedTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """First to this model's names: the file may be from another layout of it, with other names of its modules."""
-        head = next(f"{ROOT}{name.removeprefix(ROOT)}" for name, m in model.named_modules() if isinstance(m, SynQTHead))
-        blocks = find_routers(model)[0].column.blocks
+        """First to this model's names: the file may be from another layout of it, or from peft 0.20."""
+        head = next((name, m) for name, m in model.named_modules() if isinstance(m, SynQTHead))
+        routers = find_routers(model)
         renamed = {}
         for key, tensor in state_dict.items():
-            if match := _ROUTER_KEY.fullmatch(key):
-                key = f"{ROOT}{blocks[int(match[1])]}.token_router.synqt_params.{match[2]}"
-            elif ".synqt_params." in key:
-                key = f"{head}.synqt_params.{key.partition('.synqt_params.')[2]}"
+            place, separator, parameter = key.partition(".synqt_params.")
+            if separator:
+                match = _ROUTER_PLACE.fullmatch(place)
+                router = routers[int(match[1])] if match else None
+                block = f"{router.column.blocks[router.index]}.token_router" if router else head[0].removeprefix(ROOT)
+                layer: Any = router or head[1]
+                key = f"{ROOT}{block}{separator}{parameter_of(layer.synqt_params[adapter_name], parameter)}"
             renamed[key] = tensor
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, renamed)
 

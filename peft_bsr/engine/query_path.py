@@ -32,8 +32,8 @@ class QueryPath:
     Attributes:
         column: Knows their parts.
         absorbs: Whether key and value projections are absorbed, so that only tokens are kept; else keys and values are.
-        kept: How the tokens are kept for backward: as they are, or rounded, `"int8"` to 256 steps. The forward always
-            uses them as they are.
+        kept: How absorbed projections keep the tokens for backward: as they are, or rounded, `"int8"` to 256 steps. The
+            forward always uses them as they are; keys and values are never rounded.
     """
 
     column: Column

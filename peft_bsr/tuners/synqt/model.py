@@ -147,17 +147,19 @@ class SynQTModel(RoutedTuner):
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """First to this model's names: the file may be from another layout of it, or from peft 0.20."""
-        head = next((name, m) for name, m in model.named_modules() if isinstance(m, SynQTHead))
-        routers = find_routers(model)
+        layers: dict[int | None, tuple[str, Any]] = {}
+        for name, layer in model.named_modules():
+            if isinstance(layer, (SynQTRouter, SynQTHead)) and adapter_name in layer.synqt_params:
+                number = layer.index if isinstance(layer, SynQTRouter) else None
+                layers[number] = f"{ROOT}{name.removeprefix(ROOT)}", layer.synqt_params[adapter_name]
         renamed = {}
         for key, tensor in state_dict.items():
             place, separator, parameter = key.partition(".synqt_params.")
-            if separator:
-                match = _ROUTER_PLACE.fullmatch(place)
-                router = routers[int(match[1])] if match else None
-                block = f"{router.column.blocks[router.index]}.token_router" if router else head[0].removeprefix(ROOT)
-                layer: Any = router or head[1]
-                key = f"{ROOT}{block}{separator}{parameter_of(layer.synqt_params[adapter_name], parameter)}"
+            match = _ROUTER_PLACE.fullmatch(place)
+            number = int(match[1]) if match else None
+            if separator and number in layers:
+                name, module = layers[number]
+                key = f"{name}{separator}{parameter_of(module, parameter)}"
             renamed[key] = tensor
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, renamed)
 

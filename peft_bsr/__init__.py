@@ -29,7 +29,7 @@ from peft_bsr.errors import (  # noqa: E402
     UnsupportedPeftError,
 )
 from peft_bsr.training import FeatureCache  # noqa: E402
-from peft_bsr.tuners import ALaSTConfig, ALaSTModel, BSRConfig, BSRModel  # noqa: E402
+from peft_bsr.tuners import ALaSTConfig, ALaSTModel, BSRConfig, BSRModel, SynQTConfig, SynQTModel  # noqa: E402
 
 __version__ = "0.1.0"
 
@@ -50,6 +50,8 @@ __all__ = [
     "Reduction",
     "ReductionNotMergedWarning",
     "Route",
+    "SynQTConfig",
+    "SynQTModel",
     "TrainabilityError",
     "UnsupportedModelError",
     "UnsupportedPeftError",

@@ -4,6 +4,7 @@ from peft_bsr.backbones.anatomy import apply_part
 from peft_bsr.backbones.column import Anatomy, Column
 from peft_bsr.backbones.inputs import (
     StockRun,
+    hidden_first,
     input_shapes,
     main_input,
     probe_inputs,
@@ -14,7 +15,7 @@ from peft_bsr.backbones.inputs import (
     tensors_of,
     tolerance,
 )
-from peft_bsr.backbones.permutation import no_zero_tables
+from peft_bsr.backbones.permutation import excess, no_zero_tables
 from peft_bsr.backbones.probe import probe, probe_column
 from peft_bsr.backbones.registry import FamilyRule, find_rule, register_family, unregister_family
 from peft_bsr.backbones.scoring import (
@@ -25,7 +26,7 @@ from peft_bsr.backbones.scoring import (
     explicit_attention,
     observed_interface,
 )
-from peft_bsr.backbones.side_inputs import TokenFollower, remove_hooks
+from peft_bsr.backbones.side_inputs import TokenFollower, input_names, remove_hooks
 
 __all__ = [
     "Anatomy",
@@ -38,8 +39,11 @@ __all__ = [
     "TokenFollower",
     "apply_part",
     "attend",
+    "excess",
     "explicit_attention",
     "find_rule",
+    "hidden_first",
+    "input_names",
     "input_shapes",
     "main_input",
     "no_zero_tables",

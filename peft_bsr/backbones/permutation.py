@@ -77,7 +77,7 @@ def _uses_side_inputs(
     def error() -> float:
         """Largest difference, in units of what is beyond tolerance: over 1 is too much."""
         found = changes(hidden[:, places])
-        return max(_excess(*pair) for pair in zip(found, expected, scales, strict=True))
+        return max(excess(*pair) for pair in zip(found, expected, scales, strict=True))
 
     raw = error()
     if raw <= 1:
@@ -117,7 +117,7 @@ def no_zero_tables(block: nn.Module) -> Iterator[None]:
             parameter.data = original
 
 
-def _excess(found: Tensor, expected: Tensor, scale: Tensor) -> float:
+def excess(found: Tensor, expected: Tensor, scale: Tensor) -> float:
     """The largest difference over what may be: a small part of how much tokens differ, or rounding at `scale`.
 
     Measured against the spread over tokens, because where weights are small (a fresh model, a LayerScale of 1e-5)

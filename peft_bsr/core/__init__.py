@@ -16,6 +16,7 @@ from peft_bsr.core.budgets import (
     select_blocks,
     update_budgets,
 )
+from peft_bsr.core.queries import absorb_key, apply_value, attend_plain, hidden_tokens, pooling_weights
 from peft_bsr.core.reduction import num_kept, pick_tokens, put_tokens, reduce_tokens, select_tokens
 from peft_bsr.core.route import BlockRun, Entry, Route, RouteCarrier
 
@@ -29,10 +30,15 @@ __all__ = [
     "Route",
     "RouteCarrier",
     "ScoreKind",
+    "absorb_key",
+    "apply_value",
+    "attend_plain",
     "block_change",
+    "hidden_tokens",
     "mean_of_visible",
     "num_kept",
     "pick_tokens",
+    "pooling_weights",
     "put_tokens",
     "reduce_tokens",
     "reduced_delta",

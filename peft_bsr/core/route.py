@@ -175,15 +175,18 @@ class Entry:
 
     Attributes:
         index: The block in front of which the place is.
-        tokens: What this block gets, [B, N, D] as it comes. None = stop there, and put all this here.
+        tokens: What this block gets, [B, N, D] as it comes; with `lengths`, what is read of blocks before the place,
+            side by side, [B, sum(lengths), D]. None = stop there, and put all this here.
         origins: Of the route there, see `Route`.
         num_reductions: Of the route there.
+        lengths: Tokens of each block that is read, where blocks are read on the way (SynQT).
     """
 
     index: int
     tokens: Tensor | None = None
     origins: Tensor | None = None
     num_reductions: int = 0
+    lengths: tuple[int, ...] = ()
 
 
 class RouteCarrier(threading.local):
@@ -197,6 +200,7 @@ class RouteCarrier(threading.local):
         inside: The block that runs right now, for what its attention is called with.
         log: Where `record_routes` collects.
         entry: Where the next forward stops or begins, see `peft_bsr.engine.entry`.
+        reading: What a query path made of the blocks so far, between blocks and up to its head.
     """
 
     def __init__(self) -> None:  # runs in every thread; class attributes would fail torch.compile's guards
@@ -204,6 +208,7 @@ class RouteCarrier(threading.local):
         self.inside: BlockRun | None = None
         self.log: list[tuple[int, Route]] | None = None
         self.entry: Entry | None = None
+        self.reading: Any = None
 
     def current(self) -> Route:
         """The running forward's route.

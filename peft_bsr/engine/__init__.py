@@ -1,24 +1,30 @@
 """Plan, and the runner that makes a model's blocks follow it along a route."""
 
-from peft_bsr.engine.entry import run_from, run_until
+from peft_bsr.engine.entry import ReachedError, run_from, run_until
 from peft_bsr.engine.int8 import watch_kept
 from peft_bsr.engine.parking import Parking
 from peft_bsr.engine.plan import BlockPlan, Lean, Mode, Plan, ReduceAt, Reduction
+from peft_bsr.engine.query_path import KeptTokens, QueryPath
 from peft_bsr.engine.record import find_carrier, record_routes
 from peft_bsr.engine.runner import BlockRouter, attach_router, detach_router
 from peft_bsr.engine.verify import verify_plan
 from peft_bsr.engine.verify_lean import verify_lean
+from peft_bsr.engine.verify_queries import attention_mask, verify_queries
 
 __all__ = [
     "BlockPlan",
     "BlockRouter",
+    "KeptTokens",
     "Lean",
     "Mode",
     "Parking",
     "Plan",
+    "QueryPath",
+    "ReachedError",
     "ReduceAt",
     "Reduction",
     "attach_router",
+    "attention_mask",
     "detach_router",
     "find_carrier",
     "record_routes",
@@ -26,5 +32,6 @@ __all__ = [
     "run_until",
     "verify_lean",
     "verify_plan",
+    "verify_queries",
     "watch_kept",
 ]

@@ -51,7 +51,7 @@ def _entry(carrier: RouteCarrier, entry: Entry) -> Iterator[None]:
     try:
         yield
     finally:
-        carrier.entry = carrier.route = carrier.inside = None
+        carrier.entry = carrier.route = carrier.inside = carrier.reading = None
 
 
 def meet_entry(carrier: RouteCarrier, hidden_states: Tensor) -> Tensor:

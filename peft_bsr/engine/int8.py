@@ -101,7 +101,7 @@ def saved_in_int8(block: nn.Module, num_values: float, arguments: Any) -> Iterat
         place = (StorageWeakRef(dense.untyped_storage()), dense._version, dense.storage_offset(), dense.numel())
         if place not in memo:
             flat = dense.detach().as_strided((dense.numel(),), (1,))
-            memo[place] = PackedTensor.of(flat.view(-1, _group_size(dense)))
+            memo[place] = PackedTensor.of(flat.view(-1, group_size(dense)))
             _note(memo[place].codes, memo[place].smallest, memo[place].step)
         return memo[place], dense.shape, dense.stride()
 
@@ -151,11 +151,11 @@ def _is_dense(tensor: Tensor) -> bool:
     return True
 
 
-def _group_size(tensor: Tensor) -> int:
+def group_size(tensor: Tensor) -> int:
     """A divisor of the innermost axis, near `_GROUP`, so that no two tokens share a grid."""
     sizes = [size for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if stride == 1 and size > 1]
     innermost = sizes[0] if sizes else 1
     return next((size for size in range(_GROUP, 15, -1) if innermost % size == 0), innermost)
 
 
-__all__ = ["PackedTensor", "saved_in_int8", "watch_kept"]
+__all__ = ["PackedTensor", "group_size", "saved_in_int8", "watch_kept"]

@@ -17,7 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_bsr.backbones import AttentionScorer, Column, FamilyRule, ScoringConfig, TokenFollower, remove_hooks
+from peft_bsr.backbones import (
+    AttentionScorer,
+    Column,
+    FamilyRule,
+    ScoringConfig,
+    TokenFollower,
+    hidden_first,
+    remove_hooks,
+)
 from peft_bsr.core import BlockRun, Route, RouteCarrier
 from peft_bsr.engine.entry import meet_entry
 from peft_bsr.engine.int8 import saved_in_int8
@@ -36,7 +44,12 @@ class BlockRouter(nn.Module):
         carrier: Shared by the routers of one model.
         rule: Exceptions of the model's family.
         plan: What to do; a tuner's router answers per adapter instead.
+
+    Attributes:
+        builds_graph: Whether gradients may cross the blocks; if not, they run under `no_grad` in any mode.
     """
+
+    builds_graph = True
 
     def __init__(
         self, index: int, column: Column, carrier: RouteCarrier, rule: FamilyRule, plan: Plan | None = None
@@ -84,6 +97,18 @@ class BlockRouter(nn.Module):
         is_full_view = plan is not None and plan.mode == "full_view"
         return Route(column.num_prefix, num_patches, column.num_suffix, is_full_view)
 
+    def passes(self, block: nn.Module, hidden_states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether the block need not run: the forward begins behind it. Asked at each call, before anything else.
+
+        Args:
+            block: The block.
+            hidden_states: [B, N, D], what it is called with.
+            args: Further arguments of the call.
+            kwargs: Its keywords.
+        """
+        entry = self.carrier.entry
+        return entry is not None and entry.tokens is not None and self.index < entry.index
+
 
 class RoutedBlock(nn.Module):
     """Mixin in front of a transformer block's own class; see `routed_class`."""
@@ -99,9 +124,10 @@ class RoutedBlock(nn.Module):
     def train(self, mode: bool = True) -> Any:
         """Set the mode; what is inside of a block that always leads stays in evaluation mode: nothing there learns."""
         super().train(mode)
-        if self.is_leading and not getattr(self, _ROUTER).changes:
-            for child in self.children():
-                child.eval()
+        router: BlockRouter = getattr(self, _ROUTER)
+        if self.is_leading and not router.changes:
+            for name, child in self.named_children():
+                child.train(mode and name == _ROUTER)
         return self
 
     @property
@@ -121,15 +147,16 @@ class RoutedBlock(nn.Module):
         plan = router.block_plan
         if plan is None:
             return super().__call__(*args, **kwargs)
-        hidden_states = args[0] if args else kwargs["hidden_states"]
-        carrier, entry = router.carrier, router.carrier.entry
-        if router.index == 0:
-            carrier.route = router.start_route(hidden_states) if router.reduces else None
-        if entry is not None and entry.tokens is not None and router.index < entry.index:  # begins behind this block
-            return (hidden_states,) if router.column.returns_tuple else hidden_states
+        (hidden_states, *others), named = hidden_first(args, kwargs)
         left: list[Tensor] = []
+        if router.index == 0:
+            router.carrier.route = router.start_route(hidden_states) if router.reduces else None
+        if router.passes(self, hidden_states, tuple(others), named):
+            _leave_block(router, left)
+            return (hidden_states,) if router.column.returns_tuple else hidden_states
         args, kwargs = _enter_block(self, router, plan, left, args, kwargs)
-        output = super().__call__(*args, **kwargs)
+        with nullcontext() if router.builds_graph else torch.no_grad():
+            output = super().__call__(*args, **kwargs)
         router.observe(hidden_states, output[0] if isinstance(output, tuple) else output)
         _leave_block(router, left)
         return output

@@ -1,7 +1,7 @@
 """What the frozen leading blocks make of each image, computed once and read from disk in every epoch.
 
 Blocks in front of the first trained one, and the embeddings, never change; without random augmentation they give the
-same tokens in every epoch.
+same tokens in every epoch. Where all blocks are frozen and queries read them (SynQT), it is the tokens that they read.
 """
 
 from __future__ import annotations
@@ -20,12 +20,11 @@ from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 from tqdm.auto import tqdm
 
 from peft_bsr.backbones import main_input, relative_error, tensors_of, tolerance
-from peft_bsr.core import Entry
 from peft_bsr.engine import run_from, run_until
 from peft_bsr.errors import FeatureCacheError
 from peft_bsr.training.cache_files import CacheFiles, num_bytes
-from peft_bsr.tuners.bsr.layer import BSRRouter, BSRWeights
-from peft_bsr.tuners.bsr.model import ROOT, find_routers
+from peft_bsr.training.cached_place import CachedPlace
+from peft_bsr.tuners.routed import find_routers
 
 _TOKENS, _ORIGINS, _DIGEST = "cached_tokens", "cached_origins", "digest"
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -34,6 +33,8 @@ _CHECKED = 8  # samples compared when a cache is used again
 
 class FeatureCache(Dataset):
     """Tokens in front of the first trained block, one row an image, memory-mapped: a dataset that trains its model.
+
+    With SynQT they are the normalised tokens of every layer that is read, side by side, and no block runs any more.
 
     Items are `cached_tokens` [N, D], `cached_origins` [A] (the patches alive, if a leading block reduces) and the
     tensors that the samples had beside the image (labels). Inside of `read_by(model)` the model takes batches of them
@@ -70,7 +71,7 @@ class FeatureCache(Dataset):
         """Run the leading blocks on every sample. An interrupted run goes on; a complete cache is checked and taken.
 
         Args:
-            model: With an active BSR adapter, on the device to compute on. Its modes are left as they were.
+            model: With an active adapter of ours, on the device to compute on. Its modes are left as they were.
             dataset: Samples with the model's main input (`pixel_values` [3, H, W]), all of one size, in a fixed order.
             folder: Of the cache; made if missing.
             collate: Makes a batch of samples. Default torch's.
@@ -98,14 +99,15 @@ class FeatureCache(Dataset):
                 "a sample came out different when it was read again: random augmentation, or no fixed order. A cache "
                 "would freeze it. Leave it out, or train without a cache."
             )
-        key = _key_of(model) | {
+        key = CachedPlace(model).key() | {
             "dtype": _text(dtype),
             "num_samples": len(dataset),
             "image": list(sample[name][0].shape),
         }
         files = CacheFiles(Path(folder))
         with _in_evaluation(model):
-            first = _rows(model, sample, name, dtype)
+            first, lengths = _rows(model, sample, name, dtype)
+            key |= {"lengths": list(lengths)} if lengths else {}
             _check_replay(model, sample, name)
             if files.exists:
                 files.open()
@@ -122,7 +124,7 @@ class FeatureCache(Dataset):
                 total=len(dataset), initial=files.num_done, unit="image", desc="Feature cache", disable=not progress
             ) as bar:
                 for batch in loader if len(rest) else ():
-                    files.append(_rows(model, _to(batch, device), name, dtype))
+                    files.append(_rows(model, _to(batch, device), name, dtype)[0])
                     bar.update(files.num_done - bar.n)
             files.flush()
         return cls(files)
@@ -159,18 +161,19 @@ class FeatureCache(Dataset):
         Raises:
             FeatureCacheError: If it is another model's cache, or a batch comes while another adapter is active.
         """
-        _check_key(self.files, _key_of(model))
-        plan = _routers(model)[0].plan
+        place = CachedPlace(model)
+        _check_key(self.files, place.key())
+        lengths = tuple(self.files.key.get("lengths", ()))
         running = ExitStack()
 
         def begin(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
             if _TOKENS not in kwargs:
                 return None
-            if _routers(model)[0].plan is not plan:
+            if find_routers(model)[0].plan is not place.plan:
                 raise FeatureCacheError("a batch of cached tokens came while another adapter is active, or none.")
             kwargs = dict(kwargs)
             tokens, origins = kwargs.pop(_TOKENS), kwargs.pop(_ORIGINS, None)
-            running.enter_context(run_from(model, _entry(model, tokens, origins)))
+            running.enter_context(run_from(model, place.entry(tokens, origins, lengths)))
             weight = next(p for p in model.parameters() if p.is_floating_point())
             image = torch.zeros(1, *self.files.key["image"], device=tokens.device, dtype=weight.dtype)
             return args, {main_input(model): image, **kwargs}
@@ -186,22 +189,24 @@ class FeatureCache(Dataset):
                 handle.remove()
 
 
-def _rows(model: nn.Module, batch: dict[str, Any], name: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """What is kept of a batch."""
-    entry = run_until(model, _first_trained(model), batch)
+def _rows(
+    model: nn.Module, batch: dict[str, Any], name: str, dtype: torch.dtype
+) -> tuple[dict[str, Tensor], tuple[int, ...]]:
+    """What is kept of a batch, and how many of the tokens are each layer's."""
+    entry = run_until(model, CachedPlace(model).index, batch)
     assert entry.tokens is not None, "a forward that stops leaves its tokens"
     rows = {n: value for n, value in batch.items() if n != name and isinstance(value, Tensor)}
     rows |= {_TOKENS: entry.tokens.to(dtype), _DIGEST: torch.tensor(_digests(batch[name]))}
     if entry.origins is not None:
         rows[_ORIGINS] = entry.origins.to(torch.int32)
-    return {n: value.cpu() for n, value in rows.items()}
+    return {n: value.cpu() for n, value in rows.items()}, entry.lengths
 
 
 def _check_replay(model: nn.Module, batch: dict[str, Any], name: str) -> None:
     """Refuse a model that reads more of an image than its tokens."""
     with torch.no_grad():
         expected = tensors_of(model(**batch))
-        entry = run_until(model, _first_trained(model), batch)
+        entry = run_until(model, CachedPlace(model).index, batch)
         blank = {**batch, name: torch.zeros_like(batch[name][:1])}
         with run_from(model, entry):
             found = tensors_of(model(**blank))
@@ -232,51 +237,6 @@ def _check_key(files: CacheFiles, key: dict[str, Any]) -> None:
             f"the feature cache in {str(files.folder)!r} is of something else: {'; '.join(differing)}. "
             "Use another folder, or delete this one."
         )
-
-
-def _key_of(model: nn.Module) -> dict[str, Any]:
-    """What the tokens depend on beside the images."""
-    router, first = _routers(model)[0], _first_trained(model)
-    plan = router.plan
-    assert plan is not None, "a first trained block is a plan's"
-    modules = {name.removeprefix(ROOT): module for name, module in model.named_modules()}
-    trained = (name for name, module in modules.items() if isinstance(module, BSRWeights))
-    others = tuple(f"{name}." for name in (*trained, *router.column.blocks[first:]))
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if not name.removeprefix(ROOT).startswith(others):
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    reductions = {i: repr(block.reduction) for i, block in enumerate(plan.blocks[:first]) if block.reduction}
-    return {
-        "leading_weights": digest.hexdigest(),
-        "first_trained_block": first,
-        "reductions": {str(i): text for i, text in reductions.items()},
-        "mode": plan.mode if reductions else "compact",
-    }
-
-
-def _entry(model: nn.Module, tokens: Tensor, origins: Tensor | None) -> Entry:
-    first = _first_trained(model)
-    plan = _routers(model)[0].plan
-    assert plan is not None, "checked by the caller"
-    number = sum(block.reduction is not None for block in plan.blocks[:first])
-    return Entry(first, tokens, None if origins is None else origins.long(), number)
-
-
-def _first_trained(model: nn.Module) -> int:
-    plan = _routers(model)[0].plan
-    if plan is None:
-        raise FeatureCacheError("the adapter is disabled: the base model has no trained block to begin at.")
-    return plan.trained_blocks[0]
-
-
-def _routers(model: nn.Module) -> list[BSRRouter]:
-    routers = find_routers(model)
-    if not routers:
-        raise FeatureCacheError(
-            f"{type(model).__name__} has no adapter of peft_bsr. Call get_peft_model(model, BSRConfig()) first."
-        )
-    return routers
 
 
 def _digests(images: Tensor) -> list[int]:

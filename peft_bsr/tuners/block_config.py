@@ -10,9 +10,9 @@ from typing import Any, Literal, get_args
 from peft import PeftConfig
 
 from peft_bsr.backbones import Column
-from peft_bsr.core import CLASS_FREE_SCORE, SCORE_KINDS
-from peft_bsr.engine import Lean, Mode, Plan
+from peft_bsr.engine import Lean, Plan
 from peft_bsr.errors import ConfigError
+from peft_bsr.tuners.reductions import as_list, check_choice, write_down
 
 Trainable = Literal["full", "lora"]
 LeanLevel = Literal["off", "exact", "max"]
@@ -92,10 +92,6 @@ class BlockConfig(PeftConfig):
         """
         raise NotImplementedError(f"{type(self).__name__} makes no plan")
 
-    def allowed_modes(self) -> tuple[Mode, ...]:
-        """Modes to try, best first."""
-        return ("compact", "full_view") if self.mode is None else (self.mode,)  # type: ignore[return-value]
-
     def settled(self, plan: Plan, layout: dict[str, str]) -> Any:
         """A copy that names what was chosen for the model.
 
@@ -104,23 +100,15 @@ class BlockConfig(PeftConfig):
             layout: Canonical place -> module name of what trains.
         """
         config = copy.copy(self)
-        if plan.reduces:
-            config.mode = plan.mode
-            config.score = next(block.reduction.score for block in plan.blocks if block.reduction is not None)
+        write_down(config, plan)
         config.layout = layout
         return config
 
     def _problems(self) -> list[str]:
         """Every value that cannot be, and what to use instead."""
         problems = []
-        optional = {"mode": get_args(Mode), "score": SCORE_KINDS}
-        required = {
-            "trainable": get_args(Trainable),
-            "lean": get_args(LeanLevel),
-            "saved_activations": get_args(SavedActivations),
-        }
-        for name, choices in {**optional, **required}.items():
-            problems += self._check_choice(name, choices, is_optional=name in optional)
+        for name, choices in (("trainable", Trainable), ("lean", LeanLevel), ("saved_activations", SavedActivations)):
+            problems += check_choice(self, name, get_args(choices))
         if not isinstance(self.init_weights, bool):
             problems.append(f"`init_weights={self.init_weights!r}` must be True or False.")
         if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
@@ -152,37 +140,6 @@ class BlockConfig(PeftConfig):
                     problems.append(f"`{name}={value!r}` is not a regular expression: {error}.")
         return problems
 
-    def _check_choice(self, name: str, choices: tuple[str, ...], is_optional: bool = False) -> list[str]:
-        value = getattr(self, name)
-        if value in choices or (value is None and is_optional):
-            return []
-        return [f"`{name}={value!r}` is unknown. Use one of {', '.join(map(repr, choices))}."]
-
-
-def resolve_score(config: BlockConfig, column: Column) -> str:
-    """What tokens are ranked by: the config's choice, or the best that the model allows."""
-    if config.score is not None:
-        return config.score
-    if column.num_prefix and not column.reads_suffix:
-        return "class"
-    return "received" if column.scores_from == "weights" else CLASS_FREE_SCORE
-
-
-def check_score(config: BlockConfig, column: Column) -> list[str]:
-    """Why this model's tokens cannot be ranked that way."""
-    score = resolve_score(config, column)
-    if score == "class" and column.num_prefix == 0:
-        return [
-            f"`score='class'` ranks tokens by the class token's attention, but this model has no class token. Use "
-            f"`score={CLASS_FREE_SCORE!r}`, or leave it None."
-        ]
-    if score == "mean_query" and column.scores_from == "weights":
-        return [
-            "`score='mean_query'` needs the queries, but this model's attention shows only its weights. Use "
-            "`score='received'`, or `'class'` where there is a class token."
-        ]
-    return []
-
 
 def saving_less(plan: Plan, config: BlockConfig) -> Plan:
     """The plan with what the config says of lean blocks and of 8 bits."""
@@ -191,15 +148,8 @@ def saving_less(plan: Plan, config: BlockConfig) -> Plan:
     return plan.with_int8(config.saved_activations == "int8")
 
 
-def as_list(value: Any) -> Any:
-    """Tuples, ranges and sets as lists; anything else as it is."""
-    if isinstance(value, (set, frozenset)):
-        return sorted(value)
-    return list(value) if isinstance(value, (tuple, range)) else value
-
-
 def _is_text(value: Any) -> bool:
     return isinstance(value, str) and bool(value)
 
 
-__all__ = ["BlockConfig", "as_list", "check_score", "resolve_score", "saving_less"]
+__all__ = ["BlockConfig", "saving_less"]

@@ -10,7 +10,8 @@ from peft_bsr.core import DELTA_REDUCTIONS, SELECTIONS
 from peft_bsr.engine import BlockPlan, Plan, Reduction
 from peft_bsr.errors import ConfigError
 from peft_bsr.registration import extend_peft_type
-from peft_bsr.tuners.block_config import BlockConfig, as_list, check_score, resolve_score, saving_less
+from peft_bsr.tuners.block_config import BlockConfig, saving_less
+from peft_bsr.tuners.reductions import as_list, check_choice, check_score, check_ways, resolve_score
 
 _PRESETS: dict[str | None, dict[str, Any]] = {
     None: {"alpha": 0.5, "delta_reduction": "relative", "train_embeddings": False},
@@ -100,13 +101,13 @@ class ALaSTConfig(BlockConfig):
             problems.append(f"`initial_budget={self.initial_budget!r}` must lie in `budget_range={low_high!r}`.")
         if self.alpha != "lr" and not (_is_number(self.alpha) and float(self.alpha or 0) >= 0):
             problems.append(f"`alpha={self.alpha!r}` must be a number of at least 0, or 'lr' for the learning rate.")
-        problems += self._check_choice("delta_reduction", DELTA_REDUCTIONS)
-        problems += self._check_choice("selection", SELECTIONS)
+        problems += check_choice(self, "delta_reduction", DELTA_REDUCTIONS)
+        problems += check_choice(self, "selection", SELECTIONS)
         if not isinstance(self.train_embeddings, bool):
             problems.append(f"`train_embeddings={self.train_embeddings!r}` must be True, False or None.")
         if not _is_int(self.seed):
             problems.append(f"`seed={self.seed!r}` must be a whole number.")
-        return [*problems, *super()._problems()]
+        return [*problems, *check_ways(self), *super()._problems()]
 
     def plan_for(self, column: Column) -> Plan:
         """What every step's plan is made from: all blocks train, each drops tokens by the initial budget.
@@ -114,7 +115,8 @@ class ALaSTConfig(BlockConfig):
         Raises:
             ConfigError: Naming everything that this model does not allow.
         """
-        problems, count = check_score(self, column), self.trainable_blocks_per_step
+        score: Any = resolve_score(self, column)
+        problems, count = check_score(score, column), self.trainable_blocks_per_step
         if count is not None and count > column.depth:
             problems.append(
                 f"`trainable_blocks_per_step={count}` asks for more than this model's {column.depth} blocks. Use at "
@@ -122,7 +124,6 @@ class ALaSTConfig(BlockConfig):
             )
         if problems:
             raise ConfigError.from_problems("ALaSTConfig", problems)
-        score: Any = resolve_score(self, column)
         reduction = Reduction(self.initial_budget, fuse=False, position="after_block", score=score, of_all=True)
         cut = not self.train_embeddings
         blocks = tuple(BlockPlan(True, cut and index == 0, reduction) for index in range(column.depth))

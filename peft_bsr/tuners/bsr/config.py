@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Any, get_args
 
 from peft_bsr.backbones import Column
-from peft_bsr.engine import Mode, Plan, ReduceAt, Reduction
+from peft_bsr.engine import Plan
 from peft_bsr.errors import ConfigError
 from peft_bsr.registration import extend_peft_type
-from peft_bsr.tuners.block_config import BlockConfig, as_list, check_score, resolve_score, saving_less
+from peft_bsr.tuners.block_config import BlockConfig, saving_less
+from peft_bsr.tuners.reductions import (
+    as_list,
+    check_indices,
+    check_reductions,
+    check_within,
+    is_index_list,
+    resolve_reductions,
+)
 
 _BLOCK_RULE = re.compile(r"(every|last):([1-9]\d*)")
 
@@ -99,16 +106,7 @@ class BSRConfig(BlockConfig):
         super().__post_init__()
 
     def _problems(self) -> list[str]:
-        problems = [*self._check_blocks(), *self._check_rates()]
-        problems += self._check_choice("reduce_at", get_args(ReduceAt), is_optional=True)
-        if not (self.fuse_dropped is None or isinstance(self.fuse_dropped, bool)):
-            problems.append(f"`fuse_dropped={self.fuse_dropped!r}` must be True, False or None.")
-        if self.fuse_dropped and self.mode == "full_view":
-            problems.append(
-                "`fuse_dropped=True` needs a place for the fused token, but in `mode='full_view'` the sequence keeps "
-                "its length and the dropped tokens their place. Leave one of them None."
-            )
-        return [*problems, *super()._problems()]
+        return [*self._check_blocks(), *check_reductions(self), *super()._problems()]
 
     def _check_blocks(self) -> list[str]:
         problems = []
@@ -118,36 +116,13 @@ class BSRConfig(BlockConfig):
                     f"`trainable_blocks={self.trainable_blocks!r}` is not understood. "
                     'Use indices such as `[3, 7, 11]`, or "every:4", or "last:3".'
                 )
-        elif not _is_index_list(self.trainable_blocks) or not self.trainable_blocks:
+        elif not is_index_list(self.trainable_blocks) or not self.trainable_blocks:
             problems.append(
                 f"`trainable_blocks={self.trainable_blocks!r}` must be a non-empty list of block indices, "
                 '"every:n" or "last:n".'
             )
-        if self.reduction_blocks is not None and not _is_index_list(self.reduction_blocks):
-            problems.append(f"`reduction_blocks={self.reduction_blocks!r}` must be a list of block indices or None.")
-        for name in ("trainable_blocks", "reduction_blocks"):
-            blocks = getattr(self, name)
-            if not _is_index_list(blocks):
-                continue
-            if negative := [i for i in blocks if i < 0]:
-                problems.append(f"`{name}={blocks!r}` has negative indices {negative}. Count blocks from 0.")
-            if repeated := sorted({i for i in blocks if blocks.count(i) > 1}):
-                problems.append(f"`{name}={blocks!r}` names {repeated} more than once. Name each block once.")
-        return problems
-
-    def _check_rates(self) -> list[str]:
-        rates = self.keep_rate if isinstance(self.keep_rate, list) else [self.keep_rate]
-        problems = [
-            f"`keep_rate={self.keep_rate!r}` holds {rate!r}; a rate is a number in (0, 1], 1.0 = keep all."
-            for rate in rates
-            if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate <= 1
-        ]
-        blocks = self.reduction_blocks
-        if isinstance(self.keep_rate, list) and isinstance(blocks, list) and len(rates) != len(blocks):
-            problems.append(
-                f"`keep_rate={self.keep_rate!r}` has {len(rates)} rates for the {len(blocks)} blocks of "
-                f"`reduction_blocks={blocks!r}`. Give one rate, or one for each block."
-            )
+        else:
+            problems += check_indices(self, "trainable_blocks")
         return problems
 
     def plan_for(self, column: Column) -> Plan:
@@ -156,55 +131,14 @@ class BSRConfig(BlockConfig):
         Raises:
             ConfigError: Naming everything that this model does not allow.
         """
-        problems = []
         trainable = resolve_trainable_blocks(self, column.depth)
-        reducing = self.reduction_blocks
-        if reducing is None:
-            reducing = sorted({column.depth * k // 4 for k in (1, 2, 3)})
-        for name, blocks in (("trainable_blocks", trainable), ("reduction_blocks", reducing)):
-            if outside := [i for i in blocks if not 0 <= i < column.depth]:
-                last = column.depth - 1
-                instead = f' or "last:{min(len(blocks), column.depth)}"' if name == "trainable_blocks" else ""
-                problems.append(
-                    f"`{name}={getattr(self, name)!r}` asks for block {', '.join(map(str, outside))}, but this model "
-                    f"has {column.depth} blocks (0 to {last}). Use indices up to {last}{instead}."
-                )
-        rates = self.keep_rate if isinstance(self.keep_rate, list) else [self.keep_rate] * len(reducing)
-        if len(rates) != len(reducing):
-            problems.append(
-                f"`keep_rate={self.keep_rate!r}` has {len(rates)} rates, but this model reduces at the "
-                f"{len(reducing)} blocks {reducing}. Give one rate, or one for each block."
-            )
-        score, reduce_at = resolve_score(self, column), self.reduce_at
-        reduces = bool(reducing) and any(rate < 1 for rate in rates)
-        problems += check_score(self, column) if reduces else []
-        if reduces and reduce_at == "mid_block" and column.anatomy is None:
-            problems.append(
-                "`reduce_at='mid_block'` needs blocks of norm, attention, norm and MLP with two residuals, which this "
-                "model does not have. Use `reduce_at='after_block'`, or leave it None."
-            )
+        instead = f' or "last:{min(len(trainable), column.depth)}"'
+        reductions, not_allowed = resolve_reductions(self, column)
+        problems = check_within(self, "trainable_blocks", trainable, column.depth, instead) + not_allowed
         if problems:
             raise ConfigError.from_problems("BSRConfig", problems)
-        fuse = self.fuse_dropped is not False and self.mode != "full_view"
-        position = reduce_at or ("after_block" if column.anatomy is None else "mid_block")
-        reductions = {
-            index: Reduction(float(rate), fuse, position, score)  # type: ignore[arg-type]
-            for index, rate in zip(reducing, rates, strict=True)
-            if rate < 1
-        }
         plan = Plan.static(column.depth, trainable, reductions, self.mode or "compact")  # type: ignore[arg-type]
         return saving_less(plan, self)
-
-    def allowed_modes(self) -> tuple[Mode, ...]:
-        """Modes to try, best first."""
-        return ("compact",) if self.mode is None and self.fuse_dropped else super().allowed_modes()
-
-    def settled(self, plan: Plan, layout: dict[str, str]) -> Any:
-        """A copy that names what was chosen for the model."""
-        config = super().settled(plan, layout)
-        for reduction in [block.reduction for block in plan.blocks if block.reduction is not None]:
-            config.reduce_at, config.fuse_dropped = reduction.position, reduction.fuse
-        return config
 
 
 def resolve_trainable_blocks(config: BSRConfig, depth: int) -> list[int]:
@@ -216,7 +150,3 @@ def resolve_trainable_blocks(config: BSRConfig, depth: int) -> list[int]:
     if kind == "last":
         return list(range(depth - int(number), depth))
     return list(range(depth - 1, -1, -int(number)))[::-1]
-
-
-def _is_index_list(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(i, int) and not isinstance(i, bool) for i in value)

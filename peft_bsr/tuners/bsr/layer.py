@@ -6,46 +6,13 @@ import copy
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
-from peft_bsr.backbones import Column, FamilyRule
-from peft_bsr.core import RouteCarrier
-from peft_bsr.engine import BlockRouter, Parking, Plan
+from peft_bsr.engine import Parking
 from peft_bsr.errors import AdapterError
 from peft_bsr.tuners.block_config import BlockConfig
-
-
-class BSRLayer(BaseTunerLayer):
-    """What PEFT's calls on adapters (set, delete, status) need from both kinds of layer."""
-
-    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Make one adapter active; a copy of a block's weights cannot be added to another.
-
-        Raises:
-            AdapterError: If several are named.
-        """
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        check_single(names, "activate")
-        super().set_adapter(names, inference_mode=inference_mode)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Remove the adapter. Which one is active next is the model's choice: a layer may not carry it."""
-        if adapter_name in self.merged_adapters:
-            self.unmerge()
-        for attribute in self.adapter_layer_names + self.other_param_names:
-            if adapter_name in getattr(self, attribute):
-                del getattr(self, attribute)[adapter_name]
-        if adapter_name in self.active_adapters:
-            self.set_adapter([])
-
-    @property
-    def carried_adapter(self) -> str | None:
-        """The active adapter, if this layer is enabled and carries it."""
-        if self.disable_adapters or not self.active_adapters:
-            return None
-        name = self.active_adapters[0]
-        return name if name in self._get_available_adapters() else None
+from peft_bsr.tuners.routed import AdapterRouter, SingleAdapterLayer, check_single, drop_saved_name
 
 
 class LowRankUpdate(nn.Module):
@@ -74,7 +41,7 @@ class LowRankUpdate(nn.Module):
         return (weight.to(self.lora_A.dtype) + self.scaling * (self.lora_B @ self.lora_A)).to(weight.dtype)
 
 
-class BSRWeights(nn.Module, BSRLayer):
+class BSRWeights(nn.Module, SingleAdapterLayer):
     """A leaf module whose weights train: one copy of the module, or one low-rank update, per adapter.
 
     While a copy runs, the base module's weights are parked: see `peft_bsr.engine.Parking`.
@@ -96,7 +63,7 @@ class BSRWeights(nn.Module, BSRLayer):
         self.unmerged_weights: dict[str, Tensor] = {}
         self.parking = Parking()
         self.saved_as: dict[str, str] = {}  # adapter -> this module's name where the adapter was saved, if another
-        self.register_load_state_dict_pre_hook(_drop_saved_name)
+        self.register_load_state_dict_pre_hook(drop_saved_name)
         for name in ("in_features", "out_features"):
             if hasattr(base_layer, name):
                 setattr(self, name, getattr(base_layer, name))
@@ -136,7 +103,7 @@ class BSRWeights(nn.Module, BSRLayer):
         if not isinstance(hidden_states, Tensor) or torch.is_autocast_enabled(hidden_states.device.type):
             inputs = hidden_states  # a position bias gets a window size; autocast picks the dtypes itself
         else:
-            inputs = BSRLayer._cast_input_dtype(self, hidden_states, next(module.parameters()).dtype)
+            inputs = SingleAdapterLayer._cast_input_dtype(self, hidden_states, next(module.parameters()).dtype)
         if isinstance(module, LowRankUpdate):
             output = self.base_layer(hidden_states, *args, **kwargs)
             return output + module(inputs).to(output.dtype)
@@ -256,40 +223,12 @@ class BSRWeights(nn.Module, BSRLayer):
         return "bsr." + super().__repr__()
 
 
-def _drop_saved_name(layer: Any, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-    """Peft 0.20 saves a nested module's key with the adapter's name in it, and puts another in front when loading."""
-    for key in [key for key in state_dict if key.startswith(f"{prefix}bsr_params.")]:
-        name, _, parameter = key.removeprefix(f"{prefix}bsr_params.").partition(".")
-        inner = parameter.partition(".")[2]
-        own = dict(layer.bsr_params[name].named_parameters()) if name in layer.bsr_params else {}
-        if parameter not in own and inner in own:
-            state_dict[f"{prefix}bsr_params.{name}.{inner}"] = state_dict.pop(key)
-
-
-class BSRRouter(BlockRouter, BSRLayer):
-    """A block's router with one block plan per adapter. Not a weight: PEFT's calls on adapters reach it as a layer.
-
-    Args:
-        index, column, carrier, rule: See `BlockRouter`.
-    """
-
-    other_param_names = ("bsr_plans",)
-
-    def __init__(self, index: int, column: Column, carrier: RouteCarrier, rule: FamilyRule) -> None:
-        super().__init__(index, column, carrier, rule)
-        self.bsr_plans: dict[str, Plan] = {}
-        self._active_adapter: list[str] = []
-        self.merged_adapters: list[str] = []
-
-    @property
-    def plan(self) -> Plan | None:
-        """The active adapter's, or None where adapters are disabled."""
-        name = self.carried_adapter
-        return None if name is None else self.bsr_plans[name]
+class BSRRouter(AdapterRouter):
+    """A block's router with one plan per adapter. Not a weight: token reduction stays in force when weights merge."""
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Token reduction is not in the weights: a merged adapter goes on reducing, its outputs do not change."""
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.bsr_plans]
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.plans]
         self.merged_adapters[:] = names or self.merged_adapters
 
     def unmerge(self) -> None:
@@ -302,31 +241,5 @@ class BSRRouter(BlockRouter, BSRLayer):
             self.unmerge()
         super().enable_adapters(enabled)
 
-    @property
-    def weight(self) -> Tensor:
-        """There is none; PEFT's own look-up would call itself for ever on a layer without a base."""
-        raise AttributeError("a router has no weight")
-
-    bias = weight
-
-    def _get_available_adapters(self) -> set[str]:
-        return set(self.bsr_plans)
-
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        pass
-
     def __repr__(self) -> str:
-        return f"bsr.BSRRouter(block={self.index}, plans={sorted(self.bsr_plans)})"
-
-
-def check_single(adapter_names: list[str], action: str) -> None:
-    """Refuse several adapters at once.
-
-    Raises:
-        AdapterError: If there are.
-    """
-    if len(adapter_names) > 1:
-        raise AdapterError(
-            f"Cannot {action} {adapter_names} together: a BSR adapter holds whole weights and a plan, and two of "
-            "them do not add up. Name one of them."
-        )
+        return f"bsr.BSRRouter(block={self.index}, plans={sorted(self.plans)})"

@@ -1,0 +1,160 @@
+"""A frozen block read by queries: its own weights work on a few learned tokens, its own tokens do not change.
+
+Only queries run through the block's query and output projections, norms and MLP; gradients cross those for them alone.
+Of the block's tokens one normalised tensor is kept for backward, in the dtype asked for. Queries stand nowhere in the
+image, so they read content alone: rotary tables are not applied to them nor to the keys that they read, and relative
+position biases are left out. Masks of padding are followed.
+
+Shapes: B images, N tokens, T queries, H heads, d head width, D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from peft_bsr.backbones import Column, apply_part
+from peft_bsr.core import absorb_key, apply_value, attend_plain, pooling_weights
+from peft_bsr.engine.int8 import PackedTensor, group_size
+
+KeptTokens = Literal["full", "bfloat16", "float16", "int8"]
+ROLES = ("query", "key", "value", "output")
+
+
+@dataclass(frozen=True)
+class QueryPath:
+    """How blocks are read.
+
+    Attributes:
+        column: Knows their parts.
+        absorbs: Whether key and value projections are absorbed, so that only tokens are kept; else keys and values are.
+        kept: How absorbed projections keep the tokens for backward: as they are, or rounded, `"int8"` to 256 steps. The
+            forward always uses them as they are; keys and values are never rounded.
+    """
+
+    column: Column
+    absorbs: bool = True
+    kept: KeptTokens = "full"
+
+    def tokens_of(self, block: nn.Module, hidden_states: Tensor) -> Tensor:
+        """What queries read: LN1 of the block's input [B, N, D], without a graph."""
+        assert self.column.anatomy is not None, "only blocks whose parts are known are read"
+        with torch.no_grad():
+            return apply_part(block, self.column.anatomy.norm1, hidden_states)
+
+    def read(
+        self, block: nn.Module, queries: Tensor, tokens: Tensor, hidden: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """What the block makes of the queries.
+
+        Args:
+            block: Frozen.
+            queries: [B, T, D].
+            tokens: [B, N, D], see `tokens_of`; any floating dtype.
+            hidden: [B, N] bool, True where a token is padding, or None.
+
+        Returns:
+            F_att [B, T, D], the attention's part, and F_ffn [B, T, D], the MLP's: the block's output for the queries
+            is their sum with them. LayerScale and DropPath are the block's own.
+        """
+        anatomy = self.column.anatomy
+        assert anatomy is not None, "only blocks whose parts are known are read"
+        mine = queries.to(_dtype_of(block, queries))
+        attended = self.attend(block, apply_part(block, anatomy.norm1, mine), tokens, hidden)
+        for name in anatomy.after_attention:
+            attended = apply_part(block, name, attended)
+        state = mine + attended
+        expanded = apply_part(block, anatomy.norm2, state)
+        for name in anatomy.mlp[:-1]:
+            expanded = apply_part(block, name, expanded)
+        nothing = (torch.zeros_like(state),) if anatomy.mlp_adds_residual else ()
+        expanded = apply_part(block, anatomy.mlp[-1], expanded, *nothing)
+        for name in () if anatomy.mlp_adds_residual else anatomy.after_mlp:
+            expanded = apply_part(block, name, expanded)
+        return attended.to(queries.dtype), expanded.to(queries.dtype)
+
+    def attend(self, block: nn.Module, queries: Tensor, tokens: Tensor, hidden: Tensor | None) -> Tensor:
+        """The attention's output [B, T, D] for normalised queries [B, T, D]."""
+        column = self.column
+        ask, key, value, output = projections(block, column)
+        query, heads, scaling = ask(queries), column.num_heads, column.scaling
+        if self.absorbs:
+            absorbed = absorb_key(query, key.weight, heads)
+            pooled = pool_tokens(absorbed, tokens, scaling, hidden, self.kept)
+            mixed = apply_value(pooled, value.weight, value.bias, heads)
+        else:
+            with torch.no_grad():
+                tokens = tokens.to(_dtype_of(block, tokens))
+                keys, values = key(tokens), value(tokens)
+            mixed = attend_plain(query, keys, values, heads, scaling, hidden)
+        attended: Tensor = output(mixed)
+        return attended
+
+
+def projections(block: nn.Module, column: Column) -> list[Any]:
+    """The block's query, key, value and output projections; None where it has not got that one."""
+    leaves = {role: block.get_submodule(leaf) for role, leaf in zip(column.roles, column.leaves, strict=True)}
+    return [leaves.get(f"attention.{role}") for role in ROLES]
+
+
+def pool_tokens(
+    query: Tensor, tokens: Tensor, scaling: float, hidden: Tensor | None = None, kept: KeptTokens = "full"
+) -> Tensor:
+    """`softmax(query . token * scaling)` times the tokens; gradients reach the query alone.
+
+    Args:
+        query: [B, R, D], absorbed queries.
+        tokens: [B, N, D], any floating dtype.
+        scaling: Factor on the products.
+        hidden: [B, N] bool, True where a token is padding, or None.
+        kept: How the tokens are kept for backward.
+
+    Returns:
+        [B, R, D] in the dtype of `query`.
+    """
+    pooled: Tensor = _PooledTokens.apply(query, tokens, scaling, hidden, kept)
+    return pooled
+
+
+class _PooledTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, tokens: Tensor, scaling: float, hidden: Tensor | None, kept: KeptTokens
+    ) -> Tensor:
+        values = tokens.to(query.dtype)
+        weights = pooling_weights(query, values, scaling, hidden)
+        packed: tuple[Tensor, ...]
+        if kept == "int8":
+            dense = tokens.contiguous()
+            numbers = PackedTensor.of(dense.view(-1, group_size(dense)))
+            packed = (numbers.codes, numbers.smallest, numbers.step)
+        else:
+            packed = (tokens if kept == "full" else tokens.to(getattr(torch, kept)),)
+        ctx.save_for_backward(weights, *packed)
+        ctx.scaling, ctx.shape, ctx.dtype = scaling, tokens.shape, tokens.dtype
+        return torch.bmm(weights, values)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        weights, tokens, *grid = ctx.saved_tensors
+        if grid:
+            tokens = PackedTensor(tokens, grid[0], grid[1], ctx.dtype).unpack().view(ctx.shape)
+        values = tokens.to(gradient.dtype)
+        into = torch.bmm(gradient, values.transpose(1, 2))
+        into = weights * (into - (into * weights).sum(dim=-1, keepdim=True))
+        return torch.bmm(into, values) * ctx.scaling, None, None, None, None
+
+
+def _dtype_of(block: nn.Module, like: Tensor) -> torch.dtype:
+    """What the block computes in; autocast casts by itself."""
+    if torch.is_autocast_enabled(like.device.type):
+        return like.dtype
+    return next((p.dtype for p in block.parameters() if p.is_floating_point()), like.dtype)
+
+
+__all__ = ["ROLES", "KeptTokens", "QueryPath", "pool_tokens", "projections"]

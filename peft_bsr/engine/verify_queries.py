@@ -1,0 +1,173 @@
+"""Proof at attach that a query path through a block is the block: its own tokens, sent as queries, come out equal."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_bsr.backbones import (
+    Column,
+    StockRun,
+    excess,
+    find_rule,
+    input_names,
+    no_zero_tables,
+    probe_inputs,
+    quiet,
+    run_stock,
+    tensors_of,
+)
+from peft_bsr.core import hidden_tokens
+from peft_bsr.engine.query_path import ROLES, QueryPath, projections
+from peft_bsr.errors import UnsupportedModelError
+
+logger = logging.getLogger(__name__)
+
+
+def verify_queries(model: nn.Module, column: Column, index: int, path: QueryPath, stock: StockRun | None) -> QueryPath:
+    """Send the tokens of one block through the query path and compare with the block; the model is left as it was.
+
+    Positions (rotary tables, relative biases) are taken out of the block for that, because queries have none.
+
+    Args:
+        model: The model, without adapters.
+        column: Its column.
+        index: The block to try; all share their parts.
+        path: The path asked for.
+        stock: The probe's forward, if there is one; default: one more is run.
+
+    Returns:
+        The path; without absorbed projections if these are not plain or do not come out equal, which is logged.
+
+    Raises:
+        UnsupportedModelError: If blocks cannot be read, with the reason.
+    """
+    name = type(model).__name__
+    block = model.get_submodule(column.blocks[index])
+    _check_parts(name, block, column)
+    with quiet(model):
+        stock = stock or run_stock(model, column.blocks, probe_inputs(model, 1, column.image_shape))
+        (hidden_states, *others), kwargs, _ = stock.calls[index]
+        hidden = hidden_tokens(attention_mask(column, others, kwargs))
+        with no_zero_tables(block):
+            expected = _run_block(model, block, column, hidden_states, others, kwargs)
+            plain = _excess(QueryPath(column, absorbs=False), block, hidden_states, hidden, expected)
+            if not plain <= 1:
+                raise UnsupportedModelError(
+                    f"{name}: its blocks cannot be read by queries: a block's own tokens, sent as queries, come out "
+                    f"different from the block's output ({plain:.0f} times the tolerance). Something else lies between "
+                    "its projections and its softmax (norms of queries and keys, positions of its own). Use BSR, which "
+                    "takes blocks as they are."
+                )
+            if not path.absorbs:
+                return path
+            if not all(_is_plain(module) for module in projections(block, column)[1:3]):
+                reason = "the projections are no plain Linear modules"
+            else:
+                absorbed = _excess(QueryPath(column), block, hidden_states, hidden, expected)
+                if absorbed <= 1:
+                    return path
+                reason = f"absorbed ones differ {absorbed:.0f} times the tolerance"
+    logger.info("%s: keys and values are made and kept for backward, %s", name, reason)
+    return replace(path, absorbs=False)
+
+
+def attention_mask(column: Column, args: Any, kwargs: dict[str, Any]) -> Tensor | None:
+    """The mask that a block is called with, if it is a tensor."""
+    names = () if column.anatomy is None else column.anatomy.block_inputs
+    mask = {**dict(zip(names, args, strict=False)), **kwargs}.get("attention_mask")
+    return mask if isinstance(mask, Tensor) else None
+
+
+def _check_parts(name: str, block: nn.Module, column: Column) -> None:
+    if column.anatomy is None:
+        raise UnsupportedModelError(
+            f"{name}: its blocks are something else than norm, attention, norm and MLP with two residuals, so queries "
+            "cannot be sent through their parts. Use BSR, which takes blocks as they are."
+        )
+    missing = [role for role, module in zip(ROLES, projections(block, column), strict=True) if module is None]
+    if missing:
+        attention = [leaf for leaf, role in zip(column.leaves, column.roles, strict=True) if "attention" in role]
+        raise UnsupportedModelError(
+            f"{name}: queries need an attention with query, key, value and output projections of their own; no module "
+            f"for {missing} was found among {attention} (one Linear for all three?). Use BSR instead."
+        )
+    ask, key, value, _ = projections(block, column)
+    if not column.num_heads or not column.scaling or not (ask.out_features == key.out_features == value.out_features):
+        raise UnsupportedModelError(
+            f"{name}: the number of heads and the scaling of its attention are not seen, or its queries, keys and "
+            "values have different widths. Use `attn_implementation='sdpa'`, or BSR."
+        )
+
+
+def _is_plain(module: Any) -> bool:
+    """Whether the module is its weight and bias, with nothing around it or in the place of it."""
+    return (
+        type(module) is nn.Linear
+        and module.weight.is_floating_point()
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+    )
+
+
+def _run_block(
+    model: nn.Module, block: nn.Module, column: Column, hidden_states: Tensor, args: list[Any], kwargs: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """The stock attention's output and the stock block's, both [B, N, D], without positions."""
+    seen: list[Tensor] = []
+    attention = block.get_submodule(column.anatomy.attention)  # type: ignore[union-attr]
+    handle = attention.register_forward_hook(lambda _m, _a, output: seen.append(tensors_of(output)[0]))
+    try:
+        with _without_positions(model, block, column):
+            output = tensors_of(block(hidden_states, *args, **kwargs))[0]
+    finally:
+        handle.remove()
+    return seen[0], output
+
+
+def _excess(
+    path: QueryPath, block: nn.Module, tokens: Tensor, hidden: Tensor | None, expected: tuple[Tensor, Tensor]
+) -> float:
+    """Largest difference to the stock attention and block, in units of what is beyond tolerance: over 1 is too much."""
+    normalized = path.tokens_of(block, tokens)
+    attended = path.attend(block, normalized, normalized, hidden)
+    change = torch.stack(path.read(block, tokens, normalized, hidden)).sum(dim=0)
+    attention, output = expected
+    return max(excess(attended, attention, attention.abs().max()), excess(change, output - tokens, tokens.abs().max()))
+
+
+@contextmanager
+def _without_positions(model: nn.Module, block: nn.Module, column: Column) -> Iterator[None]:
+    """Attention inside gets tables that do not rotate, no relative biases, and masks of padding alone."""
+    attention = block.get_submodule(column.attention)
+    names = input_names(attention)
+
+    def strip(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        named = {**dict(zip(names, args[1:], strict=False)), **kwargs}
+        tokens = {} if args else {"hidden_states": named.pop("hidden_states")}
+        return args[:1], {**tokens, **{key: _content_only(value) for key, value in named.items()}}
+
+    bias = find_rule(model).position_bias
+    biases = [m for key, m in block.named_modules() if bias is not None and key.split(".")[-1] == bias]
+    handles = [attention.register_forward_pre_hook(strip, with_kwargs=True)]
+    handles += [m.register_forward_hook(lambda _m, _a, output: torch.zeros_like(output)) for m in biases]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _content_only(value: Any) -> Any:
+    if isinstance(value, (tuple, list)) and len(value) == 2 and all(isinstance(t, Tensor) for t in value):
+        return torch.ones_like(value[0]), torch.zeros_like(value[1])
+    if isinstance(value, Tensor) and value.is_floating_point() and value.ndim >= 3:
+        hidden = hidden_tokens(value)
+        return value if hidden is not None and bool(hidden.any()) else None
+    return value

@@ -1,0 +1,82 @@
+"""Where in a column a feature cache stands: what its rows depend on, and how a forward begins there."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_bsr.core import Entry
+from peft_bsr.engine import Plan
+from peft_bsr.errors import FeatureCacheError
+from peft_bsr.tuners.bsr.layer import BSRWeights
+from peft_bsr.tuners.routed import ROOT, AdapterRouter, find_routers
+from peft_bsr.tuners.synqt.layer import SynQTRouter
+
+
+class CachedPlace:
+    """In front of the first trained block, or behind all blocks where none trains and queries read them (SynQT).
+
+    Args:
+        model: With an active adapter of ours.
+
+    Attributes:
+        plan: Of the active adapter.
+        index: Of the block in front of which the place is; the depth of the column behind the last.
+        layers: Blocks whose tokens are kept, where queries read them; else empty.
+
+    Raises:
+        FeatureCacheError: If there is no adapter, or it is disabled.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        routers: list[AdapterRouter] = find_routers(model)
+        if not routers:
+            raise FeatureCacheError(
+                f"{type(model).__name__} has no adapter of peft_bsr. Call get_peft_model(model, BSRConfig()) first."
+            )
+        router = routers[0]
+        if router.plan is None:
+            raise FeatureCacheError("the adapter is disabled: the base model has no trained block to begin at.")
+        self.model, self.column = model, router.column
+        self.plan: Plan = router.plan
+        name = router.carried_adapter
+        self.layers: list[int] = router.layers[name] if isinstance(router, SynQTRouter) and name else []
+        self.index = router.column.depth if self.layers else self.plan.trained_blocks[0]
+
+    def key(self) -> dict[str, Any]:
+        """What the tokens depend on beside the images."""
+        end = self.layers[-1] + 1 if self.layers else self.index
+        modules = {name.removeprefix(ROOT): module for name, module in self.model.named_modules()}
+        trained = [name for name, module in modules.items() if isinstance(module, (BSRWeights, SynQTRouter))]
+        behind = (*self.column.blocks[end:], *(self.column.head if self.layers else ()))
+        others = tuple(f"{name}." for name in (*trained, *behind))
+        digest = hashlib.blake2b(digest_size=16)
+        for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers()):
+            if not name.removeprefix(ROOT).startswith(others):
+                digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        blocks = self.plan.blocks[:end]
+        reductions = {str(i): repr(block.reduction) for i, block in enumerate(blocks) if block.reduction}
+        place = {"layers": self.layers} if self.layers else {"first_trained_block": self.index}
+        return {
+            "leading_weights": digest.hexdigest(),
+            **place,
+            "reductions": reductions,
+            "mode": self.plan.mode if reductions else "compact",
+        }
+
+    def entry(self, tokens: Tensor, origins: Tensor | None, lengths: tuple[int, ...]) -> Entry:
+        """Where a forward on cached tokens begins.
+
+        Args:
+            tokens: [B, N, D].
+            origins: [B, A] of the route there, or None.
+            lengths: Tokens of each layer that is read, see `Entry`.
+        """
+        number = sum(block.reduction is not None for block in self.plan.blocks[: self.index])
+        return Entry(self.index, tokens, None if origins is None else origins.long(), number, lengths)
+
+
+__all__ = ["CachedPlace"]

@@ -1,0 +1,177 @@
+"""Token reduction as every tuner's configuration has it: checked by itself, then resolved for a model."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, get_args
+
+from peft_bsr.backbones import Column
+from peft_bsr.core import CLASS_FREE_SCORE, SCORE_KINDS
+from peft_bsr.engine import Mode, Plan, ReduceAt, Reduction
+
+
+class ReductionSettings(Protocol):
+    """The fields of a configuration that say which tokens are dropped where; `BSRConfig` documents them."""
+
+    reduction_blocks: list[int] | None
+    keep_rate: float | list[float]
+    fuse_dropped: bool | None
+    reduce_at: str | None
+    mode: str | None
+    score: str | None
+
+
+def check_reductions(config: ReductionSettings) -> list[str]:
+    """What cannot be in any model, one sentence a problem."""
+    problems = check_indices(config, "reduction_blocks")
+    rates = config.keep_rate if isinstance(config.keep_rate, list) else [config.keep_rate]
+    problems += [
+        f"`keep_rate={config.keep_rate!r}` holds {rate!r}; a rate is a number in (0, 1], 1.0 = keep all."
+        for rate in rates
+        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate <= 1
+    ]
+    blocks = config.reduction_blocks
+    if isinstance(config.keep_rate, list) and isinstance(blocks, list) and len(rates) != len(blocks):
+        problems.append(
+            f"`keep_rate={config.keep_rate!r}` has {len(rates)} rates for the {len(blocks)} blocks of "
+            f"`reduction_blocks={blocks!r}`. Give one rate, or one for each block."
+        )
+    problems += check_ways(config)
+    if config.fuse_dropped is not None and not isinstance(config.fuse_dropped, bool):
+        problems.append(f"`fuse_dropped={config.fuse_dropped!r}` must be True, False or None.")
+    if config.fuse_dropped and config.mode == "full_view":
+        problems.append(
+            "`fuse_dropped=True` needs a place for the fused token, but in `mode='full_view'` the sequence keeps "
+            "its length and the dropped tokens their place. Leave one of them None."
+        )
+    return problems
+
+
+def check_ways(config: Any) -> list[str]:
+    """What is wrong with how tokens are dropped; fields that the configuration does not have are left out."""
+    ways = {"reduce_at": get_args(ReduceAt), "mode": get_args(Mode), "score": SCORE_KINDS}
+    given = {name: choices for name, choices in ways.items() if getattr(config, name, None) is not None}
+    return [problem for name, choices in given.items() for problem in check_choice(config, name, choices)]
+
+
+def check_indices(config: Any, name: str) -> list[str]:
+    """What is wrong with an optional list of block indices."""
+    blocks = getattr(config, name)
+    if blocks is None:
+        return []
+    if not is_index_list(blocks):
+        return [f"`{name}={blocks!r}` must be a list of block indices or None."]
+    problems = []
+    if negative := [i for i in blocks if i < 0]:
+        problems.append(f"`{name}={blocks!r}` has negative indices {negative}. Count blocks from 0.")
+    if repeated := sorted({i for i in blocks if blocks.count(i) > 1}):
+        problems.append(f"`{name}={blocks!r}` names {repeated} more than once. Name each block once.")
+    return problems
+
+
+def check_choice(config: Any, name: str, choices: tuple[str, ...]) -> list[str]:
+    """What is wrong with a value that must be one of `choices`."""
+    value = getattr(config, name)
+    return [] if value in choices else [f"`{name}={value!r}` is unknown. Use one of {', '.join(map(repr, choices))}."]
+
+
+def resolve_reductions(config: ReductionSettings, column: Column) -> tuple[dict[int, Reduction], list[str]]:
+    """Block index -> reduction in the model of `column`, and everything that this model does not allow."""
+    reducing = config.reduction_blocks
+    if reducing is None:
+        reducing = sorted({column.depth * k // 4 for k in (1, 2, 3)})
+    problems = check_within(config, "reduction_blocks", reducing, column.depth)
+    rates = config.keep_rate if isinstance(config.keep_rate, list) else [config.keep_rate] * len(reducing)
+    if len(rates) != len(reducing):
+        problems.append(
+            f"`keep_rate={config.keep_rate!r}` has {len(rates)} rates, but this model reduces at the "
+            f"{len(reducing)} blocks {reducing}. Give one rate, or one for each block."
+        )
+    score, reduce_at = resolve_score(config, column), config.reduce_at
+    reduces = bool(reducing) and any(rate < 1 for rate in rates)
+    problems += check_score(score, column) if reduces else []
+    if reduces and reduce_at == "mid_block" and column.anatomy is None:
+        problems.append(
+            "`reduce_at='mid_block'` needs blocks of norm, attention, norm and MLP with two residuals, which this "
+            "model does not have. Use `reduce_at='after_block'`, or leave it None."
+        )
+    if problems:
+        return {}, problems
+    fuse = config.fuse_dropped is not False and config.mode != "full_view"
+    position = reduce_at or ("after_block" if column.anatomy is None else "mid_block")
+    return {
+        index: Reduction(float(rate), fuse, position, score)  # type: ignore[arg-type]
+        for index, rate in zip(reducing, rates, strict=True)
+        if rate < 1
+    }, []
+
+
+def check_within(config: Any, name: str, blocks: list[int], depth: int, instead: str = "") -> list[str]:
+    """What of `blocks`, that the field `name` means, lies outside a model of `depth` blocks.
+
+    Args:
+        config: Whose field it is.
+        name: Of the field.
+        blocks: Indices.
+        depth: Of the model.
+        instead: Another form to offer beside indices.
+    """
+    outside = [i for i in blocks if not 0 <= i < depth]
+    if not outside:
+        return []
+    return [
+        f"`{name}={getattr(config, name)!r}` asks for block {', '.join(map(str, outside))}, but this model has "
+        f"{depth} blocks (0 to {depth - 1}). Use indices up to {depth - 1}{instead}."
+    ]
+
+
+def check_score(score: str, column: Column) -> list[str]:
+    """Why the tokens of this model cannot be ranked that way."""
+    if score == "class" and column.num_prefix == 0:
+        return [
+            f"`score='class'` ranks tokens by the class token's attention, but this model has no class token. Use "
+            f"`score={CLASS_FREE_SCORE!r}`, or leave it None."
+        ]
+    if score == "mean_query" and column.scores_from == "weights":
+        return [
+            "`score='mean_query'` needs the queries, but this model's attention shows only its weights. Use "
+            "`score='received'`, or `'class'` where there is a class token."
+        ]
+    return []
+
+
+def resolve_score(config: Any, column: Column) -> str:
+    """What tokens are ranked by: the config's choice, or the best that the model allows."""
+    if config.score is not None:
+        return config.score
+    if column.num_prefix and not column.reads_suffix:
+        return "class"
+    return "received" if column.scores_from == "weights" else CLASS_FREE_SCORE
+
+
+def allowed_modes(config: Any) -> tuple[Mode, ...]:
+    """Modes to try, best first."""
+    if config.mode is not None:
+        return (config.mode,)
+    return ("compact",) if getattr(config, "fuse_dropped", None) else ("compact", "full_view")
+
+
+def write_down(config: Any, plan: Plan) -> None:
+    """Name in `config` what was chosen for the model."""
+    reductions = [block.reduction for block in plan.blocks if block.reduction is not None]
+    if reductions:
+        first = reductions[0]
+        chosen = {"mode": plan.mode, "score": first.score, "reduce_at": first.position, "fuse_dropped": first.fuse}
+        for name in chosen.keys() & vars(config).keys():
+            setattr(config, name, chosen[name])
+
+
+def is_index_list(value: Any) -> bool:
+    """Whether it is a list of whole numbers."""
+    return isinstance(value, list) and all(isinstance(i, int) and not isinstance(i, bool) for i in value)
+
+
+def as_list(value: Any) -> Any:
+    """Tuples, ranges and sets as lists; anything else as it is."""
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    return list(value) if isinstance(value, (tuple, range)) else value

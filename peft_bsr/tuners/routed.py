@@ -1,0 +1,240 @@
+"""What every tuner over routed blocks shares: layers that carry one active adapter, a router per block, the calls."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from torch import Tensor, nn
+
+from peft_bsr.backbones import Column, FamilyRule
+from peft_bsr.core import RouteCarrier
+from peft_bsr.engine import BlockRouter, Plan, attach_router, detach_router
+from peft_bsr.errors import AdapterError, AdapterNameWarning
+
+ROOT = "base_model.model."
+
+
+class SingleAdapterLayer(BaseTunerLayer):
+    """What PEFT's calls on adapters (set, delete, status) need from a layer that runs one adapter at a time."""
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Make one adapter active.
+
+        Raises:
+            AdapterError: If several are named.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        check_single(names, "activate")
+        super().set_adapter(names, inference_mode=inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove the adapter. Which one is active next is the model's choice: a layer may not carry it."""
+        if adapter_name in self.merged_adapters:
+            self.unmerge()
+        for attribute in self.adapter_layer_names + self.other_param_names:
+            if adapter_name in getattr(self, attribute):
+                del getattr(self, attribute)[adapter_name]
+        if adapter_name in self.active_adapters:
+            self.set_adapter([])
+
+    @property
+    def carried_adapter(self) -> str | None:
+        """The active adapter, if this layer is enabled and carries it."""
+        if self.disable_adapters or not self.active_adapters:
+            return None
+        name = self.active_adapters[0]
+        return name if name in self._get_available_adapters() else None
+
+
+class AdapterRouter(BlockRouter, SingleAdapterLayer):
+    """A block's router with one plan per adapter. Without a base layer: PEFT's calls on adapters reach it as a layer.
+
+    Args:
+        index, column, carrier, rule: See `BlockRouter`.
+    """
+
+    other_param_names: tuple[str, ...] = ("plans",)
+
+    def __init__(self, index: int, column: Column, carrier: RouteCarrier, rule: FamilyRule) -> None:
+        super().__init__(index, column, carrier, rule)
+        self.plans: dict[str, Plan] = {}
+        self._active_adapter: list[str] = []
+        self.merged_adapters: list[str] = []
+
+    @property
+    def plan(self) -> Plan | None:
+        """The active adapter's, or None where adapters are disabled."""
+        name = self.carried_adapter
+        return None if name is None else self.plans[name]
+
+    @property
+    def weight(self) -> Tensor:
+        """There is none; PEFT's own look-up would call itself for ever on a layer without a base."""
+        raise AttributeError("a router has no weight")
+
+    bias = weight
+
+    def _get_available_adapters(self) -> set[str]:
+        return set(self.plans)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: Any = None) -> None:
+        pass
+
+
+class RoutedTuner(BaseTuner):
+    """A tuner whose adapters each have a plan for the blocks; one of them is active at a time."""
+
+    tuner_layer_cls = SingleAdapterLayer
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+
+    def plan(self, adapter_name: str | None = None) -> Plan:
+        """The plan of an adapter, default the active one.
+
+        Raises:
+            AdapterError: If there is none of that name.
+        """
+        name = adapter_name or (self.active_adapters or [None])[0]
+        routers = find_routers(self.model)
+        if not routers or name not in routers[0].plans:
+            raise AdapterError(f"There is no adapter {name!r}; this model has {sorted(self.peft_config)}.")
+        return routers[0].plans[name]
+
+    @property
+    def column(self) -> Column:
+        """What the probe found."""
+        return find_routers(self.model)[0].column
+
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
+        return peft_config
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Make one adapter active: its weights, its plan, its head.
+
+        Raises:
+            AdapterError: If several are named.
+        """
+        check_single([adapter_name] if isinstance(adapter_name, str) else list(adapter_name), "activate")
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+        self._set_modes()
+
+    def enable_adapter_layers(self) -> None:
+        """Switch adapters on."""
+        super().enable_adapter_layers()
+        self._set_modes()
+
+    def disable_adapter_layers(self) -> None:
+        """Switch adapters off: the model is the base model."""
+        super().disable_adapter_layers()
+        self._set_modes()
+
+    def _set_modes(self) -> None:
+        """Training mode in each block as the plan in force has it."""
+        for router in find_routers(self.model):
+            block = self.model.get_submodule(router.column.blocks[router.index])
+            block.train(block.training)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter. If it was active, the first of the others becomes active, on every layer."""
+        was_active = adapter_name in self.active_adapters
+        active = list(self.active_adapters)
+        super().delete_adapter(adapter_name)
+        if not was_active:
+            self.active_adapter = active
+        elif self.peft_config:
+            following = next(iter(self.peft_config))
+            warnings.warn(
+                f"Adapter {adapter_name!r} was active and is deleted; {following!r} is active now.", stacklevel=2
+            )
+            self.set_adapter(following)
+
+    def _detach_routers(self) -> None:
+        """Take the routers off for good."""
+        for router in find_routers(self.model):
+            block = self.model.get_submodule(router.column.blocks[router.index])
+            detach_router(self.model, router)
+            block.train(block.training)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """PEFT's own copies a `weight`, which a LayerScale or a pooling head does not have."""
+        setattr(parent, child_name, new_module)
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """PEFT's own expects the name right before the last part of the key; an adapter's modules are nested."""
+        return key.replace(f".{cls.prefix}params.{adapter_name}.", f".{cls.prefix}params.")
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise AdapterError(
+                f"`adapter_names={kwargs['adapter_names']!r}` asks for several adapters in one batch, but each adapter "
+                "has blocks and token counts of its own. Use `set_adapter` and one batch for each."
+            )
+        yield
+
+
+def find_routers(model: nn.Module) -> list[Any]:
+    """The routers of `model`, by block; empty without an adapter of ours."""
+    return sorted((m for m in model.modules() if isinstance(m, AdapterRouter)), key=lambda router: router.index)
+
+
+@contextmanager
+def detached(model: nn.Module, routers: list[Any]) -> Iterator[None]:
+    """Take the routers off for a while."""
+    for router in routers:
+        detach_router(model, router)
+    try:
+        yield
+    finally:
+        for router in routers:
+            attach_router(model, router)
+
+
+def check_single(adapter_names: list[str], action: str) -> None:
+    """Refuse several adapters at once.
+
+    Raises:
+        AdapterError: If there are.
+    """
+    if len(adapter_names) > 1:
+        raise AdapterError(
+            f"Cannot {action} {adapter_names} together: each of them holds whole weights and a plan, and two of them "
+            "do not add up. Name one of them."
+        )
+
+
+def drop_saved_name(layer: Any, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+    """A hook: peft 0.20 saves a nested module's key with the adapter's name in it, and puts another in front again."""
+    (container,) = layer.adapter_layer_names
+    adapters = getattr(layer, container)
+    for key in [key for key in state_dict if key.startswith(f"{prefix}{container}.")]:
+        name, _, parameter = key.removeprefix(f"{prefix}{container}.").partition(".")
+        own = parameter_of(adapters[name], parameter) if name in adapters else parameter
+        if own != parameter:
+            state_dict[f"{prefix}{container}.{name}.{own}"] = state_dict.pop(key)
+
+
+def parameter_of(module: nn.Module, parameter: str) -> str:
+    """A parameter's name in `module`, without the adapter's name that peft 0.20 leaves in front of a nested one."""
+    names = {name for name, _ in module.named_parameters()}
+    inner = parameter.partition(".")[2]
+    return inner if parameter not in names and inner in names else parameter
+
+
+def warn_of_names(model: nn.Module, adapter_names: list[str]) -> None:
+    """Saving one of several adapters, PEFT leaves out every key that holds the name of another, silently."""
+    names = (re.split(r"\.(?:\w+_params|modules_to_save)\.", name)[0] for name, _ in model.named_modules())
+    parts = {part for name in names for part in name.split(".")}
+    if len(adapter_names) > 1 and (clashing := [name for name in adapter_names if name in parts]):
+        warnings.warn(
+            f"Adapters {clashing} are called like modules of this model. Running them is safe, but saving another "
+            "adapter beside them would leave out its weights of those modules. Save under other names.",
+            AdapterNameWarning,
+            stacklevel=2,
+        )

@@ -1,0 +1,143 @@
+"""Configuration of SynQT, and the plan that it means for a given model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+from peft import PeftConfig
+
+from peft_bsr.backbones import Column
+from peft_bsr.engine import BlockPlan, KeptTokens, Plan
+from peft_bsr.errors import ConfigError
+from peft_bsr.registration import extend_peft_type
+from peft_bsr.tuners.reductions import check_choice, check_indices, check_reductions, check_within, resolve_reductions
+
+_SIZES = ("num_queries", "bottleneck", "attention_bottleneck")
+_SCALES = ("feature_scale", "attention_scale", "ffn_scale")
+_RATES = ("dropout", "drop_path")
+
+
+@dataclass
+class SynQTConfig(PeftConfig):
+    """Configuration of Synthesized Query Tuning: learned queries read a frozen backbone, a fusing head classifies.
+
+    The backbone runs without gradients; what trains are prompts, small adapters that make queries of them, and a head
+    that takes the place of the model's classifier. Nothing can be merged: the queries are no part of the weights.
+
+    Source: arXiv 2407.06964. Readings and departures: docs/synqt.md.
+
+    Args:
+        num_queries: T, learned prompts a layer. Default 4.
+        bottleneck: Width of the adapters of prompts and head. Default 48.
+        attention_bottleneck: Width of the adapters that stand for the projections of the queries' self-attention.
+            Default 8.
+        feature_scale: Where the learned scale of the layer before in the next layer's queries starts. Default 0.1.
+        attention_scale: Where that of the queries' self-attention starts. Default 0.1.
+        ffn_scale: Where that of the adapter behind it starts. Default 0.1.
+        dropout: In the adapters, on the queries and on the head's weights, in [0, 1). Default 0.1.
+        drop_path: Rate at which the head leaves out the adapter of a feature of an image, in [0, 1). Default 0.3.
+        layers: Blocks that are read, indices from 0; later blocks do not run. Default None: all.
+        keep_rate: Share of the image tokens that a reduction keeps, see `BSRConfig`. Default 1.0: no reduction.
+        reduction_blocks: Blocks that drop image tokens; one that nothing is read behind is left out. Default None: a
+            quarter, a half and three quarters into the depth.
+        fuse_dropped: See `BSRConfig`.
+        reduce_at: See `BSRConfig`.
+        mode: See `BSRConfig`.
+        score: See `BSRConfig`.
+        kept_tokens: How the one token tensor of each layer is kept for backward: `"full"` (as it is), `"bfloat16"`,
+            `"float16"` or `"int8"` (256 steps, rounded stochastically). The forward does not change. Default `"full"`.
+        target_modules: Has to stay None: the blocks that are read are `layers`.
+
+    Raises:
+        ConfigError: Naming every value that cannot be.
+
+    Example:
+        >>> SynQTConfig(num_queries=16, layers=[2, 5, 8, 11]).num_queries
+        16
+    """
+
+    num_queries: int = field(default=4, metadata={"help": "Learned prompts a layer."})
+    bottleneck: int = field(default=48, metadata={"help": "Width of the adapters of prompts and head."})
+    attention_bottleneck: int = field(default=8, metadata={"help": "Width of the adapters in the self-attention."})
+    feature_scale: float = field(default=0.1, metadata={"help": "Start of the scale of the layer before."})
+    attention_scale: float = field(default=0.1, metadata={"help": "Start of the scale of the self-attention."})
+    ffn_scale: float = field(default=0.1, metadata={"help": "Start of the scale of the adapter behind it."})
+    dropout: float = field(default=0.1, metadata={"help": "In adapters, on queries and on the head's weights."})
+    drop_path: float = field(default=0.3, metadata={"help": "Rate at which the head's adapter is left out."})
+    layers: list[int] | None = field(default=None, metadata={"help": "Blocks that are read; None = all."})
+    keep_rate: float | list[float] = field(
+        default=1.0, metadata={"help": "Share of tokens kept at each reduction, one for all or one per block."}
+    )
+    reduction_blocks: list[int] | None = field(
+        default=None, metadata={"help": "Blocks that drop tokens; None = at 1/4, 1/2 and 3/4 of the depth."}
+    )
+    fuse_dropped: bool | None = field(default=None, metadata={"help": "Append one token fused from the dropped ones."})
+    reduce_at: str | None = field(default=None, metadata={"help": "'mid_block' or 'after_block'; None = chosen."})
+    mode: str | None = field(default=None, metadata={"help": "'compact' or 'full_view'; None = chosen."})
+    score: str | None = field(default=None, metadata={"help": "'class', 'mean_query' or 'received'; None = chosen."})
+    kept_tokens: str = field(
+        default="full", metadata={"help": "'full', 'bfloat16', 'float16' or 'int8': how tokens are kept for backward."}
+    )
+    target_modules: None = field(default=None, metadata={"help": "Not used: see `layers`."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = extend_peft_type("SYNQT")
+        for name in ("layers", "reduction_blocks", "keep_rate"):
+            value = getattr(self, name)
+            if isinstance(value, (tuple, range, set, frozenset)):
+                setattr(self, name, sorted(value) if isinstance(value, (set, frozenset)) else list(value))
+        problems = [*self._check_numbers(), *check_indices(self, "layers"), *check_reductions(self)]
+        if self.layers == []:
+            problems.append("`layers=[]` reads no block. Name some, or leave it None for all.")
+        problems += check_choice(self, "kept_tokens", get_args(KeptTokens))
+        if self.target_modules is not None:
+            problems.append(f"`target_modules={self.target_modules!r}`: choose the blocks to read by `layers`.")
+        if self.task_type is not None:
+            problems.append(
+                f"`task_type={self.task_type!r}` would make PEFT train a copy of the classifier, which nobody reads: "
+                "the head of SynQT takes its place. Leave it None."
+            )
+        if problems:
+            raise ConfigError.from_problems("SynQTConfig", problems)
+
+    def _check_numbers(self) -> list[str]:
+        def is_number(value: Any) -> bool:
+            return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+        values = {name: getattr(self, name) for name in (*_SIZES, *_SCALES, *_RATES)}
+        problems = [
+            f"`{name}={values[name]!r}` must be a whole number of at least 1."
+            for name in _SIZES
+            if not isinstance(values[name], int) or not is_number(values[name]) or values[name] < 1
+        ]
+        problems += [f"`{name}={values[name]!r}` must be a number." for name in _SCALES if not is_number(values[name])]
+        problems += [
+            f"`{name}={values[name]!r}` must be a number in [0, 1)."
+            for name in _RATES
+            if not is_number(values[name]) or not 0 <= values[name] < 1
+        ]
+        return problems
+
+
+def build_plan(config: SynQTConfig, column: Column) -> tuple[Plan, list[int]]:
+    """The plan that `config` means for the model of `column`, and the blocks that are read, ascending.
+
+    Args:
+        config: A checked configuration.
+        column: The model's column.
+
+    Raises:
+        ConfigError: Naming everything that this model does not allow.
+    """
+    layers = list(range(column.depth)) if config.layers is None else sorted(config.layers)
+    reductions, problems = resolve_reductions(config, column)
+    problems = check_within(config, "layers", layers, column.depth) + problems
+    if problems:
+        raise ConfigError.from_problems("SynQTConfig", problems)
+    blocks = tuple(
+        BlockPlan(cut_gradient=True, reduction=reductions.get(i) if i < layers[-1] else None)
+        for i in range(column.depth)
+    )
+    return Plan(blocks, config.mode or "compact"), layers  # type: ignore[arg-type]

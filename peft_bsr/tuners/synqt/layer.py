@@ -1,0 +1,212 @@
+"""Tuner layers of SynQT: a router on each block that reads it, and the head in the classifier's place.
+
+What the queries made of the blocks so far goes from block to block, and to the head, on the carrier of the running
+forward; nothing stays on a module.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_bsr.backbones import Column, FamilyRule
+from peft_bsr.core import RouteCarrier, hidden_tokens, pick_tokens
+from peft_bsr.engine import Plan, QueryPath, ReachedError, attention_mask
+from peft_bsr.tuners.routed import AdapterRouter, SingleAdapterLayer, drop_saved_name
+from peft_bsr.tuners.synqt.config import SynQTConfig
+from peft_bsr.tuners.synqt.network import FusingHead, QuerySynthesis
+
+
+@dataclass
+class Reading:
+    """What one forward's queries have read so far.
+
+    Attributes:
+        feature_scale: s_feat.
+        reads: (H, F_att, F_ffn) of each layer, each [B, 1, D], averaged over the queries.
+    """
+
+    feature_scale: Tensor
+    reads: list[tuple[Tensor, ...]] = field(default_factory=list)
+
+    @property
+    def feature(self) -> Tensor | None:
+        """H of the layer before."""
+        return self.reads[-1][0] if self.reads else None
+
+    def features(self) -> Tensor:
+        """All of them in the head's order, [B, 1 + 3 L, D]."""
+        by_kind = [feature for kind in zip(*self.reads, strict=True) for feature in kind]
+        return torch.cat([self.reads[-1][0], *by_kind], dim=1)
+
+
+class SynQTRouter(AdapterRouter):
+    """Reads a block: makes queries of one adapter's prompts and sends them through the block's own weights.
+
+    Args:
+        index: The block's place in the column.
+        column: The model's column.
+        carrier: Shared by the routers and the head of one model.
+        rule: Exceptions of the model's family.
+        like: A weight of the block; adapters go where it is, in its dtype.
+    """
+
+    builds_graph = False
+    adapter_layer_names = ("synqt_params",)
+    other_param_names = ("plans", "paths", "layers")
+    place: Tensor  # on the block's device, in its dtype; empty
+
+    def __init__(self, index: int, column: Column, carrier: RouteCarrier, rule: FamilyRule, like: Tensor) -> None:
+        super().__init__(index, column, carrier, rule)
+        self.synqt_params = nn.ModuleDict()
+        self.paths: dict[str, QueryPath] = {}
+        self.layers: dict[str, list[int]] = {}
+        self.register_buffer("place", torch.empty(0, device=like.device, dtype=like.dtype), persistent=False)
+        self.register_load_state_dict_pre_hook(drop_saved_name)
+
+    def update_layer(
+        self, adapter_name: str, config: SynQTConfig, plan: Plan, path: QueryPath, layers: list[int]
+    ) -> None:
+        """Add an adapter.
+
+        Args:
+            adapter_name: Its name.
+            config: Its configuration.
+            plan: Of the frozen blocks.
+            path: How blocks are read.
+            layers: Which of them are, ascending.
+        """
+        self.plans[adapter_name], self.paths[adapter_name], self.layers[adapter_name] = plan, path, layers
+        if self.index in layers:
+            self.synqt_params[adapter_name] = QuerySynthesis(self.column.width, config, self.index == layers[0])
+            self._move_adapter_to_device_of_base_layer(adapter_name)
+
+    def passes(self, block: nn.Module, hidden_states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Read the block, if its turn has come; whether it need not run, because nobody reads what it gives.
+
+        Args:
+            block: The block.
+            hidden_states: [B, N, D], what it is called with.
+            args: Further arguments of the call.
+            kwargs: Its keywords.
+
+        Raises:
+            ReachedError: Behind the last layer, if the forward was to collect tokens alone.
+        """
+        name = self.carried_adapter
+        assert name is not None, "a router without an adapter has no plan, and its block runs untouched"
+        layers, entry = self.layers[name], self.carrier.entry
+        begins_behind = entry is not None and entry.tokens is not None
+        if self.index in layers:
+            if entry is not None and begins_behind:
+                assert entry.tokens is not None, "it begins with them"
+                tokens = entry.tokens.split(entry.lengths, dim=1)[layers.index(self.index)]
+                self._read(name, block, tokens, None)
+            else:
+                alive, hidden = self._alive(hidden_states, args, kwargs)
+                tokens = self.paths[name].tokens_of(block, alive)
+                if entry is None:
+                    self._read(name, block, tokens, hidden)
+                else:
+                    self._collect(tokens, layers)
+        return begins_behind or self.index >= layers[-1]
+
+    def _alive(self, hidden_states: Tensor, args: Any, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+        """The tokens that are left on the running route, and which of them are padding."""
+        route, mask = self.carrier.route, attention_mask(self.column, args, kwargs)
+        if route is not None and route.origins is not None:
+            mask = route.follow(mask)
+            if route.is_full_view and route.num_tokens < route.full_length:
+                hidden_states = pick_tokens(hidden_states, route.places())
+        return hidden_states, hidden_tokens(mask)
+
+    def _read(self, name: str, block: nn.Module, tokens: Tensor, hidden: Tensor | None) -> None:
+        module: Any = self.synqt_params[name]
+        if self.index == self.layers[name][0]:
+            self.carrier.reading = Reading(module.feature_scale)
+        reading: Reading = self.carrier.reading
+        queries = module(reading.feature, reading.feature_scale, tokens.shape[0])
+        attended, expanded = self.paths[name].read(block, queries, tokens, hidden)
+        outcome = queries + attended + expanded
+        reading.reads.append(tuple(t.mean(dim=1, keepdim=True) for t in (outcome, attended, expanded)))
+
+    def _collect(self, tokens: Tensor, layers: list[int]) -> None:
+        collected = [] if self.index == layers[0] else self.carrier.reading
+        self.carrier.reading = [*collected, tokens]
+        if self.index == layers[-1]:
+            entry, collected = self.carrier.entry, self.carrier.reading
+            assert entry is not None, "tokens are collected for an entry"
+            entry.tokens, entry.lengths = torch.cat(collected, dim=1), tuple(t.shape[1] for t in collected)
+            raise ReachedError
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: Any = None) -> None:
+        _move(self.synqt_params, adapter_name, self.place)
+
+    def __repr__(self) -> str:
+        return f"synqt.SynQTRouter(block={self.index}, adapters={sorted(self.plans)})"
+
+
+class SynQTHead(nn.Module, SingleAdapterLayer):
+    """The fusing head in the classifier's place: takes what was read, not what it is called with.
+
+    Args:
+        base_layer: The model's classifier.
+        carrier: Shared with the routers.
+    """
+
+    adapter_layer_names = ("synqt_params",)
+
+    def __init__(self, base_layer: nn.Linear, carrier: RouteCarrier) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.carrier = carrier
+        self.synqt_params = nn.ModuleDict()
+        self._active_adapter: list[str] = []
+        self.merged_adapters: list[str] = []
+        self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
+        self.register_load_state_dict_pre_hook(drop_saved_name)
+
+    def update_layer(
+        self, adapter_name: str, config: SynQTConfig, width: int, num_layers: int, final_norm: nn.Module | None
+    ) -> None:
+        """Add an adapter.
+
+        Args:
+            adapter_name: Its name.
+            config: Its configuration.
+            width: D.
+            num_layers: L, layers that are read.
+            final_norm: The backbone's.
+        """
+        self.synqt_params[adapter_name] = FusingHead(width, num_layers, self.out_features, config, final_norm)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """Logits [B, classes] of the active adapter; those of the base model where there is none.
+
+        Raises:
+            RuntimeError: If nothing was read: it was called outside of the model's forward.
+        """
+        name = self.carried_adapter
+        if name is None:
+            output: Tensor = self.base_layer(pooled)
+            return output
+        reading, self.carrier.reading = self.carrier.reading, None
+        if not isinstance(reading, Reading):
+            raise RuntimeError("the head of SynQT was called without a forward of the model's blocks. Call the model.")
+        logits: Tensor = self.synqt_params[name](reading.features())
+        return logits if torch.is_autocast_enabled(pooled.device.type) else logits.to(pooled.dtype)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: Any = None) -> None:
+        _move(self.synqt_params, adapter_name, next(self.base_layer.parameters()))
+
+    def __repr__(self) -> str:
+        return "synqt." + super().__repr__()
+
+
+def _move(modules: nn.ModuleDict, adapter_name: str, like: Tensor) -> None:
+    if adapter_name in modules and not any(p.is_meta for p in modules[adapter_name].parameters()):
+        modules[adapter_name].to(device=like.device, dtype=like.dtype if like.dtype.is_floating_point else None)

@@ -111,11 +111,11 @@ class RoutedBlock(nn.Module):
         return plan is not None and not plan.in_graph
 
     def train(self, mode: bool = True) -> Any:
-        """Set the mode; what is inside of a leading block stays in evaluation mode: nothing there learns."""
+        """Set the mode; what is inside of a leading block stays in evaluation mode, but for a router that learns."""
         super().train(mode)
         if self.is_leading:
             for name, child in self.named_children():
-                child.train(mode and name == _ROUTER)
+                child.train(mode and name == _ROUTER and any(True for _ in child.parameters()))
         return self
 
     @property

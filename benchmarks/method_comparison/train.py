@@ -1,6 +1,6 @@
 """One run of one experiment in this process; prints its result as JSON, in the layout of PEFT's method comparison.
 
-python benchmarks/method_comparison/train.py lora/qv --task cifar10 --learning-rate 1e-3 --model MODEL --data DATA
+    python benchmarks/method_comparison/train.py lora/qv --task cifar10 --learning-rate 1e-3 --model MODEL --data DATA
 """
 
 from __future__ import annotations

@@ -122,12 +122,12 @@ class RoutedBlock(nn.Module):
         return plan is not None and not plan.in_graph
 
     def train(self, mode: bool = True) -> Any:
-        """Set the mode; what is inside of a block that always leads stays in evaluation mode: nothing there learns."""
+        """Set the mode; inside of a block that always leads, nothing but a router that learns leaves evaluation mode."""
         super().train(mode)
         router: BlockRouter = getattr(self, _ROUTER)
         if self.is_leading and not router.changes:
             for name, child in self.named_children():
-                child.train(mode and name == _ROUTER)
+                child.train(mode and name == _ROUTER and any(True for _ in child.parameters()))
         return self
 
     @property

@@ -5,9 +5,10 @@ Shapes: B images, D width, L blocks, K of them train in a step.
 
 from __future__ import annotations
 
+import math
+import random
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 DELTA_REDUCTIONS = ("relative", "paper", "mean")
@@ -26,6 +27,7 @@ def block_change(before: Tensor, after: Tensor, reduction: str) -> Tensor:
         A scalar in float32, for `reduced_delta`.
 
     Example:
+        >>> import torch
         >>> block_change(torch.ones(2, 4), 3 * torch.ones(2, 4), "relative").item()
         8.0
     """
@@ -70,7 +72,7 @@ def update_budgets(
     return [min(max(b + alpha * (n - o), low), high) for b, n, o in zip(budgets, new, old, strict=True)]
 
 
-def select_blocks(budgets: Sequence[float], count: int, selection: str, generator: torch.Generator) -> list[int]:
+def select_blocks(budgets: Sequence[float], count: int, selection: str, generator: random.Random) -> list[int]:
     """Indices of the blocks that train, ascending.
 
     Args:
@@ -78,12 +80,13 @@ def select_blocks(budgets: Sequence[float], count: int, selection: str, generato
         count: K.
         selection: `"sample"` draws without replacement from softmax(budgets), the paper's; `"topk"` takes the largest,
             of equals the later; `"prefix"` the last K, so that what is frozen is a leading prefix and leaves the graph.
-        generator: Of the draws, on the CPU.
+        generator: Of the draws.
     """
     depth = len(budgets)
     if selection == "sample":
-        chances = torch.softmax(torch.tensor(budgets, dtype=torch.float64), dim=0)
-        return sorted(torch.multinomial(chances, count, generator=generator).tolist())
+        # exponential times with rates exp(b): the first K to ring are K draws without replacement from softmax(b)
+        rings = [(generator.expovariate(math.exp(budget)), index) for index, budget in enumerate(budgets)]
+        return sorted(index for _, index in sorted(rings)[:count])
     if selection == "topk":
         return sorted(sorted(range(depth), key=lambda index: (budgets[index], index))[depth - count :])
     return list(range(depth - count, depth))

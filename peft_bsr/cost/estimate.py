@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from peft_bsr.backbones import input_shapes, probe_inputs, tensors_of
 from peft_bsr.cost.dry_run import DryRun, dry_run, no_memory, without_memory
-from peft_bsr.cost.twin import SettledModel, on_meta, settle
+from peft_bsr.cost.twin import attach_settled, on_meta, settle
 from peft_bsr.engine import Parking, Plan
 from peft_bsr.errors import ConfigError
-from peft_bsr.tuners.bsr.config import BSRConfig
+from peft_bsr.tuners.block_config import BlockConfig
 from peft_bsr.tuners.bsr.layer import BSRWeights
+from peft_bsr.tuners.synqt.config import SynQTConfig
 
 OPTIMIZER_STATES = {"adamw": 2, "sgd_momentum": 1, "sgd": 0}  # tensors kept for each trained one
 
@@ -80,7 +81,8 @@ def estimate(
     Args:
         model: A vision model of transformers, best without weights: `with torch.device("meta"): Class(config)`. Which
             of its parameters ask for gradients counts where `config` is None. It is not changed.
-        config: A `BSRConfig`, or any other of PEFT's; None = train what asks for gradients (full fine-tuning).
+        config: A `BSRConfig`, an `ALaSTConfig` (its first step is taken), or any other of PEFT's; None = train what
+            asks for gradients (full fine-tuning).
         batch_size: Images a step. Default 32.
         image_size: Pixels. Default the model's.
         optimizer: `"adamw"`, `"sgd_momentum"` or `"sgd"`. Default `"adamw"`.
@@ -96,6 +98,7 @@ def estimate(
         UnsupportedModelError: If the model is not a plain vision transformer of transformers.
 
     Example:
+        >>> from peft_bsr import BSRConfig
         >>> from transformers import ViTConfig, ViTForImageClassification
         >>> with torch.device("meta"):
         ...     vit = ViTForImageClassification(ViTConfig(num_labels=10))
@@ -110,14 +113,19 @@ def estimate(
     ]
     if optimizer not in OPTIMIZER_STATES:
         problems.append(f"`optimizer={optimizer!r}` is unknown. Use one of {', '.join(map(repr, OPTIMIZER_STATES))}.")
+    if isinstance(config, SynQTConfig):
+        problems.append(
+            "`config`: what SynQT takes is not predicted. Attach the adapter to the model and measure it with "
+            "`saved_activations` and `PeakMemory`."
+        )
     if problems:
         raise ConfigError.from_problems("estimate", problems)
     bare = on_meta(model, image_size, dtype)
     adapted: nn.Module = bare
     plan = None
-    if isinstance(config, BSRConfig):
+    if isinstance(config, BlockConfig):
         settled = settle(bare, config)
-        adapted, plan = SettledModel(bare, copy.deepcopy(config), settled), settled.plan
+        adapted, plan = attach_settled(bare, copy.deepcopy(config), settled), settled.plan
     elif config is not None:
         adapted = get_peft_model(bare, copy.deepcopy(config))
     if gradient_checkpointing:
@@ -126,9 +134,10 @@ def estimate(
     with no_memory():
         trained = without_memory(adapted, device).train()
         inputs = probe_inputs(_innermost(trained), batch_size, input_shapes(bare)[-1])
+        weights = [p for p in trained.parameters() if p.requires_grad]
         run = dry_run(trained, inputs.values(), lambda: _loss(trained(**inputs)))
         batch_bytes = sum(tensor.nbytes for tensor in inputs.values())
-        return _summarize(trained, run, batch_bytes, batch_size, optimizer, plan)
+        return _summarize(trained, weights, run, batch_bytes, batch_size, optimizer, plan)
 
 
 def _innermost(model: Any) -> Any:
@@ -144,9 +153,14 @@ def _loss(output: Any) -> Tensor:
 
 
 def _summarize(
-    model: nn.Module, run: DryRun, batch_bytes: int, batch_size: int, optimizer: str, plan: Plan | None
+    model: nn.Module,
+    trained: list[nn.Parameter],
+    run: DryRun,
+    batch_bytes: int,
+    batch_size: int,
+    optimizer: str,
+    plan: Plan | None,
 ) -> Estimate:
-    trained = [p for p in model.parameters() if p.requires_grad]
     trained_bytes = sum(p.nbytes for p in trained)
     layers = (module for module in model.modules() if isinstance(module, BSRWeights))
     parked = sum(p.nbytes for layer in layers if layer.parks_base for p in Parking.takes(layer.base_layer))

@@ -7,14 +7,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from torch import nn
 
 from peft_bsr.backbones import Column
 from peft_bsr.engine import Plan
 from peft_bsr.errors import PeftBsrError, UnsupportedModelError
-from peft_bsr.tuners.bsr.config import BSRConfig
-from peft_bsr.tuners.bsr.layer import BSRRouter
-from peft_bsr.tuners.bsr.model import BSRModel
+from peft_bsr.tuners.block_config import BlockConfig
 from peft_bsr.tuners.bsr.targets import resolve_targets
 
 _HEAD_WIDTH = 8  # of the twin: enough for rotary tables
@@ -22,7 +21,7 @@ _HEAD_WIDTH = 8  # of the twin: enough for rotary tables
 
 @dataclass(frozen=True)
 class Settled:
-    """What a BSR adapter will do to a model.
+    """What an adapter will do to a model.
 
     Attributes:
         column: The model's.
@@ -58,7 +57,7 @@ def on_meta(model: nn.Module, image_size: int | None = None, dtype: torch.dtype 
     return bare.to(dtype or next(p.dtype for p in model.parameters() if p.is_floating_point()))
 
 
-def settle(model: nn.Module, config: BSRConfig) -> Settled:
+def settle(model: nn.Module, config: BlockConfig) -> Settled:
     """Attach the adapter to a twin with the same blocks, heads and tokens, but narrow, and see what it does there.
 
     Args:
@@ -82,29 +81,46 @@ def settle(model: nn.Module, config: BSRConfig) -> Settled:
         vision.intermediate_size = 2 * vision.hidden_size
     with torch.random.fork_rng(devices=()):
         twin = _make(model, narrow).eval()
-    adapted = BSRModel(twin, copy.deepcopy(config), "default")
-    return Settled(replace(adapted.column, width=width), adapted.plan())
+    column, plan, _ = _tuner(config, _Remembering)(twin, copy.deepcopy(config), "default").found
+    return Settled(replace(column, width=width), plan)
 
 
-class SettledModel(BSRModel):
-    """A `BSRModel` on a model that cannot be probed, having no numbers.
+def attach_settled(model: nn.Module, config: BlockConfig, settled: Settled) -> nn.Module:
+    """Attach an adapter to a model that cannot be probed, having no numbers.
 
     Args:
-        model: The model.
+        model: The model, changed in place.
         config: Of the adapter.
         settled: What was found on its twin.
     """
+    tuner = _tuner(config, _Told)
+    attached = tuner.__new__(tuner)
+    attached.__dict__["found"] = settled  # nn.Module's own __init__ comes later
+    attached.__init__(model, config, "default")
+    return attached
 
-    def __init__(self, model: nn.Module, config: BSRConfig, settled: Settled) -> None:
-        self.__dict__["_found"] = settled  # nn.Module's own __init__ comes later
-        super().__init__(model, config, "default")
 
-    def _settle(
-        self, model: nn.Module, config: BSRConfig, routers: list[BSRRouter]
-    ) -> tuple[Column, Plan, dict[str, str]]:
-        found: Settled = self.__dict__["_found"]
-        _, self._targets, layout = resolve_targets(model, found.column, config)
-        return found.column, found.plan, layout
+class _Remembering:
+    """A tuner that remembers what it settled."""
+
+    def _settle(self, *args: Any) -> tuple[Any, ...]:
+        self.__dict__["found"] = found = super()._settle(*args)  # type: ignore[misc]
+        return found
+
+
+class _Told:
+    """A tuner that is told what to settle."""
+
+    def _settle(self, model: nn.Module, config: BlockConfig, routers: list[Any]) -> tuple[Column, Plan, dict[str, str]]:
+        settled: Settled = self.__dict__["found"]
+        _, self._targets, layout = resolve_targets(model, settled.column, config)
+        return settled.column, settled.plan, layout
+
+
+def _tuner(config: BlockConfig, kind: type) -> Any:
+    """The tuner of `config`, of that kind."""
+    tuner = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
+    return type(tuner.__name__, (kind, tuner), {})
 
 
 def _config_of(model: nn.Module) -> Any:
@@ -127,4 +143,4 @@ def _make(model: nn.Module, config: Any) -> nn.Module:
         ) from error
 
 
-__all__ = ["Settled", "SettledModel", "on_meta", "settle"]
+__all__ = ["Settled", "attach_settled", "on_meta", "settle"]

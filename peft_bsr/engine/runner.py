@@ -122,7 +122,7 @@ class RoutedBlock(nn.Module):
         return plan is not None and not plan.in_graph
 
     def train(self, mode: bool = True) -> Any:
-        """Set the mode; what is inside of a block that always leads stays in evaluation mode, but a router that learns."""
+        """Set the mode; inside of a block that always leads, only a router that learns leaves evaluation mode."""
         super().train(mode)
         router: BlockRouter = getattr(self, _ROUTER)
         if self.is_leading and not router.changes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 
 import numpy as np
 import pytest
@@ -58,14 +59,14 @@ def test_special_tokens_come_on_top_and_one_patch_stays(rate, after):
 
 
 def test_top_and_prefix():
-    generator = torch.Generator()
+    generator = random.Random(0)
     budgets = [0.9, 0.5, 1.0, 0.9, 0.9]
     assert select_blocks(budgets, 3, "topk", generator) == [2, 3, 4]
     assert select_blocks(budgets, 2, "prefix", generator) == [3, 4]
 
 
 def test_draws_follow_the_budgets():
-    generator = torch.Generator().manual_seed(0)
+    generator = random.Random(0)
     draws = [select_blocks([3.0, 0.0, 0.0, 0.0], 1, "sample", generator)[0] for _ in range(2000)]
     share = np.exp(3) / (np.exp(3) + 3)
     assert draws.count(0) / 2000 == pytest.approx(share, abs=0.03)

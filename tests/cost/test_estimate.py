@@ -14,7 +14,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from peft_bsr import BSRConfig, ConfigError, UnsupportedModelError
+from peft_bsr import ALaSTConfig, BSRConfig, ConfigError, SynQTConfig, UnsupportedModelError
 from peft_bsr.backbones import tensors_of
 from peft_bsr.cost import count_flops, estimate, saved_activations
 
@@ -35,6 +35,8 @@ CONFIGS = {
     "lora in blocks": lambda: BSRConfig(trainable_blocks=[1, 3], trainable="lora"),
     "all tokens": lambda: BSRConfig(trainable_blocks="last:2", reduction_blocks=[]),
     "full view": lambda: BSRConfig(trainable_blocks=[1, 3], mode="full_view"),
+    "alast": lambda: ALaSTConfig(trainable_blocks_per_step=2),
+    "alast prefix": lambda: ALaSTConfig(trainable_blocks_per_step=2, selection="prefix"),
 }
 
 
@@ -51,6 +53,7 @@ def test_saved_activations_and_flops_are_those_of_the_real_step(model, config):
     if CONFIGS[config]() is not None:
         real = get_peft_model(real, CONFIGS[config]())
     real.train()
+    trained = sum(p.numel() for p in real.parameters() if p.requires_grad)
     images = torch.randn(3, 3, 96, 96)
 
     def loss() -> torch.Tensor:
@@ -58,7 +61,7 @@ def test_saved_activations_and_flops_are_those_of_the_real_step(model, config):
 
     assert found.saved_bytes == pytest.approx(saved_activations(real, loss), rel=0.02)
     assert found.training_flops == pytest.approx(count_flops(lambda: loss().backward()), rel=1e-6)
-    assert found.trainable_parameters == sum(p.numel() for p in real.parameters() if p.requires_grad)
+    assert found.trainable_parameters == trained
     if config in ("stock", "exact", "max", "int8"):
         assert found.plan == real.base_model.plan()
 
@@ -122,3 +125,8 @@ def test_bad_questions_are_answered_in_words():
         parameter.requires_grad_(False)
     with pytest.raises(ConfigError, match="nothing trains"):
         estimate(model)
+
+
+def test_synqt_is_not_predicted():
+    with pytest.raises(ConfigError, match="what SynQT takes is not predicted"):
+        estimate(on_meta(MODELS["vit"]), SynQTConfig())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -152,7 +153,7 @@ class ALaSTSchedule:
         self._is_due = False
         depth = len(self.budgets)
         count = self.config.trainable_blocks_per_step or max(1, round(0.75 * depth))
-        generator = torch.Generator().manual_seed(self.config.seed * 2**32 + self.step)
+        generator = random.Random(f"{self.config.seed} {self.step}")
         self.drawn = select_blocks(self.budgets, count, self.config.selection, generator)
         self._apply()
 

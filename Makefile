@@ -12,8 +12,8 @@ demo: $(VENV)/installed
 	$(BIN)/python examples/quickstart.py $(ARGS)
 
 test: lint $(OLDEST_PEFT)
-	PYTHONPATH=$(OLDEST_PEFT) $(BIN)/python -m pytest -q tests/tuners tests/test_registration.py
-	$(BIN)/python -m pytest $(ARGS)
+	PYTHONPATH=$(OLDEST_PEFT) $(BIN)/python -m pytest -q -n auto tests/tuners tests/test_registration.py
+	$(BIN)/python -m pytest -n auto $(ARGS)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

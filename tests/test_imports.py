@@ -23,6 +23,7 @@ STANDARD = {
     "logging",
     "math",
     "os",
+    "random",
     "sys",
     "tempfile",
     "threading",

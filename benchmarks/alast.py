@@ -28,7 +28,7 @@ CONFIGS = {
     "default (lean exact)": ALaSTConfig(alpha=0.0),
     "default, stock blocks": ALaSTConfig(alpha=0.0, lean="off"),
     "default, lean max": ALaSTConfig(alpha=0.0, lean="max"),
-    'selection "prefix"': ALaSTConfig(alpha=0.0, selection="prefix"),
+    'selection "sample"': ALaSTConfig(alpha=0.0, selection="sample"),
     "low-rank": ALaSTConfig(alpha=0.0, trainable="lora"),
 }
 BARS = {'preset "paper"': (0.60, 0.60, 0.70), "default (lean exact)": (0.35, None, None)}

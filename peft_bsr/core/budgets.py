@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 DELTA_REDUCTIONS = ("relative", "paper", "mean")
-SELECTIONS = ("sample", "topk", "prefix")
+SELECTIONS = ("prefix", "sample", "topk")
 
 
 def block_change(before: Tensor, after: Tensor, reduction: str) -> Tensor:

@@ -35,7 +35,7 @@ CONFIGS = {
     "lora in blocks": lambda: BSRConfig(trainable_blocks=[1, 3], trainable="lora"),
     "all tokens": lambda: BSRConfig(trainable_blocks="last:2", reduction_blocks=[]),
     "full view": lambda: BSRConfig(trainable_blocks=[1, 3], mode="full_view"),
-    "alast": lambda: ALaSTConfig(trainable_blocks_per_step=2),
+    "alast": lambda: ALaSTConfig(trainable_blocks_per_step=2, selection="sample"),
     "alast prefix": lambda: ALaSTConfig(trainable_blocks_per_step=2, selection="prefix"),
 }
 

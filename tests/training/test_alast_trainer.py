@@ -16,7 +16,7 @@ from tests.training.test_trainer import make_trainer
 
 def alast_trainer(make_model, folder, **arguments: object) -> tuple[Trainer, ALaSTCallback]:
     set_seed(0)
-    config = ALaSTConfig(trainable_blocks_per_step=2, alpha="lr", delta_reduction="paper")
+    config = ALaSTConfig(trainable_blocks_per_step=2, alpha="lr", delta_reduction="paper", selection="sample")
     trainer = make_trainer(get_peft_model(make_model(), config), folder, **arguments)
     callback = ALaSTCallback()
     trainer.add_callback(callback)

@@ -21,7 +21,7 @@ LABELS = torch.tensor([0, 2])
 
 
 def attach(make_vit: Any, depth: int = 4, **settings: Any) -> PeftModel:
-    return get_peft_model(make_vit(depth), ALaSTConfig(**settings)).train()
+    return get_peft_model(make_vit(depth), ALaSTConfig(**{"selection": "sample", **settings})).train()
 
 
 def optimizer_of(model: nn.Module, **settings: Any) -> torch.optim.Optimizer:
@@ -275,7 +275,7 @@ def test_alpha_zero_keeps_the_budgets(make_vit, images):
 
 def test_base_weights_are_parked_and_adapters_live_side_by_side(make_vit, images, run):
     model = attach(make_vit)
-    model.add_adapter("second", ALaSTConfig(trainable_blocks_per_step=1, init_weights=False))
+    model.add_adapter("second", ALaSTConfig(trainable_blocks_per_step=1, init_weights=False, selection="topk"))
     optimizer = optimizer_of(model)
     step(model, optimizer, images)
     assert (model.base_model.schedule("default").step, model.base_model.schedule("second").step) == (1, 0)
@@ -335,7 +335,7 @@ def test_models_without_a_class_token():
         ({"alpha": -1}, "`alpha=-1` must be a number of at least 0, or 'lr'"),
         ({"alpha": "rate"}, "`alpha='rate'` must be a number"),
         ({"delta_reduction": "sum"}, "`delta_reduction='sum'` is unknown. Use one of 'relative', 'paper', 'mean'"),
-        ({"selection": "best"}, "`selection='best'` is unknown. Use one of 'sample', 'topk', 'prefix'"),
+        ({"selection": "best"}, "`selection='best'` is unknown. Use one of 'prefix', 'sample', 'topk'"),
         ({"train_embeddings": 1}, "`train_embeddings=1` must be True, False or None"),
         ({"seed": 0.5}, "`seed=0.5` must be a whole number"),
         ({"preset": "release"}, "`preset='release'` is unknown. Use 'paper' or None"),
@@ -366,3 +366,4 @@ def test_the_config_survives_a_round_trip(tmp_path):
     again = ALaSTConfig.from_pretrained(tmp_path)
     assert again.to_dict() == config.to_dict()
     assert (again.alpha, again.delta_reduction, again.train_embeddings) == ("lr", "paper", True)
+    assert (again.selection, ALaSTConfig().selection) == ("sample", "prefix")

@@ -21,7 +21,7 @@ STEPS = 4
 def make_model() -> PeftModel:
     torch.manual_seed(0)
     base = ViTForImageClassification(ViTConfig(num_hidden_layers=4, num_labels=3, **TINY))
-    return get_peft_model(base, ALaSTConfig(trainable_blocks_per_step=2)).train()
+    return get_peft_model(base, ALaSTConfig(trainable_blocks_per_step=2, selection="sample")).train()
 
 
 def train(model: torch.nn.Module, inner: PeftModel, rank: int, world_size: int) -> dict[str, object]:

@@ -14,8 +14,8 @@ from peft_bsr.tuners.block_config import BlockConfig, saving_less
 from peft_bsr.tuners.reductions import as_list, check_choice, check_score, check_ways, resolve_score
 
 _PRESETS: dict[str | None, dict[str, Any]] = {
-    None: {"alpha": 0.5, "delta_reduction": "relative", "train_embeddings": False},
-    "paper": {"alpha": "lr", "delta_reduction": "paper", "train_embeddings": True},
+    None: {"alpha": 0.5, "delta_reduction": "relative", "selection": "prefix", "train_embeddings": False},
+    "paper": {"alpha": "lr", "delta_reduction": "paper", "selection": "sample", "train_embeddings": True},
 }
 
 
@@ -23,15 +23,16 @@ _PRESETS: dict[str | None, dict[str, Any]] = {
 class ALaSTConfig(BlockConfig):
     """Configuration of Adaptive Layer Selection: budgets decide, step by step, what trains and on how many tokens.
 
-    Each block has a budget. Before a step, K blocks are drawn by it, the others are frozen for that step; behind each
-    block `int(budget * N)` of its N tokens stay, beside the special ones, by the class token's attention. How much a
-    block moves the class token moves its budget. In evaluation all tokens stay: the result is a plain model, and
+    Each block has a budget. In a step K blocks train, by default the last K, or drawn by the budgets. Behind each block
+    `int(budget * N)` of its N tokens stay, beside the special ones, by the class token's attention. How much a block
+    moves the class token moves its budget. In evaluation all tokens stay: the result is a plain model, and
     `merge_and_unload` loses nothing. The final norm and the head always train.
 
     Source: arXiv 2408.08670. Departures: a budget moved by a step counts from the next step on, not within the same
     forward, which would need the host to wait for the device in every block; importance is relative to the class
-    token's size, and the embeddings stay frozen (`preset="paper"` takes both back); a model without a class token
-    ranks its tokens another way (`score`), and the mean token takes the class token's place in the importance.
+    token's size, the frozen blocks lead, and the embeddings stay frozen (`preset="paper"` takes these three back); a
+    model without a class token ranks its tokens another way (`score`), and the mean token takes the class token's place
+    in the importance.
 
     Args:
         trainable_blocks_per_step: K. Default None: three quarters of the blocks (9 of 12).
@@ -42,11 +43,12 @@ class ALaSTConfig(BlockConfig):
             Default 0.5. 0.0 keeps budgets as they are.
         delta_reduction: Importance: `"relative"` (each image's change of the class token over its size, mean over
             images; default), `"mean"` (not relative), `"paper"` (not relative, summed over the images).
-        selection: `"sample"` (by chance, by budget; default), `"topk"` (the largest budgets) or `"prefix"` (the last K
-            blocks; the frozen ones lead and leave the graph, which saves the most).
+        selection: Who trains: `"prefix"` (the last K blocks; the frozen ones lead and leave the graph, which saves the
+            most; default), `"sample"` (by chance, by budget: the paper's) or `"topk"` (the largest budgets).
         train_embeddings: Train what lies before the blocks, too. No block leaves the graph then. Default False.
         seed: Of the draws, which depend on it and on the step alone. Default 0.
-        preset: `"paper"` = alpha `"lr"`, delta_reduction `"paper"`, train_embeddings True, where these are not given.
+        preset: `"paper"` = alpha `"lr"`, delta_reduction `"paper"`, selection `"sample"`, train_embeddings True, where
+            these are not given.
         mode, score, trainable, r, lora_alpha, init_weights, target_modules, exclude_modules, modules_to_save, lean,
             saved_activations, layout: See `BSRConfig`.
 
@@ -71,7 +73,7 @@ class ALaSTConfig(BlockConfig):
     delta_reduction: str | None = field(
         default=None, metadata={"help": "'relative', 'mean' or 'paper'; None = 'relative'."}
     )
-    selection: str = field(default="sample", metadata={"help": "'sample', 'topk' or 'prefix'."})
+    selection: str | None = field(default=None, metadata={"help": "'prefix', 'sample' or 'topk'; None = 'prefix'."})
     train_embeddings: bool | None = field(
         default=None, metadata={"help": "Train what lies before the blocks, too; None = False."}
     )

@@ -154,7 +154,7 @@ class ALaSTSchedule:
         depth = len(self.budgets)
         count = self.config.trainable_blocks_per_step or max(1, round(0.75 * depth))
         generator = random.Random(f"{self.config.seed} {self.step}")
-        self.drawn = select_blocks(self.budgets, count, self.config.selection, generator)
+        self.drawn = select_blocks(self.budgets, count, str(self.config.selection), generator)
         self._apply()
 
     def _apply(self) -> None:

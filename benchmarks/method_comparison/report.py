@@ -19,7 +19,7 @@ import matplotlib.pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).parent))
 from data import Protocol
-from experiment import Experiment
+from experiment import EXPERIMENTS, Experiment
 from launch import HERE, add_results, results_of
 from run import result_path
 from sweep import load_recipes
@@ -83,6 +83,8 @@ def main() -> None:
         draw(rows, task, picture)
         parts += [f"## {task}", accuracy_table(rows), f"![{task}]({picture.relative_to(args.output.parent)})"]
     parts += ["## Costs", cost_table(costs, tasks), "## Learning rates", recipe_table(recipes)]
+    if tried := [json.loads(path.read_text()) for path in sorted((results / "tried").glob("*.json"))]:
+        parts += ["## What else was tried", tried_table(tried, recipes, costs)]
     args.output.write_text("\n\n".join(parts) + "\n")
     print(f"{args.output}: {sum(len(row.runs) for rows in tasks.values() for row in rows)} runs")
 
@@ -147,6 +149,27 @@ def recipe_table(recipes: dict[str, Any]) -> str:
     for name, recipe in sorted(recipes.items()):
         tried = ", ".join(f"{rate}: {100 * score:.1f}" for rate, score in recipe["tried"].items())
         lines.append(f"| {name} | {recipe['experiment']} | {recipe['learning_rate']:g} | {tried} |")
+    return "\n".join(lines)
+
+
+def tried_table(tried: list[dict[str, Any]], recipes: dict[str, Any], costs: dict[str, Any]) -> str:
+    """Variants of a recipe, on the images of the sweep."""
+    size = tried[0]["train_info"]["metrics"][0]
+    lines = [
+        f"On the {size['split']} split, trained on the images of the sweep, one seed, with the recipe's learning rate:\n",
+        "| experiment | accuracy, % | trained blocks, reduction, other settings | saved of full | step to full |",
+        "|---|---|---|---|---|",
+    ]
+    leader = recipes[Experiment.load(tried[0]["run_info"]["experiment_name"]).params["recipe"]]
+    rate = f"{leader['learning_rate']:g}"
+    lines.append(f"| {leader['experiment']} | {100 * leader['tried'][rate]:.1f} | as in the sweep | | |")
+    for run in sorted(tried, key=lambda run: -run["train_info"]["metrics"][0]["accuracy"]):
+        name, cost = run["run_info"]["experiment_name"], costs.get(run["run_info"]["experiment_name"])
+        config = json.loads((EXPERIMENTS / name / "adapter_config.json").read_text())
+        settings = ", ".join(f"{key} {value}" for key, value in config.items() if key != "peft_type")
+        shares = ["", ""] if cost is None else [f"1/{1 / cost['saved_to_full']:.1f}", f"{cost['step_to_full']:.2f}"]
+        accuracy = 100 * run["train_info"]["metrics"][0]["accuracy"]
+        lines.append(f"| {name} | {accuracy:.1f} | {settings} | {' | '.join(shares)} |")
     return "\n".join(lines)
 
 

@@ -38,7 +38,7 @@ def main() -> None:
     add_results(parser)
     args = parser.parse_args()
     leaders: dict[str, str] = {}
-    for experiment in Experiment.all():
+    for experiment in (e for e in Experiment.all() if e.params["control"] is None):
         leaders.setdefault(experiment.params["recipe"], experiment.name)
     chosen = {recipe: leaders[recipe] for recipe in args.only or leaders}
     with tqdm(total=len(chosen), unit="recipe") as bar, ThreadPoolExecutor(args.at_once) as pool:

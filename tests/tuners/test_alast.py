@@ -367,3 +367,43 @@ def test_the_config_survives_a_round_trip(tmp_path):
     assert again.to_dict() == config.to_dict()
     assert (again.alpha, again.delta_reduction, again.train_embeddings) == ("lr", "paper", True)
     assert (again.selection, ALaSTConfig().selection) == ("sample", "prefix")
+
+
+def test_autocast_trains_in_half_precision(make_vit, images):
+    model = attach(make_vit, trainable_blocks_per_step=2)
+    optimizer, schedule = optimizer_of(model, lr=1e-3), model.base_model.schedule()
+    losses = []
+    for _ in range(8):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(pixel_values=images, labels=LABELS).loss
+        loss.backward()
+        assert blocks_in(n for n, p in model.named_parameters() if p.grad is not None) == schedule.drawn
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.1
+    assert schedule.step == 8 and all(delta == delta for delta in schedule.deltas)
+
+
+def test_blocks_compiled_one_by_one_take_the_same_steps(make_vit, images):
+    losses = []
+    for compiled in (False, True):
+        model = attach(make_vit, trainable_blocks_per_step=2)
+        if compiled:
+            for block in model.get_base_model().vit.layers:
+                block.compile(backend="eager")
+        optimizer = optimizer_of(model, lr=1e-3)
+        losses.append([step(model, optimizer, images) for _ in range(4)])
+        assert model.base_model.schedule().step == 4
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_a_skipped_step_draws_nothing(make_vit, images):
+    """As a gradient scaler does when it finds an overflow."""
+    model = attach(make_vit)
+    optimizer, schedule = optimizer_of(model), model.base_model.schedule()
+    step(model, optimizer, images)
+    model(pixel_values=images, labels=LABELS).loss.backward()
+    optimizer.zero_grad()
+    model(pixel_values=images, labels=LABELS)
+    assert schedule.step == 2

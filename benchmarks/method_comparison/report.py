@@ -156,7 +156,7 @@ def tried_table(tried: list[dict[str, Any]], recipes: dict[str, Any], costs: dic
     """Variants of a recipe, on the images of the sweep."""
     size = tried[0]["train_info"]["metrics"][0]
     lines = [
-        f"On the {size['split']} split, trained on the images of the sweep, one seed, with the recipe's learning rate:\n",
+        f"On the {size['split']} split, trained on the images of the sweep, one seed, at the recipe's rate:\n",
         "| experiment | accuracy, % | trained blocks, reduction, other settings | saved of full | step to full |",
         "|---|---|---|---|---|",
     ]

@@ -39,6 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch-size", type=int, default=8, help="images a step (default 8)")
     parser.add_argument("--draws", type=int, default=12, help="steps that are measured (default 12)")
+    parser.add_argument("--only", nargs="*", help="these rows (default: all)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
     args = parser.parse_args()
 
@@ -53,7 +54,7 @@ def main() -> None:
     whole = TrainingStep(full, batch)
     references = (saved_activations(full, whole.forward), count_flops(whole))
     print("| ALaST | saved, MiB an image | to full | FLOPs to full | step to full |\n|---|---|---|---|---|")
-    for name, config in CONFIGS.items():
+    for name, config in ((name, config) for name, config in CONFIGS.items() if name in (args.only or CONFIGS)):
         model = get_peft_model(vit(), config).train()
         found = measure(model, batch, whole, references, args.draws)
         bars = BARS.get(name, (None, None, None))

@@ -28,7 +28,7 @@ class CachedPlace:
         layers: Blocks whose tokens are kept, where queries read them; else empty.
 
     Raises:
-        FeatureCacheError: If there is no adapter, or it is disabled.
+        FeatureCacheError: If there is no adapter, it is disabled, or its plan changes from step to step.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -38,6 +38,11 @@ class CachedPlace:
                 f"{type(model).__name__} has no adapter of peft_bsr. Call get_peft_model(model, BSRConfig()) first."
             )
         router = routers[0]
+        if router.changes:
+            raise FeatureCacheError(
+                "this adapter's plan changes from step to step, so what its blocks give cannot be kept. Train without a "
+                "cache, or use `BSRConfig`."
+            )
         if router.plan is None:
             raise FeatureCacheError("the adapter is disabled: the base model has no trained block to begin at.")
         self.model, self.column = model, router.column

@@ -8,10 +8,10 @@ from peft import get_peft_model
 from PIL import Image
 from transformers import Trainer, set_seed
 
-from peft_bsr import AdapterError, ALaSTConfig
+from peft_bsr import AdapterError, ALaSTConfig, FeatureCache, FeatureCacheError
 from peft_bsr.training import ALaSTCallback
 from peft_bsr.viz import draw_budgets
-from tests.training.test_trainer import make_trainer
+from tests.training.test_trainer import Blobs, make_trainer
 
 
 def alast_trainer(make_model, folder, **arguments: object) -> tuple[Trainer, ALaSTCallback]:
@@ -57,6 +57,12 @@ def test_budgets_are_logged_and_drawn(make_model, tmp_path):
 def test_other_models_are_refused(make_model):
     with pytest.raises(AdapterError, match="has no active ALaST adapter"):
         ALaSTCallback().on_step_end(None, None, None, model=make_model())
+
+
+def test_a_plan_that_changes_cannot_be_cached(make_model, tmp_path):
+    model = get_peft_model(make_model(), ALaSTConfig())
+    with pytest.raises(FeatureCacheError, match="plan changes from step to step"):
+        FeatureCache.build(model, Blobs(4, seed=0), tmp_path)
 
 
 def test_nothing_to_draw(tmp_path):

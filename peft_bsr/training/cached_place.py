@@ -40,8 +40,8 @@ class CachedPlace:
         router = routers[0]
         if router.changes:
             raise FeatureCacheError(
-                "this adapter's plan changes from step to step, so what its blocks give cannot be kept. Train without a "
-                "cache, or use `BSRConfig`."
+                "this adapter's plan changes from step to step, so what its blocks give cannot be kept. Train without "
+                "a cache, or use `BSRConfig`."
             )
         if router.plan is None:
             raise FeatureCacheError("the adapter is disabled: the base model has no trained block to begin at.")

@@ -19,7 +19,7 @@ def find_classifier(model: nn.Module, column: Column, who: str) -> str:
     Raises:
         UnsupportedModelError: If there is none.
     """
-    linears = [name for name in column.head if isinstance(model.get_submodule(name), nn.Linear)]
+    linears = [name for name in column.head if isinstance(without_layer(model.get_submodule(name)), nn.Linear)]
     outputs: dict[str, list[Tensor]] = {name: [] for name in linears}
     handles = [
         model.get_submodule(name).register_forward_hook(lambda _m, _a, output, name=name: outputs[name].append(output))
@@ -40,3 +40,15 @@ def find_classifier(model: nn.Module, column: Column, who: str) -> str:
             "`AutoModelForImageClassification.from_pretrained(..., num_labels=10)` does."
         )
     return found[0]
+
+
+def find_final_norm(model: nn.Module, column: Column) -> nn.LayerNorm | None:
+    """The LayerNorm behind the last block, as wide as its tokens, if there is one."""
+    norms = [without_layer(model.get_submodule(name)) for name in column.head]
+    return next((m for m in norms if isinstance(m, nn.LayerNorm) and m.normalized_shape == (column.width,)), None)
+
+
+def without_layer(module: nn.Module) -> nn.Module:
+    """The model's own module under a tuner layer, or the module itself."""
+    own: nn.Module = getattr(module, "base_layer", module)
+    return own

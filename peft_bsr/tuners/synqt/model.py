@@ -15,7 +15,7 @@ from peft_bsr.backbones import Column, StockRun, find_rule, probe
 from peft_bsr.core import RouteCarrier
 from peft_bsr.engine import Plan, QueryPath, attach_router, verify_plan, verify_queries
 from peft_bsr.errors import AdapterError
-from peft_bsr.tuners.classifier import find_classifier
+from peft_bsr.tuners.classifier import find_classifier, find_final_norm
 from peft_bsr.tuners.reductions import allowed_modes, write_down
 from peft_bsr.tuners.routed import ROOT, RoutedTuner, detached, find_routers, parameter_of, warn_of_names
 from peft_bsr.tuners.synqt.config import SynQTConfig, build_plan
@@ -107,8 +107,7 @@ class SynQTModel(RoutedTuner):
         if current_key == classifier:
             layer: Any = target if isinstance(target, SynQTHead) else SynQTHead(target, carrier)
             setattr(parent, target_name, layer)
-            norms = [m for m in map(self.model.get_submodule, column.head) if isinstance(m, nn.LayerNorm)]
-            final_norm = next((m for m in norms if m.normalized_shape == (column.width,)), None)
+            final_norm = find_final_norm(self.model, column)
             layer.update_layer(adapter_name, peft_config, column.width, len(layers), final_norm)
         else:
             index = column.blocks.index(current_key)

@@ -144,8 +144,10 @@ class Mixture(nn.Module):
         if self.training and settings.noise:
             logits = logits + torch.randn_like(logits) * (settings.noise / settings.num_experts)
         choice = choose_experts(logits, settings.top_k, settings.renormalize)
-        if call.is_open and self.training and settings.balance_weight:
-            call.balance[index] = balance_loss(choice)
+        if self.training and settings.balance_weight:
+            balance = balance_loss(choice)  # also in a recomputation, which must save the same tensors
+            if call.is_open:
+                call.balance[index] = balance
         if call.is_open and call.usage is not None:
             call.usage[index] = _usage(choice, call.tasks, tokens.shape, self.gates.shape[0])
         return self.experts(tokens.flatten(0, 1), choice, mlp).unflatten(0, tokens.shape[:2])

@@ -84,10 +84,12 @@ class BSRModel(RoutedTuner):
     ) -> tuple[Column, Plan, dict[str, str]]:
         """What the model is, what will be done to it, checked on itself, and the layout; nothing is changed."""
         column, stock = (routers[0].column, None) if routers else probe(model)
-        tasks = getattr(config, "tasks", None)
+        classifier = None
+        if getattr(config, "tasks", None):
+            with detached(model, routers), _without_heads(model):
+                classifier = find_classifier(model, column, "the heads of `tasks` take")
+        requested, self._targets, layout = resolve_targets(model, column, config, classifier)
         with detached(model, routers), _without_heads(model):
-            classifier = find_classifier(model, column, "the heads of `tasks` take") if tasks else None
-            requested, self._targets, layout = resolve_targets(model, column, config, classifier)
             verify_mixture(model, column, requested, stock)
             plan = verify_plan(model, column, requested, allowed_modes(config), stock)
             return column, verify_lean(model, column, plan, stock), layout

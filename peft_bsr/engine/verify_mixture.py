@@ -18,8 +18,9 @@ class _OneExpertRouter(BlockRouter):
     """Runs the parts of the MLP in its place."""
 
     def mix(self, block: nn.Module, call: TaskCall | None, tokens: Tensor) -> Tensor | None:
-        assert self.column.anatomy is not None, "checked before"
-        first, activation, second = plain_mlp(block, self.column.anatomy) or (None, None, None)
+        parts = None if self.column.anatomy is None else plain_mlp(block, self.column.anatomy)
+        assert parts is not None, "checked before"
+        first, activation, second = parts
         output: Tensor = second(activation(first(tokens)))
         return output
 

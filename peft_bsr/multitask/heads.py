@@ -75,7 +75,8 @@ class TaskHeads(nn.Module):
         call = self.carrier.call
         if not isinstance(call, ImageCall):
             raise RuntimeError("the heads of the tasks were called without a forward of the model. Call the model.")
-        outputs, unused = {}, [p for i, h in enumerate(self.heads) if i not in call.rows for p in h.parameters()]
+        outputs: dict[str, Tensor] = {}
+        unused: list[Tensor] = [p for i, head in enumerate(self.heads) if i not in call.rows for p in head.parameters()]
         for index, rows in call.rows.items():
             task, head = self.tasks[index], self.heads[index]
             source = call.tokens if task.is_dense else pooled

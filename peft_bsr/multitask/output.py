@@ -55,7 +55,7 @@ def collect_output(
         AdapterError: If labels do not fit, or the balance loss would have no gradient.
     """
     values = stock[0] if isinstance(stock, tuple) else stock
-    outputs: dict[str, Tensor] = getattr(values, "logits", values)
+    outputs: Any = getattr(values, "logits", values)
     present = {tasks[index].name: rows for index, rows in call.rows.items()}
     result = MultitaskOutput(
         hidden_states=getattr(stock, "hidden_states", None), attentions=getattr(stock, "attentions", None)

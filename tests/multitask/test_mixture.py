@@ -200,7 +200,7 @@ def test_cost_follows_top_k(make_vit, make_config, images, run):
 
 
 def paper_macs(top_k, experts, keep_rate):
-    """MACs of an image on ViT-B/16 by the rule of `docs/methods`: blocks, patch embedding, gates; heads of 10 classes."""
+    """MACs of an image on ViT-B/16: patch embedding, blocks, gates, a head of 10 classes."""
     width, hidden, tokens, total = 768, 3072, 197, 196 * 768 * 768
     for block in range(12):
         total += 4 * tokens * width**2 + 2 * tokens**2 * width
@@ -235,8 +235,11 @@ def test_the_papers_macs_and_parameters_measured(keep_rate, gmacs):
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     replaced = 3 * sum(p.numel() for p in model.base_model.model.vit.layers[3].parameters() if not p.requires_grad)
-    head = sum(p.numel() for name in ("vit.layernorm", "classifier") for p in
-               model.base_model.model.get_submodule(name).base_layer.parameters())
+    head = sum(
+        p.numel()
+        for name in ("vit.layernorm", "classifier")
+        for p in model.base_model.model.get_submodule(name).base_layer.parameters()
+    )
     assert trained / 1e6 == pytest.approx(234, abs=0.5)
     assert (total - replaced - head) / 1e6 == pytest.approx(298.5, abs=0.3)
 

@@ -122,7 +122,9 @@ class BSRModel(RoutedTuner):
     def _check_target_module_exists(self, peft_config: BlockConfig, key: str) -> Any:
         if is_excluded(peft_config, key):
             return _ExcludedModule()
-        return key in self._targets or f"{key}.{ROUTER}" in self._targets
+        if f"{key}.{ROUTER}" in self._targets:  # a block: its router, which may not be there yet, gets a mixture
+            return True
+        return key in self._targets and not key.endswith(f".{ROUTER}")
 
     def _create_and_replace(
         self,

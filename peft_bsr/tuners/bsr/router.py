@@ -77,9 +77,9 @@ class BSRRouter(AdapterRouter):
             block: The block.
         """
         first, _, second = self._mlp(block)
-        like = next(without_layer(first).parameters())
-        device = first.device if isinstance(first, BSRWeights) else like.device
-        like = torch.empty(0, dtype=like.dtype, device=device)
+        weight = next(without_layer(first).parameters())
+        device = first.device if isinstance(first, BSRWeights) else weight.device
+        like = torch.empty(0, dtype=weight.dtype, device=device)
         experts: FullExperts | LowRankExperts
         if config.moe.expert_type == "full":
             experts = FullExperts(_pretrained(first, device), _pretrained(second, device), config.moe)
@@ -146,8 +146,9 @@ class BSRRouter(AdapterRouter):
         if output is None or not isinstance(call, ImageCall) or settings is None:
             return None
         call.is_open = False
-        for index, counts in (call.usage or {}).items() if totals is not None else ():
-            totals[index] = totals[index] + counts if index in totals else counts
+        if totals is not None:
+            for index, counts in (call.usage or {}).items():
+                totals[index] = totals[index] + counts if index in totals else counts
         return collect_output(settings.tasks, settings.weights, settings.balance_weight, call, output)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

@@ -44,7 +44,7 @@ def resolve_targets(
     problems = []
     places = _places(column, requested)
     in_block: Way = "low_rank" if config.trainable == "lora" else "copy"
-    has_own_mlps = getattr(config, "moe", None) is not None and config.moe.expert_type == "full"  # type: ignore[attr-defined]
+    has_own_mlps = getattr(config, "moe", None) is not None and config.moe.expert_type == "full"
     layout = config.layout or {}
     is_foreign = any(places.get(place) != name for place, name in layout.items())
     if is_foreign:

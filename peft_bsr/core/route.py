@@ -23,13 +23,15 @@ class TaskCall:
         is_open: Whether the forward runs. What a recomputation of a block finds out does not count again.
         balance: Balance loss of each mixture, by block.
         usage: Tokens of each task and expert [T, E] in each mixture, by block; None = nobody asks.
-        tokens: Of the last block, [B, N, D], for dense heads.
+        keeps_tokens: Whether a head reads the last block's tokens.
+        tokens: Of the last block, [B, N, D], if so.
     """
 
     tasks: int | Tensor
     is_open: bool = True
     balance: dict[int, Tensor] = field(default_factory=dict)
     usage: dict[int, Tensor] | None = None
+    keeps_tokens: bool = False
     tokens: Tensor | None = None
 
 

@@ -14,7 +14,7 @@ from peft_bsr.core import TaskCall
 from peft_bsr.errors import AdapterError
 from peft_bsr.multitask.config import TaskConfig
 
-_OWN = ("task", "task_ids")  # keywords that the model itself does not know
+_OWN = ("task", "task_ids")  # keywords of calls that the model itself does not know
 
 
 @dataclass(eq=False)
@@ -24,11 +24,13 @@ class ImageCall(TaskCall):
     Attributes:
         rows: Index of each task in the batch -> its images, [b] int64 on the CPU; None = all of them.
         labels: As they were given.
+        num_items: What the Trainer counts in the labels of all batches of an accumulated step, if it told.
         grid: (rows, columns) of the images' patches, where the model has such a grid.
     """
 
     rows: dict[int, Tensor | None] = field(default_factory=dict)
     labels: Any = None
+    num_items: Any = None
     grid: tuple[int, int] | None = None
 
     def labels_of(self, task: TaskConfig, rows: Tensor | None) -> Any:
@@ -42,6 +44,12 @@ class ImageCall(TaskCall):
             return labels[rows.to(labels.device)]
         picked = [torch.as_tensor(labels[row]) for row in rows.tolist()]
         return torch.stack(picked)
+
+    def num_images(self, batch: int) -> Any:
+        """Images to take the mean over: those of the batch, or of all batches of an accumulated step."""
+        if self.num_items is None or not isinstance(self.labels, Tensor):
+            return batch
+        return self.num_items / (self.labels.numel() / len(self.labels))
 
 
 def without_tasks(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -58,7 +66,8 @@ def read_call(
         tasks: The adapter's.
         column: The model's.
         args: Of the call.
-        kwargs: Its keywords; `task` (a name, or one for each image), `task_ids` (indices, [B]) and `labels` are taken.
+        kwargs: Its keywords; `task` (a name, or one for each image), `task_ids` (indices, [B]), `labels` and the
+            Trainer's `num_items_in_batch` are taken.
 
     Raises:
         AdapterError: If no task or an unknown one is named.
@@ -66,14 +75,16 @@ def read_call(
     images = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.ndim > 1), None)
     assert images is not None, "a vision model is called with images"
     asked = _indices(tasks, kwargs.get("task"), kwargs.get("task_ids"), images.shape[0])
-    left = {name: value for name, value in without_tasks(kwargs).items() if name != "labels"}
+    taken = (*_OWN, "labels", "num_items_in_batch")
+    left = {name: value for name, value in kwargs.items() if name not in taken}
     if len(set(asked)) == 1:
         call = ImageCall(asked[0], rows={asked[0]: None})
     else:
         ids = torch.tensor(asked)
         rows: dict[int, Tensor | None] = {i: (ids == i).nonzero().flatten() for i in sorted(set(asked))}
         call = ImageCall(ids.to(images.device), rows=rows)
-    call.labels = kwargs.get("labels")
+    call.labels, call.num_items = kwargs.get("labels"), kwargs.get("num_items_in_batch")
+    call.keeps_tokens = any(tasks[index].is_dense for index in call.rows)
     if column.grid is not None and len(column.grid) == 2 and images.ndim == 4:
         height, width = column.patch_size
         call.grid = images.shape[2] // height, images.shape[3] // width

@@ -62,7 +62,7 @@ def collect_output(
     )
     losses = _losses(tasks, call, outputs)
     if losses:
-        total = sum(len(outputs[name]) for name in losses)
+        total = call.num_images(sum(len(outputs[name]) for name in losses))
         parts = [weights.get(name, 1.0) * len(outputs[name]) / total * loss for name, loss in losses.items()]
         result["loss"] = torch.stack(parts).sum()
         if call.balance:

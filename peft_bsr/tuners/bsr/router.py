@@ -42,11 +42,6 @@ class TaskSettings:
     weights: dict[str, float]
     balance_weight: float
 
-    @property
-    def is_dense(self) -> bool:
-        """Whether a task needs an output for each patch."""
-        return any(task.is_dense for task in self.tasks)
-
 
 class BSRRouter(AdapterRouter):
     """A block's router with one plan per adapter. Not a weight: token reduction stays in force when weights merge.
@@ -109,8 +104,8 @@ class BSRRouter(AdapterRouter):
 
     def observe(self, before: Tensor, after: Tensor) -> None:
         """Keep the last block's tokens for dense heads."""
-        call, settings = self.carrier.call, self.task_settings
-        if call is not None and settings is not None and settings.is_dense and self.index == self.column.depth - 1:
+        call = self.carrier.call
+        if call is not None and call.keeps_tokens and self.index == self.column.depth - 1:
             call.tokens = after
 
     @property

@@ -28,8 +28,10 @@ from peft_bsr.errors import (  # noqa: E402
     UnsupportedModelError,
     UnsupportedPeftError,
 )
+from peft_bsr.multitask import MoEConfig, MultitaskOutput, TaskConfig, record_usage  # noqa: E402
 from peft_bsr.training import FeatureCache  # noqa: E402
 from peft_bsr.tuners import ALaSTConfig, ALaSTModel, BSRConfig, BSRModel, SynQTConfig, SynQTModel  # noqa: E402
+from peft_bsr.tuners.bsr import add_task, export_task  # noqa: E402
 
 __version__ = "0.1.0"
 
@@ -45,6 +47,8 @@ __all__ = [
     "FamilyRule",
     "FeatureCache",
     "FeatureCacheError",
+    "MoEConfig",
+    "MultitaskOutput",
     "PeftBsrError",
     "Plan",
     "Reduction",
@@ -52,11 +56,15 @@ __all__ = [
     "Route",
     "SynQTConfig",
     "SynQTModel",
+    "TaskConfig",
     "TrainabilityError",
     "UnsupportedModelError",
     "UnsupportedPeftError",
+    "add_task",
+    "export_task",
     "probe_column",
     "record_routes",
+    "record_usage",
     "register_family",
     "unregister_family",
 ]

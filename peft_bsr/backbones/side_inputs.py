@@ -103,3 +103,4 @@ def remove_hooks(module: nn.Module, owner: object) -> None:
             del hooks[key]
             module._forward_pre_hooks_with_kwargs.pop(key, None)
             module._forward_hooks_with_kwargs.pop(key, None)
+            module._forward_hooks_always_called.pop(key, None)

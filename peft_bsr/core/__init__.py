@@ -16,9 +16,10 @@ from peft_bsr.core.budgets import (
     select_blocks,
     update_budgets,
 )
+from peft_bsr.core.experts import Choice, balance_loss, choose_experts, gate_logits, run_experts
 from peft_bsr.core.queries import absorb_key, apply_value, attend_plain, hidden_tokens, pooling_weights
 from peft_bsr.core.reduction import num_kept, pick_tokens, put_tokens, reduce_tokens, select_tokens
-from peft_bsr.core.route import BlockRun, Entry, Route, RouteCarrier
+from peft_bsr.core.route import BlockRun, Entry, Route, RouteCarrier, TaskCall
 
 __all__ = [
     "CLASS_FREE_SCORE",
@@ -26,14 +27,19 @@ __all__ = [
     "SCORE_KINDS",
     "SELECTIONS",
     "BlockRun",
+    "Choice",
     "Entry",
     "Route",
     "RouteCarrier",
     "ScoreKind",
+    "TaskCall",
     "absorb_key",
     "apply_value",
     "attend_plain",
+    "balance_loss",
     "block_change",
+    "choose_experts",
+    "gate_logits",
     "hidden_tokens",
     "mean_of_visible",
     "num_kept",
@@ -42,6 +48,7 @@ __all__ = [
     "put_tokens",
     "reduce_tokens",
     "reduced_delta",
+    "run_experts",
     "select_blocks",
     "select_tokens",
     "token_scores",

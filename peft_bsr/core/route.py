@@ -7,11 +7,32 @@ suffix, H heads, d head width.
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+
+@dataclass(eq=False)
+class TaskCall:
+    """What one forward of a model with tasks is asked, and what its blocks leave for the end of that forward.
+
+    Attributes:
+        tasks: Index of the batch's task, or one for each image, [B] int64.
+        is_open: Whether the forward runs. What a recomputation of a block finds out does not count again.
+        balance: Balance loss of each mixture, by block.
+        usage: Tokens of each task and expert [T, E] in each mixture, by block; None = nobody asks.
+        keeps_tokens: Whether a head reads the last block's tokens.
+        tokens: Of the last block, [B, N, D], if so.
+    """
+
+    tasks: int | Tensor
+    is_open: bool = True
+    balance: dict[int, Tensor] = field(default_factory=dict)
+    usage: dict[int, Tensor] | None = None
+    keeps_tokens: bool = False
+    tokens: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -26,6 +47,7 @@ class Route:
         origins: [B, A] int64, ascending: the patch in row-major grid order, or `num_patches + j` for the token fused
             by the j-th reduction. None = every patch, none fused.
         num_reductions: Reductions so far.
+        call: What the forward is asked, in a model with tasks.
     """
 
     num_prefix: int
@@ -34,6 +56,7 @@ class Route:
     is_full_view: bool = False
     origins: Tensor | None = None
     num_reductions: int = 0
+    call: TaskCall | None = None
 
     @property
     def full_length(self) -> int:
@@ -201,6 +224,8 @@ class RouteCarrier(threading.local):
         log: Where `record_routes` collects.
         entry: Where the next forward stops or begins, see `peft_bsr.engine.entry`.
         reading: What a query path made of the blocks so far, between blocks and up to its head.
+        call: What the running forward is asked, in a model with tasks.
+        usage: Where `record_usage` collects tokens of each task and expert, by block.
     """
 
     def __init__(self) -> None:  # runs in every thread; class attributes would fail torch.compile's guards
@@ -209,6 +234,8 @@ class RouteCarrier(threading.local):
         self.log: list[tuple[int, Route]] | None = None
         self.entry: Entry | None = None
         self.reading: Any = None
+        self.call: TaskCall | None = None
+        self.usage: dict[int, Tensor] | None = None
 
     def current(self) -> Route:
         """The running forward's route.

@@ -92,20 +92,27 @@ def run_lean_attention(
     return projected
 
 
-def _mlp_parts(block: nn.Module, anatomy: Anatomy) -> tuple[Any, Any, Any] | None:
-    """First Linear, activation and second Linear of a plain MLP in one or two modules."""
+def plain_mlp(block: nn.Module, anatomy: Anatomy) -> tuple[Any, Any, Any] | None:
+    """First Linear, activation and second Linear of a plain MLP in one or two modules, or None if it is another."""
     modules = [m for name in anatomy.mlp for m in _leaves(getattr(block, name))]
     modules = [m for m in modules if not (isinstance(m, nn.Identity) or (isinstance(m, nn.Dropout) and m.p == 0))]
-    linears = [_in_force(m, nn.Linear) for m in modules if hasattr(m, "in_features")]
+    linears = [m for m in modules if hasattr(m, "in_features")]
     others = [m for m in modules if not hasattr(m, "in_features")]
-    is_plain = len(linears) == 2 and None not in linears and len(others) == 1
-    activation = Activation.of(others[0]) if is_plain else None
-    if activation is None:
+    if len(linears) != 2 or len(others) != 1:
         return None
     first, second = linears
     if first.out_features != second.in_features:
         first, second = second, first
-    return first, activation, second
+    return first, others[0], second
+
+
+def _mlp_parts(block: nn.Module, anatomy: Anatomy) -> tuple[Any, Any, Any] | None:
+    """A plain MLP's parts as they are in force, the activation with its derivative."""
+    parts = plain_mlp(block, anatomy)
+    if parts is None:
+        return None
+    first, activation, second = _in_force(parts[0], nn.Linear), Activation.of(parts[1]), _in_force(parts[2], nn.Linear)
+    return None if first is None or second is None or activation is None else (first, activation, second)
 
 
 def _leaves(module: nn.Module) -> list[nn.Module]:

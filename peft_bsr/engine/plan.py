@@ -79,6 +79,7 @@ class BlockPlan:
         reduction: Token reduction, or None.
         lean: What it does not keep for backward, or None for the stock block.
         int8: Whether it keeps the rest in 8 bits, see `peft_bsr.engine.int8`.
+        mixture: Whether its router's mixture of experts runs in the place of its MLP.
     """
 
     trained: bool = False
@@ -86,6 +87,7 @@ class BlockPlan:
     reduction: Reduction | None = None
     lean: Lean | None = None
     int8: bool = False
+    mixture: bool = False
 
     @property
     def saves_less(self) -> bool:
@@ -141,6 +143,10 @@ class Plan:
     def with_int8(self, int8: bool) -> Plan:
         """A plan whose blocks in the graph keep in 8 bits what they keep."""
         return Plan(tuple(replace(block, int8=int8 and block.in_graph) for block in self.blocks), self.mode)
+
+    def with_mixtures(self) -> Plan:
+        """A plan whose trained blocks run mixtures of experts in the place of their MLPs."""
+        return Plan(tuple(replace(block, mixture=block.trained) for block in self.blocks), self.mode)
 
     @property
     def trained_blocks(self) -> list[int]:

@@ -23,6 +23,7 @@ def forward_block(
     hidden_states: Tensor,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
+    mix: Callable[[Tensor], Tensor | None] | None = None,
 ) -> tuple[Any, Tensor | None]:
     """Run a block on the tokens of `run.route`; bit-equal to the stock block where all are kept.
 
@@ -39,6 +40,7 @@ def forward_block(
         hidden_states: [B, P + A + S, D], in full view [B, N, D].
         args: For the block.
         kwargs: For the block.
+        mix: What runs in the place of the MLP, normed tokens -> their change; None, or one that gives None = the MLP.
 
     Returns:
         What the stock block returns, with fewer tokens; and the origins behind the reduction [B, A'], None without.
@@ -51,10 +53,10 @@ def forward_block(
         hidden_states = pick_tokens(whole, route.places())
     origins = None
     is_mid_block = reduction is not None and reduction.position == "mid_block"
-    if is_mid_block or lean is not None:
+    if is_mid_block or lean is not None or mix is not None:
         mid_block = reduction if is_mid_block else None
         output, before, origins = _forward_composed(
-            block, column, follower, mid_block, lean, run, hidden_states, args, kwargs
+            block, column, follower, mid_block, lean, run, hidden_states, args, kwargs, mix
         )
     else:
         output = stock(hidden_states, *args, **kwargs)
@@ -81,14 +83,15 @@ def _forward_composed(
     hidden_states: Tensor,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
+    mix: Callable[[Tensor], Tensor | None] | None,
 ) -> tuple[Any, Tensor, Tensor | None]:
-    """The pre-norm block of the Anatomy, with a reduction between its halves or lean halves or both.
+    """The pre-norm block of the Anatomy, with a reduction between its halves, lean halves or another MLP.
 
     Returns:
         Its output, the tokens between its halves before the reduction, and the origins behind it.
     """
     anatomy = column.anatomy
-    assert anatomy is not None, "a plan reduces mid-block, or runs lean, only where the block's parts are known"
+    assert anatomy is not None, "a plan reduces mid-block, runs lean or mixes only where the block's parts are known"
     arguments = _attention_arguments(block, anatomy, follower.rule.attention_arguments, hidden_states, args, kwargs)
     attended, others = None, []
     if lean is not None and lean.attention:
@@ -101,7 +104,9 @@ def _forward_composed(
         attended = apply_part(block, name, attended)
     before = hidden_states[:, : attended.shape[1]] + attended
     residual, origins = (before, None) if reduction is None else _reduce(reduction, run, before)
-    expanded = None if lean is None or not lean.mlp else run_lean_mlp(block, anatomy, lean, residual)
+    expanded = None if mix is None else mix(apply_part(block, anatomy.norm2, residual))
+    if expanded is None and lean is not None and lean.mlp:
+        expanded = run_lean_mlp(block, anatomy, lean, residual)
     if expanded is None:
         expanded = apply_part(block, anatomy.norm2, residual)
         for name in anatomy.mlp[:-1]:

@@ -26,13 +26,13 @@ from peft_bsr.backbones import (
     hidden_first,
     remove_hooks,
 )
-from peft_bsr.core import BlockRun, Route, RouteCarrier
+from peft_bsr.core import BlockRun, Route, RouteCarrier, TaskCall
 from peft_bsr.engine.entry import meet_entry
 from peft_bsr.engine.int8 import saved_in_int8
 from peft_bsr.engine.plan import BlockPlan, Plan
 from peft_bsr.engine.reducing import forward_block
 
-_ROUTER = "token_router"
+ROUTER = "token_router"  # name of a block's router among its children
 
 
 class BlockRouter(nn.Module):
@@ -79,6 +79,22 @@ class BlockRouter(nn.Module):
     def observe(self, before: Tensor, after: Tensor) -> None:
         """See the block's tokens [B, N, D] before and [B, N', D] after it."""
 
+    def mix(self, block: nn.Module, call: TaskCall | None, tokens: Tensor) -> Tensor | None:
+        """What runs in the place of the MLP, where the block's plan has a mixture. None = the MLP itself.
+
+        Args:
+            block: The block.
+            call: What the forward is asked.
+            tokens: [B, N, D], behind the norm.
+        """
+        return None
+
+    def attached(self, model: nn.Module) -> None:
+        """The router was put on its block of `model`."""
+
+    def detached(self, model: nn.Module) -> None:
+        """The router was taken off."""
+
     @property
     def block_plan(self) -> BlockPlan | None:
         """This block's part of the plan in force."""
@@ -95,7 +111,7 @@ class BlockRouter(nn.Module):
         column, plan = self.column, self.plan
         num_patches = hidden_states.shape[1] - column.num_special
         is_full_view = plan is not None and plan.mode == "full_view"
-        return Route(column.num_prefix, num_patches, column.num_suffix, is_full_view)
+        return Route(column.num_prefix, num_patches, column.num_suffix, is_full_view, call=self.carrier.call)
 
     def passes(self, block: nn.Module, hidden_states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether the block need not run: the forward begins behind it. Asked at each call, before anything else.
@@ -118,16 +134,16 @@ class RoutedBlock(nn.Module):
     @property
     def is_leading(self) -> bool:
         """Whether nothing trains in this block or before it."""
-        plan = getattr(self, _ROUTER).block_plan
+        plan = getattr(self, ROUTER).block_plan
         return plan is not None and not plan.in_graph
 
     def train(self, mode: bool = True) -> Any:
         """Set the mode; inside of a block that always leads, only a router that learns leaves evaluation mode."""
         super().train(mode)
-        router: BlockRouter = getattr(self, _ROUTER)
+        router: BlockRouter = getattr(self, ROUTER)
         if self.is_leading and not router.changes:
             for name, child in self.named_children():
-                child.train(mode and name == _ROUTER and any(True for _ in child.parameters()))
+                child.train(mode and name == ROUTER and any(True for _ in child.parameters()))
         return self
 
     @property
@@ -141,7 +157,7 @@ class RoutedBlock(nn.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the block on the running forward's route, and note what its reduction leaves."""
-        router: BlockRouter = getattr(self, _ROUTER)
+        router: BlockRouter = getattr(self, ROUTER)
         if router.index == 0:
             router.begin()
         plan = router.block_plan
@@ -184,7 +200,7 @@ class RoutedBlock(nn.Module):
         stock = super().forward
         if route is None or plan is None or left is None:
             return stock(hidden_states, *args, **kwargs)
-        router: BlockRouter = getattr(self, _ROUTER)
+        router: BlockRouter = getattr(self, ROUTER)
         reduction = plan.reduction
         run = BlockRun(route, None if reduction is None else reduction.score)
         earlier, router.carrier.inside = router.carrier.inside, run
@@ -196,8 +212,9 @@ class RoutedBlock(nn.Module):
                 router.scorer.watching(None if reduction is None else router.column.scores_from),
                 saving,
             ):
+                mix = functools.partial(router.mix, self, route.call) if plan.mixture else None
                 output, origins = forward_block(
-                    self, stock, router.column, router.follower, plan, run, hidden_states, args, kwargs
+                    self, stock, router.column, router.follower, plan, run, hidden_states, args, kwargs, mix
                 )
         finally:
             router.carrier.inside = earlier
@@ -225,7 +242,7 @@ def attach_router(model: nn.Module, router: BlockRouter) -> None:
     """Put `router` on its block of `model`. `detach_router` takes it all back."""
     column = router.column
     block = model.get_submodule(column.blocks[router.index])
-    setattr(block, _ROUTER, router)
+    setattr(block, ROUTER, router)
     block_class: Any = type(block)
     block.__class__ = routed_class(block_class)
     attention: Any = block.get_submodule(column.attention)
@@ -234,10 +251,12 @@ def attach_router(model: nn.Module, router: BlockRouter) -> None:
         attention.config = ScoringConfig(attention.config, router.scorer)
     elif column.scores_from == "weights":
         attention.register_forward_hook(router.scorer.observe_weights)
+    router.attached(model)
 
 
 def detach_router(model: nn.Module, router: BlockRouter) -> None:
     """Undo `attach_router`."""
+    router.detached(model)
     column = router.column
     block: Any = model.get_submodule(column.blocks[router.index])
     attention: Any = block.get_submodule(column.attention)
@@ -247,7 +266,7 @@ def detach_router(model: nn.Module, router: BlockRouter) -> None:
     elif column.scores_from == "weights":
         remove_hooks(attention, router.scorer)
     block.__class__ = block.unrouted_class
-    delattr(block, _ROUTER)
+    delattr(block, ROUTER)
 
 
 def _enter_block(
@@ -268,9 +287,9 @@ def _enter_block(
     plan = _as_needed(block, plan)
     if router.reduces:
         route = carrier.current()
-        if plan.reduction is not None or route.origins is not None or plan.saves_less:
+        if plan.reduction is not None or route.origins is not None or plan.saves_less or plan.mixture:
             kwargs = {**kwargs, "route": route, "plan": plan, "left": left}
-    elif plan.saves_less:
+    elif plan.saves_less or plan.mixture:
         kwargs = {**kwargs, "route": router.start_route(hidden_states), "plan": plan, "left": left}
     return (hidden_states, *others), kwargs
 

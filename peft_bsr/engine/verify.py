@@ -213,7 +213,12 @@ def _reversed(model: nn.Module, column: Column, plan: Plan) -> Iterator[None]:
 
 @contextmanager
 def routed(
-    model: nn.Module, column: Column, plan: Plan, start_at: int = 0, like: Tensor | None = None
+    model: nn.Module,
+    column: Column,
+    plan: Plan,
+    start_at: int = 0,
+    like: Tensor | None = None,
+    router_cls: type[BlockRouter] = BlockRouter,
 ) -> Iterator[None]:
     """Attach routers for a while.
 
@@ -223,9 +228,10 @@ def routed(
         plan: What the routers follow.
         start_at: A block that will be called on its own.
         like: Its hidden states [B, N, D].
+        router_cls: Class of the routers.
     """
     carrier, rule = RouteCarrier(), find_rule(model)
-    routers = [BlockRouter(i, column, carrier, rule, plan) for i in range(column.depth)]
+    routers = [router_cls(i, column, carrier, rule, plan) for i in range(column.depth)]
     for router in routers:
         attach_router(model, router)
     if like is not None:

@@ -176,6 +176,13 @@ class RoutedTuner(BaseTuner):
                 f"`adapter_names={kwargs['adapter_names']!r}` asks for several adapters in one batch, but each adapter "
                 "has blocks and token counts of its own. Use `set_adapter` and one batch for each."
             )
+        named = [name for name in ("task", "task_ids") if kwargs.get(name) is not None]
+        routers = find_routers(self.model)
+        if named and not any(getattr(router, "calls", None) for router in routers):
+            raise AdapterError(
+                f"`{named[0]}={kwargs[named[0]]!r}` was given, but no adapter of this model has tasks. Attach one with "
+                "`BSRConfig(tasks={name: number of classes})`, or leave it out."
+            )
         yield
 
 

@@ -11,7 +11,7 @@ from peft_bsr.backbones import Column, FamilyRule
 from peft_bsr.core import RouteCarrier
 from peft_bsr.engine import Plan
 from peft_bsr.tuners.alast.schedule import ALaSTSchedule
-from peft_bsr.tuners.bsr.layer import BSRRouter
+from peft_bsr.tuners.bsr.router import BSRRouter
 
 STATE = "bsr_state"
 

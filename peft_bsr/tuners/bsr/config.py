@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from peft_bsr.backbones import Column
 from peft_bsr.engine import Plan
 from peft_bsr.errors import ConfigError
+from peft_bsr.multitask import MoEConfig, TaskConfig, check_weights, read_moe, read_tasks
 from peft_bsr.registration import extend_peft_type
 from peft_bsr.tuners.block_config import BlockConfig, saving_less
 from peft_bsr.tuners.reductions import (
@@ -74,6 +75,13 @@ class BSRConfig(BlockConfig):
         layout: Canonical place -> name in the model of each trained module. Written when the adapter is attached; by
             it a file that was saved on another layout of the same model (other module names) is read.
 
+        tasks: Several tasks, name -> number of classes or `TaskConfig`; each gets a head in the classifier's place, and
+            the model is called with `task=` or `task_ids=`. Kept as a list, because files sort names. Default None.
+        task_weights: Name -> weight of the task's loss; 1 where there is none. Default None.
+        moe: The trained blocks' MLPs become mixtures of experts with a gate for each task. Default None: dense blocks.
+        preset: `"paper"` sets what the multitask release has, whatever these fields say: `keep_rate=0.7`,
+            `fuse_dropped=False`, and in `moe`, `renormalize=False`. Default None.
+
     Raises:
         ConfigError: Naming every value that cannot be.
 
@@ -99,14 +107,58 @@ class BSRConfig(BlockConfig):
         default=None, metadata={"help": "'mid_block' (the paper's) or 'after_block'; None = chosen for the model."}
     )
 
+    tasks: list[TaskConfig] | None = field(
+        default=None, metadata={"help": "Name -> classes or TaskConfig, each with a head of its own; None = one task."}
+    )
+    task_weights: dict[str, float] | None = field(default=None, metadata={"help": "Name -> weight of its loss."})
+    moe: MoEConfig | None = field(
+        default=None, metadata={"help": "Mixtures of experts in the place of the trained blocks' MLPs."}
+    )
+    preset: str | None = field(default=None, metadata={"help": "'paper': settings of the multitask release."})
+
     def __post_init__(self) -> None:
         self.peft_type = extend_peft_type("BSR")
+        self.tasks, in_tasks = read_tasks(self.tasks)
+        self.moe, in_moe = read_moe(self.moe)
+        if self.preset == "paper":
+            self.keep_rate, self.fuse_dropped = 0.7, False
+            self.moe = None if self.moe is None else replace(self.moe, renormalize=False)
+        self._misread = [*in_tasks, *in_moe]
         for name in ("trainable_blocks", "reduction_blocks", "keep_rate"):
             setattr(self, name, as_list(getattr(self, name)))
         super().__post_init__()
 
     def _problems(self) -> list[str]:
-        return [*self._check_blocks(), *check_reductions(self), *super()._problems()]
+        return [*self._check_blocks(), *check_reductions(self), *super()._problems(), *self._check_tasks()]
+
+    def _check_tasks(self) -> list[str]:
+        problems = self.__dict__.pop("_misread")
+        if problems:
+            return problems
+        problems += check_weights(self.task_weights, self.tasks)
+        if self.moe is not None and self.tasks is None:
+            problems.append("`moe` routes by task, but there are no `tasks`. Name them, one is enough.")
+        if self.preset not in (None, "paper"):
+            problems.append(f"`preset={self.preset!r}` is unknown. Use 'paper' or None.")
+        if self.preset == "paper" and self.moe is None:
+            problems.append("`preset='paper'` is of mixtures of experts. Give `tasks` and `moe=MoEConfig()` too.")
+        if self.tasks is not None and self.task_type is not None:
+            problems.append(
+                f"`task_type={self.task_type!r}` would make PEFT train a copy of the classifier, which nobody reads: "
+                "the heads of `tasks` take its place. Leave it None."
+            )
+        if self.has_dense_tasks and (self.mode == "compact" or self.fuse_dropped):
+            dense = [task.name for task in self.tasks or () if task.is_dense]
+            problems.append(
+                f"the tasks {dense} need an output for each patch, so that the sequence must keep its length, without "
+                'fused tokens. Leave `mode` None or "full_view", and `fuse_dropped` None or False.'
+            )
+        return problems
+
+    @property
+    def has_dense_tasks(self) -> bool:
+        """Whether a task needs an output for each patch."""
+        return any(task.is_dense for task in self.tasks or ())
 
     def _check_blocks(self) -> list[str]:
         problems = []
@@ -138,7 +190,7 @@ class BSRConfig(BlockConfig):
         if problems:
             raise ConfigError.from_problems("BSRConfig", problems)
         plan = Plan.static(column.depth, trainable, reductions, self.mode or "compact")  # type: ignore[arg-type]
-        return saving_less(plan, self)
+        return saving_less(plan.with_mixtures() if self.moe else plan, self)
 
 
 def resolve_trainable_blocks(config: BSRConfig, depth: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""Tuner layers of BSR: trained weights on a block's leaf modules, and the router that knows each adapter's plan."""
+"""Tuner layers of BSR: trained weights on a block's leaf modules, and heads of several tasks on the classifier."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from peft_bsr.engine import Parking
 from peft_bsr.errors import AdapterError
+from peft_bsr.multitask import TaskHeads
 from peft_bsr.tuners.block_config import BlockConfig
-from peft_bsr.tuners.routed import AdapterRouter, SingleAdapterLayer, check_single, drop_saved_name
+from peft_bsr.tuners.routed import SingleAdapterLayer, check_single, drop_saved_name
 
 
 class LowRankUpdate(nn.Module):
@@ -39,6 +40,19 @@ class LowRankUpdate(nn.Module):
     def merged_weight(self, weight: Tensor) -> Tensor:
         """`weight` [out, in] plus the update, in the dtype of `weight`."""
         return (weight.to(self.lora_A.dtype) + self.scaling * (self.lora_B @ self.lora_A)).to(weight.dtype)
+
+
+def move_away(module: nn.Module) -> None:
+    """Start away from the base model (`init_weights=False`)."""
+    for name, parameter in module.named_parameters():
+        if not name.endswith("lora_A"):
+            parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
+
+
+def move_like(module: nn.Module, like: Tensor, device: torch.device) -> None:
+    """To a device and the floating-point dtype of `like`."""
+    if not any(p.is_meta for p in module.parameters()):
+        module.to(device=device, dtype=like.dtype if like.dtype.is_floating_point else None)
 
 
 class BSRWeights(nn.Module, SingleAdapterLayer):
@@ -68,29 +82,38 @@ class BSRWeights(nn.Module, SingleAdapterLayer):
             if hasattr(base_layer, name):
                 setattr(self, name, getattr(base_layer, name))
 
-    def update_layer(self, adapter_name: str, config: BlockConfig, low_rank: bool) -> None:
+    def update_layer(
+        self, adapter_name: str, config: BlockConfig, low_rank: bool = False, heads: TaskHeads | None = None
+    ) -> None:
         """Add an adapter that starts as the base module (or away from it, with `init_weights=False`).
 
         Args:
             adapter_name: Its name.
             config: Its configuration.
             low_rank: Add a low-rank update instead of a copy.
+            heads: Heads of several tasks instead of a copy.
         """
-        if low_rank:
-            module: nn.Module = LowRankUpdate(self.base_layer, config.r, config.lora_alpha)
+        module: nn.Module
+        if heads is not None:
+            module = heads
+            move_like(module, next(self.base_layer.parameters()), self.device)
+        elif low_rank:
+            module = LowRankUpdate(self.base_layer, config.r, config.lora_alpha)
         else:
             module = copy.deepcopy(self.base_layer)
             for name, parameter in list(module.named_parameters()):
-                start = self.unmerged_weights.get(name, parameter).detach().to(self.device, copy=True)
+                start = self.pretrained(name, parameter).detach().to(self.device, copy=True)
                 # registered anew, so that PEFT's low_cpu_mem_usage puts it on the meta device
                 owner, _, own_name = name.rpartition(".")
                 module.get_submodule(owner).register_parameter(own_name, nn.Parameter(start))
         if not config.init_weights:
-            for name, parameter in module.named_parameters():
-                if name != "lora_A":
-                    parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
+            move_away(module)
         module.train(self.base_layer.training)
         self.bsr_params[adapter_name] = module
+
+    def pretrained(self, name: str, parameter: Tensor) -> Tensor:
+        """The base module's own parameter, also while an adapter is merged into it."""
+        return self.unmerged_weights.get(name, parameter)
 
     def forward(self, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
         """Run the active adapter's module in the base module's place."""
@@ -145,7 +168,7 @@ class BSRWeights(nn.Module, SingleAdapterLayer):
         if name is None or self.merged:
             return self.base_layer
         module = self.bsr_params[name]
-        return None if isinstance(module, LowRankUpdate) else module
+        return None if isinstance(module, (LowRankUpdate, TaskHeads)) else module
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Put the adapter's weights into the base module, itself (not base + difference); the old ones are kept.
@@ -221,25 +244,3 @@ class BSRWeights(nn.Module, SingleAdapterLayer):
 
     def __repr__(self) -> str:
         return "bsr." + super().__repr__()
-
-
-class BSRRouter(AdapterRouter):
-    """A block's router with one plan per adapter. Not a weight: token reduction stays in force when weights merge."""
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Token reduction is not in the weights: a merged adapter goes on reducing, its outputs do not change."""
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.plans]
-        self.merged_adapters[:] = names or self.merged_adapters
-
-    def unmerge(self) -> None:
-        """See `merge`."""
-        self.merged_adapters.clear()
-
-    def enable_adapters(self, enabled: bool) -> None:
-        """Switch adapters on or off."""
-        if not enabled:
-            self.unmerge()
-        super().enable_adapters(enabled)
-
-    def __repr__(self) -> str:
-        return f"bsr.BSRRouter(block={self.index}, plans={sorted(self.plans)})"

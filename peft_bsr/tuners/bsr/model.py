@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 from peft import PeftConfig
@@ -12,11 +14,14 @@ from torch import Tensor, nn
 
 from peft_bsr.backbones import Column, find_rule, probe
 from peft_bsr.core import RouteCarrier
-from peft_bsr.engine import Plan, attach_router, verify_lean, verify_plan
-from peft_bsr.errors import ReductionNotMergedWarning
+from peft_bsr.engine import ROUTER, Plan, attach_router, verify_lean, verify_mixture, verify_plan
+from peft_bsr.errors import AdapterError, ReductionNotMergedWarning
+from peft_bsr.multitask import TaskHeads, new_head
 from peft_bsr.tuners.block_config import BlockConfig
-from peft_bsr.tuners.bsr.layer import BSRRouter, BSRWeights
+from peft_bsr.tuners.bsr.layer import BSRWeights
+from peft_bsr.tuners.bsr.router import BSRRouter, TaskSettings
 from peft_bsr.tuners.bsr.targets import is_excluded, resolve_targets
+from peft_bsr.tuners.classifier import find_classifier, find_final_norm
 from peft_bsr.tuners.reductions import allowed_modes
 from peft_bsr.tuners.routed import ROOT, RoutedTuner, check_single, detached, find_routers, parameter_of, warn_of_names
 
@@ -58,16 +63,13 @@ class BSRModel(RoutedTuner):
         config: BlockConfig = self.peft_config[adapter_name]
         column, plan, layout = self._settle(model, config, routers)
         self.peft_config[adapter_name] = self._write_down(model, column, config, plan, layout)
+        self._column = column
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        routers = self._attached_routers(model, column)
         for place, saved_name in (config.layout or {}).items():
             if (own_name := layout.get(place, saved_name)) != saved_name:
-                layer: Any = model.get_submodule(own_name)
-                layer.saved_as[adapter_name] = saved_name
-        if not routers:
-            carrier = RouteCarrier()
-            routers = [self.router_cls(index, column, carrier, find_rule(model)) for index in range(column.depth)]
-            for router in routers:
-                attach_router(model, router)
+                saved: Any = model.get_submodule(own_name)
+                saved.saved_as[adapter_name] = saved_name
         self._hand_out(model, routers, adapter_name, plan)
         for router in routers:
             router.set_adapter(self.active_adapters)
@@ -82,15 +84,34 @@ class BSRModel(RoutedTuner):
     ) -> tuple[Column, Plan, dict[str, str]]:
         """What the model is, what will be done to it, checked on itself, and the layout; nothing is changed."""
         column, stock = (routers[0].column, None) if routers else probe(model)
-        requested, self._targets, layout = resolve_targets(model, column, config)
-        with detached(model, routers):
+        classifier = None
+        if getattr(config, "tasks", None):
+            with detached(model, routers), _without_heads(model):
+                classifier = find_classifier(model, column, "the heads of `tasks` take")
+        requested, self._targets, layout = resolve_targets(model, column, config, classifier)
+        with detached(model, routers), _without_heads(model):
+            verify_mixture(model, column, requested, stock)
             plan = verify_plan(model, column, requested, allowed_modes(config), stock)
             return column, verify_lean(model, column, plan, stock), layout
+
+    def _attached_routers(self, model: nn.Module, column: Column) -> list[Any]:
+        """The routers, put on the blocks by the first adapter."""
+        if not find_routers(model):
+            carrier = RouteCarrier()
+            for index in range(column.depth):
+                attach_router(model, self.router_cls(index, column, carrier, find_rule(model)))
+        return find_routers(model)
 
     def _hand_out(self, model: nn.Module, routers: list[BSRRouter], adapter_name: str, plan: Plan) -> None:
         """Give each block's router what it needs to follow the adapter's plan."""
         for router in routers:
             router.plans[adapter_name] = plan
+        config: Any = self.peft_config[adapter_name]
+        if getattr(config, "tasks", None):
+            routers[0].detached(model)
+            balance_weight = config.moe.balance_weight if config.moe else 0.0
+            routers[0].calls[adapter_name] = TaskSettings(config.tasks, config.task_weights or {}, balance_weight)
+            routers[0].attached(model)
 
     def _write_down(
         self, model: nn.Module, column: Column, config: BlockConfig, plan: Plan, layout: dict[str, str]
@@ -101,7 +122,9 @@ class BSRModel(RoutedTuner):
     def _check_target_module_exists(self, peft_config: BlockConfig, key: str) -> Any:
         if is_excluded(peft_config, key):
             return _ExcludedModule()
-        return key in self._targets
+        if f"{key}.{ROUTER}" in self._targets:  # a block: its router, which may not be there yet, gets a mixture
+            return True
+        return key in self._targets and not key.endswith(f".{ROUTER}")
 
     def _create_and_replace(
         self,
@@ -113,12 +136,24 @@ class BSRModel(RoutedTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        if not isinstance(target, BSRWeights):
-            layer = BSRWeights(target)
-            setattr(parent, target_name, layer)
-            target = layer
-        target.update_layer(adapter_name, peft_config, low_rank=self._targets.get(current_key, False))
-        target.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
+        layer: Any = target
+        if f"{current_key}.{ROUTER}" in self._targets:
+            layer = self._attached_routers(self.model, self._column)[self._column.blocks.index(current_key)]
+            layer.update_mixture(adapter_name, peft_config, target)
+        else:
+            if not isinstance(target, BSRWeights):
+                layer = BSRWeights(target)
+                setattr(parent, target_name, layer)
+            way = self._targets.get(current_key)
+            heads = self._new_heads(peft_config, layer) if way == "heads" else None
+            layer.update_layer(adapter_name, peft_config, low_rank=way == "low_rank", heads=heads)
+        layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
+
+    def _new_heads(self, config: Any, layer: Any) -> TaskHeads:
+        column, norm = self._column, find_final_norm(self.model, self._column)
+        carrier = self._attached_routers(self.model, column)[0].carrier
+        sizes = (layer.in_features, column.width, norm, column.num_prefix)
+        return TaskHeads([new_head(task, *sizes) for task in config.tasks], config.tasks, carrier)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Put an adapter's weights into the base modules. Token reduction stays in force, so outputs do not change.
@@ -133,6 +168,13 @@ class BSRModel(RoutedTuner):
         """Refuse what cannot be merged before the first layer is."""
         names = list(adapter_names or self.active_adapters)
         check_single(names, "merge")
+        if names and getattr(self.peft_config[names[0]], "tasks", None):
+            raise AdapterError(
+                f"Adapter {names[0]!r} cannot be merged: it has a head for each of its tasks"
+                + (" and mixtures of experts" if self.peft_config[names[0]].moe else "")
+                + ", which the base model has no place for. Keep the adapter; `export_task` writes one for a single "
+                "task."
+            )
         if safe_merge and names:
             for layer in self.model.modules():
                 if isinstance(layer, BSRWeights):
@@ -172,7 +214,7 @@ class BSRModel(RoutedTuner):
         """First to this model's names: the file may be from another layout, or from peft 0.20 (see `layer.py`)."""
         own = {}
         for name, layer in model.named_modules():
-            if isinstance(layer, BSRWeights) and adapter_name in layer.bsr_params:
+            if isinstance(layer, (BSRWeights, BSRRouter)) and adapter_name in layer.bsr_params:
                 saved_name = layer.saved_as.get(adapter_name, name.removeprefix(ROOT))
                 own[f"{ROOT}{saved_name}"] = (f"{ROOT}{name.removeprefix(ROOT)}", layer.bsr_params[adapter_name])
         renamed = {}
@@ -191,3 +233,17 @@ class BSRModel(RoutedTuner):
                 module.unmerge()
             elif isinstance(module, AuxiliaryTrainingWrapper):
                 self.model.set_submodule(name, module.original_module)
+
+
+@contextmanager
+def _without_heads(model: nn.Module) -> Iterator[None]:
+    """The base model's own classifier runs for a while, in the place of the heads of several tasks."""
+    layers: list[Any] = [m for m in model.modules() if isinstance(m, BSRWeights) and not m.disable_adapters]
+    layers = [layer for layer in layers if any(isinstance(m, TaskHeads) for m in layer.bsr_params.values())]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False

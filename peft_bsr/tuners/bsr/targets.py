@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from typing import Literal
 
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from peft_bsr.backbones import Column
-from peft_bsr.engine import Plan
+from peft_bsr.engine import ROUTER, Plan
 from peft_bsr.errors import ConfigError
 from peft_bsr.tuners.block_config import BlockConfig
 from peft_bsr.tuners.bsr.layer import BSRWeights
@@ -17,26 +18,43 @@ from peft_bsr.tuners.bsr.layer import BSRWeights
 _PEFT_TRANSLATES_KEYS = hasattr(BaseTuner, "_remap_adapter_state_dict_for_load")
 
 
+Way = Literal["copy", "low_rank", "heads", "mixture"]
+
+
 def resolve_targets(
-    model: nn.Module, column: Column, config: BlockConfig
-) -> tuple[Plan, dict[str, bool], dict[str, str]]:
-    """The plan, the modules to train (name -> whether by a low-rank update) and the layout. Nothing is changed.
+    model: nn.Module, column: Column, config: BlockConfig, classifier: str | None = None
+) -> tuple[Plan, dict[str, Way], dict[str, str]]:
+    """The plan, the modules to train (name -> by what) and the layout. Nothing is changed.
+
+    Args:
+        model: The model.
+        column: Its column.
+        config: Of the adapter.
+        classifier: Name of the module that heads of several tasks take the place of.
 
     Raises:
         ConfigError: Naming everything that this model does not allow.
     """
     requested = config.plan_for(column)
-    targets: dict[str, bool] = {}
+    if getattr(config, "tasks", None) and classifier is None:
+        raise ConfigError(
+            "What an adapter with `tasks` costs is not predicted without the model's weights. Attach it and measure."
+        )
+    targets: dict[str, Way] = {}
     problems = []
     places = _places(column, requested)
+    in_block: Way = "low_rank" if config.trainable == "lora" else "copy"
+    has_own_mlps = getattr(config, "moe", None) is not None and config.moe.expert_type == "full"
     layout = config.layout or {}
     is_foreign = any(places.get(place) != name for place, name in layout.items())
     if is_foreign:
         problems += _check_foreign_layout(places, layout)
         known = [place for place in layout if place in places]
-        targets = {places[place]: config.trainable == "lora" and place.startswith("blocks.") for place in known}
+        targets = {places[place]: in_block if place.startswith("blocks.") else "copy" for place in known}
     for index in [] if is_foreign else requested.trained_blocks:
-        leaves = [f"{column.blocks[index]}.{leaf}" for leaf in column.leaves]
+        roles = zip(column.roles, column.leaves, strict=True)
+        own = [leaf for role, leaf in roles if not (has_own_mlps and role.startswith("mlp."))]
+        leaves = [f"{column.blocks[index]}.{leaf}" for leaf in own]
         chosen = [n for n in leaves if _matches(config.target_modules, n, True) and not is_excluded(config, n)]
         if config.trainable == "lora":
             chosen = [name for name in chosen if _is_linear(model.get_submodule(name))]
@@ -45,11 +63,16 @@ def resolve_targets(
                 f"`target_modules={config.target_modules!r}` with `exclude_modules={config.exclude_modules!r}` leaves "
                 f"nothing to train in block {index}, whose leaf modules are {list(column.leaves)}."
             )
-        targets.update(dict.fromkeys(chosen, config.trainable == "lora"))
+        targets.update(dict.fromkeys(chosen, in_block))
     if not is_foreign:
-        targets.update(dict.fromkeys([name for name in column.head if not is_excluded(config, name)], False))
+        targets.update(dict.fromkeys([name for name in column.head if not is_excluded(config, name)], "copy"))
+    if classifier is not None:
+        targets[classifier] = "heads"
+    for index, block in enumerate(requested.blocks):
+        if block.mixture:
+            targets[f"{column.blocks[index]}.{ROUTER}"] = "mixture"
     for name in targets:
-        if isinstance(model.get_submodule(name), AuxiliaryTrainingWrapper):
+        if targets[name] != "mixture" and isinstance(model.get_submodule(name), AuxiliaryTrainingWrapper):
             problems.append(
                 f"another adapter trains {name!r} through `modules_to_save`, this one as part of its own weights. Name "
                 "it in `modules_to_save` of both or of neither."
@@ -67,6 +90,8 @@ def _places(column: Column, plan: Plan) -> dict[str, str]:
         for index in plan.trained_blocks
         for role, leaf in zip(column.roles, column.leaves, strict=True)
     }
+    mixing = [index for index, block in enumerate(plan.blocks) if block.mixture]
+    places |= {f"blocks.{index}.mixture": f"{column.blocks[index]}.{ROUTER}" for index in mixing}
     return places | {f"head.{i}": name for i, name in enumerate(column.head)}
 
 

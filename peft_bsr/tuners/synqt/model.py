@@ -11,10 +11,11 @@ from typing import Any, NoReturn
 from peft import PeftConfig
 from torch import Tensor, nn
 
-from peft_bsr.backbones import Column, StockRun, find_rule, probe, probe_inputs, quiet, run_probe
+from peft_bsr.backbones import Column, StockRun, find_rule, probe
 from peft_bsr.core import RouteCarrier
 from peft_bsr.engine import Plan, QueryPath, attach_router, verify_plan, verify_queries
-from peft_bsr.errors import AdapterError, UnsupportedModelError
+from peft_bsr.errors import AdapterError
+from peft_bsr.tuners.classifier import find_classifier, find_final_norm
 from peft_bsr.tuners.reductions import allowed_modes, write_down
 from peft_bsr.tuners.routed import ROOT, RoutedTuner, detached, find_routers, parameter_of, warn_of_names
 from peft_bsr.tuners.synqt.config import SynQTConfig, build_plan
@@ -79,7 +80,7 @@ class SynQTModel(RoutedTuner):
                 column = routers[0].column
             else:
                 column, stock = probe(model)
-            classifier = find_classifier(model, column)
+            classifier = find_classifier(model, column, "the head of SynQT takes")
             requested, layers = build_plan(config, column)
             wanted = QueryPath(column, kept=config.kept_tokens)  # type: ignore[arg-type]
             path = verify_queries(model, column, layers[0], wanted, stock)
@@ -106,8 +107,7 @@ class SynQTModel(RoutedTuner):
         if current_key == classifier:
             layer: Any = target if isinstance(target, SynQTHead) else SynQTHead(target, carrier)
             setattr(parent, target_name, layer)
-            norms = [m for m in map(self.model.get_submodule, column.head) if isinstance(m, nn.LayerNorm)]
-            final_norm = next((m for m in norms if m.normalized_shape == (column.width,)), None)
+            final_norm = find_final_norm(self.model, column)
             layer.update_layer(adapter_name, peft_config, column.width, len(layers), final_norm)
         else:
             index = column.blocks.index(current_key)
@@ -162,35 +162,6 @@ class SynQTModel(RoutedTuner):
                 key = f"{name}{separator}{parameter_of(module, parameter)}"
             renamed[key] = tensor
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, renamed)
-
-
-def find_classifier(model: nn.Module, column: Column) -> str:
-    """Name of the Linear module whose output is the model's logits [B, classes].
-
-    Raises:
-        UnsupportedModelError: If there is none.
-    """
-    linears = [name for name in column.head if isinstance(model.get_submodule(name), nn.Linear)]
-    outputs: dict[str, list[Tensor]] = {name: [] for name in linears}
-    handles = [
-        model.get_submodule(name).register_forward_hook(lambda _m, _a, output, name=name: outputs[name].append(output))
-        for name in linears
-    ]
-    try:
-        with quiet(model):
-            logits = getattr(run_probe(model, probe_inputs(model, 1, column.image_shape)), "logits", None)
-    finally:
-        for handle in handles:
-            handle.remove()
-    is_flat = isinstance(logits, Tensor) and logits.ndim == 2
-    found = [name for name, seen in outputs.items() if is_flat and len(seen) == 1 and seen[0] is logits]
-    if not found:
-        raise UnsupportedModelError(
-            f"{type(model).__name__}: the head of SynQT takes the place of the classifier, but none of {linears} gives "
-            "the model's `logits` [images, classes] by itself. Load the model with one classifier, such as "
-            "`AutoModelForImageClassification.from_pretrained(..., num_labels=10)` does."
-        )
-    return found[0]
 
 
 @contextmanager

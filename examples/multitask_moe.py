@@ -1,0 +1,245 @@
+"""Several tasks on one vision transformer: mixtures of experts in a few blocks, trained with Accelerate.
+
+    python examples/multitask_moe.py
+    accelerate launch --num_processes 2 examples/multitask_moe.py --mixed-precision bf16
+    python examples/multitask_moe.py --model MODEL --task cifar10=train.parquet,test.parquet --task beans=beans
+
+Without tasks of your own, three are made of scikit-learn's digits: which digit, whether it is odd, and how much ink it
+took. A killed run goes on where it was with the same command; `--experts 0` trains dense blocks instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from datasets import Dataset, load_dataset
+from peft import get_peft_model
+from torch.utils.data import DataLoader
+from transformers import AutoImageProcessor, AutoModelForImageClassification, get_cosine_schedule_with_warmup
+
+from peft_bsr import BSRConfig, MoEConfig, TaskConfig
+from peft_bsr.training import TaskBatchSampler, TaskDataset, collate_tasks
+from peft_bsr.training.metrics import add_outputs, metric_of
+
+sys.path.insert(0, str(Path(__file__).parent))
+from quickstart import find_model, image_size_of, load_images, make_parser, to_model_inputs
+
+
+class Progress:
+    """How far the run is; saved with every checkpoint."""
+
+    def __init__(self) -> None:
+        self.epoch = self.batch = self.updates = 0
+
+    def state_dict(self) -> dict[str, int]:
+        """As numbers."""
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """From numbers."""
+        vars(self).update(state)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--task", action="append", default=[], help="NAME=DATASET, or NAME=train.parquet,test.parquet")
+    parser.add_argument("--train-images", type=int, help="at most so many of each task")
+    parser.add_argument("--test-images", type=int, help="at most so many of each task")
+    parser.add_argument("--experts", type=int, default=8, help="in each trained block; 0 = dense (default 8)")
+    parser.add_argument("--top-k", type=int, default=2, help="experts that compute a token (default 2)")
+    parser.add_argument("--expert-type", default="full", help='"full" or "lora" (default full)')
+    parser.add_argument("--keep-rate", type=float, default=0.7, help="tokens kept at each reduction (default 0.7)")
+    parser.add_argument("--sampler", default="round_robin", help='or "proportional", "temperature"')
+    parser.add_argument("--epochs", type=int, default=3, help="default 3")
+    parser.add_argument("--max-updates", type=int, help="stop after so many steps of the optimizer")
+    parser.add_argument("--gradient-accumulation", type=int, default=1, help="batches a step (default 1)")
+    parser.add_argument("--mixed-precision", default="no", help='"no", "bf16" or "fp16"')
+    parser.add_argument("--save-every", type=int, default=50, help="steps between checkpoints (default 50)")
+    parser.add_argument("--seed", type=int, default=0, help="default 0")
+    parser.add_argument("--output", type=Path, default=Path("outputs/multitask"), help="default outputs/multitask")
+    return parser.parse_args()
+
+
+def made_of_digits() -> dict[str, tuple[TaskConfig, Dataset, Dataset]]:
+    """Three tasks on the same images, of two kinds."""
+    data, _, _ = load_images(None)
+    ink = {split: [float(np.asarray(image).mean() / 128 - 0.6) for image in data[split]["image"]] for split in data}
+    labels = {split: np.array(data[split]["label"]) for split in data}
+    tasks = {"digits": TaskConfig("digits", 10), "odd": TaskConfig("odd", 2), "ink": TaskConfig("ink", 1, "regression")}
+    of_task = {
+        "digits": lambda s: labels[s].tolist(),
+        "odd": lambda s: (labels[s] % 2).tolist(),
+        "ink": lambda s: ink[s],
+    }
+    parts = {}
+    for name, task in tasks.items():
+        both = [
+            data[split].remove_columns("label").add_column("label", of_task[name](split)) for split in ("train", "test")
+        ]
+        parts[name] = (task, *both)
+    return parts
+
+
+def load_tasks(args: argparse.Namespace) -> dict[str, tuple[TaskConfig, Dataset, Dataset]]:
+    """Name -> task, training and test images with the columns `image` and `label`."""
+    parts = {} if args.task else made_of_digits()
+    for given in args.task:
+        name, _, source = given.partition("=")
+        if "," in source:
+            files = dict(zip(("train", "test"), source.split(","), strict=True))
+            data = load_dataset("parquet", data_files=files)
+            columns = data["train"].column_names
+            image, label = (next(c for c in columns if word in c) for word in ("im", "label"))
+        else:
+            data, image, label = load_images(source)
+        classes = len(data["train"].unique(label))
+        renamed = {old: new for old, new in ((image, "image"), (label, "label")) if old != new}
+        both = [data[split].select_columns([image, label]).rename_columns(renamed) for split in ("train", "test")]
+        parts[name] = (TaskConfig(name, classes), *both)
+    limits = (args.train_images, args.test_images)
+    return {
+        name: (
+            task,
+            *(d.shuffle(seed=0).select(range(min(len(d), n or len(d)))) for d, n in zip(both, limits, strict=True)),
+        )
+        for name, (task, *both) in parts.items()
+    }
+
+
+def with_pixels(data: Dataset, task: TaskConfig, size: int, processor: Any) -> Dataset:
+    """The same with `pixel_values` and `labels`, made when they are asked for."""
+    is_number = task.kind == "regression"
+
+    def preprocess(rows: dict[str, list[Any]]) -> dict[str, Any]:
+        labels = [torch.tensor([label], dtype=torch.float32) if is_number else label for label in rows["label"]]
+        return {"pixel_values": list(to_model_inputs(rows["image"], size, processor)), "labels": labels}
+
+    return data.with_transform(preprocess)
+
+
+def evaluate(model: Any, tests: dict[str, Any], tasks: list[TaskConfig], accelerator: Accelerator) -> dict[str, float]:
+    """Each task's metric on its test images."""
+    model.eval()
+    results = {}
+    for task in tasks:
+        metric = metric_of(task)
+        for batch in tests[task.name]:
+            with torch.no_grad():
+                logits = model(pixel_values=batch["pixel_values"], task=task.name).logits
+            logits, labels = accelerator.gather_for_metrics((logits.contiguous(), batch["labels"]))
+            if accelerator.is_main_process:
+                add_outputs(metric, task, logits, labels)
+        if accelerator.is_main_process:
+            found = metric.compute()
+            results[task.name] = found.get("mean", next(iter(found.values())))
+    model.train()
+    return results
+
+
+def save_checkpoint(accelerator: Accelerator, folder: Path) -> None:
+    """Write a whole new checkpoint before the old one goes, so that a run killed at any time has one."""
+    fresh = folder.with_name("checkpoint.new")
+    if accelerator.is_main_process:
+        shutil.rmtree(fresh, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(fresh))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        old = folder.with_name("checkpoint.old")
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            folder.rename(old)
+        fresh.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    accelerator.wait_for_everyone()
+
+
+def find_checkpoint(folder: Path) -> Path | None:
+    """The newest whole one; between two renames it is the old one."""
+    return next((path for path in (folder, folder.with_name("checkpoint.old")) if path.exists()), None)
+
+
+def main() -> None:
+    """Train, or go on; evaluate; save the adapter."""
+    args = parse_arguments()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision, gradient_accumulation_steps=args.gradient_accumulation
+    )
+    set_seed(args.seed)
+    parts = load_tasks(args)
+    tasks = [task for task, _, _ in parts.values()]
+    source, model_name = find_model(args.model)
+    processor = AutoImageProcessor.from_pretrained(source)
+    size = args.image_size or (112 if args.model is None else image_size_of(source))
+    moe = MoEConfig(args.experts, args.top_k, expert_type=args.expert_type) if args.experts else None
+    base = AutoModelForImageClassification.from_pretrained(source)
+    model = get_peft_model(base, BSRConfig(tasks=tasks, moe=moe, keep_rate=args.keep_rate)).train()
+
+    train = TaskDataset({name: with_pixels(d, task, size, processor) for name, (task, d, _) in parts.items()})
+    sampler = TaskBatchSampler(train, args.batch_size, args.sampler, seed=args.seed)
+    loader = DataLoader(train, batch_sampler=sampler, collate_fn=collate_tasks)
+    tests = {
+        name: DataLoader(with_pixels(d, task, size, processor), batch_size=64, collate_fn=collate_tasks)
+        for name, (task, _, d) in parts.items()
+    }
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.learning_rate)
+    total = args.epochs * len(sampler) // args.gradient_accumulation  # accelerate steps it once a process
+    scheduler = get_cosine_schedule_with_warmup(optimizer, min(20, total // 10), total)
+    model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
+    tests = {name: accelerator.prepare(test) for name, test in tests.items()}
+
+    progress, checkpoint, log = Progress(), args.output / "checkpoint", args.output / "log.jsonl"
+    args.output.mkdir(parents=True, exist_ok=True)
+    accelerator.register_for_checkpointing(progress)
+    if (found := find_checkpoint(checkpoint)) is not None:
+        accelerator.load_state(str(found))
+        accelerator.print(f"going on at update {progress.updates}")
+    limit = args.max_updates or float("inf")
+    while progress.epoch < args.epochs and progress.updates < limit:
+        sampler.set_epoch(progress.epoch)
+        rest = accelerator.skip_first_batches(loader, progress.batch) if progress.batch else loader
+        for batch in rest:
+            with accelerator.accumulate(model):
+                output = model(**batch)
+                accelerator.backward(output.loss)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad()
+            progress.batch += 1
+            if accelerator.sync_gradients:
+                progress.updates += 1
+                if accelerator.is_main_process:
+                    line = {"update": progress.updates, "task": tasks[int(batch["task_ids"][0])].name}
+                    log.open("a").write(json.dumps({**line, "loss": output.loss.item()}) + "\n")
+                if progress.updates % args.save_every == 0:
+                    save_checkpoint(accelerator, checkpoint)
+                if progress.updates >= limit:
+                    break
+        else:
+            progress.epoch, progress.batch = progress.epoch + 1, 0
+    save_checkpoint(accelerator, checkpoint)
+    results = evaluate(model, tests, tasks, accelerator)
+    if accelerator.is_main_process:
+        accelerator.unwrap_model(model).save_pretrained(args.output / "adapter")
+        (args.output / "results.json").write_text(json.dumps(results, indent=2))
+        print(f"{model_name}, {progress.updates} updates: {json.dumps(results)}")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()

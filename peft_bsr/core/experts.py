@@ -1,0 +1,111 @@
+"""Routing tokens to experts: who computes a token, with which weight, and all of them grouped by expert.
+
+Shapes: n tokens (images and their tokens flattened), D width, E experts, k of them chosen for each token, T tasks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which experts compute which tokens.
+
+    Attributes:
+        probabilities: [n, E], softmax over all experts, in fp32 at least.
+        weights: [n, k], of the chosen ones, likewise.
+        experts: [n, k] int64, the chosen ones, best first.
+    """
+
+    probabilities: Tensor
+    weights: Tensor
+    experts: Tensor
+
+    def counts(self) -> Tensor:
+        """Tokens of each expert, [E] int64."""
+        return torch.bincount(self.experts.flatten(), minlength=self.probabilities.shape[1])
+
+
+def choose_experts(logits: Tensor, top_k: int, renormalize: bool = True) -> Choice:
+    """Softmax over all experts, then the k best.
+
+    Args:
+        logits: [n, E], of the gate.
+        top_k: k.
+        renormalize: Divide the chosen weights by their sum, so that experts that are all the same MLP together are
+            that MLP. The paper's release does not: its layers start at about k / E of the MLP.
+
+    Example:
+        >>> choose_experts(torch.tensor([[0.0, 2.0, 1.0]]), top_k=2).experts.tolist()
+        [[1, 2]]
+    """
+    probabilities = logits.softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    weights, experts = probabilities.topk(top_k, dim=-1)
+    if renormalize:
+        weights = weights / weights.sum(dim=-1, keepdim=True)
+    return Choice(probabilities, weights, experts)
+
+
+def gate_logits(tokens: Tensor, gates: Tensor, tasks: int | Tensor) -> Tensor:
+    """Each token's logits by the gate of its image's task, without a loop over images or tasks.
+
+    Args:
+        tokens: [B, N, D].
+        gates: [T, E, D].
+        tasks: Index of the batch's task, or one for each image, [B] int64.
+
+    Returns:
+        [B, N, E].
+    """
+    if isinstance(tasks, int):
+        return torch.nn.functional.linear(tokens, gates[tasks])
+    return torch.bmm(tokens, gates[tasks].transpose(1, 2))
+
+
+def run_experts(tokens: Tensor, choice: Choice, run_expert: Callable[[int, Tensor], Tensor]) -> Tensor:
+    """Sum over the chosen experts of weight times output, each expert run once on all of its tokens.
+
+    The cost follows k: tokens are sorted by expert, an expert without tokens does not run.
+
+    Args:
+        tokens: [n, D].
+        choice: Of these tokens.
+        run_expert: (index of the expert, its tokens [m, D]) -> [m, any width].
+
+    Returns:
+        [n, that width], in the dtype of the experts' outputs.
+
+    Example:
+        >>> choice = choose_experts(torch.randn(5, 3), top_k=2)
+        >>> run_experts(torch.randn(5, 4), choice, lambda expert, part: part * expert).shape
+        torch.Size([5, 4])
+    """
+    order = choice.experts.flatten().argsort(stable=True)
+    rows = order // choice.experts.shape[1]
+    sizes: list[int] = choice.counts().tolist()
+    parts = tokens.index_select(0, rows).split(sizes)
+    outputs = torch.cat([run_expert(expert, part) for expert, part in enumerate(parts) if len(part)])
+    weighted = outputs * choice.weights.flatten()[order].to(outputs.dtype)[:, None]
+    return weighted.new_zeros(tokens.shape[0], outputs.shape[1]).index_add(0, rows, weighted)
+
+
+def balance_loss(choice: Choice) -> Tensor:
+    """CV^2 of the experts' importance plus CV^2 of their load, a scalar; 0 where all are used alike.
+
+    Importance is the sum of an expert's weights over the tokens that chose it, load is their number. CV^2 is the
+    variance over the square of the mean.
+
+    Source: Shazeer et al. (arXiv 1701.06538), eqs. 6, 7, 11, as in M3ViT. Departure: load is counted, not estimated
+    through the noise, so only importance has a gradient.
+    """
+    importance = torch.zeros_like(choice.probabilities).scatter(1, choice.experts, choice.weights).sum(dim=0)
+    return _squared_variation(importance) + _squared_variation(choice.counts().to(importance.dtype))
+
+
+def _squared_variation(values: Tensor) -> Tensor:
+    return values.var(correction=1) / (values.mean().square() + 1e-10)

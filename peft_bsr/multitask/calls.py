@@ -1,0 +1,124 @@
+"""What a forward of a model with tasks is asked, read from its arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peft_bsr.backbones import Column
+from peft_bsr.core import TaskCall
+from peft_bsr.errors import AdapterError
+from peft_bsr.multitask.config import TaskConfig
+
+_OWN = ("task", "task_ids")  # keywords of calls that the model itself does not know
+
+
+@dataclass(eq=False)
+class ImageCall(TaskCall):
+    """A call on images.
+
+    Attributes:
+        rows: Index of each task in the batch -> its images, [b] int64 on the CPU; None = all of them.
+        labels: As they were given.
+        num_items: What the Trainer counts in the labels of all batches of an accumulated step, if it told.
+        grid: (rows, columns) of the images' patches, where the model has such a grid.
+    """
+
+    rows: dict[int, Tensor | None] = field(default_factory=dict)
+    labels: Any = None
+    num_items: Any = None
+    grid: tuple[int, int] | None = None
+
+    def labels_of(self, task: TaskConfig, rows: Tensor | None) -> Any:
+        """One task's labels, None where there are none."""
+        labels = self.labels
+        if isinstance(labels, dict):
+            return labels.get(task.name)
+        if labels is None or rows is None:
+            return labels
+        if isinstance(labels, Tensor):
+            return labels[rows.to(labels.device)]
+        picked = [torch.as_tensor(labels[row]) for row in rows.tolist()]
+        return torch.stack(picked)
+
+    def num_images(self, batch: int) -> Any:
+        """Images to take the mean over: those of the batch, or of all batches of an accumulated step."""
+        if self.num_items is None or not isinstance(self.labels, Tensor):
+            return batch
+        return self.num_items / (self.labels.numel() / len(self.labels))
+
+
+def without_tasks(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The keywords that the model itself knows."""
+    return {name: value for name, value in kwargs.items() if name not in _OWN}
+
+
+def read_call(
+    tasks: Sequence[TaskConfig], column: Column, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[ImageCall, dict[str, Any]]:
+    """What is asked, and the keywords that are left for the model itself.
+
+    Args:
+        tasks: The adapter's.
+        column: The model's.
+        args: Of the call.
+        kwargs: Its keywords; `task` (a name, or one for each image), `task_ids` (indices, [B]), `labels` and the
+            Trainer's `num_items_in_batch` are taken.
+
+    Raises:
+        AdapterError: If no task or an unknown one is named.
+    """
+    images = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.ndim > 1), None)
+    assert images is not None, "a vision model is called with images"
+    asked = _indices(tasks, kwargs.get("task"), kwargs.get("task_ids"), images.shape[0])
+    taken = (*_OWN, "labels", "num_items_in_batch")
+    left = {name: value for name, value in kwargs.items() if name not in taken}
+    if len(set(asked)) == 1:
+        call = ImageCall(asked[0], rows={asked[0]: None})
+    else:
+        ids = torch.tensor(asked)
+        rows: dict[int, Tensor | None] = {i: (ids == i).nonzero().flatten() for i in sorted(set(asked))}
+        call = ImageCall(ids.to(images.device), rows=rows)
+    call.labels, call.num_items = kwargs.get("labels"), kwargs.get("num_items_in_batch")
+    call.keeps_tokens = any(tasks[index].is_dense for index in call.rows)
+    if column.grid is not None and len(column.grid) == 2 and images.ndim == 4:
+        height, width = column.patch_size
+        call.grid = images.shape[2] // height, images.shape[3] // width
+    return call, left
+
+
+def _indices(tasks: Sequence[TaskConfig], task: Any, task_ids: Any, batch: int) -> list[int]:
+    names = [t.name for t in tasks]
+    if task is not None and task_ids is not None:
+        raise AdapterError(f"`task={task!r}` and `task_ids` were both given. Give one of them.")
+    if task is None and task_ids is None:
+        if len(tasks) == 1:
+            return [0]
+        raise AdapterError(
+            f"No task was given, but this adapter has several: {names}. Call the model with `task={names[0]!r}`, or "
+            "with `task_ids`, the index of each image's task in this list."
+        )
+    if isinstance(task, str):
+        asked: list[Any] = [task]
+    elif task is not None:
+        asked = list(task)
+    else:
+        given = task_ids.tolist() if isinstance(task_ids, Tensor) else task_ids
+        asked = list(given) if isinstance(given, (list, tuple)) else [given]
+    if unknown := sorted({repr(a) for a in asked if a not in (names if task is not None else range(len(names)))}):
+        what = "`task`" if task is not None else "`task_ids`"
+        raise AdapterError(
+            f"{what} asks for {', '.join(unknown)}, but the tasks of this adapter are {names}"
+            + ("." if task is not None else f" (0 to {len(names) - 1}).")
+        )
+    is_whole_batch = isinstance(task, str) or (task_ids is not None and not isinstance(given, (list, tuple)))
+    if not is_whole_batch and len(asked) != batch:
+        raise AdapterError(f"{len(asked)} tasks were given for {batch} images. Give one, or one for each image.")
+    return [names.index(a) if task is not None else int(a) for a in asked]
+
+
+__all__ = ["ImageCall", "read_call", "without_tasks"]

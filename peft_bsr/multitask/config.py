@@ -1,0 +1,194 @@
+"""What tasks there are, and what their mixtures of experts are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
+
+from peft_bsr.errors import ConfigError
+
+TaskKind = Literal["classification", "regression", "segmentation", "regression_map"]
+ExpertType = Literal["full", "lora"]
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """One task.
+
+    Attributes:
+        name: What calls and outputs name it by.
+        num_outputs: Classes, or numbers.
+        kind: `"classification"` (labels [B] int) and `"regression"` (labels [B, num_outputs]) read what the model's
+            classifier reads; `"segmentation"` (labels [B, height, width] int, 255 is ignored) and `"regression_map"`
+            (labels [B, num_outputs, height, width], what is not finite is ignored) read each patch of the last block,
+            and keep the sequence whole (`mode="full_view"`).
+
+    Raises:
+        ConfigError: Naming every value that cannot be.
+    """
+
+    name: str
+    num_outputs: int
+    kind: TaskKind = "classification"
+
+    def __post_init__(self) -> None:
+        problems = []
+        if not isinstance(self.name, str) or not self.name:
+            problems.append(f"`name={self.name!r}` must be a text.")
+        if not _is_whole(self.num_outputs) or self.num_outputs < 1:
+            problems.append(f"task {self.name!r}: `num_outputs={self.num_outputs!r}` must be a whole number above 0.")
+        if self.kind not in get_args(TaskKind):
+            kinds = ", ".join(map(repr, get_args(TaskKind)))
+            problems.append(f"task {self.name!r}: `kind={self.kind!r}` is unknown. Use one of {kinds}.")
+        if problems:
+            raise ConfigError.from_problems("TaskConfig", problems)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether every patch gets an output of its own."""
+        return self.kind in ("segmentation", "regression_map")
+
+
+@dataclass
+class MoEConfig:
+    """Mixtures of experts in the place of the trained blocks' MLPs.
+
+    Source: the multitask part of BSR (arXiv 2405.10951). Departure: `renormalize=True`, so that training starts at the
+    dense model; the release starts each layer at about `top_k / num_experts` of its MLP.
+
+    Args:
+        num_experts: E. Default 16.
+        top_k: Experts that compute a token. Default 4.
+        renormalize: Whether a token's weights sum to 1. Default True; the release does not.
+        expert_type: `"full"`: every expert is a copy of the pretrained MLP, all of it trains. `"lora"`: one MLP that
+            all experts share (it trains as blocks do without experts) and a low-rank update of each expert. Its second
+            Linear runs once, on the weighted sum; its bias counts once, whatever the weights sum to.
+        r: Rank of the update, `expert_type="lora"` only. Default 8.
+        lora_alpha: The update is scaled by `lora_alpha / r`. Default 16.
+        balance_weight: Of the balance loss, which is added in training. M3ViT's is 0.01. Default 0, as in the release.
+        noise: Standard deviation of noise on the gates' logits in training, times `num_experts`. Default 0.
+        dropout: Of the experts' hidden activations in training. Default 0.
+
+    Raises:
+        ConfigError: Naming every value that cannot be.
+
+    Example:
+        >>> MoEConfig(num_experts=8, top_k=2).expert_type
+        'full'
+    """
+
+    num_experts: int = 16
+    top_k: int = 4
+    renormalize: bool = True
+    expert_type: ExpertType = "full"
+    r: int = 8
+    lora_alpha: float = 16
+    balance_weight: float = 0.0
+    noise: float = 0.0
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"`{name}={getattr(self, name)!r}` must be a whole number above 0."
+            for name in ("num_experts", "top_k", "r")
+            if not _is_whole(getattr(self, name)) or getattr(self, name) < 1
+        ]
+        if not problems and self.top_k > self.num_experts:
+            problems.append(f"`top_k={self.top_k}` asks for more than the `num_experts={self.num_experts}` there are.")
+        if not isinstance(self.renormalize, bool):
+            problems.append(f"`renormalize={self.renormalize!r}` must be True or False.")
+        if self.expert_type not in get_args(ExpertType):
+            problems.append(f"`expert_type={self.expert_type!r}` is unknown. Use 'full' or 'lora'.")
+        problems += [
+            f"`{name}={getattr(self, name)!r}` must be a number of at least 0."
+            for name in ("balance_weight", "noise")
+            if not _is_number(getattr(self, name)) or getattr(self, name) < 0
+        ]
+        if not _is_number(self.lora_alpha) or self.lora_alpha <= 0:
+            problems.append(f"`lora_alpha={self.lora_alpha!r}` must be a number above 0.")
+        if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
+            problems.append(f"`dropout={self.dropout!r}` must be a number in [0, 1).")
+        if problems:
+            raise ConfigError.from_problems("MoEConfig", problems)
+
+
+def read_moe(value: Any) -> tuple[MoEConfig | None, list[str]]:
+    """A config's `moe` as `MoEConfig`, and what is wrong with it.
+
+    Args:
+        value: `MoEConfig`, None, or the dict that a file has.
+    """
+    if value is None or isinstance(value, MoEConfig):
+        return value, []
+    if not isinstance(value, Mapping):
+        return None, [f"`moe={value!r}` must be a MoEConfig or None."]
+    known = {f.name for f in fields(MoEConfig)}
+    if unknown := sorted(set(value) - known):
+        return None, [f"`moe` has the unknown settings {unknown}; it has {sorted(known)}."]
+    return _tried(MoEConfig, value, "moe")
+
+
+def read_tasks(value: Any) -> tuple[list[TaskConfig] | None, list[str]]:
+    """A config's `tasks` in order, and what is wrong with them.
+
+    Args:
+        value: None; name -> number of classes, settings of a `TaskConfig` or one; or a list of these with their names.
+    """
+    if value is None:
+        return None, []
+    if isinstance(value, Mapping):
+        entries = [_with_name(name, task) for name, task in value.items()]
+    else:
+        entries = list(value) if isinstance(value, (list, tuple)) else []
+    if not entries or not all(isinstance(entry, (Mapping, TaskConfig)) for entry in entries):
+        return None, [
+            f"`tasks={value!r}` must name at least one task with its number of classes or its TaskConfig, such as "
+            '`{"cifar10": 10, "depth": TaskConfig("depth", 1, "regression_map")}`.'
+        ]
+    tasks, problems = [], []
+    for entry in entries:
+        task, found = (entry, []) if isinstance(entry, TaskConfig) else _tried(TaskConfig, entry, "tasks")
+        tasks.append(task)
+        problems += found
+    names = [task.name for task in tasks if task is not None]
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        problems.append(f"`tasks` names {repeated} more than once.")
+    return (None if problems else tasks), problems
+
+
+def check_weights(weights: Any, tasks: list[TaskConfig] | None) -> list[str]:
+    """What is wrong with a config's `task_weights`."""
+    if weights is None:
+        return []
+    names = [task.name for task in tasks or ()]
+    is_right = isinstance(weights, Mapping) and all(_is_number(w) and w >= 0 for w in weights.values())
+    if not is_right or not set(weights) <= set(names):
+        return [f"`task_weights={weights!r}` must give numbers of at least 0 to some of the tasks {names}."]
+    return []
+
+
+def _with_name(name: Any, task: Any) -> Any:
+    if isinstance(task, TaskConfig):
+        return TaskConfig(name, task.num_outputs, task.kind)
+    return {"name": name, **task} if isinstance(task, Mapping) else {"name": name, "num_outputs": task}
+
+
+def _tried(cls: Any, settings: Mapping[str, Any], name: str) -> tuple[Any, list[str]]:
+    try:
+        return cls(**settings), []
+    except ConfigError as error:
+        return None, [f"`{name}`: {str(error).partition(': ')[2]}"]
+    except TypeError as error:
+        return None, [f"`{name}` has an entry {dict(settings)!r} that is not understood: {error}."]
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+__all__ = ["ExpertType", "MoEConfig", "TaskConfig", "TaskKind", "check_weights", "read_moe", "read_tasks"]

@@ -1,0 +1,176 @@
+"""The mixture of experts in the place of one block's MLP.
+
+Shapes: B images, N tokens, n = B * N, D width, F hidden width of the MLP, E experts, r rank, T tasks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import dropout, linear
+
+from peft_bsr.core import Choice, TaskCall, balance_loss, choose_experts, gate_logits, run_experts
+from peft_bsr.multitask.config import MoEConfig
+
+
+@dataclass(frozen=True)
+class PlainMLP:
+    """The parts of a block's own MLP, as they are called.
+
+    Attributes:
+        first: D -> F.
+        activation: Element-wise.
+        second: F -> D.
+    """
+
+    first: Any
+    activation: Callable[[Tensor], Tensor]
+    second: Any
+
+
+class FullExperts(nn.Module):
+    """Experts that are MLPs of their own, stacked; all start as the pretrained one.
+
+    Args:
+        first: Weight [F, D] and bias [F] or None.
+        second: Weight [D, F] and bias [D] or None.
+        config: Of the mixture.
+    """
+
+    def __init__(
+        self, first: tuple[Tensor, Tensor | None], second: tuple[Tensor, Tensor | None], config: MoEConfig
+    ) -> None:
+        super().__init__()
+        self.rate = config.dropout
+        for name, values in zip(("first", "second"), (first, second), strict=True):
+            for part, value in zip(("weight", "bias"), values, strict=True):
+                stacked = None if value is None else value.detach().expand(config.num_experts, *value.shape).clone()
+                self.register_parameter(f"{name}_{part}", None if stacked is None else nn.Parameter(stacked))
+
+    def forward(self, tokens: Tensor, choice: Choice, mlp: PlainMLP) -> Tensor:
+        """Tokens [n, D] -> [n, D]."""
+        # unbound once: a gradient per expert, stacked, where indexing would add up E tensors of the full size
+        names = ("first_weight", "first_bias", "second_weight", "second_bias")
+        stacks = [getattr(self, name) for name in names]
+        experts = list(zip(*(_unbound(stack, len(stacks[0])) for stack in stacks), strict=True))
+
+        def run(expert: int, part: Tensor) -> Tensor:
+            first_weight, first_bias, second_weight, second_bias = experts[expert]
+            hidden = mlp.activation(linear(part, first_weight, first_bias))
+            return linear(dropout(hidden, self.rate, self.training), second_weight, second_bias)
+
+        return run_experts(tokens, choice, run)
+
+
+class LowRankExperts(nn.Module):
+    """Experts that share one MLP and each add a low-rank update to its two Linear modules; updates start at zero.
+
+    The second Linear is the same for all, so it runs once, on the weighted sum of what the experts make of a token.
+
+    Args:
+        width: D.
+        hidden_width: F.
+        config: Of the mixture.
+        like: A tensor whose dtype and device the experts get.
+    """
+
+    def __init__(self, width: int, hidden_width: int, config: MoEConfig, like: Tensor) -> None:
+        super().__init__()
+        self.rate, self.scaling, self.width = config.dropout, config.lora_alpha / config.r, width
+        for name, (inner, outer) in {"first": (width, hidden_width), "second": (hidden_width, width)}.items():
+            down = like.new_empty(config.num_experts, config.r, inner, requires_grad=False)
+            nn.init.uniform_(down, -(inner**-0.5), inner**-0.5)
+            up = like.new_zeros(config.num_experts, outer, config.r, requires_grad=False)
+            self.register_parameter(f"{name}_lora_A", nn.Parameter(down))
+            self.register_parameter(f"{name}_lora_B", nn.Parameter(up))
+
+    def forward(self, tokens: Tensor, choice: Choice, mlp: PlainMLP) -> Tensor:
+        """Tokens [n, D] -> [n, D]."""
+        shared = mlp.first(tokens)
+        shared = shared.to(tokens.dtype) if not torch.is_autocast_enabled(tokens.device.type) else shared
+        names = ("first_lora_A", "first_lora_B", "second_lora_A", "second_lora_B")
+        experts = list(zip(*(getattr(self, name).unbind() for name in names), strict=True))
+
+        def run(expert: int, part: Tensor) -> Tensor:
+            first_down, first_up, second_down, second_up = experts[expert]
+            own, product = part.split([self.width, part.shape[1] - self.width], dim=1)
+            update = linear(linear(own, first_down), first_up) * self.scaling
+            hidden = dropout(mlp.activation(product + update), self.rate, self.training)
+            return torch.cat([hidden, linear(linear(hidden, second_down), second_up) * self.scaling], dim=1)
+
+        both = run_experts(torch.cat([tokens, shared.to(tokens.dtype)], dim=1), choice, run)
+        hidden, update = both.split([both.shape[1] - self.width, self.width], dim=1)
+        output: Tensor = mlp.second(hidden) + update
+        return output
+
+
+class Mixture(nn.Module):
+    """A gate for each task, and experts that all tasks share.
+
+    Args:
+        experts: Run on the tokens that were routed to them.
+        num_tasks: T.
+        width: D.
+        config: Of the mixture.
+        like: A tensor whose dtype and device the gates get.
+    """
+
+    def __init__(
+        self, experts: FullExperts | LowRankExperts, num_tasks: int, width: int, config: MoEConfig, like: Tensor
+    ) -> None:
+        super().__init__()
+        self.settings = config
+        self.experts = experts
+        self.gates = nn.Parameter(new_gates(num_tasks, config.num_experts, width, like))
+
+    def forward(self, tokens: Tensor, call: TaskCall, index: int, mlp: PlainMLP) -> Tensor:
+        """Run the experts, and leave in `call` what the end of the forward asks for.
+
+        Args:
+            tokens: [B, N, D], behind the block's norm.
+            call: Which tasks the images are of.
+            index: Of the block.
+            mlp: The block's own.
+
+        Returns:
+            [B, N, D].
+        """
+        settings = self.settings
+        logits = gate_logits(tokens, self.gates, call.tasks).flatten(0, 1)
+        if self.training and settings.noise:
+            logits = logits + torch.randn_like(logits) * (settings.noise / settings.num_experts)
+        choice = choose_experts(logits, settings.top_k, settings.renormalize)
+        if self.training and settings.balance_weight:
+            balance = balance_loss(choice)  # also in a recomputation, which must save the same tensors
+            if call.is_open:
+                call.balance[index] = balance
+        if call.is_open and call.usage is not None:
+            call.usage[index] = _usage(choice, call.tasks, tokens.shape, self.gates.shape[0])
+        return self.experts(tokens.flatten(0, 1), choice, mlp).unflatten(0, tokens.shape[:2])
+
+
+def new_gates(num_tasks: int, num_experts: int, width: int, like: Tensor) -> Tensor:
+    """Gates [T, E, D] as `nn.Linear` starts: logits of normed tokens have a standard deviation of about 0.6."""
+    gates = torch.empty(num_tasks, num_experts, width, dtype=like.dtype, device=like.device)
+    return nn.init.uniform_(gates, -(width**-0.5), width**-0.5)
+
+
+def _unbound(stack: Tensor | None, count: int) -> tuple[Tensor | None, ...]:
+    return (None,) * count if stack is None else stack.unbind()
+
+
+def _usage(choice: Choice, tasks: int | Tensor, shape: torch.Size, num_tasks: int) -> Tensor:
+    """Tokens of each task and expert, [T, E] int64."""
+    batch, length, _ = shape
+    of_images = torch.full((batch,), tasks) if isinstance(tasks, int) else tasks
+    of_tokens = of_images.to(choice.experts.device).repeat_interleave(length)[:, None]
+    num_experts = choice.probabilities.shape[1]
+    places = (of_tokens * num_experts + choice.experts).flatten()
+    return torch.bincount(places, minlength=num_tasks * num_experts).view(num_tasks, num_experts)
+
+
+__all__ = ["FullExperts", "LowRankExperts", "Mixture", "PlainMLP", "new_gates"]

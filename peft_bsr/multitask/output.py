@@ -1,0 +1,104 @@
+"""What a model with tasks returns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.utils import ModelOutput
+
+from peft_bsr.errors import AdapterError
+from peft_bsr.multitask.calls import ImageCall
+from peft_bsr.multitask.config import TaskConfig
+from peft_bsr.multitask.heads import task_loss
+
+
+@dataclass
+class MultitaskOutput(ModelOutput):
+    """Output of a model with tasks.
+
+    Attributes:
+        loss: Mean over the images of their task's weight times its loss, plus the weighted balance loss; with labels.
+        logits: Output of the batch's task, [B, C] or [B, C, h, w]; of several tasks, name -> output of its images.
+        task_losses: Name -> loss before weighing, of several tasks.
+        rows: Name -> its images' places in the batch, [b] int64, of several tasks.
+        hidden_states: As the model gives them, if asked.
+        attentions: Likewise.
+
+    `task` is the batch's task, or the list of them: a plain attribute, not one of the keys, because it is no tensor.
+    """
+
+    loss: Tensor | None = None
+    logits: Any = None
+    task_losses: dict[str, Tensor] | None = None
+    rows: dict[str, Tensor] | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+def collect_output(
+    tasks: Sequence[TaskConfig], weights: Mapping[str, float], balance_weight: float, call: ImageCall, stock: Any
+) -> MultitaskOutput:
+    """Make the output of a forward that has ended.
+
+    Args:
+        tasks: The adapter's.
+        weights: Name -> weight of its loss; 1 where there is none.
+        balance_weight: Of the balance loss.
+        call: What was asked.
+        stock: What the model returned, with the heads' outputs by name in the place of logits.
+
+    Raises:
+        AdapterError: If labels do not fit, or the balance loss would have no gradient.
+    """
+    values = stock[0] if isinstance(stock, tuple) else stock
+    outputs: Any = getattr(values, "logits", values)
+    present = {tasks[index].name: rows for index, rows in call.rows.items()}
+    result = MultitaskOutput(
+        hidden_states=getattr(stock, "hidden_states", None), attentions=getattr(stock, "attentions", None)
+    )
+    losses = _losses(tasks, call, outputs)
+    if losses:
+        total = call.num_images(sum(len(outputs[name]) for name in losses))
+        parts = [weights.get(name, 1.0) * len(outputs[name]) / total * loss for name, loss in losses.items()]
+        result["loss"] = torch.stack(parts).sum()
+        if call.balance:
+            result["loss"] = result["loss"] + balance_weight * _balance(call)
+    result["logits"] = outputs if len(present) > 1 else next(iter(outputs.values()))
+    if len(present) > 1:
+        result["rows"] = {name: rows for name, rows in present.items() if rows is not None}
+        if losses:
+            result["task_losses"] = {name: loss.detach() for name, loss in losses.items()}
+    result.task = list(present) if len(present) > 1 else next(iter(present))
+    return result
+
+
+def _losses(tasks: Sequence[TaskConfig], call: ImageCall, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    if call.labels is None:
+        return {}
+    losses, missing = {}, []
+    for index, rows in call.rows.items():
+        labels = call.labels_of(tasks[index], rows)
+        if labels is None:
+            missing.append(tasks[index].name)
+        else:
+            losses[tasks[index].name] = task_loss(tasks[index], outputs[tasks[index].name], labels)
+    if missing:
+        raise AdapterError(f"`labels` have the tasks {sorted(call.labels)}, but the batch has images of {missing} too.")
+    return losses
+
+
+def _balance(call: ImageCall) -> Tensor:
+    balance = torch.stack(list(call.balance.values())).mean()
+    if torch.is_grad_enabled() and not balance.requires_grad:
+        raise AdapterError(
+            "`balance_weight` asks for a loss on the gates, but reentrant gradient checkpointing runs the blocks "
+            'without a graph. Use `gradient_checkpointing_kwargs={"use_reentrant": False}`, or `balance_weight=0`.'
+        )
+    return balance
+
+
+__all__ = ["MultitaskOutput", "collect_output"]

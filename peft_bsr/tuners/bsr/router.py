@@ -1,0 +1,174 @@
+"""A block's router in BSR: knows each adapter's plan, holds the block's mixtures, opens and closes calls with tasks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import Tensor, nn
+
+from peft_bsr.backbones import Column, FamilyRule, remove_hooks
+from peft_bsr.core import RouteCarrier, TaskCall
+from peft_bsr.engine import plain_mlp
+from peft_bsr.multitask import (
+    FullExperts,
+    ImageCall,
+    LowRankExperts,
+    Mixture,
+    PlainMLP,
+    TaskConfig,
+    collect_output,
+    read_call,
+    without_tasks,
+)
+from peft_bsr.tuners.bsr.layer import BSRWeights, move_away
+from peft_bsr.tuners.classifier import without_layer
+from peft_bsr.tuners.routed import AdapterRouter, drop_saved_name
+
+
+@dataclass(frozen=True)
+class TaskSettings:
+    """What an adapter's forwards need to know of its tasks.
+
+    Attributes:
+        tasks: In the order of their heads and gates.
+        weights: Name -> weight of the loss.
+        balance_weight: Of the balance loss.
+    """
+
+    tasks: list[TaskConfig]
+    weights: dict[str, float]
+    balance_weight: float
+
+
+class BSRRouter(AdapterRouter):
+    """A block's router with one plan per adapter. Not a weight: token reduction stays in force when weights merge.
+
+    Where an adapter has mixtures of experts, its router has the block's. The first block's router opens and closes the
+    forwards of adapters with tasks.
+
+    Args:
+        index, column, carrier, rule: See `BlockRouter`.
+    """
+
+    adapter_layer_names: tuple[str, ...] = ("bsr_params",)
+    other_param_names = ("plans", "calls")
+
+    def __init__(self, index: int, column: Column, carrier: RouteCarrier, rule: FamilyRule) -> None:
+        super().__init__(index, column, carrier, rule)
+        self.bsr_params = nn.ModuleDict()
+        self.calls: dict[str, TaskSettings] = {}
+        self.saved_as: dict[str, str] = {}  # adapter -> this module's name where the adapter was saved, if another
+        self.register_load_state_dict_pre_hook(drop_saved_name)
+
+    def update_mixture(self, adapter_name: str, config: Any, block: nn.Module) -> None:
+        """Add an adapter's mixture, made of the block's pretrained MLP.
+
+        Args:
+            adapter_name: Its name.
+            config: Its configuration.
+            block: The block.
+        """
+        first, _, second = self._mlp(block)
+        weight = next(without_layer(first).parameters())
+        device = first.device if isinstance(first, BSRWeights) else weight.device
+        like = torch.empty(0, dtype=weight.dtype, device=device)
+        experts: FullExperts | LowRankExperts
+        if config.moe.expert_type == "full":
+            experts = FullExperts(_pretrained(first, device), _pretrained(second, device), config.moe)
+        else:
+            experts = LowRankExperts(self.column.width, first.out_features, config.moe, like)
+        mixture = Mixture(experts, len(config.tasks), self.column.width, config.moe, like)
+        if not config.init_weights:
+            move_away(mixture)
+        self.bsr_params[adapter_name] = mixture.train(block.training)
+
+    def mix(self, block: nn.Module, call: TaskCall | None, tokens: Tensor) -> Tensor | None:
+        """The active adapter's mixture."""
+        name = self.carried_adapter
+        if name is None or call is None:
+            raise RuntimeError("a block with a mixture of experts ran outside of the model's forward. Call the model.")
+        mixture: Any = self.bsr_params[name]
+        inputs = tokens
+        if not torch.is_autocast_enabled(tokens.device.type):
+            inputs = tokens.to(mixture.gates.dtype)
+        output: Tensor = mixture(inputs, call, self.index, PlainMLP(*self._mlp(block)))
+        return output if torch.is_autocast_enabled(tokens.device.type) else output.to(tokens.dtype)
+
+    def _mlp(self, block: nn.Module) -> tuple[Any, Any, Any]:
+        parts = None if self.column.anatomy is None else plain_mlp(block, self.column.anatomy)
+        assert parts is not None, "checked when the adapter was attached"
+        return parts
+
+    def observe(self, before: Tensor, after: Tensor) -> None:
+        """Keep the last block's tokens for dense heads."""
+        call = self.carrier.call
+        if call is not None and call.keeps_tokens and self.index == self.column.depth - 1:
+            call.tokens = after
+
+    @property
+    def task_settings(self) -> TaskSettings | None:
+        """The active adapter's, None where it has no tasks."""
+        return self.calls.get(self.carried_adapter or "")
+
+    def attached(self, model: nn.Module) -> None:
+        """Open and close the model's forwards, if an adapter has tasks."""
+        if self.index == 0 and self.calls:
+            model.register_forward_pre_hook(self.open_call, prepend=True, with_kwargs=True)
+            model.register_forward_hook(self.close_call, always_call=True)
+
+    def detached(self, model: nn.Module) -> None:
+        """Leave the model's forwards alone."""
+        remove_hooks(model, self)
+
+    def open_call(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Take what concerns tasks out of the arguments."""
+        settings, entry = self.task_settings, self.carrier.entry
+        self.carrier.call = None
+        if settings is None or (entry is not None and entry.tokens is None):
+            return args, without_tasks(kwargs)
+        call, kwargs = read_call(settings.tasks, self.column, args, kwargs)
+        call.usage = None if self.carrier.usage is None else {}
+        self.carrier.call = call
+        return args, kwargs
+
+    def close_call(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Put losses and outputs of the tasks together; after an error only forget the call."""
+        call, self.carrier.call = self.carrier.call, None
+        settings, totals = self.task_settings, self.carrier.usage
+        if output is None or not isinstance(call, ImageCall) or settings is None:
+            return None
+        call.is_open = False
+        if totals is not None:
+            for index, counts in (call.usage or {}).items():
+                totals[index] = totals[index] + counts if index in totals else counts
+        return collect_output(settings.tasks, settings.weights, settings.balance_weight, call, output)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Token reduction is not in the weights: a merged adapter goes on reducing, its outputs do not change."""
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.plans]
+        self.merged_adapters[:] = names or self.merged_adapters
+
+    def unmerge(self) -> None:
+        """See `merge`."""
+        self.merged_adapters.clear()
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch adapters on or off."""
+        if not enabled:
+            self.unmerge()
+        super().enable_adapters(enabled)
+
+    def __repr__(self) -> str:
+        return f"bsr.BSRRouter(block={self.index}, plans={sorted(self.plans)})"
+
+
+def _pretrained(module: Any, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of a Linear, under a tuner layer or not."""
+    own: Any = without_layer(module)
+    values = {name: parameter.detach() for name, parameter in own.named_parameters()}
+    if isinstance(module, BSRWeights):
+        values = {name: module.pretrained(name, value) for name, value in values.items()}
+    return values["weight"].to(device), values["bias"].to(device) if "bias" in values else None

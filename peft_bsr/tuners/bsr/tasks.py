@@ -1,0 +1,124 @@
+"""Tasks that come to a trained adapter, and one that leaves it as an adapter of its own."""
+
+from __future__ import annotations
+
+import copy
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from peft_bsr.errors import AdapterError
+from peft_bsr.multitask import TaskConfig, TaskHeads, new_gates, new_head, read_tasks
+from peft_bsr.tuners.bsr.layer import BSRWeights, move_like
+from peft_bsr.tuners.classifier import find_final_norm
+from peft_bsr.tuners.routed import find_routers
+
+_HEAD = re.compile(r"(.*\.heads\.)(\d+)(\..*)")
+
+
+def add_task(model: PeftModel, name: str, task: int | TaskConfig, adapter_name: str | None = None) -> None:
+    """Give an adapter one more task, with a new gate and a new head; everything else stays as it was trained.
+
+    The gates are new parameters then: make the optimizer afterwards. Files written from now on have the new task.
+
+    Args:
+        model: From `get_peft_model` or `PeftModel.from_pretrained`.
+        name: Of the task.
+        task: Its number of classes, or its `TaskConfig`.
+        adapter_name: The adapter, default the active one.
+
+    Raises:
+        AdapterError: If the adapter has no tasks, has this one already, or drops the tokens that a dense one needs.
+        ConfigError: If the task cannot be.
+
+    Example:
+        >>> add_task(model, "svhn", 10)  # doctest: +SKIP
+    """
+    adapter, config = _with_tasks(model, adapter_name)
+    if name in (names := [t.name for t in config.tasks]):
+        raise AdapterError(f"Adapter {adapter!r} has a task {name!r} already, among {names}. Choose another name.")
+    tasks, problems = read_tasks({name: task})
+    if tasks is None:
+        raise AdapterError(f"add_task: {' '.join(problems)}")
+    (added,) = tasks
+    tuner: Any = model.base_model
+    if added.is_dense and tuner.plan(adapter).mode != "full_view":
+        raise AdapterError(
+            f"Task {name!r} needs an output for each patch, but adapter {adapter!r} shortens the sequence. Train an "
+            'adapter with `mode="full_view"`.'
+        )
+    routers, column = find_routers(tuner.model), tuner.column
+    layer = _heads_layer(tuner.model, adapter)
+    heads: TaskHeads = layer.bsr_params[adapter]
+    own = next(heads.parameters())
+    head = new_head(added, layer.in_features, column.width, find_final_norm(tuner.model, column), column.num_prefix)
+    move_like(head, own, own.device)
+    heads.heads.append(head.requires_grad_(own.requires_grad).train(heads.training))
+    for router in routers:
+        if adapter in router.bsr_params:
+            mixture = router.bsr_params[adapter]
+            row = new_gates(1, mixture.settings.num_experts, column.width, mixture.gates)
+            gates = torch.cat([mixture.gates.detach(), row])
+            mixture.gates = nn.Parameter(gates, requires_grad=mixture.gates.requires_grad)
+    config.tasks = heads.tasks = [*config.tasks, added]
+    routers[0].calls[adapter] = replace(routers[0].calls[adapter], tasks=config.tasks)
+
+
+def export_task(model: PeftModel, task: str, folder: str | Path, adapter_name: str | None = None) -> None:
+    """Write one task as an adapter of its own: its gates, its head and all that it shares with the others.
+
+    Loaded, it need not be named in calls, and returns what a single-task model returns. The model is not changed.
+
+    Args:
+        model: From `get_peft_model` or `PeftModel.from_pretrained`.
+        task: Name of the task.
+        folder: Where `adapter_config.json` and `adapter_model.safetensors` go.
+        adapter_name: The adapter, default the active one.
+
+    Raises:
+        AdapterError: If the adapter has no such task.
+
+    Example:
+        >>> export_task(model, "cifar10", "cifar10-adapter")  # doctest: +SKIP
+    """
+    adapter, config = _with_tasks(model, adapter_name)
+    names = [t.name for t in config.tasks]
+    if task not in names:
+        raise AdapterError(f"Adapter {adapter!r} has no task {task!r}; its tasks are {names}.")
+    index = names.index(task)
+    weights: dict[str, Tensor] = {}
+    for key, tensor in get_peft_model_state_dict(model, adapter_name=adapter).items():
+        head = _HEAD.fullmatch(key)
+        if head is not None and int(head[2]) != index:
+            continue
+        name = key if head is None else f"{head[1]}0{head[3]}"
+        weights[name] = (tensor[index : index + 1] if key.endswith(".gates") else tensor).detach().cpu().contiguous()
+    alone = copy.copy(config)
+    alone.tasks, alone.task_weights, alone.inference_mode = [config.tasks[index]], None, True
+    if alone.base_model_name_or_path is None:
+        alone.base_model_name_or_path = getattr(model.get_base_model(), "name_or_path", None)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    save_file(weights, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
+    alone.save_pretrained(str(folder))
+
+
+def _with_tasks(model: PeftModel, adapter_name: str | None) -> tuple[str, Any]:
+    adapter = adapter_name or model.active_adapter
+    config = model.peft_config.get(adapter)
+    if not getattr(config, "tasks", None):
+        raise AdapterError(f"Adapter {adapter!r} has no tasks. Train one with `BSRConfig(tasks=...)`.")
+    return adapter, config
+
+
+def _heads_layer(model: nn.Module, adapter: str) -> Any:
+    layers = (m for m in model.modules() if isinstance(m, BSRWeights) and adapter in m.bsr_params)
+    return next(layer for layer in layers if isinstance(layer.bsr_params[adapter], TaskHeads))
+
+
+__all__ = ["add_task", "export_task"]

@@ -1,0 +1,54 @@
+"""Which module of a model is its classifier, for methods that put heads of their own in its place."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from peft_bsr.backbones import Column, probe_inputs, quiet, run_probe
+from peft_bsr.errors import UnsupportedModelError
+
+
+def find_classifier(model: nn.Module, column: Column, who: str) -> str:
+    """Name of the Linear module whose output is the model's logits [B, classes].
+
+    Args:
+        model: The model.
+        column: Its column.
+        who: Begins the sentence that says what takes the classifier's place, for the error.
+
+    Raises:
+        UnsupportedModelError: If there is none.
+    """
+    linears = [name for name in column.head if isinstance(without_layer(model.get_submodule(name)), nn.Linear)]
+    outputs: dict[str, list[Tensor]] = {name: [] for name in linears}
+    handles = [
+        model.get_submodule(name).register_forward_hook(lambda _m, _a, output, name=name: outputs[name].append(output))
+        for name in linears
+    ]
+    try:
+        with quiet(model):
+            logits = getattr(run_probe(model, probe_inputs(model, 1, column.image_shape)), "logits", None)
+    finally:
+        for handle in handles:
+            handle.remove()
+    is_flat = isinstance(logits, Tensor) and logits.ndim == 2
+    found = [name for name, seen in outputs.items() if is_flat and len(seen) == 1 and seen[0] is logits]
+    if not found:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: {who} the place of the classifier, but none of {linears} gives "
+            "the model's `logits` [images, classes] by itself. Load the model with one classifier, such as "
+            "`AutoModelForImageClassification.from_pretrained(..., num_labels=10)` does."
+        )
+    return found[0]
+
+
+def find_final_norm(model: nn.Module, column: Column) -> nn.LayerNorm | None:
+    """The LayerNorm behind the last block, as wide as its tokens, if there is one."""
+    norms = [without_layer(model.get_submodule(name)) for name in column.head]
+    return next((m for m in norms if isinstance(m, nn.LayerNorm) and m.normalized_shape == (column.width,)), None)
+
+
+def without_layer(module: nn.Module) -> nn.Module:
+    """The model's own module under a tuner layer, or the module itself."""
+    own: nn.Module = getattr(module, "base_layer", module)
+    return own

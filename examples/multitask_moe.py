@@ -77,15 +77,12 @@ def made_of_digits() -> dict[str, tuple[TaskConfig, Dataset, Dataset]]:
     ink = {split: [float(np.asarray(image).mean() / 128 - 0.6) for image in data[split]["image"]] for split in data}
     labels = {split: np.array(data[split]["label"]) for split in data}
     tasks = {"digits": TaskConfig("digits", 10), "odd": TaskConfig("odd", 2), "ink": TaskConfig("ink", 1, "regression")}
-    of_task = {
-        "digits": lambda s: labels[s].tolist(),
-        "odd": lambda s: (labels[s] % 2).tolist(),
-        "ink": lambda s: ink[s],
-    }
+    of_task = {"digits": labels, "odd": {split: label % 2 for split, label in labels.items()}, "ink": ink}
     parts = {}
     for name, task in tasks.items():
         both = [
-            data[split].remove_columns("label").add_column("label", of_task[name](split)) for split in ("train", "test")
+            data[split].remove_columns("label").add_column("label", list(of_task[name][split]))
+            for split in ("train", "test")
         ]
         parts[name] = (task, *both)
     return parts

@@ -12,6 +12,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from peft_bsr import AdapterError, BSRConfig, ConfigError, MoEConfig, TaskConfig
+from peft_bsr.cost import estimate
 from peft_bsr.multitask import MultitaskOutput
 
 NAMES = ["zoo", "digits", "clothes"]
@@ -228,3 +229,19 @@ def test_every_wrong_number_of_a_mixture_is_named():
 def test_a_model_without_a_classifier_is_refused(make_vit):
     with pytest.raises(ValueError, match="the heads of `tasks` take the place of the classifier"):
         get_peft_model(make_vit().vit, BSRConfig(tasks={"a": 2}))
+
+
+def test_only_the_mixtures_may_train(make_vit, make_config, images):
+    model = get_peft_model(make_vit(), make_config(exclude_modules=["q_proj", "k_proj", "v_proj", "o_proj"]))
+    trained = [name for name, p in model.named_parameters() if p.requires_grad and "layers" in name]
+    blocks = {name.split("layers.")[1].split(".bsr")[0] for name in trained}
+    assert blocks == {f"{i}.{name}" for i in (1, 3) for name in ("token_router", "layernorm_before", "layernorm_after")}
+    only = get_peft_model(make_vit(), make_config(target_modules=["fc1"]))
+    output = only.train()(pixel_values=images, task="zoo", labels=torch.tensor([0] * 6))
+    output.loss.backward()
+    assert all(p.grad is not None for p in only.parameters() if p.requires_grad)
+
+
+def test_costs_that_are_not_predicted_are_refused(make_vit, make_config, images):
+    with pytest.raises(ConfigError, match="What an adapter with `tasks` costs is not predicted"):
+        estimate(make_vit(), make_config(), batch_size=2)

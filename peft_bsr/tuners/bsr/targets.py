@@ -58,7 +58,7 @@ def resolve_targets(
         chosen = [n for n in leaves if _matches(config.target_modules, n, True) and not is_excluded(config, n)]
         if config.trainable == "lora":
             chosen = [name for name in chosen if _is_linear(model.get_submodule(name))]
-        if not chosen and not config.modules_to_save:
+        if not chosen and not config.modules_to_save and not requested.blocks[index].mixture:
             problems.append(
                 f"`target_modules={config.target_modules!r}` with `exclude_modules={config.exclude_modules!r}` leaves "
                 f"nothing to train in block {index}, whose leaf modules are {list(column.leaves)}."

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from data import Protocol
 from experiment import Experiment, load_base
 from launch import add_results, results_of
-from train import add_sources, meta_info
+from train import add_sources, environment
 
 from peft_bsr.cost import compare
 
@@ -59,7 +59,7 @@ def main() -> None:
             "step_seconds": cost.step_seconds,
             "step_to_full": cost.step_seconds / reference.step_seconds,
             "batch_size": batch_size,
-            **{key: meta_info(args, "", 0)[key] for key in ("package_info", "system_info", "pytorch_info")},
+            **environment(),
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(found, indent=2) + "\n")

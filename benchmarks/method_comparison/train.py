@@ -200,17 +200,23 @@ def saved_size(model: nn.Module, folder: Path) -> int:
 
 def meta_info(args: argparse.Namespace, scored_images: int) -> dict[str, Any]:
     """Where, with what and on what it ran."""
-    packages = {"peft": peft, "transformers": transformers, "accelerate": accelerate, "datasets": datasets}
-    cuda = torch.cuda.is_available()
     return {
         "model_info": {"model": Path(args.model).name if Path(args.model).exists() else args.model, "dtype": "float32"},
         "dataset_info": {"task": args.task, "scored_images": scored_images},
+        **environment(),
+    }
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine."""
+    packages = {"peft": peft, "transformers": transformers, "accelerate": accelerate, "datasets": datasets}
+    return {
         "package_info": {f"{name}-version": package.__version__ for name, package in packages.items()},
         "system_info": {
             "system": platform.system(),
             "processor": processor_name(),
             "python": platform.python_version(),
-            "device": torch.cuda.get_device_name() if cuda else "cpu",
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
             "threads": torch.get_num_threads(),
         },
         "pytorch_info": torch.__version__,

@@ -64,10 +64,9 @@ class BudgetPlan:
         if self.config is None:
             what = "full fine-tuning"
         else:
-            shown = ("trainable_blocks", "reduction_blocks", "keep_rate", "trainable", "lean", "saved_activations")
             defaults = BSRConfig()
             given = [
-                f"{n}={getattr(self.config, n)!r}" for n in shown if getattr(self.config, n) != getattr(defaults, n)
+                f"{n}={getattr(self.config, n)!r}" for n in _SHOWN if getattr(self.config, n) != getattr(defaults, n)
             ]
             what = f"BSRConfig({', '.join(given)})"
         what += " + gradient checkpointing" if self.gradient_checkpointing else ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 from torch import Tensor, nn
@@ -104,7 +103,6 @@ class ALaSTModel(BSRModel):
     def _write_down(self, model: nn.Module, column: Column, config: Any, plan: Plan, layout: dict[str, str]) -> Any:
         written: ALaSTConfig = super()._write_down(model, column, config, plan, layout)
         if written.train_embeddings:
-            written = copy.copy(written)
             written.modules_to_save = sorted({*(written.modules_to_save or ()), *find_embeddings(model, column)})
         return written
 

@@ -82,7 +82,7 @@ def plan_for_budget(
     image_size: int | None = None,
     optimizer: str = "adamw",
     dtype: torch.dtype | None = None,
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
     limit: int | None = None,
 ) -> list[BudgetPlan]:
     """Ways to train `model` whose predicted peak and 5 % more fit, the one that gives up least first.
@@ -122,6 +122,7 @@ def plan_for_budget(
         "image_size": image_size,
         "optimizer": optimizer,
         "dtype": dtype,
+        "device": device,
     }
     found: list[BudgetPlan] = []
     smallest: BudgetPlan | None = None

@@ -73,7 +73,7 @@ def estimate(
     image_size: int | None = None,
     optimizer: str = "adamw",
     dtype: torch.dtype | None = None,
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
     gradient_checkpointing: bool = False,
 ) -> Estimate:
     """Predict what training `model` with an adapter will take, by running a step on tensors without memory.
@@ -87,7 +87,8 @@ def estimate(
         image_size: Pixels. Default the model's.
         optimizer: `"adamw"`, `"sgd_momentum"` or `"sgd"`. Default `"adamw"`.
         dtype: Of weights and activations. Default the model's.
-        device: Whose operations are counted; it need not exist here. Default `"cpu"`.
+        device: Whose operations are counted. Where there is none, the CPU's stand in: the same tensors are kept, what
+            kernels hold while they run differs a little. Default `"cpu"`.
         gradient_checkpointing: transformers' own (not reentrant), of every block that gradients reach.
 
     Returns:
@@ -111,6 +112,10 @@ def estimate(
         for name, value in (("batch_size", batch_size), ("image_size", image_size))
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1)
     ]
+    try:
+        kind = torch.device(device).type
+    except (RuntimeError, TypeError):
+        problems.append(f'`device={device!r}` is no device of torch. Use `"cpu"` or `"cuda"`.')
     if optimizer not in OPTIMIZER_STATES:
         problems.append(f"`optimizer={optimizer!r}` is unknown. Use one of {', '.join(map(repr, OPTIMIZER_STATES))}.")
     if isinstance(config, SynQTConfig):
@@ -132,12 +137,18 @@ def estimate(
         settings = {"use_reentrant": False, "preserve_rng_state": False}
         bare.gradient_checkpointing_enable(settings)  # type: ignore[operator]
     with no_memory():
-        trained = without_memory(adapted, device).train()
+        trained = without_memory(adapted, device if _is_there(kind) else "cpu").train()
         inputs = probe_inputs(_innermost(trained), batch_size, input_shapes(bare)[-1])
         weights = [p for p in trained.parameters() if p.requires_grad]
         run = dry_run(trained, inputs.values(), lambda: _loss(trained(**inputs)))
         batch_bytes = sum(tensor.nbytes for tensor in inputs.values())
-        return _summarize(trained, weights, run, batch_bytes, batch_size, optimizer, plan)
+        return _summarize(trained, weights, run, batch_bytes, batch_size, optimizer, kind, plan)
+
+
+def _is_there(kind: str) -> bool:
+    """Whether this machine has such a device: torch chooses kernels by asking it, also for tensors without memory."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return kind == "cpu" or (accelerator is not None and accelerator.type == kind)
 
 
 def _innermost(model: Any) -> Any:
@@ -159,6 +170,7 @@ def _summarize(
     batch_bytes: int,
     batch_size: int,
     optimizer: str,
+    kind: str,
     plan: Plan | None,
 ) -> Estimate:
     trained_bytes = sum(p.nbytes for p in trained)
@@ -166,7 +178,7 @@ def _summarize(
     parked = sum(p.nbytes for layer in layers if layer.parks_base for p in Parking.takes(layer.base_layer))
     parts = (run.gradient_bytes, run.activation_bytes, run.workspace_bytes)
     # AdamW makes a copy or two of what it updates: of one tensor on the CPU, of all on accelerators (foreach)
-    updated = trained_bytes if trained[0].device.type != "cpu" else 2 * max(p.nbytes for p in trained)
+    updated = trained_bytes if kind != "cpu" else 2 * max(p.nbytes for p in trained)
     update = (trained_bytes, 0, batch_bytes + (updated if optimizer == "adamw" else 0))
     return Estimate(
         sum(t.nbytes for t in (*model.parameters(), *model.buffers())) - parked,

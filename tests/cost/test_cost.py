@@ -49,6 +49,18 @@ def test_attention_counts_the_same_in_both_kernels(fused):
     assert count_flops(lambda: attend().sum().backward()) == forward + backward * forward // 2
 
 
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+def test_a_module_that_is_given_a_parameter_counts_with_gradients_off(off):
+    class Given(nn.Linear):
+        def forward(self, x):
+            return super().forward(x)
+
+    layer, prompt = Given(4, 5), nn.Parameter(torch.randn(3, 4))
+    with off():
+        assert count_flops(lambda: layer(prompt)) == 2 * 3 * 4 * 5
+    assert count_flops(lambda: layer(prompt).sum().backward()) == 3 * 2 * 3 * 4 * 5
+
+
 def test_compare_leaves_weights_gradients_and_modes_alone(make_model):
     model = get_peft_model(make_model(), BSRConfig())
     model.eval()

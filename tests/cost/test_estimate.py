@@ -16,7 +16,7 @@ from transformers import (
 
 from peft_bsr import ALaSTConfig, BSRConfig, ConfigError, SynQTConfig, UnsupportedModelError
 from peft_bsr.backbones import tensors_of
-from peft_bsr.cost import count_flops, estimate, saved_activations
+from peft_bsr.cost import count_flops, estimate, plan_for_budget, saved_activations
 
 SMALL = {"num_hidden_layers": 4, "hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 768}
 SMALL |= {"image_size": 96, "patch_size": 16}
@@ -89,7 +89,20 @@ def test_checkpointing_keeps_little_and_computes_more():
     assert 1.15 < checkpointed.training_flops / stock.training_flops < 1.35
 
 
-def test_larger_images_batches_and_a_device_that_is_not_there():
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a device that is not there")
+def test_a_device_that_is_not_there_is_stood_in_for_by_the_cpu():
+    here, there = (estimate(on_meta(MODELS["vit"]), batch_size=1, device=d) for d in ("cpu", "cuda"))
+    assert there.saved_bytes == here.saved_bytes and there.training_flops == here.training_flops
+    trained = 4 * here.trainable_parameters
+    assert there.total_bytes >= 5 * trained  # weights, gradients, two states, and AdamW's copy of all it updates
+    assert there.total_bytes > here.total_bytes
+    with pytest.raises(ConfigError, match="`device='gpu'` is no device of torch"):
+        estimate(on_meta(MODELS["vit"]), device="gpu")
+    plans = [plan_for_budget(on_meta(MODELS["vit"]), "1GB", batch_size=1, device=d, limit=1) for d in ("cpu", "cuda")]
+    assert [p[0].estimate.total_bytes for p in plans] == [here.total_bytes, there.total_bytes]
+
+
+def test_larger_images_and_batches():
     small, large = (estimate(on_meta(MODELS["vit"]), BSRConfig(), batch_size=2, image_size=s) for s in (96, 192))
     assert 3.5 < large.training_flops / small.training_flops < 5
     again = estimate(on_meta(MODELS["vit"]), BSRConfig(), batch_size=4)

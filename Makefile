@@ -6,7 +6,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 OLDEST_PEFT := $(VENV)/peft-0.20.0
 
-.PHONY: demo test lint bench compatibility clean
+.PHONY: demo test lint bench docs compatibility clean
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/quickstart.py $(ARGS)
@@ -22,6 +22,10 @@ lint: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/bsr_vit_base.py $(ARGS)
+
+docs: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet '.[docs]'
+	$(BIN)/python -m mkdocs build --strict
 
 compatibility: $(VENV)/installed
 	$(BIN)/python tests/contract/report.py

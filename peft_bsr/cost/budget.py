@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from peft_bsr.cost.estimate import Estimate, estimate
+from peft_bsr.cost.twin import on_meta
 from peft_bsr.errors import ConfigError
 from peft_bsr.tuners.bsr.config import BSRConfig
 
@@ -117,6 +118,7 @@ def plan_for_budget(
         '3 blocks of 4 stay frozen; first products are computed twice; gradients off by 1 %'
     """
     budget = parse_size(memory)
+    model = on_meta(model).requires_grad_(True)  # also of one that an adapter has frozen: full fine-tuning is a plan
     settings: dict[str, Any] = {
         "batch_size": batch_size,
         "image_size": image_size,

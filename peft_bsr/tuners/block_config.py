@@ -22,35 +22,7 @@ _MODULE_LISTS = ("target_modules", "exclude_modules", "modules_to_save")
 
 @dataclass
 class BlockConfig(PeftConfig):
-    """Base of the configurations of methods that train blocks under a plan; not for use by itself.
-
-    Args:
-        mode: `"compact"` (the sequence gets shorter) or `"full_view"` (it keeps its length outside of the blocks, so
-            heads that need the grid, mean heads that must see every token and hidden states of constant length work).
-            Default None: compact where no output changes its shape by it.
-        score: What tokens are ranked by: `"class"` (the class token's attention, the paper's), `"mean_query"` or
-            `"received"` for models without one, see `peft_bsr.core.token_scores`. Default None: the class token's
-            attention, or where there is none or the head reads other special tokens, the better of the two others.
-        trainable: `"full"` trains copies of the blocks' weights, `"lora"` a low-rank update of their Linear modules.
-        r: Rank of the update, `trainable="lora"` only.
-        lora_alpha: The update is scaled by `lora_alpha / r`, `trainable="lora"` only.
-        init_weights: False starts away from the base model (PEFT's convention for tests). Default True: the model
-            starts as the base model.
-        target_modules: Only these leaf modules of the trained blocks train: name endings, or a regular expression on
-            the whole name. Default None: all of them.
-        exclude_modules: These do not train, same forms; may also name the final norm or head.
-        modules_to_save: Further modules to train and save whole, PEFT's way. They must lie behind the first trained
-            block, because the gradient is cut there.
-        lean: What blocks that gradients reach do not keep for backward. `"exact"`: nothing that one pass over the
-            tokens restores, no matrix product is computed twice; `"max"`: first products of the halves are computed
-            again too; `"off"`: the stock blocks. Gradients are the same. Parts that the self-test does not find equal
-            stay stock. If the head reads only special tokens, the last block computes queries, output projection and
-            MLP for those alone in training (not with `"off"`). Default `"exact"`.
-        saved_activations: `"full"`, or `"int8"`: what those blocks do keep is kept in 8 bits, rounded stochastically.
-            Gradients have an error of about 1 % then. Default `"full"`.
-        layout: Canonical place -> name in the model of each trained module. Written when the adapter is attached; by
-            it a file that was saved on another layout of the same model (other module names) is read.
-    """
+    """Base of the configurations of methods that train blocks under a plan; `BSRConfig` documents what they share."""
 
     mode: str | None = field(
         default=None, metadata={"help": "'compact' or 'full_view'; None = chosen by what the head reads."}

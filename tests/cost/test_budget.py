@@ -8,9 +8,10 @@ import sys
 
 import pytest
 import torch
+from peft import get_peft_model
 from transformers import ViTConfig, ViTForImageClassification
 
-from peft_bsr import ConfigError
+from peft_bsr import BSRConfig, ConfigError
 from peft_bsr.cost import BudgetPlan, parse_size, plan_for_budget
 
 VIT = {"num_hidden_layers": 4, "hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 1024}
@@ -104,6 +105,12 @@ def test_more_memory_gives_up_less():
     small = plan_for_budget(vit(), 10**8, batch_size=BATCH)
     assert len(small) < len(plans) and small[0].config is not None
     assert "gives up: " in small[0].describe() and "BSRConfig(" in small[0].describe()
+
+
+def test_a_model_that_an_adapter_froze_can_be_planned_for():
+    left = get_peft_model(ViTForImageClassification(ViTConfig(**VIT)), BSRConfig()).unload()
+    found, expected = (plan_for_budget(m, "10GB", batch_size=BATCH, limit=1)[0] for m in (left, vit()))
+    assert found.estimate == expected.estimate and found.config is None
 
 
 def test_too_little_names_the_smallest():

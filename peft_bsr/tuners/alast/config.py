@@ -34,6 +34,9 @@ class ALaSTConfig(BlockConfig):
     model without a class token ranks its tokens another way (`score`), and the mean token takes the class token's place
     in the importance.
 
+    `mode`, `score`, `trainable`, `r`, `lora_alpha`, `init_weights`, `target_modules`, `exclude_modules`,
+    `modules_to_save`, `lean`, `saved_activations` and `layout` are those of `BSRConfig`.
+
     Args:
         trainable_blocks_per_step: K. Default None: three quarters of the blocks (9 of 12).
         initial_budget: Of every block, default 0.9.
@@ -49,8 +52,6 @@ class ALaSTConfig(BlockConfig):
         seed: Of the draws, which depend on it and on the step alone. Default 0.
         preset: `"paper"` = alpha `"lr"`, delta_reduction `"paper"`, selection `"sample"`, train_embeddings True, where
             these are not given.
-        mode, score, trainable, r, lora_alpha, init_weights, target_modules, exclude_modules, modules_to_save, lean,
-            saved_activations, layout: See `BSRConfig`.
 
     Raises:
         ConfigError: Naming every value that cannot be.

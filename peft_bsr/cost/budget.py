@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from peft_bsr.cost.estimate import Estimate, estimate
-from peft_bsr.cost.twin import on_meta
+from peft_bsr.cost.twin import on_meta, settle
 from peft_bsr.errors import ConfigError
 from peft_bsr.tuners.bsr.config import BSRConfig
 
@@ -20,20 +20,6 @@ _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?i?B?)\s*", re.IGNORECASE)
 
 _MARGIN = 1.05  # what kernels and the allocator take by themselves; up to 3 % was measured
 _HALVES = "half of the tokens go, 3 times"
-# what trains and how many tokens stay, what gives up least first
-_SETTINGS: tuple[tuple[dict[str, Any] | None, str], ...] = (
-    (None, "nothing: every weight trains on every token"),
-    ({"trainable_blocks": "every:1", "reduction_blocks": []}, "the embeddings stay frozen"),
-    ({"trainable_blocks": "every:4", "reduction_blocks": []}, "3 blocks of 4 stay frozen"),
-    ({"trainable_blocks": "every:4", "keep_rate": 0.7}, "3 blocks of 4 stay frozen; 3 tokens of 10 go, 3 times"),
-    ({"trainable_blocks": "every:4", "keep_rate": 0.5}, f"3 blocks of 4 stay frozen; {_HALVES}"),
-    ({"trainable_blocks": "last:3", "keep_rate": 0.5}, f"all but the last 3 blocks stay frozen; {_HALVES}"),
-    ({"trainable_blocks": "last:1", "keep_rate": 0.5}, f"all but the last block stay frozen; {_HALVES}"),
-    (
-        {"trainable_blocks": "last:1", "keep_rate": 0.5, "trainable": "lora"},
-        f"nothing but a low-rank update of the last block trains; {_HALVES}",
-    ),
-)
 # how it is run, the fastest first
 _LEVELS: tuple[tuple[dict[str, Any], bool, str], ...] = (
     ({"lean": "exact"}, False, ""),
@@ -128,7 +114,7 @@ def plan_for_budget(
     }
     found: list[BudgetPlan] = []
     smallest: BudgetPlan | None = None
-    for setting, gives_up in _SETTINGS:
+    for setting, gives_up in _settings(depth=len(settle(model, BSRConfig()).column.blocks)):
         fitting = []
         for config, checkpointing, price in _ways(setting):
             cost = estimate(model, config, gradient_checkpointing=checkpointing, **settings)
@@ -168,6 +154,28 @@ def parse_size(memory: str | int) -> int:
     if match is None or match[2].upper() not in _UNITS:
         raise ConfigError(f'`memory={memory!r}` is not understood. Use bytes, or a text such as "2GB" or "1.5GiB".')
     return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def _settings(depth: int) -> tuple[tuple[dict[str, Any] | None, str], ...]:
+    """What trains and how many tokens stay, what gives up least first."""
+    late = max(0, 2 * depth // 3)
+    return (
+        (None, "nothing: every weight trains on every token"),
+        ({"trainable_blocks": "every:1", "reduction_blocks": []}, "the embeddings stay frozen"),
+        ({"trainable_blocks": "every:4", "reduction_blocks": []}, "3 blocks of 4 stay frozen"),
+        (
+            {"trainable_blocks": "last:3", "reduction_blocks": [late]},
+            f"all but the last 3 blocks stay frozen; half of the tokens go, at block {late}",
+        ),
+        ({"trainable_blocks": "every:4", "keep_rate": 0.7}, "3 blocks of 4 stay frozen; 3 tokens of 10 go, 3 times"),
+        ({"trainable_blocks": "every:4", "keep_rate": 0.5}, f"3 blocks of 4 stay frozen; {_HALVES}"),
+        ({"trainable_blocks": "last:3", "keep_rate": 0.5}, f"all but the last 3 blocks stay frozen; {_HALVES}"),
+        ({"trainable_blocks": "last:1", "keep_rate": 0.5}, f"all but the last block stay frozen; {_HALVES}"),
+        (
+            {"trainable_blocks": "last:1", "keep_rate": 0.5, "trainable": "lora"},
+            f"nothing but a low-rank update of the last block trains; {_HALVES}",
+        ),
+    )
 
 
 def _ways(setting: dict[str, Any] | None) -> Iterator[tuple[BSRConfig | None, bool, str]]:

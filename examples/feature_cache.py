@@ -20,7 +20,7 @@ from rich.console import Console
 from transformers import AutoModelForImageClassification, Trainer, TrainingArguments
 
 from peft_bsr import BSRConfig, FeatureCache
-from peft_bsr.training.images import load_images, load_processor, with_pixels
+from peft_bsr.training.images import compute_accuracy, load_images, load_processor, with_pixels
 
 sys.path.insert(0, str(Path(__file__).parent))
 from quickstart import find_model, make_parser, size_of
@@ -74,7 +74,7 @@ def main() -> None:
             ),
             train_dataset=dataset,
             eval_dataset=test,
-            compute_metrics=share_right,
+            compute_metrics=compute_accuracy,
         )
         seconds = trainer.train().metrics["train_runtime"]
         return seconds, trainer.evaluate()["eval_accuracy"]

@@ -23,7 +23,7 @@ from transformers import AutoModelForImageClassification, Trainer, TrainingArgum
 
 from peft_bsr import BSRConfig, DatasetError
 from peft_bsr.cost import compare, cost_table
-from peft_bsr.training.images import accuracy, collate, load_images, load_processor, to_pictures, with_pixels
+from peft_bsr.training.images import collate, compute_accuracy, load_images, load_processor, to_pictures, with_pixels
 from peft_bsr.viz import draw_kept_tokens
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -124,7 +124,7 @@ def main() -> None:
         train_dataset=train,
         eval_dataset=test,
         data_collator=collate,
-        compute_metrics=accuracy,
+        compute_metrics=compute_accuracy,
     )
     before = trainer.evaluate()["eval_accuracy"]
     result = trainer.train()

@@ -21,8 +21,7 @@ from transformers import AutoModelForImageClassification, Trainer, TrainingArgum
 
 from peft_bsr import FeatureCache, SynQTConfig
 from peft_bsr.cost import saved_activations
-from peft_bsr.training.images import accuracy as share_right
-from peft_bsr.training.images import load_images, load_processor, with_pixels
+from peft_bsr.training.images import compute_accuracy, load_images, load_processor, with_pixels
 
 sys.path.insert(0, str(Path(__file__).parent))
 from quickstart import find_model, make_parser, size_of
@@ -83,7 +82,7 @@ def main() -> None:
             ),
             train_dataset=cache,
             eval_dataset=test,
-            compute_metrics=share_right,
+            compute_metrics=compute_accuracy,
         )
         begin = time.perf_counter()
         trainer.train()

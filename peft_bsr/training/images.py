@@ -143,7 +143,7 @@ def collate(examples: list[dict[str, Any]]) -> dict[str, Tensor]:
     }
 
 
-def accuracy(prediction: Any) -> dict[str, float]:
+def compute_accuracy(prediction: Any) -> dict[str, float]:
     """Share of right answers, for Trainer's `compute_metrics`."""
     return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
 
@@ -178,8 +178,8 @@ def _features(data: Any) -> Any:
 __all__ = [
     "DIGITS",
     "LabelledImages",
-    "accuracy",
     "collate",
+    "compute_accuracy",
     "image_size_of",
     "load_images",
     "load_processor",

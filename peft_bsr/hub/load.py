@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,12 @@ from typing import Any
 import torch
 import transformers
 from peft import PeftConfig, PeftModel
+from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from peft_bsr.errors import HubError
+
+_SPARE = 0.01  # share of the weights that a base model's file may lack
 
 
 def load(
@@ -27,7 +30,7 @@ def load(
 ) -> PeftModel:
     """Read an adapter and the model it belongs to.
 
-    The base model is of the class that the adapter was trained on, with a classifier for the adapter's own labels, whose
+    The base model is of the class that the adapter was trained on, with a classifier for the adapter's own labels; its
     weights come from the adapter.
 
     Args:
@@ -116,12 +119,14 @@ def load_base(
         }
     try:
         with _quiet():  # that the classifier's weights are new is what we want
-            return _class_of(config).from_pretrained(source, **settings)
+            model, report = _class_of(config).from_pretrained(source, output_loading_info=True, **settings)
     except (OSError, ValueError) as error:
         raise HubError(
             f"The base model `{source}` cannot be read ({_first_line(error)}). Give another copy of it as `base=`, a "
             "Hub id or a folder."
         ) from error
+    _check_complete(model, report["missing_keys"], config, source)
+    return model
 
 
 def load_image_processor(
@@ -159,6 +164,23 @@ def _class_of(config: Any) -> Any:
         return getattr(importlib.import_module(library), name)
     except (ImportError, AttributeError):  # it has moved since
         return getattr(transformers, name, AutoModelForImageClassification)
+
+
+def _check_complete(model: Any, missing: Collection[str], config: Any, source: str) -> None:
+    """Refuse another model's file: transformers fills what it lacks at random, with only a log line.
+
+    The head may be missing, the adapter brings it; so may a little that is only there for pretraining.
+    """
+    heads = {name for place, name in (getattr(config, "layout", None) or {}).items() if place.startswith("head.")}
+    classes = len(getattr(config, "labels", None) or ())
+    heads |= {n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m.out_features == classes}
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    lost = [name for name in missing if name in sizes and name.rpartition(".")[0] not in heads]
+    if sum(sizes[name] for name in lost) > _SPARE * sum(sizes.values()):
+        raise HubError(
+            f"`{source}` lacks {len(lost)} of the {len(sizes)} weights of {type(model).__name__}, such as "
+            f"{sorted(lost)[0]}: it is another model. Give the one the adapter was trained on as `base=`."
+        )
 
 
 @contextmanager

@@ -29,6 +29,7 @@ from peft_bsr.errors import (  # noqa: E402
     TrainabilityError,
     UnsupportedModelError,
     UnsupportedPeftError,
+    UsageError,
 )
 from peft_bsr.hub import add_facts, load, load_image_processor, push_to_hub  # noqa: E402
 from peft_bsr.multitask import MoEConfig, MultitaskOutput, TaskConfig, record_usage  # noqa: E402
@@ -65,6 +66,7 @@ __all__ = [
     "TrainabilityError",
     "UnsupportedModelError",
     "UnsupportedPeftError",
+    "UsageError",
     "add_facts",
     "add_task",
     "export_task",

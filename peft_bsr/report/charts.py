@@ -84,12 +84,15 @@ def bar_chart(
     return _svg(height, _grid(0.0, top, height) + "".join(marks), x_label, y_label)
 
 
-def heat_map(rows: Sequence[Sequence[float]], colour: Callable[[float], str], x_label: str, y_label: str) -> str:
+def heat_map(
+    rows: Sequence[Sequence[float]], colour: Callable[[float], str], ends: tuple[int, int], x_label: str, y_label: str
+) -> str:
     """Cells, the first row at the bottom.
 
     Args:
         rows: Of equal length; more than 200 columns are thinned out.
         colour: Value -> fill.
+        ends: What stands under the first and the last column.
         x_label: Below.
         y_label: Above.
     """
@@ -108,8 +111,9 @@ def heat_map(rows: Sequence[Sequence[float]], colour: Callable[[float], str], x_
             )
         if index % math.ceil(14 / cell) == 0:
             marks.append(_text(_LEFT - 6, y + cell / 2 + 4, str(index), "end"))
-    ends = _text(_LEFT, height - 22, "1", "start") + _text(_WIDTH - _RIGHT, height - 22, str(length), "end")
-    return _svg(height, "".join(marks) + ends, x_label, y_label)
+    first, last = (str(end) for end in ends)
+    below = _text(_LEFT, height - 22, first, "start") + _text(_WIDTH - _RIGHT, height - 22, last, "end")
+    return _svg(height, "".join(marks) + below, x_label, y_label)
 
 
 def _svg(height: int, content: str, x_label: str, y_label: str) -> str:

@@ -134,13 +134,14 @@ def _budgets(record: RunRecord) -> str:
     def choice(value: float) -> str:
         return f"rgba(var(--hot), {0.9 if value else 0.12})"
 
+    ends = record.budgets[0].step, record.budgets[-1].step
+    title = f"budget of each block, {low:.2f} (pale) to {high:.2f} (strong)"
     charts = (
-        heat_map(budgets, shade, "optimizer step", f"budget of each block, {low:.2f} (pale) to {high:.2f} (strong)"),
-        heat_map(trained, choice, "optimizer step", "blocks that trained (strong)"),
+        heat_map(budgets, shade, ends, "optimizer step", title),
+        heat_map(trained, choice, ends, "optimizer step", "blocks that trained (strong)"),
     )
-    return _section(
-        "Budgets", '<div class="pair">' + "".join(f"<div>{chart}</div>" for chart in charts) + "</div>", True
-    )
+    both = "".join(f"<div>{chart}</div>" for chart in charts)
+    return _section("Budgets", f'<div class="pair">{both}</div>', True)
 
 
 def _settings(record: RunRecord) -> str:

@@ -39,7 +39,8 @@ examples:
   peft-bsr train --model google/vit-base-patch16-224-in21k --dataset beans --output outputs/beans
   peft-bsr show leaf.jpg --model outputs/beans/adapter
 
-MODEL is an id on the Hub or a folder, of a model or of an adapter. Exit codes: 0 done, 1 failed, 2 asked for what cannot be.
+MODEL is an id on the Hub or a folder, of a model or of an adapter.
+Exit codes: 0 done, 1 failed, 2 asked for what cannot be.
 """
 
 

@@ -29,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--optimizer", default="adamw", help="adamw, sgd_momentum or sgd (default adamw)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the model's")
     parser.add_argument("--labels", type=int, default=10, help="classes of the head (default 10)")
+    parser.add_argument("--limit", type=int, help="stop after so many ways (default: all)")
     parser.add_argument("--device", default="cpu", help="whose operations are counted (default cpu)")
 
 
@@ -45,6 +46,7 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
             optimizer=args.optimizer,
             dtype=getattr(torch, args.dtype) if args.dtype else None,
             device=args.device,
+            limit=args.limit,
         )
     rows = [
         (

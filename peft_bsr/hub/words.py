@@ -59,7 +59,7 @@ def _reductions(column: Column, plan: Plan) -> list[str]:
     left = _tokens_left(column, plan)
     dropped = "the others are fused into one token" if first.fuse else "the others are dropped"
     sentence = (
-        f"At {_blocks([index for index, _ in reduced])} {rate} of the patches stay, ranked "
+        f"At {_blocks([index for index, _ in reduced])}, {rate} of the patches stay, ranked "
         f"{_RANKED.get(first.score, first.score)}; {dropped}: {column.num_tokens} tokens become {_listed(left)}."
     )
     if plan.mode == "full_view":

@@ -59,9 +59,9 @@ def bar_chart(
         kinds: CSS class of each bar. Default all the same.
         x_label: Below.
         last: Name of the last bar, if it is no block.
-        top: Of the axis. Default by the largest value.
+        top: What the axis must reach. Default the largest value.
     """
-    top = top or _nice(max(values))
+    top = _nice(max(values) if top is None else top)
     height, step = 170, 1 / len(values)
     marks, names = [], [str(i) for i in range(len(values))]
     if last is not None:

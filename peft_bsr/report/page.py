@@ -69,7 +69,7 @@ def _curves(record: RunRecord) -> str:
         if shown:
             key = _key({f"s{number}": name for number, name in enumerate(shown)})
             charts.append(f"<div>{line_chart(shown, 'optimizer step', label)}{key}</div>")
-    return _section("Training", "".join(charts)) if charts else ""
+    return _section("Training", f'<div class="stack">{"".join(charts)}</div>') if charts else ""
 
 
 def _memory(record: RunRecord) -> str:
@@ -78,7 +78,7 @@ def _memory(record: RunRecord) -> str:
     top = max(max(values) for values in record.saved_by_block.values())
     charts = []
     for number, (name, values) in enumerate(record.saved_by_block.items()):
-        chart = bar_chart(values, "MiB an image", [f"s{number}"] * len(values), last="rest", top=_above(top))
+        chart = bar_chart(values, "MiB an image", [f"s{number}"] * len(values), last="rest", top=top)
         charts.append(f"<div>{chart}{_key({f's{number}': f'{name}: {sum(values):.3g} MiB in all'})}</div>")
     note = '<p class="quiet">Activations kept for backward by each block, one image.</p>'
     return _section("Memory over the blocks", f'{note}<div class="pair">{"".join(charts)}</div>', True)
@@ -113,7 +113,7 @@ def _kept(record: RunRecord) -> str:
     for row, image in enumerate(record.images):
         title = record.titles[row] if record.titles else "input"
         figures.append(_figure(image, title))
-        figures += [_figure(k.pictures[row], "" if row else f"block {k.block}: {k.share:.0%}") for k in record.kept]
+        figures += [_figure(k.pictures[row], f"block {k.block}: {k.share:.0%}", is_named=row == 0) for k in record.kept]
     columns = f"grid-template-columns: repeat({len(record.kept) + 1}, minmax(0, 1fr))"
     note = '<p class="quiet">Which patches are left behind each reduction; dropped ones are veiled.</p>'
     return _section("Kept tokens", f'{note}<div class="kept" style="{columns}">{"".join(figures)}</div>', True)
@@ -166,18 +166,14 @@ def _key(names: Mapping[str, str]) -> str:
     return f'<ul class="key">{items}</ul>'
 
 
-def _figure(image: np.ndarray, caption: str) -> str:
+def _figure(image: np.ndarray, caption: str, is_named: bool = True) -> str:
     picture = Image.fromarray((image * 255).round().astype(np.uint8))
     picture.thumbnail((_SIDE, _SIDE))
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
     source = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-    text = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
-    return f'<figure>{text}<img src="{source}" alt="{escape(caption)}"></figure>'
-
-
-def _above(value: float) -> float:
-    return value * 1.05
+    text = escape(caption) if is_named else "&nbsp;"  # a line all the same: pictures of a row stand level
+    return f'<figure><figcaption>{text}</figcaption><img src="{source}" alt="{escape(caption)}"></figure>'
 
 
 __all__ = ["write_report"]

@@ -22,6 +22,7 @@ p, ul { margin: 0 0 10px; } ul { padding-left: 20px; }
 main { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(440px, 100%), 1fr)); gap: 16px; }
 section { background: var(--raised); border-radius: 8px; padding: 16px; min-width: 0; }
 section.wide { grid-column: 1 / -1; }
+.stack { display: grid; gap: 16px; }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(300px, 100%), 1fr)); gap: 16px; }
 svg { display: block; width: 100%; max-width: 560px; height: auto; }
 svg text { font-size: 12px; fill: var(--quiet); }
@@ -40,7 +41,7 @@ th, td { text-align: right; padding: 6px 8px; border-bottom: 1px solid var(--rul
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 th { color: var(--quiet); font-weight: 600; }
 .facts td { text-align: left; overflow-wrap: anywhere; }
-.kept { display: grid; gap: 6px; max-width: 900px; }
+.kept { display: grid; gap: 6px; max-width: 760px; }
 .kept figure { margin: 0; min-width: 0; } .kept img { display: block; width: 100%; border-radius: 4px; }
 .kept figcaption { line-height: 1.25; margin-bottom: 4px; }
 pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; font: .8125rem/1.5 ui-monospace, Menlo, Consolas,

@@ -31,7 +31,7 @@ def test_a_card_says_what_is_known_and_nothing_else(make_adapter, tmp_path):
     snippet = card.text.split("```python\n")[1]
     assert snippet.startswith("import peft_bsr\n")
     assert "Of 4 blocks, all weights of block 3 train" in card.text
-    assert "At blocks 1 to 3 50% of the patches stay" in card.text
+    assert "At blocks 1 to 3, 50% of the patches stay" in card.text
     assert "17 tokens become" in card.text
     assert "More Information Needed" not in card.text, "PEFT's blank template"
     for heading in ("## Results", "## Measured", "## Kept tokens"):

@@ -34,7 +34,7 @@ def write_card(config: SavedConfig, folder: Path) -> None:
         folder: Where the adapter was saved.
     """
     facts: Facts = config.facts or Facts()
-    if facts.picture is not None and facts.picture.resolve() != (folder / PICTURE).resolve():
+    if facts.picture is not None and Path(facts.picture).resolve() != (folder / PICTURE).resolve():
         shutil.copyfile(facts.picture, folder / PICTURE)
     path = folder / "README.md"
     old = ModelCard.load(path, ignore_metadata_errors=True) if path.exists() else ModelCard("---\n{}\n---\n")
@@ -118,7 +118,7 @@ def _limits(config: Any, method: str) -> list[str]:
     return limits
 
 
-def _metadata(old: ModelCardData, config: SavedConfig, facts: Facts, base: str | None) -> ModelCardData:
+def _metadata(old: Any, config: SavedConfig, facts: Facts, base: str | None) -> ModelCardData:
     """Ours over what is there; a base model that is a path of some machine is no id, and the Hub would refuse it."""
     method = str(config.peft_type).rpartition(".")[2].lower()
     kept = {k: v for k, v in old.to_dict().items() if k not in ("model-index", "base_model", "eval_results")}

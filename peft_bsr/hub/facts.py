@@ -31,7 +31,7 @@ class Facts:
     metrics: Mapping[str, float] = field(default_factory=dict)
     costs: Mapping[str, Cost] = field(default_factory=dict)
     conditions: str | None = None
-    picture: Path | None = None
+    picture: str | Path | None = None
 
 
 def add_facts(model: nn.Module, *, adapter_name: str | None = None, **facts: Any) -> Facts:

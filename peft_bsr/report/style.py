@@ -35,19 +35,20 @@ svg .line { stroke: var(--c); } svg .bar, svg .dot { fill: var(--c); }
   color: var(--quiet); font-size: .875rem; }
 .key i { display: inline-block; width: 12px; height: 12px; border-radius: 3px; margin-right: 6px; background: var(--c);
   vertical-align: -1px; }
-.scroll { overflow-x: auto; }
+.scroll { overflow-x: auto; margin: 0 0 8px; }
 table { border-collapse: collapse; width: 100%; font-size: .875rem; font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: 6px 8px; border-bottom: 1px solid var(--rule); vertical-align: bottom; }
-th:first-child, td:first-child { text-align: left; padding-left: 0; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; min-width: 5.2em; }
 th { color: var(--quiet); font-weight: 600; }
 .facts td { text-align: left; overflow-wrap: anywhere; }
+.facts td:first-child { white-space: nowrap; overflow-wrap: normal; padding-right: 16px; width: 1%; }
 .kept { display: grid; gap: 6px; max-width: 760px; }
 .kept figure { margin: 0; min-width: 0; } .kept img { display: block; width: 100%; border-radius: 4px; }
 .kept figcaption { line-height: 1.25; margin-bottom: 4px; }
-pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; font: .8125rem/1.5 ui-monospace, Menlo, Consolas,
+pre { margin: 0 0 12px; white-space: pre-wrap; overflow-wrap: anywhere; font: .8125rem/1.5 ui-monospace, Menlo, Consolas,
   "DejaVu Sans Mono", monospace; }
 @media (max-width: 480px) { body { padding: 16px 12px 32px; } section { padding: 12px; }
-  .kept figcaption { font-size: .6875rem; } .headline { grid-template-columns: repeat(2, 1fr); }
+  svg text { font-size: 13.5px; } .kept figcaption { font-size: .6875rem; } .headline { grid-template-columns: repeat(2, 1fr); }
   .headline dd { font-size: 1.1rem; } th, td { padding: 6px 4px; } }
 """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from dataclasses import dataclass
 from types import ModuleType
@@ -61,7 +62,8 @@ def test_the_flags_of_a_plan_are_those_of_train():
     config = peft_bsr.BSRConfig(trainable_blocks="last:3", reduction_blocks=[], lean="max")
     flags = _flags(BudgetPlan(config, True, None, ""))
     assert flags[-2:] == ["--trainer", "gradient_checkpointing=true"]
-    assert make_config("bsr", read_pairs([flag for flag in flags[:-2] if flag != "--set"])) == config
+    typed = [word for word in shlex.split(" ".join(flags[:-2])) if word != "--set"]
+    assert make_config("bsr", read_pairs(typed)) == config
 
 
 def test_train_writes_all_it_says(trained, base, images):

@@ -121,7 +121,7 @@ def read_pairs(pairs: Sequence[str]) -> dict[str, Any]:
     """`["keep_rate=0.7", "trainable_blocks=last:3"]` as names and values; a value is JSON, or else YAML.
 
     Raises:
-        UsageError: If there is no `=`.
+        UsageError: If there is no `=`, or a value is not understood.
     """
     found = {}
     for pair in pairs:
@@ -131,7 +131,10 @@ def read_pairs(pairs: Sequence[str]) -> dict[str, Any]:
         try:
             found[name] = json.loads(text)  # YAML takes 1e-3 for a text
         except json.JSONDecodeError:
-            found[name] = yaml.safe_load(text)
+            try:
+                found[name] = yaml.safe_load(text)
+            except yaml.YAMLError as error:
+                raise UsageError(f"`{pair}` must be NAME=VALUE, with a value that is JSON or YAML.") from error
     return found
 
 

@@ -45,10 +45,11 @@ th { color: var(--quiet); font-weight: 600; }
 .kept { display: grid; gap: 6px; max-width: 760px; }
 .kept figure { margin: 0; min-width: 0; } .kept img { display: block; width: 100%; border-radius: 4px; }
 .kept figcaption { line-height: 1.25; margin-bottom: 4px; }
-pre { margin: 0 0 12px; white-space: pre-wrap; overflow-wrap: anywhere; font: .8125rem/1.5 ui-monospace, Menlo, Consolas,
-  "DejaVu Sans Mono", monospace; }
+pre { margin: 0 0 12px; white-space: pre-wrap; overflow-wrap: anywhere;
+  font: .8125rem/1.5 ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
 @media (max-width: 480px) { body { padding: 16px 12px 32px; } section { padding: 12px; }
-  svg text { font-size: 13.5px; } .kept figcaption { font-size: .6875rem; } .headline { grid-template-columns: repeat(2, 1fr); }
+  svg text { font-size: 13.5px; } .kept figcaption { font-size: .6875rem; }
+  .headline { grid-template-columns: repeat(2, 1fr); }
   .headline dd { font-size: 1.1rem; } th, td { padding: 6px 4px; } }
 """
 

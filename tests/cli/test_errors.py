@@ -27,6 +27,7 @@ from peft_bsr.cli.main import COMMANDS
         ),
         (["train", "--model", "{base}", "--set", "keep_rate=2"], "BSRConfig: `keep_rate=2`"),
         (["train", "--model", "{base}", "--set", "keep_rate"], "`keep_rate` must be NAME=VALUE"),
+        (["train", "--model", "{base}", "--set", "layers=[1"], "`layers=[1` must be NAME=VALUE, with a value that"),
         (["train", "--model", "{base}", "--trainer", "fp61=true"], "`fp61` is no field of TrainingArguments"),
         (["train", "--model", "{base}", "--trainer", "seed=1"], "`--trainer seed=...`: it has a flag of its own"),
         (["train", "--model", "{base}", "--resume", "--output", "nowhere"], "there is no checkpoint in `nowhere"),

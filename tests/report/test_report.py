@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from peft_bsr import BSRConfig
+from peft_bsr import BSRConfig, probe_column
 from peft_bsr.cost import Cost, saved_activations
 from peft_bsr.hub import plan_in_words
 from peft_bsr.report import RunRecord, saved_by_block, write_report
@@ -104,10 +104,8 @@ def test_blocks_have_the_colour_of_what_they_do(model, tmp_path):
 def test_memory_of_blocks_adds_up(config, make_model, images):
     model = make_model()
     model.requires_grad_(True)
-    model = get_peft_model(model, config) if config else model
+    model = get_peft_model(model, config).eval() if config else model
     batch = {"pixel_values": images, "labels": torch.tensor([0, 1])}
-    from peft_bsr import probe_column
-
     column = model.base_model.column if config else probe_column(model)
     found = saved_by_block(model, batch, column)
     assert not model.training

@@ -39,8 +39,20 @@ class FeatureCacheError(PeftBsrError, ValueError):
     """A feature cache does not belong to this model or these samples, is not complete, or has no room."""
 
 
+class DatasetError(PeftBsrError, ValueError):
+    """A data set does not exist, or has no labelled images."""
+
+
+class HubError(PeftBsrError, ValueError):
+    """An adapter or its base model cannot be found or does not fit; the message says where it was looked for."""
+
+
 class TrainabilityError(PeftBsrError, RuntimeError):
     """What was to train does not; the message names it."""
+
+
+class UsageError(PeftBsrError, ValueError):
+    """The command line was asked for what cannot be; it ends with exit code 2."""
 
 
 class AdapterNameWarning(UserWarning):

@@ -35,7 +35,7 @@ class ALaSTConfig(BlockConfig):
     in the importance.
 
     `mode`, `score`, `trainable`, `r`, `lora_alpha`, `init_weights`, `target_modules`, `exclude_modules`,
-    `modules_to_save`, `lean`, `saved_activations` and `layout` are those of `BSRConfig`.
+    `modules_to_save`, `lean`, `saved_activations`, `layout` and `labels` are those of `BSRConfig`.
 
     Args:
         trainable_blocks_per_step: K. Default None: three quarters of the blocks (9 of 12).

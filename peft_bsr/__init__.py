@@ -21,6 +21,7 @@ from peft_bsr.errors import (  # noqa: E402
     AdapterError,
     AdapterNameWarning,
     ConfigError,
+    ExportError,
     FeatureCacheError,
     PeftBsrError,
     ReductionNotMergedWarning,
@@ -28,6 +29,7 @@ from peft_bsr.errors import (  # noqa: E402
     UnsupportedModelError,
     UnsupportedPeftError,
 )
+from peft_bsr.export import ExportReport, export  # noqa: E402
 from peft_bsr.multitask import MoEConfig, MultitaskOutput, TaskConfig, record_usage  # noqa: E402
 from peft_bsr.training import FeatureCache  # noqa: E402
 from peft_bsr.tuners import ALaSTConfig, ALaSTModel, BSRConfig, BSRModel, SynQTConfig, SynQTModel  # noqa: E402
@@ -44,6 +46,8 @@ __all__ = [
     "BSRModel",
     "Column",
     "ConfigError",
+    "ExportError",
+    "ExportReport",
     "FamilyRule",
     "FeatureCache",
     "FeatureCacheError",
@@ -61,6 +65,7 @@ __all__ = [
     "UnsupportedModelError",
     "UnsupportedPeftError",
     "add_task",
+    "export",
     "export_task",
     "probe_column",
     "record_routes",

@@ -39,6 +39,10 @@ class FeatureCacheError(PeftBsrError, ValueError):
     """A feature cache does not belong to this model or these samples, is not complete, or has no room."""
 
 
+class ExportError(PeftBsrError, ValueError):
+    """A model cannot be written in a format, a package for it is missing, or what was written computes otherwise."""
+
+
 class TrainabilityError(PeftBsrError, RuntimeError):
     """What was to train does not; the message names it."""
 

@@ -10,7 +10,19 @@ import pytest
 import peft_bsr
 
 ROOT = Path(peft_bsr.__file__).parent
-LAYERS = ["errors", "core", "backbones", "engine", "registration", "multitask", "tuners", "training", "cost", "viz", "export"]
+LAYERS = [
+    "errors",
+    "core",
+    "backbones",
+    "engine",
+    "registration",
+    "multitask",
+    "tuners",
+    "training",
+    "cost",
+    "viz",
+    "export",
+]
 OUTSIDE = {"core": {"torch"}, "backbones": {"torch", "transformers"}, "engine": {"torch"}}
 STANDARD = {
     "__future__",

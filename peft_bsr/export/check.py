@@ -34,7 +34,7 @@ class ExportReport:
         versions: Of Python, torch and what runs the file.
         max_difference: Largest absolute difference of its outputs from PyTorch's; None where it was not checked.
         batch_size: Images in the timed batch.
-        threads: Of the CPU that computed it.
+        threads: That computed it; None where the runtime chooses.
         seconds: Median time of that batch; None where it was not checked.
         unreduced_seconds: The same of the model without token reduction, in the same format, quantised as the file is;
             None where it was not checked or nothing is reduced.
@@ -78,7 +78,8 @@ class ExportReport:
                 lines[-1] += (
                     f", {1e3 * self.unreduced_seconds:.1f} ms without token reduction: {self.speedup:.2f} x faster"
                 )
-            lines[-1] += f" (CPU, {self.threads} threads, median of {_REPEATS}, in turn)"
+            threads = "its runtime's" if self.threads is None else self.threads
+            lines[-1] += f" (CPU, {threads} threads, median of {_REPEATS}, in turn)"
         lines.append(", ".join(f"{name} {version}" for name, version in self.versions.items()))
         return "\n".join(lines)
 

@@ -165,7 +165,7 @@ def _checked(
         report,
         max_difference=difference,
         batch_size=len(images),
-        threads=torch.get_num_threads(),
+        threads=torch.get_num_threads() if FORMATS[report.format].takes_threads else None,
         seconds=seconds["reduced"],
         unreduced_seconds=seconds.get("unreduced"),
     )

@@ -28,10 +28,11 @@ class Format:
     Attributes:
         ending: Of its files' names.
         write: (model, sample images, path, whether a batch of any size must run).
-        load: path -> a function of images that runs the file, on `torch.get_num_threads()` threads if it can be told.
+        load: path -> a function of images that runs the file.
         packages: What it needs, as they are imported.
         install: How to get them.
         any_batch: Whether a file can take batches of any size.
+        takes_threads: Whether `load` runs it on `torch.get_num_threads()` threads, not on as many as it likes.
     """
 
     ending: str
@@ -40,6 +41,7 @@ class Format:
     packages: tuple[str, ...] = ()
     install: str = ""
     any_batch: bool = True
+    takes_threads: bool = True
 
     def check_installed(self, name: str) -> None:
         """Raise what is missing.
@@ -97,14 +99,17 @@ def quantize_onnx(path: Path, to: Path) -> None:
         path: An ONNX file.
         to: The file to write.
     """
+    import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
+    model = onnx.load(path)
+    del model.graph.value_info[:]  # noted shapes that its own inference of transposed weights contradicts
     logger = logging.getLogger()  # it advises, on the root logger, to run a preprocessing that dynamic batches fail
     before, logger.disabled = logger.disabled, True
     try:
         # without Conv: onnxruntime has no int8 kernel for the patch embedding on every CPU
         quantize_dynamic(
-            path, to, op_types_to_quantize=["MatMul", "Gemm"], per_channel=True, weight_type=QuantType.QInt8
+            model, to, op_types_to_quantize=["MatMul", "Gemm"], per_channel=True, weight_type=QuantType.QInt8
         )
     finally:
         logger.disabled = before
@@ -158,7 +163,13 @@ FORMATS = {
     ),
     "torch.export": Format(".pt2", _write_program, _load_program),
     "executorch": Format(
-        ".pte", _write_executorch, _load_executorch, ("executorch",), "pip install executorch", any_batch=False
+        ".pte",
+        _write_executorch,
+        _load_executorch,
+        ("executorch",),
+        "pip install executorch",
+        any_batch=False,
+        takes_threads=False,
     ),
 }
 

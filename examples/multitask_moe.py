@@ -25,14 +25,15 @@ from accelerate.utils import set_seed
 from datasets import Dataset, load_dataset
 from peft import get_peft_model
 from torch.utils.data import DataLoader
-from transformers import AutoImageProcessor, AutoModelForImageClassification, get_cosine_schedule_with_warmup
+from transformers import AutoModelForImageClassification, get_cosine_schedule_with_warmup
 
 from peft_bsr import BSRConfig, MoEConfig, TaskConfig
 from peft_bsr.training import TaskBatchSampler, TaskDataset, collate_tasks
+from peft_bsr.training.images import load_images, load_processor, to_pixels
 from peft_bsr.training.metrics import add_outputs, metric_of
 
 sys.path.insert(0, str(Path(__file__).parent))
-from quickstart import find_model, image_size_of, load_images, make_parser, to_model_inputs
+from quickstart import find_model, make_parser, size_of
 
 
 class Progress:
@@ -73,7 +74,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def made_of_digits() -> dict[str, tuple[TaskConfig, Dataset, Dataset]]:
     """Three tasks on the same images, of two kinds."""
-    data, _, _ = load_images(None)
+    images = load_images()
+    data = {"train": images.train, "test": images.test}
     ink = {split: [float(np.asarray(image).mean() / 128 - 0.6) for image in data[split]["image"]] for split in data}
     labels = {split: np.array(data[split]["label"]) for split in data}
     tasks = {"digits": TaskConfig("digits", 10), "odd": TaskConfig("odd", 2), "ink": TaskConfig("ink", 1, "regression")}
@@ -99,7 +101,8 @@ def load_tasks(args: argparse.Namespace) -> dict[str, tuple[TaskConfig, Dataset,
             columns = data["train"].column_names
             image, label = (next(c for c in columns if word in c) for word in ("im", "label"))
         else:
-            data, image, label = load_images(source)
+            images, image, label = load_images(source), "image", "label"
+            data = {"train": images.train, "test": images.test}
         classes = len(data["train"].unique(label))
         renamed = {old: new for old, new in ((image, "image"), (label, "label")) if old != new}
         both = [data[split].select_columns([image, label]).rename_columns(renamed) for split in ("train", "test")]
@@ -114,13 +117,13 @@ def load_tasks(args: argparse.Namespace) -> dict[str, tuple[TaskConfig, Dataset,
     }
 
 
-def with_pixels(data: Dataset, task: TaskConfig, size: int, processor: Any) -> Dataset:
+def with_pixels(data: Dataset, task: TaskConfig, processor: Any) -> Dataset:
     """The same with `pixel_values` and `labels`, made when they are asked for."""
     is_number = task.kind == "regression"
 
     def preprocess(rows: dict[str, list[Any]]) -> dict[str, Any]:
         labels = [torch.tensor([label], dtype=torch.float32) if is_number else label for label in rows["label"]]
-        return {"pixel_values": list(to_model_inputs(rows["image"], size, processor)), "labels": labels}
+        return {"pixel_values": list(to_pixels(rows["image"], processor)), "labels": labels}
 
     return data.with_transform(preprocess)
 
@@ -179,17 +182,16 @@ def main() -> None:
     parts = load_tasks(args)
     tasks = [task for task, _, _ in parts.values()]
     source, model_name = find_model(args.model)
-    processor = AutoImageProcessor.from_pretrained(source)
-    size = args.image_size or (112 if args.model is None else image_size_of(source))
+    processor = load_processor(source, size_of(args))
     moe = MoEConfig(args.experts, args.top_k, expert_type=args.expert_type) if args.experts else None
     base = AutoModelForImageClassification.from_pretrained(source)
     model = get_peft_model(base, BSRConfig(tasks=tasks, moe=moe, keep_rate=args.keep_rate)).train()
 
-    train = TaskDataset({name: with_pixels(d, task, size, processor) for name, (task, d, _) in parts.items()})
+    train = TaskDataset({name: with_pixels(d, task, processor) for name, (task, d, _) in parts.items()})
     sampler = TaskBatchSampler(train, args.batch_size, args.sampler, seed=args.seed)
     loader = DataLoader(train, batch_sampler=sampler, collate_fn=collate_tasks)
     tests = {
-        name: DataLoader(with_pixels(d, task, size, processor), batch_size=64, collate_fn=collate_tasks)
+        name: DataLoader(with_pixels(d, task, processor), batch_size=64, collate_fn=collate_tasks)
         for name, (task, _, d) in parts.items()
     }
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.learning_rate)

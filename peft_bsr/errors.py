@@ -39,6 +39,14 @@ class FeatureCacheError(PeftBsrError, ValueError):
     """A feature cache does not belong to this model or these samples, is not complete, or has no room."""
 
 
+class DatasetError(PeftBsrError, ValueError):
+    """A data set does not exist, or has no labelled images."""
+
+
+class HubError(PeftBsrError, ValueError):
+    """An adapter or its base model cannot be found or does not fit; the message says where it was looked for."""
+
+
 class ExportError(PeftBsrError, ValueError):
     """A model cannot be written in a format, a package for it is missing, or what was written computes otherwise."""
 

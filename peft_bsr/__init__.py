@@ -32,6 +32,7 @@ from peft_bsr.errors import (  # noqa: E402
     UnsupportedPeftError,
 )
 from peft_bsr.export import ExportReport, export  # noqa: E402
+from peft_bsr.hub import add_facts, load, load_image_processor, push_to_hub  # noqa: E402
 from peft_bsr.multitask import MoEConfig, MultitaskOutput, TaskConfig, record_usage  # noqa: E402
 from peft_bsr.training import FeatureCache  # noqa: E402
 from peft_bsr.tuners import ALaSTConfig, ALaSTModel, BSRConfig, BSRModel, SynQTConfig, SynQTModel  # noqa: E402
@@ -68,10 +69,14 @@ __all__ = [
     "TrainabilityError",
     "UnsupportedModelError",
     "UnsupportedPeftError",
+    "add_facts",
     "add_task",
     "export",
     "export_task",
+    "load",
+    "load_image_processor",
     "probe_column",
+    "push_to_hub",
     "record_routes",
     "record_usage",
     "register_family",

@@ -21,8 +21,9 @@ LAYERS = [
     "training",
     "cost",
     "viz",
-    "export",
+    "hub",
 ]
+LAYERS += ["report", "export", "cli"]  # what a user looks at
 OUTSIDE = {"core": {"torch"}, "backbones": {"torch", "transformers"}, "engine": {"torch"}}
 STANDARD = {
     "__future__",

@@ -7,12 +7,11 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from peft import PeftConfig
-
 from peft_bsr.backbones import Column
 from peft_bsr.engine import Lean, Plan
 from peft_bsr.errors import ConfigError
 from peft_bsr.tuners.reductions import as_list, check_choice, write_down
+from peft_bsr.tuners.saved import SavedConfig
 
 Trainable = Literal["full", "lora"]
 LeanLevel = Literal["off", "exact", "max"]
@@ -21,7 +20,7 @@ _MODULE_LISTS = ("target_modules", "exclude_modules", "modules_to_save")
 
 
 @dataclass
-class BlockConfig(PeftConfig):
+class BlockConfig(SavedConfig):
     """Base of the configurations of methods that train blocks under a plan; not for use by itself.
 
     Args:
@@ -50,6 +49,7 @@ class BlockConfig(PeftConfig):
             Gradients have an error of about 1 % then. Default `"full"`.
         layout: Canonical place -> name in the model of each trained module. Written when the adapter is attached; by
             it a file that was saved on another layout of the same model (other module names) is read.
+        labels: Names of the classes. Written when the adapter is attached, for `peft_bsr.load`.
     """
 
     mode: str | None = field(

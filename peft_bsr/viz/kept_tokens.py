@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
@@ -10,11 +11,56 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from peft_bsr.core import Route
 from peft_bsr.engine import record_routes
 
 _VEIL = np.array([0.30, 0.42, 0.62])  # a blue that neither black nor white backgrounds have
 _OPACITY = 0.8  # how much of a dropped patch the veil hides
+
+
+@dataclass(frozen=True)
+class KeptTokens:
+    """What is left of some images behind one reduction.
+
+    Attributes:
+        block: Index of the block.
+        share: Of the patches that are left by themselves.
+        pictures: [B, H, W, 3] in 0 to 1, dropped patches veiled.
+    """
+
+    block: int
+    share: float
+    pictures: np.ndarray
+
+
+def kept_tokens(model: nn.Module, pixel_values: Tensor, images: np.ndarray) -> list[KeptTokens]:
+    """Run the model and veil what each reduction dropped.
+
+    Args:
+        model: See `draw_kept_tokens`.
+        pixel_values: See `draw_kept_tokens`.
+        images: See `draw_kept_tokens`.
+
+    Returns:
+        One a reduction, in the order of the blocks.
+
+    Raises:
+        ValueError: If the model has no adapter of ours, or none that reduces tokens.
+    """
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), record_routes(model) as routes:
+            model(pixel_values=pixel_values)
+    finally:
+        model.train(training)
+    if not routes:
+        raise ValueError("the model dropped no tokens: its adapter keeps all of them in evaluation, or is disabled.")
+    found = []
+    for block, route in routes:
+        alive = route.alive().cpu().numpy()
+        pictures = [_veil(_coloured(image), kept) for image, kept in zip(images, alive, strict=True)]
+        found.append(KeptTokens(block, float(alive.mean()), np.stack(pictures)))
+    return found
 
 
 def draw_kept_tokens(
@@ -37,26 +83,17 @@ def draw_kept_tokens(
     Raises:
         ValueError: If the model has no adapter of ours, or none that reduces tokens.
     """
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), record_routes(model) as routes:
-            model(pixel_values=pixel_values)
-    finally:
-        model.train(training)
-    if not routes:
-        raise ValueError("the model dropped no tokens: its adapter has `keep_rate=1.0` or is disabled.")
+    kept = kept_tokens(model, pixel_values, images)
     rows = len(images)
     # a Figure of its own, not pyplot: no global state, no window
-    figure = Figure(figsize=(1.6 * (len(routes) + 1), 1.6 * rows + 0.5), layout="constrained")
-    axes = figure.subplots(rows, len(routes) + 1, squeeze=False)
-    titles_above = ["input", *(f"block {block}: {_share(route)} kept" for block, route in routes)]
+    figure = Figure(figsize=(1.6 * (len(kept) + 1), 1.6 * rows + 0.5), layout="constrained")
+    axes = figure.subplots(rows, len(kept) + 1, squeeze=False)
+    titles_above = ["input", *(f"block {behind.block}: {behind.share:.0%} kept" for behind in kept)]
     for row, image in enumerate(images):
-        colour = image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=-1)
-        axes[row, 0].imshow(colour)
+        axes[row, 0].imshow(_coloured(image))
         axes[row, 0].set_ylabel(titles[row] if titles else "")
-        for axis, (_, route) in zip(axes[row, 1:], routes, strict=True):
-            axis.imshow(_veil(colour, route.alive()[row].cpu().numpy()))
+        for axis, behind in zip(axes[row, 1:], kept, strict=True):
+            axis.imshow(behind.pictures[row])
     for axis, text in zip(axes[0], titles_above, strict=True):
         axis.set_title(text, fontsize=8)
     for axis in axes.flat:
@@ -67,8 +104,8 @@ def draw_kept_tokens(
     return Path(path)
 
 
-def _share(route: Route) -> str:
-    return f"{route.alive().float().mean():.0%}"
+def _coloured(image: np.ndarray) -> np.ndarray:
+    return image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=-1)
 
 
 def _veil(image: np.ndarray, alive: np.ndarray) -> np.ndarray:

@@ -50,7 +50,7 @@ class ALaSTConfig(BlockConfig):
         preset: `"paper"` = alpha `"lr"`, delta_reduction `"paper"`, selection `"sample"`, train_embeddings True, where
             these are not given.
         mode, score, trainable, r, lora_alpha, init_weights, target_modules, exclude_modules, modules_to_save, lean,
-            saved_activations, layout: See `BSRConfig`.
+            saved_activations, layout, labels: See `BSRConfig`.
 
     Raises:
         ConfigError: Naming every value that cannot be.

@@ -74,7 +74,7 @@ class BSRConfig(BlockConfig):
             Gradients have an error of about 1 % then. Default `"full"`.
         layout: Canonical place -> name in the model of each trained module. Written when the adapter is attached; by
             it a file that was saved on another layout of the same model (other module names) is read.
-
+        labels: Names of the classes. Written when the adapter is attached, for `peft_bsr.load`.
         tasks: Several tasks, name -> number of classes or `TaskConfig`; each gets a head in the classifier's place, and
             the model is called with `task=` or `task_ids=`. Kept as a list, because files sort names. Default None.
         task_weights: Name -> weight of the task's loss; 1 where there is none. Default None.

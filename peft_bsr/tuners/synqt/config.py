@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
-from peft import PeftConfig
-
 from peft_bsr.backbones import Column
 from peft_bsr.engine import BlockPlan, KeptTokens, Plan
 from peft_bsr.errors import ConfigError
 from peft_bsr.registration import extend_peft_type
 from peft_bsr.tuners.reductions import check_choice, check_indices, check_reductions, check_within, resolve_reductions
+from peft_bsr.tuners.saved import SavedConfig
 
 _SIZES = ("num_queries", "bottleneck", "attention_bottleneck")
 _SCALES = ("feature_scale", "attention_scale", "ffn_scale")
@@ -19,7 +18,7 @@ _RATES = ("dropout", "drop_path")
 
 
 @dataclass
-class SynQTConfig(PeftConfig):
+class SynQTConfig(SavedConfig):
     """Configuration of Synthesized Query Tuning: learned queries read a frozen backbone, a fusing head classifies.
 
     The backbone runs without gradients; what trains are prompts, small adapters that make queries of them, and a head
@@ -48,6 +47,7 @@ class SynQTConfig(PeftConfig):
         kept_tokens: How the one token tensor of each layer is kept for backward: `"full"` (as it is), `"bfloat16"`,
             `"float16"` or `"int8"` (256 steps, rounded stochastically). The forward does not change. Default `"full"`.
         target_modules: Has to stay None: the blocks that are read are `layers`.
+        labels: Names of the classes. Written when the adapter is attached, for `peft_bsr.load`.
 
     Raises:
         ConfigError: Naming every value that cannot be.

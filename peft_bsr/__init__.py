@@ -30,6 +30,7 @@ from peft_bsr.errors import (  # noqa: E402
     TrainabilityError,
     UnsupportedModelError,
     UnsupportedPeftError,
+    UsageError,
 )
 from peft_bsr.export import ExportReport, export  # noqa: E402
 from peft_bsr.hub import add_facts, load, load_image_processor, push_to_hub  # noqa: E402
@@ -69,6 +70,7 @@ __all__ = [
     "TrainabilityError",
     "UnsupportedModelError",
     "UnsupportedPeftError",
+    "UsageError",
     "add_facts",
     "add_task",
     "export",

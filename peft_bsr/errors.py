@@ -55,6 +55,10 @@ class TrainabilityError(PeftBsrError, RuntimeError):
     """What was to train does not; the message names it."""
 
 
+class UsageError(PeftBsrError, ValueError):
+    """The command line was asked for what cannot be; it ends with exit code 2."""
+
+
 class AdapterNameWarning(UserWarning):
     """An adapter is called like a module: saving another one beside it would lose weights."""
 

@@ -41,7 +41,7 @@ class KeptTokens:
     pictures: np.ndarray
 
 
-def kept_tokens(model: nn.Module, pixel_values: Tensor, images: np.ndarray) -> list[KeptTokens]:
+def kept_token_pictures(model: nn.Module, pixel_values: Tensor, images: np.ndarray) -> list[KeptTokens]:
     """Run the model and veil what each reduction dropped.
 
     Args:
@@ -114,7 +114,7 @@ def draw_kept_tokens(
     Raises:
         ValueError: If the model has no adapter of ours, or none that reduces tokens.
     """
-    kept = kept_tokens(model, pixel_values, images)
+    kept = kept_token_pictures(model, pixel_values, images)
     rows = len(images)
     # a Figure of its own, not pyplot: no global state, no window
     figure = Figure(figsize=(1.6 * (len(kept) + 1), 1.6 * rows + 0.5), layout="constrained")

@@ -95,6 +95,9 @@ def _load_onnx(path: Path) -> Run:
 def quantize_onnx(path: Path, to: Path) -> None:
     """Weights of Linear modules in int8, a scale for each output; what they multiply is quantised as it comes.
 
+    Those that take more than they give stay in fp32: behind an MLP's activation a few values are so large that one
+    scale for all loses the rest. On ViT-Ti with keep .5, 17 of 32 images kept their class with, 31 without them.
+
     Args:
         path: An ONNX file.
         to: The file to write.
@@ -104,12 +107,18 @@ def quantize_onnx(path: Path, to: Path) -> None:
 
     model = onnx.load(path)
     del model.graph.value_info[:]  # noted shapes that its own inference of transposed weights contradicts
+    narrowing = {w.name for w in model.graph.initializer if len(w.dims) == 2 and w.dims[0] > w.dims[1]}
+    excluded = [node.name for node in model.graph.node if node.op_type == "MatMul" and node.input[1] in narrowing]
     logger = logging.getLogger()  # it advises, on the root logger, to run a preprocessing that dynamic batches fail
     before, logger.disabled = logger.disabled, True
     try:
-        # without Conv: onnxruntime has no int8 kernel for the patch embedding on every CPU
         quantize_dynamic(
-            model, to, op_types_to_quantize=["MatMul", "Gemm"], per_channel=True, weight_type=QuantType.QInt8
+            model,
+            to,
+            op_types_to_quantize=["MatMul", "Gemm"],  # the patch embedding's convolution is 1 % of the work
+            per_channel=True,
+            weight_type=QuantType.QInt8,
+            nodes_to_exclude=excluded,
         )
     finally:
         logger.disabled = before

@@ -15,7 +15,7 @@ from peft_bsr.backbones import probe_column
 from peft_bsr.engine import BlockScores, record_scores
 from peft_bsr.tuners.routed import find_routers
 
-_COLUMNS = 6  # pictures side by side; a ViT-B's blocks fill two lines
+_COLUMNS = 7  # pictures side by side at most; a ViT-B's input and 12 blocks fill two lines
 
 
 def draw_attention(model: nn.Module, pixel_values: Tensor, image: np.ndarray, path: str | Path) -> Path:
@@ -45,8 +45,9 @@ def draw_attention(model: nn.Module, pixel_values: Tensor, image: np.ndarray, pa
     if not found:
         raise ValueError(f"the attention of {type(model).__name__} does not show its weights or queries.")
     lines = -(-(len(found) + 1) // _COLUMNS)
-    figure = Figure(figsize=(1.7 * _COLUMNS, 1.9 * lines), layout="constrained")
-    axes = figure.subplots(lines, _COLUMNS, squeeze=False).flatten()
+    columns = -(-(len(found) + 1) // lines)
+    figure = Figure(figsize=(1.6 * columns, 1.8 * lines), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False).flatten()
     axes[0].imshow(image, cmap="gray", vmin=0, vmax=1)
     axes[0].set_title("input", fontsize=8)
     palette = colormaps["magma"].with_extremes(bad="0.75")

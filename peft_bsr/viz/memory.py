@@ -71,7 +71,7 @@ def draw_saved_memory(models: Mapping[str, nn.Module], batch: Mapping[str, Tenso
         )
     parts = next(iter(found.values()))
     places, width = np.arange(len(parts)), 0.8 / len(found)
-    figure = Figure(figsize=(max(6.0, 0.6 * len(parts)), 3.2), layout="constrained")
+    figure = Figure(figsize=(max(8.0, 0.6 * len(parts)), 3.2), layout="constrained")
     axis = figure.subplots()
     for number, (name, saved) in enumerate(found.items()):
         heights = np.array(list(saved.values())) / 2**20
@@ -81,7 +81,7 @@ def draw_saved_memory(models: Mapping[str, nn.Module], batch: Mapping[str, Tenso
     axis.set_xlabel("block")
     axis.set_ylabel("kept for backward, MiB an image", fontsize=8)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize=8)
+    figure.legend(loc="outside upper center", ncols=4, frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
     return Path(path)
 

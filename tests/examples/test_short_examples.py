@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import runpy
 import sys
 from pathlib import Path
@@ -77,3 +78,18 @@ def test_export_onnx(run, tmp_path):
     assert "pixel_values [any, 3, 16, 16], 17 tokens into the first block" in printed
     assert "x faster" in printed
     assert "accuracy of the file on 100 test images: 0." in printed
+
+
+def test_the_cells_of_the_notebook(run, tmp_path):
+    pytest.importorskip("onnxruntime")
+    cells = json.loads((EXAMPLES / "quickstart.ipynb").read_text())["cells"]
+    codes = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert codes[0]["metadata"]["tags"] == ["parameters"]
+    assert not any(cell["outputs"] for cell in codes), "committed without outputs"
+    names = {"__name__": "notebook"}
+    exec("".join(codes[0]["source"]), names)
+    names |= {"MODEL": "model", "EPOCHS": 0.02, "OUTPUT": "out"}
+    for cell in codes[1:]:
+        exec("".join(cell["source"]), names)
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"memory.png", "kept_tokens.png", "attention.png", "adapter", "model.onnx"} <= written

@@ -22,6 +22,7 @@ from peft_bsr.errors import (  # noqa: E402
     AdapterNameWarning,
     ConfigError,
     DatasetError,
+    ExportError,
     FeatureCacheError,
     HubError,
     PeftBsrError,
@@ -31,6 +32,7 @@ from peft_bsr.errors import (  # noqa: E402
     UnsupportedPeftError,
     UsageError,
 )
+from peft_bsr.export import ExportReport, export  # noqa: E402
 from peft_bsr.hub import add_facts, load, load_image_processor, push_to_hub  # noqa: E402
 from peft_bsr.multitask import MoEConfig, MultitaskOutput, TaskConfig, record_usage  # noqa: E402
 from peft_bsr.training import FeatureCache  # noqa: E402
@@ -49,6 +51,8 @@ __all__ = [
     "Column",
     "ConfigError",
     "DatasetError",
+    "ExportError",
+    "ExportReport",
     "FamilyRule",
     "FeatureCache",
     "FeatureCacheError",
@@ -69,6 +73,7 @@ __all__ = [
     "UsageError",
     "add_facts",
     "add_task",
+    "export",
     "export_task",
     "load",
     "load_image_processor",

@@ -47,6 +47,10 @@ class HubError(PeftBsrError, ValueError):
     """An adapter or its base model cannot be found or does not fit; the message says where it was looked for."""
 
 
+class ExportError(PeftBsrError, ValueError):
+    """A model cannot be written in a format, a package for it is missing, or what was written computes otherwise."""
+
+
 class TrainabilityError(PeftBsrError, RuntimeError):
     """What was to train does not; the message names it."""
 

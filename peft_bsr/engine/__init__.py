@@ -7,6 +7,7 @@ from peft_bsr.engine.parking import Parking
 from peft_bsr.engine.plan import BlockPlan, Lean, Mode, Plan, ReduceAt, Reduction
 from peft_bsr.engine.query_path import KeptTokens, QueryPath
 from peft_bsr.engine.record import find_carrier, record_routes
+from peft_bsr.engine.record_scores import BlockScores, record_scores
 from peft_bsr.engine.runner import ROUTER, BlockRouter, attach_router, detach_router
 from peft_bsr.engine.verify import verify_plan
 from peft_bsr.engine.verify_lean import verify_lean
@@ -17,6 +18,7 @@ __all__ = [
     "ROUTER",
     "BlockPlan",
     "BlockRouter",
+    "BlockScores",
     "KeptTokens",
     "Lean",
     "Mode",
@@ -32,6 +34,7 @@ __all__ = [
     "find_carrier",
     "plain_mlp",
     "record_routes",
+    "record_scores",
     "run_from",
     "run_until",
     "verify_lean",

@@ -136,6 +136,10 @@ class Plan:
         blocks = tuple(replace(b, reduction=b.reduction and replace(b.reduction, **changes)) for b in self.blocks)
         return Plan(blocks, mode or self.mode)
 
+    def without_reductions(self) -> Plan:
+        """A plan that keeps all tokens."""
+        return Plan(tuple(replace(block, reduction=None) for block in self.blocks), self.mode)
+
     def with_lean(self, lean: Lean | None) -> Plan:
         """A plan whose blocks in the graph run lean; the others keep nothing anyway."""
         return Plan(tuple(replace(block, lean=lean if block.in_graph else None) for block in self.blocks), self.mode)

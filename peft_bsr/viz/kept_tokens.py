@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -11,7 +13,9 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from peft_bsr.engine import record_routes
+from peft_bsr.core import Route
+from peft_bsr.engine import BlockScores, record_routes, record_scores
+from peft_bsr.tuners.routed import find_routers
 
 _VEIL = np.array([0.30, 0.42, 0.62])  # a blue that neither black nor white backgrounds have
 _OPACITY = 0.8  # how much of a dropped patch the veil hides
@@ -24,11 +28,16 @@ class KeptTokens:
     Attributes:
         block: Index of the block.
         share: Of the patches that are left by themselves.
+        dropped_mass: [B], attention (what tokens are ranked by; 1 is the sum over all tokens of the block) that what
+            it dropped had: the sum of the weights in the fused token, where there is one.
+        is_fused: Whether there is.
         pictures: [B, H, W, 3] in 0 to 1, dropped patches veiled.
     """
 
     block: int
     share: float
+    dropped_mass: np.ndarray
+    is_fused: bool
     pictures: np.ndarray
 
 
@@ -48,8 +57,17 @@ def kept_token_pictures(model: nn.Module, pixel_values: Tensor, images: np.ndarr
     """
     training = model.training
     model.eval()
+    wrapped: Any = model
+    base = wrapped.get_base_model() if hasattr(model, "get_base_model") else model
+    routers = find_routers(model)
+    plan = routers[0].plan if routers else None
+    reductions = {} if plan is None else {i: b.reduction for i, b in enumerate(plan.blocks) if b.reduction}
     try:
-        with torch.no_grad(), record_routes(model) as routes:
+        with torch.no_grad(), record_routes(model) as routes, ExitStack() as watching:
+            scores: list[BlockScores] = []
+            if reductions:
+                kind = next(iter(reductions.values())).score  # a plan ranks by one
+                scores = watching.enter_context(record_scores(base, routers[0].column, kind))
             model(pixel_values=pixel_values)
     finally:
         model.train(training)
@@ -59,8 +77,19 @@ def kept_token_pictures(model: nn.Module, pixel_values: Tensor, images: np.ndarr
     for block, route in routes:
         alive = route.alive().cpu().numpy()
         pictures = [_veil(_coloured(image), kept) for image, kept in zip(images, alive, strict=True)]
-        found.append(KeptTokens(block, float(alive.mean()), np.stack(pictures)))
+        mass = _dropped_mass(next(s for s in scores if s.block == block), route)
+        found.append(KeptTokens(block, float(alive.mean()), mass, reductions[block].fuse, np.stack(pictures)))
     return found
+
+
+def _dropped_mass(before: BlockScores, route: Route) -> np.ndarray:
+    """[B], scores of the tokens of `before` that are not on `route`, summed."""
+    assert route.origins is not None, "something was dropped"
+    competing = before.scores[:, route.num_prefix : before.scores.shape[1] - route.num_suffix]
+    origins = before.route.origins_like(competing[..., None])
+    is_kept = (origins[:, :, None] == route.origins[:, None, :]).any(dim=2)
+    mass: np.ndarray = competing.masked_fill(is_kept, 0).sum(dim=1).float().cpu().numpy()
+    return mass
 
 
 def draw_kept_tokens(
@@ -68,7 +97,9 @@ def draw_kept_tokens(
 ) -> Path:
     """Run the model and draw, one row an image, the image and what is left of it behind each reduction.
 
-    Dropped patches lie under a blue veil. Images are drawn as given, so `images` and `pixel_values` must show the same.
+    Dropped patches lie under a blue veil. Below stands how much attention they had: the sum of the weights in the fused
+    token, where there is one; 100 % is the sum over all tokens of the block. Images are drawn as given, so `images` and
+    `pixel_values` must show the same.
 
     Args:
         model: A model with one of our adapters active, reducing tokens.
@@ -94,6 +125,7 @@ def draw_kept_tokens(
         axes[row, 0].set_ylabel(titles[row] if titles else "")
         for axis, behind in zip(axes[row, 1:], kept, strict=True):
             axis.imshow(behind.pictures[row])
+            axis.set_xlabel(f"{'fused' if behind.is_fused else 'dropped'}: {behind.dropped_mass[row]:.0%}", fontsize=7)
     for axis, text in zip(axes[0], titles_above, strict=True):
         axis.set_title(text, fontsize=8)
     for axis in axes.flat:

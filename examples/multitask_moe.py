@@ -215,7 +215,8 @@ def main() -> None:
         cut_log(log, progress.updates)
     limit = args.max_updates or float("inf")
     while progress.epoch < args.epochs and progress.updates < limit:
-        sampler.set_epoch(progress.epoch)
+        loader.set_epoch(progress.epoch)  # else it counts from 0 in a resumed run, and tells the sampler so
+        sampler.set_epoch(progress.epoch)  # which the loader does not tell where processes share it
         rest = accelerator.skip_first_batches(loader, progress.batch) if progress.batch else loader
         for batch in rest:
             with accelerator.accumulate(model):

@@ -3,8 +3,8 @@
     python benchmarks/experts.py          # one mixture layer, then a whole model; about 3 minutes on one core
     python benchmarks/experts.py model
 
-16 experts, top 4, forward and backward, fp32; the layer is ViT-S's, the model ViT-S with three tasks and the defaults of
-`BSRConfig`, in training. The ideal has four dense MLPs in each mixture's place. What counts is processor time of one
+16 experts, top 4, forward and backward, fp32; the layer is ViT-S's, the model ViT-S with three tasks and the defaults
+of `BSRConfig`, in training. The ideal has four dense MLPs in each mixture's place. What counts is processor time of one
 thread, the least of several runs taken in turn: other processes on the machine change it little. Bars: 1.3 and 1.15.
 """
 

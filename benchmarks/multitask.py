@@ -1,6 +1,6 @@
 """Three tasks on one ViT: mixtures of experts beside dense multitask and three full fine-tunes, on real images.
 
-    python benchmarks/multitask.py try --model MODEL --data DATA    # learning rates and keep rates, by validation images
+    python benchmarks/multitask.py try --model MODEL --data DATA    # rates, by validation images
     python benchmarks/multitask.py run --model MODEL --data DATA    # training and test accuracy
     python benchmarks/multitask.py report                           # the tables of docs/multitask.md
 
@@ -24,8 +24,7 @@ from peft import get_peft_model
 from torch.utils.data import Subset
 from transformers import Trainer
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE / "method_comparison"))
+sys.path.insert(0, str(Path(__file__).parent / "method_comparison"))
 from data import Protocol, load_task, with_pixels
 from experiment import Experiment, load_base
 from launch import launch
@@ -35,6 +34,7 @@ from train import accuracy, commit, environment, saved_size, training_arguments
 from peft_bsr import BSRConfig, MoEConfig
 from peft_bsr.training import TaskDataset, collate_tasks
 
+HERE = Path(__file__).parent
 PROTOCOL = Protocol.load("multitask")
 COMPARISON = HERE / "method_comparison" / "results" / "cpu"  # same images, steps and rates for single tasks
 VARIANTS = {"dense": None, "moe": MoEConfig(), "moe-lora": MoEConfig(expert_type="lora")}
@@ -56,7 +56,7 @@ def main() -> None:
     args = parser.parse_args()
     args.protocol, args.at_once = "multitask", 1
     if args.what == "report":
-        write_report(args.results, COMPARISON, PROTOCOL)
+        write_report(args.results, COMPARISON, PROTOCOL.tasks)
         return
     torch.set_num_threads(args.threads)
     transformers.logging.set_verbosity_error()

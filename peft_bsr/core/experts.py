@@ -73,8 +73,8 @@ def run_experts(tokens: Tensor, choice: Choice, run_expert: Callable[[int, Tenso
     """Sum over the chosen experts of weight times output, each expert run once on all of its tokens.
 
     The cost follows k: tokens are sorted by expert, an expert without tokens does not run. Shapes depend on the data
-    then, which a graph cannot have: while one is made (`torch.compile`, `torch.export`, ONNX), every expert runs on every
-    token, those that were not chosen with a weight of 0.
+    then, which a graph cannot have: while one is made (`torch.compile`, `torch.export`, ONNX), every expert runs on
+    every token, those that were not chosen with a weight of 0.
 
     Args:
         tokens: [n, D].

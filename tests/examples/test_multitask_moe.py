@@ -130,7 +130,7 @@ def test_the_log_ends_where_the_checkpoint_is(monkeypatch, tmp_path):
     assert log.read_text() == '{"update": 1}\n'
 
 
-class Killed(Exception):
+class KilledError(Exception):
     """Instead of a signal."""
 
 
@@ -165,7 +165,7 @@ def test_a_checkpoint_is_whole_wherever_saving_ends(monkeypatch, tmp_path, step)
         def call(*args: Any, **kwargs: Any) -> Any:
             nonlocal left
             if left == 0:
-                raise Killed
+                raise KilledError
             left -= 1
             return function(*args, **kwargs)
 
@@ -177,7 +177,7 @@ def test_a_checkpoint_is_whole_wherever_saving_ends(monkeypatch, tmp_path, step)
         try:
             multitask_moe.save_checkpoint(OneProcess(2), tmp_path, 2)
             assert step == 7  # all of it
-        except Killed:
+        except KilledError:
             assert step < 7
     for updates in (None, 3, 4):
         if updates:

@@ -147,27 +147,34 @@ def evaluate(model: Any, tests: dict[str, Any], tasks: list[TaskConfig], acceler
     return results
 
 
-def save_checkpoint(accelerator: Accelerator, folder: Path) -> None:
-    """Write a whole new checkpoint before the old one goes, so that a run killed at any time has one."""
-    fresh = folder.with_name("checkpoint.new")
+def checkpoints(output: Path) -> list[Path]:
+    """The whole ones, oldest first."""
+    return sorted(output.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def save_checkpoint(accelerator: Accelerator, output: Path, updates: int) -> None:
+    """Write all of it under another name, then rename it: a run killed at any time has the last whole one."""
+    whole, unfinished = output / f"checkpoint-{updates}", output / "unfinished-checkpoint"
+    if whole.exists():
+        return
     if accelerator.is_main_process:
-        shutil.rmtree(fresh, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(fresh))
+    accelerator.save_state(str(unfinished))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        old = folder.with_name("checkpoint.old")
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            folder.rename(old)
-        fresh.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
+        unfinished.rename(whole)
+        for old in checkpoints(output)[:-1]:
+            shutil.rmtree(old)
     accelerator.wait_for_everyone()
 
 
-def find_checkpoint(folder: Path) -> Path | None:
-    """The newest whole one; between two renames it is the old one."""
-    return next((path for path in (folder, folder.with_name("checkpoint.old")) if path.exists()), None)
+def cut_log(log: Path, updates: int) -> None:
+    """Forget what was logged behind the checkpoint: these updates are made again."""
+    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+    unfinished = log.with_suffix(".unfinished")
+    unfinished.write_text("".join(lines[:updates]))
+    unfinished.replace(log)
 
 
 def main() -> None:
@@ -200,15 +207,18 @@ def main() -> None:
     model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
     tests = {name: accelerator.prepare(test) for name, test in tests.items()}
 
-    progress, checkpoint, log = Progress(), args.output / "checkpoint", args.output / "log.jsonl"
+    progress, log = Progress(), args.output / "log.jsonl"
     args.output.mkdir(parents=True, exist_ok=True)
     accelerator.register_for_checkpointing(progress)
-    if (found := find_checkpoint(checkpoint)) is not None:
-        accelerator.load_state(str(found))
+    if found := checkpoints(args.output):
+        accelerator.load_state(str(found[-1]))
         accelerator.print(f"going on at update {progress.updates}")
+    if accelerator.is_main_process:
+        cut_log(log, progress.updates)
     limit = args.max_updates or float("inf")
     while progress.epoch < args.epochs and progress.updates < limit:
-        sampler.set_epoch(progress.epoch)
+        loader.set_epoch(progress.epoch)  # else it counts from 0 in a resumed run, and tells the sampler so
+        sampler.set_epoch(progress.epoch)  # which the loader does not tell where processes share it
         rest = accelerator.skip_first_batches(loader, progress.batch) if progress.batch else loader
         for batch in rest:
             with accelerator.accumulate(model):
@@ -224,14 +234,15 @@ def main() -> None:
                 progress.updates += 1
                 if accelerator.is_main_process:
                     line = {"update": progress.updates, "task": tasks[int(batch["task_ids"][0])].name}
-                    log.open("a").write(json.dumps({**line, "loss": output.loss.item()}) + "\n")
+                    with log.open("a") as file:
+                        file.write(json.dumps({**line, "loss": output.loss.item()}) + "\n")
                 if progress.updates % args.save_every == 0:
-                    save_checkpoint(accelerator, checkpoint)
+                    save_checkpoint(accelerator, args.output, progress.updates)
                 if progress.updates >= limit:
                     break
         else:
             progress.epoch, progress.batch = progress.epoch + 1, 0
-    save_checkpoint(accelerator, checkpoint)
+    save_checkpoint(accelerator, args.output, progress.updates)
     results = evaluate(model, tests, tasks, accelerator)
     if accelerator.is_main_process:
         accelerator.unwrap_model(model).save_pretrained(args.output / "adapter")

@@ -59,6 +59,8 @@ class BSRModel(RoutedTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Check everything, put trained weights on the leaf modules, then give each block its plan."""
         routers = find_routers(model)
+        for router in routers:
+            router.fetch_base()  # checks run the base model, and a new adapter goes where its weights are
         warn_of_names(model, list(self.peft_config))
         config: BlockConfig = self.peft_config[adapter_name]
         column, plan, layout = self._settle(model, config, routers)
@@ -78,6 +80,8 @@ class BSRModel(RoutedTuner):
         # parked weights lie on the CPU, where DistributedDataParallel would refuse them beside others on accelerators
         layers = [(name.removeprefix(ROOT), m) for name, m in model.named_modules() if isinstance(m, BSRWeights)]
         parked = [f"{name}.base_layer.{p}" for name, layer in layers for p, _ in layer.base_layer.named_parameters()]
+        mlps = {id(module) for router in routers for module, _ in router.parked}
+        parked += [f"{name}.{p}" for name, m in model.named_modules() if id(m) in mlps for p, _ in m.named_parameters()]
         setattr(model, _IGNORED_BY_DDP, [*parked, *(f"{ROOT}{name}" for name in parked)])
 
     def _settle(
@@ -200,6 +204,8 @@ class BSRModel(RoutedTuner):
                 )
         else:
             self._restore_base_modules()
+        for router in find_routers(self.model):
+            router.clear_base()
         self._detach_routers()
         delattr(self.model, _IGNORED_BY_DDP)
         layers = [module for module in self.model.modules() if isinstance(module, BSRWeights)]

@@ -19,7 +19,7 @@ from peft import get_peft_model
 from rich.console import Console
 from transformers import AutoImageProcessor, AutoModelForImageClassification, Trainer, TrainingArguments
 
-from peft_bsr import BSRConfig, FeatureCache
+from peft_bsr import BSRConfig, FeatureCache, TrainabilityCallback
 
 sys.path.insert(0, str(Path(__file__).parent))
 from quickstart import find_model, image_size_of, load_images, make_parser, to_model_inputs
@@ -80,6 +80,7 @@ def main() -> None:
             train_dataset=dataset,
             eval_dataset=test,
             compute_metrics=lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())},
+            callbacks=[TrainabilityCallback()],  # stops before the first step if something would not train
         )
         seconds = trainer.train().metrics["train_runtime"]
         return seconds, trainer.evaluate()["eval_accuracy"]

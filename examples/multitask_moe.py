@@ -27,7 +27,7 @@ from peft import get_peft_model
 from torch.utils.data import DataLoader
 from transformers import AutoImageProcessor, AutoModelForImageClassification, get_cosine_schedule_with_warmup
 
-from peft_bsr import BSRConfig, MoEConfig, TaskConfig
+from peft_bsr import BSRConfig, MoEConfig, TaskConfig, verify_trainability
 from peft_bsr.training import TaskBatchSampler, TaskDataset, collate_tasks
 from peft_bsr.training.metrics import add_outputs, metric_of
 
@@ -204,6 +204,7 @@ def main() -> None:
     if (found := find_checkpoint(checkpoint)) is not None:
         accelerator.load_state(str(found))
         accelerator.print(f"going on at update {progress.updates}")
+    verify_trainability(model, optimizer)
     limit = args.max_updates or float("inf")
     while progress.epoch < args.epochs and progress.updates < limit:
         sampler.set_epoch(progress.epoch)

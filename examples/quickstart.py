@@ -25,7 +25,7 @@ from rich.markdown import Markdown
 from sklearn.datasets import load_digits
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, Trainer, TrainingArguments
 
-from peft_bsr import BSRConfig
+from peft_bsr import BSRConfig, TrainabilityCallback
 from peft_bsr.cost import compare, cost_table
 from peft_bsr.viz import draw_kept_tokens
 
@@ -163,6 +163,7 @@ def main() -> None:
         train_dataset=train,
         eval_dataset=test,
         compute_metrics=lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())},
+        callbacks=[TrainabilityCallback()],  # stops before the first step if something would not train
     )
     before = trainer.evaluate()["eval_accuracy"]
     result = trainer.train()

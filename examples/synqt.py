@@ -19,7 +19,7 @@ from peft import get_peft_model
 from rich.console import Console
 from transformers import AutoImageProcessor, AutoModelForImageClassification, Trainer, TrainingArguments
 
-from peft_bsr import FeatureCache, SynQTConfig
+from peft_bsr import FeatureCache, SynQTConfig, TrainabilityCallback
 from peft_bsr.cost import saved_activations
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -86,6 +86,7 @@ def main() -> None:
             train_dataset=cache,
             eval_dataset=test,
             compute_metrics=lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())},
+            callbacks=[TrainabilityCallback()],  # stops before the first step if something would not train
         )
         begin = time.perf_counter()
         trainer.train()

@@ -29,7 +29,7 @@ from peft_bsr.errors import (  # noqa: E402
     UnsupportedPeftError,
 )
 from peft_bsr.multitask import MoEConfig, MultitaskOutput, TaskConfig, record_usage  # noqa: E402
-from peft_bsr.training import FeatureCache  # noqa: E402
+from peft_bsr.training import FeatureCache, TrainabilityCallback, verify_trainability  # noqa: E402
 from peft_bsr.tuners import ALaSTConfig, ALaSTModel, BSRConfig, BSRModel, SynQTConfig, SynQTModel  # noqa: E402
 from peft_bsr.tuners.bsr import add_task, export_task  # noqa: E402
 
@@ -57,6 +57,7 @@ __all__ = [
     "SynQTConfig",
     "SynQTModel",
     "TaskConfig",
+    "TrainabilityCallback",
     "TrainabilityError",
     "UnsupportedModelError",
     "UnsupportedPeftError",
@@ -67,4 +68,5 @@ __all__ = [
     "record_usage",
     "register_family",
     "unregister_family",
+    "verify_trainability",
 ]

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class PeftBsrError(Exception):
     """Root of every error that this package raises."""
 
-
-class ConfigError(PeftBsrError, ValueError):
-    """A configuration asks for something impossible. The message lists every problem found, not only the first."""
-
     @classmethod
-    def from_problems(cls, subject: str, problems: Sequence[str]) -> ConfigError:
+    def from_problems(cls, subject: str, problems: Sequence[str]) -> Self:
         """Build the one error that names all `problems` of `subject`.
 
         Args:
@@ -21,6 +21,10 @@ class ConfigError(PeftBsrError, ValueError):
             problems: One sentence a problem: what was asked, what was found, what to do.
         """
         return cls(f"{subject}: " + (problems[0] if len(problems) == 1 else "".join(f"\n  - {p}" for p in problems)))
+
+
+class ConfigError(PeftBsrError, ValueError):
+    """A configuration asks for something impossible. The message lists every problem found, not only the first."""
 
 
 class UnsupportedModelError(PeftBsrError, ValueError):

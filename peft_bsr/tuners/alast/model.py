@@ -121,7 +121,14 @@ def find_embeddings(model: nn.Module, column: Column) -> list[str]:
             f"{type(model).__name__} holds parameters itself, beside its modules, which cannot be trained by name. Use "
             "`train_embeddings=False`."
         )
-    return sorted(n for n in owners if not any(n.startswith(f"{other}.") for other in owners))
+    found = sorted(n for n in owners if not any(n.startswith(f"{other}.") for other in owners))
+    for name in found:  # PEFT takes every module whose name ends so
+        if inside_it := [n for n, _ in model.named_modules() if n.startswith(f"{name}.") and n.endswith(name)]:
+            raise UnsupportedModelError(
+                f"{type(model).__name__}: {name!r} cannot be trained by name, because the name of {inside_it[0]!r} "
+                "in it ends like it. Use `train_embeddings=False`, or a model with a head, where names are longer."
+            )
+    return found
 
 
 __all__ = ["ALaSTModel"]

@@ -19,9 +19,12 @@ from peft_bsr.core import Route  # noqa: E402
 from peft_bsr.engine import Plan, Reduction, record_routes  # noqa: E402
 from peft_bsr.errors import (  # noqa: E402
     AdapterError,
+    AdapterFileError,
     AdapterNameWarning,
     ConfigError,
     FeatureCacheError,
+    ForwardError,
+    InputError,
     PeftBsrError,
     ReductionNotMergedWarning,
     TrainabilityError,
@@ -32,6 +35,7 @@ from peft_bsr.multitask import MoEConfig, MultitaskOutput, TaskConfig, record_us
 from peft_bsr.training import FeatureCache, TrainabilityCallback, verify_trainability  # noqa: E402
 from peft_bsr.tuners import ALaSTConfig, ALaSTModel, BSRConfig, BSRModel, SynQTConfig, SynQTModel  # noqa: E402
 from peft_bsr.tuners.bsr import add_task, export_task  # noqa: E402
+from peft_bsr.tuners.files import check_adapter  # noqa: E402
 
 __version__ = "0.1.0"
 
@@ -39,6 +43,7 @@ __all__ = [
     "ALaSTConfig",
     "ALaSTModel",
     "AdapterError",
+    "AdapterFileError",
     "AdapterNameWarning",
     "BSRConfig",
     "BSRModel",
@@ -47,6 +52,8 @@ __all__ = [
     "FamilyRule",
     "FeatureCache",
     "FeatureCacheError",
+    "ForwardError",
+    "InputError",
     "MoEConfig",
     "MultitaskOutput",
     "PeftBsrError",
@@ -62,6 +69,7 @@ __all__ = [
     "UnsupportedModelError",
     "UnsupportedPeftError",
     "add_task",
+    "check_adapter",
     "export_task",
     "probe_column",
     "record_routes",

@@ -39,6 +39,18 @@ class AdapterError(PeftBsrError, ValueError):
     """A call on adapters (merge, set, mixed batch) asks for what this method cannot do."""
 
 
+class AdapterFileError(PeftBsrError, ValueError):
+    """A file of an adapter is missing, damaged, pickled, or of something else; nothing of it was loaded."""
+
+
+class InputError(PeftBsrError, ValueError):
+    """What a model was called with is no batch of images that it takes."""
+
+
+class ForwardError(PeftBsrError, RuntimeError, ValueError):
+    """Part of a model was called outside of the model's forward, or what it was given does not belong together."""
+
+
 class FeatureCacheError(PeftBsrError, ValueError):
     """A feature cache does not belong to this model or these samples, is not complete, or has no room."""
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from peft_bsr.errors import AdapterError
-from peft_bsr.tuners.routed import SingleAdapterLayer, find_routers
+from peft_bsr.tuners.routed import adapter_parts, find_routers
 
 
 @dataclass(frozen=True)
@@ -42,39 +41,19 @@ def find_units(model: nn.Module) -> list[Unit]:
     if name is None:
         raise AdapterError("the adapter is disabled: the base model runs, and nothing trains. Enable or activate it.")
     blocks = routers[0].column.blocks
+    wrappers = {place for place, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)}
     units = []
-    for place, module in model.named_modules():
-        for path, part in _active_parts(module, name):
-            prefix = f"{place}.{path}" if place else path
-            parameters = {f"{prefix}.{n}": p for n, p in part.named_parameters() if p.is_floating_point()}
-            block = next((i for i, block in enumerate(blocks) if f".{block}." in f".{place}."), None)
-            units.append(Unit(parameters, block, isinstance(module, ModulesToSaveWrapper)))
+    for place, part in adapter_parts(model, name):
+        parameters = {f"{place}.{n}": p for n, p in part.named_parameters() if p.is_floating_point()}
+        block = next((i for i, block in enumerate(blocks) if f".{block}." in f".{place}."), None)
+        units.append(Unit(parameters, block, any(place.startswith(f"{w}.") for w in wrappers)))
     return [unit for unit in units if unit.parameters]
 
 
 def of_adapters(model: nn.Module) -> set[int]:
     """Ids of the parameters of all adapters, active or not."""
-    found: set[int] = set()
-    for module in model.modules():
-        containers: list[nn.Module] = []
-        if isinstance(module, BaseTunerLayer):
-            containers = [getattr(module, c) for c in module.adapter_layer_names if hasattr(module, c)]
-        elif isinstance(module, ModulesToSaveWrapper):
-            containers = [module.modules_to_save]
-        found |= {id(p) for container in containers for p in container.parameters()}
-    return found
-
-
-def _active_parts(module: nn.Module, adapter: str) -> list[tuple[str, nn.Module]]:
-    if isinstance(module, SingleAdapterLayer):
-        return [(f"{c}.{adapter}", getattr(module, c)[adapter]) for c in _containers(module, adapter)]
-    if isinstance(module, ModulesToSaveWrapper) and adapter in module.modules_to_save:
-        return [(f"modules_to_save.{adapter}", module.modules_to_save[adapter])]
-    return []
-
-
-def _containers(layer: SingleAdapterLayer, adapter: str) -> list[str]:
-    return [name for name in layer.adapter_layer_names if adapter in getattr(layer, name, {})]
+    names = {name for router in find_routers(model) for name in router.plans}
+    return {id(p) for name in names for _, part in adapter_parts(model, name) for p in part.parameters()}
 
 
 __all__ = ["Unit", "find_units", "of_adapters"]

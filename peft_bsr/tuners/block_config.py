@@ -12,6 +12,7 @@ from peft import PeftConfig
 from peft_bsr.backbones import Column
 from peft_bsr.engine import Lean, Plan
 from peft_bsr.errors import ConfigError
+from peft_bsr.tuners.files import AdapterFiles
 from peft_bsr.tuners.reductions import as_list, check_choice, write_down
 
 Trainable = Literal["full", "lora"]
@@ -21,7 +22,7 @@ _MODULE_LISTS = ("target_modules", "exclude_modules", "modules_to_save")
 
 
 @dataclass
-class BlockConfig(PeftConfig):
+class BlockConfig(AdapterFiles, PeftConfig):
     """Base of the configurations of methods that train blocks under a plan; not for use by itself.
 
     Args:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from peft_bsr.core import Route
 from peft_bsr.engine import record_routes
+from peft_bsr.errors import AdapterError
 
 _VEIL = np.array([0.30, 0.42, 0.62])  # a blue that neither black nor white backgrounds have
 _OPACITY = 0.8  # how much of a dropped patch the veil hides
@@ -35,7 +36,7 @@ def draw_kept_tokens(
         `path`.
 
     Raises:
-        ValueError: If the model has no adapter of ours, or none that reduces tokens.
+        AdapterError: If the model has no adapter of ours, or none that reduces tokens.
     """
     training = model.training
     model.eval()
@@ -45,7 +46,7 @@ def draw_kept_tokens(
     finally:
         model.train(training)
     if not routes:
-        raise ValueError("the model dropped no tokens: its adapter has `keep_rate=1.0` or is disabled.")
+        raise AdapterError("the model dropped no tokens: its adapter has `keep_rate=1.0` or is disabled.")
     rows = len(images)
     # a Figure of its own, not pyplot: no global state, no window
     figure = Figure(figsize=(1.6 * (len(routes) + 1), 1.6 * rows + 0.5), layout="constrained")

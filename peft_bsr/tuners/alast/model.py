@@ -97,8 +97,10 @@ class ALaSTModel(BSRModel):
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """Of the schedule's state, too."""
-        renamed = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        return {f"{k}.{adapter_name}" if k.endswith(f".{STATE}") else k: value for k, value in renamed.items()}
+        states = {key: value for key, value in state_dict.items() if key.endswith(f".{STATE}")}
+        weights = {key: value for key, value in state_dict.items() if key not in states}
+        renamed = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, weights)
+        return renamed | {f"{key}.{adapter_name}": value for key, value in states.items()}
 
     def _write_down(self, model: nn.Module, column: Column, config: Any, plan: Plan, layout: dict[str, str]) -> Any:
         written: ALaSTConfig = super()._write_down(model, column, config, plan, layout)

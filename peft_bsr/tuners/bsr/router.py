@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from peft_bsr.backbones import Column, FamilyRule, remove_hooks
 from peft_bsr.core import RouteCarrier, TaskCall
 from peft_bsr.engine import plain_mlp
+from peft_bsr.errors import ForwardError
 from peft_bsr.multitask import (
     FullExperts,
     ImageCall,
@@ -89,7 +90,7 @@ class BSRRouter(AdapterRouter):
         """The active adapter's mixture."""
         name = self.carried_adapter
         if name is None or call is None:
-            raise RuntimeError("a block with a mixture of experts ran outside of the model's forward. Call the model.")
+            raise ForwardError("a block with a mixture of experts ran outside of the model's forward. Call the model.")
         mixture: Any = self.bsr_params[name]
         inputs = tokens
         if not torch.is_autocast_enabled(tokens.device.type):

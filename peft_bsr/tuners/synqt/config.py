@@ -11,6 +11,7 @@ from peft_bsr.backbones import Column
 from peft_bsr.engine import BlockPlan, KeptTokens, Plan
 from peft_bsr.errors import ConfigError
 from peft_bsr.registration import extend_peft_type
+from peft_bsr.tuners.files import AdapterFiles
 from peft_bsr.tuners.reductions import check_choice, check_indices, check_reductions, check_within, resolve_reductions
 
 _SIZES = ("num_queries", "bottleneck", "attention_bottleneck")
@@ -19,7 +20,7 @@ _RATES = ("dropout", "drop_path")
 
 
 @dataclass
-class SynQTConfig(PeftConfig):
+class SynQTConfig(AdapterFiles, PeftConfig):
     """Configuration of Synthesized Query Tuning: learned queries read a frozen backbone, a fusing head classifies.
 
     The backbone runs without gradients; what trains are prompts, small adapters that make queries of them, and a head

@@ -305,7 +305,7 @@ CALLS: list[tuple[str, Callable[[Any], Any], type[Exception], str]] = [
     ),
     (
         "alast",
-        lambda m: m.train()(pixel_values=IMAGES[:0]),
+        lambda m: m(IMAGES[:0], labels=torch.zeros(0)),
         InputError,
         "`pixel_values` is (0, 3, 32, 32): the batch is empty. Call the model with `pixel_values` [images, 3, 32, 32].",
     ),

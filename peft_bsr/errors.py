@@ -59,9 +59,17 @@ class TrainabilityError(PeftBsrError, RuntimeError):
     """What was to train does not; the message names it."""
 
 
-class AdapterNameWarning(UserWarning):
+class PeftBsrWarning(UserWarning):
+    """Root of every warning that this package gives."""
+
+
+class AdapterNameWarning(PeftBsrWarning):
     """An adapter is called like a module: saving another one beside it would lose weights."""
 
 
-class ReductionNotMergedWarning(UserWarning):
+class AdapterSwitchedWarning(PeftBsrWarning):
+    """The active adapter was deleted, and another one is active now."""
+
+
+class ReductionNotMergedWarning(PeftBsrWarning):
     """The merged model runs on all tokens: token reduction is not part of the weights."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from peft_bsr.backbones import Column, FamilyRule, main_input
 from peft_bsr.core import RouteCarrier
 from peft_bsr.engine import BlockRouter, Plan, attach_router, detach_router
-from peft_bsr.errors import AdapterError, AdapterFileError, AdapterNameWarning
+from peft_bsr.errors import AdapterError, AdapterFileError, AdapterNameWarning, AdapterSwitchedWarning
 from peft_bsr.tuners.inputs import check_inputs
 from peft_bsr.tuners.loading import check_loaded, take_back
 
@@ -163,7 +163,9 @@ class RoutedTuner(BaseTuner):
         elif self.peft_config:
             following = next(iter(self.peft_config))
             warnings.warn(
-                f"Adapter {adapter_name!r} was active and is deleted; {following!r} is active now.", stacklevel=2
+                f"Adapter {adapter_name!r} was active and is deleted; {following!r} is active now.",
+                AdapterSwitchedWarning,
+                stacklevel=2,
             )
             self.set_adapter(following)
 

@@ -19,7 +19,7 @@ from peft import get_peft_model
 from rich.console import Console
 from transformers import AutoModelForImageClassification, Trainer, TrainingArguments
 
-from peft_bsr import BSRConfig, FeatureCache
+from peft_bsr import BSRConfig, FeatureCache, TrainabilityCallback
 from peft_bsr.training.images import compute_accuracy, load_images, load_processor, with_pixels
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -75,6 +75,7 @@ def main() -> None:
             train_dataset=dataset,
             eval_dataset=test,
             compute_metrics=compute_accuracy,
+            callbacks=[TrainabilityCallback()],  # stops before the first step if something would not train
         )
         seconds = trainer.train().metrics["train_runtime"]
         return seconds, trainer.evaluate()["eval_accuracy"]

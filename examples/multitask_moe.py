@@ -27,7 +27,7 @@ from peft import get_peft_model
 from torch.utils.data import DataLoader
 from transformers import AutoModelForImageClassification, get_cosine_schedule_with_warmup
 
-from peft_bsr import BSRConfig, MoEConfig, TaskConfig
+from peft_bsr import BSRConfig, MoEConfig, TaskConfig, verify_trainability
 from peft_bsr.training import TaskBatchSampler, TaskDataset, collate_tasks
 from peft_bsr.training.images import load_images, load_processor, to_pixels
 from peft_bsr.training.metrics import add_outputs, metric_of
@@ -215,6 +215,7 @@ def main() -> None:
         accelerator.print(f"going on at update {progress.updates}")
     if accelerator.is_main_process:
         cut_log(log, progress.updates)
+    verify_trainability(model, optimizer)
     limit = args.max_updates or float("inf")
     while progress.epoch < args.epochs and progress.updates < limit:
         loader.set_epoch(progress.epoch)  # else it counts from 0 in a resumed run, and tells the sampler so

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 from transformers import AutoModelForImageClassification, Trainer, TrainingArguments
 
-from peft_bsr import BSRConfig, DatasetError
+from peft_bsr import BSRConfig, DatasetError, TrainabilityCallback
 from peft_bsr.cost import compare, cost_table
 from peft_bsr.training.images import collate, compute_accuracy, load_images, load_processor, to_pictures, with_pixels
 from peft_bsr.viz import draw_kept_tokens
@@ -125,6 +125,7 @@ def main() -> None:
         eval_dataset=test,
         data_collator=collate,
         compute_metrics=compute_accuracy,
+        callbacks=[TrainabilityCallback()],  # stops before the first step if something would not train
     )
     before = trainer.evaluate()["eval_accuracy"]
     result = trainer.train()

@@ -19,7 +19,7 @@ from peft import get_peft_model
 from rich.console import Console
 from transformers import AutoModelForImageClassification, Trainer, TrainingArguments
 
-from peft_bsr import FeatureCache, SynQTConfig
+from peft_bsr import FeatureCache, SynQTConfig, TrainabilityCallback
 from peft_bsr.cost import saved_activations
 from peft_bsr.training.images import compute_accuracy, load_images, load_processor, with_pixels
 
@@ -83,6 +83,7 @@ def main() -> None:
             train_dataset=cache,
             eval_dataset=test,
             compute_metrics=compute_accuracy,
+            callbacks=[TrainabilityCallback()],  # stops before the first step if something would not train
         )
         begin = time.perf_counter()
         trainer.train()

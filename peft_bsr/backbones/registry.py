@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_bsr.core import Route
+from peft_bsr.errors import ConfigError
 
 Arguments = dict[str, Any]
 
@@ -55,10 +56,10 @@ def register_family(model_type: str, rule: FamilyRule) -> None:
         rule: What probing cannot know about it.
 
     Raises:
-        ValueError: If the family has an entry; `unregister_family` takes it out.
+        ConfigError: If the family has an entry; `unregister_family` takes it out.
     """
     if model_type in _RULES:
-        raise ValueError(f"{model_type!r} has an entry already: {_RULES[model_type]}. Call unregister_family first.")
+        raise ConfigError(f"{model_type!r} has an entry already: {_RULES[model_type]}. Call unregister_family first.")
     _RULES[model_type] = rule
 
 

@@ -14,7 +14,7 @@ import transformers
 from torch import Tensor, nn
 
 from peft_bsr.cost.flops import count_flops
-from peft_bsr.cost.saved import saved_activations
+from peft_bsr.engine import saved_activations
 
 
 @dataclass(frozen=True)

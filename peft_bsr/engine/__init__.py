@@ -9,6 +9,7 @@ from peft_bsr.engine.query_path import KeptTokens, QueryPath
 from peft_bsr.engine.record import find_carrier, record_routes
 from peft_bsr.engine.record_scores import BlockScores, record_scores
 from peft_bsr.engine.runner import ROUTER, BlockRouter, attach_router, detach_router
+from peft_bsr.engine.saved import saved_activations, saved_by_module
 from peft_bsr.engine.verify import verify_plan
 from peft_bsr.engine.verify_lean import verify_lean
 from peft_bsr.engine.verify_mixture import verify_mixture
@@ -37,6 +38,8 @@ __all__ = [
     "record_scores",
     "run_from",
     "run_until",
+    "saved_activations",
+    "saved_by_module",
     "verify_lean",
     "verify_mixture",
     "verify_plan",

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from peft_bsr.errors import ForwardError
+
 _gelu_backward = torch.ops.aten.gelu_backward
 _layer_norm = torch.ops.aten.native_layer_norm
 _layer_norm_backward = torch.ops.aten.native_layer_norm_backward
@@ -285,7 +287,7 @@ def _autocast_off(tokens: Tensor) -> Any:
 
 def _refuse_second_derivatives() -> None:
     if torch.is_grad_enabled():
-        raise RuntimeError(
+        raise ForwardError(
             "lean blocks have no second derivatives (`create_graph=True` asks for them). Attach the adapter with "
             '`lean="off"`.'
         )

@@ -21,7 +21,7 @@ def record_usage(model: nn.Module) -> Iterator[dict[int, Tensor]]:
         Block -> counts [T, E] int64, tasks in the order of the config; filled as forwards run.
 
     Raises:
-        ValueError: If the model carries none of our adapters.
+        AdapterError: If the model carries none of our adapters.
 
     Example:
         >>> with record_usage(model) as usage:  # doctest: +SKIP

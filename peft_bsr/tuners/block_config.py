@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any, Literal, get_args
 
 from peft_bsr.backbones import Column
@@ -84,8 +85,15 @@ class BlockConfig(SavedConfig):
             problems.append(f"`init_weights={self.init_weights!r}` must be True or False.")
         if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
             problems.append(f"`r={self.r!r}` must be a whole number of at least 1.")
-        if isinstance(self.lora_alpha, bool) or not isinstance(self.lora_alpha, (int, float)) or self.lora_alpha <= 0:
+        if (
+            isinstance(self.lora_alpha, bool)
+            or not isinstance(self.lora_alpha, (int, float))
+            or not 0 < self.lora_alpha < inf
+        ):
             problems.append(f"`lora_alpha={self.lora_alpha!r}` must be a number above 0.")
+        layout = self.layout
+        if layout is not None and not (isinstance(layout, dict) and all(map(_is_text, (*layout, *layout.values())))):
+            problems.append(f"`layout={layout!r}` must give each place its module's name, or be None.")
         if self.target_modules == "all-linear":
             problems.append(
                 "`target_modules='all-linear'` is not needed: `trainable='lora'` adapts every Linear of the trained "

@@ -13,6 +13,7 @@ from torch import nn
 from peft_bsr.backbones import Column
 from peft_bsr.engine import Plan
 from peft_bsr.tuners.classifier import without_layer
+from peft_bsr.tuners.files import AdapterFiles
 
 AFTER_SAVE: list[Callable[[Any, Path], None]] = []
 """Called with an attached adapter's configuration and its folder, each time they are saved: the model card's way in.
@@ -33,7 +34,7 @@ class Attachment:
 
 
 @dataclass
-class SavedConfig(PeftConfig):
+class SavedConfig(AdapterFiles, PeftConfig):
     """Base of our configurations.
 
     Args:

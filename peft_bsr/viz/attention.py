@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from peft_bsr.backbones import probe_column
 from peft_bsr.engine import BlockScores, record_scores
+from peft_bsr.errors import InputError, UnsupportedModelError
 from peft_bsr.tuners.routed import find_routers
 
 _COLUMNS = 7  # pictures side by side at most; a ViT-B's input and 12 blocks fill two lines
@@ -35,15 +36,16 @@ def draw_attention(model: nn.Module, pixel_values: Tensor, image: np.ndarray, pa
         `path`.
 
     Raises:
-        ValueError: If several images are given, or if attention cannot be seen in this model.
+        InputError: If several images are given.
+        UnsupportedModelError: If attention cannot be seen in this model.
     """
     if len(pixel_values) != 1:
-        raise ValueError(
+        raise InputError(
             f"`pixel_values` holds {len(pixel_values)} images; one is drawn. Give `pixel_values[i : i + 1]`."
         )
     found = _scores(model, pixel_values)
     if not found:
-        raise ValueError(f"the attention of {type(model).__name__} does not show its weights or queries.")
+        raise UnsupportedModelError(f"the attention of {type(model).__name__} does not show its weights or queries.")
     lines = -(-(len(found) + 1) // _COLUMNS)
     columns = -(-(len(found) + 1) // lines)
     figure = Figure(figsize=(1.6 * columns, 1.8 * lines), layout="constrained")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from peft_bsr.core import Route
 from peft_bsr.engine import BlockScores, record_routes, record_scores
+from peft_bsr.errors import AdapterError
 from peft_bsr.tuners.routed import find_routers
 
 _VEIL = np.array([0.30, 0.42, 0.62])  # a blue that neither black nor white backgrounds have
@@ -53,7 +54,7 @@ def kept_token_pictures(model: nn.Module, pixel_values: Tensor, images: np.ndarr
         One a reduction, in the order of the blocks.
 
     Raises:
-        ValueError: If the model has no adapter of ours, or none that reduces tokens.
+        AdapterError: If the model has no adapter of ours, or none that reduces tokens.
     """
     training = model.training
     model.eval()
@@ -72,7 +73,7 @@ def kept_token_pictures(model: nn.Module, pixel_values: Tensor, images: np.ndarr
     finally:
         model.train(training)
     if not routes:
-        raise ValueError("the model dropped no tokens: its adapter keeps all of them in evaluation, or is disabled.")
+        raise AdapterError("the model dropped no tokens: its adapter keeps all of them in evaluation, or is disabled.")
     found = []
     for block, route in routes:
         alive = route.alive().cpu().numpy()
@@ -112,7 +113,7 @@ def draw_kept_tokens(
         `path`.
 
     Raises:
-        ValueError: If the model has no adapter of ours, or none that reduces tokens.
+        AdapterError: If the model has no adapter of ours, or none that reduces tokens.
     """
     kept = kept_token_pictures(model, pixel_values, images)
     rows = len(images)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from peft_bsr.backbones import probe_column
 from peft_bsr.cost import saved_by_module
+from peft_bsr.errors import InputError
 from peft_bsr.tuners.routed import ROOT, find_routers
 
 
@@ -61,12 +62,12 @@ def draw_saved_memory(models: Mapping[str, nn.Module], batch: Mapping[str, Tenso
         `path`.
 
     Raises:
-        ValueError: If there is no model, or if their depths differ.
+        InputError: If there is no model, or if their depths differ.
     """
     found = {name: saved_by_block(model, batch) for name, model in models.items()}
     if not found or len({tuple(parts) for parts in found.values()}) != 1:
         depths = {name: len(parts) - 2 for name, parts in found.items()}
-        raise ValueError(
+        raise InputError(
             f"`models` must be models of one depth, found {depths}. Draw others in a picture of their own."
         )
     parts = next(iter(found.values()))

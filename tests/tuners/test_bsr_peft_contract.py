@@ -21,7 +21,7 @@ from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, ViTForImageClassification
 
-from peft_bsr import AdapterError, AdapterNameWarning, BSRConfig, BSRModel
+from peft_bsr import AdapterError, AdapterFileError, AdapterNameWarning, BSRConfig, BSRModel
 
 LINEARS = {f"attention.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")} | {"mlp.fc1", "mlp.fc2"}
 NORMS = {"layernorm_before", "layernorm_after"}
@@ -197,12 +197,12 @@ def test_selected_adapters_are_saved(make_vit, make_config, tmp_path):
         model.save_pretrained(tmp_path, selected_adapters=["fourth"])
 
 
-def test_pickled_files_are_written_or_refused_as_peft_does(model, make_vit, images, run, tmp_path):
-    try:
-        model.save_pretrained(tmp_path, safe_serialization=False)
-    except ValueError as error:
-        pytest.skip(f"this PEFT writes safetensors only: {error}")
-    assert torch.equal(run(PeftModel.from_pretrained(make_vit(), tmp_path).eval(), images), run(model, images))
+def test_pickled_files_are_never_read(model, make_vit, tmp_path):
+    model.save_pretrained(tmp_path)
+    torch.save({}, tmp_path / "adapter_model.bin")
+    (tmp_path / "adapter_model.safetensors").unlink()
+    with pytest.raises(AdapterFileError, match="pickled files can run code and are not read"):
+        PeftModel.from_pretrained(make_vit(), tmp_path)
 
 
 def test_low_cpu_mem_usage(model, make_vit, images, run, tmp_path):

@@ -6,7 +6,7 @@ import torch
 from peft import get_peft_model
 from PIL import Image
 
-from peft_bsr import BSRConfig
+from peft_bsr import AdapterError, BSRConfig
 from peft_bsr.viz import draw_kept_tokens, kept_token_pictures
 from peft_bsr.viz.kept_tokens import _veil
 
@@ -33,7 +33,7 @@ def test_dropped_patches_are_veiled_and_kept_ones_are_not():
 
 def test_a_model_that_keeps_everything_has_nothing_to_draw(make_model, images, tmp_path):
     model = get_peft_model(make_model(), BSRConfig(keep_rate=1.0))
-    with pytest.raises(ValueError, match="dropped no tokens"):
+    with pytest.raises(AdapterError, match="dropped no tokens"):
         draw_kept_tokens(model, images, torch.rand(2, 32, 32).numpy(), tmp_path / "kept.png")
 
 

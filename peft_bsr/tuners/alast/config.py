@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any
 
 from peft_bsr.backbones import Column
@@ -84,14 +85,14 @@ class ALaSTConfig(BlockConfig):
     def __post_init__(self) -> None:
         self.peft_type = extend_peft_type("ALAST")
         self.budget_range = as_list(self.budget_range)
-        for name, value in _PRESETS.get(self.preset, {}).items():
+        for name, value in _PRESETS[self.preset if _is_preset(self.preset) else None].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
         super().__post_init__()
 
     def _problems(self) -> list[str]:
         problems = []
-        if self.preset not in _PRESETS:
+        if not _is_preset(self.preset):
             return [f"`preset={self.preset!r}` is unknown. Use 'paper' or None."]
         count, low_high = self.trainable_blocks_per_step, self.budget_range
         if count is not None and (not _is_int(count) or count < 1):
@@ -102,7 +103,7 @@ class ALaSTConfig(BlockConfig):
             problems.append(f"`budget_range={low_high!r}` must lie in (0, 1], the least budget first.")
         elif not _is_number(self.initial_budget) or not low_high[0] <= self.initial_budget <= low_high[1]:
             problems.append(f"`initial_budget={self.initial_budget!r}` must lie in `budget_range={low_high!r}`.")
-        if self.alpha != "lr" and not (_is_number(self.alpha) and float(self.alpha or 0) >= 0):
+        if self.alpha != "lr" and not (_is_number(self.alpha) and 0 <= float(self.alpha or 0) < inf):
             problems.append(f"`alpha={self.alpha!r}` must be a number of at least 0, or 'lr' for the learning rate.")
         problems += check_choice(self, "delta_reduction", DELTA_REDUCTIONS)
         problems += check_choice(self, "selection", SELECTIONS)
@@ -131,6 +132,10 @@ class ALaSTConfig(BlockConfig):
         cut = not self.train_embeddings
         blocks = tuple(BlockPlan(True, cut and index == 0, reduction) for index in range(column.depth))
         return saving_less(Plan(blocks, self.mode or "compact"), self)  # type: ignore[arg-type]
+
+
+def _is_preset(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and value in _PRESETS)
 
 
 def _is_int(value: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -55,6 +56,10 @@ class ALaSTRouter(BSRRouter):
         """Show the schedule what the block did."""
         if self.training and torch.is_grad_enabled() and (schedule := self.schedule) is not None:
             schedule.observe(before, after, self.column.num_prefix)
+
+    def rehearsal(self) -> AbstractContextManager[Any]:
+        """Forwards inside move no budget and draw for themselves alone."""
+        return nullcontext() if self.schedule is None else self.schedule.rehearsal()
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove the adapter."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import _ExcludedModule
@@ -53,11 +53,12 @@ class BSRModel(RoutedTuner):
     """
 
     prefix = "bsr_"
-    router_cls: ClassVar[type[BSRRouter]] = BSRRouter
+    router_cls = BSRRouter
     reduces_in_evaluation = True
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Check everything, put trained weights on the leaf modules, then give each block its plan."""
+        self._check_place(model)
         routers = find_routers(model)
         for router in routers:
             router.fetch_base()  # checks run the base model, and a new adapter goes where its weights are
@@ -173,6 +174,8 @@ class BSRModel(RoutedTuner):
         """Refuse what cannot be merged before the first layer is."""
         names = list(adapter_names or self.active_adapters)
         check_single(names, "merge")
+        if unknown := [name for name in names if name not in self.peft_config]:
+            raise AdapterError(f"There is no adapter {unknown[0]!r}; this model has {sorted(self.peft_config)}.")
         if names and getattr(self.peft_config[names[0]], "tasks", None):
             raise AdapterError(
                 f"Adapter {names[0]!r} cannot be merged: it has a head for each of its tasks"
@@ -231,7 +234,7 @@ class BSRModel(RoutedTuner):
                 name, module = own[name]
                 parameter = parameter_of(module, parameter)
             renamed[f"{name}{separator}{parameter}"] = tensor
-        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, renamed)
+        return cls._load_checked(model, config, adapter_name, renamed)
 
     def _restore_base_modules(self) -> None:
         """Unmerge, and take off PEFT's wrappers around `modules_to_save`, which would leave the trained ones behind."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from peft_bsr.backbones import Column, FamilyRule, remove_hooks
 from peft_bsr.core import RouteCarrier, TaskCall
 from peft_bsr.engine import Parking, plain_mlp
+from peft_bsr.errors import ForwardError
 from peft_bsr.multitask import (
     FullExperts,
     ImageCall,
@@ -92,7 +93,7 @@ class BSRRouter(AdapterRouter):
         """The active adapter's mixture."""
         name = self.carried_adapter
         if name is None or call is None:
-            raise RuntimeError("a block with a mixture of experts ran outside of the model's forward. Call the model.")
+            raise ForwardError("a block with a mixture of experts ran outside of the model's forward. Call the model.")
         mixture: Any = self.bsr_params[name]
         inputs = tokens
         if not torch.is_autocast_enabled(tokens.device.type):
@@ -104,7 +105,7 @@ class BSRRouter(AdapterRouter):
     def parks_base(self) -> bool:
         """Whether nothing reads the weights of the block's MLP: the active adapter's experts have their own."""
         name = self.carried_adapter
-        return name in self.bsr_params and isinstance(self.bsr_params[name].experts, FullExperts)
+        return name is not None and name in self.bsr_params and isinstance(self.bsr_params[name].experts, FullExperts)
 
     def place_base(self) -> None:
         """Park the weights of the block's MLP if nothing reads them, else have them where the experts are."""
@@ -126,8 +127,8 @@ class BSRRouter(AdapterRouter):
 
     @property
     def _device(self) -> torch.device:
-        devices = (mixture.gates.device for mixture in self.bsr_params.values() if not mixture.gates.is_meta)
-        return next(devices, torch.device("cpu"))
+        mixtures: Any = self.bsr_params.values()
+        return next((m.gates.device for m in mixtures if not m.gates.is_meta), torch.device("cpu"))
 
     def _apply(self, fn: Any, recurse: bool = True) -> BSRRouter:
         super()._apply(fn, recurse)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any, get_args
 
 from peft_bsr.backbones import Column
@@ -112,7 +113,11 @@ class SynQTConfig(SavedConfig):
             for name in _SIZES
             if not isinstance(values[name], int) or not is_number(values[name]) or values[name] < 1
         ]
-        problems += [f"`{name}={values[name]!r}` must be a number." for name in _SCALES if not is_number(values[name])]
+        problems += [
+            f"`{name}={values[name]!r}` must be a number."
+            for name in _SCALES
+            if not is_number(values[name]) or not isfinite(values[name])
+        ]
         problems += [
             f"`{name}={values[name]!r}` must be a number in [0, 1)."
             for name in _RATES

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from peft_bsr.backbones import Column, FamilyRule
 from peft_bsr.core import RouteCarrier, hidden_tokens, pick_tokens
 from peft_bsr.engine import Plan, QueryPath, ReachedError, attention_mask
+from peft_bsr.errors import ForwardError
 from peft_bsr.tuners.routed import AdapterRouter, SingleAdapterLayer, drop_saved_name
 from peft_bsr.tuners.synqt.config import SynQTConfig
 from peft_bsr.tuners.synqt.network import FusingHead, QuerySynthesis
@@ -127,7 +128,9 @@ class SynQTRouter(AdapterRouter):
         module: Any = self.synqt_params[name]
         if self.index == self.layers[name][0]:
             self.carrier.reading = Reading(module.feature_scale)
-        reading: Reading = self.carrier.reading
+        reading = self.carrier.reading
+        if not isinstance(reading, Reading):
+            raise ForwardError("a block that SynQT reads was called outside of the model's forward. Call the model.")
         queries = module(reading.feature, reading.feature_scale, tokens.shape[0])
         attended, expanded = self.paths[name].read(block, queries, tokens, hidden)
         outcome = queries + attended + expanded
@@ -188,7 +191,7 @@ class SynQTHead(nn.Module, SingleAdapterLayer):
         """Logits [B, classes] of the active adapter; those of the base model where there is none.
 
         Raises:
-            RuntimeError: If nothing was read: it was called outside of the model's forward.
+            ForwardError: If nothing was read: it was called outside of the model's forward.
         """
         name = self.carried_adapter
         if name is None:
@@ -196,7 +199,7 @@ class SynQTHead(nn.Module, SingleAdapterLayer):
             return output
         reading, self.carrier.reading = self.carrier.reading, None
         if not isinstance(reading, Reading):
-            raise RuntimeError("the head of SynQT was called without a forward of the model's blocks. Call the model.")
+            raise ForwardError("the head of SynQT was called without a forward of the model's blocks. Call the model.")
         logits: Tensor = self.synqt_params[name](reading.features())
         return logits if torch.is_autocast_enabled(pooled.device.type) else logits.to(pooled.dtype)
 

@@ -49,6 +49,7 @@ class SynQTModel(RoutedTuner):
     """
 
     prefix = "synqt_"
+    router_cls = SynQTRouter
 
     def layers(self, adapter_name: str | None = None) -> list[int]:
         """The blocks that an adapter reads, default the active one.
@@ -62,6 +63,7 @@ class SynQTModel(RoutedTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Check everything, then give each block its router and the classifier its head."""
+        self._check_place(model)
         warn_of_names(model, list(self.peft_config))
         config: SynQTConfig = copy.copy(self.peft_config[adapter_name])
         self._settled = self._settle(model, config, find_routers(model))
@@ -162,7 +164,7 @@ class SynQTModel(RoutedTuner):
                 name, module = layers[number]
                 key = f"{name}{separator}{parameter_of(module, parameter)}"
             renamed[key] = tensor
-        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, renamed)
+        return cls._load_checked(model, config, adapter_name, renamed)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from peft_bsr.engine import watch_kept
+from peft_bsr.engine.int8 import watch_kept
 
 
 def saved_activations(model: nn.Module, forward: Callable[[], Tensor]) -> int:
@@ -77,3 +77,6 @@ def saved_by_module(model: nn.Module, forward: Callable[[], Tensor]) -> dict[str
             handle.remove()
     del loss
     return dict(saved)
+
+
+__all__ = ["saved_activations", "saved_by_module"]

@@ -12,6 +12,7 @@ from peft import PeftConfig
 from peft_bsr.backbones import Column
 from peft_bsr.engine import Lean, Plan
 from peft_bsr.errors import ConfigError
+from peft_bsr.tuners.frozen_weights import FROZEN_WEIGHTS_HELP, FrozenWeights
 from peft_bsr.tuners.reductions import as_list, check_choice, write_down
 
 Trainable = Literal["full", "lora"]
@@ -48,6 +49,9 @@ class BlockConfig(PeftConfig):
             MLP for those alone in training (not with `"off"`). Default `"exact"`.
         saved_activations: `"full"`, or `"int8"`: what those blocks do keep is kept in 8 bits, rounded stochastically.
             Gradients have an error of about 1 % then. Default `"full"`.
+        frozen_weights: `"full"`, or `"int8"`: the Linear weights of blocks that never train are rounded to 8 bits in the
+            model itself, for good, as a model that is loaded quantised has them; needs torchao. `disable_adapter`,
+            `unload` and a merged model run on the rounded weights. Default `"full"`.
         layout: Canonical place -> name in the model of each trained module. Written when the adapter is attached; by
             it a file that was saved on another layout of the same model (other module names) is read.
     """
@@ -73,6 +77,7 @@ class BlockConfig(PeftConfig):
     saved_activations: str = field(
         default="full", metadata={"help": "'full' or 'int8': how numbers are kept for backward."}
     )
+    frozen_weights: str = field(default="full", metadata={"help": FROZEN_WEIGHTS_HELP})
     layout: dict[str, str] | None = field(
         default=None, metadata={"help": "Written at attach: canonical place -> module name of what trains."}
     )
@@ -107,7 +112,12 @@ class BlockConfig(PeftConfig):
     def _problems(self) -> list[str]:
         """Every value that cannot be, and what to use instead."""
         problems = []
-        for name, choices in (("trainable", Trainable), ("lean", LeanLevel), ("saved_activations", SavedActivations)):
+        for name, choices in (
+            ("trainable", Trainable),
+            ("lean", LeanLevel),
+            ("saved_activations", SavedActivations),
+            ("frozen_weights", FrozenWeights),
+        ):
             problems += check_choice(self, name, get_args(choices))
         if not isinstance(self.init_weights, bool):
             problems.append(f"`init_weights={self.init_weights!r}` must be True or False.")

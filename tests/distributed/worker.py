@@ -135,6 +135,7 @@ def main() -> None:
     """Do all jobs; what goes wrong in one is written in its place."""
     folder, jobs = Path(sys.argv[1]), json.loads(sys.argv[2])
     torch.set_num_threads(1)
+    import faulthandler; faulthandler.dump_traceback_later(150)
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     for job in (Job(**job) for job in jobs):
         try:
@@ -142,6 +143,8 @@ def main() -> None:
         except PeftBsrError as error:
             found = {"refused": f"{type(error).__name__}: {error}"}
         except (Exception, CheckpointException):
+            if job.dies_at is not None:
+                raise  # the other one is gone; torchrun starts both anew
             found = {"error": traceback.format_exc()}
         found["restarts"] = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
         torch.save(found, folder / f"{job.name}-{dist.get_rank()}.pt")

@@ -151,7 +151,7 @@ def _round(modules: Sequence[Any]) -> None:
     except ImportError as error:
         raise MissingDependencyError(
             '`frozen_weights="int8"` needs torchao, which cannot be imported here '
-            f"({error}). Install it with `pip install peft-bsr[quantization]`, or use `frozen_weights=\"full\"`."
+            f'({error}). Install it with `pip install peft-bsr[quantization]`, or use `frozen_weights="full"`.'
         ) from error
     for module in modules:
         module.weight.requires_grad_(False)

@@ -9,7 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed.cases import CONFIGS, STEPS, make_base, make_model, make_optimizer, probe_images, train, weights_of
+from tests.distributed.cases import (
+    CONFIGS,
+    STEPS,
+    make_base,
+    make_model,
+    make_optimizer,
+    probe_images,
+    train,
+    weights_of,
+)
 from tests.distributed.launch import launch
 
 pytestmark = pytest.mark.dist

@@ -77,9 +77,7 @@ class Checkpoint:
         return {"model": model, "optimizer": optimizer}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        set_state_dict(
-            self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
-        )
+        set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
 
 
 def load(case: str, checkpoint: Checkpoint, place: str | Path) -> None:
@@ -135,7 +133,8 @@ def main() -> None:
     """Do all jobs; what goes wrong in one is written in its place."""
     folder, jobs = Path(sys.argv[1]), json.loads(sys.argv[2])
     torch.set_num_threads(1)
-    import faulthandler; faulthandler.dump_traceback_later(150)
+
+    faulthandler.dump_traceback_later(150)
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     for job in (Job(**job) for job in jobs):
         try:

@@ -34,6 +34,7 @@ from peft_bsr.tuners.frozen_weights import (
 from peft_bsr.tuners.reductions import allowed_modes
 from peft_bsr.tuners.routed import ROOT, RoutedTuner, check_single, detached, find_routers, parameter_of, warn_of_names
 
+
 class BSRModel(RoutedTuner):
     """BSR on a vision transformer; made by `get_peft_model(model, BSRConfig())`.
 
@@ -105,7 +106,9 @@ class BSRModel(RoutedTuner):
                 crossed = [i for i, b in enumerate(plan.blocks) if b.saves_less and not b.trained]
                 if self._rounded and crossed:
                     lean = verify_lean(model, column, plan, index=crossed[0]).blocks
-                    plan = replace(plan, blocks=tuple(lean[i] if i in crossed else b for i, b in enumerate(plan.blocks)))
+                    plan = replace(
+                        plan, blocks=tuple(lean[i] if i in crossed else b for i, b in enumerate(plan.blocks))
+                    )
             return column, plan, layout
 
     def _attached_routers(self, model: nn.Module, column: Column) -> list[Any]:

@@ -16,7 +16,7 @@ from peft_bsr.core import as_plain
 
 
 class FrozenLinear(nn.Linear):
-    """A Linear whose weight is a quantised tensor; gradients cross it, none reaches the weight. Made by `freeze_linear`."""
+    """A Linear whose weight is a quantised tensor: gradients cross it, none reaches the weight."""
 
     def forward(self, inputs: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""

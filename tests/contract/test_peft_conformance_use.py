@@ -1,4 +1,4 @@
-"""What PEFT promises of every method, adapters in use: several, merged, disabled, deleted, copied, in half precision."""
+"""What PEFT promises of every method, adapters in use: merged, disabled, deleted, copied, in half precision."""
 
 from __future__ import annotations
 

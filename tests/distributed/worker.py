@@ -134,7 +134,6 @@ def main() -> None:
     folder, jobs = Path(sys.argv[1]), json.loads(sys.argv[2])
     torch.set_num_threads(1)
 
-    faulthandler.dump_traceback_later(150)
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     for job in (Job(**job) for job in jobs):
         try:

@@ -48,9 +48,9 @@ class SynQTConfig(PeftConfig):
         score: See `BSRConfig`.
         kept_tokens: How the one token tensor of each layer is kept for backward: `"full"` (as it is), `"bfloat16"`,
             `"float16"` or `"int8"` (256 steps, rounded stochastically). The forward does not change. Default `"full"`.
-        frozen_weights: `"full"`, or `"int8"`: the backbone's Linear weights are rounded to 8 bits in the model itself, for
-            good, as a model that is loaded quantised has them (but those of keys and values, which are absorbed); needs
-            torchao. `disable_adapter` and `unload` run on the rounded weights. Default `"full"`.
+        frozen_weights: `"full"`, or `"int8"`: the Linear weights of the backbone's blocks are rounded to 8 bits in the
+            model itself, for good, as a model that is loaded quantised has them (but not those of keys and values,
+            which are absorbed); needs torchao. Disabled and unloaded models run on them. Default `"full"`.
         target_modules: Has to stay None: the blocks that are read are `layers`.
 
     Raises:

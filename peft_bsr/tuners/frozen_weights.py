@@ -13,6 +13,7 @@ from peft_bsr.backbones import Column, probe_inputs, quiet, run_probe, tensors_o
 from peft_bsr.core import is_quantized, kept_bytes
 from peft_bsr.engine import FrozenLinear, freeze_linear
 from peft_bsr.errors import ConfigError, MissingDependencyError, UnsupportedModelError
+from peft_bsr.tuners.classifier import without_layer
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ def linears_to_round(
         for role, leaf in zip(column.roles, column.leaves, strict=True)
         if index not in trained and role not in exact_roles
     ]
-    return [name for name in names if type(model.get_submodule(name)) in (nn.Linear, FrozenLinear)]
+    return [name for name in names if type(without_layer(model.get_submodule(name))) in (nn.Linear, FrozenLinear)]
 
 
 def check_rounded(model: nn.Module, column: Column, wanted: Sequence[str], has_others: bool) -> None:
@@ -156,6 +157,7 @@ def _round(modules: Sequence[Any]) -> None:
     for module in modules:
         module.weight.requires_grad_(False)
         quantize_(module, Int8WeightOnlyConfig())
+        vars(module).pop("extra_repr", None)  # torchao's, bound to this very module, which a copy would call
         freeze_linear(module)
 
 

@@ -346,7 +346,7 @@ def test_native_delete_of_the_active_adapter_does_not_mix(method, make_vit, imag
     model.add_adapter(method.config(), adapter_name="first")
     model.add_adapter(method.config(**method.other), adapter_name="second")
     model.set_adapter("second")
-    second = run(model, images)
+    second = run(model.eval(), images)
     model.set_adapter("first")
     model.delete_adapter("first")
     output = run(model, images)

@@ -35,6 +35,10 @@ class UnsupportedPeftError(PeftBsrError, ImportError):
     """The installed version of peft lies outside the supported range."""
 
 
+class MissingDependencyError(PeftBsrError, ImportError):
+    """An option needs a package that is not installed; the message names it."""
+
+
 class AdapterError(PeftBsrError, ValueError):
     """A call on adapters (merge, set, mixed batch) asks for what this method cannot do."""
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from peft_bsr.core import kept_bytes
 from peft_bsr.errors import PeftBsrError
 
 _CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
@@ -126,7 +127,7 @@ def _resident(key: str) -> int:
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
+    return sum({t.untyped_storage()._cdata: kept_bytes(t) for t in tensors}.values())
 
 
 __all__ = ["ModelMemory", "PeakMemory", "model_memory"]

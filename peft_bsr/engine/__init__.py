@@ -1,6 +1,7 @@
 """Plan, and the runner that makes a model's blocks follow it along a route."""
 
 from peft_bsr.engine.entry import ReachedError, run_from, run_until
+from peft_bsr.engine.frozen import FrozenLinear, freeze_linear
 from peft_bsr.engine.int8 import watch_kept
 from peft_bsr.engine.lean_block import plain_mlp
 from peft_bsr.engine.parking import Parking
@@ -20,6 +21,7 @@ __all__ = [
     "BlockPlan",
     "BlockRouter",
     "BlockScores",
+    "FrozenLinear",
     "KeptTokens",
     "Lean",
     "Mode",
@@ -33,6 +35,7 @@ __all__ = [
     "attention_mask",
     "detach_router",
     "find_carrier",
+    "freeze_linear",
     "plain_mlp",
     "record_routes",
     "record_scores",

@@ -48,7 +48,7 @@ def saved_by_module(model: nn.Module, forward: Callable[[], Tensor]) -> dict[str
         >>> saved_by_module(model, lambda: model(torch.randn(3, 4)).sum())  # the input, and the output of ReLU
         {'0': 48, '1': 24}
     """
-    persistent = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    persistent = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
     storages: dict[int, Any] = {}  # the storage is held, so that its address cannot be given away while we count
     saved: defaultdict[str, int] = defaultdict(int)
     names = {module: name for name, module in model.named_modules()}
@@ -56,8 +56,8 @@ def saved_by_module(model: nn.Module, forward: Callable[[], Tensor]) -> dict[str
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in persistent and storage.data_ptr() not in storages:
-            storages[storage.data_ptr()] = storage
+        if storage._cdata not in persistent and storage._cdata not in storages:
+            storages[storage._cdata] = storage
             saved[running[-1]] += storage.nbytes()
         return tensor.detach()  # itself it would hold the graph that holds it, unseen by the garbage collector
 

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 from peft_bsr.backbones import Column
 from peft_bsr.engine import Lean, Plan
 from peft_bsr.errors import ConfigError
+from peft_bsr.tuners.frozen_weights import FROZEN_WEIGHTS_HELP, FrozenWeights
 from peft_bsr.tuners.reductions import as_list, check_choice, write_down
 from peft_bsr.tuners.saved import SavedConfig
 
@@ -45,6 +46,7 @@ class BlockConfig(SavedConfig):
     saved_activations: str = field(
         default="full", metadata={"help": "'full' or 'int8': how numbers are kept for backward."}
     )
+    frozen_weights: str = field(default="full", metadata={"help": FROZEN_WEIGHTS_HELP})
     layout: dict[str, str] | None = field(
         default=None, metadata={"help": "Written at attach: canonical place -> module name of what trains."}
     )
@@ -79,7 +81,12 @@ class BlockConfig(SavedConfig):
     def _problems(self) -> list[str]:
         """Every value that cannot be, and what to use instead."""
         problems = []
-        for name, choices in (("trainable", Trainable), ("lean", LeanLevel), ("saved_activations", SavedActivations)):
+        for name, choices in (
+            ("trainable", Trainable),
+            ("lean", LeanLevel),
+            ("saved_activations", SavedActivations),
+            ("frozen_weights", FrozenWeights),
+        ):
             problems += check_choice(self, name, get_args(choices))
         if not isinstance(self.init_weights, bool):
             problems.append(f"`init_weights={self.init_weights!r}` must be True or False.")

@@ -73,7 +73,7 @@ class ALaSTModel(BSRModel):
                 (others if index is None else blocks[index]).append(module.bsr_params[adapter_name])
         schedule = ALaSTSchedule(self.peft_config[adapter_name], plan, blocks, others)
         for router in routers:
-            router.schedules[adapter_name] = schedule
+            router.add_schedule(adapter_name, schedule)
 
     @classmethod
     def _get_adapter_state_dict(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from peft import PeftConfig
@@ -22,10 +23,16 @@ from peft_bsr.tuners.bsr.layer import BSRWeights
 from peft_bsr.tuners.bsr.router import BSRRouter, TaskSettings
 from peft_bsr.tuners.bsr.targets import is_excluded, resolve_targets
 from peft_bsr.tuners.classifier import find_classifier, find_final_norm
+from peft_bsr.tuners.frozen_weights import (
+    check_rounded,
+    linears_to_round,
+    round_weights,
+    rounds,
+    tell_ddp,
+    tried_rounding,
+)
 from peft_bsr.tuners.reductions import allowed_modes
 from peft_bsr.tuners.routed import ROOT, RoutedTuner, check_single, detached, find_routers, parameter_of, warn_of_names
-
-_IGNORED_BY_DDP = "_ddp_params_and_buffers_to_ignore"
 
 
 class BSRModel(RoutedTuner):
@@ -75,15 +82,15 @@ class BSRModel(RoutedTuner):
                 saved: Any = model.get_submodule(own_name)
                 saved.saved_as[adapter_name] = saved_name
         self._hand_out(model, routers, adapter_name, plan)
+        round_weights(model, self._rounded)
         for router in routers:
             router.set_adapter(self.active_adapters)
         self._set_modes()
-        # parked weights lie on the CPU, where DistributedDataParallel would refuse them beside others on accelerators
         layers = [(name.removeprefix(ROOT), m) for name, m in model.named_modules() if isinstance(m, BSRWeights)]
         parked = [f"{name}.base_layer.{p}" for name, layer in layers for p, _ in layer.base_layer.named_parameters()]
         mlps = {id(module) for router in routers for module, _ in router.parked}
         parked += [f"{name}.{p}" for name, m in model.named_modules() if id(m) in mlps for p, _ in m.named_parameters()]
-        setattr(model, _IGNORED_BY_DDP, [*parked, *(f"{ROOT}{name}" for name in parked)])
+        tell_ddp(model, parked)
 
     def _settle(
         self, model: nn.Module, config: BlockConfig, routers: list[BSRRouter]
@@ -98,7 +105,17 @@ class BSRModel(RoutedTuner):
         with detached(model, routers), _without_heads(model):
             verify_mixture(model, column, requested, stock)
             plan = verify_plan(model, column, requested, allowed_modes(config), stock)
-            return column, verify_lean(model, column, plan, stock), layout
+            plan = verify_lean(model, column, plan, stock)
+            self._rounded = linears_to_round(model, column, plan.trained_blocks) if rounds(config) else []
+            check_rounded(model, column, self._rounded, bool(routers))
+            with tried_rounding(model, column, self._rounded):
+                crossed = [i for i, b in enumerate(plan.blocks) if b.saves_less and not b.trained]
+                if self._rounded and crossed:
+                    lean = verify_lean(model, column, plan, index=crossed[0]).blocks
+                    plan = replace(
+                        plan, blocks=tuple(lean[i] if i in crossed else b for i, b in enumerate(plan.blocks))
+                    )
+            return column, plan, layout
 
     def _attached_routers(self, model: nn.Module, column: Column) -> list[Any]:
         """The routers, put on the blocks by the first adapter."""
@@ -210,7 +227,7 @@ class BSRModel(RoutedTuner):
         for router in find_routers(self.model):
             router.clear_base()
         self._detach_routers()
-        delattr(self.model, _IGNORED_BY_DDP)
+        tell_ddp(self.model)
         layers = [module for module in self.model.modules() if isinstance(module, BSRWeights)]
         model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         for layer in layers:

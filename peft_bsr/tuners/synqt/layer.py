@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from peft_bsr.backbones import Column, FamilyRule
 from peft_bsr.core import RouteCarrier, hidden_tokens, pick_tokens
 from peft_bsr.engine import Plan, QueryPath, ReachedError, attention_mask
-from peft_bsr.errors import ForwardError
+from peft_bsr.errors import AdapterError, ForwardError
 from peft_bsr.tuners.routed import AdapterRouter, SingleAdapterLayer, drop_saved_name
 from peft_bsr.tuners.synqt.config import SynQTConfig
 from peft_bsr.tuners.synqt.network import FusingHead, QuerySynthesis
@@ -96,12 +96,14 @@ class SynQTRouter(AdapterRouter):
 
         Raises:
             ReachedError: Behind the last layer, if the forward was to collect tokens alone.
+            AdapterError: If the block is sharded by itself.
         """
         name = self.carried_adapter
         assert name is not None, "a router without an adapter has no plan, and its block runs untouched"
         layers, entry = self.layers[name], self.carrier.entry
         begins_behind = entry is not None and entry.tokens is not None
         if self.index in layers:
+            _refuse_sharded(block, self.index)
             if entry is not None and begins_behind:
                 assert entry.tokens is not None, "it begins with them"
                 tokens = entry.tokens.split(entry.lengths, dim=1)[layers.index(self.index)]
@@ -208,6 +210,16 @@ class SynQTHead(nn.Module, SingleAdapterLayer):
 
     def __repr__(self) -> str:
         return "synqt." + super().__repr__()
+
+
+def _refuse_sharded(block: nn.Module, index: int) -> None:
+    """Queries read a block's weights outside of its own forward, where FSDP2 gathers them only for the block itself."""
+    if any(hasattr(parameter, "full_tensor") for parameter in block.parameters()):
+        raise AdapterError(
+            f"SynQT reads the weights of block {index} outside of the block's own forward, but they are sharded: "
+            "`fully_shard(block)` gathers them for that forward alone. Call `fully_shard(model)` for the whole model "
+            "only (Accelerate: `fsdp_auto_wrap_policy: NO_WRAP`), or use DistributedDataParallel."
+        )
 
 
 def _move(modules: nn.ModuleDict, adapter_name: str, like: Tensor) -> None:

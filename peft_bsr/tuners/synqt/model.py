@@ -16,6 +16,14 @@ from peft_bsr.core import RouteCarrier
 from peft_bsr.engine import Plan, QueryPath, attach_router, verify_plan, verify_queries
 from peft_bsr.errors import AdapterError
 from peft_bsr.tuners.classifier import find_classifier, find_final_norm
+from peft_bsr.tuners.frozen_weights import (
+    check_rounded,
+    linears_to_round,
+    round_weights,
+    rounds,
+    tell_ddp,
+    tried_rounding,
+)
 from peft_bsr.tuners.reductions import allowed_modes, write_down
 from peft_bsr.tuners.routed import ROOT, RoutedTuner, detached, find_routers, parameter_of, warn_of_names
 from peft_bsr.tuners.synqt.config import SynQTConfig, build_plan
@@ -71,6 +79,8 @@ class SynQTModel(RoutedTuner):
         config.attached_to(model, *self._settled[:2])
         self.peft_config[adapter_name] = config
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        round_weights(model, self._rounded)
+        tell_ddp(model)
         self._set_modes()
 
     def _settle(
@@ -88,6 +98,12 @@ class SynQTModel(RoutedTuner):
             wanted = QueryPath(column, kept=config.kept_tokens)  # type: ignore[arg-type]
             path = verify_queries(model, column, layers[0], wanted, stock)
             plan = verify_plan(model, column, requested, allowed_modes(config), stock)
+            absorbed = ("attention.key", "attention.value") if path.absorbs else ()
+            self._rounded = linears_to_round(model, column, [], absorbed) if rounds(config) else []
+            check_rounded(model, column, self._rounded, bool(routers))
+            with tried_rounding(model, column, self._rounded):
+                if self._rounded:
+                    path = verify_queries(model, column, layers[0], path, None)
         return column, plan, path, layers, classifier
 
     def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> bool:

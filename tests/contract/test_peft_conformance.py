@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageClassification, ViTForImageClassification
 
-from peft_bsr import AdapterNameWarning, ALaSTModel, BSRModel, SynQTModel
+from peft_bsr import AdapterFileError, AdapterNameWarning, ALaSTModel, BSRModel, SynQTModel
 
 NEEDS_OWN_KEYS = (
     "peft 0.20 leaves the adapter's name in the keys of nested modules; PeftModel reads them, others do not"
@@ -248,12 +248,12 @@ def test_selected_adapters_are_saved(model, method, tmp_path):
         model.save_pretrained(tmp_path, selected_adapters=["fourth"])
 
 
-def test_pickled_files_are_written_or_refused_as_peft_does(model, method, make_vit, images, run, tmp_path):
-    try:
-        model.save_pretrained(tmp_path, safe_serialization=False)
-    except ValueError as error:
-        pytest.skip(f"this PEFT writes safetensors only: {error}")
-    method.assert_same(run(PeftModel.from_pretrained(make_vit(), tmp_path).eval(), images), run(model, images))
+def test_pickled_files_are_never_read(model, make_vit, tmp_path):
+    model.save_pretrained(tmp_path)
+    torch.save({}, tmp_path / "adapter_model.bin")
+    (tmp_path / "adapter_model.safetensors").unlink()
+    with pytest.raises(AdapterFileError, match="pickled files can run code and are not read"):
+        PeftModel.from_pretrained(make_vit(), tmp_path)
 
 
 def test_low_cpu_mem_usage_creates_on_the_meta_device(method, make_vit):

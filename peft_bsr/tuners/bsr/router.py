@@ -105,7 +105,8 @@ class BSRRouter(AdapterRouter):
     def parks_base(self) -> bool:
         """Whether nothing reads the weights of the block's MLP: the active adapter's experts have their own."""
         name = self.carried_adapter
-        return name is not None and name in self.bsr_params and isinstance(self.bsr_params[name].experts, FullExperts)
+        mixture: Any = self.bsr_params[name] if name is not None and name in self.bsr_params else None
+        return mixture is not None and isinstance(mixture.experts, FullExperts)
 
     def place_base(self) -> None:
         """Park the weights of the block's MLP if nothing reads them, else have them where the experts are."""
@@ -127,8 +128,8 @@ class BSRRouter(AdapterRouter):
 
     @property
     def _device(self) -> torch.device:
-        mixtures: Any = self.bsr_params.values()
-        return next((m.gates.device for m in mixtures if not m.gates.is_meta), torch.device("cpu"))
+        own = (parameter for mixture in self.bsr_params.values() for parameter in mixture.parameters())
+        return next((parameter.device for parameter in own if not parameter.is_meta), torch.device("cpu"))
 
     def _apply(self, fn: Any, recurse: bool = True) -> BSRRouter:
         super()._apply(fn, recurse)
@@ -178,7 +179,8 @@ class BSRRouter(AdapterRouter):
         self.carrier.call = None
         if settings is None or (entry is not None and entry.tokens is None):
             return args, without_tasks(kwargs)
-        call, kwargs = read_call(settings.tasks, self.column, args, kwargs)
+        num_images = None if entry is None or entry.tokens is None else len(entry.tokens)
+        call, kwargs = read_call(settings.tasks, self.column, args, kwargs, num_images)
         call.usage = None if self.carrier.usage is None else {}
         self.carrier.call = call
         return args, kwargs

@@ -88,7 +88,7 @@ def _costs(record: RunRecord) -> str:
     if not record.costs:
         return ""
     reference = next(iter(record.costs.values()))
-    head = ("", "trained, M", "saved, MiB an image", "GFLOPs an image", "step, s", "to the first")
+    head = ("", "trained, M", "saved, MiB", "GFLOPs", "step, s", "ratio")
     rows = [
         (
             name,
@@ -103,7 +103,9 @@ def _costs(record: RunRecord) -> str:
     cells = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     titles = "".join(f"<th>{escape(title)}</th>" for title in head)
     table = f'<div class="scroll"><table><thead><tr>{titles}</tr></thead><tbody>{cells}</tbody></table></div>'
-    return _section("Against full fine-tuning", f'{table}<p class="quiet">{escape(record.conditions)}</p>', True)
+    note = "Saved activations and FLOPs of a step are those of one image; the ratio is of times, to the first row."
+    text = f'{table}<p class="quiet">{note} {escape(record.conditions)}</p>'
+    return _section("Against full fine-tuning", text, True)
 
 
 def _kept(record: RunRecord) -> str:

@@ -38,9 +38,9 @@ svg .line { stroke: var(--c); } svg .bar, svg .dot { fill: var(--c); }
 .scroll { overflow-x: auto; margin: 0 0 8px; }
 table { border-collapse: collapse; width: 100%; font-size: .875rem; font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: 6px 8px; border-bottom: 1px solid var(--rule); vertical-align: bottom; }
-th:first-child, td:first-child { text-align: left; padding-left: 0; min-width: 5.2em; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; }
 th { color: var(--quiet); font-weight: 600; }
-.facts td { text-align: left; overflow-wrap: anywhere; }
+.facts td { text-align: left; vertical-align: top; overflow-wrap: anywhere; }
 .facts td:first-child { white-space: nowrap; overflow-wrap: normal; padding-right: 16px; width: 1%; }
 .kept { display: grid; gap: 6px; max-width: 760px; }
 .kept figure { margin: 0; min-width: 0; } .kept img { display: block; width: 100%; border-radius: 4px; }

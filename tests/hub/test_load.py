@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -84,13 +85,16 @@ def test_another_base_model_is_refused(make_adapter, make_model, tmp_path):
         peft_bsr.load(tmp_path / "adapter", base=tmp_path / "other")
 
 
-def test_a_class_outside_of_transformers_is_not_imported(make_adapter, tmp_path):
+def test_a_class_outside_of_transformers_is_not_imported(make_adapter, tmp_path, monkeypatch):
+    (tmp_path / "planted.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
     make_adapter().save_pretrained(tmp_path / "adapter")
     path = tmp_path / "adapter" / "adapter_config.json"
     written = json.loads(path.read_text())
-    written["auto_mapping"] = {"parent_library": "antigravity", "base_model_class": "fly"}
+    written["auto_mapping"] = {"parent_library": "planted", "base_model_class": "Model"}
     path.write_text(json.dumps(written))
     assert type(peft_bsr.load(tmp_path / "adapter").get_base_model()).__name__ == "ViTForImageClassification"
+    assert "planted" not in sys.modules
 
 
 def test_an_adapter_without_a_base_is_refused(make_adapter, tmp_path):

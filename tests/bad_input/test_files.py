@@ -94,7 +94,7 @@ FILES: list[tuple[str, Callable[[Path], Any], type[Exception], str]] = [
         "bsr",
         weights(lambda t: t.update({f"{FC1}.bsr_params.scale": torch.ones(1)})),
         AdapterFileError,
-        f"Adapter 'default': {FC1}.bsr_params.default.scale are in the file, but not in this adapter.",
+        f"Adapter 'default': {FC1}.bsr_params.scale are in the file, but not in this adapter.",
     ),
     (
         "bsr",

@@ -47,6 +47,6 @@ def launch(
         "CUDA_VISIBLE_DEVICES": "",
         "HF_HUB_OFFLINE": "1",
     }
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=540)
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=1800)
     assert (result.returncode != 0) == fails, result.stderr[-6000:]
     return result.stderr

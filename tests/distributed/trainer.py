@@ -61,6 +61,7 @@ def train(folder: Path, name: str, case: str, steps: int) -> None:
         max_steps=NUM_STEPS,
         per_device_train_batch_size=BATCH_SIZE,
         learning_rate=3e-3,
+        adam_epsilon=1e-3,  # a key's bias has no gradient but rounding, which Adam would make steps of
         logging_steps=1,
         save_steps=2,
         report_to="none",

@@ -134,7 +134,7 @@ def main() -> None:
     folder, jobs = Path(sys.argv[1]), json.loads(sys.argv[2])
     torch.set_num_threads(1)
 
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", timeout=timedelta(minutes=5))
     for job in (Job(**job) for job in jobs):
         try:
             found = run(job, folder)

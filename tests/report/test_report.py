@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from peft import get_peft_model
+from transformers import ViTConfig, ViTForImageClassification
 
 from peft_bsr import BSRConfig, probe_column
 from peft_bsr.cost import Cost, saved_activations
@@ -114,6 +115,15 @@ def test_memory_of_blocks_adds_up(config, make_model, images):
     assert sum(found) * 2 * 2**20 == pytest.approx(whole)
     assert len(found) == 5
     assert all(value > 0 for value in found[:4]) if config is None else found[:3] == [0, 0, 0] and found[3] > 0
+
+
+def test_block_10_is_not_block_1(images):
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16, "image_size": 32, "patch_size": 16}
+    vit = ViTForImageClassification(ViTConfig(**sizes, num_hidden_layers=11))
+    model = get_peft_model(vit, BSRConfig(trainable_blocks=[10], reduction_blocks=[]))
+    found = saved_by_block(model, {"pixel_values": images, "labels": torch.tensor([0, 1])}, model.base_model.column)
+    assert found[10] > 0
+    assert found[:10] == [0.0] * 10
 
 
 def test_charts_stay_inside_of_themselves():

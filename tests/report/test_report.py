@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from peft import get_peft_model
+from transformers import ViTConfig, ViTForImageClassification
 
 from peft_bsr import BSRConfig, probe_column
 from peft_bsr.cost import Cost, saved_activations
@@ -81,7 +82,8 @@ def test_a_page_has_all_there_is_and_needs_nothing_else(full_record, tmp_path):
     assert not re.search(r"https?://|@import|url\(|<script|<link", text), "nothing from the network, nothing that runs"
     assert "prefers-color-scheme: dark" in text
     assert '<meta name="viewport"' in text
-    assert "BSR of &lt;b&gt;vit&lt;/b&gt;" in text
+    assert text.count("BSR of &lt;b&gt;vit&lt;/b&gt;") == 2
+    assert "<b>" not in text
     assert "cat &amp; dog" in text
     assert "<td>0.25</td>" in text, "a quarter of the first's time"
     assert sum(tag == "img" for tag, _ in page.seen) == 2 * (1 + 2)
@@ -113,6 +115,15 @@ def test_memory_of_blocks_adds_up(config, make_model, images):
     assert sum(found) * 2 * 2**20 == pytest.approx(whole)
     assert len(found) == 5
     assert all(value > 0 for value in found[:4]) if config is None else found[:3] == [0, 0, 0] and found[3] > 0
+
+
+def test_block_10_is_not_block_1(images):
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16, "image_size": 32, "patch_size": 16}
+    vit = ViTForImageClassification(ViTConfig(**sizes, num_hidden_layers=11))
+    model = get_peft_model(vit, BSRConfig(trainable_blocks=[10], reduction_blocks=[]))
+    found = saved_by_block(model, {"pixel_values": images, "labels": torch.tensor([0, 1])}, model.base_model.column)
+    assert found[10] > 0
+    assert found[:10] == [0.0] * 10
 
 
 def test_charts_stay_inside_of_themselves():

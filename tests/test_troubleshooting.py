@@ -71,6 +71,21 @@ def test_what_is_raised_is_of_our_classes():
 
 
 def test_there_is_one_name_for_logs():
-    assert {ast.unparse(call.args[0]) for call in calls("logging.getLogger")} == {"__name__"}
+    kept = [node.value for tree in TREES.values() for node in tree.body if isinstance(node, ast.Assign)]
+    own = [call for call in calls("logging.getLogger") if call in kept]
+    assert own and {ast.unparse(call) for call in own} == {"logging.getLogger(__name__)"}
+    logging_ones = {
+        ast.unparse(call.func.value) for call in ast.walk(ast.Module([*TREES.values()], [])) if is_log(call)
+    }
+    assert logging_ones == {"logger"}
     names = [name for name in logging.root.manager.loggerDict if "bsr" in name]
     assert names and all(name.split(".")[0] == "peft_bsr" for name in names)
+
+
+def is_log(node: ast.AST) -> bool:
+    """Whether it is a call such as `logger.info(...)`."""
+    return (
+        isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr in ("debug", "info", "warning", "error", "exception")
+    )

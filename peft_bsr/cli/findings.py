@@ -18,9 +18,9 @@ from peft_bsr.cli.sources import load_model
 from peft_bsr.cost import Cost, compare
 from peft_bsr.hub.card import PICTURE
 from peft_bsr.registration import package_version
-from peft_bsr.report import RunRecord, saved_by_block
+from peft_bsr.report import RunRecord
 from peft_bsr.training.images import LabelledImages, collate, to_pictures, with_pixels
-from peft_bsr.viz import KeptTokens, draw_kept_tokens, kept_token_pictures
+from peft_bsr.viz import KeptTokens, draw_kept_tokens, kept_token_pictures, saved_by_block
 
 FULL = "full fine-tuning"
 _BATCH, _SHOWN = 8, 4  # images that are measured on, and that are drawn
@@ -31,7 +31,7 @@ class Findings:
     """What was measured and drawn; empty where it was not."""
 
     costs: dict[str, Cost] = field(default_factory=dict)
-    saved: dict[str, list[float]] = field(default_factory=dict)
+    saved: dict[str, dict[str, float]] = field(default_factory=dict)
     conditions: str = ""
     images: np.ndarray | None = None
     titles: list[str] = field(default_factory=list)
@@ -67,9 +67,8 @@ def find_out(
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         full = load_model(settings.model, data.labels).to(model.device)
         models = {FULL: full, settings.method.upper(): model}
-        column = model.base_model.column
         found.costs = compare(models, batch)
-        found.saved = {name: saved_by_block(one, batch, column) for name, one in models.items()}
+        found.saved = {name: saved_by_block(one, batch) for name, one in models.items()}
         found.conditions = conditions(batch["pixel_values"])
     return found
 

@@ -75,9 +75,11 @@ def _curves(record: RunRecord) -> str:
 def _memory(record: RunRecord) -> str:
     if not record.saved_by_block:
         return ""
-    top = max(max(values) for values in record.saved_by_block.values())
+    found = {name: [size / 2**20 for size in parts.values()] for name, parts in record.saved_by_block.items()}
+    found = {name: [*blocks, embeddings + head] for name, (embeddings, *blocks, head) in found.items()}
+    top = max(max(values) for values in found.values())
     charts = []
-    for number, (name, values) in enumerate(record.saved_by_block.items()):
+    for number, (name, values) in enumerate(found.items()):
         chart = bar_chart(values, "MiB an image", [f"s{number}"] * len(values), last="rest", top=top)
         charts.append(f"<div>{chart}{_key({f's{number}': f'{name}: {sum(values):.3g} MiB in all'})}</div>")
     note = '<p class="quiet">Activations kept for backward by each block, one image.</p>'

@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
 
 from peft_bsr.backbones import Column
-from peft_bsr.cost import Cost, saved_by_module
+from peft_bsr.cost import Cost
 from peft_bsr.engine import Plan
 from peft_bsr.training import BudgetRecord
 from peft_bsr.viz import KeptTokens
@@ -27,8 +26,7 @@ class RunRecord:
         words: The plan in sentences, see `peft_bsr.hub.plan_in_words`.
         headline: Name -> text of the few numbers that stand on top.
         log_history: Trainer's, `trainer.state.log_history`.
-        saved_by_block: Name -> MiB an image that each block keeps for backward, the rest of the model last; see
-            `saved_by_block`.
+        saved_by_block: Name -> bytes an image that each part keeps for backward, from `peft_bsr.viz.saved_by_block`.
         costs: Name -> `Cost`; the first is the reference.
         conditions: Under which memory and costs were measured.
         images: [B, H, W, 3] in 0 to 1, as the model was shown them.
@@ -46,7 +44,7 @@ class RunRecord:
     words: Sequence[str] = ()
     headline: Mapping[str, str] = field(default_factory=dict)
     log_history: Sequence[Mapping[str, Any]] = ()
-    saved_by_block: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    saved_by_block: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     costs: Mapping[str, Cost] = field(default_factory=dict)
     conditions: str = ""
     images: np.ndarray | None = None
@@ -58,27 +56,4 @@ class RunRecord:
     command: str = ""
 
 
-def saved_by_block(model: nn.Module, batch: Mapping[str, Tensor], column: Column) -> list[float]:
-    """MiB an image that each block keeps for backward in a training step; the rest of the model comes last.
-
-    Args:
-        model: With or without an adapter; its modes are left as they were.
-        batch: Inputs and labels.
-        column: Of the model.
-    """
-    modes = {module for module in model.modules() if module.training}
-    model.train()
-    try:
-        saved = saved_by_module(model, lambda: model(**batch).loss)
-    finally:
-        for module in model.modules():
-            module.training = module in modes
-    size = len(next(iter(batch.values())))
-    found = [0.0] * (column.depth + 1)
-    for name, count in saved.items():
-        index = next((i for i, block in enumerate(column.blocks) if f".{block}." in f".{name}."), column.depth)
-        found[index] += count / 2**20 / size
-    return found
-
-
-__all__ = ["RunRecord", "saved_by_block"]
+__all__ = ["RunRecord"]

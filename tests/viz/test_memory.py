@@ -4,11 +4,11 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from PIL import Image
+from transformers import ViTConfig, ViTForImageClassification
 
-from peft_bsr import BSRConfig
+from peft_bsr import BSRConfig, InputError
 from peft_bsr.cost import saved_activations
-from peft_bsr.viz import draw_saved_memory
-from peft_bsr.viz.memory import saved_by_block
+from peft_bsr.viz import draw_saved_memory, saved_by_block
 
 
 @pytest.fixture
@@ -35,6 +35,13 @@ def test_frozen_leading_blocks_keep_nothing(make_model, batch):
     assert min(parts["2"], parts["3"], parts["head"]) > 0
 
 
+def test_block_10_is_not_block_1(batch):
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16, "image_size": 32, "patch_size": 16}
+    vit = ViTForImageClassification(ViTConfig(**sizes, num_hidden_layers=11))
+    parts = saved_by_block(get_peft_model(vit, BSRConfig(trainable_blocks=[10], reduction_blocks=[])), batch)
+    assert parts["10"] > 0 and not any(parts[str(index)] for index in range(10))
+
+
 def test_the_picture(make_model, batch, tmp_path):
     models = {"full fine-tuning": make_model(), "BSR": get_peft_model(make_model(), BSRConfig())}
     path = draw_saved_memory(models, batch, tmp_path / "memory.png")
@@ -45,5 +52,5 @@ def test_the_picture(make_model, batch, tmp_path):
 def test_models_of_one_depth(make_model, batch, tmp_path):
     models = {"vit": make_model(), "deit": make_model("deit")}
     draw_saved_memory(models, batch, tmp_path / "memory.png")
-    with pytest.raises(ValueError, match=r"must be models of one depth, found \{\}"):
+    with pytest.raises(InputError, match=r"must be models of one depth, found \{\}"):
         draw_saved_memory({}, batch, tmp_path / "memory.png")

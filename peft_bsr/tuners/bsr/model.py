@@ -82,7 +82,7 @@ class BSRModel(RoutedTuner):
                 saved: Any = model.get_submodule(own_name)
                 saved.saved_as[adapter_name] = saved_name
         self._hand_out(model, routers, adapter_name, plan)
-        round_weights(model, self._rounded)
+        round_weights(model, _linears_to_round(model, column, config, plan))
         for router in routers:
             router.set_adapter(self.active_adapters)
         self._set_modes()
@@ -106,11 +106,11 @@ class BSRModel(RoutedTuner):
             verify_mixture(model, column, requested, stock)
             plan = verify_plan(model, column, requested, allowed_modes(config), stock)
             plan = verify_lean(model, column, plan, stock)
-            self._rounded = linears_to_round(model, column, plan.trained_blocks) if rounds(config) else []
-            check_rounded(model, column, self._rounded, bool(routers))
-            with tried_rounding(model, column, self._rounded):
+            rounded = _linears_to_round(model, column, config, plan)
+            check_rounded(model, column, rounded, bool(routers))
+            with tried_rounding(model, column, rounded):
                 crossed = [i for i, b in enumerate(plan.blocks) if b.saves_less and not b.trained]
-                if self._rounded and crossed:
+                if rounded and crossed:
                     lean = verify_lean(model, column, plan, index=crossed[0]).blocks
                     plan = replace(
                         plan, blocks=tuple(lean[i] if i in crossed else b for i, b in enumerate(plan.blocks))
@@ -274,3 +274,8 @@ def _without_heads(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer._disable_adapters = False
+
+
+def _linears_to_round(model: nn.Module, column: Column, config: BlockConfig, plan: Plan) -> list[str]:
+    """Names of the Linear modules whose weights the adapter wants in 8 bits."""
+    return linears_to_round(model, column, plan.trained_blocks) if rounds(config) else []

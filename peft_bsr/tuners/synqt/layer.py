@@ -26,11 +26,11 @@ class Reading:
     """What one forward's queries have read so far.
 
     Attributes:
-        feature_scale: s_feat.
+        feature_scale: s_feat, None where one layer is read.
         reads: (H, F_att, F_ffn) of each layer, each [B, 1, D], averaged over the queries.
     """
 
-    feature_scale: Tensor
+    feature_scale: Tensor | None
     reads: list[tuple[Tensor, ...]] = field(default_factory=list)
 
     @property
@@ -82,7 +82,8 @@ class SynQTRouter(AdapterRouter):
         """
         self.plans[adapter_name], self.paths[adapter_name], self.layers[adapter_name] = plan, path, layers
         if self.index in layers:
-            self.synqt_params[adapter_name] = QuerySynthesis(self.column.width, config, self.index == layers[0])
+            holds_scale = self.index == layers[0] and len(layers) > 1  # with one layer there is nothing to scale
+            self.synqt_params[adapter_name] = QuerySynthesis(self.column.width, config, holds_scale)
             self._move_adapter_to_device_of_base_layer(adapter_name)
 
     def passes(self, block: nn.Module, hidden_states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder of TASK-train-*.parquet and so on (default: the Hub)")
     parser.add_argument("--only", nargs="*", help="of single, dense, moe, moe-lora (default: all)")
     parser.add_argument("--keep-rates", type=float, nargs="*", default=KEEP_RATES, help="default: .5, .7 and 1")
-    parser.add_argument("--learning-rates", type=float, nargs="*", help="of `try` (default 1e-3); `run` takes the best")
+    parser.add_argument("--learning-rates", type=float, nargs="*", help="default 1e-3")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0], help="default: 0")
     parser.add_argument("--threads", type=int, default=1, help="of torch on the CPU (default 1)")
     parser.add_argument("--results", type=Path, default=HERE / "results" / "multitask", help="folder (default: ours)")

@@ -23,7 +23,7 @@ def write_report(results: Path, comparison: Path, tasks: list[str], page: Path =
         page: To change. Default docs/multitask.md.
     """
     rows = [row for row in [single_row(results, comparison, tasks), *rows_of(results / "test", tasks)] if row]
-    head = ["", "learning rate", "seeds", *tasks, "mean", "trained, M", "training, s"]
+    head = ["", "learning rate", "seeds", *tasks, "mean", "trained, M"]
     text = table(head, rows)
     if tried := rows_of(results / "validation", tasks):
         text += f"\nOn validation images, after the same epochs on half of the training images:\n\n{table(head, tried)}"
@@ -50,7 +50,6 @@ def rows_of(folder: Path, tasks: list[str]) -> list[list[str]]:
             [found["accuracy"] for found in group],
             tasks,
             group[0]["trained_parameters"],
-            mean(found["train_time"] for found in group),
         )
         for (variant, keep_rate, rate), group in sorted(runs.items())
     ]
@@ -73,14 +72,11 @@ def single_row(results: Path, comparison: Path, tasks: list[str]) -> list[str] |
         [{task: info[task]["metrics"][0]["accuracy"] for task in tasks} for info in infos],
         tasks,
         sum(infos[0][task]["num_trainable_params"] for task in tasks),
-        mean(sum(info[task]["train_time"] for task in tasks) for info in infos),
     )
 
 
-def row(
-    name: str, rate: float, accuracies: list[dict[str, float]], tasks: list[str], trained: int, seconds: float
-) -> list[str]:
+def row(name: str, rate: float, accuracies: list[dict[str, float]], tasks: list[str], trained: int) -> list[str]:
     """Accuracies in per cent, means over the seeds."""
     means = [100 * mean(found[task] for found in accuracies) for task in tasks]
     scores = [f"{score:.1f}" for score in (*means, mean(means))]
-    return [name, f"{rate:g}", str(len(accuracies)), *scores, f"{trained / 1e6:.2f}", f"{seconds:.0f}"]
+    return [name, f"{rate:g}", str(len(accuracies)), *scores, f"{trained / 1e6:.2f}"]

@@ -49,7 +49,7 @@ def probe_column(model: nn.Module) -> Column:
     Raises:
         UnsupportedModelError: Naming what was found and what is supported. The model is unchanged.
 
-    Example:
+    Examples:
         >>> from transformers import ViTConfig, ViTForImageClassification
         >>> tiny = ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
         >>> probe_column(ViTForImageClassification(tiny)).num_tokens

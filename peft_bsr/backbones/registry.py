@@ -33,7 +33,7 @@ class FamilyRule:
         attention_arguments: `(block, hidden_states, arguments) -> arguments`, what a block computes for its attention
             out of what it is called with. General way: it hands on arguments of the same name.
 
-    Example:
+    Examples:
         >>> rule = FamilyRule(follow_attention=lambda route, arguments: {**arguments, "ids": route.origins})
         >>> register_family("my_model", rule)
         >>> unregister_family("my_model")

@@ -42,7 +42,7 @@ def choose_experts(logits: Tensor, top_k: int, renormalize: bool = True) -> Choi
         renormalize: Divide the chosen weights by their sum, so that experts that are all the same MLP together are
             that MLP. The paper's release does not: its layers start at about k / E of the MLP.
 
-    Example:
+    Examples:
         >>> choose_experts(torch.tensor([[0.0, 2.0, 1.0]]), top_k=2).experts.tolist()
         [[1, 2]]
     """
@@ -84,7 +84,7 @@ def run_experts(tokens: Tensor, choice: Choice, run_expert: Callable[[int, Tenso
     Returns:
         [n, that width], in the dtype of the experts' outputs.
 
-    Example:
+    Examples:
         >>> choice = choose_experts(torch.randn(5, 3), top_k=2)
         >>> run_experts(torch.randn(5, 4), choice, lambda expert, part: part * expert).shape
         torch.Size([5, 4])

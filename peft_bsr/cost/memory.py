@@ -42,7 +42,7 @@ def model_memory(model: nn.Module, optimizer: torch.optim.Optimizer | None = Non
         model: Any.
         optimizer: Of the model, or None.
 
-    Example:
+    Examples:
         >>> layer = torch.nn.Linear(4, 2)  # 8 weights and 2 biases of 4 bytes
         >>> optimizer = torch.optim.AdamW(layer.parameters())
         >>> layer(torch.randn(3, 4)).sum().backward()
@@ -77,7 +77,7 @@ class PeakMemory:
     Raises:
         PeftBsrError: If the peak cannot be measured here.
 
-    Example:
+    Examples:
         >>> with PeakMemory() as memory:
         ...     _ = torch.ones(2**22).sum()  # 16 MiB
         >>> memory.added_bytes >= 15 * 2**20

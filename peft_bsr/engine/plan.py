@@ -109,7 +109,7 @@ class Plan:
         mode: `"compact"` = the sequence gets shorter, from the first reduction to the head; `"full_view"` = it keeps
             its length outside of the blocks: each block runs on the alive tokens, dropped ones keep their last value.
 
-    Example:
+    Examples:
         >>> plan = Plan.static(12, trained=[3, 7, 11], reductions={i: Reduction(0.5) for i in (3, 6, 9)})
         >>> [mlp for _, mlp in plan.token_counts(197, 1)][::3]
         [197, 100, 52, 28]

@@ -24,7 +24,7 @@ def record_routes(model: nn.Module) -> Iterator[list[tuple[int, Route]]]:
     Raises:
         AdapterError: If the model carries none of our adapters.
 
-    Example:
+    Examples:
         >>> with record_routes(model) as routes:  # doctest: +SKIP
         ...     model(pixel_values)
         >>> routes[-1][1].alive()  # which patches the last reduction left  # doctest: +SKIP

@@ -41,7 +41,7 @@ def record_scores(model: nn.Module, column: Column, kind: ScoreKind | None = Non
     Yields:
         A list that fills up as the model runs.
 
-    Example:
+    Examples:
         >>> with record_scores(model, probe_column(model)) as found:  # doctest: +SKIP
         ...     model(pixel_values=images)
         >>> found[11].scores  # doctest: +SKIP

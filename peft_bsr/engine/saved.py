@@ -24,7 +24,7 @@ def saved_activations(model: nn.Module, forward: Callable[[], Tensor]) -> int:
         saved bytes. Device and dtype are the model's; on the CPU this equals what the process holds for backward, up
         to the allocator's rounding.
 
-    Example:
+    Examples:
         >>> layer = torch.nn.Linear(4, 2)
         >>> saved_activations(layer, lambda: layer(torch.randn(3, 4)).sum())  # its input: 3 x 4 x 4 bytes
         48
@@ -43,7 +43,7 @@ def saved_by_module(model: nn.Module, forward: Callable[[], Tensor]) -> dict[str
         Name of the innermost module -> bytes, in the order of the forward; `""` is the model itself or what runs
         outside of it.
 
-    Example:
+    Examples:
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 2), torch.nn.ReLU())
         >>> saved_by_module(model, lambda: model(torch.randn(3, 4)).sum())  # the input, and the output of ReLU
         {'0': 48, '1': 24}

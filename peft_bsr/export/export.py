@@ -50,7 +50,7 @@ def export(
         ExportError: If the format cannot take the model, a package is missing, or with `check`, if outputs are more
             than 1e-4 away from PyTorch's (of the largest output where that is above 1) without `quantize`.
 
-    Example:
+    Examples:
         >>> from peft import get_peft_model
         >>> from transformers import ViTConfig, ViTForImageClassification
         >>> from peft_bsr import BSRConfig

@@ -49,7 +49,7 @@ def add_facts(model: nn.Module, *, adapter_name: str | None = None, **facts: Any
         AdapterError: If the model has no such adapter of ours.
         TypeError: If there is no such field.
 
-    Example:
+    Examples:
         >>> from peft import get_peft_model
         >>> from peft_bsr import BSRConfig
         >>> from transformers import ViTConfig, ViTForImageClassification

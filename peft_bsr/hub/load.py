@@ -48,7 +48,7 @@ def load(
     Raises:
         HubError: If there is no adapter or no base model, or if they do not fit.
 
-    Example:
+    Examples:
         >>> model = load("me/pets-bsr")  # doctest: +SKIP
         >>> model.config.id2label[0]  # doctest: +SKIP
         'Abyssinian'

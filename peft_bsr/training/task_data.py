@@ -23,7 +23,7 @@ class TaskDataset(Dataset):
     Args:
         datasets: Task -> data set of dicts, in the order of the adapter's tasks.
 
-    Example:
+    Examples:
         >>> data = TaskDataset({"a": [{"labels": 1}], "b": [{"labels": 5}]})
         >>> len(data), data[1]
         (2, {'labels': 5, 'task_ids': 1})
@@ -59,7 +59,7 @@ class TaskBatchSampler(Sampler[list[int]]):
     Raises:
         ConfigError: If the strategy is unknown, or a number is not above 0.
 
-    Example:
+    Examples:
         >>> data = TaskDataset({"a": [{}] * 4, "b": [{}] * 2})
         >>> [data[batch[0]]["task_ids"] for batch in TaskBatchSampler(data, batch_size=2)]
         [0, 1, 0]

@@ -47,7 +47,7 @@ def verify_trainability(
             be changed, or would decay; every frozen leading block that keeps activations for backward.
         AdapterError: If there is no adapter of peft_bsr, or it is disabled.
 
-    Example:
+    Examples:
         >>> from peft import get_peft_model
         >>> from transformers import ViTConfig, ViTForImageClassification
         >>> from peft_bsr import BSRConfig
@@ -80,7 +80,7 @@ def verify_trainability(
 class TrainabilityCallback(TrainerCallback):
     """Runs `verify_trainability` before the first step of each `Trainer.train()`, resumed ones too, on random images.
 
-    Example:
+    Examples:
         >>> callback = TrainabilityCallback()  # Trainer(..., callbacks=[callback]).train() stops if something is wrong
     """
 

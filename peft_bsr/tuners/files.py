@@ -95,7 +95,7 @@ def check_adapter(folder: str | Path) -> None:
         AdapterFileError: If a file is missing or damaged, or weights are pickled.
         ConfigError: If the configuration holds what cannot be.
 
-    Example:
+    Examples:
         >>> check_adapter("my-adapter")  # doctest: +SKIP
     """
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING

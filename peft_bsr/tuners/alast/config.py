@@ -57,7 +57,7 @@ class ALaSTConfig(BlockConfig):
     Raises:
         ConfigError: Naming every value that cannot be.
 
-    Example:
+    Examples:
         >>> ALaSTConfig(preset="paper").alpha
         'lr'
     """

@@ -88,7 +88,7 @@ class BSRConfig(BlockConfig):
     Raises:
         ConfigError: Naming every value that cannot be.
 
-    Example:
+    Examples:
         >>> BSRConfig(trainable_blocks="last:3", keep_rate=0.7).trainable_blocks
         'last:3'
     """

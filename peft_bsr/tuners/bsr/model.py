@@ -49,7 +49,7 @@ class BSRModel(RoutedTuner):
         UnsupportedModelError: With the reason that the probe found.
         ConfigError: Naming everything that this model does not allow.
 
-    Example:
+    Examples:
         >>> from peft import get_peft_model
         >>> from transformers import ViTConfig, ViTForImageClassification
         >>> from peft_bsr import BSRConfig

@@ -57,7 +57,7 @@ class SynQTConfig(SavedConfig):
     Raises:
         ConfigError: Naming every value that cannot be.
 
-    Example:
+    Examples:
         >>> SynQTConfig(num_queries=16, layers=[2, 5, 8, 11]).num_queries
         16
     """

@@ -47,7 +47,7 @@ class SynQTModel(RoutedTuner):
         UnsupportedModelError: With the reason that was found.
         ConfigError: Naming everything that this model does not allow.
 
-    Example:
+    Examples:
         >>> from peft import get_peft_model
         >>> from transformers import ViTConfig, ViTForImageClassification
         >>> tiny = ViTConfig(hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=64)

@@ -6,7 +6,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 OLDEST_PEFT := $(VENV)/peft-0.20.0
 
-.PHONY: demo test lint bench docs compatibility clean
+.PHONY: demo test test-all test-contract test-distributed lint bench docs compatibility clean
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/quickstart.py $(ARGS)
@@ -14,6 +14,15 @@ demo: $(VENV)/installed
 test: lint $(OLDEST_PEFT)
 	PYTHONPATH=$(OLDEST_PEFT) $(BIN)/python -m pytest -q -n auto tests/tuners tests/test_registration.py
 	$(BIN)/python -m pytest -n auto $(ARGS)
+
+# Families of tests, each with its counts
+test-contract: $(VENV)/installed
+	$(BIN)/python -m pytest -n auto tests/contract tests/test_registration.py $(ARGS)
+
+test-distributed: $(VENV)/installed
+	$(BIN)/python -m pytest -n0 -m dist tests/distributed tests/examples $(ARGS)
+
+test-all: test test-contract test-distributed
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -29,6 +38,7 @@ docs: $(VENV)/installed
 
 compatibility: $(VENV)/installed
 	$(BIN)/python tests/contract/report.py
+	$(BIN)/python tests/contract/versions.py
 
 # torch by itself first: the version of the constraints, whichever build this machine offers for it
 $(VENV)/installed: pyproject.toml constraints.txt

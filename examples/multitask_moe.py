@@ -25,14 +25,15 @@ from accelerate.utils import set_seed
 from datasets import Dataset, load_dataset
 from peft import get_peft_model
 from torch.utils.data import DataLoader
-from transformers import AutoImageProcessor, AutoModelForImageClassification, get_cosine_schedule_with_warmup
+from transformers import AutoModelForImageClassification, get_cosine_schedule_with_warmup
 
-from peft_bsr import BSRConfig, MoEConfig, TaskConfig
+from peft_bsr import BSRConfig, MoEConfig, TaskConfig, verify_trainability
 from peft_bsr.training import TaskBatchSampler, TaskDataset, collate_tasks
+from peft_bsr.training.images import load_images, load_processor, to_pixels
 from peft_bsr.training.metrics import add_outputs, metric_of
 
 sys.path.insert(0, str(Path(__file__).parent))
-from quickstart import find_model, image_size_of, load_images, make_parser, to_model_inputs
+from quickstart import find_model, make_parser, size_of
 
 
 class Progress:
@@ -73,7 +74,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def made_of_digits() -> dict[str, tuple[TaskConfig, Dataset, Dataset]]:
     """Three tasks on the same images, of two kinds."""
-    data, _, _ = load_images(None)
+    images = load_images()
+    data = {"train": images.train, "test": images.test}
     ink = {split: [float(np.asarray(image).mean() / 128 - 0.6) for image in data[split]["image"]] for split in data}
     labels = {split: np.array(data[split]["label"]) for split in data}
     tasks = {"digits": TaskConfig("digits", 10), "odd": TaskConfig("odd", 2), "ink": TaskConfig("ink", 1, "regression")}
@@ -99,7 +101,8 @@ def load_tasks(args: argparse.Namespace) -> dict[str, tuple[TaskConfig, Dataset,
             columns = data["train"].column_names
             image, label = (next(c for c in columns if word in c) for word in ("im", "label"))
         else:
-            data, image, label = load_images(source)
+            images, image, label = load_images(source), "image", "label"
+            data = {"train": images.train, "test": images.test}
         classes = len(data["train"].unique(label))
         renamed = {old: new for old, new in ((image, "image"), (label, "label")) if old != new}
         both = [data[split].select_columns([image, label]).rename_columns(renamed) for split in ("train", "test")]
@@ -114,13 +117,13 @@ def load_tasks(args: argparse.Namespace) -> dict[str, tuple[TaskConfig, Dataset,
     }
 
 
-def with_pixels(data: Dataset, task: TaskConfig, size: int, processor: Any) -> Dataset:
+def with_pixels(data: Dataset, task: TaskConfig, processor: Any) -> Dataset:
     """The same with `pixel_values` and `labels`, made when they are asked for."""
     is_number = task.kind == "regression"
 
     def preprocess(rows: dict[str, list[Any]]) -> dict[str, Any]:
         labels = [torch.tensor([label], dtype=torch.float32) if is_number else label for label in rows["label"]]
-        return {"pixel_values": list(to_model_inputs(rows["image"], size, processor)), "labels": labels}
+        return {"pixel_values": list(to_pixels(rows["image"], processor)), "labels": labels}
 
     return data.with_transform(preprocess)
 
@@ -144,27 +147,34 @@ def evaluate(model: Any, tests: dict[str, Any], tasks: list[TaskConfig], acceler
     return results
 
 
-def save_checkpoint(accelerator: Accelerator, folder: Path) -> None:
-    """Write a whole new checkpoint before the old one goes, so that a run killed at any time has one."""
-    fresh = folder.with_name("checkpoint.new")
+def checkpoints(output: Path) -> list[Path]:
+    """The whole ones, oldest first."""
+    return sorted(output.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def save_checkpoint(accelerator: Accelerator, output: Path, updates: int) -> None:
+    """Write all of it under another name, then rename it: a run killed at any time has the last whole one."""
+    whole, unfinished = output / f"checkpoint-{updates}", output / "unfinished-checkpoint"
+    if whole.exists():
+        return
     if accelerator.is_main_process:
-        shutil.rmtree(fresh, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(fresh))
+    accelerator.save_state(str(unfinished))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        old = folder.with_name("checkpoint.old")
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            folder.rename(old)
-        fresh.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
+        unfinished.rename(whole)
+        for old in checkpoints(output)[:-1]:
+            shutil.rmtree(old)
     accelerator.wait_for_everyone()
 
 
-def find_checkpoint(folder: Path) -> Path | None:
-    """The newest whole one; between two renames it is the old one."""
-    return next((path for path in (folder, folder.with_name("checkpoint.old")) if path.exists()), None)
+def cut_log(log: Path, updates: int) -> None:
+    """Forget what was logged behind the checkpoint: these updates are made again."""
+    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+    unfinished = log.with_suffix(".unfinished")
+    unfinished.write_text("".join(lines[:updates]))
+    unfinished.replace(log)
 
 
 def main() -> None:
@@ -179,17 +189,16 @@ def main() -> None:
     parts = load_tasks(args)
     tasks = [task for task, _, _ in parts.values()]
     source, model_name = find_model(args.model)
-    processor = AutoImageProcessor.from_pretrained(source)
-    size = args.image_size or (112 if args.model is None else image_size_of(source))
+    processor = load_processor(source, size_of(args))
     moe = MoEConfig(args.experts, args.top_k, expert_type=args.expert_type) if args.experts else None
     base = AutoModelForImageClassification.from_pretrained(source)
     model = get_peft_model(base, BSRConfig(tasks=tasks, moe=moe, keep_rate=args.keep_rate)).train()
 
-    train = TaskDataset({name: with_pixels(d, task, size, processor) for name, (task, d, _) in parts.items()})
+    train = TaskDataset({name: with_pixels(d, task, processor) for name, (task, d, _) in parts.items()})
     sampler = TaskBatchSampler(train, args.batch_size, args.sampler, seed=args.seed)
     loader = DataLoader(train, batch_sampler=sampler, collate_fn=collate_tasks)
     tests = {
-        name: DataLoader(with_pixels(d, task, size, processor), batch_size=64, collate_fn=collate_tasks)
+        name: DataLoader(with_pixels(d, task, processor), batch_size=64, collate_fn=collate_tasks)
         for name, (task, _, d) in parts.items()
     }
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.learning_rate)
@@ -198,15 +207,19 @@ def main() -> None:
     model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
     tests = {name: accelerator.prepare(test) for name, test in tests.items()}
 
-    progress, checkpoint, log = Progress(), args.output / "checkpoint", args.output / "log.jsonl"
+    progress, log = Progress(), args.output / "log.jsonl"
     args.output.mkdir(parents=True, exist_ok=True)
     accelerator.register_for_checkpointing(progress)
-    if (found := find_checkpoint(checkpoint)) is not None:
-        accelerator.load_state(str(found))
+    if found := checkpoints(args.output):
+        accelerator.load_state(str(found[-1]))
         accelerator.print(f"going on at update {progress.updates}")
+    if accelerator.is_main_process:
+        cut_log(log, progress.updates)
+    verify_trainability(model, optimizer)
     limit = args.max_updates or float("inf")
     while progress.epoch < args.epochs and progress.updates < limit:
-        sampler.set_epoch(progress.epoch)
+        loader.set_epoch(progress.epoch)  # else it counts from 0 in a resumed run, and tells the sampler so
+        sampler.set_epoch(progress.epoch)  # which the loader does not tell where processes share it
         rest = accelerator.skip_first_batches(loader, progress.batch) if progress.batch else loader
         for batch in rest:
             with accelerator.accumulate(model):
@@ -222,14 +235,15 @@ def main() -> None:
                 progress.updates += 1
                 if accelerator.is_main_process:
                     line = {"update": progress.updates, "task": tasks[int(batch["task_ids"][0])].name}
-                    log.open("a").write(json.dumps({**line, "loss": output.loss.item()}) + "\n")
+                    with log.open("a") as file:
+                        file.write(json.dumps({**line, "loss": output.loss.item()}) + "\n")
                 if progress.updates % args.save_every == 0:
-                    save_checkpoint(accelerator, checkpoint)
+                    save_checkpoint(accelerator, args.output, progress.updates)
                 if progress.updates >= limit:
                     break
         else:
             progress.epoch, progress.batch = progress.epoch + 1, 0
-    save_checkpoint(accelerator, checkpoint)
+    save_checkpoint(accelerator, args.output, progress.updates)
     results = evaluate(model, tests, tasks, accelerator)
     if accelerator.is_main_process:
         accelerator.unwrap_model(model).save_pretrained(args.output / "adapter")

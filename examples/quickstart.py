@@ -13,20 +13,17 @@ import argparse
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 import transformers
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dataset
 from huggingface_hub import HfApi
 from peft import PeftModel, get_peft_model
-from PIL import Image as PILImage
 from rich.console import Console
 from rich.markdown import Markdown
-from sklearn.datasets import load_digits
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, Trainer, TrainingArguments
+from transformers import AutoModelForImageClassification, Trainer, TrainingArguments
 
-from peft_bsr import BSRConfig
+from peft_bsr import BSRConfig, DatasetError, TrainabilityCallback
 from peft_bsr.cost import compare, cost_table
+from peft_bsr.training.images import collate, compute_accuracy, load_images, load_processor, to_pictures, with_pixels
 from peft_bsr.viz import draw_kept_tokens
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -40,7 +37,9 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     """The command line as far as the examples share it."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="Hub id or folder of an image model (default: DINOv2-small or its stand-in)")
-    parser.add_argument("--dataset", help="Hub id, .parquet file or folder of images by class (default: digits)")
+    parser.add_argument(
+        "--dataset", default="digits", help="Hub id, .parquet file or folder of images by class (default: digits)"
+    )
     parser.add_argument("--image-size", type=int, help="pixels (default: 112 for the default model, else the model's)")
     parser.add_argument("--batch-size", type=int, default=32, help="images a step (default 32)")
     parser.add_argument("--learning-rate", type=float, default=2e-4, help="default 2e-4")
@@ -58,32 +57,6 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def load_images(name: str | None) -> tuple[DatasetDict, str, str]:
-    """Training and test images with the names of the image and the label column."""
-    if name is None:
-        digits = load_digits()
-        images = [PILImage.fromarray((image * (255 / 16)).astype(np.uint8)) for image in digits.images]
-        features = Features({"image": Image(), "label": ClassLabel(names=[str(d) for d in digits.target_names])})
-        data = Dataset.from_dict({"image": images, "label": digits.target.tolist()}, features=features)
-    elif Path(name).is_dir():
-        data = load_dataset("imagefolder", data_dir=name)
-    elif name.endswith(".parquet"):
-        data = load_dataset("parquet", data_files=name, split="train")
-    else:
-        data = load_dataset(name)
-    features = (data if isinstance(data, Dataset) else data["train"]).features
-    image_column = next((c for c, f in features.items() if isinstance(f, Image)), None)
-    label_column = next((c for c, f in features.items() if isinstance(f, ClassLabel)), None)
-    if image_column is None or label_column is None:
-        sys.exit(f"{name}: found the columns {list(features)}, need one of images and one of class labels.")
-    if isinstance(data, DatasetDict):
-        test = next((split for split in ("test", "validation") if split in data), None)
-        data = DatasetDict(train=data["train"], test=data[test]) if test else data["train"]
-    if isinstance(data, Dataset):
-        data = data.train_test_split(test_size=0.2, seed=0, stratify_by_column=label_column)
-    return data, image_column, label_column
-
-
 def find_model(name: str | None) -> tuple[str, str]:
     """Where to load the weights from, and how to call them."""
     if name is not None:
@@ -96,17 +69,9 @@ def find_model(name: str | None) -> tuple[str, str]:
         return str(load_saliency_tuned_dinov2()), "saliency-tuned DINOv2-S"
 
 
-def image_size_of(source: str) -> int:
-    """The size in pixels that the model was pretrained at."""
-    config = AutoConfig.from_pretrained(source)
-    return getattr(config, "vision_config", config).image_size
-
-
-def to_model_inputs(images: list[PILImage.Image], size: int, processor: object) -> torch.Tensor:
-    """Images as [B, 3, size, size], normalised as the model was pretrained."""
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (processor.image_mean, processor.image_std))
-    resized = [np.asarray(image.convert("RGB").resize((size, size), PILImage.Resampling.BICUBIC)) for image in images]
-    return (torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2) / 255 - mean) / std
+def size_of(args: argparse.Namespace) -> int | None:
+    """The size of images in pixels, or None for the model's."""
+    return args.image_size or (112 if args.model is None else None)
 
 
 def main() -> None:
@@ -115,28 +80,24 @@ def main() -> None:
     transformers.set_seed(0)
     transformers.logging.set_verbosity_error()  # "the classifier is newly initialized" is what we want
     transformers.logging.disable_progress_bar()
-    data, image_column, label_column = load_images(args.dataset)
-    names = data["train"].features[label_column].names
+    try:
+        data = load_images(args.dataset)
+    except DatasetError as error:
+        sys.exit(str(error))
     source, model_name = find_model(args.model)
-    processor = AutoImageProcessor.from_pretrained(source)
-    size = args.image_size or (112 if args.model is None else image_size_of(source))
+    processor = load_processor(source, size_of(args))
 
     def load_base() -> torch.nn.Module:
         return AutoModelForImageClassification.from_pretrained(
-            source, id2label=dict(enumerate(names)), label2id={n: i for i, n in enumerate(names)},
+            source, id2label=dict(enumerate(data.labels)), label2id={n: i for i, n in enumerate(data.labels)},
             ignore_mismatched_sizes=True,
         )  # fmt: skip
 
-    def preprocess(examples: dict) -> dict:
-        return {
-            "pixel_values": list(to_model_inputs(examples[image_column], size, processor)),
-            "labels": examples[label_column],
-        }
-
-    train, test = (data[split].with_transform(preprocess) for split in ("train", "test"))
+    train, test = with_pixels(data.train, processor), with_pixels(data.test, processor)
 
     config = BSRConfig(trainable_blocks=args.trainable_blocks, keep_rate=args.keep_rate)
     model = get_peft_model(load_base(), config)
+    size = processor.size["height"]
     console.print(f"\n[bold]{model_name}[/bold], {len(train)} training and {len(test)} test images at {size} px")
     column = model.base_model.column
     num_tokens = column.num_prefix + (size // column.patch_size[0]) * (size // column.patch_size[1])
@@ -162,7 +123,9 @@ def main() -> None:
         ),
         train_dataset=train,
         eval_dataset=test,
-        compute_metrics=lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())},
+        data_collator=collate,
+        compute_metrics=compute_accuracy,
+        callbacks=[TrainabilityCallback()],  # stops before the first step if something would not train
     )
     before = trainer.evaluate()["eval_accuracy"]
     result = trainer.train()
@@ -171,29 +134,25 @@ def main() -> None:
     adapter = args.output / "adapter"
     model.save_pretrained(adapter)
     reloaded = PeftModel.from_pretrained(load_base().to(model.device), adapter).eval()
-    sample = torch.stack([test[i]["pixel_values"] for i in range(4)]).to(model.device)
+    sample = collate([test[i] for i in range(4)])["pixel_values"].to(model.device)
     with torch.no_grad():
         difference = float((reloaded(sample).logits - model.eval()(sample).logits).abs().max())
     if difference:
         sys.exit(f"The reloaded adapter differs from the trained one by {difference:.1e} in its logits.")
 
-    shown = data["test"].select(range(4))
-    images = to_model_inputs(shown[image_column], size, processor).permute(0, 2, 3, 1).numpy()
-    images = images * np.array(processor.image_std) + np.array(processor.image_mean)
-    labels = [names[i] for i in shown[label_column]]
     if args.keep_rate < 1:
-        picture = draw_kept_tokens(model, sample, images.clip(0, 1), args.output / "kept_tokens.png", labels)
+        labels = [data.labels[i] for i in data.test["label"][:4]]
+        picture = draw_kept_tokens(
+            model, sample, to_pictures(sample, processor), args.output / "kept_tokens.png", labels
+        )
         console.print(f"Kept tokens drawn to {picture}")
 
     console.print("Measuring against full fine-tuning on the same batch ...")
-    examples = [train[i] for i in range(min(8, len(train)))]
-    batch = {
-        "pixel_values": torch.stack([e["pixel_values"] for e in examples]).to(model.device),
-        "labels": torch.tensor([e["labels"] for e in examples], device=model.device),
-    }
+    batch = collate([train[i] for i in range(min(8, len(train)))])
+    batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
     table = cost_table(compare({"full fine-tuning": load_base().to(model.device), "BSR": model}, batch), batch)
     summary = (
-        f"{table}\n\nTest accuracy of {model_name} on {args.dataset or 'digits'}: {before:.3f} before, **{after:.3f}** "
+        f"{table}\n\nTest accuracy of {model_name} on {args.dataset}: {before:.3f} before, **{after:.3f}** "
         f"after {result.metrics['train_runtime']:.0f} s of training.\n\n"
         f"Adapter: `{adapter}`; reloaded, its logits are equal bit for bit.\n"
     )

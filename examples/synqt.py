@@ -17,13 +17,14 @@ import torch
 import transformers
 from peft import get_peft_model
 from rich.console import Console
-from transformers import AutoImageProcessor, AutoModelForImageClassification, Trainer, TrainingArguments
+from transformers import AutoModelForImageClassification, Trainer, TrainingArguments
 
-from peft_bsr import FeatureCache, SynQTConfig
+from peft_bsr import FeatureCache, SynQTConfig, TrainabilityCallback
 from peft_bsr.cost import saved_activations
+from peft_bsr.training.images import compute_accuracy, load_images, load_processor, with_pixels
 
 sys.path.insert(0, str(Path(__file__).parent))
-from quickstart import find_model, image_size_of, load_images, make_parser, to_model_inputs
+from quickstart import find_model, make_parser, size_of
 
 console = Console()
 
@@ -46,20 +47,16 @@ def main() -> None:
     args = parse_arguments()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    data, image_column, label_column = load_images(args.dataset)
+    data = load_images(args.dataset)
     source, model_name = find_model(args.model)
-    processor = AutoImageProcessor.from_pretrained(source)
-    size = args.image_size or (112 if args.model is None else image_size_of(source))
-
-    def preprocess(examples: dict) -> dict:
-        pixels = to_model_inputs(examples[image_column], size, processor)
-        return {"pixel_values": list(pixels), "labels": examples[label_column]}
-
-    train, test = (data[split].with_transform(preprocess) for split in ("train", "test"))
+    processor = load_processor(source, size_of(args))
+    size = processor.size["height"]
+    train, test = with_pixels(data.train, processor), with_pixels(data.test, processor)
     console.print(f"\n[bold]{model_name}[/bold], {len(train)} training and {len(test)} test images at {size} px")
     transformers.set_seed(0)
-    num_labels = data["train"].features[label_column].num_classes
-    base = AutoModelForImageClassification.from_pretrained(source, num_labels=num_labels, ignore_mismatched_sizes=True)
+    base = AutoModelForImageClassification.from_pretrained(
+        source, num_labels=len(data.labels), ignore_mismatched_sizes=True
+    )
     model = get_peft_model(base, SynQTConfig(num_queries=args.num_queries, keep_rate=args.keep_rate)).train()
     sample = {"pixel_values": train[0]["pixel_values"][None], "labels": torch.tensor([train[0]["labels"]])}
     kept = saved_activations(model, lambda: model(**sample).loss)
@@ -85,7 +82,8 @@ def main() -> None:
             ),
             train_dataset=cache,
             eval_dataset=test,
-            compute_metrics=lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())},
+            compute_metrics=compute_accuracy,
+            callbacks=[TrainabilityCallback()],  # stops before the first step if something would not train
         )
         begin = time.perf_counter()
         trainer.train()

@@ -19,19 +19,32 @@ from peft_bsr.core import Route  # noqa: E402
 from peft_bsr.engine import Plan, Reduction, record_routes  # noqa: E402
 from peft_bsr.errors import (  # noqa: E402
     AdapterError,
+    AdapterFileError,
     AdapterNameWarning,
+    AdapterSwitchedWarning,
     ConfigError,
+    DatasetError,
+    ExportError,
     FeatureCacheError,
+    ForwardError,
+    HubError,
+    InputError,
+    MissingDependencyError,
     PeftBsrError,
+    PeftBsrWarning,
     ReductionNotMergedWarning,
     TrainabilityError,
     UnsupportedModelError,
     UnsupportedPeftError,
+    UsageError,
 )
+from peft_bsr.export import ExportReport, export  # noqa: E402
+from peft_bsr.hub import add_facts, load, load_image_processor, push_to_hub  # noqa: E402
 from peft_bsr.multitask import MoEConfig, MultitaskOutput, TaskConfig, record_usage  # noqa: E402
-from peft_bsr.training import FeatureCache  # noqa: E402
+from peft_bsr.training import FeatureCache, TrainabilityCallback, verify_trainability  # noqa: E402
 from peft_bsr.tuners import ALaSTConfig, ALaSTModel, BSRConfig, BSRModel, SynQTConfig, SynQTModel  # noqa: E402
 from peft_bsr.tuners.bsr import add_task, export_task  # noqa: E402
+from peft_bsr.tuners.files import check_adapter  # noqa: E402
 
 __version__ = "0.1.0"
 
@@ -39,17 +52,27 @@ __all__ = [
     "ALaSTConfig",
     "ALaSTModel",
     "AdapterError",
+    "AdapterFileError",
     "AdapterNameWarning",
+    "AdapterSwitchedWarning",
     "BSRConfig",
     "BSRModel",
     "Column",
     "ConfigError",
+    "DatasetError",
+    "ExportError",
+    "ExportReport",
     "FamilyRule",
     "FeatureCache",
     "FeatureCacheError",
+    "ForwardError",
+    "HubError",
+    "InputError",
+    "MissingDependencyError",
     "MoEConfig",
     "MultitaskOutput",
     "PeftBsrError",
+    "PeftBsrWarning",
     "Plan",
     "Reduction",
     "ReductionNotMergedWarning",
@@ -57,14 +80,23 @@ __all__ = [
     "SynQTConfig",
     "SynQTModel",
     "TaskConfig",
+    "TrainabilityCallback",
     "TrainabilityError",
     "UnsupportedModelError",
     "UnsupportedPeftError",
+    "UsageError",
+    "add_facts",
     "add_task",
+    "check_adapter",
+    "export",
     "export_task",
+    "load",
+    "load_image_processor",
     "probe_column",
+    "push_to_hub",
     "record_routes",
     "record_usage",
     "register_family",
     "unregister_family",
+    "verify_trainability",
 ]

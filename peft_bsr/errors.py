@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class PeftBsrError(Exception):
     """Root of every error that this package raises."""
 
-
-class ConfigError(PeftBsrError, ValueError):
-    """A configuration asks for something impossible. The message lists every problem found, not only the first."""
-
     @classmethod
-    def from_problems(cls, subject: str, problems: Sequence[str]) -> ConfigError:
+    def from_problems(cls, subject: str, problems: Sequence[str]) -> Self:
         """Build the one error that names all `problems` of `subject`.
 
         Args:
@@ -21,6 +21,10 @@ class ConfigError(PeftBsrError, ValueError):
             problems: One sentence a problem: what was asked, what was found, what to do.
         """
         return cls(f"{subject}: " + (problems[0] if len(problems) == 1 else "".join(f"\n  - {p}" for p in problems)))
+
+
+class ConfigError(PeftBsrError, ValueError):
+    """A configuration asks for something impossible. The message lists every problem found, not only the first."""
 
 
 class UnsupportedModelError(PeftBsrError, ValueError):
@@ -31,21 +35,61 @@ class UnsupportedPeftError(PeftBsrError, ImportError):
     """The installed version of peft lies outside the supported range."""
 
 
+class MissingDependencyError(PeftBsrError, ImportError):
+    """An option needs a package that is not installed; the message names it."""
+
+
 class AdapterError(PeftBsrError, ValueError):
     """A call on adapters (merge, set, mixed batch) asks for what this method cannot do."""
+
+
+class AdapterFileError(PeftBsrError, ValueError):
+    """A file of an adapter is missing, damaged, pickled, or of something else; nothing of it was loaded."""
+
+
+class InputError(PeftBsrError, ValueError):
+    """What a model or a picture was called with is not what it takes."""
+
+
+class ForwardError(PeftBsrError, RuntimeError, ValueError):
+    """Part of a model was called outside of the model's forward, or what it was given does not belong together."""
 
 
 class FeatureCacheError(PeftBsrError, ValueError):
     """A feature cache does not belong to this model or these samples, is not complete, or has no room."""
 
 
+class DatasetError(PeftBsrError, ValueError):
+    """A data set does not exist, or has no labelled images."""
+
+
+class HubError(PeftBsrError, ValueError):
+    """An adapter or its base model cannot be found or does not fit; the message says where it was looked for."""
+
+
+class ExportError(PeftBsrError, ValueError):
+    """A model cannot be written in a format, a package for it is missing, or what was written computes otherwise."""
+
+
 class TrainabilityError(PeftBsrError, RuntimeError):
     """What was to train does not; the message names it."""
 
 
-class AdapterNameWarning(UserWarning):
+class UsageError(PeftBsrError, ValueError):
+    """The command line was asked for what cannot be; it ends with exit code 2."""
+
+
+class PeftBsrWarning(UserWarning):
+    """Root of every warning that this package gives."""
+
+
+class AdapterNameWarning(PeftBsrWarning):
     """An adapter is called like a module: saving another one beside it would lose weights."""
 
 
-class ReductionNotMergedWarning(UserWarning):
+class AdapterSwitchedWarning(PeftBsrWarning):
+    """The active adapter was deleted, and another one is active now."""
+
+
+class ReductionNotMergedWarning(PeftBsrWarning):
     """The merged model runs on all tokens: token reduction is not part of the weights."""

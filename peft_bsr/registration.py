@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.metadata import PackageNotFoundError, version
+
 import peft
 from packaging.version import Version
 from peft import PeftConfig
@@ -24,6 +26,14 @@ def check_peft_version(version: str = peft.__version__) -> None:
         raise UnsupportedPeftError(
             f"peft_bsr needs peft >= {OLDEST_PEFT}, found {version}. Run `pip install -U 'peft>={OLDEST_PEFT}'`."
         )
+
+
+def package_version() -> str:
+    """Version of this package as it is installed, or `"unknown"` where it runs from a folder."""
+    try:
+        return version("peft-bsr")
+    except PackageNotFoundError:
+        return "unknown"
 
 
 def extend_peft_type(name: str) -> PeftType:

@@ -10,7 +10,20 @@ import pytest
 import peft_bsr
 
 ROOT = Path(peft_bsr.__file__).parent
-LAYERS = ["errors", "core", "backbones", "engine", "registration", "multitask", "tuners", "training", "cost", "viz"]
+LAYERS = [
+    "errors",
+    "core",
+    "backbones",
+    "engine",
+    "registration",
+    "multitask",
+    "tuners",
+    "training",
+    "cost",
+    "viz",
+    "hub",
+]
+LAYERS += ["report", "export", "cli"]  # what a user looks at
 OUTSIDE = {"core": {"torch"}, "backbones": {"torch", "transformers"}, "engine": {"torch"}}
 STANDARD = {
     "__future__",

@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, Image, load_dataset
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dataset
+from PIL import Image as PILImage
+from sklearn.datasets import load_digits
 from transformers import AutoImageProcessor
 
 HERE = Path(__file__).parent
@@ -42,11 +44,14 @@ def load_task(task: str, protocol: Protocol, data: Path | None) -> DatasetDict:
     """`train`, `validation` and `test` with the columns `image` and `label`, drawn by class and always the same.
 
     Args:
-        task: Name of files `TASK-train-*.parquet` and `TASK-test-*.parquet` in `data`, or of a dataset of the Hub.
+        task: Name of files `TASK-train-*.parquet` and `TASK-test-*.parquet` in `data`, or of a dataset of the Hub;
+            `"digits"` is scikit-learn's.
         protocol: How many images of each; fewer where there are fewer.
         data: Folder, or None for the Hub.
     """
-    if data is not None:
+    if task == "digits":
+        whole = _digits(protocol.test_images)
+    elif data is not None:
         files = {split: [str(p) for p in sorted(data.glob(f"{task}-{split}-*.parquet"))] for split in ("train", "test")}
         if not all(files.values()):
             raise SystemExit(f"{data} has no {task}-train-*.parquet or no {task}-test-*.parquet.")
@@ -75,6 +80,15 @@ def collate(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         "pixel_values": torch.stack([example["pixel_values"] for example in examples]),
         "labels": torch.tensor([example["labels"] for example in examples]),
     }
+
+
+def _digits(test_images: int) -> DatasetDict:
+    """The 1797 images of 8 x 8 pixels, which have no split of their own."""
+    digits = load_digits()
+    images = [PILImage.fromarray((image * (255 / 16)).astype(np.uint8)) for image in digits.images]
+    features = Features({"image": Image(), "label": ClassLabel(names=[str(name) for name in digits.target_names])})
+    data = Dataset.from_dict({"image": images, "label": digits.target.tolist()}, features=features)
+    return data.train_test_split(test_size=test_images, seed=0, stratify_by_column="label")
 
 
 def _named(images: Dataset) -> Dataset:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from peft_bsr.errors import UnsupportedModelError
+
 ScoreSource = Literal["interface", "sdpa", "weights"]
 
 
@@ -103,8 +105,8 @@ class Column:
         """(height, width) of an image's patch in pixels.
 
         Raises:
-            ValueError: If the model does not cut one image into a grid.
+            UnsupportedModelError: If the model does not cut one image into a grid.
         """
         if self.grid is None or len(self.grid) != 2 or len(self.image_shape) != 3:
-            raise ValueError("this model's tokens are not a grid of patches of one image")
+            raise UnsupportedModelError("this model's tokens are not a grid of patches of one image")
         return self.image_shape[1] // self.grid[0], self.image_shape[2] // self.grid[1]

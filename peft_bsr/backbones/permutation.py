@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from peft_bsr.backbones.inputs import tensors_of, tolerance
 from peft_bsr.backbones.registry import find_rule
 from peft_bsr.backbones.side_inputs import TokenFollower
-from peft_bsr.core import BlockRun, Route, RouteCarrier
+from peft_bsr.core import BlockRun, Route, RouteCarrier, is_quantized
 from peft_bsr.errors import UnsupportedModelError
 
 
@@ -106,7 +106,7 @@ def _uses_side_inputs(
 @contextmanager
 def no_zero_tables(block: nn.Module) -> Iterator[None]:
     """Fill matrices of zeros with random numbers for a while: a fresh table of biases would hide what it does."""
-    zeros = [p for p in block.parameters() if p.ndim >= 2 and not p.any()]
+    zeros = [p for p in block.parameters() if p.ndim >= 2 and not is_quantized(p) and not p.any()]
     originals = [p.data for p in zeros]
     for parameter in zeros:
         parameter.data = torch.randn_like(parameter)

@@ -49,7 +49,7 @@ def probe_column(model: nn.Module) -> Column:
     Raises:
         UnsupportedModelError: Naming what was found and what is supported. The model is unchanged.
 
-    Example:
+    Examples:
         >>> from transformers import ViTConfig, ViTForImageClassification
         >>> tiny = ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
         >>> probe_column(ViTForImageClassification(tiny)).num_tokens
@@ -102,6 +102,8 @@ def _probe(model: nn.Module) -> tuple[Column, StockRun]:
     blocks = list(model.get_submodule(list_name).children())
     with quiet(model):
         image_shape, embeddings, output, trace = _run(model, list_name, blocks, attention_name)
+        if not all(bool(t.isfinite().all()) for t in tensors_of(output) if t.is_floating_point()):
+            raise UnsupportedModelError("its own output for a random image is NaN or infinite; look at its weights")
         _check_blocks(trace, blocks)
         num_prefix, num_suffix = _count_special(embeddings)
         num_patches = embeddings.shape[1] - num_prefix - num_suffix

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_bsr.core import Route
+from peft_bsr.errors import ConfigError
 
 Arguments = dict[str, Any]
 
@@ -32,7 +33,7 @@ class FamilyRule:
         attention_arguments: `(block, hidden_states, arguments) -> arguments`, what a block computes for its attention
             out of what it is called with. General way: it hands on arguments of the same name.
 
-    Example:
+    Examples:
         >>> rule = FamilyRule(follow_attention=lambda route, arguments: {**arguments, "ids": route.origins})
         >>> register_family("my_model", rule)
         >>> unregister_family("my_model")
@@ -55,10 +56,10 @@ def register_family(model_type: str, rule: FamilyRule) -> None:
         rule: What probing cannot know about it.
 
     Raises:
-        ValueError: If the family has an entry; `unregister_family` takes it out.
+        ConfigError: If the family has an entry; `unregister_family` takes it out.
     """
     if model_type in _RULES:
-        raise ValueError(f"{model_type!r} has an entry already: {_RULES[model_type]}. Call unregister_family first.")
+        raise ConfigError(f"{model_type!r} has an entry already: {_RULES[model_type]}. Call unregister_family first.")
     _RULES[model_type] = rule
 
 

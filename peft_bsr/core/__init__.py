@@ -17,6 +17,7 @@ from peft_bsr.core.budgets import (
     update_budgets,
 )
 from peft_bsr.core.experts import Choice, balance_loss, choose_experts, gate_logits, run_experts
+from peft_bsr.core.quantized import as_plain, is_quantized, kept_bytes
 from peft_bsr.core.queries import absorb_key, apply_value, attend_plain, hidden_tokens, pooling_weights
 from peft_bsr.core.reduction import num_kept, pick_tokens, put_tokens, reduce_tokens, select_tokens
 from peft_bsr.core.route import BlockRun, Entry, Route, RouteCarrier, TaskCall
@@ -35,12 +36,15 @@ __all__ = [
     "TaskCall",
     "absorb_key",
     "apply_value",
+    "as_plain",
     "attend_plain",
     "balance_loss",
     "block_change",
     "choose_experts",
     "gate_logits",
     "hidden_tokens",
+    "is_quantized",
+    "kept_bytes",
     "mean_of_visible",
     "num_kept",
     "pick_tokens",

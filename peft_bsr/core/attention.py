@@ -31,7 +31,7 @@ def token_scores(kind: str, query: Tensor, key: Tensor, scaling: float, attentio
     Returns:
         [B, N], rows sum to 1, in the dtype of `query` (the softmax runs in fp32 at least, as in eager attention).
 
-    Example:
+    Examples:
         >>> q, k = torch.randn(2, 3, 5, 4), torch.randn(2, 3, 5, 4)
         >>> token_scores("class", q, k, 4**-0.5).shape
         torch.Size([2, 5])

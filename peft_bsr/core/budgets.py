@@ -26,7 +26,7 @@ def block_change(before: Tensor, after: Tensor, reduction: str) -> Tensor:
     Returns:
         A scalar in float32, for `reduced_delta`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> block_change(torch.ones(2, 4), 3 * torch.ones(2, 4), "relative").item()
         8.0
@@ -65,7 +65,7 @@ def update_budgets(
         low: Least budget.
         high: Largest budget.
 
-    Example:
+    Examples:
         >>> update_budgets([0.9, 0.9], [2.0, 1.0], [1.0, 9.0], alpha=0.05, low=0.5, high=1.0)
         [0.9500000000000001, 0.5]
     """

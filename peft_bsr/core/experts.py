@@ -28,7 +28,9 @@ class Choice:
 
     def counts(self) -> Tensor:
         """Tokens of each expert, [E] int64."""
-        return torch.bincount(self.experts.flatten(), minlength=self.probabilities.shape[1])
+        chosen = self.experts.flatten()
+        counts = chosen.new_zeros(self.probabilities.shape[1])  # bincount's length depends on the data, for a compiler
+        return counts.scatter_add(0, chosen, torch.ones_like(chosen))
 
 
 def choose_experts(logits: Tensor, top_k: int, renormalize: bool = True) -> Choice:
@@ -40,7 +42,7 @@ def choose_experts(logits: Tensor, top_k: int, renormalize: bool = True) -> Choi
         renormalize: Divide the chosen weights by their sum, so that experts that are all the same MLP together are
             that MLP. The paper's release does not: its layers start at about k / E of the MLP.
 
-    Example:
+    Examples:
         >>> choose_experts(torch.tensor([[0.0, 2.0, 1.0]]), top_k=2).experts.tolist()
         [[1, 2]]
     """
@@ -70,7 +72,9 @@ def gate_logits(tokens: Tensor, gates: Tensor, tasks: int | Tensor) -> Tensor:
 def run_experts(tokens: Tensor, choice: Choice, run_expert: Callable[[int, Tensor], Tensor]) -> Tensor:
     """Sum over the chosen experts of weight times output, each expert run once on all of its tokens.
 
-    The cost follows k: tokens are sorted by expert, an expert without tokens does not run.
+    The cost follows k: tokens are sorted by expert, an expert without tokens does not run. Shapes depend on the data
+    then, which a graph cannot have: while one is made (`torch.compile`, `torch.export`, ONNX), every expert runs on
+    every token, those that were not chosen with a weight of 0.
 
     Args:
         tokens: [n, D].
@@ -80,11 +84,13 @@ def run_experts(tokens: Tensor, choice: Choice, run_expert: Callable[[int, Tenso
     Returns:
         [n, that width], in the dtype of the experts' outputs.
 
-    Example:
+    Examples:
         >>> choice = choose_experts(torch.randn(5, 3), top_k=2)
         >>> run_experts(torch.randn(5, 4), choice, lambda expert, part: part * expert).shape
         torch.Size([5, 4])
     """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return _run_all_experts(tokens, choice, run_expert)
     order = choice.experts.flatten().argsort(stable=True)
     rows = order // choice.experts.shape[1]
     sizes: list[int] = choice.counts().tolist()
@@ -92,6 +98,12 @@ def run_experts(tokens: Tensor, choice: Choice, run_expert: Callable[[int, Tenso
     outputs = torch.cat([run_expert(expert, part) for expert, part in enumerate(parts) if len(part)])
     weighted = outputs * choice.weights.flatten()[order].to(outputs.dtype)[:, None]
     return weighted.new_zeros(tokens.shape[0], outputs.shape[1]).index_add(0, rows, weighted)
+
+
+def _run_all_experts(tokens: Tensor, choice: Choice, run_expert: Callable[[int, Tensor], Tensor]) -> Tensor:
+    weights = torch.zeros_like(choice.probabilities).scatter(1, choice.experts, choice.weights)
+    outputs = [run_expert(expert, tokens) for expert in range(weights.shape[1])]
+    return torch.stack([out * weights[:, i, None].to(out.dtype) for i, out in enumerate(outputs)]).sum(dim=0)
 
 
 def balance_loss(choice: Choice) -> Tensor:

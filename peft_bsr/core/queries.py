@@ -84,7 +84,7 @@ def attend_plain(
     Returns:
         [B, Q, H * d].
 
-    Example:
+    Examples:
         >>> q, x = torch.randn(2, 3, 8), torch.randn(2, 5, 8)
         >>> attend_plain(q, x, x, num_heads=4, scaling=2**-0.5).shape
         torch.Size([2, 3, 8])

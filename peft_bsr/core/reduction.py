@@ -11,6 +11,8 @@ import math
 import torch
 from torch import Tensor
 
+from peft_bsr.errors import ForwardError
+
 
 def num_kept(keep_rate: float, num_tokens: int) -> int:
     """Tokens that survive: `ceil(keep_rate * num_tokens)`, in exact decimals (0.1 of 30 is 3, not 4).
@@ -69,10 +71,10 @@ def reduce_tokens(
         hidden states [B, P + K (+ 1) + S, D] and origins [B, K (+ 1)].
 
     Raises:
-        ValueError: If the shapes do not belong together.
+        ForwardError: If the shapes do not belong together.
     """
     if not scores.shape[1] == hidden_states.shape[1] == num_prefix + origins.shape[1] + num_suffix:
-        raise ValueError(
+        raise ForwardError(
             f"scores {tuple(scores.shape)}, tokens {tuple(hidden_states.shape)} and origins {tuple(origins.shape)} do "
             f"not belong together with {num_prefix} + {num_suffix} special tokens"
         )

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peft_bsr.errors import ForwardError
+
 
 @dataclass(eq=False)
 class TaskCall:
@@ -89,10 +91,10 @@ class Route:
         """[B, num_patches] bool, True where a patch is still there by itself. CPU or device as `origins`.
 
         Raises:
-            ValueError: If nothing was reduced: there is no batch to speak of.
+            ForwardError: If nothing was reduced: there is no batch to speak of.
         """
         if self.origins is None:
-            raise ValueError("nothing was reduced on this route: every patch is alive")
+            raise ForwardError("nothing was reduced on this route: every patch is alive")
         alive = self.origins.new_zeros(self.origins.shape[0], self.num_patches + self.num_reductions, dtype=torch.bool)
         return alive.scatter(1, self.origins, True)[:, : self.num_patches]
 
@@ -241,10 +243,10 @@ class RouteCarrier(threading.local):
         """The running forward's route.
 
         Raises:
-            RuntimeError: If a block was called on its own, outside of the model's forward.
+            ForwardError: If a block was called on its own, outside of the model's forward.
         """
         if self.route is None:
-            raise RuntimeError(
+            raise ForwardError(
                 "a block of a model with an adapter ran outside of the model's forward. Call the model; and if this is "
                 "a backward pass, gradient checkpointing wraps the block's call (timm's does), where no route reaches "
                 "the recomputation: switch it off, or set `keep_rate=1.0`"

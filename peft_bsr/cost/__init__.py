@@ -6,7 +6,7 @@ from peft_bsr.cost.estimate import Estimate, estimate
 from peft_bsr.cost.flops import count_flops, flops_by_module
 from peft_bsr.cost.memory import ModelMemory, PeakMemory, model_memory
 from peft_bsr.cost.paper import Dimensions, PaperCost, paper_cost
-from peft_bsr.cost.saved import saved_activations, saved_by_module
+from peft_bsr.engine import saved_activations, saved_by_module
 
 __all__ = [
     "BudgetPlan",

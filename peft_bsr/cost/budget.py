@@ -96,7 +96,7 @@ def plan_for_budget(
         ConfigError: If nothing fits; it names the smallest that could be. Or if the size cannot be read.
         UnsupportedModelError: See `estimate`.
 
-    Example:
+    Examples:
         >>> from transformers import ViTConfig, ViTForImageClassification
         >>> with torch.device("meta"):
         ...     vit = ViTForImageClassification(ViTConfig(num_labels=10))
@@ -144,7 +144,7 @@ def parse_size(memory: str | int) -> int:
     Raises:
         ConfigError: If it is not understood.
 
-    Example:
+    Examples:
         >>> parse_size("1.5GiB")
         1610612736
     """

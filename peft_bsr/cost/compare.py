@@ -14,7 +14,8 @@ import transformers
 from torch import Tensor, nn
 
 from peft_bsr.cost.flops import count_flops
-from peft_bsr.cost.saved import saved_activations
+from peft_bsr.engine import saved_activations
+from peft_bsr.errors import TrainabilityError
 
 
 @dataclass(frozen=True)
@@ -112,11 +113,20 @@ class TrainingStep:
     Args:
         model: Called as `model(**batch)`, with a `loss` in the output.
         batch: Inputs and labels.
+
+    Raises:
+        TrainabilityError: If nothing asks for gradients.
     """
 
     def __init__(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
         self.model, self.batch = model, batch
-        self.optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        if not trained:
+            raise TrainabilityError(
+                f"{type(model).__name__} has nothing to train: no parameter asks for gradients. Load its adapter with "
+                "`is_trainable=True`."
+            )
+        self.optimizer = torch.optim.SGD(trained, lr=0.0)
 
     def forward(self) -> Tensor:
         """The loss alone."""

@@ -98,7 +98,7 @@ def estimate(
         ConfigError: If an argument is out of range, or the config asks for what this model does not allow.
         UnsupportedModelError: If the model is not a plain vision transformer of transformers.
 
-    Example:
+    Examples:
         >>> from peft_bsr import BSRConfig
         >>> from transformers import ViTConfig, ViTForImageClassification
         >>> with torch.device("meta"):

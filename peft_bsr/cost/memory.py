@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from peft_bsr.core import kept_bytes
 from peft_bsr.errors import PeftBsrError
 
 _CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
@@ -41,7 +42,7 @@ def model_memory(model: nn.Module, optimizer: torch.optim.Optimizer | None = Non
         model: Any.
         optimizer: Of the model, or None.
 
-    Example:
+    Examples:
         >>> layer = torch.nn.Linear(4, 2)  # 8 weights and 2 biases of 4 bytes
         >>> optimizer = torch.optim.AdamW(layer.parameters())
         >>> layer(torch.randn(3, 4)).sum().backward()
@@ -76,7 +77,7 @@ class PeakMemory:
     Raises:
         PeftBsrError: If the peak cannot be measured here.
 
-    Example:
+    Examples:
         >>> with PeakMemory() as memory:
         ...     _ = torch.ones(2**22).sum()  # 16 MiB
         >>> memory.added_bytes >= 15 * 2**20
@@ -126,7 +127,7 @@ def _resident(key: str) -> int:
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
+    return sum({t.untyped_storage()._cdata: kept_bytes(t) for t in tensors}.values())
 
 
 __all__ = ["ModelMemory", "PeakMemory", "model_memory"]

@@ -70,7 +70,7 @@ class Dimensions:
         Raises:
             UnsupportedModelError: Naming all parts that the accounting has no rule for.
 
-        Example:
+        Examples:
             >>> from transformers import ViTConfig, ViTForImageClassification
             >>> from peft_bsr import probe_column
             >>> tiny = ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
@@ -205,7 +205,7 @@ def paper_cost(
     Raises:
         ConfigError: If the plan is for another number of blocks.
 
-    Example:
+    Examples:
         >>> from peft_bsr import Reduction
         >>> vit_b = Dimensions(
         ...     depth=12, width=768, mlp_width=3072, num_heads=12, num_special=1, num_patches=196,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from peft_bsr.core import Entry, RouteCarrier
 from peft_bsr.engine.record import find_carrier
+from peft_bsr.errors import ForwardError
 
 
 class ReachedError(Exception):
@@ -35,7 +36,7 @@ def run_until(model: nn.Module, index: int, inputs: dict[str, Any]) -> Entry:
             model(**inputs)
         except ReachedError:
             return entry
-    raise RuntimeError(f"the forward came to its end without block {index}; is the adapter disabled?")
+    raise ForwardError(f"the forward came to its end without block {index}; is the adapter disabled?")
 
 
 @contextmanager

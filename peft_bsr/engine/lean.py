@@ -21,6 +21,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from peft_bsr.core import as_plain
+from peft_bsr.errors import ForwardError
+
 _gelu_backward = torch.ops.aten.gelu_backward
 _layer_norm = torch.ops.aten.native_layer_norm
 _layer_norm_backward = torch.ops.aten.native_layer_norm_backward
@@ -174,7 +177,7 @@ class _LeanMLP(torch.autograd.Function):
             hidden = ctx.activation.forward(product) if needs[4] else None
             second = _weight_gradients(gradient, hidden, second_weight.dtype, needs[4], needs[5])
             del hidden  # one wide tensor less at the peak
-            product_gradient = ctx.activation.backward(gradient @ second_weight.to(ctx.dtype), product)
+            product_gradient = ctx.activation.backward(gradient @ as_plain(second_weight, ctx.dtype), product)
             del product
             first = _weight_gradients(product_gradient, normalized, first_weight.dtype, needs[2], needs[3])
             gradient_in = product_gradient @ weight
@@ -276,7 +279,7 @@ def _compute_dtype(tokens: Tensor) -> torch.dtype:
 
 
 def _cast(dtype: torch.dtype, *tensors: Tensor | None) -> list[Any]:
-    return [None if tensor is None else tensor.to(dtype) for tensor in tensors]
+    return [None if tensor is None else as_plain(tensor, dtype) for tensor in tensors]
 
 
 def _autocast_off(tokens: Tensor) -> Any:
@@ -285,7 +288,7 @@ def _autocast_off(tokens: Tensor) -> Any:
 
 def _refuse_second_derivatives() -> None:
     if torch.is_grad_enabled():
-        raise RuntimeError(
+        raise ForwardError(
             "lean blocks have no second derivatives (`create_graph=True` asks for them). Attach the adapter with "
             '`lean="off"`.'
         )

@@ -11,6 +11,7 @@ from torch.nn.functional import layer_norm, linear
 
 from peft_bsr.backbones import Anatomy, Column, attend
 from peft_bsr.core import BlockRun, token_scores
+from peft_bsr.engine.frozen import FrozenLinear
 from peft_bsr.engine.lean import Activation, Affine, lean_mlp, lean_projections, recomputed
 from peft_bsr.engine.plan import Lean
 
@@ -128,7 +129,8 @@ def _in_force(module: Any, kind: type[nn.Module]) -> Any:
     if module is None or module._forward_hooks or module._forward_pre_hooks:
         return None
     leaf = module.leaf_in_force() if hasattr(module, "leaf_in_force") else module
-    return leaf if type(leaf) is kind and not leaf._forward_hooks and not leaf._forward_pre_hooks else None
+    kinds = (kind, FrozenLinear) if kind is nn.Linear else (kind,)
+    return leaf if type(leaf) in kinds and not leaf._forward_hooks and not leaf._forward_pre_hooks else None
 
 
 def _has_dropout(attention: nn.Module) -> bool:

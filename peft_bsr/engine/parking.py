@@ -23,7 +23,7 @@ _SMALLEST = 2**16  # bytes; a page for every bias would cost more than it gives
 class Parking:
     """Place for the parameters of one module.
 
-    Example:
+    Examples:
         >>> layer, parking = torch.nn.Linear(256, 256), Parking()
         >>> before = layer.weight.detach().clone()
         >>> parking.park(layer)

@@ -109,7 +109,7 @@ class Plan:
         mode: `"compact"` = the sequence gets shorter, from the first reduction to the head; `"full_view"` = it keeps
             its length outside of the blocks: each block runs on the alive tokens, dropped ones keep their last value.
 
-    Example:
+    Examples:
         >>> plan = Plan.static(12, trained=[3, 7, 11], reductions={i: Reduction(0.5) for i in (3, 6, 9)})
         >>> [mlp for _, mlp in plan.token_counts(197, 1)][::3]
         [197, 100, 52, 28]
@@ -135,6 +135,10 @@ class Plan:
         """A plan with other settings for all of its reductions, and another mode if one is given."""
         blocks = tuple(replace(b, reduction=b.reduction and replace(b.reduction, **changes)) for b in self.blocks)
         return Plan(blocks, mode or self.mode)
+
+    def without_reductions(self) -> Plan:
+        """A plan that keeps all tokens."""
+        return Plan(tuple(replace(block, reduction=None) for block in self.blocks), self.mode)
 
     def with_lean(self, lean: Lean | None) -> Plan:
         """A plan whose blocks in the graph run lean; the others keep nothing anyway."""

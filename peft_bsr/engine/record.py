@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from peft_bsr.core import Route, RouteCarrier
+from peft_bsr.errors import AdapterError
 
 
 @contextmanager
@@ -21,9 +22,9 @@ def record_routes(model: nn.Module) -> Iterator[list[tuple[int, Route]]]:
         The list, filled as forwards run.
 
     Raises:
-        ValueError: If the model carries none of our adapters.
+        AdapterError: If the model carries none of our adapters.
 
-    Example:
+    Examples:
         >>> with record_routes(model) as routes:  # doctest: +SKIP
         ...     model(pixel_values)
         >>> routes[-1][1].alive()  # which patches the last reduction left  # doctest: +SKIP
@@ -41,10 +42,12 @@ def find_carrier(model: nn.Module) -> RouteCarrier:
     """What the blocks of `model` share.
 
     Raises:
-        ValueError: If the model carries none of our adapters.
+        AdapterError: If the model carries none of our adapters.
     """
     carriers = [getattr(module, "carrier", None) for module in model.modules()]
     carrier = next((c for c in carriers if isinstance(c, RouteCarrier)), None)
     if carrier is None:
-        raise ValueError(f"{type(model).__name__} has no adapter of peft_bsr. Call get_peft_model(model, BSRConfig()).")
+        raise AdapterError(
+            f"{type(model).__name__} has no adapter of peft_bsr. Call get_peft_model(model, BSRConfig())."
+        )
     return carrier

@@ -11,6 +11,7 @@ from peft_bsr.backbones import Anatomy, Column, TokenFollower, apply_part
 from peft_bsr.core import BlockRun, pick_tokens, put_tokens, reduce_tokens
 from peft_bsr.engine.lean_block import run_lean_attention, run_lean_mlp
 from peft_bsr.engine.plan import BlockPlan, Lean, Reduction
+from peft_bsr.errors import ForwardError
 
 
 def forward_block(
@@ -125,7 +126,7 @@ def _forward_composed(
 def _reduce(reduction: Reduction, run: BlockRun, tokens: Tensor) -> tuple[Tensor, Tensor]:
     route, scores = run.route, run.token_scores
     if scores is None:
-        raise RuntimeError("the attention ran without showing its queries and keys; was its implementation replaced?")
+        raise ForwardError("the attention ran without showing its queries and keys; was its implementation replaced?")
     if not reduction.fuse:
         scores = scores.detach()  # only the choice of tokens depends on them
     origins = route.origins_like(tokens)

@@ -10,7 +10,7 @@ own forward. Reading "the latest route" there was wrong by 0.6 to 1.1, silently.
 from __future__ import annotations
 
 import functools
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -78,6 +78,10 @@ class BlockRouter(nn.Module):
 
     def observe(self, before: Tensor, after: Tensor) -> None:
         """See the block's tokens [B, N, D] before and [B, N', D] after it."""
+
+    def rehearsal(self) -> AbstractContextManager[Any]:
+        """Forwards inside leave no trace on what the router learns from forwards."""
+        return nullcontext()
 
     def mix(self, block: nn.Module, call: TaskCall | None, tokens: Tensor) -> Tensor | None:
         """What runs in the place of the MLP, where the block's plan has a mixture. None = the MLP itself.

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_bsr.backbones import Column, StockRun, no_zero_tables, probe_inputs, quiet, run_stock, tensors_of, tolerance
+from peft_bsr.core import is_quantized
 from peft_bsr.engine.int8 import watch_kept
 from peft_bsr.engine.plan import BlockPlan, Plan
 from peft_bsr.engine.verify import routed
@@ -23,7 +24,9 @@ logger = logging.getLogger(__name__)
 _INT8_ERROR = 5e-2  # of a block's gradients, by their norm; 1e-2 is usual
 
 
-def verify_lean(model: nn.Module, column: Column, plan: Plan, stock: StockRun | None = None) -> Plan:
+def verify_lean(
+    model: nn.Module, column: Column, plan: Plan, stock: StockRun | None = None, index: int | None = None
+) -> Plan:
     """Try every part of `plan`'s lean blocks on one of them, and leave out what is not equal; nothing is changed.
 
     Args:
@@ -31,11 +34,13 @@ def verify_lean(model: nn.Module, column: Column, plan: Plan, stock: StockRun | 
         column: Its column.
         plan: A plan; the queries of its last block are restricted here, if the head reads special tokens alone.
         stock: The probe's forward, if there is one; default: one more is run.
+        index: The block to try; default the first that saves less.
 
     Returns:
         The plan with the parts that passed. What did not is logged with the reason.
     """
-    index = next((i for i, block in enumerate(plan.blocks) if block.saves_less), None)
+    if index is None:
+        index = next((i for i, block in enumerate(plan.blocks) if block.saves_less), None)
     if index is None:
         return plan
     wanted = plan.blocks[index]
@@ -117,7 +122,8 @@ def _is_equal(model: nn.Module, column: Column, index: int, candidate: BlockPlan
 
 def _count(kept: dict[int, int], tensor: Tensor) -> Tensor:
     storage = tensor.untyped_storage()
-    kept[storage.data_ptr()] = storage.nbytes()
+    if not is_quantized(tensor):  # a frozen weight, which the stock block does not show
+        kept[storage._cdata] = storage.nbytes()
     return tensor.detach()
 
 
@@ -125,7 +131,7 @@ def _count(kept: dict[int, int], tensor: Tensor) -> Tensor:
 def _in_training(block: nn.Module) -> Iterator[list[Tensor]]:
     """`block` itself is in training mode, its parts are not (no dropout), and all its parameters ask for gradients."""
     parameters: list[Any] = list(block.parameters())
-    frozen = [p for p in parameters if not p.requires_grad and p.is_floating_point()]
+    frozen = [p for p in parameters if not p.requires_grad and p.is_floating_point() and not is_quantized(p)]
     for parameter in frozen:
         parameter.requires_grad_(True)
     block.training = True

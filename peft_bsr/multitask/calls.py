@@ -58,7 +58,11 @@ def without_tasks(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_call(
-    tasks: Sequence[TaskConfig], column: Column, args: tuple[Any, ...], kwargs: dict[str, Any]
+    tasks: Sequence[TaskConfig],
+    column: Column,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    num_images: int | None = None,
 ) -> tuple[ImageCall, dict[str, Any]]:
     """What is asked, and the keywords that are left for the model itself.
 
@@ -68,13 +72,14 @@ def read_call(
         args: Of the call.
         kwargs: Its keywords; `task` (a name, or one for each image), `task_ids` (indices, [B]), `labels` and the
             Trainer's `num_items_in_batch` are taken.
+        num_images: Where the forward begins at cached tokens of so many; default those of the call.
 
     Raises:
         AdapterError: If no task or an unknown one is named.
     """
     images = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.ndim > 1), None)
     assert images is not None, "a vision model is called with images"
-    asked = _indices(tasks, kwargs.get("task"), kwargs.get("task_ids"), images.shape[0])
+    asked = _indices(tasks, kwargs.get("task"), kwargs.get("task_ids"), num_images or images.shape[0])
     taken = (*_OWN, "labels", "num_items_in_batch")
     left = {name: value for name, value in kwargs.items() if name not in taken}
     if len(set(asked)) == 1:

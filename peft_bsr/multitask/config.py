@@ -73,7 +73,7 @@ class MoEConfig:
     Raises:
         ConfigError: Naming every value that cannot be.
 
-    Example:
+    Examples:
         >>> MoEConfig(num_experts=8, top_k=2).expert_type
         'full'
     """

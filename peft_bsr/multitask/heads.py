@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate, mse_loss
 
 from peft_bsr.core import RouteCarrier
-from peft_bsr.errors import AdapterError
+from peft_bsr.errors import AdapterError, ForwardError
 from peft_bsr.multitask.calls import ImageCall
 from peft_bsr.multitask.config import TaskConfig
 
@@ -70,11 +70,11 @@ class TaskHeads(nn.Module):
             pooled: [B, width], what the classifier reads.
 
         Raises:
-            RuntimeError: If it was called outside of the model's forward.
+            ForwardError: If it was called outside of the model's forward.
         """
         call = self.carrier.call
         if not isinstance(call, ImageCall):
-            raise RuntimeError("the heads of the tasks were called without a forward of the model. Call the model.")
+            raise ForwardError("the heads of the tasks were called without a forward of the model. Call the model.")
         outputs: dict[str, Tensor] = {}
         unused: list[Tensor] = [p for i, head in enumerate(self.heads) if i not in call.rows for p in head.parameters()]
         for index, rows in call.rows.items():

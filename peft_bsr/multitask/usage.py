@@ -21,9 +21,9 @@ def record_usage(model: nn.Module) -> Iterator[dict[int, Tensor]]:
         Block -> counts [T, E] int64, tasks in the order of the config; filled as forwards run.
 
     Raises:
-        ValueError: If the model carries none of our adapters.
+        AdapterError: If the model carries none of our adapters.
 
-    Example:
+    Examples:
         >>> with record_usage(model) as usage:  # doctest: +SKIP
         ...     model(pixel_values, task="cifar10")
         >>> usage[11][0]  # of the first task in block 11  # doctest: +SKIP

@@ -1,8 +1,9 @@
-"""Training: the cache of what frozen leading blocks give, ALaST's callback, data of several tasks and their metrics."""
+"""Training: the proof that it trains, the cache of frozen leading blocks, ALaST's callback, several tasks' data."""
 
 from peft_bsr.training.alast_callback import ALaSTCallback, BudgetRecord, schedule_of
 from peft_bsr.training.feature_cache import FeatureCache
 from peft_bsr.training.task_data import TaskBatchSampler, TaskDataset, collate_tasks
+from peft_bsr.training.trainability import TrainabilityCallback, verify_trainability
 
 __all__ = [
     "ALaSTCallback",
@@ -10,6 +11,8 @@ __all__ = [
     "FeatureCache",
     "TaskBatchSampler",
     "TaskDataset",
+    "TrainabilityCallback",
     "collate_tasks",
     "schedule_of",
+    "verify_trainability",
 ]

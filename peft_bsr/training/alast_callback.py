@@ -36,7 +36,7 @@ class ALaSTCallback(TrainerCallback):
     Attributes:
         history: One `BudgetRecord` a step, for `peft_bsr.viz.draw_budgets`.
 
-    Example:
+    Examples:
         >>> ALaSTCallback().history  # Trainer(..., callbacks=[callback]).train() fills it
         []
     """

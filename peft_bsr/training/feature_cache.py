@@ -46,7 +46,7 @@ class FeatureCache(Dataset):
     Args:
         files: Made by `build` or `open`.
 
-    Example:
+    Examples:
         >>> cache = FeatureCache.build(model, train_dataset, "cache")  # doctest: +SKIP
         >>> with cache.read_by(model):  # doctest: +SKIP
         ...     Trainer(model, TrainingArguments("out", remove_unused_columns=False), train_dataset=cache).train()

@@ -27,7 +27,7 @@ def _info(description: str, **features: Any) -> evaluate.MetricInfo:
 class TaskAccuracy(evaluate.Metric):
     """Accuracy of each task and their mean, each task counting alike.
 
-    Example:
+    Examples:
         >>> metric = TaskAccuracy()
         >>> metric.compute(predictions=[1, 0, 2], references=[1, 1, 2], tasks=["a", "a", "b"])
         {'a': 0.5, 'b': 1.0, 'mean': 0.75}
@@ -49,7 +49,7 @@ class MeanIoU(evaluate.Metric):
 
     Maps are given flat, one list of pixels an image.
 
-    Example:
+    Examples:
         >>> MeanIoU().compute(predictions=[[0, 1, 1, 1]], references=[[0, 0, 1, 255]])
         {'mean_iou': 0.5}
     """
@@ -71,7 +71,7 @@ class MeanIoU(evaluate.Metric):
 class RootMeanSquaredError(evaluate.Metric):
     """Root of the mean squared error over all numbers; references that are not finite are ignored.
 
-    Example:
+    Examples:
         >>> RootMeanSquaredError().compute(predictions=[[1.0], [2.0]], references=[[1.0], [4.0]])["rmse"] ** 2
         2.0000000000000004
     """

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from peft_bsr.errors import ConfigError
+
 STRATEGIES = ("round_robin", "proportional", "temperature")
 
 
@@ -21,7 +23,7 @@ class TaskDataset(Dataset):
     Args:
         datasets: Task -> data set of dicts, in the order of the adapter's tasks.
 
-    Example:
+    Examples:
         >>> data = TaskDataset({"a": [{"labels": 1}], "b": [{"labels": 5}]})
         >>> len(data), data[1]
         (2, {'labels': 5, 'task_ids': 1})
@@ -55,9 +57,9 @@ class TaskBatchSampler(Sampler[list[int]]):
         num_batches: In an epoch, default as many full batches as there are data.
 
     Raises:
-        ValueError: If the strategy is unknown, or a number is not above 0.
+        ConfigError: If the strategy is unknown, or a number is not above 0.
 
-    Example:
+    Examples:
         >>> data = TaskDataset({"a": [{}] * 4, "b": [{}] * 2})
         >>> [data[batch[0]]["task_ids"] for batch in TaskBatchSampler(data, batch_size=2)]
         [0, 1, 0]
@@ -73,12 +75,12 @@ class TaskBatchSampler(Sampler[list[int]]):
         num_batches: int | None = None,
     ) -> None:
         if strategy not in STRATEGIES:
-            raise ValueError(f"`strategy={strategy!r}` is unknown. Use one of {', '.join(map(repr, STRATEGIES))}.")
+            raise ConfigError(f"`strategy={strategy!r}` is unknown. Use one of {', '.join(map(repr, STRATEGIES))}.")
         if batch_size < 1 or temperature <= 0 or (num_batches is not None and num_batches < 1):
-            raise ValueError(f"{batch_size=}, {temperature=} and {num_batches=} must be above 0.")
+            raise ConfigError(f"{batch_size=}, {temperature=} and {num_batches=} must be above 0.")
         self.sizes = [len(dataset) for dataset in data.datasets.values()]
         if min(self.sizes) < 1:
-            raise ValueError(f"every task needs data; there are {self.sizes} examples of {list(data.datasets)}.")
+            raise ConfigError(f"every task needs data; there are {self.sizes} examples of {list(data.datasets)}.")
         self.starts = [end - size for end, size in zip(data.ends, self.sizes, strict=True)]
         self.batch_size = batch_size
         self.drop_last = True  # for accelerate: every batch is full

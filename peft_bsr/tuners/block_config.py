@@ -5,14 +5,15 @@ from __future__ import annotations
 import copy
 import re
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any, Literal, get_args
-
-from peft import PeftConfig
 
 from peft_bsr.backbones import Column
 from peft_bsr.engine import Lean, Plan
 from peft_bsr.errors import ConfigError
+from peft_bsr.tuners.frozen_weights import FROZEN_WEIGHTS_HELP, FrozenWeights
 from peft_bsr.tuners.reductions import as_list, check_choice, write_down
+from peft_bsr.tuners.saved import SavedConfig
 
 Trainable = Literal["full", "lora"]
 LeanLevel = Literal["off", "exact", "max"]
@@ -21,7 +22,7 @@ _MODULE_LISTS = ("target_modules", "exclude_modules", "modules_to_save")
 
 
 @dataclass
-class BlockConfig(PeftConfig):
+class BlockConfig(SavedConfig):
     """Base of the configurations of methods that train blocks under a plan; `BSRConfig` documents what they share."""
 
     mode: str | None = field(
@@ -45,6 +46,7 @@ class BlockConfig(PeftConfig):
     saved_activations: str = field(
         default="full", metadata={"help": "'full' or 'int8': how numbers are kept for backward."}
     )
+    frozen_weights: str = field(default="full", metadata={"help": FROZEN_WEIGHTS_HELP})
     layout: dict[str, str] | None = field(
         default=None, metadata={"help": "Written at attach: canonical place -> module name of what trains."}
     )
@@ -79,14 +81,26 @@ class BlockConfig(PeftConfig):
     def _problems(self) -> list[str]:
         """Every value that cannot be, and what to use instead."""
         problems = []
-        for name, choices in (("trainable", Trainable), ("lean", LeanLevel), ("saved_activations", SavedActivations)):
+        for name, choices in (
+            ("trainable", Trainable),
+            ("lean", LeanLevel),
+            ("saved_activations", SavedActivations),
+            ("frozen_weights", FrozenWeights),
+        ):
             problems += check_choice(self, name, get_args(choices))
         if not isinstance(self.init_weights, bool):
             problems.append(f"`init_weights={self.init_weights!r}` must be True or False.")
         if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
             problems.append(f"`r={self.r!r}` must be a whole number of at least 1.")
-        if isinstance(self.lora_alpha, bool) or not isinstance(self.lora_alpha, (int, float)) or self.lora_alpha <= 0:
+        if (
+            isinstance(self.lora_alpha, bool)
+            or not isinstance(self.lora_alpha, (int, float))
+            or not 0 < self.lora_alpha < inf
+        ):
             problems.append(f"`lora_alpha={self.lora_alpha!r}` must be a number above 0.")
+        layout = self.layout
+        if layout is not None and not (isinstance(layout, dict) and all(map(_is_text, (*layout, *layout.values())))):
+            problems.append(f"`layout={layout!r}` must give each place its module's name, or be None.")
         if self.target_modules == "all-linear":
             problems.append(
                 "`target_modules='all-linear'` is not needed: `trainable='lora'` adapts every Linear of the trained "

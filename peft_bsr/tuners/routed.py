@@ -8,14 +8,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from peft_bsr.backbones import Column, FamilyRule
+from peft_bsr.backbones import Column, FamilyRule, main_input
 from peft_bsr.core import RouteCarrier
 from peft_bsr.engine import BlockRouter, Plan, attach_router, detach_router
-from peft_bsr.errors import AdapterError, AdapterNameWarning
+from peft_bsr.errors import AdapterError, AdapterFileError, AdapterNameWarning, AdapterSwitchedWarning
+from peft_bsr.tuners.inputs import check_inputs
+from peft_bsr.tuners.loading import check_loaded, take_back
 
 ROOT = "base_model.model."
 
@@ -91,6 +94,7 @@ class RoutedTuner(BaseTuner):
     """A tuner whose adapters each have a plan for the blocks; one of them is active at a time."""
 
     tuner_layer_cls = SingleAdapterLayer
+    router_cls: ClassVar[type[AdapterRouter]]
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
     def plan(self, adapter_name: str | None = None) -> Plan:
@@ -104,6 +108,16 @@ class RoutedTuner(BaseTuner):
         if not routers or name not in routers[0].plans:
             raise AdapterError(f"There is no adapter {name!r}; this model has {sorted(self.peft_config)}.")
         return routers[0].plans[name]
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Attach the adapter, and remember which parameters asked for gradients before the first one came.
+
+        Raises:
+            AdapterError: If the model has a tuner around it, or adapters of another method.
+        """
+        if "_asked" not in self.__dict__:
+            self._asked = {name: p.requires_grad for name, p in model.named_parameters()}
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     @property
     def column(self) -> Column:
@@ -149,7 +163,9 @@ class RoutedTuner(BaseTuner):
         elif self.peft_config:
             following = next(iter(self.peft_config))
             warnings.warn(
-                f"Adapter {adapter_name!r} was active and is deleted; {following!r} is active now.", stacklevel=2
+                f"Adapter {adapter_name!r} was active and is deleted; {following!r} is active now.",
+                AdapterSwitchedWarning,
+                stacklevel=2,
             )
             self.set_adapter(following)
 
@@ -169,6 +185,45 @@ class RoutedTuner(BaseTuner):
         """PEFT's own expects the name right before the last part of the key; an adapter's modules are nested."""
         return key.replace(f".{cls.prefix}params.{adapter_name}.", f".{cls.prefix}params.")
 
+    def _check_place(self, model: nn.Module) -> None:
+        """Refuse a model that carries what this tuner does not know.
+
+        Raises:
+            AdapterError: If the model has a tuner around it, or adapters of another method.
+        """
+        if isinstance(model, (PeftModel, BaseTuner)):
+            raise AdapterError(
+                f"{type(model).__name__} has adapters already; another comes beside them with "
+                "`model.add_adapter(name, config)`. To start from the base model, call `model.unload()` first."
+            )
+        if others := {type(router).__name__ for router in find_routers(model)} - {self.router_cls.__name__}:
+            raise AdapterError(
+                f"{type(model).__name__} carries adapters of another method ({', '.join(sorted(others))}). Call "
+                "`unload()` there first, or load the base model again."
+            )
+
+    @classmethod
+    def _load_checked(
+        cls, model: Any, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """What PEFT is to load, under the model's names. If it does not fit, an adapter made for it is taken off.
+
+        Raises:
+            AdapterFileError: See `check_loaded`.
+        """
+        renamed = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        own = {f"{n}.{key}": p for n, part in adapter_parts(model, adapter_name) for key, p in part.named_parameters()}
+        tuner = getattr(model, "base_model", None)
+        is_new, config.fills_weights = config.fills_weights, False
+        if isinstance(tuner, RoutedTuner):  # transformers has names of its own, and tells what is missing
+            try:
+                check_loaded(adapter_name, own, set(model.state_dict()), renamed)
+            except AdapterFileError:
+                if is_new:
+                    take_back(model, adapter_name, tuner._asked)
+                raise
+        return renamed
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         if kwargs.get("adapter_names") is not None:
@@ -183,7 +238,24 @@ class RoutedTuner(BaseTuner):
                 f"`{named[0]}={kwargs[named[0]]!r}` was given, but no adapter of this model has tasks. Attach one with "
                 "`BSRConfig(tasks={name: number of classes})`, or leave it out."
             )
+        if routers and routers[0].carrier.entry is None:
+            check_inputs(main_input(self.model), routers[0].column, args, kwargs)
         yield
+
+
+def adapter_parts(model: nn.Module, adapter_name: str) -> list[tuple[str, nn.Module]]:
+    """Full name and module of everything that an adapter has in `model`, its `modules_to_save` included."""
+    parts = []
+    for place, module in model.named_modules():
+        containers: list[str] = []
+        if isinstance(module, SingleAdapterLayer):
+            containers = list(module.adapter_layer_names)
+        elif isinstance(module, ModulesToSaveWrapper):
+            containers = ["modules_to_save"]
+        for container in containers:
+            if adapter_name in (held := getattr(module, container, {})):
+                parts.append((f"{place}.{container}.{adapter_name}".removeprefix("."), held[adapter_name]))
+    return parts
 
 
 def find_routers(model: nn.Module) -> list[Any]:

@@ -1,6 +1,16 @@
-"""Pictures of what a model looks at. Needs matplotlib (`pip install peft-bsr[examples]`)."""
+"""Pictures of what a model looks at, and of what it keeps. Needs matplotlib (`pip install peft-bsr[examples]`)."""
 
+from peft_bsr.viz.attention import draw_attention
 from peft_bsr.viz.budgets import draw_budgets
-from peft_bsr.viz.kept_tokens import draw_kept_tokens
+from peft_bsr.viz.kept_tokens import KeptTokens, draw_kept_tokens, kept_token_pictures
+from peft_bsr.viz.memory import draw_saved_memory, saved_by_block
 
-__all__ = ["draw_budgets", "draw_kept_tokens"]
+__all__ = [
+    "KeptTokens",
+    "draw_attention",
+    "draw_budgets",
+    "draw_kept_tokens",
+    "draw_saved_memory",
+    "kept_token_pictures",
+    "saved_by_block",
+]

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from peft_bsr.errors import AdapterError
+
 
 def draw_budgets(history: Sequence[Any], path: str | Path) -> Path:
     """Heat-maps of the budgets and of the blocks that trained, over the steps.
@@ -21,10 +23,10 @@ def draw_budgets(history: Sequence[Any], path: str | Path) -> Path:
         `path`.
 
     Raises:
-        ValueError: If nothing was recorded.
+        AdapterError: If nothing was recorded.
     """
     if not history:
-        raise ValueError("`history` is empty: no step was recorded. Pass the callback to Trainer before it trains.")
+        raise AdapterError("`history` is empty: no step was recorded. Pass the callback to Trainer before it trains.")
     depth = len(history[0].budgets)
     budgets = np.array([record.budgets for record in history]).T
     trained = np.array([[index in record.drawn for record in history] for index in range(depth)])

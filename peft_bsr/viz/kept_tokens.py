@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -11,10 +14,83 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from peft_bsr.core import Route
-from peft_bsr.engine import record_routes
+from peft_bsr.engine import BlockScores, record_routes, record_scores
+from peft_bsr.errors import AdapterError
+from peft_bsr.tuners.routed import find_routers
 
 _VEIL = np.array([0.30, 0.42, 0.62])  # a blue that neither black nor white backgrounds have
 _OPACITY = 0.8  # how much of a dropped patch the veil hides
+
+
+@dataclass(frozen=True)
+class KeptTokens:
+    """What is left of some images behind one reduction.
+
+    Attributes:
+        block: Index of the block.
+        share: Of the patches that are left by themselves.
+        dropped_mass: [B], attention (what tokens are ranked by; 1 is the sum over all tokens of the block) that what
+            it dropped had: the sum of the weights in the fused token, where there is one.
+        is_fused: Whether there is.
+        pictures: [B, H, W, 3] in 0 to 1, dropped patches veiled.
+    """
+
+    block: int
+    share: float
+    dropped_mass: np.ndarray
+    is_fused: bool
+    pictures: np.ndarray
+
+
+def kept_token_pictures(model: nn.Module, pixel_values: Tensor, images: np.ndarray) -> list[KeptTokens]:
+    """Run the model and veil what each reduction dropped.
+
+    Args:
+        model: See `draw_kept_tokens`.
+        pixel_values: See `draw_kept_tokens`.
+        images: See `draw_kept_tokens`.
+
+    Returns:
+        One a reduction, in the order of the blocks.
+
+    Raises:
+        AdapterError: If the model has no adapter of ours, or none that reduces tokens.
+    """
+    training = model.training
+    model.eval()
+    wrapped: Any = model
+    base = wrapped.get_base_model() if hasattr(model, "get_base_model") else model
+    routers = find_routers(model)
+    plan = routers[0].plan if routers else None
+    reductions = {} if plan is None else {i: b.reduction for i, b in enumerate(plan.blocks) if b.reduction}
+    try:
+        with torch.no_grad(), record_routes(model) as routes, ExitStack() as watching:
+            scores: list[BlockScores] = []
+            if reductions:
+                kind = next(iter(reductions.values())).score  # a plan ranks by one
+                scores = watching.enter_context(record_scores(base, routers[0].column, kind))
+            model(pixel_values=pixel_values)
+    finally:
+        model.train(training)
+    if not routes:
+        raise AdapterError("the model dropped no tokens: its adapter keeps all of them in evaluation, or is disabled.")
+    found = []
+    for block, route in routes:
+        alive = route.alive().cpu().numpy()
+        pictures = [_veil(_coloured(image), kept) for image, kept in zip(images, alive, strict=True)]
+        mass = _dropped_mass(next(s for s in scores if s.block == block), route)
+        found.append(KeptTokens(block, float(alive.mean()), mass, reductions[block].fuse, np.stack(pictures)))
+    return found
+
+
+def _dropped_mass(before: BlockScores, route: Route) -> np.ndarray:
+    """[B], scores of the tokens of `before` that are not on `route`, summed."""
+    assert route.origins is not None, "something was dropped"
+    competing = before.scores[:, route.num_prefix : before.scores.shape[1] - route.num_suffix]
+    origins = before.route.origins_like(competing[..., None])
+    is_kept = (origins[:, :, None] == route.origins[:, None, :]).any(dim=2)
+    mass: np.ndarray = competing.masked_fill(is_kept, 0).sum(dim=1).float().cpu().numpy()
+    return mass
 
 
 def draw_kept_tokens(
@@ -22,7 +98,9 @@ def draw_kept_tokens(
 ) -> Path:
     """Run the model and draw, one row an image, the image and what is left of it behind each reduction.
 
-    Dropped patches lie under a blue veil. Images are drawn as given, so `images` and `pixel_values` must show the same.
+    Dropped patches lie under a blue veil. Below stands how much attention they had: the sum of the weights in the fused
+    token, where there is one; 100 % is the sum over all tokens of the block. Images are drawn as given, so `images` and
+    `pixel_values` must show the same.
 
     Args:
         model: A model with one of our adapters active, reducing tokens.
@@ -35,28 +113,20 @@ def draw_kept_tokens(
         `path`.
 
     Raises:
-        ValueError: If the model has no adapter of ours, or none that reduces tokens.
+        AdapterError: If the model has no adapter of ours, or none that reduces tokens.
     """
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), record_routes(model) as routes:
-            model(pixel_values=pixel_values)
-    finally:
-        model.train(training)
-    if not routes:
-        raise ValueError("the model dropped no tokens: its adapter has `keep_rate=1.0` or is disabled.")
+    kept = kept_token_pictures(model, pixel_values, images)
     rows = len(images)
     # a Figure of its own, not pyplot: no global state, no window
-    figure = Figure(figsize=(1.6 * (len(routes) + 1), 1.6 * rows + 0.5), layout="constrained")
-    axes = figure.subplots(rows, len(routes) + 1, squeeze=False)
-    titles_above = ["input", *(f"block {block}: {_share(route)} kept" for block, route in routes)]
+    figure = Figure(figsize=(1.6 * (len(kept) + 1), 1.6 * rows + 0.5), layout="constrained")
+    axes = figure.subplots(rows, len(kept) + 1, squeeze=False)
+    titles_above = ["input", *(f"block {behind.block}: {behind.share:.0%} kept" for behind in kept)]
     for row, image in enumerate(images):
-        colour = image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=-1)
-        axes[row, 0].imshow(colour)
+        axes[row, 0].imshow(_coloured(image))
         axes[row, 0].set_ylabel(titles[row] if titles else "")
-        for axis, (_, route) in zip(axes[row, 1:], routes, strict=True):
-            axis.imshow(_veil(colour, route.alive()[row].cpu().numpy()))
+        for axis, behind in zip(axes[row, 1:], kept, strict=True):
+            axis.imshow(behind.pictures[row])
+            axis.set_xlabel(f"{'fused' if behind.is_fused else 'dropped'}: {behind.dropped_mass[row]:.0%}", fontsize=7)
     for axis, text in zip(axes[0], titles_above, strict=True):
         axis.set_title(text, fontsize=8)
     for axis in axes.flat:
@@ -67,8 +137,8 @@ def draw_kept_tokens(
     return Path(path)
 
 
-def _share(route: Route) -> str:
-    return f"{route.alive().float().mean():.0%}"
+def _coloured(image: np.ndarray) -> np.ndarray:
+    return image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=-1)
 
 
 def _veil(image: np.ndarray, alive: np.ndarray) -> np.ndarray:

@@ -16,6 +16,13 @@ from families import REFUSED, SUPPORTED
 
 from peft_bsr import UnsupportedModelError, probe_column
 
+PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
+VERSIONS = """## Versions
+
+The contract (a vision transformer in all modes, and PEFT's behaviours for BSR, ALaST and SynQT) on the oldest and
+newest versions, each in an environment of its own (`python tests/contract/versions.py`); CPU, fp32.
+
+"""
 HEADER = """# Compatibility
 
 Made by `make compatibility` from the checks of `tests/contract`, on tiny random models (32 channels, 4 blocks) on the
@@ -103,6 +110,11 @@ def render(rows: list[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def write_page(path: Path, page: str, versions: str) -> None:
+    """Write the page with the table of versions, if there is one, at its end."""
+    path.write_text(page.rstrip() + "\n" + (f"\n{VERSIONS}{versions}" if versions else ""))
+
+
 def _line(cells: tuple[str, ...] | list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
@@ -110,13 +122,13 @@ def _line(cells: tuple[str, ...] | list[str]) -> str:
 def main() -> int:
     """Write the page; 1 if a check fails."""
     parser = argparse.ArgumentParser(description=__doc__)
-    default = Path(__file__).parents[2] / "docs" / "compatibility.md"
-    parser.add_argument("--output", type=Path, default=default, help="where to write (default docs/compatibility.md)")
+    parser.add_argument("--output", type=Path, default=PAGE, help="where to write (default docs/compatibility.md)")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     page = render(survey())
-    args.output.write_text(page)
+    earlier = args.output.read_text().partition(VERSIONS)[2] if args.output.exists() else ""
+    write_page(args.output, page, earlier)
     print(f"wrote {args.output}")
     return 1 if "FAILS" in page else 0
 

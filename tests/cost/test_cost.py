@@ -8,7 +8,7 @@ from peft import get_peft_model
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from peft_bsr import BSRConfig, PeftBsrError
+from peft_bsr import BSRConfig, PeftBsrError, TrainabilityError
 from peft_bsr.cost import (
     PeakMemory,
     compare,
@@ -76,6 +76,12 @@ def test_compare_leaves_weights_gradients_and_modes_alone(make_model):
     assert bsr.forward_macs_per_image < full.forward_macs_per_image
     assert bsr.training_flops_per_image < full.training_flops_per_image
     assert bsr.step_seconds > 0
+
+
+def test_a_model_that_does_not_train_is_told(make_model):
+    batch = {"pixel_values": torch.randn(2, 3, 32, 32), "labels": torch.tensor([0, 1])}
+    with pytest.raises(TrainabilityError, match="ViTForImageClassification has nothing to train"):
+        compare({"frozen": make_model().requires_grad_(False)}, batch)
 
 
 def test_the_table_states_its_conditions(make_model):

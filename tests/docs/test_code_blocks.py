@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import runpy
+import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,19 @@ from typing import Any
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
+from peft import get_peft_model
 from PIL import Image as PILImage
 from torch import nn
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
+
+import peft_bsr
+from peft_bsr import BSRConfig
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 ELSEWHERE = {"new_model"}  # in tests/backbones/test_new_model.py, with the model that it is about
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-HUB_MODEL = "google/vit-base-patch16-224-in21k"
+HUB_MODEL, HUB_ADAPTER = "google/vit-base-patch16-224-in21k", "me/pets-bsr"
 TINY = ViTConfig(
     hidden_size=24, num_hidden_layers=12, num_attention_heads=2, intermediate_size=32, image_size=32, patch_size=8
 )
@@ -69,18 +74,51 @@ def test_the_blocks_run(page: Path, names: dict[str, Any], tmp_path: Path, monke
     ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "model")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    program = blocks_of(page).replace(HUB_MODEL, str(tmp_path / "model"))
-    exec(compile(program, str(page), "exec"), names)
+    if page.stem in PREPARED:
+        PREPARED[page.stem](names, tmp_path, monkeypatch)
+    program = blocks_of(page).replace(HUB_MODEL, str(tmp_path / "model")).replace(HUB_ADAPTER, "adapter")
+    try:
+        exec(compile(program, str(page), "exec"), names)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def with_adapter(names: dict[str, Any], *_: Any) -> None:
+    """A model with an adapter."""
+    names["model"] = get_peft_model(make_vit(), BSRConfig())
+
+
+def with_hub(names: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The adapter of the page, and a Hub that takes all; the true way up is in tests/hub."""
+    base = ViTForImageClassification.from_pretrained(folder / "model")
+    get_peft_model(base, BSRConfig()).save_pretrained(folder / "adapter")
+    monkeypatch.setattr(peft_bsr, "push_to_hub", lambda *args, **kwargs: None)
+    PILImage.new("RGB", (8, 8)).save(folder / "kept_tokens.png")
+    names["base"] = make_vit()
+
+
+def with_one_process(names: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torchrun tells a process."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, str(value))
+
+
+PREPARED = {"export": with_adapter, "hub": with_hub, "distributed": with_one_process}
 
 
 def test_no_block_is_missed():
     """Blocks are fenced at the start of a line and say `python`; any other fence would not be run."""
     for page in PAGES:
         for fence in re.findall(r"^[ \t]*```\w.*$", page.read_text(), re.MULTILINE):
-            assert fence in ("```python", "```sh", "```text", "```yaml"), f"{page}: {fence}"
+            assert fence.strip() != "```python" or fence == "```python", f"{page}: {fence}"
+            assert fence.strip() in ("```python", "```sh", "```text", "```yaml"), f"{page}: {fence}"
 
 
-SCRIPT = re.compile(r"python ((?:benchmarks|examples)/[\w/]+\.py)([^`#\n]*)")
+SCRIPT = re.compile(r"python ((?:benchmarks|examples)/[\w/]+\.py)([^`#|>\n]*)")
 COMMANDS = sorted({match.groups() for page in PAGES for match in SCRIPT.finditer(page.read_text())})
 
 
@@ -90,7 +128,7 @@ def test_the_commands_exist(
 ):
     """Scripts that pages name are there and know the options that pages give them."""
     monkeypatch.setattr(sys, "argv", [script, "--help"])
-    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "path", [str((ROOT / script).parent), *sys.path])
     with pytest.raises(SystemExit) as left:
         runpy.run_path(str(ROOT / script), run_name="__main__")
     assert left.value.code == 0

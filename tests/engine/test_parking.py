@@ -14,11 +14,13 @@ from peft import get_peft_model
 from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
-from peft_bsr import BSRConfig
-from peft_bsr.engine import Parking
+from peft_bsr import BSRConfig, MoEConfig
+from peft_bsr.engine import ROUTER, Parking
+from peft_bsr.multitask import FullExperts
 from peft_bsr.tuners.bsr.layer import BSRWeights
 
 BATCH = {"pixel_values": torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))}
+MIXTURE = {"tasks": {"only": 2}, "moe": MoEConfig(num_experts=2, top_k=1)}  # one task need not be named
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps")
 
 
@@ -39,6 +41,7 @@ def vit() -> ViTForImageClassification:
 def attach(**settings: object) -> tuple[torch.Tensor, nn.Module]:
     base = vit()
     logits = base(**BATCH).logits.detach()
+    torch.manual_seed(1)
     config = BSRConfig(**{"trainable_blocks": [1, 3], "init_weights": False, **settings})
     return logits, get_peft_model(base, config).eval()
 
@@ -46,6 +49,12 @@ def attach(**settings: object) -> tuple[torch.Tensor, nn.Module]:
 def base_weights(model: nn.Module) -> list[torch.Tensor]:
     layers = [module for module in model.modules() if isinstance(module, BSRWeights)]
     return [p.data for layer in layers for p in layer.base_layer.parameters() if p.nbytes >= 2**16]
+
+
+def mlp_weights(model: nn.Module) -> list[torch.Tensor]:
+    """Of the trained blocks' own MLPs."""
+    own = [p for name, p in model.named_parameters() if ".1.mlp." in name or ".3.mlp." in name]
+    return [p.data for p in own if not p.requires_grad and p.nbytes >= 2**16]
 
 
 @linux
@@ -159,12 +168,15 @@ def test_a_change_of_dtype_parks_again():
         torch.testing.assert_close(model(**batch).logits.float(), expected)
 
 
-def test_distributed_data_parallel_leaves_parked_weights_alone(tmp_path):
-    _, model = attach(lean="off")
+@pytest.mark.parametrize("settings", [{}, MIXTURE], ids=["copies", "experts"])
+def test_distributed_data_parallel_leaves_parked_weights_alone(tmp_path, settings):
+    _, model = attach(lean="off", **settings)
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         parallel = nn.parallel.DistributedDataParallel(model.train())
         parked = [name for name, _ in model.named_parameters() if ".base_layer." in name]
+        if settings:
+            parked += [n for i in (1, 3) for n, _ in model.named_parameters() if f".{i}.mlp." in n]
         assert set(parked) <= parallel.parameters_to_ignore
         parallel(**BATCH).logits.sum().backward()
         assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
@@ -173,10 +185,75 @@ def test_distributed_data_parallel_leaves_parked_weights_alone(tmp_path):
     assert not hasattr(model.unload(), "_ddp_params_and_buffers_to_ignore")
 
 
+@linux
+def test_mlps_under_experts_are_mapped_as_long_as_the_experts_run():
+    base = sum(p.nbytes for p in vit().parameters())
+    expected, model = attach(**MIXTURE)
+    adapted = model(**BATCH).logits
+    assert all(is_mapped(tensor) for tensor in (*mlp_weights(model), *base_weights(model)))
+    experts = sum(p.nbytes for m in model.modules() if isinstance(m, FullExperts) for p in m.parameters())
+    own = sum(tensor.nbytes for tensor in mlp_weights(model))
+    assert len(mlp_weights(model)) == 4 and experts >= 2 * own
+    assert sum(p.nbytes for p in model.parameters() if not is_mapped(p)) <= 1.02 * base + experts - own
+    for _ in range(2):
+        with model.disable_adapter():
+            assert torch.equal(model(**BATCH).logits, expected)
+        assert torch.equal(model(**BATCH).logits, adapted)
+    assert all(is_mapped(tensor) for tensor in mlp_weights(model))
+    model.double()
+    assert all(is_mapped(tensor) and tensor.dtype == torch.float64 for tensor in mlp_weights(model))
+    base_model = model.float().unload()
+    assert torch.equal(base_model(**BATCH).logits, expected)
+    assert not any(is_mapped(p) for p in base_model.parameters())
+
+
+@linux
+def test_experts_that_share_the_mlp_need_it_in_memory():
+    _, model = attach(**MIXTURE, trainable="lora")
+    assert all(is_mapped(tensor) for tensor in mlp_weights(model))
+    moe = MoEConfig(num_experts=2, top_k=1, expert_type="lora")
+    _, model = attach(tasks=MIXTURE["tasks"], moe=moe, trainable="lora")
+    assert not any(is_mapped(tensor) for tensor in mlp_weights(model))
+
+
+def test_other_adapters_beside_experts_start_from_the_pretrained_mlps():
+    expected, model = attach(**MIXTURE)
+    adapted = model(**BATCH).logits
+    settings = {"trainable_blocks": [1, 3], "reduction_blocks": []}
+    model.add_adapter("dense", BSRConfig(**settings))
+    model.add_adapter("lora", BSRConfig(trainable="lora", **settings))
+    model.add_adapter("experts", BSRConfig(**settings, **MIXTURE))
+    for name, logits in (("dense", expected), ("default", adapted), ("lora", expected), ("default", adapted)):
+        model.set_adapter(name)
+        assert torch.equal(model(**BATCH).logits, logits), name
+    model.set_adapter("experts")
+    block = model.base_model.model.vit.layers[1]
+    experts = block.get_submodule(ROUTER).bsr_params["experts"].experts
+    assert torch.equal(experts.first_weight[1], block.mlp.fc1.base_layer.weight)
+    for name in ("dense", "experts", "default"):
+        model.delete_adapter(name)
+    assert torch.equal(model(**BATCH).logits, expected)
+    assert torch.equal(model.unload()(**BATCH).logits, expected)
+
+
+def test_copies_and_pickles_hold_the_mlps_under_experts():
+    expected, model = attach(**MIXTURE)
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    for each in (copy.deepcopy(model), torch.load(buffer, weights_only=False)):
+        assert torch.equal(each(**BATCH).logits, model(**BATCH).logits)
+        with each.disable_adapter():
+            assert torch.equal(each(**BATCH).logits, expected)
+        each.set_adapter("default")
+        assert sys.platform != "linux" or all(is_mapped(tensor) for tensor in mlp_weights(each))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_off_the_accelerator_and_back():
-    expected, model = attach()
+@pytest.mark.parametrize("settings", [{}, MIXTURE], ids=["copies", "experts"])
+def test_off_the_accelerator_and_back(settings):
+    expected, model = attach(**settings)
     model.cuda()
     batch = {name: tensor.cuda() for name, tensor in BATCH.items()}
     adapted = model(**batch).logits

@@ -275,12 +275,14 @@ def test_injecting_leaves_the_users_config_alone(make_vit):
     before = config.to_dict()
     attached = get_peft_model(make_vit(), config).peft_config["default"].to_dict()
     chosen = {"mode": "compact", "score": "class", "reduce_at": "mid_block", "fuse_dropped": True}
-    written = {"base_model_name_or_path", "layout", *chosen}
+    written = {"base_model_name_or_path", "layout", "labels", *chosen}
     assert {k: v for k, v in attached.items() if k not in written} == {
         k: v for k, v in before.items() if k not in written
     }
     assert {name: attached[name] for name in chosen} == chosen
-    assert {name: config.to_dict()[name] for name in [*chosen, "layout"]} == dict.fromkeys([*chosen, "layout"])
+    assert {name: config.to_dict()[name] for name in [*chosen, "layout", "labels"]} == dict.fromkeys(
+        [*chosen, "layout", "labels"]
+    )
 
 
 REFUSED: list[tuple[dict[str, Any], list[str]]] = [

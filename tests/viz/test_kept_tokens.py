@@ -6,8 +6,8 @@ import torch
 from peft import get_peft_model
 from PIL import Image
 
-from peft_bsr import BSRConfig
-from peft_bsr.viz import draw_kept_tokens
+from peft_bsr import AdapterError, BSRConfig
+from peft_bsr.viz import draw_kept_tokens, kept_token_pictures
 from peft_bsr.viz.kept_tokens import _veil
 
 
@@ -33,5 +33,18 @@ def test_dropped_patches_are_veiled_and_kept_ones_are_not():
 
 def test_a_model_that_keeps_everything_has_nothing_to_draw(make_model, images, tmp_path):
     model = get_peft_model(make_model(), BSRConfig(keep_rate=1.0))
-    with pytest.raises(ValueError, match="dropped no tokens"):
+    with pytest.raises(AdapterError, match="dropped no tokens"):
         draw_kept_tokens(model, images, torch.rand(2, 32, 32).numpy(), tmp_path / "kept.png")
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@torch.no_grad()
+def test_dropped_mass_is_the_attention_of_what_was_dropped(fused, make_model, images):
+    base = make_model("vit", attn_implementation="eager")
+    attention = base(pixel_values=images, output_attentions=True).attentions[1][:, :, 0, 1:].mean(dim=1)
+    model = get_peft_model(base, BSRConfig(reduction_blocks=[1, 2], keep_rate=0.5, fuse_dropped=fused))
+    first, second = kept_token_pictures(model, images, np.zeros((2, 32, 32)))
+    lowest = attention.sort(dim=1).values[:, :8].sum(dim=1)
+    np.testing.assert_allclose(first.dropped_mass, lowest, atol=1e-6)
+    assert first.is_fused == second.is_fused == fused
+    assert (second.dropped_mass > 0).all() and (second.dropped_mass < 0.5).all()

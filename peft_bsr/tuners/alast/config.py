@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any
 
 from peft_bsr.backbones import Column
@@ -35,7 +36,7 @@ class ALaSTConfig(BlockConfig):
     in the importance.
 
     `mode`, `score`, `trainable`, `r`, `lora_alpha`, `init_weights`, `target_modules`, `exclude_modules`,
-    `modules_to_save`, `lean`, `saved_activations` and `layout` are those of `BSRConfig`.
+    `modules_to_save`, `lean`, `saved_activations`, `layout` and `labels` are those of `BSRConfig`.
 
     Args:
         trainable_blocks_per_step: K. Default None: three quarters of the blocks (9 of 12).
@@ -56,7 +57,7 @@ class ALaSTConfig(BlockConfig):
     Raises:
         ConfigError: Naming every value that cannot be.
 
-    Example:
+    Examples:
         >>> ALaSTConfig(preset="paper").alpha
         'lr'
     """
@@ -84,14 +85,14 @@ class ALaSTConfig(BlockConfig):
     def __post_init__(self) -> None:
         self.peft_type = extend_peft_type("ALAST")
         self.budget_range = as_list(self.budget_range)
-        for name, value in _PRESETS.get(self.preset, {}).items():
+        for name, value in _PRESETS[self.preset if _is_preset(self.preset) else None].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
         super().__post_init__()
 
     def _problems(self) -> list[str]:
         problems = []
-        if self.preset not in _PRESETS:
+        if not _is_preset(self.preset):
             return [f"`preset={self.preset!r}` is unknown. Use 'paper' or None."]
         count, low_high = self.trainable_blocks_per_step, self.budget_range
         if count is not None and (not _is_int(count) or count < 1):
@@ -102,12 +103,16 @@ class ALaSTConfig(BlockConfig):
             problems.append(f"`budget_range={low_high!r}` must lie in (0, 1], the least budget first.")
         elif not _is_number(self.initial_budget) or not low_high[0] <= self.initial_budget <= low_high[1]:
             problems.append(f"`initial_budget={self.initial_budget!r}` must lie in `budget_range={low_high!r}`.")
-        if self.alpha != "lr" and not (_is_number(self.alpha) and float(self.alpha or 0) >= 0):
+        if self.alpha != "lr" and not (_is_number(self.alpha) and 0 <= float(self.alpha or 0) < inf):
             problems.append(f"`alpha={self.alpha!r}` must be a number of at least 0, or 'lr' for the learning rate.")
         problems += check_choice(self, "delta_reduction", DELTA_REDUCTIONS)
         problems += check_choice(self, "selection", SELECTIONS)
         if not isinstance(self.train_embeddings, bool):
             problems.append(f"`train_embeddings={self.train_embeddings!r}` must be True, False or None.")
+        if self.frozen_weights == "int8":
+            problems.append(
+                "`frozen_weights='int8'` is for blocks that never train, but here each may. Leave it \"full\"."
+            )
         if not _is_int(self.seed):
             problems.append(f"`seed={self.seed!r}` must be a whole number.")
         return [*problems, *check_ways(self), *super()._problems()]
@@ -131,6 +136,10 @@ class ALaSTConfig(BlockConfig):
         cut = not self.train_embeddings
         blocks = tuple(BlockPlan(True, cut and index == 0, reduction) for index in range(column.depth))
         return saving_less(Plan(blocks, self.mode or "compact"), self)  # type: ignore[arg-type]
+
+
+def _is_preset(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and value in _PRESETS)
 
 
 def _is_int(value: Any) -> bool:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor
 
 from peft_bsr.backbones import Column, FamilyRule
@@ -19,7 +21,9 @@ STATE = "bsr_state"
 class ALaSTRouter(BSRRouter):
     """A block's router whose plan the schedule makes, in training; in evaluation the model runs as it is.
 
-    The first block's router carries the schedules' state into and out of state dicts, under `bsr_state.<adapter>`.
+    The first block's router carries the schedules' state into and out of state dicts, in buffers that only these look
+    at, `bsr_state.<adapter>`: what is no parameter and no buffer is lost on the way through torch's distributed
+    checkpoints.
 
     Args:
         index, column, carrier, rule: See `BlockRouter`.
@@ -28,6 +32,10 @@ class ALaSTRouter(BSRRouter):
     def __init__(self, index: int, column: Column, carrier: RouteCarrier, rule: FamilyRule) -> None:
         super().__init__(index, column, carrier, rule)
         self.schedules: dict[str, ALaSTSchedule] = {}
+        if index == 0:
+            self.bsr_state = BufferDict(persistent=True)
+            self.register_load_state_dict_pre_hook(_write_states)
+            self.register_load_state_dict_post_hook(_read_states)
 
     @property
     def schedule(self) -> ALaSTSchedule | None:
@@ -56,25 +64,42 @@ class ALaSTRouter(BSRRouter):
         if self.training and torch.is_grad_enabled() and (schedule := self.schedule) is not None:
             schedule.observe(before, after, self.column.num_prefix)
 
+    def rehearsal(self) -> AbstractContextManager[Any]:
+        """Forwards inside move no budget and draw for themselves alone."""
+        return nullcontext() if self.schedule is None else self.schedule.rehearsal()
+
+    def add_schedule(self, adapter_name: str, schedule: ALaSTSchedule) -> None:
+        """Follow a schedule, which the routers of all blocks share, for an adapter."""
+        self.schedules[adapter_name] = schedule
+        if self.index == 0:
+            self.bsr_state[adapter_name] = schedule.pack()
+
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove the adapter."""
         super().delete_adapter(adapter_name)
-        self.schedules.pop(adapter_name, None)
+        if self.schedules.pop(adapter_name, None) is not None and self.index == 0:
+            del self.bsr_state[adapter_name]
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name, schedule in self.schedules.items() if self.index == 0 else ():
-            destination[f"{prefix}{STATE}.{name}"] = schedule.pack()
-
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        for name, schedule in self.schedules.items() if self.index == 0 else ():
-            packed = state_dict.pop(f"{prefix}{STATE}.{name}", None)
-            if packed is not None:
-                schedule.unpack(packed)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """With the schedules' state as it is now."""
+        _write_states(self)
+        return super().state_dict(*args, **kwargs)
 
     def __repr__(self) -> str:
         return f"alast.ALaSTRouter(block={self.index}, schedules={sorted(self.schedules)})"
+
+
+def _write_states(router: ALaSTRouter, *_: Any) -> None:
+    """Put the state of each schedule into its buffer."""
+    for name, schedule in router.schedules.items() if router.index == 0 else ():
+        router.bsr_state[name] = schedule.pack().to(router.bsr_state[name].device)
+
+
+def _read_states(router: ALaSTRouter, _: Any) -> None:
+    """Go on from what was loaded, for the schedules whose buffer is not what `_write_states` left there."""
+    for name, schedule in router.schedules.items():
+        if not torch.equal(router.bsr_state[name].cpu(), schedule.pack()):
+            schedule.unpack(router.bsr_state[name])
 
 
 __all__ = ["STATE", "ALaSTRouter"]

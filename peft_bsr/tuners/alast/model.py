@@ -29,7 +29,7 @@ class ALaSTModel(BSRModel):
         UnsupportedModelError: With the reason that the probe found.
         ConfigError: Naming everything that this model does not allow.
 
-    Example:
+    Examples:
         >>> from peft import get_peft_model
         >>> from transformers import ViTConfig, ViTForImageClassification
         >>> tiny = ViTConfig(hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=64)
@@ -73,7 +73,7 @@ class ALaSTModel(BSRModel):
                 (others if index is None else blocks[index]).append(module.bsr_params[adapter_name])
         schedule = ALaSTSchedule(self.peft_config[adapter_name], plan, blocks, others)
         for router in routers:
-            router.schedules[adapter_name] = schedule
+            router.add_schedule(adapter_name, schedule)
 
     @classmethod
     def _get_adapter_state_dict(
@@ -97,8 +97,10 @@ class ALaSTModel(BSRModel):
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """Of the schedule's state, too."""
-        renamed = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        return {f"{k}.{adapter_name}" if k.endswith(f".{STATE}") else k: value for k, value in renamed.items()}
+        states = {key: value for key, value in state_dict.items() if key.endswith(f".{STATE}")}
+        weights = {key: value for key, value in state_dict.items() if key not in states}
+        renamed = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, weights)
+        return renamed | {f"{key}.{adapter_name}": value for key, value in states.items()}
 
     def _write_down(self, model: nn.Module, column: Column, config: Any, plan: Plan, layout: dict[str, str]) -> Any:
         written: ALaSTConfig = super()._write_down(model, column, config, plan, layout)
@@ -121,7 +123,14 @@ def find_embeddings(model: nn.Module, column: Column) -> list[str]:
             f"{type(model).__name__} holds parameters itself, beside its modules, which cannot be trained by name. Use "
             "`train_embeddings=False`."
         )
-    return sorted(n for n in owners if not any(n.startswith(f"{other}.") for other in owners))
+    found = sorted(n for n in owners if not any(n.startswith(f"{other}.") for other in owners))
+    for name in found:  # PEFT takes every module whose name ends so
+        if inside_it := [n for n, _ in model.named_modules() if n.startswith(f"{name}.") and n.endswith(name)]:
+            raise UnsupportedModelError(
+                f"{type(model).__name__}: {name!r} cannot be trained by name, because the name of {inside_it[0]!r} "
+                "in it ends like it. Use `train_embeddings=False`, or a model with a head, where names are longer."
+            )
+    return found
 
 
 __all__ = ["ALaSTModel"]

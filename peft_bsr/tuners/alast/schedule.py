@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 from weakref import WeakSet
@@ -121,6 +122,17 @@ class ALaSTSchedule:
         self.step, self._is_due = int(step), bool(is_due)
         self._total = torch.tensor([*rows[2, :depth].tolist(), images]) if images else None
         self._is_restored = True
+
+    @contextmanager
+    def rehearsal(self) -> Iterator[None]:
+        """Forwards inside draw as the next step will, and nothing of it stays; who asks for gradients is not kept."""
+        before = dict(self.__dict__)  # every step replaces the lists, none changes them
+        self._stepped = None
+        self.learning_rate = self.learning_rate or 0.0  # whoever tells it may come later
+        try:
+            yield
+        finally:
+            self.__dict__ = before
 
     def see_step(self, parameters: set[int]) -> None:
         """An optimizer has stepped.

@@ -72,9 +72,12 @@ class BSRConfig(BlockConfig):
             MLP for those alone in training (not with `"off"`). Default `"exact"`.
         saved_activations: `"full"`, or `"int8"`: what those blocks do keep is kept in 8 bits, rounded stochastically.
             Gradients have an error of about 1 % then. Default `"full"`.
+        frozen_weights: `"full"`, or `"int8"`: the Linear weights of blocks that never train are rounded to 8 bits in
+            the model itself, for good, as a model that is loaded quantised has them; needs torchao. Disabled, unloaded
+            and merged models run on the rounded weights. Default `"full"`.
         layout: Canonical place -> name in the model of each trained module. Written when the adapter is attached; by
             it a file that was saved on another layout of the same model (other module names) is read.
-
+        labels: Names of the classes. Written when the adapter is attached, for `peft_bsr.load`.
         tasks: Several tasks, name -> number of classes or `TaskConfig`; each gets a head in the classifier's place, and
             the model is called with `task=` or `task_ids=`. Kept as a list, because files sort names. Default None.
         task_weights: Name -> weight of the task's loss; 1 where there is none. Default None.
@@ -85,7 +88,7 @@ class BSRConfig(BlockConfig):
     Raises:
         ConfigError: Naming every value that cannot be.
 
-    Example:
+    Examples:
         >>> BSRConfig(trainable_blocks="last:3", keep_rate=0.7).trainable_blocks
         'last:3'
     """

@@ -5,7 +5,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from dataclasses import replace
+from typing import Any
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import _ExcludedModule
@@ -22,10 +23,16 @@ from peft_bsr.tuners.bsr.layer import BSRWeights
 from peft_bsr.tuners.bsr.router import BSRRouter, TaskSettings
 from peft_bsr.tuners.bsr.targets import is_excluded, resolve_targets
 from peft_bsr.tuners.classifier import find_classifier, find_final_norm
+from peft_bsr.tuners.frozen_weights import (
+    check_rounded,
+    linears_to_round,
+    round_weights,
+    rounds,
+    tell_ddp,
+    tried_rounding,
+)
 from peft_bsr.tuners.reductions import allowed_modes
 from peft_bsr.tuners.routed import ROOT, RoutedTuner, check_single, detached, find_routers, parameter_of, warn_of_names
-
-_IGNORED_BY_DDP = "_ddp_params_and_buffers_to_ignore"
 
 
 class BSRModel(RoutedTuner):
@@ -42,7 +49,7 @@ class BSRModel(RoutedTuner):
         UnsupportedModelError: With the reason that the probe found.
         ConfigError: Naming everything that this model does not allow.
 
-    Example:
+    Examples:
         >>> from peft import get_peft_model
         >>> from transformers import ViTConfig, ViTForImageClassification
         >>> from peft_bsr import BSRConfig
@@ -53,16 +60,20 @@ class BSRModel(RoutedTuner):
     """
 
     prefix = "bsr_"
-    router_cls: ClassVar[type[BSRRouter]] = BSRRouter
+    router_cls = BSRRouter
     reduces_in_evaluation = True
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Check everything, put trained weights on the leaf modules, then give each block its plan."""
+        self._check_place(model)
         routers = find_routers(model)
+        for router in routers:
+            router.fetch_base()  # checks run the base model, and a new adapter goes where its weights are
         warn_of_names(model, list(self.peft_config))
         config: BlockConfig = self.peft_config[adapter_name]
         column, plan, layout = self._settle(model, config, routers)
         self.peft_config[adapter_name] = self._write_down(model, column, config, plan, layout)
+        self.peft_config[adapter_name].attached_to(model, column, plan)
         self._column = column
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         routers = self._attached_routers(model, column)
@@ -71,13 +82,15 @@ class BSRModel(RoutedTuner):
                 saved: Any = model.get_submodule(own_name)
                 saved.saved_as[adapter_name] = saved_name
         self._hand_out(model, routers, adapter_name, plan)
+        round_weights(model, _linears_to_round(model, column, config, plan))
         for router in routers:
             router.set_adapter(self.active_adapters)
         self._set_modes()
-        # parked weights lie on the CPU, where DistributedDataParallel would refuse them beside others on accelerators
         layers = [(name.removeprefix(ROOT), m) for name, m in model.named_modules() if isinstance(m, BSRWeights)]
         parked = [f"{name}.base_layer.{p}" for name, layer in layers for p, _ in layer.base_layer.named_parameters()]
-        setattr(model, _IGNORED_BY_DDP, [*parked, *(f"{ROOT}{name}" for name in parked)])
+        mlps = {id(module) for router in routers for module, _ in router.parked}
+        parked += [f"{name}.{p}" for name, m in model.named_modules() if id(m) in mlps for p, _ in m.named_parameters()]
+        tell_ddp(model, parked)
 
     def _settle(
         self, model: nn.Module, config: BlockConfig, routers: list[BSRRouter]
@@ -92,7 +105,17 @@ class BSRModel(RoutedTuner):
         with detached(model, routers), _without_heads(model):
             verify_mixture(model, column, requested, stock)
             plan = verify_plan(model, column, requested, allowed_modes(config), stock)
-            return column, verify_lean(model, column, plan, stock), layout
+            plan = verify_lean(model, column, plan, stock)
+            rounded = _linears_to_round(model, column, config, plan)
+            check_rounded(model, column, rounded, bool(routers))
+            with tried_rounding(model, column, rounded):
+                crossed = [i for i, b in enumerate(plan.blocks) if b.saves_less and not b.trained]
+                if rounded and crossed:
+                    lean = verify_lean(model, column, plan, index=crossed[0]).blocks
+                    plan = replace(
+                        plan, blocks=tuple(lean[i] if i in crossed else b for i, b in enumerate(plan.blocks))
+                    )
+            return column, plan, layout
 
     def _attached_routers(self, model: nn.Module, column: Column) -> list[Any]:
         """The routers, put on the blocks by the first adapter."""
@@ -168,6 +191,8 @@ class BSRModel(RoutedTuner):
         """Refuse what cannot be merged before the first layer is."""
         names = list(adapter_names or self.active_adapters)
         check_single(names, "merge")
+        if unknown := [name for name in names if name not in self.peft_config]:
+            raise AdapterError(f"There is no adapter {unknown[0]!r}; this model has {sorted(self.peft_config)}.")
         if names and getattr(self.peft_config[names[0]], "tasks", None):
             raise AdapterError(
                 f"Adapter {names[0]!r} cannot be merged: it has a head for each of its tasks"
@@ -199,8 +224,10 @@ class BSRModel(RoutedTuner):
                 )
         else:
             self._restore_base_modules()
+        for router in find_routers(self.model):
+            router.clear_base()
         self._detach_routers()
-        delattr(self.model, _IGNORED_BY_DDP)
+        tell_ddp(self.model)
         layers = [module for module in self.model.modules() if isinstance(module, BSRWeights)]
         model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         for layer in layers:
@@ -224,7 +251,7 @@ class BSRModel(RoutedTuner):
                 name, module = own[name]
                 parameter = parameter_of(module, parameter)
             renamed[f"{name}{separator}{parameter}"] = tensor
-        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, renamed)
+        return cls._load_checked(model, config, adapter_name, renamed)
 
     def _restore_base_modules(self) -> None:
         """Unmerge, and take off PEFT's wrappers around `modules_to_save`, which would leave the trained ones behind."""
@@ -247,3 +274,8 @@ def _without_heads(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer._disable_adapters = False
+
+
+def _linears_to_round(model: nn.Module, column: Column, config: BlockConfig, plan: Plan) -> list[str]:
+    """Names of the Linear modules whose weights the adapter wants in 8 bits."""
+    return linears_to_round(model, column, plan.trained_blocks) if rounds(config) else []

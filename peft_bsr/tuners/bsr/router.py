@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from peft_bsr.backbones import Column, FamilyRule, remove_hooks
 from peft_bsr.core import RouteCarrier, TaskCall
-from peft_bsr.engine import plain_mlp
+from peft_bsr.engine import Parking, plain_mlp
+from peft_bsr.errors import ForwardError
 from peft_bsr.multitask import (
     FullExperts,
     ImageCall,
@@ -46,8 +47,9 @@ class TaskSettings:
 class BSRRouter(AdapterRouter):
     """A block's router with one plan per adapter. Not a weight: token reduction stays in force when weights merge.
 
-    Where an adapter has mixtures of experts, its router has the block's. The first block's router opens and closes the
-    forwards of adapters with tasks.
+    Where an adapter has mixtures of experts, its router has the block's; while they run, the weights of the block's own
+    MLP are parked (see `peft_bsr.engine.Parking`), unless the experts share it. The first block's router opens and
+    closes the forwards of adapters with tasks.
 
     Args:
         index, column, carrier, rule: See `BlockRouter`.
@@ -61,6 +63,7 @@ class BSRRouter(AdapterRouter):
         self.bsr_params = nn.ModuleDict()
         self.calls: dict[str, TaskSettings] = {}
         self.saved_as: dict[str, str] = {}  # adapter -> this module's name where the adapter was saved, if another
+        self.parked: tuple[tuple[nn.Module, Parking], ...] = ()  # a tuple: the block's modules are not the router's
         self.register_load_state_dict_pre_hook(drop_saved_name)
 
     def update_mixture(self, adapter_name: str, config: Any, block: nn.Module) -> None:
@@ -72,6 +75,7 @@ class BSRRouter(AdapterRouter):
             block: The block.
         """
         first, _, second = self._mlp(block)
+        self.parked = self.parked or tuple((without_layer(module), Parking()) for module in (first, second))
         weight = next(without_layer(first).parameters())
         device = first.device if isinstance(first, BSRWeights) else weight.device
         like = torch.empty(0, dtype=weight.dtype, device=device)
@@ -89,13 +93,59 @@ class BSRRouter(AdapterRouter):
         """The active adapter's mixture."""
         name = self.carried_adapter
         if name is None or call is None:
-            raise RuntimeError("a block with a mixture of experts ran outside of the model's forward. Call the model.")
+            raise ForwardError("a block with a mixture of experts ran outside of the model's forward. Call the model.")
         mixture: Any = self.bsr_params[name]
         inputs = tokens
         if not torch.is_autocast_enabled(tokens.device.type):
             inputs = tokens.to(mixture.gates.dtype)
         output: Tensor = mixture(inputs, call, self.index, PlainMLP(*self._mlp(block)))
         return output if torch.is_autocast_enabled(tokens.device.type) else output.to(tokens.dtype)
+
+    @property
+    def parks_base(self) -> bool:
+        """Whether nothing reads the weights of the block's MLP: the active adapter's experts have their own."""
+        name = self.carried_adapter
+        mixture: Any = self.bsr_params[name] if name is not None and name in self.bsr_params else None
+        return mixture is not None and isinstance(mixture.experts, FullExperts)
+
+    def place_base(self) -> None:
+        """Park the weights of the block's MLP if nothing reads them, else have them where the experts are."""
+        if not self.parks_base:
+            self.fetch_base()
+            return
+        for module, parking in self.parked:
+            parking.park(module)
+
+    def fetch_base(self) -> None:
+        """Have the weights of the block's MLP where the experts are."""
+        for module, parking in self.parked:
+            parking.fetch(module, self._device)
+
+    def clear_base(self) -> None:
+        """Have the weights of the block's MLP in memory, for good."""
+        for module, parking in self.parked:
+            parking.clear(module, self._device)
+
+    @property
+    def _device(self) -> torch.device:
+        own = (parameter for mixture in self.bsr_params.values() for parameter in mixture.parameters())
+        return next((parameter.device for parameter in own if not parameter.is_meta), torch.device("cpu"))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> BSRRouter:
+        super()._apply(fn, recurse)
+        self.place_base()
+        return self
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Make one adapter active."""
+        super().set_adapter(adapter_names, inference_mode)
+        self.place_base()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter; its experts know where the block's MLP belongs."""
+        self.fetch_base()
+        super().delete_adapter(adapter_name)
+        self.place_base()
 
     def _mlp(self, block: nn.Module) -> tuple[Any, Any, Any]:
         parts = None if self.column.anatomy is None else plain_mlp(block, self.column.anatomy)
@@ -129,7 +179,8 @@ class BSRRouter(AdapterRouter):
         self.carrier.call = None
         if settings is None or (entry is not None and entry.tokens is None):
             return args, without_tasks(kwargs)
-        call, kwargs = read_call(settings.tasks, self.column, args, kwargs)
+        num_images = None if entry is None or entry.tokens is None else len(entry.tokens)
+        call, kwargs = read_call(settings.tasks, self.column, args, kwargs, num_images)
         call.usage = None if self.carrier.usage is None else {}
         self.carrier.call = call
         return args, kwargs
@@ -160,6 +211,7 @@ class BSRRouter(AdapterRouter):
         if not enabled:
             self.unmerge()
         super().enable_adapters(enabled)
+        self.place_base()
 
     def __repr__(self) -> str:
         return f"bsr.BSRRouter(block={self.index}, plans={sorted(self.plans)})"

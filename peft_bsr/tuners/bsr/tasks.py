@@ -37,7 +37,7 @@ def add_task(model: PeftModel, name: str, task: int | TaskConfig, adapter_name: 
         AdapterError: If the adapter has no tasks, has this one already, or drops the tokens that a dense one needs.
         ConfigError: If the task cannot be.
 
-    Example:
+    Examples:
         >>> add_task(model, "svhn", 10)  # doctest: +SKIP
     """
     adapter, config = _with_tasks(model, adapter_name)
@@ -84,7 +84,7 @@ def export_task(model: PeftModel, task: str, folder: str | Path, adapter_name: s
     Raises:
         AdapterError: If the adapter has no such task.
 
-    Example:
+    Examples:
         >>> export_task(model, "cifar10", "cifar10-adapter")  # doctest: +SKIP
     """
     adapter, config = _with_tasks(model, adapter_name)

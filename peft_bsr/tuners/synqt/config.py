@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any, get_args
-
-from peft import PeftConfig
 
 from peft_bsr.backbones import Column
 from peft_bsr.engine import BlockPlan, KeptTokens, Plan
 from peft_bsr.errors import ConfigError
 from peft_bsr.registration import extend_peft_type
+from peft_bsr.tuners.frozen_weights import FROZEN_WEIGHTS_HELP, FrozenWeights
 from peft_bsr.tuners.reductions import check_choice, check_indices, check_reductions, check_within, resolve_reductions
+from peft_bsr.tuners.saved import SavedConfig
 
 _SIZES = ("num_queries", "bottleneck", "attention_bottleneck")
 _SCALES = ("feature_scale", "attention_scale", "ffn_scale")
@@ -19,7 +20,7 @@ _RATES = ("dropout", "drop_path")
 
 
 @dataclass
-class SynQTConfig(PeftConfig):
+class SynQTConfig(SavedConfig):
     """Configuration of Synthesized Query Tuning: learned queries read a frozen backbone, a fusing head classifies.
 
     The backbone runs without gradients; what trains are prompts, small adapters that make queries of them, and a head
@@ -47,12 +48,16 @@ class SynQTConfig(PeftConfig):
         score: See `BSRConfig`.
         kept_tokens: How the one token tensor of each layer is kept for backward: `"full"` (as it is), `"bfloat16"`,
             `"float16"` or `"int8"` (256 steps, rounded stochastically). The forward does not change. Default `"full"`.
+        frozen_weights: `"full"`, or `"int8"`: the Linear weights of the backbone's blocks are rounded to 8 bits in the
+            model itself, for good, as a model that is loaded quantised has them (but not those of keys and values,
+            which are absorbed); needs torchao. Disabled and unloaded models run on them. Default `"full"`.
         target_modules: Has to stay None: the blocks that are read are `layers`.
+        labels: Names of the classes. Written when the adapter is attached, for `peft_bsr.load`.
 
     Raises:
         ConfigError: Naming every value that cannot be.
 
-    Example:
+    Examples:
         >>> SynQTConfig(num_queries=16, layers=[2, 5, 8, 11]).num_queries
         16
     """
@@ -79,6 +84,7 @@ class SynQTConfig(PeftConfig):
     kept_tokens: str = field(
         default="full", metadata={"help": "'full', 'bfloat16', 'float16' or 'int8': how tokens are kept for backward."}
     )
+    frozen_weights: str = field(default="full", metadata={"help": FROZEN_WEIGHTS_HELP})
     target_modules: None = field(default=None, metadata={"help": "Not used: see `layers`."})
 
     def __post_init__(self) -> None:
@@ -92,6 +98,7 @@ class SynQTConfig(PeftConfig):
         if self.layers == []:
             problems.append("`layers=[]` reads no block. Name some, or leave it None for all.")
         problems += check_choice(self, "kept_tokens", get_args(KeptTokens))
+        problems += check_choice(self, "frozen_weights", get_args(FrozenWeights))
         if self.target_modules is not None:
             problems.append(f"`target_modules={self.target_modules!r}`: choose the blocks to read by `layers`.")
         if self.task_type is not None:
@@ -112,7 +119,11 @@ class SynQTConfig(PeftConfig):
             for name in _SIZES
             if not isinstance(values[name], int) or not is_number(values[name]) or values[name] < 1
         ]
-        problems += [f"`{name}={values[name]!r}` must be a number." for name in _SCALES if not is_number(values[name])]
+        problems += [
+            f"`{name}={values[name]!r}` must be a number."
+            for name in _SCALES
+            if not is_number(values[name]) or not isfinite(values[name])
+        ]
         problems += [
             f"`{name}={values[name]!r}` must be a number in [0, 1)."
             for name in _RATES

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from peft_bsr.backbones import Column, FamilyRule
 from peft_bsr.core import RouteCarrier, hidden_tokens, pick_tokens
 from peft_bsr.engine import Plan, QueryPath, ReachedError, attention_mask
+from peft_bsr.errors import AdapterError, ForwardError
 from peft_bsr.tuners.routed import AdapterRouter, SingleAdapterLayer, drop_saved_name
 from peft_bsr.tuners.synqt.config import SynQTConfig
 from peft_bsr.tuners.synqt.network import FusingHead, QuerySynthesis
@@ -25,11 +26,11 @@ class Reading:
     """What one forward's queries have read so far.
 
     Attributes:
-        feature_scale: s_feat.
+        feature_scale: s_feat, None where one layer is read.
         reads: (H, F_att, F_ffn) of each layer, each [B, 1, D], averaged over the queries.
     """
 
-    feature_scale: Tensor
+    feature_scale: Tensor | None
     reads: list[tuple[Tensor, ...]] = field(default_factory=list)
 
     @property
@@ -81,7 +82,8 @@ class SynQTRouter(AdapterRouter):
         """
         self.plans[adapter_name], self.paths[adapter_name], self.layers[adapter_name] = plan, path, layers
         if self.index in layers:
-            self.synqt_params[adapter_name] = QuerySynthesis(self.column.width, config, self.index == layers[0])
+            holds_scale = self.index == layers[0] and len(layers) > 1  # with one layer there is nothing to scale
+            self.synqt_params[adapter_name] = QuerySynthesis(self.column.width, config, holds_scale)
             self._move_adapter_to_device_of_base_layer(adapter_name)
 
     def passes(self, block: nn.Module, hidden_states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -95,12 +97,14 @@ class SynQTRouter(AdapterRouter):
 
         Raises:
             ReachedError: Behind the last layer, if the forward was to collect tokens alone.
+            AdapterError: If the block is sharded by itself.
         """
         name = self.carried_adapter
         assert name is not None, "a router without an adapter has no plan, and its block runs untouched"
         layers, entry = self.layers[name], self.carrier.entry
         begins_behind = entry is not None and entry.tokens is not None
         if self.index in layers:
+            _refuse_sharded(block, self.index)
             if entry is not None and begins_behind:
                 assert entry.tokens is not None, "it begins with them"
                 tokens = entry.tokens.split(entry.lengths, dim=1)[layers.index(self.index)]
@@ -127,7 +131,9 @@ class SynQTRouter(AdapterRouter):
         module: Any = self.synqt_params[name]
         if self.index == self.layers[name][0]:
             self.carrier.reading = Reading(module.feature_scale)
-        reading: Reading = self.carrier.reading
+        reading = self.carrier.reading
+        if not isinstance(reading, Reading):
+            raise ForwardError("a block that SynQT reads was called outside of the model's forward. Call the model.")
         queries = module(reading.feature, reading.feature_scale, tokens.shape[0])
         attended, expanded = self.paths[name].read(block, queries, tokens, hidden)
         outcome = queries + attended + expanded
@@ -188,7 +194,7 @@ class SynQTHead(nn.Module, SingleAdapterLayer):
         """Logits [B, classes] of the active adapter; those of the base model where there is none.
 
         Raises:
-            RuntimeError: If nothing was read: it was called outside of the model's forward.
+            ForwardError: If nothing was read: it was called outside of the model's forward.
         """
         name = self.carried_adapter
         if name is None:
@@ -196,7 +202,7 @@ class SynQTHead(nn.Module, SingleAdapterLayer):
             return output
         reading, self.carrier.reading = self.carrier.reading, None
         if not isinstance(reading, Reading):
-            raise RuntimeError("the head of SynQT was called without a forward of the model's blocks. Call the model.")
+            raise ForwardError("the head of SynQT was called without a forward of the model's blocks. Call the model.")
         logits: Tensor = self.synqt_params[name](reading.features())
         return logits if torch.is_autocast_enabled(pooled.device.type) else logits.to(pooled.dtype)
 
@@ -205,6 +211,16 @@ class SynQTHead(nn.Module, SingleAdapterLayer):
 
     def __repr__(self) -> str:
         return "synqt." + super().__repr__()
+
+
+def _refuse_sharded(block: nn.Module, index: int) -> None:
+    """Queries read a block's weights outside of its own forward, where FSDP2 gathers them only for the block itself."""
+    if any(hasattr(parameter, "full_tensor") for parameter in block.parameters()):
+        raise AdapterError(
+            f"SynQT reads the weights of block {index} outside of the block's own forward, but they are sharded: "
+            "`fully_shard(block)` gathers them for that forward alone. Call `fully_shard(model)` for the whole model "
+            "only (Accelerate: `fsdp_auto_wrap_policy: NO_WRAP`), or use DistributedDataParallel."
+        )
 
 
 def _move(modules: nn.ModuleDict, adapter_name: str, like: Tensor) -> None:

@@ -16,6 +16,14 @@ from peft_bsr.core import RouteCarrier
 from peft_bsr.engine import Plan, QueryPath, attach_router, verify_plan, verify_queries
 from peft_bsr.errors import AdapterError
 from peft_bsr.tuners.classifier import find_classifier, find_final_norm
+from peft_bsr.tuners.frozen_weights import (
+    check_rounded,
+    linears_to_round,
+    round_weights,
+    rounds,
+    tell_ddp,
+    tried_rounding,
+)
 from peft_bsr.tuners.reductions import allowed_modes, write_down
 from peft_bsr.tuners.routed import ROOT, RoutedTuner, detached, find_routers, parameter_of, warn_of_names
 from peft_bsr.tuners.synqt.config import SynQTConfig, build_plan
@@ -39,7 +47,7 @@ class SynQTModel(RoutedTuner):
         UnsupportedModelError: With the reason that was found.
         ConfigError: Naming everything that this model does not allow.
 
-    Example:
+    Examples:
         >>> from peft import get_peft_model
         >>> from transformers import ViTConfig, ViTForImageClassification
         >>> tiny = ViTConfig(hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=64)
@@ -49,6 +57,7 @@ class SynQTModel(RoutedTuner):
     """
 
     prefix = "synqt_"
+    router_cls = SynQTRouter
 
     def layers(self, adapter_name: str | None = None) -> list[int]:
         """The blocks that an adapter reads, default the active one.
@@ -62,12 +71,16 @@ class SynQTModel(RoutedTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Check everything, then give each block its router and the classifier its head."""
+        self._check_place(model)
         warn_of_names(model, list(self.peft_config))
         config: SynQTConfig = copy.copy(self.peft_config[adapter_name])
         self._settled = self._settle(model, config, find_routers(model))
         write_down(config, self._settled[1])
+        config.attached_to(model, *self._settled[:2])
         self.peft_config[adapter_name] = config
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        round_weights(model, self._rounded)
+        tell_ddp(model)
         self._set_modes()
 
     def _settle(
@@ -85,6 +98,12 @@ class SynQTModel(RoutedTuner):
             wanted = QueryPath(column, kept=config.kept_tokens)  # type: ignore[arg-type]
             path = verify_queries(model, column, layers[0], wanted, stock)
             plan = verify_plan(model, column, requested, allowed_modes(config), stock)
+            absorbed = ("attention.key", "attention.value") if path.absorbs else ()
+            self._rounded = linears_to_round(model, column, [], absorbed) if rounds(config) else []
+            check_rounded(model, column, self._rounded, bool(routers))
+            with tried_rounding(model, column, self._rounded):
+                if self._rounded:
+                    path = verify_queries(model, column, layers[0], path, None)
         return column, plan, path, layers, classifier
 
     def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> bool:
@@ -161,7 +180,7 @@ class SynQTModel(RoutedTuner):
                 name, module = layers[number]
                 key = f"{name}{separator}{parameter_of(module, parameter)}"
             renamed[key] = tensor
-        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, renamed)
+        return cls._load_checked(model, config, adapter_name, renamed)
 
 
 @contextmanager

@@ -53,10 +53,10 @@ class QuerySynthesis(nn.Module):
     Args:
         width: D.
         config: Sizes, scales and rates.
-        is_first: Whether it is the first layer read; that one holds `s_feat`, which all layers share.
+        holds_scale: Whether it holds `s_feat`, which all layers share: the first one does, if there are several.
     """
 
-    def __init__(self, width: int, config: SynQTConfig, is_first: bool) -> None:
+    def __init__(self, width: int, config: SynQTConfig, holds_scale: bool) -> None:
         super().__init__()
         self.prompts = nn.Parameter(torch.empty(config.num_queries, width).uniform_(-1, 1))
         self.prompt_adapter = Adapter(width, config.bottleneck, config.dropout)
@@ -67,7 +67,7 @@ class QuerySynthesis(nn.Module):
         self.norm2 = nn.LayerNorm(width)
         self.ffn_adapter = Adapter(width, config.bottleneck, config.dropout)
         self.ffn_scale = nn.Parameter(torch.full((1,), float(config.ffn_scale)))
-        self.feature_scale = nn.Parameter(torch.full((1,), float(config.feature_scale))) if is_first else None
+        self.feature_scale = nn.Parameter(torch.full((1,), float(config.feature_scale))) if holds_scale else None
         self.rate = config.dropout
 
     def forward(self, feature: Tensor | None, feature_scale: Tensor | None, batch_size: int) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from peft_bsr.engine import watch_kept
+from peft_bsr.engine.int8 import watch_kept
 
 
 def saved_activations(model: nn.Module, forward: Callable[[], Tensor]) -> int:
@@ -24,7 +24,7 @@ def saved_activations(model: nn.Module, forward: Callable[[], Tensor]) -> int:
         saved bytes. Device and dtype are the model's; on the CPU this equals what the process holds for backward, up
         to the allocator's rounding.
 
-    Example:
+    Examples:
         >>> layer = torch.nn.Linear(4, 2)
         >>> saved_activations(layer, lambda: layer(torch.randn(3, 4)).sum())  # its input: 3 x 4 x 4 bytes
         48
@@ -43,12 +43,12 @@ def saved_by_module(model: nn.Module, forward: Callable[[], Tensor]) -> dict[str
         Name of the innermost module -> bytes, in the order of the forward; `""` is the model itself or what runs
         outside of it.
 
-    Example:
+    Examples:
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 2), torch.nn.ReLU())
         >>> saved_by_module(model, lambda: model(torch.randn(3, 4)).sum())  # the input, and the output of ReLU
         {'0': 48, '1': 24}
     """
-    persistent = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    persistent = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
     storages: dict[int, Any] = {}  # the storage is held, so that its address cannot be given away while we count
     saved: defaultdict[str, int] = defaultdict(int)
     names = {module: name for name, module in model.named_modules()}
@@ -56,8 +56,8 @@ def saved_by_module(model: nn.Module, forward: Callable[[], Tensor]) -> dict[str
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in persistent and storage.data_ptr() not in storages:
-            storages[storage.data_ptr()] = storage
+        if storage._cdata not in persistent and storage._cdata not in storages:
+            storages[storage._cdata] = storage
             saved[running[-1]] += storage.nbytes()
         return tensor.detach()  # itself it would hold the graph that holds it, unseen by the garbage collector
 
@@ -77,3 +77,6 @@ def saved_by_module(model: nn.Module, forward: Callable[[], Tensor]) -> dict[str
             handle.remove()
     del loss
     return dict(saved)
+
+
+__all__ = ["saved_activations", "saved_by_module"]

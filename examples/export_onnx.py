@@ -1,0 +1,67 @@
+"""From an adapter to an ONNX file with its token reduction, and predictions with onnxruntime alone.
+
+    python examples/quickstart.py && python examples/export_onnx.py --adapter outputs/quickstart/adapter
+    python examples/export_onnx.py --quantize int8
+
+Without `--adapter` a fresh one is exported: its answers mean nothing, its speed does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import onnxruntime
+import transformers
+from peft import PeftModel, get_peft_model
+from transformers import AutoModelForImageClassification
+
+from peft_bsr import BSRConfig, export
+from peft_bsr.training.images import load_images, load_processor, to_pixels
+
+sys.path.insert(0, str(Path(__file__).parent))
+from quickstart import find_model, make_parser, size_of
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--adapter", help="Hub id or folder of an adapter (default: a fresh one)")
+    parser.add_argument("--keep-rate", type=float, default=0.5, help="of a fresh adapter (default 0.5)")
+    parser.add_argument("--quantize", choices=["int8"], help="default: fp32")
+    parser.add_argument("--output", type=Path, default=Path("outputs/export"), help="default outputs/export")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Export, check, time; then classify without PyTorch."""
+    args = parse_arguments()
+    transformers.set_seed(0)
+    data = load_images(args.dataset)
+    source, _ = find_model(args.model)
+    processor = load_processor(source, size_of(args))
+    base = AutoModelForImageClassification.from_pretrained(
+        source, num_labels=len(data.labels), ignore_mismatched_sizes=True
+    )
+    if args.adapter:
+        model = PeftModel.from_pretrained(base, args.adapter)
+    else:
+        model = get_peft_model(base, BSRConfig(keep_rate=args.keep_rate))
+
+    args.output.mkdir(parents=True, exist_ok=True)
+    report = export(
+        model, "onnx", args.output / "model.onnx", image_size=processor.size["height"], quantize=args.quantize
+    )
+    print(report.describe())
+
+    session = onnxruntime.InferenceSession(report.path, providers=["CPUExecutionProvider"])
+    some = data.test.select(range(min(100, len(data.test))))
+    pixels = to_pixels(some["image"], processor).numpy()
+    (logits,) = session.run(["logits"], {report.input_name: pixels})
+    accuracy = (logits.argmax(-1) == some["label"]).mean()
+    print(f"accuracy of the file on {len(some)} test images: {accuracy:.2f}")
+
+
+if __name__ == "__main__":
+    main()

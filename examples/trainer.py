@@ -1,0 +1,80 @@
+"""BSR with transformers' Trainer: any labelled images, checkpoints, resuming, an adapter at the end.
+
+    python examples/trainer.py --model google/vit-base-patch16-224-in21k --dataset beans
+    python examples/trainer.py --epochs 8 --resume      # goes on where the last run stopped
+
+Without arguments it trains on digits, on the weights of `quickstart.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+from peft import get_peft_model
+from transformers import AutoModelForImageClassification, Trainer, TrainingArguments
+
+from peft_bsr import BSRConfig
+from peft_bsr.training.images import collate, compute_accuracy, load_images, load_processor, with_pixels
+
+sys.path.insert(0, str(Path(__file__).parent))
+from quickstart import find_model, make_parser, size_of
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--epochs", type=float, default=4, help="default 4")
+    parser.add_argument("--max-steps", type=int, default=-1, help="stop after so many steps (default: by epochs)")
+    parser.add_argument("--resume", action="store_true", help="from the last checkpoint in the output folder")
+    parser.add_argument("--output", type=Path, default=Path("outputs/trainer"), help="default outputs/trainer")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Train, evaluate, save."""
+    args = parse_arguments()
+    transformers.set_seed(0)
+    data = load_images(args.dataset)
+    source, _ = find_model(args.model)
+    processor = load_processor(source, size_of(args))
+    model = AutoModelForImageClassification.from_pretrained(
+        source, id2label=dict(enumerate(data.labels)), ignore_mismatched_sizes=True
+    )
+    model = get_peft_model(model, BSRConfig())
+    model.print_trainable_parameters()
+
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=str(args.output),
+            num_train_epochs=args.epochs,
+            max_steps=args.max_steps,
+            per_device_train_batch_size=args.batch_size,
+            per_device_eval_batch_size=64,
+            learning_rate=args.learning_rate,
+            lr_scheduler_type="cosine",
+            eval_strategy="epoch",
+            save_strategy="epoch",
+            save_total_limit=2,
+            report_to="none",
+            remove_unused_columns=False,  # pixels are made when they are asked for
+            label_names=["labels"],  # a PeftModel does not tell them
+            dataloader_pin_memory=torch.cuda.is_available(),
+        ),
+        train_dataset=with_pixels(data.train, processor),
+        eval_dataset=with_pixels(data.test, processor),
+        data_collator=collate,
+        compute_metrics=compute_accuracy,
+    )
+    trainer.train(resume_from_checkpoint=args.resume or None)
+    print(f"test accuracy {trainer.evaluate()['eval_accuracy']:.3f}")
+    model.save_pretrained(args.output / "adapter")
+    processor.save_pretrained(args.output / "adapter")
+
+
+if __name__ == "__main__":
+    main()

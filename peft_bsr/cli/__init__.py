@@ -1,0 +1,5 @@
+"""The command `peft-bsr`. Its commands' modules are imported when they are asked for."""
+
+from peft_bsr.cli.main import main
+
+__all__ = ["main"]

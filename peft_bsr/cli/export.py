@@ -1,0 +1,55 @@
+"""Write one file that runs without this package: merged weights, and the token reduction with them."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from peft_bsr.cli.output import Output
+from peft_bsr.cli.sources import find_adapter
+from peft_bsr.errors import UsageError
+from peft_bsr.export import export
+from peft_bsr.hub import load, load_image_processor
+
+EXAMPLES = """\
+examples:
+  peft-bsr export outputs/train/adapter --output model.onnx
+  peft-bsr export me/pets-bsr --format torch.export --output model.pt2 --batch-size 8
+  peft-bsr export me/pets-bsr --output model.onnx --quantize int8
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the command takes."""
+    parser.add_argument("model", metavar="ADAPTER", help="Hub id or folder of an adapter")
+    parser.add_argument("--output", type=Path, required=True, help="file to write")
+    parser.add_argument("--format", choices=("onnx", "torch.export", "executorch"), default="onnx", help="default onnx")
+    parser.add_argument("--batch-size", type=int, help="fixed batch (default: any)")
+    parser.add_argument("--image-size", type=int, help="pixels (default: those the adapter was trained at)")
+    parser.add_argument("--quantize", choices=("int8",), help="weights in 8 bits, for the CPU")
+    parser.add_argument("--no-check", action="store_true", help="do not compare its outputs with the model's")
+    parser.add_argument("--base", help="base model, where the adapter does not name one that can be read")
+
+
+def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
+    """Run the command."""
+    if find_adapter(args.model) is None:
+        raise UsageError(f"`{args.model}` is a model, no adapter: transformers and optimum export it as it is.")
+    model = load(args.model, base=args.base)
+    size = args.image_size or load_image_processor(args.model, base=args.base).size.get("height")
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    with out.doing(f"exporting to {args.output}"):
+        report = export(
+            model,
+            args.format,
+            args.output,
+            batch_size=args.batch_size,
+            image_size=size,
+            quantize=args.quantize,
+            check=not args.no_check,
+        )
+    result = {"model": args.model, **dataclasses.asdict(report), "speedup": report.speedup}
+    out.facts(f"{args.model} as {args.format}", result)
+    return result

@@ -1,0 +1,87 @@
+"""Say what a model is made of, and which methods it takes. Only its configuration is read: weights are random."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from peft import PeftModel, get_peft_model
+
+from peft_bsr.backbones import Column, probe_column
+from peft_bsr.cli.output import Output
+from peft_bsr.cli.sources import METHODS, find_adapter, make_model, model_of
+from peft_bsr.errors import PeftBsrError, UnsupportedModelError
+from peft_bsr.hub import plan_in_words
+
+EXAMPLES = """\
+examples:
+  peft-bsr inspect google/vit-base-patch16-224
+  peft-bsr inspect outputs/train/adapter
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the command takes."""
+    parser.add_argument("model", metavar="MODEL", help="Hub id or folder, of a model or of an adapter")
+
+
+def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
+    """Run the command."""
+    adapter = find_adapter(args.model)
+    source = model_of(adapter, args.model)
+    labels = getattr(adapter, "labels", None)
+    with out.doing(f"probing {source}"):
+        model: Any = make_model(source, len(labels) if labels else None).eval()
+        column = probe_column(model)
+        parameters = sum(p.numel() for p in model.parameters())
+        facts = _describe(model, column, parameters)
+        result: dict[str, Any] = {"model": source, **facts}
+        if adapter is None:
+            result["methods"] = {name: _refusal(model, config()) for name, config in METHODS.items()}
+        else:
+            attached: Any = PeftModel(model, adapter)
+            config = attached.peft_config["default"]
+            result["adapter"] = {
+                "method": str(adapter.peft_type).rpartition(".")[2].lower(),
+                "labels": labels,
+                "plan": plan_in_words(config, column, attached.base_model.plan()),
+            }
+    out.facts(source, facts)
+    if adapter is None:
+        rows = [(name, "no: " + why if why else "yes") for name, why in result["methods"].items()]
+        out.table("Methods", ("method", "taken"), rows, left=2)
+    else:
+        out.facts(f"Adapter {args.model}", {result["adapter"]["method"]: "\n".join(result["adapter"]["plan"])})
+    return result
+
+
+def _describe(model: Any, column: Column, parameters: int) -> dict[str, Any]:
+    reads = [f"special token {i}" for i in column.reads_prefix]
+    reads += ["patches"] * column.reads_patches + ["detection tokens"] * column.reads_suffix
+    scores = {None: "none", "interface": "its attention, as it runs", "sdpa": "its attention, as it runs"}
+    return {
+        "class": type(model).__name__,
+        "family": model.config.model_type,
+        "parameters": f"{parameters / 1e6:.2f} M",
+        "blocks": column.depth,
+        "width": column.width,
+        "heads": column.num_heads,
+        "input": " x ".join(str(side) for side in column.image_shape),
+        "grid": None if column.grid is None else " x ".join(str(side) for side in column.grid),
+        "tokens": f"{column.num_tokens}: {column.num_special} special, {column.num_patches} patches",
+        "head reads": ", ".join(reads),
+        "positions in blocks": "yes, they follow the kept tokens" if column.uses_positions else "no",
+        "scores from": scores.get(column.scores_from, "the weights that its attention returns"),
+        "block's parts": "known: lean blocks" if column.anatomy else "not known: stock blocks",
+    }
+
+
+def _refusal(model: Any, config: Any) -> str | None:
+    """Why a method does not take the model, or None."""
+    try:
+        get_peft_model(model, config).unload()
+    except UnsupportedModelError as error:
+        return " ".join(str(error).split())
+    except PeftBsrError as error:
+        return f"not with its defaults: {' '.join(str(error).split())}"
+    return None

@@ -1,0 +1,153 @@
+"""What a training run is asked: a YAML file, and flags over it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from peft_bsr.cli.sources import METHODS, check_names
+from peft_bsr.errors import UsageError
+from peft_bsr.training.images import DIGITS
+
+LEARNING_RATES = {"bsr": 2e-4, "alast": 2e-4, "synqt": 1e-3}
+_NUMBERS = {
+    "epochs": float,
+    "max_steps": int,
+    "batch_size": int,
+    "learning_rate": float,
+    "image_size": int,
+    "seed": int,
+}
+
+
+@dataclass
+class TrainSettings:
+    """One training run. The names are those of the YAML file and, with dashes, of the flags.
+
+    Attributes:
+        model: Hub id or folder of the base model.
+        dataset: See `peft_bsr.training.images.load_images`. Default digits.
+        method: `"bsr"`, `"alast"` or `"synqt"`. Default bsr.
+        options: Fields of the method's configuration (`--set`).
+        epochs: Default 3.
+        max_steps: Stop after so many optimizer steps. Default -1: by epochs.
+        batch_size: Images a step. Default 32.
+        learning_rate: At its highest. Default by the method: 2e-4, synqt 1e-3.
+        image_size: Pixels. Default the model's.
+        seed: Of head and order. Default 0.
+        output: Folder. Default outputs/train.
+        trainer: Further fields of transformers' `TrainingArguments` (`--trainer`).
+    """
+
+    model: str
+    dataset: str = DIGITS
+    method: str = "bsr"
+    options: dict[str, Any] = field(default_factory=dict)
+    epochs: float = 3
+    max_steps: int = -1
+    batch_size: int = 32
+    learning_rate: float | None = None
+    image_size: int | None = None
+    seed: int = 0
+    output: str = "outputs/train"
+    trainer: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise UsageError(f"`method: {self.method}` is unknown. Use one of {', '.join(METHODS)}.")
+        for name, kind in _NUMBERS.items():
+            value = getattr(self, name)
+            if value is None and name in ("learning_rate", "image_size"):
+                continue
+            try:
+                setattr(self, name, kind(value))
+            except (TypeError, ValueError):
+                raise UsageError(f"`{name}: {value}` is no number.") from None
+        if self.learning_rate is None:
+            self.learning_rate = LEARNING_RATES[self.method]
+        for name in ("options", "trainer"):
+            if not isinstance(getattr(self, name), dict):
+                raise UsageError(f"`{name}: {getattr(self, name)}` must be names and values.")
+
+    def write(self, path: Path) -> None:
+        """As a YAML file that `--config` reads."""
+        path.write_text(yaml.safe_dump(asdict(self), sort_keys=False), encoding="utf-8")
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """Flags; none has a default, so that a file's values stay."""
+    parser.add_argument("--config", type=Path, help="YAML file with the names below; flags count over it")
+    parser.add_argument("--model", help="Hub id or folder of the base model")
+    parser.add_argument("--dataset", help="digits (default), Hub id, .parquet file, or folder of images by class")
+    parser.add_argument("--method", help="bsr (default), alast or synqt")
+    parser.add_argument("--set", action="append", metavar="NAME=VALUE", help="option of the method, may be repeated")
+    parser.add_argument("--epochs", type=float, help="default 3")
+    parser.add_argument("--max-steps", type=int, help="stop after so many steps (default: by epochs)")
+    parser.add_argument("--batch-size", type=int, help="images a step (default 32)")
+    parser.add_argument("--learning-rate", type=float, help="default 2e-4, synqt 1e-3")
+    parser.add_argument("--image-size", type=int, help="pixels (default: the model's)")
+    parser.add_argument("--seed", type=int, help="default 0")
+    parser.add_argument("--output", help="folder of what is written (default outputs/train)")
+    parser.add_argument("--trainer", action="append", metavar="NAME=VALUE", help="field of TrainingArguments")
+
+
+def read_settings(args: argparse.Namespace) -> TrainSettings:
+    """The file's values, and over them the flags'.
+
+    Raises:
+        UsageError: If the file cannot be read, or a name or value is not understood.
+    """
+    values = {} if args.config is None else _read_file(args.config)
+    known = [f.name for f in fields(TrainSettings)]
+    check_names(values, known, f"setting (in {args.config})")
+    given = {name: getattr(args, name) for name in known if getattr(args, name, None) is not None}
+    trainer = given.pop("trainer", None)
+    values |= given
+    for name, pairs in (("options", args.set), ("trainer", trainer)):
+        if pairs:
+            values[name] = {**(values.get(name) or {}), **read_pairs(pairs)}
+    if not values.get("model"):
+        raise UsageError("give a base model: `--model`, or `model:` in the file of `--config`.")
+    return TrainSettings(**{name: value for name, value in values.items() if value is not None})
+
+
+def read_pairs(pairs: Sequence[str]) -> dict[str, Any]:
+    """`["keep_rate=0.7", "trainable_blocks=last:3"]` as names and values; a value is JSON, or else YAML.
+
+    Raises:
+        UsageError: If there is no `=`, or a value is not understood.
+    """
+    found = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals:
+            raise UsageError(f"`{pair}` must be NAME=VALUE, such as keep_rate=0.7.")
+        try:
+            found[name] = json.loads(text)  # YAML takes 1e-3 for a text
+        except json.JSONDecodeError:
+            try:
+                found[name] = yaml.safe_load(text)
+            except yaml.YAMLError as error:
+                raise UsageError(f"`{pair}` must be NAME=VALUE, with a value that is JSON or YAML.") from error
+    return found
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"`--config {path}` cannot be read: {error.strerror}.") from error
+    except yaml.YAMLError as error:
+        raise UsageError(f"`--config {path}` is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, Mapping):
+        raise UsageError(f"`--config {path}` must be names and values, such as `model: facebook/dinov2-small`.")
+    return dict(values)
+
+
+__all__ = ["TrainSettings", "add_settings", "read_pairs", "read_settings"]

@@ -1,0 +1,71 @@
+"""Draw which patches of images an adapter keeps behind each reduction, and say what it sees in them."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, UnidentifiedImageError
+
+from peft_bsr.cli.findings import reduces_in_use
+from peft_bsr.cli.output import Output
+from peft_bsr.cli.sources import find_adapter
+from peft_bsr.errors import UsageError
+from peft_bsr.hub import load, load_image_processor
+from peft_bsr.training.images import to_pictures, to_pixels
+from peft_bsr.viz import draw_kept_tokens, kept_token_pictures
+
+EXAMPLES = """\
+examples:
+  peft-bsr show cat.jpg dog.jpg --model outputs/train/adapter
+  peft-bsr show leaf.png --model me/beans-bsr --output leaf.svg
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the command takes."""
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="files")
+    parser.add_argument("--model", required=True, metavar="ADAPTER", help="Hub id or folder of an adapter")
+    parser.add_argument("--base", help="base model, where the adapter does not name one that can be read")
+    parser.add_argument("--output", type=Path, default=Path("kept_tokens.png"), help="default kept_tokens.png")
+
+
+def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
+    """Run the command."""
+    images = [_open(path) for path in args.images]
+    if find_adapter(args.model) is None:
+        raise UsageError(f"`{args.model}` is a model, no adapter: it keeps every token.")
+    model: Any = load(args.model, base=args.base)
+    if not reduces_in_use(model):
+        raise UsageError(f"`{args.model}` keeps every token when it is used: there is nothing to show.")
+    processor = load_image_processor(args.model, base=args.base)
+    pixels = to_pixels(images, processor)
+    with torch.no_grad():
+        chances, classes = model(pixel_values=pixels).logits.softmax(-1).max(-1)
+    labels = [model.config.id2label[index] for index in classes.tolist()]
+    pictures = to_pictures(pixels, processor)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    draw_kept_tokens(model, pixels, pictures, args.output, labels)
+    kept = {str(behind.block): behind.share for behind in kept_token_pictures(model, pixels, pictures)}
+    found = [
+        {"image": path, "label": label, "probability": chance}
+        for path, label, chance in zip(args.images, labels, chances.tolist(), strict=True)
+    ]
+    out.table(
+        "Seen", ("image", "label", "probability"), [(f["image"], f["label"], f"{f['probability']:.3f}") for f in found]
+    )
+    out.facts("Patches kept", {f"block {block}": f"{share:.0%}" for block, share in kept.items()})
+    out.say(f"picture: {args.output}")
+    return {"model": args.model, "images": found, "kept": kept, "picture": str(args.output)}
+
+
+def _open(path: str) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except FileNotFoundError:
+        raise UsageError(f"there is no file `{path}`.") from None
+    except (UnidentifiedImageError, IsADirectoryError):
+        raise UsageError(f"`{path}` is no image.") from None

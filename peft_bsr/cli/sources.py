@@ -1,0 +1,153 @@
+"""MODEL on the command line: which kind it is, and the model it names."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import PeftConfig
+from torch import nn
+from transformers import AutoConfig, AutoModelForImageClassification
+
+from peft_bsr.errors import HubError, UsageError
+from peft_bsr.hub import read_config
+from peft_bsr.tuners import ALaSTConfig, BSRConfig, SynQTConfig
+
+METHODS: dict[str, type[Any]] = {"bsr": BSRConfig, "alast": ALaSTConfig, "synqt": SynQTConfig}
+
+
+def find_adapter(name: str) -> PeftConfig | None:
+    """The adapter's configuration, or None where MODEL is a model.
+
+    Args:
+        name: MODEL.
+
+    Raises:
+        UsageError: If it is neither, nor the id of a repository that answers.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if (folder / "adapter_config.json").exists():
+            return read_config(folder)
+        if (folder / "config.json").exists():
+            return None
+        raise UsageError(f"the folder `{name}` has neither config.json nor adapter_config.json.")
+    if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise UsageError(f"there is no folder `{name}`.")
+    try:
+        return read_config(name)
+    except HubError:
+        read_model_config(name)  # says it if there is no such repository
+        return None
+
+
+def read_model_config(name: str) -> Any:
+    """A model's configuration.
+
+    Args:
+        name: MODEL, a model.
+
+    Raises:
+        UsageError: If there is none.
+    """
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        raise UsageError(f"`{name}` is no folder here, and no model that can be read from the Hub: {reason}") from error
+
+
+def model_of(adapter: PeftConfig | None, name: str) -> str:
+    """The model itself: MODEL, or the base model of the adapter that it is."""
+    return name if adapter is None else str(adapter.base_model_name_or_path)
+
+
+def make_model(name: str, labels: int | None = None, device: str = "cpu") -> nn.Module:
+    """A model of that configuration with random weights: nothing is downloaded but the configuration.
+
+    Args:
+        name: MODEL, a model.
+        labels: Classes of its head. Default: those of the configuration.
+        device: `"meta"` for none at all.
+    """
+    config = read_model_config(name)
+    if labels is not None:
+        config.num_labels = labels
+    with torch.device(device):
+        if type(config) in AutoModelForImageClassification._model_mapping:
+            return AutoModelForImageClassification.from_config(config)
+        named = getattr(transformers, (config.architectures or ["AutoModel"])[0], None)
+        if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
+            return named(config)
+        return transformers.AutoModel.from_config(config)
+
+
+def load_model(name: str, labels: Sequence[str]) -> Any:
+    """A model with its weights and a classifier for `labels`.
+
+    Args:
+        name: MODEL, a model.
+        labels: Names of the classes.
+    """
+    try:
+        return AutoModelForImageClassification.from_pretrained(
+            name,
+            id2label=dict(enumerate(labels)),
+            label2id={label: index for index, label in enumerate(labels)},
+            ignore_mismatched_sizes=True,
+        )
+    except (OSError, ValueError) as error:
+        raise UsageError(f"`{name}` cannot be loaded: {str(error).strip().splitlines()[0][:200]}") from error
+
+
+def make_config(method: str, options: Mapping[str, Any]) -> Any:
+    """The configuration of a method.
+
+    Args:
+        method: One of `METHODS`.
+        options: Its fields.
+
+    Raises:
+        UsageError: If there is no such method or no such field.
+    """
+    if method not in METHODS:
+        raise UsageError(f"`--method {method}` is unknown. Use one of {', '.join(METHODS)}.")
+    known = [field.name for field in fields(METHODS[method]) if field.init]
+    check_names(options, known, f"option of {method}")
+    return METHODS[method](**options)
+
+
+def check_names(given: Mapping[str, Any], known: Sequence[str], kind: str) -> None:
+    """Refuse names that nobody reads.
+
+    Raises:
+        UsageError: Naming the first of them, and what is close.
+    """
+    for name in given:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 3) or sorted(known)
+            raise UsageError(f"`{name}` is no {kind}. Did you mean {', '.join(close)}?")
+
+
+def changed(config: Any) -> dict[str, Any]:
+    """What of a configuration is not as it comes."""
+    plain = type(config)().to_dict()
+    return {name: value for name, value in config.to_dict().items() if value != plain.get(name)}
+
+
+__all__ = [
+    "METHODS",
+    "changed",
+    "check_names",
+    "find_adapter",
+    "load_model",
+    "make_config",
+    "make_model",
+    "model_of",
+    "read_model_config",
+]

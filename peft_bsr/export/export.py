@@ -1,0 +1,179 @@
+"""`export`: one call from an adapter to a file that runs without this package."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from peft_bsr.errors import ExportError
+from peft_bsr.export.check import TOLERANCE, ExportReport, largest_difference, median_seconds, versions_of
+from peft_bsr.export.formats import FORMATS, Run, quantize_onnx
+from peft_bsr.export.prepare import ImageFunction, to_image_function
+
+FormatName = Literal["onnx", "torch.export", "executorch"]
+_TIMED_BATCH = 8  # where a file takes any batch
+
+
+def export(
+    model: Any,
+    format: FormatName,
+    path: str | Path,
+    *,
+    batch_size: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    quantize: Literal["int8"] | None = None,
+    check: bool = True,
+) -> ExportReport:
+    """Write a model as a file that runs without this package: weights merged, token reduction kept, fp32, for the CPU.
+
+    Numbers of tokens are constants of the graph, so one file is for one image size.
+
+    Args:
+        model: From `get_peft_model` or `PeftModel.from_pretrained`; its active adapter is written. It is not changed.
+        format: `"onnx"`, `"torch.export"` (for `torch.export.load`) or `"executorch"` (for XNNPACK).
+        path: The file to write, ending in `.onnx`, `.pt2` or `.pte`.
+        batch_size: Images a call; default any number, in ExecuTorch, which plans its memory ahead, 1.
+        image_size: Pixels, one number or (height, width); default what the model's config says.
+        quantize: `"int8"`: weights of Linear modules in 8 bits, but for the MLPs' second; about half of the size; ONNX
+            only. Outputs are close, not equal: check the accuracy on images of your own.
+        check: Run the file beside PyTorch, and time it beside the unreduced model (which takes another export).
+
+    Returns:
+        What was written and measured; `print(report.describe())`.
+
+    Raises:
+        ExportError: If the format cannot take the model, a package is missing, or with `check`, if outputs are more
+            than 1e-4 away from PyTorch's (of the largest output where that is above 1) without `quantize`.
+
+    Examples:
+        >>> from peft import get_peft_model
+        >>> from transformers import ViTConfig, ViTForImageClassification
+        >>> from peft_bsr import BSRConfig
+        >>> tiny = ViTConfig(hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=64)
+        >>> model = get_peft_model(ViTForImageClassification(tiny), BSRConfig())
+        >>> report = export(model, "onnx", "vit.onnx")  # doctest: +SKIP
+    """
+    if format not in FORMATS:
+        raise ExportError(f"`format={format!r}` is not known. Use one of {', '.join(map(repr, FORMATS))}.")
+    if quantize not in (None, "int8") or (quantize and format != "onnx"):
+        raise ExportError(f'`quantize={quantize!r}` with `format={format!r}`: only "int8" in "onnx" is there.')
+    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+        raise ExportError(f"`batch_size={batch_size!r}` must be a number of images, or None for any.")
+    FORMATS[format].check_installed(format)
+    path = Path(path)
+    if path.suffix != (ending := FORMATS[format].ending):
+        raise ExportError(f"`path={str(path)!r}` must end in {ending!r} for `format={format!r}`.")
+    if not path.parent.is_dir():
+        raise ExportError(f"There is no folder {str(path.parent)!r} to write {path.name!r} to. Make it first.")
+    if batch_size is None and not FORMATS[format].any_batch:
+        batch_size = 1
+    function = to_image_function(model)
+    # a batch of one would be taken for a constant
+    sample = function.sample(batch_size or 2, image_size)
+    _write(function, format, path, sample, batch_size is None, quantize)
+    report = _report(model, function, format, path, quantize, sample, batch_size)
+    return _checked(report, model, function, image_size) if check else report
+
+
+def _write(
+    function: ImageFunction, format: str, path: Path, sample: Tensor, is_any_batch: bool, quantize: str | None
+) -> None:
+    """Write the file, by way of one in fp32 where it is quantised."""
+    if quantize:
+        with tempfile.TemporaryDirectory() as folder:
+            full = Path(folder) / "fp32.onnx"
+            _write(function, format, full, sample, is_any_batch, None)
+            quantize_onnx(full, path)
+        return
+    try:
+        FORMATS[format].write(function, sample, path, is_any_batch)
+    except Exception as error:  # the exporters raise whatever they meet
+        raise ExportError(
+            f"{format} cannot take {type(function.model).__name__}: {type(error).__name__}: {_first_line(error)}"
+        ) from error
+
+
+def _report(
+    model: Any,
+    function: ImageFunction,
+    format: str,
+    path: Path,
+    quantize: str | None,
+    sample: Tensor,
+    batch_size: int | None,
+) -> ExportReport:
+    column = model.base_model.column
+    with torch.no_grad():
+        num_tokens = _count_tokens(function, column.blocks[0], sample)
+    files = [path, path.with_name(f"{path.name}.data")]
+    return ExportReport(
+        format=format,
+        path=path,
+        file_bytes=sum(file.stat().st_size for file in files if file.exists()),
+        quantize=quantize,
+        input_name=function.input_name,
+        input_shape=(batch_size, *sample.shape[1:]),
+        token_counts=function.plan.token_counts(num_tokens, column.num_special),
+        versions=versions_of(FORMATS[format].packages),
+    )
+
+
+def _count_tokens(function: ImageFunction, block: str, sample: Tensor) -> int:
+    """Tokens that go into the first block."""
+    seen: list[int] = []
+    handle = function.model.get_submodule(block).register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append((args[0] if args else kwargs["hidden_states"]).shape[1]), with_kwargs=True
+    )
+    try:
+        function(sample[:1])
+    finally:
+        handle.remove()
+    return seen[0]
+
+
+def _checked(
+    report: ExportReport, model: Any, function: ImageFunction, image_size: int | tuple[int, int] | None
+) -> ExportReport:
+    """The report with what the file gives and takes."""
+    fixed = report.input_shape[0]
+    images = function.sample(fixed or _TIMED_BATCH, image_size)
+    written: Run = FORMATS[report.format].load(report.path)
+    found = []
+    with torch.no_grad():
+        for batch in (images,) if fixed else (images, images[:1]):
+            found.append(largest_difference(written(batch), function(batch)))
+    difference, scale = max(found)
+    if not report.quantize and difference > TOLERANCE * scale:
+        raise ExportError(
+            f"{report.path} was written, but its outputs are {difference:.1e} away from PyTorch's, more than "
+            f"{TOLERANCE * scale:.1e}, on random images. Do not use it; `check=False` writes it without a look."
+        )
+    runs = {"reduced": written}
+    with tempfile.TemporaryDirectory() as folder:
+        if function.plan.reduces:
+            unreduced = Path(folder) / report.path.name
+            whole = to_image_function(model, all_tokens=True)
+            sample = whole.sample(fixed or 2, image_size)
+            _write(whole, report.format, unreduced, sample, fixed is None, report.quantize)
+            runs["unreduced"] = FORMATS[report.format].load(unreduced)
+        seconds = median_seconds(runs, images)
+    return replace(
+        report,
+        max_difference=difference,
+        batch_size=len(images),
+        threads=torch.get_num_threads() if FORMATS[report.format].takes_threads else None,
+        seconds=seconds["reduced"],
+        unreduced_seconds=seconds.get("unreduced"),
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), "")
+
+
+__all__ = ["export"]

@@ -1,0 +1,117 @@
+"""A model as a file format takes it: merged weights, reduction in force, one tensor in, a tuple of tensors out."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_bsr.backbones import find_rule, input_shapes, main_input
+from peft_bsr.core import RouteCarrier
+from peft_bsr.engine import BlockRouter, Plan, attach_router
+from peft_bsr.errors import ExportError, ReductionNotMergedWarning
+from peft_bsr.tuners import ALaSTModel, BSRModel, SynQTModel
+from peft_bsr.tuners.routed import find_routers
+
+
+class ImageFunction(nn.Module):
+    """A model as a function of its images alone.
+
+    Args:
+        model: In evaluation mode.
+        plan: What is done to its tokens.
+
+    Attributes:
+        input_name: What the model calls its images, `"pixel_values"` as a rule.
+    """
+
+    def __init__(self, model: nn.Module, plan: Plan) -> None:
+        super().__init__()
+        self.model = model
+        self.plan = plan
+        self.input_name = main_input(model)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Images [B, C, H, W] -> the model's outputs, without those that are no tensors."""
+        return tuple(self.named_outputs(images).values())
+
+    def named_outputs(self, images: Tensor) -> dict[str, Tensor]:
+        """The same by the names that the model gives them: `"logits"`, `"last_hidden_state"`, ..."""
+        output = self.model(**{self.input_name: images})
+        return {name: value for name, value in output.items() if isinstance(value, Tensor)}
+
+    def sample(self, batch_size: int, image_size: int | tuple[int, int] | None) -> Tensor:
+        """Random images [B, C, H, W], always the same.
+
+        Args:
+            batch_size: B.
+            image_size: Pixels, one number or (height, width); None = what the model's config says.
+
+        Raises:
+            ExportError: If the model takes more than images, or none of a size.
+        """
+        if find_rule(self.model).probe_inputs is not None:
+            raise ExportError(
+                f"{type(self.model).__name__} takes more than one input (see its FamilyRule); what is exported takes "
+                "images alone. Wrap the model in a module that makes the other inputs."
+            )
+        shape = input_shapes(self.model)[-1]
+        if image_size is not None:
+            if len(shape) != 3 or self.input_name != "pixel_values":
+                raise ExportError(f"`image_size={image_size!r}` is for models of images; this one takes {shape}.")
+            shape = (shape[0], *((image_size, image_size) if isinstance(image_size, int) else image_size))
+        return torch.randn(batch_size, *shape, generator=torch.Generator().manual_seed(0))
+
+
+def to_image_function(model: Any, all_tokens: bool = False) -> ImageFunction:
+    """A copy of `model` on the CPU in fp32, with its active adapter's weights merged and its reduction in force.
+
+    SynQT and heads of tasks have nothing to merge into: they stay as they are.
+
+    Args:
+        model: From `get_peft_model` or `PeftModel.from_pretrained`; it is not changed.
+        all_tokens: Leave the token reduction out.
+
+    Raises:
+        ExportError: If the model has no adapter of ours, several tasks, or mixtures of experts.
+    """
+    tuner = getattr(model, "base_model", None)
+    if not isinstance(tuner, (BSRModel, SynQTModel)):
+        raise ExportError(
+            f"`export` takes a PeftModel with an adapter of peft_bsr, found {type(model).__name__}. Make one with "
+            "`get_peft_model(model, BSRConfig())` or `PeftModel.from_pretrained`."
+        )
+    name, plan = tuner.active_adapters[0], tuner.plan()
+    tasks = [task.name for task in getattr(tuner.peft_config[name], "tasks", None) or ()]
+    if len(tasks) > 1:
+        raise ExportError(
+            f"Adapter {name!r} has the tasks {tasks}; a file answers one. Write one of them as an adapter of its own "
+            f"with `export_task(model, {tasks[0]!r}, folder)`, load it and export that."
+        )
+    if any(block.mixture for block in plan.blocks):
+        raise ExportError(
+            f"Adapter {name!r} has mixtures of experts, which sort tokens by expert: how many each gets depends on the "
+            "image, and no static graph has that. Train with `moe=None` to export."
+        )
+    if all_tokens or isinstance(tuner, ALaSTModel):  # ALaST reduces in training only
+        plan = plan.without_reductions()
+    copied = copy.deepcopy(model).to("cpu", torch.float32).eval()
+    if tasks or isinstance(tuner, SynQTModel):
+        for router in find_routers(copied):
+            router.plans[name] = plan
+        return ImageFunction(copied.get_base_model(), plan)
+    column = tuner.column
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ReductionNotMergedWarning)  # it is attached again right here
+        merged = copied.merge_and_unload()
+    if plan.reduces:
+        carrier = RouteCarrier()
+        for index in range(column.depth):
+            attach_router(merged, BlockRouter(index, column, carrier, find_rule(merged), plan))
+    return ImageFunction(merged.eval(), plan)
+
+
+__all__ = ["ImageFunction", "to_image_function"]

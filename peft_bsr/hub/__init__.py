@@ -1,0 +1,25 @@
+"""Adapters in folders and on the Hub: read in one call, written with a model card made of facts."""
+
+from peft_bsr.hub.card import model_card, write_card
+from peft_bsr.hub.facts import Facts, add_facts, facts_of
+from peft_bsr.hub.load import load, load_base, load_image_processor, read_config
+from peft_bsr.hub.push import push_to_hub
+from peft_bsr.hub.words import plan_in_words
+from peft_bsr.tuners.saved import AFTER_SAVE
+
+if write_card not in AFTER_SAVE:
+    AFTER_SAVE.append(write_card)
+
+__all__ = [
+    "Facts",
+    "add_facts",
+    "facts_of",
+    "load",
+    "load_base",
+    "load_image_processor",
+    "model_card",
+    "plan_in_words",
+    "push_to_hub",
+    "read_config",
+    "write_card",
+]

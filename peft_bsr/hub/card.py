@@ -1,0 +1,159 @@
+"""The model card: filled from facts, and silent about what nobody measured."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from peft_bsr.cost import Cost
+from peft_bsr.hub.facts import Facts
+from peft_bsr.hub.words import plan_in_words
+from peft_bsr.registration import package_version
+from peft_bsr.tuners.saved import SavedConfig
+
+BEGIN, END = "<!-- peft_bsr: written by save_pretrained; edit outside of it -->", "<!-- peft_bsr: end -->"
+PICTURE = "kept_tokens.png"
+_TEMPLATE = "[More Information Needed]"  # of PEFT's own card, which says nothing
+_PAPERS = {"BSR": "2405.10951", "ALAST": "2408.08670", "SYNQT": "2407.06964"}
+_NAMES = {"BSR": "Block Selective Reprogramming", "ALAST": "Adaptive Layer Selection", "SYNQT": "Query synthesis"}
+
+
+def write_card(config: SavedConfig, folder: Path) -> None:
+    """Write `README.md` beside an adapter. What a person wrote around our part of it stays.
+
+    Runs by itself, whenever one of our adapters is saved.
+
+    Args:
+        config: Of an adapter that is attached.
+        folder: Where the adapter was saved.
+    """
+    facts: Facts = config.facts or Facts()
+    if facts.picture is not None and Path(facts.picture).resolve() != (folder / PICTURE).resolve():
+        shutil.copyfile(facts.picture, folder / PICTURE)
+    path = folder / "README.md"
+    old = ModelCard.load(path, ignore_metadata_errors=True) if path.exists() else ModelCard("---\n{}\n---\n")
+    base = _hub_id(config.base_model_name_or_path)
+    data = _metadata(old.data, config, facts, base)
+    text = _merged(old.text, model_card(config, facts, base))
+    path.write_text(f"---\n{data.to_yaml()}\n---\n\n{text.strip()}\n", encoding="utf-8")
+
+
+def model_card(config: SavedConfig, facts: Facts, base: str | None = None) -> str:
+    """The card's text.
+
+    Args:
+        config: Of an adapter that is attached.
+        facts: What was measured.
+        base: Hub id of the base model, or None where it is none.
+    """
+    assert config.attachment is not None, "the configuration of an attached adapter"
+    method = str(config.peft_type).rpartition(".")[2]
+    column, plan = config.attachment.column, config.attachment.plan
+    called = (
+        f"[{base}](https://huggingface.co/{base})" if base else f"`{Path(str(config.base_model_name_or_path)).name}`"
+    )
+    parts = [
+        f"# {_NAMES[method]} adapter of {called}",
+        f"Made with [peft_bsr](https://pypi.org/project/peft-bsr), method {method} "
+        f"([arXiv {_PAPERS[method]}](https://arxiv.org/abs/{_PAPERS[method]})).",
+        "## Use\n\n" + _snippet(config),
+        "## What it does\n\n" + "\n".join(f"- {sentence}" for sentence in plan_in_words(config, column, plan)),
+    ]
+    if facts.metrics or facts.dataset:
+        on = f" on {facts.dataset}" if facts.dataset else ""
+        scores = [f"- {name}{on}: {value:.4g}" for name, value in facts.metrics.items()]
+        parts.append("## Results\n\n" + ("\n".join(scores) or f"Trained{on}; nothing was scored."))
+    if facts.costs:
+        parts.append("## Measured\n\n" + _cost_table(facts))
+    if facts.picture is not None:
+        parts.append(f"## Kept tokens\n\n![Which patches each reduction keeps; dropped ones are veiled]({PICTURE})")
+    parts.append("## Limits\n\n" + "\n".join(f"- {limit}" for limit in _limits(config, method)))
+    parts.append(
+        "## Versions\n\n"
+        f"peft_bsr {package_version()}, peft {peft.__version__}, transformers {transformers.__version__}, "
+        f"torch {torch.__version__}."
+    )
+    return "\n\n".join(parts)
+
+
+def _snippet(config: SavedConfig) -> str:
+    lines = ["import peft_bsr", "from transformers import pipeline", ""]
+    if config.labels is None:
+        return "\n".join(["```python", lines[0], "", 'model = peft_bsr.load("this/repository")', "```"])
+    lines += [
+        'model = peft_bsr.load("this/repository")  # base model and adapter',
+        'processor = peft_bsr.load_image_processor("this/repository")',
+        'classify = pipeline("image-classification", model=model.get_base_model(), image_processor=processor)',
+        'classify("image.jpg")',
+    ]
+    return "\n".join(["```python", *lines, "```"])
+
+
+def _cost_table(facts: Facts) -> str:
+    costs: list[tuple[str, Cost]] = list(facts.costs.items())
+    reference = costs[0][1].step_seconds
+    rows = ["| | saved activations, MiB an image | FLOPs a step and image, G | step, ratio |", "|---|---|---|---|"]
+    rows += [
+        f"| {name} | {cost.saved_bytes_per_image / 2**20:.3g} | {cost.training_flops_per_image / 1e9:.3g} "
+        f"| {cost.step_seconds / reference:.2f} |"
+        for name, cost in costs
+    ]
+    return "\n".join(rows) + (f"\n\n{facts.conditions}" if facts.conditions else "")
+
+
+def _limits(config: Any, method: str) -> list[str]:
+    limits = ["`import peft_bsr` must come first: without it, PEFT does not know the method."]
+    if method == "BSR":
+        limits.append("Token reduction is not in the weights: a merged model runs on all tokens, and differs.")
+    if method == "SYNQT":
+        limits.append("It cannot be merged into the base model.")
+    if _hub_id(config.base_model_name_or_path) is None:
+        limits.append("The base model is no repository on the Hub: give it as `peft_bsr.load(..., base=...)`.")
+    return limits
+
+
+def _metadata(old: Any, config: SavedConfig, facts: Facts, base: str | None) -> ModelCardData:
+    """Ours over what is there; a base model that is a path of some machine is no id, and the Hub would refuse it."""
+    method = str(config.peft_type).rpartition(".")[2].lower()
+    kept = {k: v for k, v in old.to_dict().items() if k not in ("model-index", "base_model", "eval_results")}
+    tags = {tag for tag in kept.pop("tags", None) or [] if not tag.startswith("base_model:")}
+    tags |= {"peft_bsr", method} | ({f"base_model:adapter:{base}"} if base else set())
+    kept |= {"library_name": "peft", "tags": sorted(tags)}
+    if base:
+        kept["base_model"] = base
+    if config.labels is not None:
+        kept["pipeline_tag"] = "image-classification"
+    if dataset := _hub_id(facts.dataset):
+        kept["datasets"] = [dataset]
+    if facts.metrics and facts.dataset and config.labels is not None:
+        kept["model_name"] = f"{method} adapter"
+        kept["eval_results"] = [
+            EvalResult("image-classification", facts.dataset, facts.dataset, name, value)
+            for name, value in facts.metrics.items()
+        ]
+    return ModelCardData(**kept)
+
+
+def _merged(old: str, ours: str) -> str:
+    """Our part in the place of our old part, or behind what a person wrote."""
+    part = f"{BEGIN}\n\n{ours}\n\n{END}"
+    before, begin, rest = old.partition(BEGIN)
+    if begin:
+        return before + part + rest.partition(END)[2]
+    return part if _TEMPLATE in old or not old.strip() else f"{old.strip()}\n\n{part}"
+
+
+def _hub_id(name: str | None) -> str | None:
+    """The name, if it looks like an id on the Hub and is no folder here."""
+    if not name or Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
+        return None
+    return name if "/" in name else None
+
+
+__all__ = ["model_card", "write_card"]

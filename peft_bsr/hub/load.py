@@ -1,0 +1,201 @@
+"""Base model and adapter in one call, from a folder or from the Hub."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import PeftConfig, PeftModel
+from torch import nn
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+from peft_bsr.errors import HubError
+
+_SPARE = 0.01  # share of the weights that a base model's file may lack
+
+
+def load(
+    name: str | Path,
+    *,
+    base: str | Path | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    dtype: torch.dtype | str | None = None,
+    is_trainable: bool = False,
+) -> PeftModel:
+    """Read an adapter and the model it belongs to.
+
+    The base model is of the class that the adapter was trained on, with a classifier for the adapter's own labels; its
+    weights come from the adapter.
+
+    Args:
+        name: Hub id or folder of the adapter.
+        base: Hub id or folder of the base model. Default None: what the adapter names.
+        revision: Of the adapter on the Hub. Default None: its main branch.
+        token: For private repositories. Default None: the one of `hf auth login`.
+        dtype: Of the base model. Default None: the one it was saved in.
+        is_trainable: Whether training goes on. Default False: evaluation mode, nothing asks for gradients.
+
+    Returns:
+        The model. `transformers.pipeline("image-classification", model=model.get_base_model(), image_processor=...)`
+        takes what is inside of it.
+
+    Raises:
+        HubError: If there is no adapter or no base model, or if they do not fit.
+
+    Examples:
+        >>> model = load("me/pets-bsr")  # doctest: +SKIP
+        >>> model.config.id2label[0]  # doctest: +SKIP
+        'Abyssinian'
+    """
+    config = read_config(name, revision=revision, token=token)
+    model = load_base(config, base=base, token=token, dtype=dtype)
+    try:
+        loaded: Any = PeftModel.from_pretrained(
+            model, str(name), is_trainable=is_trainable, revision=revision, token=token
+        )
+    except RuntimeError as error:  # torch's, one line a weight
+        raise HubError(
+            f"The adapter `{name}` does not fit {type(model).__name__} of `{base or config.base_model_name_or_path}`: "
+            f"{' '.join(str(error).split())[:300]}. Give the base model it was trained on as `base=`."
+        ) from error
+    return loaded if is_trainable else loaded.eval()
+
+
+def read_config(name: str | Path, *, revision: str | None = None, token: str | bool | None = None) -> PeftConfig:
+    """An adapter's configuration.
+
+    Args:
+        name: See `load`.
+        revision: See `load`.
+        token: See `load`.
+
+    Raises:
+        HubError: If there is none.
+    """
+    try:
+        return PeftConfig.from_pretrained(str(name), revision=revision, token=token)
+    except Exception as error:  # ValueError, or the Hub's and the HTTP library's own errors
+        raise HubError(
+            f"`{name}` is no adapter ({_first_line(error)}). Give a folder with adapter_config.json, or the id of a "
+            "repository on the Hub that has one."
+        ) from error
+
+
+def load_base(
+    config: Any,
+    *,
+    base: str | Path | None = None,
+    token: str | bool | None = None,
+    dtype: torch.dtype | str | None = None,
+) -> Any:
+    """The base model of an adapter, with a classifier for the adapter's labels (of random weights).
+
+    Args:
+        config: From `read_config`.
+        base: See `load`.
+        token: See `load`.
+        dtype: See `load`.
+
+    Raises:
+        HubError: If there is none.
+    """
+    source = str(base or config.base_model_name_or_path or "")
+    if not source:
+        raise HubError("The adapter does not name its base model. Give it as `base=`, a Hub id or a folder.")
+    settings: dict[str, Any] = {"token": token, "revision": None if base else config.revision}
+    if dtype is not None:
+        settings["dtype"] = dtype
+    if labels := getattr(config, "labels", None):
+        settings |= {
+            "id2label": dict(enumerate(labels)),
+            "label2id": {label: index for index, label in enumerate(labels)},
+            "ignore_mismatched_sizes": True,
+        }
+    try:
+        with _quiet():  # that the classifier's weights are new is what we want
+            model, report = _class_of(config).from_pretrained(source, output_loading_info=True, **settings)
+    except (OSError, ValueError) as error:
+        raise HubError(
+            f"The base model `{source}` cannot be read ({_first_line(error)}). Give another copy of it as `base=`, a "
+            "Hub id or a folder."
+        ) from error
+    _check_complete(model, report["missing_keys"], config, source)
+    return model
+
+
+def load_image_processor(
+    name: str | Path, *, base: str | Path | None = None, revision: str | None = None, token: str | bool | None = None
+) -> Any:
+    """The image processor saved beside an adapter, or else its base model's.
+
+    Args:
+        name: See `load`.
+        base: See `load`.
+        revision: See `load`.
+        token: See `load`.
+
+    Raises:
+        HubError: If neither has one.
+    """
+    config = read_config(name, revision=revision, token=token)
+    sources = [(str(name), revision), (str(base or config.base_model_name_or_path), None if base else config.revision)]
+    problems = []
+    for source, version in sources:
+        try:
+            return AutoImageProcessor.from_pretrained(source, revision=version, token=token)
+        except (OSError, ValueError) as error:
+            problems.append(_first_line(error))
+    raise HubError(f"Neither `{name}` nor its base model has an image processor: {'; '.join(problems)}")
+
+
+def _class_of(config: Any) -> Any:
+    """The class that the adapter was attached to, if it is one of transformers."""
+    mapping = config.auto_mapping or {}
+    library, name = mapping.get("parent_library", ""), mapping.get("base_model_class", "")
+    if library.split(".")[0] != "transformers":  # nothing else is imported because a file says so
+        return AutoModelForImageClassification
+    try:
+        return getattr(importlib.import_module(library), name)
+    except (ImportError, AttributeError):  # it has moved since
+        return getattr(transformers, name, AutoModelForImageClassification)
+
+
+def _check_complete(model: Any, missing: Collection[str], config: Any, source: str) -> None:
+    """Refuse another model's file: transformers fills what it lacks at random, with only a log line.
+
+    The head may be missing, the adapter brings it; so may a little that is only there for pretraining.
+    """
+    heads = {name for place, name in (getattr(config, "layout", None) or {}).items() if place.startswith("head.")}
+    classes = len(getattr(config, "labels", None) or ())
+    heads |= {n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m.out_features == classes}
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    lost = [name for name in missing if name in sizes and name.rpartition(".")[0] not in heads]
+    if sum(sizes[name] for name in lost) > _SPARE * sum(sizes.values()):
+        raise HubError(
+            f"`{source}` lacks {len(lost)} of the {len(sizes)} weights of {type(model).__name__}, such as "
+            f"{sorted(lost)[0]}: it is another model. Give the one the adapter was trained on as `base=`."
+        )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(level)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+
+
+__all__ = ["load", "load_base", "load_image_processor", "read_config"]

@@ -1,0 +1,6 @@
+"""One page of HTML about one training run, complete in itself."""
+
+from peft_bsr.report.page import write_report
+from peft_bsr.report.record import RunRecord
+
+__all__ = ["RunRecord", "write_report"]

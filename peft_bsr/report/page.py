@@ -1,0 +1,183 @@
+"""A run as one page of HTML: style, charts and pictures inside of it, nothing from the network."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from peft_bsr.report.charts import bar_chart, heat_map, line_chart
+from peft_bsr.report.record import RunRecord
+from peft_bsr.report.style import STYLE
+
+_SIDE = 224  # pixels of a picture on the page, at most
+
+
+def write_report(record: RunRecord, path: str | Path) -> Path:
+    """Write the page.
+
+    Args:
+        record: The run.
+        path: File to write, `.html`.
+
+    Returns:
+        `path`.
+    """
+    sections = [_plan(record), _curves(record), _memory(record), _costs(record), _kept(record), _budgets(record)]
+    sections.append(_settings(record))
+    headline = "".join(f"<div><dt>{escape(n)}</dt><dd>{escape(v)}</dd></div>" for n, v in record.headline.items())
+    page = (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(record.title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
+        f"<h1>{escape(record.title)}</h1>\n"
+        + (f'<dl class="headline">{headline}</dl>\n' if headline else "")
+        + "<main>\n"
+        + "\n".join(filter(None, sections))
+        + "\n</main>\n</body>\n</html>\n"
+    )
+    Path(path).write_text(page, encoding="utf-8")
+    return Path(path)
+
+
+def _plan(record: RunRecord) -> str:
+    column, plan = record.column, record.plan
+    tokens = [mlp for _, mlp in plan.token_counts(column.num_tokens, column.num_special)]
+    names = {"s0": "trains", "s1": "frozen, gradients pass", "frozen": "frozen, keeps nothing"}
+    kinds = ["s0" if b.trained else "s1" if b.in_graph else "frozen" for b in plan.blocks]
+    words = "".join(f"<li>{escape(sentence)}</li>" for sentence in record.words)
+    chart = bar_chart(tokens, "tokens that the block's MLP sees", kinds)
+    key = _key({kind: name for kind, name in names.items() if kind in kinds})
+    return _section("What trains", f"<ul>{words}</ul>{chart}{key}")
+
+
+def _curves(record: RunRecord) -> str:
+    charts = []
+    loss = {
+        name: [(entry["step"], entry[key]) for entry in record.log_history if key in entry]
+        for name, key in (("training", "loss"), ("test", "eval_loss"))
+    }
+    scores = [(entry["step"], entry["eval_accuracy"]) for entry in record.log_history if "eval_accuracy" in entry]
+    for series, label in ((loss, "loss"), ({"test": scores}, "accuracy")):
+        shown = {name: points for name, points in series.items() if points}
+        if shown:
+            key = _key({f"s{number}": name for number, name in enumerate(shown)})
+            charts.append(f"<div>{line_chart(shown, 'optimizer step', label)}{key}</div>")
+    return _section("Training", f'<div class="stack">{"".join(charts)}</div>') if charts else ""
+
+
+def _memory(record: RunRecord) -> str:
+    if not record.saved_by_block:
+        return ""
+    found = {name: [size / 2**20 for size in parts.values()] for name, parts in record.saved_by_block.items()}
+    found = {name: [*blocks, embeddings + head] for name, (embeddings, *blocks, head) in found.items()}
+    top = max(max(values) for values in found.values())
+    charts = []
+    for number, (name, values) in enumerate(found.items()):
+        chart = bar_chart(values, "MiB an image", [f"s{number}"] * len(values), last="rest", top=top)
+        charts.append(f"<div>{chart}{_key({f's{number}': f'{name}: {sum(values):.3g} MiB in all'})}</div>")
+    note = '<p class="quiet">Activations kept for backward by each block, one image.</p>'
+    return _section("Memory over the blocks", f'{note}<div class="pair">{"".join(charts)}</div>', True)
+
+
+def _costs(record: RunRecord) -> str:
+    if not record.costs:
+        return ""
+    reference = next(iter(record.costs.values()))
+    head = ("", "trained, M", "saved, MiB", "GFLOPs", "step, s", "ratio")
+    rows = [
+        (
+            name,
+            f"{cost.trainable_parameters / 1e6:.2f}",
+            f"{cost.saved_bytes_per_image / 2**20:.3g}",
+            f"{cost.training_flops_per_image / 1e9:.3g}",
+            f"{cost.step_seconds:.3g}",
+            f"{cost.step_seconds / reference.step_seconds:.2f}",
+        )
+        for name, cost in record.costs.items()
+    ]
+    cells = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    titles = "".join(f"<th>{escape(title)}</th>" for title in head)
+    table = f'<div class="scroll"><table><thead><tr>{titles}</tr></thead><tbody>{cells}</tbody></table></div>'
+    note = "Saved activations and FLOPs of a step are those of one image; the ratio is of times, to the first row."
+    text = f'{table}<p class="quiet">{note} {escape(record.conditions)}</p>'
+    return _section("Against full fine-tuning", text, True)
+
+
+def _kept(record: RunRecord) -> str:
+    if not record.kept or record.images is None:
+        return ""
+    figures = []
+    for row, image in enumerate(record.images):
+        title = record.titles[row] if record.titles else "input"
+        figures.append(_figure(image, title))
+        figures += [_figure(k.pictures[row], f"block {k.block}: {k.share:.0%}", is_named=row == 0) for k in record.kept]
+    columns = f"grid-template-columns: repeat({len(record.kept) + 1}, minmax(0, 1fr))"
+    note = '<p class="quiet">Which patches are left behind each reduction; dropped ones are veiled.</p>'
+    return _section("Kept tokens", f'{note}<div class="kept" style="{columns}">{"".join(figures)}</div>', True)
+
+
+def _budgets(record: RunRecord) -> str:
+    if not record.budgets:
+        return ""
+    depth = len(record.budgets[0].budgets)
+    budgets = [[entry.budgets[block] for entry in record.budgets] for block in range(depth)]
+    trained = [[float(block in entry.drawn) for entry in record.budgets] for block in range(depth)]
+    low, high = min(map(min, budgets)), max(map(max, budgets))
+
+    def shade(value: float) -> str:
+        share = (value - low) / ((high - low) or 1)
+        return f"rgba(var(--hot), {0.12 + 0.88 * share:.2f})"
+
+    def choice(value: float) -> str:
+        return f"rgba(var(--hot), {0.9 if value else 0.12})"
+
+    ends = record.budgets[0].step, record.budgets[-1].step
+    title = f"budget of each block, {low:.2f} (pale) to {high:.2f} (strong)"
+    charts = (
+        heat_map(budgets, shade, ends, "optimizer step", title),
+        heat_map(trained, choice, ends, "optimizer step", "blocks that trained (strong)"),
+    )
+    both = "".join(f"<div>{chart}</div>" for chart in charts)
+    return _section("Budgets", f'<div class="pair">{both}</div>', True)
+
+
+def _settings(record: RunRecord) -> str:
+    def table(values: Mapping[str, Any]) -> str:
+        rows = "".join(f"<tr><td>{escape(str(n))}</td><td>{escape(str(v))}</td></tr>" for n, v in values.items())
+        return f'<div class="scroll"><table class="facts">{rows}</table></div>'
+
+    parts = [f"<pre>{escape(record.command)}</pre>"] if record.command else []
+    tables = [table(values) for values in (record.settings, record.versions) if values]
+    if tables:
+        parts.append(f'<div class="pair">{"".join(tables)}</div>')
+    return _section("How it was made", "".join(parts), True) if parts else ""
+
+
+def _section(title: str, content: str, is_wide: bool = False) -> str:
+    kind = ' class="wide"' if is_wide else ""
+    return f"<section{kind}><h2>{escape(title)}</h2>{content}</section>"
+
+
+def _key(names: Mapping[str, str]) -> str:
+    items = "".join(f'<li><i class="{kind}"></i>{escape(name)}</li>' for kind, name in names.items())
+    return f'<ul class="key">{items}</ul>'
+
+
+def _figure(image: np.ndarray, caption: str, is_named: bool = True) -> str:
+    picture = Image.fromarray((image * 255).round().astype(np.uint8))
+    picture.thumbnail((_SIDE, _SIDE))
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    source = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    text = escape(caption) if is_named else "&nbsp;"  # a line all the same: pictures of a row stand level
+    return f'<figure><figcaption>{text}</figcaption><img src="{source}" alt="{escape(caption)}"></figure>'
+
+
+__all__ = ["write_report"]

@@ -1,0 +1,59 @@
+"""What a report tells of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from peft_bsr.backbones import Column
+from peft_bsr.cost import Cost
+from peft_bsr.engine import Plan
+from peft_bsr.training import BudgetRecord
+from peft_bsr.viz import KeptTokens
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A training run. What is empty has no place on the page.
+
+    Attributes:
+        title: Such as `"BSR on digits"`.
+        column: What the model is.
+        plan: What was done to it.
+        words: The plan in sentences, see `peft_bsr.hub.plan_in_words`.
+        headline: Name -> text of the few numbers that stand on top.
+        log_history: Trainer's, `trainer.state.log_history`.
+        saved_by_block: Name -> bytes an image that each part keeps for backward, from `peft_bsr.viz.saved_by_block`.
+        costs: Name -> `Cost`; the first is the reference.
+        conditions: Under which memory and costs were measured.
+        images: [B, H, W, 3] in 0 to 1, as the model was shown them.
+        titles: One text an image.
+        kept: Of those images, from `peft_bsr.viz.kept_token_pictures`.
+        budgets: ALaST's history, from `ALaSTCallback`.
+        settings: Name -> value of what was asked.
+        versions: Name -> version.
+        command: That makes the run again.
+    """
+
+    title: str
+    column: Column
+    plan: Plan
+    words: Sequence[str] = ()
+    headline: Mapping[str, str] = field(default_factory=dict)
+    log_history: Sequence[Mapping[str, Any]] = ()
+    saved_by_block: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    costs: Mapping[str, Cost] = field(default_factory=dict)
+    conditions: str = ""
+    images: np.ndarray | None = None
+    titles: Sequence[str] = ()
+    kept: Sequence[KeptTokens] = ()
+    budgets: Sequence[BudgetRecord] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    command: str = ""
+
+
+__all__ = ["RunRecord"]

@@ -1,0 +1,96 @@
+"""Steps that leave no trace: one forward and backward, and what the optimizer would make of one tensor."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict, defaultdict
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_bsr.engine import find_carrier
+from peft_bsr.tuners.routed import find_routers
+
+Owners = dict[int, tuple[torch.optim.Optimizer, dict[str, Any]]]  # id of a parameter -> who steps it, in which group
+
+
+@contextmanager
+def rehearsal(model: nn.Module) -> Iterator[None]:
+    """Forwards and backwards inside leave the model and the random state bit for bit as they were.
+
+    Inside, the model is in training mode and no tensor has a gradient.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    parameters = [(p, p.requires_grad, p.grad, dict(p._post_accumulate_grad_hooks or {})) for p in model.parameters()]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    carrier = find_carrier(model)
+    log, usage = carrier.log, carrier.usage
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices))
+        stack.enter_context(torch.compiler.set_stance("force_eager"))  # another batch size would compile anew
+        for router in find_routers(model):
+            stack.enter_context(router.rehearsal())
+        try:
+            carrier.log = carrier.usage = None
+            for parameter, *_, hooks in parameters:
+                parameter.grad = None
+                if hooks:  # optimizers that step within the backward
+                    parameter._post_accumulate_grad_hooks.clear()
+            model.train()
+            yield
+        finally:
+            carrier.log, carrier.usage = log, usage
+            for parameter, requires_grad, gradient, hooks in parameters:
+                parameter.requires_grad_(requires_grad)
+                parameter.grad = gradient
+                if hooks:
+                    parameter._post_accumulate_grad_hooks.update(hooks)
+            for module, mode in modes:
+                module.training = mode
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    if not torch.equal(buffer, before):
+                        buffer.copy_(before)
+
+
+def owners_of(optimizer: torch.optim.Optimizer) -> Owners:
+    """Which group of `optimizer` holds a parameter; what accelerate wraps is unwrapped."""
+    own: Any = getattr(optimizer, "optimizer", optimizer)
+    return {id(p): (own, group) for group in own.param_groups for p in group["params"]}
+
+
+def would_change(parameter: nn.Parameter, gradient: Tensor, owners: Owners) -> bool:
+    """Whether the optimizer's step with this gradient changes the parameter: tried on a stand-in, and taken back.
+
+    A learning rate of zero that a schedule warms up from counts as the one that it warms up to.
+
+    Args:
+        parameter: That some optimizer holds.
+        gradient: Its gradient.
+        owners: See `owners_of`.
+    """
+    optimizer, group = owners[id(parameter)]
+    stand_in = nn.Parameter(parameter.detach().clone())
+    stand_in.grad = gradient.detach().clone()
+    group = {**group, "params": [stand_in]}
+    if not group["lr"]:
+        group["lr"] = group.get("initial_lr", group["lr"])
+    before = dict(optimizer.__dict__)
+    state: defaultdict[Tensor, Any] = defaultdict(dict)
+    if parameter in optimizer.state:
+        state[stand_in] = copy.deepcopy(optimizer.state[parameter])
+    hooks: dict[str, Any] = {name: OrderedDict() for name in before if name.startswith("_optimizer_step_")}
+    try:
+        optimizer.__dict__.update(param_groups=[group], state=state, **hooks)
+        type(optimizer).step(optimizer)  # not what a schedule put around it on the object
+    finally:
+        optimizer.__dict__.clear()
+        optimizer.__dict__.update(before)
+    return not torch.equal(stand_in, parameter)
+
+
+__all__ = ["Owners", "owners_of", "rehearsal", "would_change"]

@@ -1,0 +1,59 @@
+"""What an adapter means to train, read from its tuner layers: not from `requires_grad`, which may be what is wrong."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from peft.utils.other import ModulesToSaveWrapper
+from torch import nn
+
+from peft_bsr.errors import AdapterError
+from peft_bsr.tuners.routed import adapter_parts, find_routers
+
+
+@dataclass(frozen=True)
+class Unit:
+    """The active adapter's part of one tuner layer: one leaf module's copy, one mixture, one query synthesis, one head.
+
+    Attributes:
+        parameters: Full name -> parameter; those that are not floating-point are left out.
+        block: Index of the block that it lies in, None in front of or behind them.
+        is_named: Named as a whole in `modules_to_save`: the model may leave a tensor of it unread (a mask token).
+    """
+
+    parameters: dict[str, nn.Parameter]
+    block: int | None
+    is_named: bool = False
+
+
+def find_units(model: nn.Module) -> list[Unit]:
+    """What the active adapter of `model` means to train: its layers and its `modules_to_save`.
+
+    Raises:
+        AdapterError: If there is no adapter of peft_bsr, or it is disabled.
+    """
+    routers = find_routers(model)
+    if not routers:
+        raise AdapterError(
+            f"{type(model).__name__} has no adapter of peft_bsr. Attach one with `get_peft_model(model, BSRConfig())`."
+        )
+    name = routers[0].carried_adapter
+    if name is None:
+        raise AdapterError("the adapter is disabled: the base model runs, and nothing trains. Enable or activate it.")
+    blocks = routers[0].column.blocks
+    wrappers = {place for place, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)}
+    units = []
+    for place, part in adapter_parts(model, name):
+        parameters = {f"{place}.{n}": p for n, p in part.named_parameters() if p.is_floating_point()}
+        block = next((i for i, block in enumerate(blocks) if f".{block}." in f".{place}."), None)
+        units.append(Unit(parameters, block, any(place.startswith(f"{w}.") for w in wrappers)))
+    return [unit for unit in units if unit.parameters]
+
+
+def of_adapters(model: nn.Module) -> set[int]:
+    """Ids of the parameters of all adapters, active or not."""
+    names = {name for router in find_routers(model) for name in router.plans}
+    return {id(p) for name in names for _, part in adapter_parts(model, name) for p in part.parameters()}
+
+
+__all__ = ["Unit", "find_units", "of_adapters"]

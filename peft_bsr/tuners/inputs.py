@@ -1,0 +1,49 @@
+"""What a model with an adapter is called with, looked at before the model's own code fails on it in its own words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from peft_bsr.backbones import Column
+from peft_bsr.errors import InputError
+
+
+def check_inputs(name: str, column: Column, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuse what is no batch of images.
+
+    Args:
+        name: Of the model's main input.
+        column: Of the model.
+        args: Of the call.
+        kwargs: Its keywords.
+
+    Raises:
+        InputError: If there are none, or their shape cannot be.
+    """
+    images = kwargs.get(name, args[0] if args else None)
+    if problem := _problem(column, images):
+        expected = ", ".join(["images", *map(str, column.image_shape)])
+        found = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+        raise InputError(f"`{name}` is {found}: {problem}. Call the model with `{name}` [{expected}].")
+
+
+def _problem(column: Column, images: Any) -> str | None:
+    if not isinstance(images, Tensor):
+        return "that is no tensor"
+    shape, axes = images.shape, 1 + len(column.image_shape)
+    if len(shape) != axes:
+        return f"{len(shape)} axes instead of {axes}"
+    if shape[0] == 0:
+        return "the batch is empty"
+    if column.grid is None or len(column.grid) != 2 or axes != 4:
+        return None
+    if shape[1] != column.image_shape[0]:
+        return f"{shape[1]} channels instead of {column.image_shape[0]}"
+    if shape[2] < column.patch_size[0] or shape[3] < column.patch_size[1]:
+        return f"less than one patch of {column.patch_size[0]} x {column.patch_size[1]} px"
+    return None
+
+
+__all__ = ["check_inputs"]

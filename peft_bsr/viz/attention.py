@@ -1,0 +1,96 @@
+"""What the class token looks at in every block."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from peft_bsr.backbones import probe_column
+from peft_bsr.engine import BlockScores, record_scores
+from peft_bsr.errors import InputError, UnsupportedModelError
+from peft_bsr.tuners.routed import find_routers
+
+_COLUMNS = 7  # pictures side by side at most; a ViT-B's input and 12 blocks fill two lines
+
+
+def draw_attention(model: nn.Module, pixel_values: Tensor, image: np.ndarray, path: str | Path) -> Path:
+    """Run the model on one image and draw the attention of its class token in each block, mean over heads.
+
+    It is the softmax that the block itself computed, on the tokens that were alive in it: dropped patches are grey.
+    Without a class token it is the attention of the mean query. Each block has a colour scale of its own, from 0 to the
+    number in its title; 1 is the sum over all tokens, special and fused ones included.
+
+    Args:
+        model: A supported vision transformer, with or without one of our adapters.
+        pixel_values: [1, C, H, W], as the model takes it.
+        image: [H, W, 3] or [H, W], values in 0 to 1.
+        path: File to write; its ending says the format (`.png`, `.svg`, `.pdf`).
+
+    Returns:
+        `path`.
+
+    Raises:
+        InputError: If several images are given.
+        UnsupportedModelError: If attention cannot be seen in this model.
+    """
+    if len(pixel_values) != 1:
+        raise InputError(
+            f"`pixel_values` holds {len(pixel_values)} images; one is drawn. Give `pixel_values[i : i + 1]`."
+        )
+    found = _scores(model, pixel_values)
+    if not found:
+        raise UnsupportedModelError(f"the attention of {type(model).__name__} does not show its weights or queries.")
+    lines = -(-(len(found) + 1) // _COLUMNS)
+    columns = -(-(len(found) + 1) // lines)
+    figure = Figure(figsize=(1.6 * columns, 1.8 * lines), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False).flatten()
+    axes[0].imshow(image, cmap="gray", vmin=0, vmax=1)
+    axes[0].set_title("input", fontsize=8)
+    palette = colormaps["magma"].with_extremes(bad="0.75")
+    for axis, block in zip(axes[1:], found, strict=False):
+        scores = _on_grid(block, image.shape[:2])
+        axis.imshow(scores, cmap=palette, vmin=0, vmax=np.nanmax(scores), interpolation="nearest")
+        axis.set_title(f"block {block.block}: {np.nanmax(scores):.1%}", fontsize=8)
+    for axis in axes:
+        axis.set_xticks([])
+        axis.set_yticks([])
+    for axis in axes[len(found) + 1 :]:
+        axis.set_visible(False)
+    figure.savefig(path, dpi=150)
+    return Path(path)
+
+
+def _scores(model: Any, pixel_values: Tensor) -> list[BlockScores]:
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    routers = find_routers(model)
+    column = routers[0].column if routers else probe_column(base)
+    training = {module for module in model.modules() if module.training}
+    model.eval()
+    try:
+        with torch.no_grad(), record_scores(base, column) as found:
+            model(pixel_values=pixel_values)
+    finally:
+        for module in training:
+            module.training = True
+    return found
+
+
+def _on_grid(block: BlockScores, size: tuple[int, ...]) -> np.ndarray:
+    """[rows, columns], NaN where a patch was dropped."""
+    route, scores = block.route, block.scores[0].float().cpu()
+    alive = scores[route.num_prefix : len(scores) - route.num_suffix]
+    patches = torch.full((route.num_patches + route.num_reductions,), torch.nan)
+    patches[route.origins_like(block.scores[..., None])[0].cpu()] = alive
+    height, width = size
+    rows = round((route.num_patches * height / width) ** 0.5)
+    grid: np.ndarray = patches[: route.num_patches].reshape(rows, -1).numpy()
+    return grid
+
+
+__all__ = ["draw_attention"]

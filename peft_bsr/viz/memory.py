@@ -1,0 +1,90 @@
+"""Where the activations kept for backward lie: a bar for each block."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from peft_bsr.backbones import probe_column
+from peft_bsr.cost import saved_by_module
+from peft_bsr.errors import InputError
+from peft_bsr.tuners.routed import ROOT, find_routers
+
+
+def saved_by_block(model: Any, batch: Mapping[str, Tensor]) -> dict[str, float]:
+    """Bytes an image that a training forward keeps for backward, by the part of the model that keeps them.
+
+    Args:
+        model: Called as `model(**batch)`, with a `loss` in the output; its mode is restored.
+        batch: Inputs and labels, first dimension = images.
+
+    Returns:
+        `"embeddings"`, `"0"`, `"1"`, ..., `"head"` -> bytes, in the order of the forward.
+    """
+    routers = find_routers(model)
+    is_wrapped = hasattr(model, "get_base_model")
+    column = routers[0].column if routers else probe_column(model.get_base_model() if is_wrapped else model)
+    blocks = [f"{ROOT if is_wrapped else ''}{name}." for name in column.blocks]
+    training = {module for module in model.modules() if module.training}
+    model.train()
+    try:
+        saved = saved_by_module(model, lambda: model(**batch).loss)
+    finally:
+        for module in model.modules():
+            module.training = module in training
+    images = len(next(iter(batch.values())))
+    parts = dict.fromkeys(["embeddings", *map(str, range(column.depth)), "head"], 0.0)
+    part = "embeddings"
+    for name, count in saved.items():
+        index = next((i for i, block in enumerate(blocks) if f"{name}.".startswith(block)), None)
+        if index is not None:
+            part = str(index)
+        elif part != "embeddings":
+            part = "head"
+        parts[part] += count / images
+    return parts
+
+
+def draw_saved_memory(models: Mapping[str, nn.Module], batch: Mapping[str, Tensor], path: str | Path) -> Path:
+    """Bars of the activations that each block of each model keeps for backward, per image, side by side.
+
+    Args:
+        models: Name -> model, all of the same depth; see `saved_by_block`.
+        batch: See `saved_by_block`.
+        path: File to write; its ending says the format (`.png`, `.svg`, `.pdf`).
+
+    Returns:
+        `path`.
+
+    Raises:
+        InputError: If there is no model, or if their depths differ.
+    """
+    found = {name: saved_by_block(model, batch) for name, model in models.items()}
+    if not found or len({tuple(parts) for parts in found.values()}) != 1:
+        depths = {name: len(parts) - 2 for name, parts in found.items()}
+        raise InputError(
+            f"`models` must be models of one depth, found {depths}. Draw others in a picture of their own."
+        )
+    parts = next(iter(found.values()))
+    places, width = np.arange(len(parts)), 0.8 / len(found)
+    figure = Figure(figsize=(max(8.0, 0.6 * len(parts)), 3.2), layout="constrained")
+    axis = figure.subplots()
+    for number, (name, saved) in enumerate(found.items()):
+        heights = np.array(list(saved.values())) / 2**20
+        offset = (number - (len(found) - 1) / 2) * width
+        axis.bar(places + offset, heights, width, label=f"{name}: {heights.sum():.1f} MiB")
+    axis.set_xticks(places, list(parts), fontsize=8)
+    axis.set_xlabel("block")
+    axis.set_ylabel("kept for backward, MiB an image", fontsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside upper center", ncols=4, frameon=False, fontsize=8)
+    figure.savefig(path, dpi=150)
+    return Path(path)
+
+
+__all__ = ["draw_saved_memory", "saved_by_block"]

@@ -1,0 +1,162 @@
+"""Every command on a tiny model: what it says to people, to machines, and what it writes."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from dataclasses import dataclass
+from types import ModuleType
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from PIL import Image
+
+import peft_bsr
+
+
+def test_inspect_a_model(run, run_json, base):
+    said = run_json("inspect", base)
+    assert (said["family"], said["blocks"], said["tokens"]) == ("vit", 4, "17: 1 special, 16 patches")
+    assert said["methods"] == {"bsr": None, "alast": None, "synqt": None}
+    code, out, _ = run("inspect", base)
+    assert code == 0
+    assert "17: 1 special, 16 patches" in out
+
+
+def test_inspect_says_why_a_model_is_refused(run, tmp_path):
+    from transformers import SwinConfig
+
+    SwinConfig(image_size=32, embed_dim=16, depths=[1, 1], num_heads=[1, 2], window_size=4).save_pretrained(tmp_path)
+    code, out, err = run("inspect", tmp_path)
+    assert code == 2
+    assert out == ""
+    assert err.startswith("peft-bsr: Swin")
+    assert err.count("\n") == 1
+
+
+def test_inspect_an_adapter(run_json, trained):
+    said = run_json("inspect", trained / "adapter")
+    assert said["adapter"]["method"] == "bsr"
+    assert said["adapter"]["labels"] == ["dark", "light"]
+    assert any("blocks 2 and 3 train" in sentence for sentence in said["adapter"]["plan"])
+
+
+def test_plan(run_json, base):
+    said = run_json("plan", base, "--memory", "10MB", "--batch-size", "2", "--limit", "1")
+    (plan,) = said["plans"]
+    assert plan["method"] == "full"
+    assert 0 < plan["peak_bytes"] < 10e6
+
+
+def test_the_flags_of_a_plan_are_those_of_train():
+    from peft_bsr.cli.plan import _flags
+    from peft_bsr.cli.settings import read_pairs
+    from peft_bsr.cli.sources import make_config
+    from peft_bsr.cost import BudgetPlan
+
+    config = peft_bsr.BSRConfig(trainable_blocks="last:3", reduction_blocks=[], lean="max")
+    flags = _flags(BudgetPlan(config, True, None, ""))
+    assert flags[-2:] == ["--trainer", "gradient_checkpointing=true"]
+    typed = [word for word in shlex.split(" ".join(flags[:-2])) if word != "--set"]
+    assert make_config("bsr", read_pairs(typed)) == config
+
+
+def test_train_writes_all_it_says(trained, base, images):
+    summary = json.loads((trained / "summary.json").read_text())
+    assert summary["steps"] == 2
+    assert 0 <= summary["accuracy"] <= 1
+    assert set(summary["costs"]) == {"full fine-tuning", "BSR"}
+    assert yaml.safe_load((trained / "settings.yaml").read_text())["options"] == {"trainable_blocks": "last:2"}
+    card = ModelCard.load(trained / "adapter" / "README.md")
+    assert f"- accuracy on {images}: {summary['accuracy']:.4g}" in card.text
+    assert "| BSR |" in card.text
+    assert (trained / "adapter" / "kept_tokens.png").exists()
+    page = (trained / "report.html").read_text()
+    assert "What trains" in page
+    assert "Kept tokens" in page
+    assert f"--model {base}" in page
+
+
+def test_a_run_goes_on(run, run_json, trained, base, images, tmp_path):
+    settings = yaml.safe_load((trained / "settings.yaml").read_text())
+    settings |= {"output": str(tmp_path / "run"), "epochs": 1}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    first = ["train", "--config", tmp_path / "run.yaml", "--no-measuring"]
+    assert run_json(*first)["steps"] == 2
+    code, _, err = run(*first)
+    assert code == 2
+    assert "has checkpoints of a run. Go on with `--resume`" in err
+    resumed = run_json(*first, "--resume", "--max-steps", "3")
+    assert resumed["steps"] == 3
+    assert resumed["costs"] == {}
+    state = json.loads(next((tmp_path / "run" / "checkpoints").glob("checkpoint-3/trainer_state.json")).read_text())
+    assert [entry["step"] for entry in state["log_history"] if "eval_loss" in entry] == [2, 3]
+
+
+@pytest.mark.parametrize("method", ["alast", "synqt"])
+def test_train_by_the_other_methods(method, run_json, base, images, tmp_path):
+    command = ["train", "--model", base, "--dataset", images, "--method", method, "--output", tmp_path]
+    said = run_json(*command, "--max-steps", "1", "--batch-size", "4", "--no-measuring")
+    assert said["method"] == method
+    page = (tmp_path / "report.html").read_text()
+    assert ("<h2>Budgets</h2>" in page) == (method == "alast")
+    assert "<h2>Kept tokens</h2>" not in page, "in use they keep every token"
+    assert peft_bsr.load(tmp_path / "adapter").config.id2label == {0: "dark", 1: "light"}
+
+
+def test_evaluate(run, run_json, trained, images):
+    said = run_json("evaluate", trained / "adapter", "--dataset", images)
+    summary = json.loads((trained / "summary.json").read_text())
+    assert said["images"] == 4
+    assert said["accuracy"] == summary["accuracy"]
+    assert said["loss"] == pytest.approx(summary["loss"], abs=1e-5)
+    code, _, err = run("evaluate", trained / "adapter")
+    assert code == 2
+    assert "`digits` has the classes ['0', '1'" in err
+
+
+def test_show(run_json, trained, images, tmp_path):
+    picture = tmp_path / "pictures" / "kept.png"
+    image = images / "dark" / "0.png"
+    said = run_json("show", image, "--model", trained / "adapter", "--output", picture)
+    assert said["images"][0]["label"] in ("dark", "light")
+    assert [round(share, 2) for share in said["kept"].values()] == [0.5, 0.25, 0.12]
+    with Image.open(picture) as drawn:
+        assert drawn.width > drawn.height
+
+
+def test_compare(run_json, base):
+    arguments = ["--methods", "full", "lora", "bsr", "--batch-size", "2", "--repeats", "1"]
+    said = run_json("compare", base, *arguments, "--set", "trainable_blocks=last:1")
+    costs = said["costs"]
+    assert list(costs) == ["full fine-tuning", "LoRA r=8, every Linear", "bsr"]
+    assert costs["bsr"]["saved_bytes_per_image"] < costs["full fine-tuning"]["saved_bytes_per_image"]
+    assert "batch 2, 32 x 32 px" in said["conditions"]
+
+
+@dataclass
+class Report:
+    path: str
+    max_difference: float
+    speedup = 2.0
+
+
+def test_export_hands_over_what_was_asked(run_json, trained, tmp_path, monkeypatch):
+    asked = {}
+
+    def export(model, format, path, **settings):
+        asked.update(settings, model=model, format=format, path=path)
+        return Report(str(path), 0.0)
+
+    module = ModuleType("peft_bsr.export")
+    module.export = export
+    monkeypatch.setitem(sys.modules, "peft_bsr.export", module)
+    monkeypatch.delitem(sys.modules, "peft_bsr.cli.export", raising=False)
+    said = run_json("export", trained / "adapter", "--output", tmp_path / "model.onnx", "--quantize", "int8")
+    assert (said["max_difference"], said["speedup"]) == (0.0, 2.0)
+    assert asked["image_size"] == 32, "what the adapter was trained at"
+    assert (asked["format"], asked["quantize"], asked["check"], asked["batch_size"]) == ("onnx", "int8", True, None)
+    assert asked["model"].peft_config["default"].labels == ["dark", "light"]
+    monkeypatch.delitem(sys.modules, "peft_bsr.cli.export", raising=False)

@@ -1,0 +1,118 @@
+"""Exit codes and messages: one line on stderr, no traceback unless it is asked for."""
+
+from __future__ import annotations
+
+import builtins
+
+import pytest
+
+from peft_bsr.cli import sources
+from peft_bsr.cli.main import COMMANDS
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["inspect", "./nowhere"], "there is no folder `./nowhere`."),
+        (["inspect", "{images}"], "has neither config.json nor adapter_config.json"),
+        (["train", "--dataset", "digits"], "give a base model: `--model`"),
+        (["train", "--config", "nowhere.yaml"], "`--config nowhere.yaml` cannot be read"),
+        (
+            ["train", "--model", "{base}", "--method", "magic"],
+            "Use one of bsr, alast, synqt.",
+        ),
+        (
+            ["train", "--model", "{base}", "--set", "keep_rat=1"],
+            "no option of bsr. Did you mean keep_rate",
+        ),
+        (["train", "--model", "{base}", "--set", "keep_rate=2"], "BSRConfig: `keep_rate=2`"),
+        (["train", "--model", "{base}", "--set", "keep_rate"], "`keep_rate` must be NAME=VALUE"),
+        (["train", "--model", "{base}", "--set", "layers=[1"], "`layers=[1` must be NAME=VALUE, with a value that"),
+        (["train", "--model", "{base}", "--trainer", "fp61=true"], "`fp61` is no field of TrainingArguments"),
+        (["train", "--model", "{base}", "--trainer", "seed=1"], "`--trainer seed=...`: it has a flag of its own"),
+        (["train", "--model", "{base}", "--resume", "--output", "nowhere"], "there is no checkpoint in `nowhere"),
+        (["train", "--model", "{base}", "--dataset", "./nowhere"], "`./nowhere` cannot be read"),
+        (["train", "--model", "{adapter}", "--dataset", "digits", "--output", "new"], "is an adapter"),
+        (["evaluate", "{base}"], "is a model, no adapter"),
+        (["show", "nowhere.png", "--model", "{adapter}"], "there is no file `nowhere.png`."),
+        (["show", "{adapter}/README.md", "--model", "{adapter}"], "README.md` is no image."),
+        (["compare", "{base}", "--repeats", "0"], "must be at least 1"),
+        (["plan", "{base}", "--memory", "lots"], "`memory='lots'` is not understood"),
+    ],
+)
+def test_bad_input_is_one_line_and_code_2(arguments, message, run, base, images, trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    places = {"base": base, "images": images, "adapter": trained / "adapter"}
+    code, out, err = run(*(argument.format(**places) for argument in arguments))
+    said = err.splitlines()[-1]
+    assert (code, out) == (2, "")
+    assert said.startswith("peft-bsr: ")
+    assert message in said
+    assert "Traceback" not in err
+
+
+def test_a_file_of_settings_is_checked(run, tmp_path):
+    path = tmp_path / "run.yaml"
+    for text, message in (
+        ("learning-rate: 1", "`learning-rate` is no setting"),
+        ("model: x\nepochs: many", "`epochs: many` is no number"),
+        ("- model", "must be names and values"),
+        ("a: [", "is no YAML"),
+    ):
+        path.write_text(text)
+        code, _, err = run("train", "--config", path)
+        assert code == 2
+        assert message in err
+
+
+def test_what_argparse_refuses_is_code_2(run):
+    assert run()[0] == 2
+    assert run("dance")[0] == 2
+    code, _, err = run("plan", "model")
+    assert code == 2
+    assert "--memory" in err
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "export"])
+def test_help_has_examples(command, run):
+    code, out, _ = run(command, "--help")
+    assert code == 0
+    assert f"  peft-bsr {command} " in out
+
+
+def test_a_failure_is_code_1_and_debug_shows_where(run, base, monkeypatch):
+    def fail(name):
+        raise RuntimeError("the disk\nis on fire")
+
+    monkeypatch.setattr(sources, "read_model_config", fail)
+    code, out, err = run("inspect", base)
+    assert (code, out) == (1, "")
+    assert err.splitlines()[-1] == "peft-bsr: RuntimeError: the disk is on fire"
+    assert "Traceback" not in err
+    assert "Traceback" in run("inspect", base, "--debug")[2]
+
+
+def test_an_interrupt_is_code_130(run, base, monkeypatch):
+    def interrupt(name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sources, "read_model_config", interrupt)
+    assert run("inspect", base)[0] == 130
+
+
+def test_a_missing_package_is_named(run, base, monkeypatch):
+    import sys
+
+    real = builtins.__import__
+
+    def without_rich(name, *rest):
+        if name.partition(".")[0] == "rich":
+            raise ModuleNotFoundError("No module named 'rich'", name="rich")
+        return real(name, *rest)
+
+    for name in [n for n in sys.modules if n == "peft_bsr.cli.output" or n.partition(".")[0] == "rich"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(builtins, "__import__", without_rich)
+    code, _, err = run("inspect", base)
+    assert code == 1
+    assert "the package `rich` is not installed. Run `pip install 'peft-bsr[cli]'`." in err

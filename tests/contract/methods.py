@@ -1,0 +1,133 @@
+"""The methods that PEFT's contract is checked for, and what each is expected to look like from outside."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+
+from peft_bsr import ALaSTConfig, BSRConfig, SynQTConfig
+
+LINEARS = {f"attention.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")} | {"mlp.fc1", "mlp.fc2"}
+NORMS = {"layernorm_before", "layernorm_after"}
+RANK = 4
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method on a ViT of four blocks, away from the base model so that it shows in the outputs.
+
+    Attributes:
+        config_class: Of its configuration.
+        defaults: Of the tests' configurations.
+        blocks: That it puts something on.
+        other: What another adapter of the method is asked for.
+    """
+
+    config_class: type[PeftConfig]
+    defaults: dict[str, Any] = field(default_factory=dict)
+    blocks: tuple[int, ...] = (1, 3)
+    other: dict[str, Any] = field(default_factory=lambda: {"trainable_blocks": [2]})
+
+    @property
+    def is_synqt(self) -> bool:
+        return self.config_class is SynQTConfig
+
+    @property
+    def is_alast(self) -> bool:
+        return self.config_class is ALaSTConfig
+
+    @property
+    def is_lora(self) -> bool:
+        return self.defaults.get("trainable") == "lora"
+
+    @property
+    def reduces(self) -> bool:
+        """In evaluation."""
+        return not self.is_alast and self.defaults.get("keep_rate", 1.0) < 1
+
+    @property
+    def peft_type(self) -> str:
+        return "SYNQT" if self.is_synqt else "ALAST" if self.is_alast else "BSR"
+
+    @property
+    def container(self) -> str:
+        """Name of what holds an adapter's parameters on a layer."""
+        return "synqt_params" if self.is_synqt else "bsr_params"
+
+    def config(self, **settings: Any) -> PeftConfig:
+        away = {} if self.is_synqt else {"init_weights": False}
+        return self.config_class(**{**self.defaults, **away, **settings})
+
+    def start_config(self, **settings: Any) -> PeftConfig:
+        """A configuration whose adapter begins at the base model, if the method does that."""
+        return self.config(**({} if self.is_synqt else {"init_weights": True}), **settings)
+
+    def attach(self, base: nn.Module, name: str = "default", **settings: Any) -> PeftModel:
+        """`base` with an adapter of the method, in evaluation mode."""
+        model = get_peft_model(base, self.config(**settings), adapter_name=name)
+        return self.stir(model) if self.is_synqt else model.eval()
+
+    def stir(self, model: nn.Module) -> Any:
+        """Away from the start, where SynQT's adapters are the identity; each parameter elsewhere."""
+        generator = torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if self.container in name and not parameter.is_meta:
+                    parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+        return model.eval()
+
+    def assert_same(self, found: Tensor, expected: Tensor) -> None:
+        """Bit for bit. SynQT: torch multiplies in another order where a weight requires no gradient."""
+        if self.is_synqt:
+            torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+        else:
+            assert torch.equal(found, expected)
+
+    def expected_keys(self, model: PeftModel, name: str = "default") -> set[str]:
+        """Of the file of an adapter with the method's own blocks."""
+        if self.is_synqt:
+            names = (key for key, _ in model.named_parameters() if f".synqt_params.{name}." in key)
+            return {key.replace(f".synqt_params.{name}.", ".synqt_params.") for key in names}
+        in_blocks = LINEARS if self.is_lora else LINEARS | NORMS
+        leaves = {f"vit.layers.{block}.{leaf}" for block in self.blocks for leaf in in_blocks}
+        parameters = ("lora_A", "lora_B") if self.is_lora else ("weight", "bias")
+        keys = {f"{leaf}.bsr_params.{p}" for leaf in leaves for p in parameters}
+        keys |= {f"{leaf}.bsr_params.{p}" for leaf in ("vit.layernorm", "classifier") for p in ("weight", "bias")}
+        keys |= {"vit.layers.0.token_router.bsr_state"} if self.is_alast else set()
+        return {f"base_model.model.{key}" for key in keys}
+
+    def num_trained(self, base: nn.Module) -> int:
+        """Numbers that train, counted on the base model; not for SynQT."""
+        total = sum(
+            p.numel() for leaf in ("vit.layernorm", "classifier") for p in base.get_submodule(leaf).parameters()
+        )
+        for block in self.blocks:
+            for leaf in LINEARS if self.is_lora else LINEARS | NORMS:
+                module: Any = base.get_submodule(f"vit.layers.{block}.{leaf}")
+                whole = sum(p.numel() for p in module.parameters())
+                total += RANK * (module.in_features + module.out_features) if self.is_lora else whole
+        return total
+
+
+def _bsr(**settings: Any) -> Method:
+    return Method(BSRConfig, {"trainable_blocks": [1, 3], "r": RANK, **settings})
+
+
+def _synqt(**settings: Any) -> Method:
+    defaults = {"num_queries": 2, "bottleneck": 4, "attention_bottleneck": 2, "layers": [0, 2, 3], **settings}
+    return Method(SynQTConfig, defaults, (0, 2, 3), {"layers": [1]})
+
+
+METHODS: dict[str, Method] = {
+    "bsr_full": _bsr(keep_rate=1.0),
+    "bsr_full_reduced": _bsr(keep_rate=0.5),
+    "bsr_lora": _bsr(trainable="lora", keep_rate=1.0),
+    "bsr_lora_reduced": _bsr(trainable="lora", keep_rate=0.5),
+    "alast": Method(ALaSTConfig, {"trainable_blocks_per_step": 2}, (0, 1, 2, 3), {"initial_budget": 0.7}),
+    "synqt": _synqt(keep_rate=1.0),
+    "synqt_reduced": _synqt(keep_rate=0.5),
+}

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from PIL import Image
+from transformers import ViTConfig, ViTForImageClassification
+
+from peft_bsr import BSRConfig, InputError
+from peft_bsr.cost import saved_activations
+from peft_bsr.viz import draw_saved_memory, saved_by_block
+
+
+@pytest.fixture
+def batch(images):
+    return {"pixel_values": images, "labels": torch.tensor([0, 1])}
+
+
+def test_parts_add_up_to_what_is_saved(make_model, batch):
+    for model in (
+        make_model(),
+        get_peft_model(make_model(), BSRConfig(reduction_blocks=[1])),
+        get_peft_model(make_model(), LoraConfig(target_modules=["q_proj"])),
+    ):
+        parts = saved_by_block(model.eval(), batch)
+        assert list(parts) == ["embeddings", "0", "1", "2", "3", "head"]
+        assert not model.training
+        assert 2 * sum(parts.values()) == saved_activations(model.train(), lambda m=model: m(**batch).loss)
+
+
+def test_frozen_leading_blocks_keep_nothing(make_model, batch):
+    model = get_peft_model(make_model(), BSRConfig(trainable_blocks=[2], reduction_blocks=[]))
+    parts = saved_by_block(model, batch)
+    assert parts["embeddings"] == parts["0"] == parts["1"] == 0
+    assert min(parts["2"], parts["3"], parts["head"]) > 0
+
+
+def test_block_10_is_not_block_1(batch):
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16, "image_size": 32, "patch_size": 16}
+    vit = ViTForImageClassification(ViTConfig(**sizes, num_hidden_layers=11))
+    parts = saved_by_block(get_peft_model(vit, BSRConfig(trainable_blocks=[10], reduction_blocks=[])), batch)
+    assert parts["10"] > 0 and not any(parts[str(index)] for index in range(10))
+
+
+def test_the_picture(make_model, batch, tmp_path):
+    models = {"full fine-tuning": make_model(), "BSR": get_peft_model(make_model(), BSRConfig())}
+    path = draw_saved_memory(models, batch, tmp_path / "memory.png")
+    with Image.open(path) as picture:
+        assert picture.width > picture.height
+
+
+def test_models_of_one_depth(make_model, batch, tmp_path):
+    models = {"vit": make_model(), "deit": make_model("deit")}
+    draw_saved_memory(models, batch, tmp_path / "memory.png")
+    with pytest.raises(InputError, match=r"must be models of one depth, found \{\}"):
+        draw_saved_memory({}, batch, tmp_path / "memory.png")

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from torch import nn
 from transformers import (
     CLIPConfig,
@@ -57,6 +58,12 @@ FAMILIES: dict[str, Callable[..., nn.Module]] = {
     ),
     "clip_bare": lambda **kw: CLIPVisionModel(CLIPVisionConfig(**SIZES, **kw)),
 }
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate() -> None:
+    """Accelerate keeps the precision and the processes of the first Accelerator in the process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture

@@ -57,15 +57,19 @@ class Run:
         assert code == 0, self.text.read_text()[-3000:]
         return json.loads((self.output / "results.json").read_text())
 
-    def kill_after(self, updates: int, seconds: float) -> None:
-        """Kill one of the workers so long after so many updates of this run."""
+    def kill_after(self, updates: int, seconds: float) -> bool:
+        """Kill one of the workers so long after so many updates of this run; False if the run was done by then."""
         end, before = time.monotonic() + TIMEOUT, len(self.lines())
         while len(self.lines()) == before or len(self.lines()) < updates:
+            if self.process.poll() == 0:
+                return False
             assert self.process.poll() is None and time.monotonic() < end, self.text.read_text()[-3000:]
             time.sleep(0.005)
         time.sleep(seconds)
+        if self.process.poll() == 0:
+            return False
         random.choice(self.workers()).send_signal(signal.SIGKILL)
-        assert self.wait() != 0
+        return self.wait() != 0
 
 
 @pytest.fixture
@@ -110,8 +114,11 @@ def test_a_killed_run_goes_on_bit_for_bit(start, launcher):
     seed = random.SystemRandom().randrange(2**32)
     print(f"{seed=}")
     moments = random.Random(seed)
-    for updates in (3, 9, 15):
+    kills = [
         start("killed", *settings, launcher=launcher).kill_after(updates, moments.uniform(0, 0.3))
+        for updates in (3, 9, 15)
+    ]
+    assert any(kills), "every run was faster than its killer"
     killed = start("killed", *settings, launcher=launcher)
     assert killed.finish() == results
     assert "going on at update" in killed.text.read_text()

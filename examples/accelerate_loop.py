@@ -17,13 +17,13 @@ import transformers
 from accelerate import Accelerator
 from peft import get_peft_model
 from torch.utils.data import DataLoader
-from transformers import AutoModelForImageClassification, get_cosine_schedule_with_warmup
+from transformers import get_cosine_schedule_with_warmup
 
-from peft_bsr import BSRConfig
+from peft_bsr import BSRConfig, verify_trainability
 from peft_bsr.training.images import collate, load_images, load_processor, with_pixels
 
 sys.path.insert(0, str(Path(__file__).parent))
-from quickstart import find_model, make_parser, size_of
+from quickstart import find_model, load_base, make_parser, size_of
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -44,11 +44,10 @@ def main() -> None:
     data = load_images(args.dataset)
     source, _ = find_model(args.model)
     processor = load_processor(source, size_of(args))
-    base = AutoModelForImageClassification.from_pretrained(
-        source, num_labels=len(data.labels), ignore_mismatched_sizes=True
-    )
+    base = load_base(source, data.labels)
     model = get_peft_model(base, BSRConfig())
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.learning_rate)
+    verify_trainability(model, optimizer)  # stops here if something would not train
     train, test = (
         DataLoader(with_pixels(images, processor), args.batch_size, shuffle=shuffle, collate_fn=collate)
         for images, shuffle in ((data.train, True), (data.test, False))

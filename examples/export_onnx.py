@@ -15,13 +15,12 @@ from pathlib import Path
 import onnxruntime
 import transformers
 from peft import PeftModel, get_peft_model
-from transformers import AutoModelForImageClassification
 
 from peft_bsr import BSRConfig, export
 from peft_bsr.training.images import load_images, load_processor, to_pixels
 
 sys.path.insert(0, str(Path(__file__).parent))
-from quickstart import find_model, make_parser, size_of
+from quickstart import find_model, load_base, make_parser, size_of
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -41,9 +40,7 @@ def main() -> None:
     data = load_images(args.dataset)
     source, _ = find_model(args.model)
     processor = load_processor(source, size_of(args))
-    base = AutoModelForImageClassification.from_pretrained(
-        source, num_labels=len(data.labels), ignore_mismatched_sizes=True
-    )
+    base = load_base(source, data.labels)
     if args.adapter:
         model = PeftModel.from_pretrained(base, args.adapter)
     else:

@@ -17,13 +17,13 @@ import torch
 import transformers
 from peft import get_peft_model
 from rich.console import Console
-from transformers import AutoModelForImageClassification, Trainer, TrainingArguments
+from transformers import Trainer
 
 from peft_bsr import BSRConfig, FeatureCache, TrainabilityCallback
 from peft_bsr.training.images import compute_accuracy, load_images, load_processor, with_pixels
 
 sys.path.insert(0, str(Path(__file__).parent))
-from quickstart import find_model, make_parser, size_of
+from quickstart import find_model, load_base, make_parser, size_of, training_arguments
 
 console = Console()
 
@@ -51,27 +51,13 @@ def main() -> None:
 
     def fresh_model() -> torch.nn.Module:
         transformers.set_seed(0)
-        base = AutoModelForImageClassification.from_pretrained(
-            source, num_labels=len(data.labels), ignore_mismatched_sizes=True
-        )
+        base = load_base(source, data.labels)
         return get_peft_model(base, BSRConfig(trainable_blocks=args.trainable_blocks))
 
     def train_on(model: torch.nn.Module, dataset: object) -> tuple[float, float]:
         trainer = Trainer(
             model=model,
-            args=TrainingArguments(
-                output_dir=str(args.output / "checkpoints"),
-                num_train_epochs=args.epochs,
-                per_device_train_batch_size=args.batch_size,
-                per_device_eval_batch_size=64,
-                learning_rate=args.learning_rate,
-                lr_scheduler_type="cosine",
-                save_strategy="no",
-                report_to="none",
-                remove_unused_columns=False,  # cached tokens are no argument of the model's forward
-                label_names=["labels"],
-                dataloader_pin_memory=torch.cuda.is_available(),
-            ),
+            args=training_arguments(args, save_strategy="no"),
             train_dataset=dataset,
             eval_dataset=test,
             compute_metrics=compute_accuracy,

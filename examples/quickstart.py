@@ -69,6 +69,32 @@ def find_model(name: str | None) -> tuple[str, str]:
         return str(load_saliency_tuned_dinov2()), "saliency-tuned DINOv2-S"
 
 
+def load_base(source: str, labels: list[str]) -> torch.nn.Module:
+    """The model with a classifier of these labels, new where it had another."""
+    return AutoModelForImageClassification.from_pretrained(
+        source, id2label=dict(enumerate(labels)), label2id={n: i for i, n in enumerate(labels)},
+        ignore_mismatched_sizes=True,
+    )  # fmt: skip
+
+
+def training_arguments(args: argparse.Namespace, **settings: object) -> TrainingArguments:
+    """Trainer's arguments as the examples share them; `settings` are added."""
+    return TrainingArguments(
+        output_dir=str(args.output / "checkpoints"),
+        num_train_epochs=args.epochs,
+        max_steps=getattr(args, "max_steps", -1),
+        per_device_train_batch_size=args.batch_size,
+        per_device_eval_batch_size=64,
+        learning_rate=args.learning_rate,
+        lr_scheduler_type="cosine",
+        report_to="none",
+        remove_unused_columns=False,  # pixels are made when they are asked for
+        label_names=["labels"],  # a PeftModel does not tell them
+        dataloader_pin_memory=torch.cuda.is_available(),
+        **settings,
+    )
+
+
 def size_of(args: argparse.Namespace) -> int | None:
     """The size of images in pixels, or None for the model's."""
     return args.image_size or (112 if args.model is None else None)
@@ -87,16 +113,10 @@ def main() -> None:
     source, model_name = find_model(args.model)
     processor = load_processor(source, size_of(args))
 
-    def load_base() -> torch.nn.Module:
-        return AutoModelForImageClassification.from_pretrained(
-            source, id2label=dict(enumerate(data.labels)), label2id={n: i for i, n in enumerate(data.labels)},
-            ignore_mismatched_sizes=True,
-        )  # fmt: skip
-
     train, test = with_pixels(data.train, processor), with_pixels(data.test, processor)
 
     config = BSRConfig(trainable_blocks=args.trainable_blocks, keep_rate=args.keep_rate)
-    model = get_peft_model(load_base(), config)
+    model = get_peft_model(load_base(source, data.labels), config)
     size = processor.size["height"]
     console.print(f"\n[bold]{model_name}[/bold], {len(train)} training and {len(test)} test images at {size} px")
     column = model.base_model.column
@@ -105,22 +125,7 @@ def main() -> None:
 
     trainer = Trainer(
         model=model,
-        args=TrainingArguments(
-            output_dir=str(args.output / "checkpoints"),
-            num_train_epochs=args.epochs,
-            max_steps=args.max_steps,
-            per_device_train_batch_size=args.batch_size,
-            per_device_eval_batch_size=64,
-            learning_rate=args.learning_rate,
-            lr_scheduler_type="cosine",
-            warmup_steps=20,
-            logging_steps=10,
-            save_strategy="no",
-            report_to="none",
-            remove_unused_columns=False,
-            label_names=["labels"],
-            dataloader_pin_memory=torch.cuda.is_available(),
-        ),
+        args=training_arguments(args, warmup_steps=20, logging_steps=10, save_strategy="no"),
         train_dataset=train,
         eval_dataset=test,
         data_collator=collate,
@@ -133,7 +138,7 @@ def main() -> None:
 
     adapter = args.output / "adapter"
     model.save_pretrained(adapter)
-    reloaded = PeftModel.from_pretrained(load_base().to(model.device), adapter).eval()
+    reloaded = PeftModel.from_pretrained(load_base(source, data.labels).to(model.device), adapter).eval()
     sample = collate([test[i] for i in range(4)])["pixel_values"].to(model.device)
     with torch.no_grad():
         difference = float((reloaded(sample).logits - model.eval()(sample).logits).abs().max())
@@ -150,7 +155,8 @@ def main() -> None:
     console.print("Measuring against full fine-tuning on the same batch ...")
     batch = collate([train[i] for i in range(min(8, len(train)))])
     batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-    table = cost_table(compare({"full fine-tuning": load_base().to(model.device), "BSR": model}, batch), batch)
+    full = load_base(source, data.labels).to(model.device)
+    table = cost_table(compare({"full fine-tuning": full, "BSR": model}, batch), batch)
     summary = (
         f"{table}\n\nTest accuracy of {model_name} on {args.dataset}: {before:.3f} before, **{after:.3f}** "
         f"after {result.metrics['train_runtime']:.0f} s of training.\n\n"

@@ -17,14 +17,14 @@ import torch
 import transformers
 from peft import get_peft_model
 from rich.console import Console
-from transformers import AutoModelForImageClassification, Trainer, TrainingArguments
+from transformers import Trainer
 
 from peft_bsr import FeatureCache, SynQTConfig, TrainabilityCallback
 from peft_bsr.cost import saved_activations
 from peft_bsr.training.images import compute_accuracy, load_images, load_processor, with_pixels
 
 sys.path.insert(0, str(Path(__file__).parent))
-from quickstart import find_model, make_parser, size_of
+from quickstart import find_model, load_base, make_parser, size_of, training_arguments
 
 console = Console()
 
@@ -54,9 +54,7 @@ def main() -> None:
     train, test = with_pixels(data.train, processor), with_pixels(data.test, processor)
     console.print(f"\n[bold]{model_name}[/bold], {len(train)} training and {len(test)} test images at {size} px")
     transformers.set_seed(0)
-    base = AutoModelForImageClassification.from_pretrained(
-        source, num_labels=len(data.labels), ignore_mismatched_sizes=True
-    )
+    base = load_base(source, data.labels)
     model = get_peft_model(base, SynQTConfig(num_queries=args.num_queries, keep_rate=args.keep_rate)).train()
     sample = {"pixel_values": train[0]["pixel_values"][None], "labels": torch.tensor([train[0]["labels"]])}
     kept = saved_activations(model, lambda: model(**sample).loss)
@@ -66,20 +64,7 @@ def main() -> None:
     with cache.read_by(model):
         trainer = Trainer(
             model=model,
-            args=TrainingArguments(
-                output_dir=str(args.output / "checkpoints"),
-                num_train_epochs=args.epochs,
-                per_device_train_batch_size=args.batch_size,
-                per_device_eval_batch_size=64,
-                learning_rate=args.learning_rate,
-                weight_decay=1e-2,
-                lr_scheduler_type="cosine",
-                save_strategy="no",
-                report_to="none",
-                remove_unused_columns=False,  # cached tokens are no argument of the model's forward
-                label_names=["labels"],
-                dataloader_pin_memory=torch.cuda.is_available(),
-            ),
+            args=training_arguments(args, weight_decay=1e-2, save_strategy="no"),
             train_dataset=cache,
             eval_dataset=test,
             compute_metrics=compute_accuracy,

@@ -12,16 +12,15 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
 import transformers
 from peft import get_peft_model
-from transformers import AutoModelForImageClassification, Trainer, TrainingArguments
+from transformers import Trainer
 
-from peft_bsr import BSRConfig
+from peft_bsr import BSRConfig, TrainabilityCallback
 from peft_bsr.training.images import collate, compute_accuracy, load_images, load_processor, with_pixels
 
 sys.path.insert(0, str(Path(__file__).parent))
-from quickstart import find_model, make_parser, size_of
+from quickstart import find_model, load_base, make_parser, size_of, training_arguments
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -41,34 +40,18 @@ def main() -> None:
     data = load_images(args.dataset)
     source, _ = find_model(args.model)
     processor = load_processor(source, size_of(args))
-    model = AutoModelForImageClassification.from_pretrained(
-        source, id2label=dict(enumerate(data.labels)), ignore_mismatched_sizes=True
-    )
+    model = load_base(source, data.labels)
     model = get_peft_model(model, BSRConfig())
     model.print_trainable_parameters()
 
     trainer = Trainer(
         model=model,
-        args=TrainingArguments(
-            output_dir=str(args.output),
-            num_train_epochs=args.epochs,
-            max_steps=args.max_steps,
-            per_device_train_batch_size=args.batch_size,
-            per_device_eval_batch_size=64,
-            learning_rate=args.learning_rate,
-            lr_scheduler_type="cosine",
-            eval_strategy="epoch",
-            save_strategy="epoch",
-            save_total_limit=2,
-            report_to="none",
-            remove_unused_columns=False,  # pixels are made when they are asked for
-            label_names=["labels"],  # a PeftModel does not tell them
-            dataloader_pin_memory=torch.cuda.is_available(),
-        ),
+        args=training_arguments(args, eval_strategy="epoch", save_strategy="epoch", save_total_limit=2),
         train_dataset=with_pixels(data.train, processor),
         eval_dataset=with_pixels(data.test, processor),
         data_collator=collate,
         compute_metrics=compute_accuracy,
+        callbacks=[TrainabilityCallback()],  # stops before the first step if something would not train
     )
     trainer.train(resume_from_checkpoint=args.resume or None)
     print(f"test accuracy {trainer.evaluate()['eval_accuracy']:.3f}")

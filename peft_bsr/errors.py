@@ -23,6 +23,17 @@ class PeftBsrError(Exception):
         return cls(f"{subject}: " + (problems[0] if len(problems) == 1 else "".join(f"\n  - {p}" for p in problems)))
 
 
+def one_line(error: BaseException, limit: int | None = None) -> str:
+    """What `error` says without line breaks, for a message or a table.
+
+    Args:
+        error: Of any library.
+        limit: Name its class too, and cut its text to so many characters. Default None: its text alone, whole.
+    """
+    text = " ".join(str(error).split())
+    return text if limit is None else f"{type(error).__name__}: {text[:limit]}"
+
+
 class ConfigError(PeftBsrError, ValueError):
     """A configuration asks for something impossible. The message lists every problem found, not only the first."""
 

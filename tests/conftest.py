@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 
 import pytest
@@ -27,9 +26,6 @@ from transformers import (
     ViTMSNConfig,
     ViTMSNForImageClassification,
 )
-
-if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores
-    torch.set_num_threads(1)
 
 torch.set_num_threads(1)  # tiny models: more threads only wait for each other
 

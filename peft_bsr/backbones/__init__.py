@@ -5,6 +5,7 @@ from peft_bsr.backbones.column import Anatomy, Column
 from peft_bsr.backbones.inputs import (
     StockRun,
     hidden_first,
+    in_mode,
     input_shapes,
     main_input,
     probe_inputs,
@@ -43,6 +44,7 @@ __all__ = [
     "explicit_attention",
     "find_rule",
     "hidden_first",
+    "in_mode",
     "input_names",
     "input_shapes",
     "main_input",

@@ -17,18 +17,29 @@ _PREFERRED_PATCHES = 256  # a probe at DINOv2's native 518 px (1369 patches) tak
 
 
 @contextmanager
+def in_mode(training: bool, *models: nn.Module) -> Iterator[None]:
+    """Have `models` in training or in evaluation mode; afterwards every module has its own mode again."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        for model in models:
+            model.train(training)
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
 def quiet(model: nn.Module) -> Iterator[None]:
     """Run `model` without a trace: evaluation mode, no gradients, the random state and every module's mode restored."""
-    training = [module for module in model.modules() if module.training]
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-    model.eval()
-    try:
-        # a block that the user compiled would not call hooks that come later
-        with torch.random.fork_rng(devices), torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            yield
-    finally:
-        for module in training:
-            module.training = True
+    with (
+        in_mode(False, model),
+        torch.random.fork_rng(devices),
+        torch.no_grad(),
+        torch.compiler.set_stance("force_eager"),  # a compiled block would not call hooks that come later
+    ):
+        yield
 
 
 def probe_inputs(model: nn.Module, batch_size: int, shape: tuple[int, ...] | None = None) -> dict[str, Tensor]:

@@ -17,8 +17,8 @@ from peft_bsr.cli.findings import FULL, conditions
 from peft_bsr.cli.output import Output
 from peft_bsr.cli.settings import read_pairs
 from peft_bsr.cli.sources import METHODS, find_adapter, make_config, make_model, model_of
-from peft_bsr.cost import compare
-from peft_bsr.errors import PeftBsrError, UsageError
+from peft_bsr.cost import compare, cost_rows
+from peft_bsr.errors import PeftBsrError, UsageError, one_line
 
 _OTHERS = {"full": FULL, "lora": "LoRA r=8, every Linear"}
 EXAMPLES = """\
@@ -55,27 +55,14 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
             except PeftBsrError as error:
                 if method == "bsr" or len(args.methods) == 1:  # what was asked for with options
                     raise
-                refused[method] = " ".join(str(error).split())
+                refused[method] = one_line(error)
     first = next(iter(models.values()))
     inputs = probe_inputs(first, args.batch_size, input_shapes(first)[-1])
     batch = {name: tensor.to(args.device) for name, tensor in inputs.items()}
     batch["labels"] = torch.randint(args.labels, (args.batch_size,), device=args.device)
     with out.doing(f"measuring {len(models)} models"):
         costs = compare(models, batch, args.repeats)
-    reference = next(iter(costs.values()))
-    rows = [
-        (
-            name,
-            f"{cost.trainable_parameters / 1e6:.2f}",
-            f"{cost.saved_bytes_per_image / 2**20:.3g}",
-            f"{cost.training_flops_per_image / 1e9:.3g}",
-            f"{cost.step_seconds:.3g}",
-            f"{cost.step_seconds / reference.step_seconds:.2f}",
-        )
-        for name, cost in costs.items()
-    ]
-    columns = ("", "trained, M", "saved, MiB an image", "GFLOPs an image", "step, s", "ratio")
-    out.table(f"A training step of {source}", columns, rows)
+    out.table(f"A training step of {source}", *cost_rows(costs))
     for method, why in refused.items():
         out.say(f"{method} does not take this model: {why}")
     stands = conditions(batch[main_input(first)])

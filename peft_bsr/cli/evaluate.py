@@ -17,7 +17,7 @@ from peft_bsr.training.images import DIGITS, collate, compute_accuracy, load_ima
 
 EXAMPLES = """\
 examples:
-  peft-bsr evaluate outputs/train/adapter --dataset digits
+  peft-bsr evaluate outputs/train/adapter --dataset beans
   peft-bsr evaluate me/pets-bsr --dataset pets.parquet --json
 """
 

@@ -20,7 +20,7 @@ from peft_bsr.hub.card import PICTURE
 from peft_bsr.registration import package_version
 from peft_bsr.report import RunRecord
 from peft_bsr.training.images import LabelledImages, collate, to_pictures, with_pixels
-from peft_bsr.viz import KeptTokens, draw_kept_tokens, kept_token_pictures, saved_by_block
+from peft_bsr.viz import KeptTokens, draw_kept, kept_token_pictures, saved_by_block
 
 FULL = "full fine-tuning"
 _BATCH, _SHOWN = 8, 4  # images that are measured on, and that are drawn
@@ -60,7 +60,7 @@ def find_out(
         found.images = to_pictures(pixels, processor)
         found.titles = [data.labels[label] for label in shown["labels"].tolist()]
         found.kept = kept_token_pictures(model, pixels, found.images)
-        found.picture = draw_kept_tokens(model, pixels, found.images, output / PICTURE, found.titles)
+        found.picture = draw_kept(found.kept, found.images, output / PICTURE, found.titles)
     if is_measured:
         examples = with_pixels(data.train, processor)
         batch = collate([examples[i] for i in range(min(_BATCH, len(data.train)))])

@@ -10,7 +10,7 @@ from peft import PeftModel, get_peft_model
 from peft_bsr.backbones import Column, probe_column
 from peft_bsr.cli.output import Output
 from peft_bsr.cli.sources import METHODS, find_adapter, make_model, model_of
-from peft_bsr.errors import PeftBsrError, UnsupportedModelError
+from peft_bsr.errors import PeftBsrError, UnsupportedModelError, one_line
 from peft_bsr.hub import plan_in_words
 
 EXAMPLES = """\
@@ -81,7 +81,7 @@ def _refusal(model: Any, config: Any) -> str | None:
     try:
         get_peft_model(model, config).unload()
     except UnsupportedModelError as error:
-        return " ".join(str(error).split())
+        return one_line(error)
     except PeftBsrError as error:
-        return f"not with its defaults: {' '.join(str(error).split())}"
+        return f"not with its defaults: {one_line(error)}"
     return None

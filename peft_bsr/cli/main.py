@@ -19,6 +19,7 @@ from peft_bsr.errors import (
     PeftBsrError,
     UnsupportedModelError,
     UsageError,
+    one_line,
 )
 from peft_bsr.registration import package_version
 
@@ -79,8 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(error, ModuleNotFoundError):
             return _fail(_missing(error), 1)
         named = isinstance(error, (PeftBsrError, OSError))
-        message = " ".join(str(error).split())
-        return _fail(message if named else f"{type(error).__name__}: {message}", 2 if _is_bad_input(error) else 1)
+        message = one_line(error) if named else f"{type(error).__name__}: {one_line(error)}"
+        return _fail(message, 2 if _is_bad_input(error) else 1)
 
 
 def _parse(typed: list[str]) -> tuple[Any, argparse.Namespace]:

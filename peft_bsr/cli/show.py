@@ -15,7 +15,7 @@ from peft_bsr.cli.sources import find_adapter
 from peft_bsr.errors import UsageError
 from peft_bsr.hub import load, load_image_processor
 from peft_bsr.training.images import to_pictures, to_pixels
-from peft_bsr.viz import draw_kept_tokens, kept_token_pictures
+from peft_bsr.viz import draw_kept, kept_token_pictures
 
 EXAMPLES = """\
 examples:
@@ -47,8 +47,9 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
     labels = [model.config.id2label[index] for index in classes.tolist()]
     pictures = to_pictures(pixels, processor)
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    draw_kept_tokens(model, pixels, pictures, args.output, labels)
-    kept = {str(behind.block): behind.share for behind in kept_token_pictures(model, pixels, pictures)}
+    behind = kept_token_pictures(model, pixels, pictures)
+    draw_kept(behind, pictures, args.output, labels)
+    kept = {str(one.block): one.share for one in behind}
     found = [
         {"image": path, "label": label, "probability": chance}
         for path, label, chance in zip(args.images, labels, chances.tolist(), strict=True)

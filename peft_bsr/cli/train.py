@@ -21,7 +21,7 @@ from peft_bsr.cli.sources import check_names, find_adapter, load_model, make_con
 from peft_bsr.errors import UsageError
 from peft_bsr.hub import add_facts, plan_in_words
 from peft_bsr.report import write_report
-from peft_bsr.training import ALaSTCallback
+from peft_bsr.training import ALaSTCallback, TrainabilityCallback
 from peft_bsr.training.images import (
     LabelledImages,
     collate,
@@ -34,8 +34,8 @@ from peft_bsr.training.images import (
 EXAMPLES = """\
 examples:
   peft-bsr train --model google/vit-base-patch16-224-in21k --dataset beans --epochs 3
-  peft-bsr train --model facebook/dinov2-small --method alast --set trainable_blocks_per_step=6
-  peft-bsr train --config run.yaml --set trainable_blocks=last:3 --trainer bf16=true
+  peft-bsr train --model facebook/dinov2-small --method alast --set trainable_blocks_per_step=6 --output outputs/alast
+  peft-bsr train --config run.yaml --set trainable_blocks=last:3 --output outputs/last3
   peft-bsr train --config outputs/train/settings.yaml --resume
 
 written below --output: adapter/ (weights, model card, image processor), report.html, summary.json, settings.yaml,
@@ -145,7 +145,7 @@ def _make_trainer(
         train_dataset=with_pixels(data.train, processor),
         eval_dataset=with_pixels(data.test, processor),
         compute_metrics=compute_accuracy,
-        callbacks=[callback] if callback else None,
+        callbacks=[TrainabilityCallback(), *([callback] if callback else ())],
     )
     trainer.remove_callback(PrinterCallback)
     return trainer

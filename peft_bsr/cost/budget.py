@@ -20,12 +20,12 @@ _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?i?B?)\s*", re.IGNORECASE)
 
 _MARGIN = 1.05  # what kernels and the allocator take by themselves; up to 3 % was measured
 _HALVES = "half of the tokens go, 3 times"
-# how it is run, the fastest first
+# how it is run, the fewest FLOPs first
 _LEVELS: tuple[tuple[dict[str, Any], bool, str], ...] = (
     ({"lean": "exact"}, False, ""),
     ({"lean": "max"}, False, "first products are computed twice"),
-    ({"lean": "off"}, True, "blocks that gradients reach run twice"),
     ({"lean": "max", "saved_activations": "int8"}, False, "first products are computed twice; gradients off by 1 %"),
+    ({"lean": "off"}, True, "blocks that gradients reach run twice"),
 )
 _SHOWN = ("trainable_blocks", "reduction_blocks", "keep_rate", "trainable", "lean", "saved_activations")
 
@@ -115,18 +115,16 @@ def plan_for_budget(
     found: list[BudgetPlan] = []
     smallest: BudgetPlan | None = None
     for setting, gives_up in _settings(depth=len(settle(model, BSRConfig()).column.blocks)):
-        fitting = []
         for config, checkpointing, price in _ways(setting):
             cost = estimate(model, config, gradient_checkpointing=checkpointing, **settings)
             plan = BudgetPlan(config, checkpointing, cost, "; ".join(filter(None, (gives_up, price))))
             if smallest is None or cost.total_bytes < smallest.estimate.total_bytes:
                 smallest = plan
             if cost.total_bytes * _MARGIN <= budget:
-                fitting.append(plan)
-        if fitting:
-            found.append(min(fitting, key=lambda plan: plan.estimate.training_flops))
-            if limit is not None and len(found) >= limit:
-                break
+                found.append(plan)
+                break  # the others take more FLOPs
+        if limit is not None and len(found) >= limit:
+            break
     if not found:
         assert smallest is not None, "something was tried"
         least = smallest.estimate
@@ -158,7 +156,7 @@ def parse_size(memory: str | int) -> int:
 
 def _settings(depth: int) -> tuple[tuple[dict[str, Any] | None, str], ...]:
     """What trains and how many tokens stay, what gives up least first."""
-    late = max(0, 2 * depth // 3)
+    late = 2 * depth // 3
     return (
         (None, "nothing: every weight trains on every token"),
         ({"trainable_blocks": "every:1", "reduction_blocks": []}, "the embeddings stay frozen"),

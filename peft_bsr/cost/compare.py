@@ -6,6 +6,7 @@ import platform
 import statistics
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from peft_bsr.cost.flops import count_flops
 from peft_bsr.engine import saved_activations
 from peft_bsr.errors import TrainabilityError
+from peft_bsr.training.rehearsal import rehearsal
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Cost:
 
 
 def compare(models: Mapping[str, nn.Module], batch: Mapping[str, Tensor], repeats: int = 5) -> dict[str, Cost]:
-    """Cost of a training step of each model on the same batch; the models' weights and modes are left as they were.
+    """Cost of a training step of each model on the same batch; the models are left as they were, ALaST's budgets too.
 
     Args:
         models: Name -> model; called as `model(**batch)`, with a `loss` in the output.
@@ -50,22 +52,18 @@ def compare(models: Mapping[str, nn.Module], batch: Mapping[str, Tensor], repeat
     """
     size = len(next(iter(batch.values())))
     steps = {name: TrainingStep(model, batch) for name, model in models.items()}
-    modes = {name: {m for m in model.modules() if m.training} for name, model in models.items()}
-    try:
-        counted = {}
-        for name, (model, step) in ((n, (models[n], steps[n])) for n in models):
-            model.train()
+    counted = {}
+    times: dict[str, list[float]] = {name: [] for name in models}
+    with ExitStack() as stack:
+        for model in models.values():
+            stack.enter_context(rehearsal(model))
+        for name, step in steps.items():
             with torch.no_grad():
                 forward = count_flops(step.forward)
-            counted[name] = (saved_activations(model, step.forward), forward, count_flops(step))
-        times: dict[str, list[float]] = {name: [] for name in models}
+            counted[name] = (saved_activations(models[name], step.forward), forward, count_flops(step))
         for _ in range(repeats):
             for name, step in steps.items():
                 times[name].append(step.seconds())
-    finally:
-        for name, model in models.items():
-            for module in model.modules():
-                module.training = module in modes[name]
     return {
         name: Cost(
             trainable_parameters=sum(p.numel() for p in models[name].parameters() if p.requires_grad),
@@ -76,6 +74,27 @@ def compare(models: Mapping[str, nn.Module], batch: Mapping[str, Tensor], repeat
         )
         for name, (saved, forward, training) in counted.items()
     }
+
+
+def cost_rows(costs: Mapping[str, Cost]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Head and rows of a table of costs, as texts; the last column is the ratio of times to the first row.
+
+    Args:
+        costs: From `compare`; the first row is the reference.
+    """
+    head = ("", "trained, M", "saved, MiB an image", "GFLOPs an image", "step, s", "ratio")
+    reference = next(iter(costs.values()))
+    return head, [
+        (
+            name,
+            f"{cost.trainable_parameters / 1e6:.2f}",
+            f"{cost.saved_bytes_per_image / 2**20:.3g}",
+            f"{cost.training_flops_per_image / 1e9:.3g}",
+            f"{cost.step_seconds:.3g}",
+            f"{cost.step_seconds / reference.step_seconds:.2f}",
+        )
+        for name, cost in costs.items()
+    ]
 
 
 def cost_table(costs: Mapping[str, Cost], batch: Mapping[str, Tensor]) -> str:
@@ -120,13 +139,12 @@ class TrainingStep:
 
     def __init__(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
         self.model, self.batch = model, batch
-        trained = [p for p in model.parameters() if p.requires_grad]
-        if not trained:
+        if not any(p.requires_grad for p in model.parameters()):
             raise TrainabilityError(
                 f"{type(model).__name__} has nothing to train: no parameter asks for gradients. Load its adapter with "
                 "`is_trainable=True`."
             )
-        self.optimizer = torch.optim.SGD(trained, lr=0.0)
+        self.optimizer = torch.optim.SGD(model.parameters(), lr=0.0)  # what has no gradient is skipped
 
     def forward(self) -> Tensor:
         """The loss alone."""

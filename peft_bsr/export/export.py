@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from peft_bsr.errors import ExportError
+from peft_bsr.errors import ExportError, one_line
 from peft_bsr.export.check import TOLERANCE, ExportReport, largest_difference, median_seconds, versions_of
 from peft_bsr.export.formats import FORMATS, Run, quantize_onnx
 from peft_bsr.export.prepare import ImageFunction, to_image_function
@@ -93,9 +93,7 @@ def _write(
     try:
         FORMATS[format].write(function, sample, path, is_any_batch)
     except Exception as error:  # the exporters raise whatever they meet
-        raise ExportError(
-            f"{format} cannot take {type(function.model).__name__}: {type(error).__name__}: {_first_line(error)}"
-        ) from error
+        raise ExportError(f"{format} cannot take {type(function.model).__name__}: {one_line(error, 200)}") from error
 
 
 def _report(
@@ -170,10 +168,6 @@ def _checked(
         seconds=seconds["reduced"],
         unreduced_seconds=seconds.get("unreduced"),
     )
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), "")
 
 
 __all__ = ["export"]

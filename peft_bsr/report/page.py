@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from peft_bsr.cost import cost_rows
 from peft_bsr.report.charts import bar_chart, heat_map, line_chart
 from peft_bsr.report.record import RunRecord
 from peft_bsr.report.style import STYLE
@@ -89,19 +90,7 @@ def _memory(record: RunRecord) -> str:
 def _costs(record: RunRecord) -> str:
     if not record.costs:
         return ""
-    reference = next(iter(record.costs.values()))
-    head = ("", "trained, M", "saved, MiB", "GFLOPs", "step, s", "ratio")
-    rows = [
-        (
-            name,
-            f"{cost.trainable_parameters / 1e6:.2f}",
-            f"{cost.saved_bytes_per_image / 2**20:.3g}",
-            f"{cost.training_flops_per_image / 1e9:.3g}",
-            f"{cost.step_seconds:.3g}",
-            f"{cost.step_seconds / reference.step_seconds:.2f}",
-        )
-        for name, cost in record.costs.items()
-    ]
+    head, rows = cost_rows(record.costs)
     cells = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     titles = "".join(f"<th>{escape(title)}</th>" for title in head)
     table = f'<div class="scroll"><table><thead><tr>{titles}</tr></thead><tbody>{cells}</tbody></table></div>'

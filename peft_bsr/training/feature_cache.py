@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 from tqdm.auto import tqdm
 
-from peft_bsr.backbones import main_input, relative_error, tensors_of, tolerance
+from peft_bsr.backbones import in_mode, main_input, relative_error, tensors_of, tolerance
 from peft_bsr.engine import run_from, run_until
 from peft_bsr.errors import FeatureCacheError
 from peft_bsr.training.cache_files import CacheFiles, num_bytes
@@ -105,7 +105,7 @@ class FeatureCache(Dataset):
             "image": list(sample[name][0].shape),
         }
         files = CacheFiles(Path(folder))
-        with _in_evaluation(model):
+        with in_mode(False, model):
             first, lengths = _rows(model, sample, name, dtype)
             key |= {"lengths": list(lengths)} if lengths else {}
             _check_replay(model, sample, name)
@@ -261,17 +261,6 @@ def _announce(folder: Path, row_bytes: int, number: int) -> None:
         f"to {folder} ({shutil.disk_usage(exists).free / 2**30:.1f} GiB free).",
         file=sys.stderr,
     )
-
-
-@contextmanager
-def _in_evaluation(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 __all__ = ["FeatureCache"]

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_bsr.engine import find_carrier
+from peft_bsr.backbones import in_mode
+from peft_bsr.core import RouteCarrier
 from peft_bsr.tuners.routed import find_routers
 
 Owners = dict[int, tuple[torch.optim.Optimizer, dict[str, Any]]]  # id of a parameter -> who steps it, in which group
@@ -21,18 +22,18 @@ Owners = dict[int, tuple[torch.optim.Optimizer, dict[str, Any]]]  # id of a para
 def rehearsal(model: nn.Module) -> Iterator[None]:
     """Forwards and backwards inside leave the model and the random state bit for bit as they were.
 
-    Inside, the model is in training mode and no tensor has a gradient.
+    Inside, the model is in training mode and no tensor has a gradient. Without an adapter of ours any model will do.
     """
-    modes = [(module, module.training) for module in model.modules()]
     parameters = [(p, p.requires_grad, p.grad, dict(p._post_accumulate_grad_hooks or {})) for p in model.parameters()]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-    carrier = find_carrier(model)
+    routers = find_routers(model)
+    carrier = routers[0].carrier if routers else RouteCarrier()
     log, usage = carrier.log, carrier.usage
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices))
-        stack.enter_context(torch.compiler.set_stance("force_eager"))  # another batch size would compile anew
-        for router in find_routers(model):
+        stack.enter_context(in_mode(True, model))
+        for router in routers:
             stack.enter_context(router.rehearsal())
         try:
             carrier.log = carrier.usage = None
@@ -40,7 +41,6 @@ def rehearsal(model: nn.Module) -> Iterator[None]:
                 parameter.grad = None
                 if hooks:  # optimizers that step within the backward
                     parameter._post_accumulate_grad_hooks.clear()
-            model.train()
             yield
         finally:
             carrier.log, carrier.usage = log, usage
@@ -49,8 +49,6 @@ def rehearsal(model: nn.Module) -> Iterator[None]:
                 parameter.grad = gradient
                 if hooks:
                     parameter._post_accumulate_grad_hooks.update(hooks)
-            for module, mode in modes:
-                module.training = mode
             with torch.no_grad():
                 for buffer, before in buffers:
                     if not torch.equal(buffer, before):

@@ -57,7 +57,8 @@ def verify_trainability(
     """
     model = extract_model_from_parallel(model)
     units, owners = find_units(model), {} if optimizer is None else owners_of(optimizer)
-    with rehearsal(model):
+    # eager: another batch size would compile anew
+    with rehearsal(model), torch.compiler.set_stance("force_eager"):
         batch = _own_batch(model) if batch is None else _moved(model, batch)
         problems, saved = [], {}
         try:

@@ -11,7 +11,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from peft_bsr.backbones import probe_column
+from peft_bsr.backbones import in_mode, probe_column
 from peft_bsr.engine import BlockScores, record_scores
 from peft_bsr.errors import InputError, UnsupportedModelError
 from peft_bsr.tuners.routed import find_routers
@@ -70,14 +70,8 @@ def _scores(model: Any, pixel_values: Tensor) -> list[BlockScores]:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     routers = find_routers(model)
     column = routers[0].column if routers else probe_column(base)
-    training = {module for module in model.modules() if module.training}
-    model.eval()
-    try:
-        with torch.no_grad(), record_scores(base, column) as found:
-            model(pixel_values=pixel_values)
-    finally:
-        for module in training:
-            module.training = True
+    with in_mode(False, model), torch.no_grad(), record_scores(base, column) as found:
+        model(pixel_values=pixel_values)
     return found
 
 

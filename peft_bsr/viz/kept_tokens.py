@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+from peft_bsr.backbones import in_mode
 from peft_bsr.core import Route
 from peft_bsr.engine import BlockScores, record_routes, record_scores
 from peft_bsr.errors import AdapterError
@@ -56,22 +58,17 @@ def kept_token_pictures(model: nn.Module, pixel_values: Tensor, images: np.ndarr
     Raises:
         AdapterError: If the model has no adapter of ours, or none that reduces tokens.
     """
-    training = model.training
-    model.eval()
     wrapped: Any = model
     base = wrapped.get_base_model() if hasattr(model, "get_base_model") else model
     routers = find_routers(model)
     plan = routers[0].plan if routers else None
     reductions = {} if plan is None else {i: b.reduction for i, b in enumerate(plan.blocks) if b.reduction}
-    try:
-        with torch.no_grad(), record_routes(model) as routes, ExitStack() as watching:
-            scores: list[BlockScores] = []
-            if reductions:
-                kind = next(iter(reductions.values())).score  # a plan ranks by one
-                scores = watching.enter_context(record_scores(base, routers[0].column, kind))
-            model(pixel_values=pixel_values)
-    finally:
-        model.train(training)
+    with in_mode(False, model), torch.no_grad(), record_routes(model) as routes, ExitStack() as watching:
+        scores: list[BlockScores] = []
+        if reductions:
+            kind = next(iter(reductions.values())).score  # a plan ranks by one
+            scores = watching.enter_context(record_scores(base, routers[0].column, kind))
+        model(pixel_values=pixel_values)
     if not routes:
         raise AdapterError("the model dropped no tokens: its adapter keeps all of them in evaluation, or is disabled.")
     found = []
@@ -94,7 +91,7 @@ def _dropped_mass(before: BlockScores, route: Route) -> np.ndarray:
 
 
 def draw_kept_tokens(
-    model: nn.Module, pixel_values: Tensor, images: np.ndarray, path: str | Path, titles: list[str] | None = None
+    model: nn.Module, pixel_values: Tensor, images: np.ndarray, path: str | Path, titles: Sequence[str] | None = None
 ) -> Path:
     """Run the model and draw, one row an image, the image and what is left of it behind each reduction.
 
@@ -115,7 +112,23 @@ def draw_kept_tokens(
     Raises:
         AdapterError: If the model has no adapter of ours, or none that reduces tokens.
     """
-    kept = kept_token_pictures(model, pixel_values, images)
+    return draw_kept(kept_token_pictures(model, pixel_values, images), images, path, titles)
+
+
+def draw_kept(
+    kept: Sequence[KeptTokens], images: np.ndarray, path: str | Path, titles: Sequence[str] | None = None
+) -> Path:
+    """Draw what `kept_token_pictures` found; see `draw_kept_tokens`.
+
+    Args:
+        kept: One a reduction.
+        images: [B, H, W, 3] or [B, H, W], values in 0 to 1.
+        path: File to write.
+        titles: One text an image.
+
+    Returns:
+        `path`.
+    """
     rows = len(images)
     # a Figure of its own, not pyplot: no global state, no window
     figure = Figure(figsize=(1.6 * (len(kept) + 1), 1.6 * rows + 0.5), layout="constrained")

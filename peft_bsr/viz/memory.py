@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from peft_bsr.backbones import probe_column
+from peft_bsr.backbones import in_mode, probe_column
 from peft_bsr.cost import saved_by_module
 from peft_bsr.errors import InputError
 from peft_bsr.tuners.routed import ROOT, find_routers
@@ -30,13 +30,8 @@ def saved_by_block(model: Any, batch: Mapping[str, Tensor]) -> dict[str, float]:
     is_wrapped = hasattr(model, "get_base_model")
     column = routers[0].column if routers else probe_column(model.get_base_model() if is_wrapped else model)
     blocks = [f"{ROOT if is_wrapped else ''}{name}." for name in column.blocks]
-    training = {module for module in model.modules() if module.training}
-    model.train()
-    try:
+    with in_mode(True, model):
         saved = saved_by_module(model, lambda: model(**batch).loss)
-    finally:
-        for module in model.modules():
-            module.training = module in training
     images = len(next(iter(batch.values())))
     parts = dict.fromkeys(["embeddings", *map(str, range(column.depth)), "head"], 0.0)
     part = "embeddings"

@@ -37,7 +37,8 @@ from peft_bsr import (
     verify_trainability,
 )
 from peft_bsr.training import ALaSTCallback, TaskBatchSampler, TaskDataset
-from tests.bad_input.conftest import assert_same, make_adapter, make_vit, state_of
+from tests.bad_input.conftest import make_adapter, make_vit
+from tests.tuners.conftest import assert_same_state, state_of
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
@@ -293,7 +294,7 @@ def test_a_model_that_cannot_take_it(make, config, error, text):
         get_peft_model(model, config)
     assert str(found.value).startswith(text)
     if before is not None:
-        assert_same(state_of(model), before)
+        assert_same_state(model, before)
 
 
 CALLS: list[tuple[str, Callable[[Any], Any], type[Exception], str]] = [
@@ -628,7 +629,7 @@ def test_a_call_that_cannot_be(method, call, error, text):
     with pytest.raises(error) as found:
         call(model)
     assert str(found.value).startswith(text)
-    assert_same(state_of(model), before)
+    assert_same_state(model, before)
     settings = {"task": "zoo"} if method == "tasks" else {}
     assert model(pixel_values=IMAGES, **settings).logits.isfinite().all()
 
@@ -638,4 +639,4 @@ def test_images_of_another_size_are_told_by_the_model_itself():
     before = state_of(model)
     with pytest.raises(ValueError, match=r"Input image size \(40\*40\) doesn't match model \(32\*32\)"):
         model(pixel_values=torch.zeros(1, 3, 40, 40))
-    assert_same(state_of(model), before)
+    assert_same_state(model, before)

@@ -17,7 +17,8 @@ from peft.tuners.tuners_utils import BaseTuner
 from safetensors.torch import load_file, save_file
 
 from peft_bsr import AdapterFileError, BSRConfig, ConfigError, UnsupportedModelError, check_adapter
-from tests.bad_input.conftest import assert_same, make_adapter, make_vit, state_of
+from tests.bad_input.conftest import make_adapter, make_vit
+from tests.tuners.conftest import assert_same_state, state_of
 
 CHECKS_WEIGHTS = hasattr(BaseTuner, "_remap_adapter_state_dict_for_load")  # peft >= 0.21
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -166,13 +167,13 @@ def test_damaged_files(method, damage, error, text, saved, tmp_path, monkeypatch
     with pytest.raises(error) as found:
         PeftModel.from_pretrained(base, folder)
     assert str(found.value).startswith(text)
-    assert_same(state_of(base), before)
+    assert_same_state(base, before)
     assert not Path("exploded").exists()
     if method in ("bsr", "synqt"):  # beside another adapter
         with pytest.raises(error):
             other.load_adapter(str(folder), "second")
         assert list(other.peft_config) == ["default"]
-        assert_same(state_of(other), with_another)
+        assert_same_state(other, with_another)
 
 
 WRONG_MODELS = [
@@ -205,7 +206,7 @@ def test_files_of_another_model(method, make, error, text, saved):
     with pytest.raises(error) as found:
         PeftModel.from_pretrained(base, saved(method))
     assert str(found.value).startswith(text)
-    assert_same(state_of(base), before)
+    assert_same_state(base, before)
 
 
 def test_a_checkpoint_that_does_not_fit_leaves_the_adapter_that_trains(saved, tmp_path):
@@ -217,7 +218,7 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_adapter_that_trains(saved, tm
     before = state_of(model)
     with pytest.raises(AdapterFileError, match="NaN"):
         model.load_adapter(str(tmp_path / "adapter"), "default")
-    assert_same(state_of(model), before)
+    assert_same_state(model, before)
 
 
 ALONE = [

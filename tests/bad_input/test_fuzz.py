@@ -17,7 +17,8 @@ import torch
 from peft import PeftModel
 
 from peft_bsr import PeftBsrError, check_adapter
-from tests.bad_input.conftest import assert_same, make_vit, state_of
+from tests.bad_input.conftest import make_vit
+from tests.tuners.conftest import assert_same_state, state_of
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 VALUES = [None, True, -1, 0, 2**70, 1e400, float("nan"), "", "x" * 1000, [], [[]], {}, {"a": {}}, "__import__('os')"]
@@ -92,7 +93,7 @@ def fuzz(folder: Path, saved: Path, seed: int) -> str:
                 warnings.simplefilter("ignore")
                 model = PeftModel.from_pretrained(base, folder).eval()
         except PeftBsrError:
-            assert_same(state_of(base), before)
+            assert_same_state(base, before)
             outcome = "taken back"
         else:
             settings = {"task": "zoo"} if getattr(model.peft_config["default"], "tasks", None) else {}

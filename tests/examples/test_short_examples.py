@@ -43,10 +43,10 @@ def run(tmp_path, monkeypatch, capsys):
 def test_trainer_goes_on_where_it_stopped(run, tmp_path):
     settings = ("--model", "model", "--batch-size", "64", "--output", "out")
     assert "test accuracy 0." in run("trainer", *settings, "--epochs", "1", "--max-steps", "2")
-    assert (tmp_path / "out" / "checkpoint-2" / "trainer_state.json").exists()
+    assert (tmp_path / "out" / "checkpoints" / "checkpoint-2" / "trainer_state.json").exists()
     printed = run("trainer", *settings, "--epochs", "1", "--max-steps", "4", "--resume")
     assert "trainable params" in printed
-    assert (tmp_path / "out" / "checkpoint-4").exists()
+    assert (tmp_path / "out" / "checkpoints" / "checkpoint-4").exists()
     assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").exists()
     assert (tmp_path / "out" / "adapter" / "preprocessor_config.json").exists()
 

@@ -9,22 +9,12 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor
-from transformers import ViTConfig, ViTForImageClassification
 
 from peft_bsr import BSRConfig, MoEConfig
+from tests.tuners.conftest import TINY, make_vit
 
-torch.set_num_threads(1)
-TINY = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64, "image_size": 32, "patch_size": 8}
+__all__ = ["TINY", "make_vit"]
 TASKS = {"zoo": 5, "digits": 4, "clothes": 3}  # not in the order of the alphabet, which files sort by
-
-
-@pytest.fixture
-def make_vit() -> Callable[..., ViTForImageClassification]:
-    def make(depth: int = 4, **settings: Any) -> ViTForImageClassification:
-        torch.manual_seed(0)
-        return ViTForImageClassification(ViTConfig(num_hidden_layers=depth, num_labels=3, **TINY, **settings)).eval()
-
-    return make
 
 
 @pytest.fixture

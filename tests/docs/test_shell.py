@@ -1,0 +1,112 @@
+"""Every `peft-bsr` command of the pages and of the help texts runs, in their order, on tiny models."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import get_peft_model
+from PIL import Image
+from transformers import (
+    Dinov2Config,
+    Dinov2ForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessorPil,
+)
+
+from peft_bsr import BSRConfig
+from peft_bsr.cli import main
+from peft_bsr.cli.main import COMMANDS
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+TRAIN_FIRST = sorted(COMMANDS, key=lambda command: command != "train")  # the others use what it writes
+
+
+def commands_in(text: str) -> list[list[str]]:
+    """Lines `peft-bsr ...`, and `peft-bsr ...` in the middle of prose where it has arguments."""
+    inline = re.findall(r"`(peft-bsr \w+ [^`]+)`", text)
+    lines = re.findall(r"^ *(peft-bsr .+)$", text, re.MULTILINE)
+    return [shlex.split(line, comments=True)[1:] for line in (*lines, *inline)]
+
+
+def commands_of_help() -> list[list[str]]:
+    texts = (importlib.import_module(f"peft_bsr.cli.{command}").EXAMPLES for command in TRAIN_FIRST)
+    return [command for text in texts for command in commands_in(text)]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the commands run: what they name is there."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 24, "num_hidden_layers": 8, "num_attention_heads": 2, "image_size": 32}
+    labels = {"id2label": {0: "dark", 1: "light"}, "label2id": {"dark": 0, "light": 1}}
+    vit = ViTForImageClassification(ViTConfig(**sizes, **labels, intermediate_size=32, patch_size=8))
+    dinov2 = Dinov2ForImageClassification(Dinov2Config(**sizes, mlp_ratio=2, patch_size=14))
+    for name, model in {"vit": vit, "dinov2": dinov2}.items():
+        model.save_pretrained(tmp_path / name)
+        ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(tmp_path / name)
+    base = ViTForImageClassification.from_pretrained(tmp_path / "vit")
+    get_peft_model(base, BSRConfig()).save_pretrained(tmp_path / "adapter")
+    for index in range(12):
+        image = Image.fromarray(np.full((24, 36, 3), 20 * index, dtype=np.uint8))
+        path = tmp_path / "images" / ("dark" if index < 6 else "light") / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path)
+    return tmp_path
+
+
+def as_here(arguments: list[str], folder: Path) -> list[str]:
+    """The command with what stands for the names of models, adapters, images and data; training is short."""
+    found = []
+    for before, word in zip(["", *arguments], arguments, strict=False):
+        if re.match(r"google/|MODEL$", word):
+            word = "vit"
+        elif word == "COMMAND":
+            word = "plan"
+        elif word.startswith("facebook/"):
+            word = "dinov2"
+        elif re.match(r"me/|ADAPTER$", word):
+            word = "adapter"
+        elif word in ("DATA", "beans") or word.endswith(".parquet"):
+            word = "images"
+        elif re.search(r"\.(jpg|png)$|^IMAGE$", word) and before != "--output":
+            word = str(next((folder / "images" / "dark").iterdir()))
+        found.append(word)
+    if arguments[0] == "train":
+        steps = 4 if "--resume" in arguments else 2
+        found += ["--max-steps", str(steps), "--batch-size", "4"]
+    return found
+
+
+def run_all(commands: list[list[str]], folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in commands:
+        try:
+            code = main(as_here(command, folder))
+        except SystemExit as left:  # --help, --version
+            code = left.code
+        assert code == 0, f"peft-bsr {shlex.join(command)}\n{capsys.readouterr().err}"
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if commands_in(p.read_text())], ids=lambda page: page.stem)
+def test_the_commands_of_a_page_run(page: Path, folder: Path, capsys: pytest.CaptureFixture[str]):
+    text = page.read_text()
+    for language, block in FENCE.findall(text):
+        if language == "yaml":
+            (folder / "run.yaml").write_text(block.replace("facebook/dinov2-small", "dinov2"))
+    run_all(commands_in(text), folder, capsys)
+
+
+def test_the_commands_of_the_help_run(folder: Path, capsys: pytest.CaptureFixture[str]):
+    (folder / "run.yaml").write_text("model: vit\ndataset: images\noutput: outputs/yaml\n")
+    assert len(commands_of_help()) >= 2 * len(COMMANDS) - 1
+    run_all(commands_of_help(), folder, capsys)

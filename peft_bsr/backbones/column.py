@@ -44,6 +44,7 @@ class Column:
         anatomy: Parts of a block, or None where it is not a plain pre-norm block; all blocks share it.
         head: Names of the modules behind the last block that hold parameters and change the output (final norm,
             pooler, classifiers).
+        unread: Names of those there that the output does not depend on (a pooler that a classifier goes round).
         width: D, channels of a token.
         num_prefix: P, tokens at the front that do not depend on the image (class, distillation, registers).
         num_patches: M, tokens of the probed image itself.
@@ -69,6 +70,7 @@ class Column:
     attention: str
     anatomy: Anatomy | None
     head: tuple[str, ...]
+    unread: tuple[str, ...]
     width: int
     num_prefix: int
     num_patches: int

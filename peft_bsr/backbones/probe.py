@@ -126,6 +126,7 @@ def _probe(model: nn.Module) -> tuple[Column, StockRun]:
         attention=attention_name,
         anatomy=anatomy,
         head=head,
+        unread=tuple(name for name in trace.behind if name not in head),
         width=embeddings.shape[-1],
         num_prefix=num_prefix,
         num_patches=num_patches,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from peft_bsr.engine import Parking, Plan
 from peft_bsr.errors import ConfigError
 from peft_bsr.tuners.block_config import BlockConfig
 from peft_bsr.tuners.bsr.layer import BSRWeights
+from peft_bsr.tuners.frozen_weights import linears_to_round, rounds
 from peft_bsr.tuners.synqt.config import SynQTConfig
 
 OPTIMIZER_STATES = {"adamw": 2, "sgd_momentum": 1, "sgd": 0}  # tensors kept for each trained one
@@ -128,9 +129,13 @@ def estimate(
     bare = on_meta(model, image_size, dtype)
     adapted: nn.Module = bare
     plan = None
+    spared = made_anew = 0
     if isinstance(config, BlockConfig):
-        settled = settle(bare, config)
-        adapted, plan = attach_settled(bare, copy.deepcopy(config), settled), settled.plan
+        whole = replace(config, frozen_weights="full")
+        settled = settle(bare, whole)
+        if rounds(config):
+            spared, made_anew = _eight_bits(bare, linears_to_round(bare, settled.column, settled.plan.trained_blocks))
+        adapted, plan = attach_settled(bare, whole, settled), settled.plan
     elif config is not None:
         adapted = get_peft_model(bare, copy.deepcopy(config))
     if gradient_checkpointing:
@@ -142,7 +147,15 @@ def estimate(
         weights = [p for p in trained.parameters() if p.requires_grad]
         run = dry_run(trained, inputs.values(), lambda: _loss(trained(**inputs)))
         batch_bytes = sum(tensor.nbytes for tensor in inputs.values())
-        return _summarize(trained, weights, run, batch_bytes, batch_size, optimizer, kind, plan)
+        found = _summarize(trained, weights, run, batch_bytes, batch_size, optimizer, kind, plan)
+    return replace(found, weights_bytes=found.weights_bytes - spared, workspace_bytes=found.workspace_bytes + made_anew)
+
+
+def _eight_bits(model: nn.Module, names: list[str]) -> tuple[int, int]:
+    """Bytes that weights spare in 8 bits, each row with a scale, and those of the largest, made anew to run."""
+    weights: list[Tensor] = [model.get_submodule(name).weight for name in names]  # type: ignore[misc]
+    kept = sum(weight.numel() + len(weight) * weight.itemsize for weight in weights)
+    return sum(weight.nbytes for weight in weights) - kept, max((weight.nbytes for weight in weights), default=0)
 
 
 def _is_there(kind: str) -> bool:

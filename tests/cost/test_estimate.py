@@ -16,7 +16,9 @@ from transformers import (
 
 from peft_bsr import ALaSTConfig, BSRConfig, ConfigError, SynQTConfig, UnsupportedModelError
 from peft_bsr.backbones import tensors_of
-from peft_bsr.cost import count_flops, estimate, plan_for_budget, saved_activations
+from peft_bsr.cost import count_flops, estimate, model_memory, plan_for_budget, saved_activations
+from peft_bsr.engine import Parking
+from peft_bsr.tuners.bsr.layer import BSRWeights
 
 SMALL = {"num_hidden_layers": 4, "hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 768}
 SMALL |= {"image_size": 96, "patch_size": 16}
@@ -64,6 +66,19 @@ def test_saved_activations_and_flops_are_those_of_the_real_step(model, config):
     assert found.trainable_parameters == trained
     if config in ("stock", "exact", "max", "int8"):
         assert found.plan == real.base_model.plan()
+
+
+def test_frozen_weights_in_8_bits_are_counted():
+    config = BSRConfig(trainable_blocks=[1, 3], frozen_weights="int8")
+    whole, found = (estimate(on_meta(MODELS["vit"]), c, batch_size=1) for c in (CONFIGS["exact"](), config))
+    assert found.saved_bytes == whole.saved_bytes
+    assert found.workspace_bytes - whole.workspace_bytes == 192 * 768 * 4  # the largest weight, for its product
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    model = get_peft_model(MODELS["vit"](), config)
+    held = model_memory(model)
+    parked = sum(p.nbytes for layer in model.modules() if isinstance(layer, BSRWeights) and layer.parks_base
+                 for p in Parking.takes(layer.base_layer))  # fmt: skip
+    assert found.weights_bytes == pytest.approx(held.trainable_bytes + held.frozen_bytes - parked, rel=1e-3)
 
 
 def test_weights_optimizer_and_gradients_are_counted_by_hand():

@@ -18,6 +18,7 @@ from peft_bsr import (
     SynQTConfig,
     TrainabilityCallback,
     TrainabilityError,
+    UnsupportedModelError,
     verify_trainability,
 )
 from tests.training.test_trainer import make_trainer
@@ -47,6 +48,15 @@ def build(make_model, method: str = "bsr", **settings) -> PeftModel:
 
 def optimizer_of(model, kind=torch.optim.AdamW, **settings):
     return kind([p for p in model.parameters() if p.requires_grad], **{"lr": 1e-3, **settings})
+
+
+@pytest.mark.parametrize("method", ["bsr", "alast", "alast_paper"])
+def test_what_trains_in_any_family_passes(make_model, family, method):
+    try:
+        model = build(make_model, method, family=family)
+    except UnsupportedModelError as error:
+        pytest.skip(f"{family}: {error}")
+    verify_trainability(model, optimizer_of(model))
 
 
 def traces(model, optimizer) -> dict:

@@ -110,12 +110,12 @@ class ALaSTModel(BSRModel):
 
 
 def find_embeddings(model: nn.Module, column: Column) -> list[str]:
-    """Names of the outermost modules outside of the blocks and the head that hold parameters themselves.
+    """Names of the outermost modules before the blocks that hold parameters themselves.
 
     Raises:
         UnsupportedModelError: If the model itself holds some: there is no module that could be saved.
     """
-    inside = (*column.blocks, *column.head)
+    inside = (*column.blocks, *column.head, *column.unread)
     owners = {name.rpartition(".")[0] for name, _ in model.named_parameters()}
     owners = {n for n in owners if not any(f"{n}.".startswith(f"{part}.") for part in inside)}
     if "" in owners:

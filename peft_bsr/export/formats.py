@@ -96,7 +96,7 @@ def quantize_onnx(path: Path, to: Path) -> None:
     """Weights of Linear modules in int8, a scale for each output; what they multiply is quantised as it comes.
 
     Those that take more than they give stay in fp32: behind an MLP's activation a few values are so large that one
-    scale for all loses the rest. On ViT-Ti with keep .5, 17 of 32 images kept their class with, 31 without them.
+    scale for all loses the rest.
 
     Args:
         path: An ONNX file.

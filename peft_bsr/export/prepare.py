@@ -69,14 +69,14 @@ class ImageFunction(nn.Module):
 def to_image_function(model: Any, all_tokens: bool = False) -> ImageFunction:
     """A copy of `model` on the CPU in fp32, with its active adapter's weights merged and its reduction in force.
 
-    SynQT and heads of tasks have nothing to merge into: they stay as they are.
+    SynQT, heads of tasks and mixtures of experts have nothing to merge into: they stay as they are.
 
     Args:
         model: From `get_peft_model` or `PeftModel.from_pretrained`; it is not changed.
         all_tokens: Leave the token reduction out.
 
     Raises:
-        ExportError: If the model has no adapter of ours, several tasks, or mixtures of experts.
+        ExportError: If the model has no adapter of ours, or several tasks.
     """
     tuner = getattr(model, "base_model", None)
     if not isinstance(tuner, (BSRModel, SynQTModel)):
@@ -90,11 +90,6 @@ def to_image_function(model: Any, all_tokens: bool = False) -> ImageFunction:
         raise ExportError(
             f"Adapter {name!r} has the tasks {tasks}; a file answers one. Write one of them as an adapter of its own "
             f"with `export_task(model, {tasks[0]!r}, folder)`, load it and export that."
-        )
-    if any(block.mixture for block in plan.blocks):
-        raise ExportError(
-            f"Adapter {name!r} has mixtures of experts, which sort tokens by expert: how many each gets depends on the "
-            "image, and no static graph has that. Train with `moe=None` to export."
         )
     if all_tokens or isinstance(tuner, ALaSTModel):  # ALaST reduces in training only
         plan = plan.without_reductions()

@@ -28,6 +28,7 @@ CONFIGS = {
     "alast": ALaSTConfig(init_weights=False),
     "synqt": SynQTConfig(reduction_blocks=[0], keep_rate=0.5, num_queries=2),
     "task": BSRConfig(trainable_blocks=[1], tasks={"digits": 4}, **KEEPING),
+    "experts": BSRConfig(trainable_blocks=[1], tasks={"digits": 4}, moe=MoEConfig(num_experts=3, top_k=2), **KEEPING),
 }
 
 
@@ -233,10 +234,10 @@ def test_several_tasks_are_exported_one_by_one(make_model, five_images, tmp_path
     torch.testing.assert_close(found, model(pixel_values=five_images, task="b").logits, atol=1e-6, rtol=0)
 
 
-def test_experts_are_refused(make_model):
-    config = BSRConfig(trainable_blocks=[2], tasks={"a": 2}, moe=MoEConfig(num_experts=2, top_k=1))
-    with pytest.raises(ExportError, match="has mixtures of experts, which sort tokens by expert"):
-        to_image_function(get_peft_model(make_model(), config))
+def test_mixtures_of_experts_in_onnx(make_peft, tmp_path):
+    pytest.importorskip("onnxruntime")
+    report = peft_bsr.export(make_peft("experts"), "onnx", tmp_path / "vit.onnx")
+    assert report.max_difference < 1e-5
 
 
 def test_what_a_format_cannot_take_is_one_error(make_peft, monkeypatch, tmp_path):

@@ -49,7 +49,7 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
     out.facts(source, facts)
     if adapter is None:
         rows = [(name, "no: " + why if why else "yes") for name, why in result["methods"].items()]
-        out.table("Methods", ("method", "taken"), rows, left=2)
+        out.table("Methods", ("method", "taken"), rows, left=(0, 1))
     else:
         out.facts(f"Adapter {args.model}", {result["adapter"]["method"]: "\n".join(result["adapter"]["plan"])})
     return result

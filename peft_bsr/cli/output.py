@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -44,6 +44,11 @@ class Output:
         if not self.is_json:
             self._screen.print(text, markup=False)
 
+    def line(self, text: str) -> None:
+        """A line to be copied, never broken; not with `--json`."""
+        if not self.is_json:
+            self._screen.print(text, markup=False, soft_wrap=True)
+
     def facts(self, title: str, values: Mapping[str, Any]) -> None:
         """Names and values below a title; not with `--json`."""
         table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
@@ -53,18 +58,20 @@ class Output:
             table.add_row(name, str(value))
         self._table(table)
 
-    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], left: int = 1) -> None:
+    def table(
+        self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], left: Collection[int] = (0,)
+    ) -> None:
         """A table; not with `--json`.
 
         Args:
             title: Above.
             columns: Headings.
             rows: As many texts or numbers each.
-            left: Columns that are aligned left; the others are numbers.
+            left: Indices of columns that are aligned left; the others are numbers.
         """
         table = Table(title=title, title_justify="left", header_style="bold")
         for index, column in enumerate(columns):
-            table.add_column(column, justify="left" if index < left else "right", overflow="fold")
+            table.add_column(column, justify="left" if index in left else "right", overflow="fold")
         for row in rows:
             table.add_row(*(str(cell) for cell in row))
         self._table(table)

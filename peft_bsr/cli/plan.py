@@ -50,17 +50,21 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
         )
     rows = [
         (
-            "full fine-tuning" if plan.config is None else "BSR",
+            str(number),
             f"{plan.estimate.total_bytes / 2**20:.0f}",
             f"{plan.estimate.training_flops / args.batch_size / 1e9:.3g}",
             f"{plan.estimate.trainable_parameters / 1e6:.2f}",
             plan.gives_up,
-            " ".join(_flags(plan)),
         )
-        for plan in plans
+        for number, plan in enumerate(plans, 1)
     ]
-    columns = ("", "peak, MiB", "GFLOPs an image", "trained, M", "gives up", "peft-bsr train ...")
-    out.table(f"{source}, {args.memory}, batch {args.batch_size}: what gives up least first", columns, rows)
+    columns = ("", "peak, MiB", "GFLOPs an image", "trained, M", "gives up")
+    out.table(f"{source}, {args.memory}, batch {args.batch_size}: what gives up least first", columns, rows, (0, 4))
+    for number, plan in enumerate(plans, 1):
+        command = ["peft-bsr", "train", "--model", shlex.quote(source), "--batch-size", str(args.batch_size)]
+        if plan.config is None:  # not what this package's `train` does
+            command = ["Trainer", "without", "an", "adapter"]
+        out.line(f"{number:>2}  {' '.join([*command, *_flags(plan)])}")
     out.say("Python and torch come on top (about 0.4 GB on the CPU). Which plan is best on your images, a run can say.")
     return {"model": source, "memory": args.memory, "batch_size": args.batch_size, "plans": [_row(p) for p in plans]}
 
@@ -80,10 +84,8 @@ def _row(plan: BudgetPlan) -> dict[str, Any]:
 
 
 def _flags(plan: BudgetPlan) -> list[str]:
-    """What `peft-bsr train` is told to run this plan; nothing for full fine-tuning, which it does not do."""
-    if plan.config is None:
-        return ["(Trainer without an adapter)"]
+    """What `peft-bsr train` is told to run a plan."""
     flags = []
-    for name, value in changed(plan.config).items():
+    for name, value in changed(plan.config).items() if plan.config else ():
         flags += ["--set", shlex.quote(f"{name}={value if isinstance(value, str) else json.dumps(value)}")]
     return flags + (["--trainer", "gradient_checkpointing=true"] if plan.gradient_checkpointing else [])

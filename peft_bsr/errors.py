@@ -23,15 +23,15 @@ class PeftBsrError(Exception):
         return cls(f"{subject}: " + (problems[0] if len(problems) == 1 else "".join(f"\n  - {p}" for p in problems)))
 
 
-def one_line(error: BaseException, limit: int | None = None) -> str:
-    """What `error` says without line breaks, for a message or a table.
+def one_line(error: BaseException) -> str:
+    """All that `error` says, without line breaks."""
+    return " ".join(str(error).split())
 
-    Args:
-        error: Of any library.
-        limit: Name its class too, and cut its text to so many characters. Default None: its text alone, whole.
-    """
-    text = " ".join(str(error).split())
-    return text if limit is None else f"{type(error).__name__}: {text[:limit]}"
+
+def headline(error: BaseException) -> str:
+    """The class of another library's error and its first line, 200 characters at most, to be told within ours."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
 class ConfigError(PeftBsrError, ValueError):

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from peft_bsr.errors import ExportError, one_line
+from peft_bsr.errors import ExportError, headline
 from peft_bsr.export.check import TOLERANCE, ExportReport, largest_difference, median_seconds, versions_of
 from peft_bsr.export.formats import FORMATS, Run, quantize_onnx
 from peft_bsr.export.prepare import ImageFunction, to_image_function
@@ -93,7 +93,7 @@ def _write(
     try:
         FORMATS[format].write(function, sample, path, is_any_batch)
     except Exception as error:  # the exporters raise whatever they meet
-        raise ExportError(f"{format} cannot take {type(function.model).__name__}: {one_line(error, 200)}") from error
+        raise ExportError(f"{format} cannot take {type(function.model).__name__}: {headline(error)}") from error
 
 
 def _report(

@@ -14,7 +14,7 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from peft_bsr.errors import HubError, one_line
+from peft_bsr.errors import HubError, headline
 
 _SPARE = 0.01  # share of the weights that a base model's file may lack
 
@@ -82,7 +82,7 @@ def read_config(name: str | Path, *, revision: str | None = None, token: str | b
         return PeftConfig.from_pretrained(str(name), revision=revision, token=token)
     except Exception as error:  # ValueError, or the Hub's and the HTTP library's own errors
         raise HubError(
-            f"`{name}` is no adapter ({one_line(error, 200)}). Give a folder with adapter_config.json, or the id of a "
+            f"`{name}` is no adapter ({headline(error)}). Give a folder with adapter_config.json, or the id of a "
             "repository on the Hub that has one."
         ) from error
 
@@ -122,7 +122,7 @@ def load_base(
             model, report = _class_of(config).from_pretrained(source, output_loading_info=True, **settings)
     except (OSError, ValueError) as error:
         raise HubError(
-            f"The base model `{source}` cannot be read ({one_line(error, 200)}). Give another copy of it as `base=`, a "
+            f"The base model `{source}` cannot be read ({headline(error)}). Give another copy of it as `base=`, a "
             "Hub id or a folder."
         ) from error
     _check_complete(model, report["missing_keys"], config, source)
@@ -150,7 +150,7 @@ def load_image_processor(
         try:
             return AutoImageProcessor.from_pretrained(source, revision=version, token=token)
         except (OSError, ValueError) as error:
-            problems.append(one_line(error, 200))
+            problems.append(headline(error))
     raise HubError(f"Neither `{name}` nor its base model has an image processor: {'; '.join(problems)}")
 
 

@@ -17,7 +17,7 @@ from PIL import Image as PILImage
 from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor
 
-from peft_bsr.errors import DatasetError, one_line
+from peft_bsr.errors import DatasetError, headline
 
 DIGITS = "digits"
 _BICUBIC = int(PILImage.Resampling.BICUBIC)
@@ -166,7 +166,7 @@ def _load(name: str) -> Any:
         return load_dataset(name)
     except Exception as error:  # datasets', the Hub's and the HTTP library's own errors
         raise DatasetError(
-            f'`{name}` cannot be read ({one_line(error, 200)}). Give "{DIGITS}", '
+            f'`{name}` cannot be read ({headline(error)}). Give "{DIGITS}", '
             "a folder of images by class, a .parquet file or the id of a data set on the Hub."
         ) from error
 

@@ -14,7 +14,7 @@ from typing import Any
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
-from peft_bsr.errors import AdapterFileError, ConfigError, one_line
+from peft_bsr.errors import AdapterFileError, ConfigError, headline
 
 _METHODS = ("BSR", "ALAST", "SYNQT")
 _AGAIN = "Take another checkpoint, or save or download it again"
@@ -115,7 +115,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         values: Any = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise AdapterFileError(f"{str(path)!r} cannot be read ({one_line(error, 200)}). {_AGAIN}.") from error
+        raise AdapterFileError(f"{str(path)!r} cannot be read ({headline(error)}). {_AGAIN}.") from error
     peft_type = values.get("peft_type") if isinstance(values, dict) else None
     if peft_type not in _METHODS:
         raise AdapterFileError(
@@ -142,7 +142,7 @@ def check_weights(folder: Path) -> None:
         with safe_open(path, framework="pt") as file:
             file.keys()
     except (OSError, SafetensorError, ValueError) as error:
-        why = one_line(error, 200)
+        why = headline(error)
         raise AdapterFileError(f"{str(path)!r} is no whole safetensors file ({why}). {_AGAIN}.") from error
 
 

@@ -50,6 +50,5 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
             quantize=args.quantize,
             check=not args.no_check,
         )
-    result = {"model": args.model, **dataclasses.asdict(report), "speedup": report.speedup}
-    out.facts(f"{args.model} as {args.format}", result)
-    return result
+    out.say(report.describe())
+    return {"model": args.model, **dataclasses.asdict(report), "speedup": report.speedup}

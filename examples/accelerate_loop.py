@@ -75,6 +75,8 @@ def main() -> None:
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         accelerator.unwrap_model(model).save_pretrained(args.output / "adapter")
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
 
 
 @torch.no_grad()

@@ -249,6 +249,7 @@ def main() -> None:
         accelerator.unwrap_model(model).save_pretrained(args.output / "adapter")
         (args.output / "results.json").write_text(json.dumps(results, indent=2))
         print(f"{model_name}, {progress.updates} updates: {json.dumps(results)}")
+    accelerator.wait_for_everyone()  # gloo may still hold what was gathered: freeing both at once can block for good
     accelerator.end_training()
 
 

@@ -46,6 +46,7 @@ def launch(
         "ACCELERATE_USE_CPU": "true",
         "CUDA_VISIBLE_DEVICES": "",
         "HF_HUB_OFFLINE": "1",
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # else restarted processes may read addresses of dead ones
     }
     result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=1800)
     assert (result.returncode != 0) == fails, result.stderr[-6000:]

@@ -82,8 +82,8 @@ def estimate(
     Args:
         model: A vision model of transformers, best without weights: `with torch.device("meta"): Class(config)`. Which
             of its parameters ask for gradients counts where `config` is None. It is not changed.
-        config: A `BSRConfig`, an `ALaSTConfig` (its first step is taken), or any other of PEFT's; None = train what
-            asks for gradients (full fine-tuning).
+        config: A `BSRConfig` (`frozen_weights="int8"` is counted without torchao), an `ALaSTConfig` (its first step is
+            taken), or any other of PEFT's; None = train what asks for gradients (full fine-tuning).
         batch_size: Images a step. Default 32.
         image_size: Pixels. Default the model's.
         optimizer: `"adamw"`, `"sgd_momentum"` or `"sgd"`. Default `"adamw"`.

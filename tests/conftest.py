@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -54,6 +56,21 @@ FAMILIES: dict[str, Callable[..., nn.Module]] = {
     ),
     "clip_bare": lambda **kw: CLIPVisionModel(CLIPVisionConfig(**SIZES, **kw)),
 }
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Counts of each family, that is of each folder."""
+    kinds = ("passed", "failed", "error", "skipped")
+    found = Counter((_family(r.nodeid), kind) for kind in kinds for r in terminalreporter.stats.get(kind, ()))
+    terminalreporter.section("families")
+    for family in sorted({family for family, _ in found}):
+        counts = [f"{found[family, kind]} {kind}" for kind in kinds if found[family, kind]]
+        terminalreporter.write_line(f"{family}: {', '.join(counts)}")
+
+
+def _family(nodeid: str) -> str:
+    folder, name, *_ = nodeid.partition("::")[0].split("/")
+    return name.removesuffix(".py") if folder == "tests" else "docstrings"
 
 
 @pytest.fixture(autouse=True)

@@ -7,8 +7,10 @@ import random
 
 import pytest
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from peft import PeftModel, get_peft_model
+from torch.nn.parallel import DistributedDataParallel
 
 from peft_bsr import (
     AdapterError,
@@ -272,3 +274,14 @@ def test_the_trainer_takes_the_same_steps_with_the_callback(make_model, tmp_path
         trainer.train()
         ends.append(model.state_dict())
     assert same(ends[1], ends[0])
+
+
+def test_ddp_takes_no_part(make_model, tmp_path):
+    """Its own forward would begin to reduce gradients, in one process perhaps alone."""
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        wrapped = DistributedDataParallel(build(make_model))
+        wrapped.forward = lambda **_: pytest.fail("DDP's forward was called")
+        verify_trainability(wrapped, optimizer_of(wrapped))
+    finally:
+        dist.destroy_process_group()

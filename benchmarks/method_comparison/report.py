@@ -44,20 +44,25 @@ class Row:
 
     Attributes:
         experiment: What ran.
-        accuracies: On the test images, one a seed.
+        accuracies: On the test images, seed -> accuracy.
         runs: The results themselves.
         cost: From `costs.json`.
     """
 
     experiment: Experiment
-    accuracies: list[float]
+    accuracies: dict[int, float]
     runs: list[dict[str, Any]]
     cost: dict[str, Any] | None
 
     @property
     def accuracy(self) -> float:
         """Mean over the seeds."""
-        return statistics.mean(self.accuracies)
+        return statistics.mean(self.accuracies.values())
+
+    def points_over(self, other: Row) -> float:
+        """Mean difference in points, over the seeds that both have."""
+        shared = self.accuracies.keys() & other.accuracies.keys()
+        return 100 * statistics.mean(self.accuracies[seed] - other.accuracies[seed] for seed in shared)
 
 
 def main() -> None:
@@ -96,7 +101,9 @@ def load_rows(results: Path, task: str, costs: dict[str, Any]) -> list[Row]:
         folder = result_path(results, task, experiment.name, 0).parent
         runs = [json.loads(path.read_text()) for path in sorted(folder.glob("seed-*.json"))]
         if runs:
-            accuracies = [run["train_info"]["metrics"][0]["accuracy"] for run in runs]
+            seeds = [run["run_info"]["train_config"]["seed"] for run in runs]
+            scores = [run["train_info"]["metrics"][0]["accuracy"] for run in runs]
+            accuracies = dict(zip(seeds, scores, strict=True))
             rows.append(Row(experiment, accuracies, runs, costs.get(experiment.name)))
     return rows
 
@@ -110,9 +117,9 @@ def accuracy_table(rows: list[Row]) -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        low, high = (f"{100 * value:.1f}" for value in (min(row.accuracies), max(row.accuracies)))
+        low, high = (f"{100 * value:.1f}" for value in (min(row.accuracies.values()), max(row.accuracies.values())))
         spread = "" if len(row.runs) == 1 else f" ({low} to {high})"
-        to_full = "" if full is None else f"{100 * (row.accuracy - full.accuracy):+.1f}"
+        to_full = "" if full is None else f"{row.points_over(full):+.1f}"
         infos = [run["train_info"] for run in row.runs]
         peak = statistics.median(info["memory_peak_bytes"] - info["memory_start_bytes"] for info in infos) / 2**20
         cost = row.cost
@@ -129,14 +136,14 @@ def accuracy_table(rows: list[Row]) -> str:
 def cost_table(costs: dict[str, Any], tasks: dict[str, list[Row]]) -> str:
     """What a step costs, whatever the images."""
     every = [row for rows in tasks.values() for row in rows]
-    trained = {row.experiment.name: row.runs[0]["train_info"]["num_trainable_params"] for row in every}
+    trained = {row.experiment.name: f"{row.runs[0]['train_info']['num_trainable_params'] / 1e6:.3f}" for row in every}
     lines = [
         "| experiment | trained, M | saved, MiB | forward, GMACs | training, GFLOPs | step to full |",
         "|---|---|---|---|---|---|",
     ]
     for name, cost in sorted(costs.items()):
         lines.append(
-            f"| {name} | {trained.get(name, 0) / 1e6:.3f} | {mib(cost['saved_bytes_per_image'])} "
+            f"| {name} | {trained.get(name, '')} | {mib(cost['saved_bytes_per_image'])} "
             f"| {cost['forward_macs_per_image'] / 1e9:.2f} | {cost['training_flops_per_image'] / 1e9:.2f} "
             f"| {cost['step_to_full']:.2f} |"
         )
@@ -153,23 +160,28 @@ def recipe_table(recipes: dict[str, Any]) -> str:
 
 
 def tried_table(tried: list[dict[str, Any]], recipes: dict[str, Any], costs: dict[str, Any]) -> str:
-    """Variants of a recipe, on the images of the sweep."""
+    """Variants of recipes, on the images of the sweep."""
     size = tried[0]["train_info"]["metrics"][0]
     lines = [
         f"On the {size['split']} split, trained on the images of the sweep, one seed, at the recipe's rate:\n",
-        "| experiment | accuracy, % | trained blocks, reduction, other settings | saved of full | step to full |",
+        "| experiment | accuracy, % | what it changes | saved of full | step to full |",
         "|---|---|---|---|---|",
     ]
-    leader = recipes[Experiment.load(tried[0]["run_info"]["experiment_name"]).params["recipe"]]
-    rate = f"{leader['learning_rate']:g}"
-    lines.append(f"| {leader['experiment']} | {100 * leader['tried'][rate]:.1f} | as in the sweep | | |")
-    for run in sorted(tried, key=lambda run: -run["train_info"]["metrics"][0]["accuracy"]):
-        name, cost = run["run_info"]["experiment_name"], costs.get(run["run_info"]["experiment_name"])
-        config = json.loads((EXPERIMENTS / name / "adapter_config.json").read_text())
-        settings = ", ".join(f"{key} {value}" for key, value in config.items() if key != "peft_type")
-        shares = ["", ""] if cost is None else [f"1/{1 / cost['saved_to_full']:.1f}", f"{cost['step_to_full']:.2f}"]
-        accuracy = 100 * run["train_info"]["metrics"][0]["accuracy"]
-        lines.append(f"| {name} | {accuracy:.1f} | {settings} | {' | '.join(shares)} |")
+    groups: dict[str, list[tuple[float, str]]] = {}
+    for run in tried:
+        name = run["run_info"]["experiment_name"]
+        accuracy = run["train_info"]["metrics"][0]["accuracy"]
+        groups.setdefault(Experiment.load(name).params["recipe"], []).append((accuracy, name))
+    for recipe, found in sorted(groups.items()):
+        leader = recipes[recipe]
+        own = (leader["tried"][f"{leader['learning_rate']:g}"], leader["experiment"])
+        for accuracy, name in sorted([own, *found], reverse=True):
+            config = json.loads((EXPERIMENTS / name / "adapter_config.json").read_text())
+            changed = ", ".join(f"{key} {value}" for key, value in config.items() if key != "peft_type")
+            what = f"**recipe {recipe}**" if name == leader["experiment"] else changed
+            cost = costs.get(name)
+            shares = ["", ""] if cost is None else [f"1/{1 / cost['saved_to_full']:.1f}", f"{cost['step_to_full']:.2f}"]
+            lines.append(f"| {name} | {100 * accuracy:.1f} | {what} | {' | '.join(shares)} |")
     return "\n".join(lines)
 
 
@@ -207,11 +219,10 @@ def draw(rows: list[Row], task: str, path: Path) -> None:
         for row in measured:
             method = row.experiment.name.split("/")[0]
             x = row.cost[key] / (2**20 if key.startswith("saved") else 1)
-            y = [100 * value for value in row.accuracies]
-            axis.errorbar(
-                x, 100 * row.accuracy, yerr=[[100 * row.accuracy - min(y)], [max(y) - 100 * row.accuracy]],
-                fmt="o", color=COLORS.get(method, "tab:red"), capsize=2,
-            )  # fmt: skip
+            y, mean = [100 * value for value in row.accuracies.values()], 100 * row.accuracy
+            below, above = max(0.0, mean - min(y)), max(0.0, max(y) - mean)  # of one run, rounding is all there is
+            color = COLORS.get(method, "tab:red")
+            axis.errorbar(x, mean, yerr=[[below], [above]], fmt="o", color=color, capsize=2)
             name, at = row.experiment.name.replace("/", ": "), (x, 100 * row.accuracy)
             axis.annotate(name, at, xytext=(5, 3), textcoords="offset points", fontsize=6)
         axis.set_xlabel(label)

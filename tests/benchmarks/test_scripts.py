@@ -1,4 +1,4 @@
-"""The benchmarks that pages quote run, on small settings: that there is a table is all that is looked at."""
+"""The benchmarks that pages quote run, on small settings; what they measure is not looked at."""
 
 from __future__ import annotations
 
@@ -31,4 +31,4 @@ def test_a_benchmark_runs(command: str):
         [sys.executable, str(ROOT / "benchmarks" / script), *arguments], capture_output=True, text=True, check=False
     )
     assert ran.returncode == 0, ran.stderr[-3000:]
-    assert "|---" in ran.stdout or "| ---" in ran.stdout
+    assert "torch " in ran.stdout, "the conditions are told"

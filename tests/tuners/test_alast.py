@@ -87,7 +87,7 @@ def test_gradients_equal_those_of_a_model_frozen_by_hand(make_vit, images):
 @pytest.mark.parametrize("reduction", ["relative", "paper", "mean"])
 def test_budgets_follow_the_blocks(reduction, make_vit, images):
     alpha = 0.002 if reduction == "paper" else 0.3
-    model = attach(make_vit, delta_reduction=reduction, alpha=alpha)
+    model = attach(make_vit, initial_budget=0.9, delta_reduction=reduction, alpha=alpha)
     optimizer, schedule = optimizer_of(model, lr=0.05), model.base_model.schedule()
     seen: list[list[float]] = []
 
@@ -114,7 +114,7 @@ def test_budgets_follow_the_blocks(reduction, make_vit, images):
 
 
 def test_the_class_token_stays_and_dropped_patches_are_the_least_attended(make_vit, images):
-    model = attach(make_vit)
+    model = attach(make_vit, initial_budget=0.9)
     with record_routes(model) as routes:
         model(pixel_values=images, labels=LABELS)
     assert [route.num_tokens for _, route in routes] == token_counts([0.9] * 5, 17)[1:]
@@ -270,7 +270,8 @@ def test_alpha_zero_keeps_the_budgets(make_vit, images):
     optimizer = optimizer_of(model)
     for _ in range(3):
         step(model, optimizer, images)
-    assert model.base_model.schedule().budgets == [0.9] * 4
+    assert model.base_model.schedule().budgets == [0.95] * 4
+    assert attach(make_vit, preset="paper").base_model.schedule().budgets == [0.9] * 4
 
 
 def test_base_weights_are_parked_and_adapters_live_side_by_side(make_vit, images, run):

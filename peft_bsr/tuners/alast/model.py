@@ -35,7 +35,7 @@ class ALaSTModel(BSRModel):
         >>> tiny = ViTConfig(hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=64)
         >>> model = get_peft_model(ViTForImageClassification(tiny), ALaSTConfig())
         >>> model.base_model.schedule().budgets
-        [0.9, 0.9, 0.9, 0.9]
+        [0.95, 0.95, 0.95, 0.95]
     """
 
     router_cls = ALaSTRouter

@@ -52,8 +52,8 @@ class ALaSTConfig(BlockConfig):
 
     Args:
         trainable_blocks_per_step: K. Default None: three quarters of the blocks (9 of 12).
-        initial_budget: Of every block, default 0.95. With 0.9 (the paper's) a third less is kept for backward, but models
-            are less accurate, since evaluation sees all tokens.
+        initial_budget: Of every block, default 0.95. With 0.9 (the paper's) a third less is kept for backward, but
+            models are less accurate, since evaluation sees all tokens.
         budget_range: (least, largest) budget, default (0.5, 1.0).
         alpha: How far a change of importance moves the budget; `"lr"` = the learning rate, which
             `peft_bsr.training.ALaSTCallback` tells the model, or `model.base_model.schedule().learning_rate = ...`.
@@ -78,8 +78,9 @@ class ALaSTConfig(BlockConfig):
     trainable_blocks_per_step: int | None = field(
         default=None, metadata={"help": "Blocks that train in each step; None = three quarters of them."}
     )
-    initial_budget: float | None = field(
-        default=None, metadata={"help": "Budget of every block at the start; None = 0.95."}
+    initial_budget: float = field(  # None until the preset has spoken
+        default=None,  # type: ignore[assignment]
+        metadata={"help": "Budget of every block at the start; None = 0.95."},
     )
     budget_range: list[float] = field(
         default_factory=lambda: [0.5, 1.0], metadata={"help": "Least and largest budget."}

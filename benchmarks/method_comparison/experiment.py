@@ -48,6 +48,11 @@ class Experiment:
             cls.load(str(p.parent.relative_to(EXPERIMENTS))) for p in sorted(EXPERIMENTS.rglob("training_params.json"))
         ]
 
+    @property
+    def is_candidate(self) -> bool:
+        """Whether it lies in a folder `*_tried`: scored on the validation split only, see try.py."""
+        return self.name.split("/")[0].endswith("_tried")
+
     def adapter(self) -> PeftConfig | None:
         """The adapter's config, or None where plain parameters train."""
         folder = EXPERIMENTS / self.name

@@ -27,7 +27,7 @@ from train import add_sources
 def main() -> None:
     """Run what is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", help="these experiments (default: all)")
+    parser.add_argument("--only", nargs="*", help="these experiments (default: all but those of try.py)")
     parser.add_argument("--tasks", nargs="*", help="see data.py (default: the protocol's)")
     parser.add_argument("--seeds", type=int, nargs="*", help="these seeds (default: as many as the protocol asks for)")
     add_sources(parser)
@@ -36,7 +36,7 @@ def main() -> None:
     args = parser.parse_args()
     protocol = Protocol.load(args.protocol)
     recipes = load_recipes(args)
-    experiments = [e for e in Experiment.all() if not args.only or e.name in args.only]
+    experiments = [e for e in Experiment.all() if (e.name in args.only if args.only else not e.is_candidate)]
     if missing := {e.params["recipe"] for e in experiments} - set(recipes):
         raise SystemExit(f"{results_of(args)} has no recipe for {sorted(missing)}; run sweep.py first.")
     runs = [

@@ -60,11 +60,10 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
     ]
     columns = ("", "peak, MiB", "GFLOPs an image", "trained, M", "gives up")
     out.table(f"{source}, {args.memory}, batch {args.batch_size}: what gives up least first", columns, rows, (0, 4))
+    train = f"peft-bsr train --model {shlex.quote(source)} --batch-size {args.batch_size}"
     for number, plan in enumerate(plans, 1):
-        command = ["peft-bsr", "train", "--model", shlex.quote(source), "--batch-size", str(args.batch_size)]
-        if plan.config is None:  # not what this package's `train` does
-            command = ["Trainer", "without", "an", "adapter"]
-        out.line(f"{number:>2}  {' '.join([*command, *_flags(plan)])}")
+        command = "Trainer without an adapter" if plan.config is None else train  # which trains adapters only
+        out.line(f"{number:>2}  {' '.join([command, *_flags(plan)])}")
     out.say("Python and torch come on top (about 0.4 GB on the CPU). Which plan is best on your images, a run can say.")
     return {"model": source, "memory": args.memory, "batch_size": args.batch_size, "plans": [_row(p) for p in plans]}
 

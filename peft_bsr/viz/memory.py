@@ -10,9 +10,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from peft_bsr.backbones import in_mode, probe_column
+from peft_bsr.backbones import probe_column
 from peft_bsr.cost import saved_by_module
 from peft_bsr.errors import InputError
+from peft_bsr.training.rehearsal import rehearsal
 from peft_bsr.tuners.routed import ROOT, find_routers
 
 
@@ -20,7 +21,7 @@ def saved_by_block(model: Any, batch: Mapping[str, Tensor]) -> dict[str, float]:
     """Bytes an image that a training forward keeps for backward, by the part of the model that keeps them.
 
     Args:
-        model: Called as `model(**batch)`, with a `loss` in the output; its mode is restored.
+        model: Called as `model(**batch)`, with a `loss` in the output; it is left as it was, ALaST's budgets too.
         batch: Inputs and labels, first dimension = images.
 
     Returns:
@@ -30,7 +31,7 @@ def saved_by_block(model: Any, batch: Mapping[str, Tensor]) -> dict[str, float]:
     is_wrapped = hasattr(model, "get_base_model")
     column = routers[0].column if routers else probe_column(model.get_base_model() if is_wrapped else model)
     blocks = [f"{ROOT if is_wrapped else ''}{name}." for name in column.blocks]
-    with in_mode(True, model):
+    with rehearsal(model):
         saved = saved_by_module(model, lambda: model(**batch).loss)
     images = len(next(iter(batch.values())))
     parts = dict.fromkeys(["embeddings", *map(str, range(column.depth)), "head"], 0.0)

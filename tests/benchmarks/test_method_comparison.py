@@ -66,6 +66,7 @@ def test_every_experiment_trains_what_it_says(sources):
 
     experiments = {e.name: e for e in Experiment.all()}
     assert len(experiments) > 30
+    assert {n.split("/")[0] for n, e in experiments.items() if e.is_candidate} == {"alast_tried", "bsr_tried"}
     trained = {}
     for name, experiment in experiments.items():
         torch.manual_seed(0)

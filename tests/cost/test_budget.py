@@ -12,7 +12,8 @@ from peft import get_peft_model
 from transformers import ViTConfig, ViTForImageClassification
 
 from peft_bsr import BSRConfig, ConfigError
-from peft_bsr.cost import BudgetPlan, parse_size, plan_for_budget
+from peft_bsr.cost import BudgetPlan, estimate, parse_size, plan_for_budget
+from peft_bsr.cost.budget import _ways
 
 VIT = {"num_hidden_layers": 4, "hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 1024}
 BATCH = 16
@@ -127,3 +128,16 @@ def test_sizes_that_are_none(memory):
 
 def test_sizes():
     assert [parse_size(s) for s in ("2GB", "2 GiB", "1.5KB", 7, "512")] == [2 * 10**9, 2**31, 1500, 7, 512]
+
+
+@pytest.mark.parametrize("setting", [None, {"trainable_blocks": "every:2"}, {"trainable_blocks": "last:1"}])
+def test_ways_are_tried_by_flops(setting):
+    """The first that fits is taken, so none behind it may take fewer."""
+    with torch.device("meta"):
+        model = ViTForImageClassification(ViTConfig(num_hidden_layers=4))
+    flops = [
+        estimate(model, config, batch_size=2, gradient_checkpointing=checkpointing).training_flops
+        for config, checkpointing, _ in _ways(setting)
+    ]
+    assert flops == sorted(flops)
+    assert flops[-1] > flops[0]

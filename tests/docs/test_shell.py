@@ -23,9 +23,8 @@ from transformers import (
 from peft_bsr import BSRConfig
 from peft_bsr.cli import main
 from peft_bsr.cli.main import COMMANDS
+from tests.docs.test_code_blocks import PAGES
 
-ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 TRAIN_FIRST = sorted(COMMANDS, key=lambda command: command != "train")  # the others use what it writes
 

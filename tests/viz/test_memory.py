@@ -6,8 +6,8 @@ from peft import LoraConfig, get_peft_model
 from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification
 
-from peft_bsr import BSRConfig, InputError
-from peft_bsr.cost import saved_activations
+from peft_bsr import ALaSTConfig, BSRConfig, InputError
+from peft_bsr.cost import compare, saved_activations
 from peft_bsr.viz import draw_saved_memory, saved_by_block
 
 
@@ -54,3 +54,24 @@ def test_models_of_one_depth(make_model, batch, tmp_path):
     draw_saved_memory(models, batch, tmp_path / "memory.png")
     with pytest.raises(InputError, match=r"must be models of one depth, found \{\}"):
         draw_saved_memory({}, batch, tmp_path / "memory.png")
+
+
+@pytest.mark.parametrize("measure", [saved_by_block, lambda model, batch: compare({"ALaST": model}, batch, repeats=2)])
+def test_measuring_leaves_no_trace(measure, make_model, batch):
+    """Neither on ALaST's budgets and draws, which a training forward behind a step moves, nor on modes that differ."""
+    model = get_peft_model(make_model(), ALaSTConfig(trainable_blocks_per_step=2, selection="sample")).train()
+    schedule = model.base_model.schedule()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(3):
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.base_model.model.vit.embeddings.eval()
+
+    def state():
+        asking = [p.requires_grad for p in model.parameters()]
+        return schedule.pack(), schedule.drawn, asking, [module.training for module in model.modules()]
+
+    (packed, *before), _ = state(), measure(model, batch)
+    assert torch.equal(schedule.pack(), packed)
+    assert list(state()[1:]) == before

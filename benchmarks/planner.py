@@ -32,7 +32,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from peft_bsr import BSRConfig
+from peft_bsr import ALaSTConfig, BSRConfig, SynQTConfig
 from peft_bsr.cost import PeakMemory, estimate, saved_activations
 
 warnings.filterwarnings("ignore", category=FutureWarning)
@@ -72,6 +72,8 @@ PLANS: dict[str, tuple[Callable[[], PeftConfig | None], bool]] = {  # config, gr
     "BSR exact": (BSRConfig, False),
     "BSR max": (lambda: BSRConfig(lean="max"), False),
     "BSR last:3, keep .7": (lambda: BSRConfig(trainable_blocks="last:3", keep_rate=0.7), False),
+    "ALaST": (ALaSTConfig, False),
+    "SynQT": (SynQTConfig, False),
 }
 
 

@@ -15,10 +15,8 @@ from peft_bsr.cost.dry_run import DryRun, dry_run, no_memory, without_memory
 from peft_bsr.cost.twin import attach_settled, on_meta, settle
 from peft_bsr.engine import Parking, Plan
 from peft_bsr.errors import ConfigError
-from peft_bsr.tuners.block_config import BlockConfig
 from peft_bsr.tuners.bsr.layer import BSRWeights
-from peft_bsr.tuners.frozen_weights import linears_to_round, rounds
-from peft_bsr.tuners.synqt.config import SynQTConfig
+from peft_bsr.tuners.saved import SavedConfig
 
 OPTIMIZER_STATES = {"adamw": 2, "sgd_momentum": 1, "sgd": 0}  # tensors kept for each trained one
 
@@ -82,8 +80,8 @@ def estimate(
     Args:
         model: A vision model of transformers, best without weights: `with torch.device("meta"): Class(config)`. Which
             of its parameters ask for gradients counts where `config` is None. It is not changed.
-        config: A `BSRConfig` (`frozen_weights="int8"` is counted without torchao), an `ALaSTConfig` (its first step is
-            taken), or any other of PEFT's; None = train what asks for gradients (full fine-tuning).
+        config: A `BSRConfig`, an `ALaSTConfig` (its first step is taken), a `SynQTConfig`, or any other of PEFT's; None
+            = train what asks for gradients (full fine-tuning). `frozen_weights="int8"` is counted without torchao.
         batch_size: Images a step. Default 32.
         image_size: Pixels. Default the model's.
         optimizer: `"adamw"`, `"sgd_momentum"` or `"sgd"`. Default `"adamw"`.
@@ -119,23 +117,16 @@ def estimate(
         problems.append(f'`device={device!r}` is no device of torch. Use `"cpu"` or `"cuda"`.')
     if optimizer not in OPTIMIZER_STATES:
         problems.append(f"`optimizer={optimizer!r}` is unknown. Use one of {', '.join(map(repr, OPTIMIZER_STATES))}.")
-    if isinstance(config, SynQTConfig):
-        problems.append(
-            "`config`: what SynQT takes is not predicted. Attach the adapter to the model and measure it with "
-            "`saved_activations` and `PeakMemory`."
-        )
     if problems:
         raise ConfigError.from_problems("estimate", problems)
     bare = on_meta(model, image_size, dtype)
     adapted: nn.Module = bare
     plan = None
     spared = made_anew = 0
-    if isinstance(config, BlockConfig):
-        whole = replace(config, frozen_weights="full")
-        settled = settle(bare, whole)
-        if rounds(config):
-            spared, made_anew = _eight_bits(bare, linears_to_round(bare, settled.column, settled.plan.trained_blocks))
-        adapted, plan = attach_settled(bare, whole, settled), settled.plan
+    if isinstance(config, SavedConfig):
+        settled = settle(bare, config)
+        adapted, in_8_bits = attach_settled(bare, config, settled)
+        plan, (spared, made_anew) = settled.plan, _eight_bits(bare, in_8_bits)
     elif config is not None:
         adapted = get_peft_model(bare, copy.deepcopy(config))
     if gradient_checkpointing:
@@ -152,9 +143,9 @@ def estimate(
 
 
 def _eight_bits(model: nn.Module, names: list[str]) -> tuple[int, int]:
-    """Bytes that weights spare in 8 bits, each row with a scale, and those of the largest, made anew to run."""
+    """Bytes that weights spare in 8 bits, a scale and a zero a row, and those of the largest, made anew to run."""
     weights: list[Tensor] = [model.get_submodule(name).weight for name in names]  # type: ignore[misc]
-    kept = sum(weight.numel() + len(weight) * weight.itemsize for weight in weights)
+    kept = sum(weight.numel() + len(weight) * (weight.itemsize + 1) for weight in weights)
     return sum(weight.nbytes for weight in weights) - kept, max((weight.nbytes for weight in weights), default=0)
 
 

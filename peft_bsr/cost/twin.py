@@ -13,8 +13,7 @@ from torch import nn
 from peft_bsr.backbones import Column
 from peft_bsr.engine import Plan
 from peft_bsr.errors import PeftBsrError, UnsupportedModelError
-from peft_bsr.tuners.block_config import BlockConfig
-from peft_bsr.tuners.bsr.targets import resolve_targets
+from peft_bsr.tuners.saved import SavedConfig
 
 _HEAD_WIDTH = 8  # of the twin: enough for rotary tables
 
@@ -26,10 +25,12 @@ class Settled:
     Attributes:
         column: The model's.
         plan: As the checks on the twin allowed it.
+        rest: What the method's tuner settled besides.
     """
 
     column: Column
     plan: Plan
+    rest: tuple[Any, ...]
 
 
 def on_meta(model: nn.Module, image_size: int | None = None, dtype: torch.dtype | None = None) -> nn.Module:
@@ -57,7 +58,7 @@ def on_meta(model: nn.Module, image_size: int | None = None, dtype: torch.dtype 
     return bare.to(dtype or next(p.dtype for p in model.parameters() if p.is_floating_point()))
 
 
-def settle(model: nn.Module, config: BlockConfig) -> Settled:
+def settle(model: nn.Module, config: SavedConfig) -> Settled:
     """Attach the adapter to a twin with the same blocks, heads and tokens, but narrow, and see what it does there.
 
     Args:
@@ -81,23 +82,28 @@ def settle(model: nn.Module, config: BlockConfig) -> Settled:
         vision.intermediate_size = 2 * vision.hidden_size
     with torch.random.fork_rng(devices=()):
         twin = _make(model, narrow).eval()
-    column, plan, _ = _tuner(config, _Remembering)(twin, copy.deepcopy(config), "default").found
-    return Settled(replace(column, width=width), plan)
+    whole: Any = replace(config, frozen_weights="full")  # type: ignore[call-arg]  # 8 bits ask for torchao
+    column, plan, *rest = _tuner(config, _Remembering)(twin, whole, "default").found
+    return Settled(replace(column, width=width), plan, tuple(rest))
 
 
-def attach_settled(model: nn.Module, config: BlockConfig, settled: Settled) -> nn.Module:
+def attach_settled(model: nn.Module, config: SavedConfig, settled: Settled) -> tuple[nn.Module, list[str]]:
     """Attach an adapter to a model that cannot be probed, having no numbers.
 
     Args:
         model: The model, changed in place.
         config: Of the adapter.
         settled: What was found on its twin.
+
+    Returns:
+        The model with its adapter, and the names of the Linear modules whose weights the adapter wants in 8 bits: they
+        are left as they are.
     """
     tuner = _tuner(config, _Told)
     attached = tuner.__new__(tuner)
     attached.__dict__["found"] = settled  # nn.Module's own __init__ comes later
-    attached.__init__(model, config, "default")
-    return attached
+    attached.__init__(model, copy.deepcopy(config), "default")
+    return attached, attached.unrounded
 
 
 class _Remembering:
@@ -111,13 +117,17 @@ class _Remembering:
 class _Told:
     """A tuner that is told what to settle."""
 
-    def _settle(self, model: nn.Module, config: BlockConfig, routers: list[Any]) -> tuple[Column, Plan, dict[str, str]]:
+    _rounded: list[str]
+
+    def _settle(self, model: nn.Module, config: SavedConfig, routers: list[Any]) -> tuple[Any, ...]:
         settled: Settled = self.__dict__["found"]
-        _, self._targets, layout = resolve_targets(model, settled.column, config)
-        return settled.column, settled.plan, layout
+        again: Any = super()
+        found: tuple[Any, ...] = again._settle_again(model, config, settled.column, settled.plan, *settled.rest)
+        self.__dict__["unrounded"], self._rounded = self._rounded, []
+        return found
 
 
-def _tuner(config: BlockConfig, kind: type) -> Any:
+def _tuner(config: SavedConfig, kind: type) -> Any:
     """The tuner of `config`, of that kind."""
     tuner = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
     return type(tuner.__name__, (kind, tuner), {})

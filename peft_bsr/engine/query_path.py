@@ -40,6 +40,11 @@ class QueryPath:
     absorbs: bool = True
     kept: KeptTokens = "full"
 
+    @property
+    def exact_roles(self) -> tuple[str, ...]:
+        """Roles of the projections that are absorbed: plain weights, which nobody may round."""
+        return ("attention.key", "attention.value") if self.absorbs else ()
+
     def tokens_of(self, block: nn.Module, hidden_states: Tensor) -> Tensor:
         """What queries read: LN1 of the block's input [B, N, D], without a graph."""
         assert self.column.anatomy is not None, "only blocks whose parts are known are read"

@@ -96,6 +96,7 @@ class RoutedTuner(BaseTuner):
     tuner_layer_cls = SingleAdapterLayer
     router_cls: ClassVar[type[AdapterRouter]]
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+    _rounded: list[str]  # Linear modules whose weights the adapter that was settled last wants in 8 bits
 
     def plan(self, adapter_name: str | None = None) -> Plan:
         """The plan of an adapter, default the active one.
@@ -108,6 +109,10 @@ class RoutedTuner(BaseTuner):
         if not routers or name not in routers[0].plans:
             raise AdapterError(f"There is no adapter {name!r}; this model has {sorted(self.peft_config)}.")
         return routers[0].plans[name]
+
+    def _settle_again(self, model: nn.Module, config: Any, column: Column, plan: Plan, *rest: Any) -> tuple[Any, ...]:
+        """For a model without numbers, which cannot be checked: what `_settle` found on its narrow twin."""
+        raise NotImplementedError
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Attach the adapter, and remember which parameters asked for gradients before the first one came.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -23,7 +25,7 @@ from peft_bsr.tuners.bsr.layer import BSRWeights
 SMALL = {"num_hidden_layers": 4, "hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 768}
 SMALL |= {"image_size": 96, "patch_size": 16}
 MODELS = {
-    "vit": lambda: ViTForImageClassification(ViTConfig(**SMALL)),
+    "vit": lambda: ViTForImageClassification(ViTConfig(**SMALL, num_labels=10)),
     "dinov2": lambda: Dinov2ForImageClassification(Dinov2Config(**SMALL)),
     "siglip": lambda: SiglipVisionModel(SiglipVisionConfig(**SMALL)),
 }
@@ -39,6 +41,8 @@ CONFIGS = {
     "full view": lambda: BSRConfig(trainable_blocks=[1, 3], mode="full_view"),
     "alast": lambda: ALaSTConfig(trainable_blocks_per_step=2, selection="sample"),
     "alast prefix": lambda: ALaSTConfig(trainable_blocks_per_step=2, selection="prefix"),
+    "synqt": lambda: SynQTConfig(),
+    "synqt fewer tokens": lambda: SynQTConfig(layers=[0, 2], keep_rate=0.5, kept_tokens="int8"),
 }
 
 
@@ -47,8 +51,10 @@ def on_meta(make) -> torch.nn.Module:
         return make()
 
 
-@pytest.mark.parametrize("config", CONFIGS)
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    ("model", "config"),
+    [(m, c) for m in MODELS for c in CONFIGS if not (m == "siglip" and c.startswith("synqt"))],  # it has no classifier
+)
 def test_saved_activations_and_flops_are_those_of_the_real_step(model, config):
     found = estimate(on_meta(MODELS[model]), CONFIGS[config](), batch_size=3)
     real = MODELS[model]()
@@ -64,13 +70,14 @@ def test_saved_activations_and_flops_are_those_of_the_real_step(model, config):
     assert found.saved_bytes == pytest.approx(saved_activations(real, loss), rel=0.02)
     assert found.training_flops == pytest.approx(count_flops(lambda: loss().backward()), rel=1e-6)
     assert found.trainable_parameters == trained
-    if config in ("stock", "exact", "max", "int8"):
+    if config in ("stock", "exact", "max", "int8", "synqt", "synqt fewer tokens"):
         assert found.plan == real.base_model.plan()
 
 
-def test_frozen_weights_in_8_bits_are_counted():
-    config = BSRConfig(trainable_blocks=[1, 3], frozen_weights="int8")
-    whole, found = (estimate(on_meta(MODELS["vit"]), c, batch_size=1) for c in (CONFIGS["exact"](), config))
+@pytest.mark.parametrize("plain", ["exact", "synqt"])
+def test_frozen_weights_in_8_bits_are_counted(plain):
+    config = replace(CONFIGS[plain](), frozen_weights="int8")
+    whole, found = (estimate(on_meta(MODELS["vit"]), c, batch_size=1) for c in (CONFIGS[plain](), config))
     assert found.saved_bytes == whole.saved_bytes
     assert found.workspace_bytes - whole.workspace_bytes == 192 * 768 * 4  # the largest weight, for its product
     pytest.importorskip("torchao", reason="torchao is not installed")
@@ -78,7 +85,7 @@ def test_frozen_weights_in_8_bits_are_counted():
     held = model_memory(model)
     parked = sum(p.nbytes for layer in model.modules() if isinstance(layer, BSRWeights) and layer.parks_base
                  for p in Parking.takes(layer.base_layer))  # fmt: skip
-    assert found.weights_bytes == pytest.approx(held.trainable_bytes + held.frozen_bytes - parked, rel=1e-3)
+    assert found.weights_bytes == pytest.approx(held.trainable_bytes + held.frozen_bytes - parked, rel=1e-6)
 
 
 def test_weights_optimizer_and_gradients_are_counted_by_hand():
@@ -155,6 +162,8 @@ def test_bad_questions_are_answered_in_words():
         estimate(model)
 
 
-def test_synqt_is_not_predicted():
-    with pytest.raises(ConfigError, match="what SynQT takes is not predicted"):
-        estimate(on_meta(MODELS["vit"]), SynQTConfig())
+def test_what_a_method_refuses_is_refused():
+    with pytest.raises(UnsupportedModelError, match="the head of SynQT takes the place of the classifier"):
+        estimate(on_meta(MODELS["siglip"]), SynQTConfig())
+    with pytest.raises(ConfigError, match="with `tasks` costs is not predicted"):
+        estimate(on_meta(MODELS["vit"]), BSRConfig(tasks={"a": 2}))

@@ -82,7 +82,7 @@ class BSRModel(RoutedTuner):
                 saved: Any = model.get_submodule(own_name)
                 saved.saved_as[adapter_name] = saved_name
         self._hand_out(model, routers, adapter_name, plan)
-        round_weights(model, _linears_to_round(model, column, config, plan))
+        round_weights(model, self._rounded)
         for router in routers:
             router.set_adapter(self.active_adapters)
         self._set_modes()
@@ -106,16 +106,23 @@ class BSRModel(RoutedTuner):
             verify_mixture(model, column, requested, stock)
             plan = verify_plan(model, column, requested, allowed_modes(config), stock)
             plan = verify_lean(model, column, plan, stock)
-            rounded = _linears_to_round(model, column, config, plan)
-            check_rounded(model, column, rounded, bool(routers))
-            with tried_rounding(model, column, rounded):
+            self._rounded = _linears_to_round(model, column, config, plan)
+            check_rounded(model, column, self._rounded, bool(routers))
+            with tried_rounding(model, column, self._rounded):
                 crossed = [i for i, b in enumerate(plan.blocks) if b.saves_less and not b.trained]
-                if rounded and crossed:
+                if self._rounded and crossed:
                     lean = verify_lean(model, column, plan, index=crossed[0]).blocks
                     plan = replace(
                         plan, blocks=tuple(lean[i] if i in crossed else b for i, b in enumerate(plan.blocks))
                     )
             return column, plan, layout
+
+    def _settle_again(
+        self, model: nn.Module, config: BlockConfig, column: Column, plan: Plan, *_: Any
+    ) -> tuple[Column, Plan, dict[str, str]]:
+        self._targets, layout = resolve_targets(model, column, config)[1:]
+        self._rounded = _linears_to_round(model, column, config, plan)
+        return column, plan, layout
 
     def _attached_routers(self, model: nn.Module, column: Column) -> list[Any]:
         """The routers, put on the blocks by the first adapter."""

@@ -6,6 +6,7 @@ import copy
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NoReturn
 
 from peft import PeftConfig
@@ -98,13 +99,18 @@ class SynQTModel(RoutedTuner):
             wanted = QueryPath(column, kept=config.kept_tokens)  # type: ignore[arg-type]
             path = verify_queries(model, column, layers[0], wanted, stock)
             plan = verify_plan(model, column, requested, allowed_modes(config), stock)
-            absorbed = ("attention.key", "attention.value") if path.absorbs else ()
-            self._rounded = linears_to_round(model, column, [], absorbed) if rounds(config) else []
+            self._rounded = _linears_to_round(model, column, config, path)
             check_rounded(model, column, self._rounded, bool(routers))
             with tried_rounding(model, column, self._rounded):
                 if self._rounded:
                     path = verify_queries(model, column, layers[0], path, None)
         return column, plan, path, layers, classifier
+
+    def _settle_again(
+        self, model: nn.Module, config: SynQTConfig, column: Column, plan: Plan, path: QueryPath, *rest: Any
+    ) -> tuple[Any, ...]:
+        self._rounded = _linears_to_round(model, column, config, path)
+        return column, plan, replace(path, column=column), *rest
 
     def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> bool:
         column, *_, classifier = self._settled
@@ -181,6 +187,11 @@ class SynQTModel(RoutedTuner):
                 key = f"{name}{separator}{parameter_of(module, parameter)}"
             renamed[key] = tensor
         return cls._load_checked(model, config, adapter_name, renamed)
+
+
+def _linears_to_round(model: nn.Module, column: Column, config: SynQTConfig, path: QueryPath) -> list[str]:
+    """Names of the Linear modules whose weights the adapter wants in 8 bits."""
+    return linears_to_round(model, column, [], path.exact_roles) if rounds(config) else []
 
 
 @contextmanager

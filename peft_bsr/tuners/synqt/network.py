@@ -128,7 +128,8 @@ class FusingHead(nn.Module):
             self.final_norm.eps = final_norm.eps
             with torch.no_grad():
                 for name, parameter in final_norm.named_parameters():
-                    self.final_norm.get_parameter(name).copy_(parameter)
+                    if not parameter.is_meta:  # in a model without weights there is nothing to start from
+                        self.final_norm.get_parameter(name).copy_(parameter)
         self.classifier = nn.Linear(width, num_labels)
         nn.init.trunc_normal_(self.classifier.weight, std=0.02)
         nn.init.zeros_(self.classifier.bias)

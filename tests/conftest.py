@@ -74,8 +74,9 @@ def _family(nodeid: str) -> str:
 
 
 @pytest.fixture(autouse=True)
-def fresh_accelerate() -> None:
-    """Accelerate keeps the precision and the processes of the first Accelerator in the process."""
+def fresh_process() -> None:
+    """No test sees what one before it left: Accelerate's first precision and processes, torch's random numbers."""
+    torch.manual_seed(0)
     AcceleratorState._reset_state(reset_partial_state=True)
 
 

@@ -139,9 +139,14 @@ def prepare(model: str, plan: str, batch_size: int) -> tuple[nn.Module, Callable
 
 
 def train(model: str, plan: str, batch_size: int, steps: int) -> None:
-    """Some steps of AdamW."""
+    """Some steps of AdamW, its state there from the beginning: ALaST's blocks get theirs when they first train."""
     adapted, loss = prepare(model, plan, batch_size)
-    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad])
+    trained = [p for p in adapted.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained)
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
     for _ in range(steps):
         loss().backward()
         optimizer.step()

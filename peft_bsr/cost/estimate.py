@@ -27,7 +27,7 @@ class Estimate:
 
     Attributes:
         weights_bytes: Parameters and buffers in memory; base weights that are parked in files are not.
-        optimizer_bytes: Its state.
+        optimizer_bytes: Its state, of all that may train.
         gradients_bytes: Gradients of parameters alive at the peak.
         activations_bytes: Kept for backward and alive at the peak.
         workspace_bytes: The batch, and what operations hold while they run, at the peak.

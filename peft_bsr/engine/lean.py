@@ -5,6 +5,8 @@ values, the MLP's 4-fold wide hidden states before and after the activation. Her
 output (one pass over the tokens restores it) and the hidden states before the activation for those behind it: 10, with
 no matrix product computed twice. With `save_products=False` the products are computed again as well: 3.
 
+A Linear may have a low-rank update beside it: what that needs for backward is made of the same tensors.
+
 Gradients are those of the stock path, in the same order of operations; second derivatives are refused.
 
 Shapes: B images, N tokens, Q of them asked for queries, D width, F hidden width of the MLP.
@@ -12,34 +14,20 @@ Shapes: B images, N tokens, Q of them asked for queries, D width, F hidden width
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
-from peft_bsr.core import as_plain
+from peft_bsr.engine.affine import Affine, affines_of
 from peft_bsr.errors import ForwardError
 
 _gelu_backward = torch.ops.aten.gelu_backward
 _layer_norm = torch.ops.aten.native_layer_norm
 _layer_norm_backward = torch.ops.aten.native_layer_norm_backward
-
-
-@dataclass(frozen=True)
-class Affine:
-    """Weight and bias of a LayerNorm or Linear module, whichever tensors are in force."""
-
-    weight: Tensor
-    bias: Tensor | None
-
-    @classmethod
-    def of(cls, module: Any) -> Affine:
-        """Those of `module`."""
-        return cls(module.weight, module.bias)
 
 
 @dataclass(frozen=True)
@@ -94,8 +82,8 @@ def lean_mlp(
     Returns:
         [B, N, D], without the residual.
     """
-    parameters = (norm.weight, norm.bias, first.weight, first.bias, second.weight, second.bias)
-    output: Tensor = _LeanMLP.apply(tokens, eps, activation, save_products, _compute_dtype(tokens), *parameters)
+    how = (eps, activation, save_products, _compute_dtype(tokens), (first.scaling, second.scaling))
+    output: Tensor = _LeanMLP.apply(tokens, how, norm.weight, norm.bias, *first.tensors, *second.tensors)
     return output
 
 
@@ -116,10 +104,10 @@ def lean_projections(
     Returns:
         [B, Q, D], [B, N, D], [B, N, D].
     """
-    parameters = (norm.weight, norm.bias, query.weight, query.bias, key.weight, key.bias, value.weight, value.bias)
-    outputs: tuple[Tensor, Tensor, Tensor] = _LeanProjections.apply(
-        tokens, eps, num_queries, _compute_dtype(tokens), *parameters
-    )
+    projections = (query, key, value)
+    how = (eps, num_queries, _compute_dtype(tokens), tuple(p.scaling for p in projections))
+    parameters = [tensor for p in projections for tensor in p.tensors]
+    outputs: tuple[Tensor, Tensor, Tensor] = _LeanProjections.apply(tokens, how, norm.weight, norm.bias, *parameters)
     return outputs
 
 
@@ -144,85 +132,84 @@ def recomputed(
 
 class _LeanMLP(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        tokens: Tensor,
-        eps: float,
-        activation: Activation,
-        save_products: bool,
-        dtype: torch.dtype,
-        *parameters: Tensor | None,
-    ) -> Tensor:
-        norm_weight, norm_bias, first_weight, first_bias, second_weight, second_bias = parameters
+    def forward(ctx: Any, tokens: Tensor, how: Any, *parameters: Tensor | None) -> Tensor:
+        ctx.how = eps, activation, save_products, dtype, scalings = how
+        norm_weight, norm_bias, *others = parameters
+        first, second = (affine.cast(dtype) for affine in affines_of(others, scalings))
         with _autocast_off(tokens):
             normalized = _layer_norm(tokens, tokens.shape[-1:], norm_weight, norm_bias, eps)[0]
-            product = linear(normalized.to(dtype), *_cast(dtype, first_weight, first_bias))
-            output = linear(activation.forward(product), *_cast(dtype, second_weight, second_bias))
-        kept = product if save_products else None
-        ctx.save_for_backward(tokens, kept, norm_weight, norm_bias, first_weight, first_bias, second_weight)
-        ctx.eps, ctx.activation, ctx.dtype = eps, activation, dtype
+            product = first.product(normalized.to(dtype))
+            output = second.product(activation.forward(product))
+        others[5] = None  # the second bias
+        ctx.save_for_backward(tokens, product if save_products else None, norm_weight, norm_bias, *others)
         return output
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         _refuse_second_derivatives()
-        tokens, product, norm_weight, norm_bias, first_weight, first_bias, second_weight = ctx.saved_tensors
-        needs = ctx.needs_input_grad[5:]
+        tokens, product, norm_weight, norm_bias, *others = ctx.saved_tensors
+        eps, activation, _, dtype, scalings = ctx.how
+        needs = ctx.needs_input_grad[2:]
         with _autocast_off(tokens):
-            weight, bias = _cast(ctx.dtype, first_weight, first_bias)
-            normalized, mean, rstd = _layer_norm(tokens, tokens.shape[-1:], norm_weight, norm_bias, ctx.eps)
-            normalized = normalized.to(ctx.dtype)
-            if product is None:
-                product = linear(normalized, weight, bias)
-            hidden = ctx.activation.forward(product) if needs[4] else None
-            second = _weight_gradients(gradient, hidden, second_weight.dtype, needs[4], needs[5])
+            first, second = (affine.cast(dtype) for affine in affines_of(others, scalings))
+            normalized, mean, rstd = _layer_norm(tokens, tokens.shape[-1:], norm_weight, norm_bias, eps)
+            normalized = normalized.to(dtype).flatten(0, 1)
+            product = first.product(normalized) if product is None else product.flatten(0, 1)
+            gradient = gradient.flatten(0, 1)
+            narrow = second.narrow(gradient)
+            hidden = activation.forward(product) if needs[6] or needs[8] or needs[9] else None
+            found = second.of_tensors(gradient, narrow, hidden, needs[6:])
             del hidden  # one wide tensor less at the peak
-            product_gradient = ctx.activation.backward(gradient @ as_plain(second_weight, ctx.dtype), product)
+            gradient = activation.backward(second.of_inputs(gradient, narrow), product)
             del product
-            first = _weight_gradients(product_gradient, normalized, first_weight.dtype, needs[2], needs[3])
-            gradient_in = product_gradient @ weight
-            into = _norm_gradients(ctx, gradient_in, tokens, mean, rstd, norm_weight, norm_bias, needs)
-        return into[0], None, None, None, None, *into[1:], *first, *second
+            narrow = first.narrow(gradient)
+            found = first.of_tensors(gradient, narrow, normalized, needs[2:6]) + found
+            gradient = first.of_inputs(gradient, narrow).view_as(tokens)
+            into = _norm_gradients(ctx, gradient, tokens, mean, rstd, norm_weight, norm_bias, needs)
+        return into[0], None, *into[1:], *_like(others, found)
 
 
 class _LeanProjections(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, tokens: Tensor, eps: float, num_queries: int | None, dtype: torch.dtype, *parameters: Tensor | None
-    ) -> tuple[Tensor, ...]:
-        norm_weight, norm_bias, *projections = parameters
+    def forward(ctx: Any, tokens: Tensor, how: Any, *parameters: Tensor | None) -> tuple[Tensor, ...]:
+        ctx.how = eps, num_queries, dtype, scalings = how
+        norm_weight, norm_bias, *others = parameters
         with _autocast_off(tokens):
             normalized = _layer_norm(tokens, tokens.shape[-1:], norm_weight, norm_bias, eps)[0].to(dtype)
-            weights = [_cast(dtype, *projections[i : i + 2]) for i in (0, 2, 4)]
             outputs = tuple(
-                linear(normalized[:, :num_queries] if i == 0 else normalized, *pair) for i, pair in enumerate(weights)
+                affine.cast(dtype).product(normalized[:, :num_queries] if i == 0 else normalized)
+                for i, affine in enumerate(affines_of(others, scalings))
             )
-        ctx.save_for_backward(tokens, norm_weight, norm_bias, *projections[::2])
-        ctx.eps, ctx.num_queries, ctx.dtype = eps, num_queries, dtype
+        others[1::4] = [None] * 3  # biases
+        ctx.save_for_backward(tokens, norm_weight, norm_bias, *others)
         return outputs
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         _refuse_second_derivatives()
-        tokens, norm_weight, norm_bias, *weights = ctx.saved_tensors
-        needs = ctx.needs_input_grad[4:]
+        tokens, norm_weight, norm_bias, *others = ctx.saved_tensors
+        eps, num_queries, dtype, scalings = ctx.how
+        needs = ctx.needs_input_grad[2:]
         with _autocast_off(tokens):
-            normalized, mean, rstd = _layer_norm(tokens, tokens.shape[-1:], norm_weight, norm_bias, ctx.eps)
-            normalized = normalized.to(ctx.dtype)
+            normalized, mean, rstd = _layer_norm(tokens, tokens.shape[-1:], norm_weight, norm_bias, eps)
+            normalized = normalized.to(dtype)
             found: list[Tensor | None] = []
-            for i, (gradient, weight) in enumerate(zip(gradients, weights, strict=True)):
-                inputs = normalized[:, : ctx.num_queries] if i == 0 else normalized
-                found += _weight_gradients(gradient, inputs, weight.dtype, needs[2 + 2 * i], needs[3 + 2 * i])
-            query, key, value = (g.flatten(0, 1) for g in gradients)
-            to_query, to_key, to_value = _cast(ctx.dtype, *weights)
-            flat = torch.addmm(key @ to_key, value, to_value)  # adding while multiplying spares a pass over the tokens
-            if ctx.num_queries is None:
-                gradient_in = torch.addmm(flat, query, to_query).view_as(tokens)
+            projections, narrows = [affine.cast(dtype) for affine in affines_of(others, scalings)], []
+            flat = [g.flatten(0, 1) for g in gradients]
+            for i, (gradient, affine) in enumerate(zip(flat, projections, strict=True)):
+                inputs = normalized[:, :num_queries] if i == 0 else normalized
+                narrows.append(affine.narrow(gradient))
+                found += affine.of_tensors(gradient, narrows[i], inputs.flatten(0, 1), needs[2 + 4 * i : 6 + 4 * i])
+            query, key, value = projections
+            onto = value.of_inputs(flat[2], narrows[2], key.of_inputs(flat[1], narrows[1]))
+            if num_queries is None:
+                gradient_in = query.of_inputs(flat[0], narrows[0], onto).view_as(tokens)
             else:
-                gradient_in = flat.view_as(tokens)
-                gradient_in[:, : ctx.num_queries] += (query @ to_query).view_as(gradient_in[:, : ctx.num_queries])
+                gradient_in = onto.view_as(tokens)
+                asked = gradient_in[:, :num_queries]
+                asked += query.of_inputs(flat[0], narrows[0]).view_as(asked)
             into = _norm_gradients(ctx, gradient_in, tokens, mean, rstd, norm_weight, norm_bias, needs)
-        return into[0], None, None, None, *into[1:], *found
+        return into[0], None, *into[1:], *_like(others, found)
 
 
 class _Recomputed(torch.autograd.Function):
@@ -250,14 +237,11 @@ class _Recomputed(torch.autograd.Function):
         return None, None, *(next(rest) if need else None for need in ctx.needs_input_grad[2:])
 
 
-def _weight_gradients(
-    gradient: Tensor, inputs: Tensor | None, dtype: torch.dtype, needs_weight: bool, needs_bias: bool
-) -> list[Tensor | None]:
-    """Of a Linear, from the gradient of its output [B, N, E] and its inputs [B, N, D]."""
-    flat = gradient.flatten(0, 1)
-    weight = flat.T @ inputs.flatten(0, 1) if needs_weight and inputs is not None else None
-    bias = flat.sum(dim=0) if needs_bias else None
-    return [None if tensor is None else tensor.to(dtype) for tensor in (weight, bias)]
+def _like(tensors: Sequence[Tensor | None], gradients: Sequence[Tensor | None]) -> Iterator[Tensor | None]:
+    """Gradients in the dtypes of what they are of; a bias has that of its weight."""
+    for i, gradient in enumerate(gradients):
+        like = tensors[i - 1 if i % 4 == 1 else i]
+        yield None if gradient is None or like is None else gradient.to(like.dtype)
 
 
 def _norm_gradients(
@@ -278,10 +262,6 @@ def _compute_dtype(tokens: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tokens.dtype
 
 
-def _cast(dtype: torch.dtype, *tensors: Tensor | None) -> list[Any]:
-    return [None if tensor is None else as_plain(tensor, dtype) for tensor in tensors]
-
-
 def _autocast_off(tokens: Tensor) -> Any:
     return torch.autocast(tokens.device.type, enabled=False)
 
@@ -294,4 +274,4 @@ def _refuse_second_derivatives() -> None:
         )
 
 
-__all__ = ["Activation", "Affine", "lean_mlp", "lean_projections", "recomputed"]
+__all__ = ["Activation", "lean_mlp", "lean_projections", "recomputed"]

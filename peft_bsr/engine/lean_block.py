@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import layer_norm, linear
+from torch.nn.functional import layer_norm
 
 from peft_bsr.backbones import Anatomy, Column, attend
 from peft_bsr.core import BlockRun, token_scores
+from peft_bsr.engine.affine import Affine, affines_of
 from peft_bsr.engine.frozen import FrozenLinear
-from peft_bsr.engine.lean import Activation, Affine, lean_mlp, lean_projections, recomputed
+from peft_bsr.engine.lean import Activation, lean_mlp, lean_projections, recomputed
 from peft_bsr.engine.plan import Lean
 
 _FOREIGN = ("attention_mask", "position_embeddings")  # what a lean attention knows to do with
@@ -20,13 +21,13 @@ _FOREIGN = ("attention_mask", "position_embeddings")  # what a lean attention kn
 
 def run_lean_mlp(block: nn.Module, anatomy: Anatomy, lean: Lean, tokens: Tensor) -> Tensor | None:
     """norm2 and the MLP of [B, N, D], or None where they must run as they are."""
-    norm = _in_force(getattr(block, anatomy.norm2), nn.LayerNorm)
+    norm = _norm_in_force(getattr(block, anatomy.norm2))
     parts = _mlp_parts(block, anatomy)
-    if norm is None or parts is None or not _same_dtype(tokens, norm, parts[0], parts[2]):
+    if norm is None or parts is None or not _same_dtype(tokens, Affine.of(norm), parts[0], parts[2]):
         return None
-    first, activation, second = parts
-    weights = (Affine.of(norm), norm.eps, Affine.of(first), activation, Affine.of(second))
-    return lean_mlp(tokens, *weights, save_products=lean.save_products and lean.num_queries is None)
+    return lean_mlp(
+        tokens, Affine.of(norm), norm.eps, *parts, save_products=lean.save_products and lean.num_queries is None
+    )
 
 
 def run_lean_attention(
@@ -49,16 +50,17 @@ def run_lean_attention(
     assert anatomy is not None, "only a block whose parts are known runs lean"
     attention: Any = block.get_submodule(column.attention)
     leaves = {role: block.get_submodule(leaf) for role, leaf in zip(column.roles, column.leaves, strict=True)}
-    norm = _in_force(getattr(block, anatomy.norm1), nn.LayerNorm)
-    projections = [_in_force(leaves.get(f"attention.{name}"), nn.Linear) for name in ("query", "key", "value")]
+    norm = _norm_in_force(getattr(block, anatomy.norm1))
+    found = [_affine_in_force(leaves.get(f"attention.{name}")) for name in ("query", "key", "value")]
+    projections = [affine for affine in found if affine is not None]
     output: Any = leaves.get("attention.output")
     known = {name: value for name, value in arguments.items() if name in _FOREIGN and value is not None}
     foreign = [name for name, v in arguments.items() if name not in known and (isinstance(v, (Tensor, tuple)))]
-    if norm is None or any(p is None for p in projections) or output is None or foreign:
+    if norm is None or len(projections) < 3 or output is None or foreign:
         return None
     if _has_dropout(getattr(block, anatomy.attention)) or attention._forward_hooks:  # somebody captures its weights
         return None
-    if column.scores_from not in ("interface", "sdpa") or not _same_dtype(tokens, norm, *projections):
+    if column.scores_from not in ("interface", "sdpa") or not _same_dtype(tokens, Affine.of(norm), *projections):
         return None
     mask, tables = known.get("attention_mask"), known.get("position_embeddings")
     rotate = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
@@ -76,17 +78,19 @@ def run_lean_attention(
         return (mixed,) if score is None else (mixed, token_scores(score, q, k, column.scaling, mask))
 
     if lean.save_products:
-        query, key, value = (Affine.of(p) for p in projections)
+        query, key, value = projections
         results = mix(*lean_projections(tokens, Affine.of(norm), norm.eps, query, key, value, lean.num_queries))
     else:
+        scalings = [projection.scaling for projection in projections]
 
-        def project_and_mix(tokens: Tensor, *parameters: Any) -> tuple[Tensor, ...]:
-            normalized = layer_norm(tokens, tokens.shape[-1:], parameters[0], parameters[1], norm.eps)
-            asked = normalized[:, : lean.num_queries]
-            return mix(*(linear(asked if i == 2 else normalized, *parameters[i : i + 2]) for i in (2, 4, 6)))
+        def project_and_mix(tokens: Tensor, weight: Tensor, bias: Tensor, *others: Any) -> tuple[Tensor, ...]:
+            normalized = layer_norm(tokens, tokens.shape[-1:], weight, bias, norm.eps)
+            inputs = (normalized[:, : lean.num_queries], normalized, normalized)
+            products = zip(affines_of(others, scalings), inputs, strict=True)
+            return mix(*(affine.product(part) for affine, part in products))
 
-        parameters = [p for module in (norm, *projections) for p in (module.weight, module.bias)]
-        results = recomputed(project_and_mix, tokens, *parameters)
+        parameters = [tensor for projection in projections for tensor in projection.tensors]
+        results = recomputed(project_and_mix, tokens, norm.weight, norm.bias, *parameters)
     if score is not None:
         run.token_scores = results[1]
     projected: Tensor = output(results[0])
@@ -107,12 +111,12 @@ def plain_mlp(block: nn.Module, anatomy: Anatomy) -> tuple[Any, Any, Any] | None
     return first, others[0], second
 
 
-def _mlp_parts(block: nn.Module, anatomy: Anatomy) -> tuple[Any, Any, Any] | None:
+def _mlp_parts(block: nn.Module, anatomy: Anatomy) -> tuple[Affine, Activation, Affine] | None:
     """A plain MLP's parts as they are in force, the activation with its derivative."""
     parts = plain_mlp(block, anatomy)
     if parts is None:
         return None
-    first, activation, second = _in_force(parts[0], nn.Linear), Activation.of(parts[1]), _in_force(parts[2], nn.Linear)
+    first, activation, second = _affine_in_force(parts[0]), Activation.of(parts[1]), _affine_in_force(parts[2])
     return None if first is None or second is None or activation is None else (first, activation, second)
 
 
@@ -124,13 +128,24 @@ def _leaves(module: nn.Module) -> list[nn.Module]:
     return [leaf for child in children for leaf in _leaves(child)]
 
 
-def _in_force(module: Any, kind: type[nn.Module]) -> Any:
-    """The very module of that class that runs, or None if there is something around or in the place of it."""
-    if module is None or module._forward_hooks or module._forward_pre_hooks:
-        return None
-    leaf = module.leaf_in_force() if hasattr(module, "leaf_in_force") else module
-    kinds = (kind, FrozenLinear) if kind is nn.Linear else (kind,)
-    return leaf if type(leaf) in kinds and not leaf._forward_hooks and not leaf._forward_pre_hooks else None
+def _norm_in_force(module: Any) -> Any:
+    """The very LayerNorm that runs, or None if there is something around or in the place of it."""
+    leaf, update = _leaf_and_update(module)
+    return leaf if type(leaf) is nn.LayerNorm and update is None else None
+
+
+def _affine_in_force(module: Any) -> Affine | None:
+    """The very Linear that runs, and the low-rank update beside it, or None if there is something else."""
+    leaf, update = _leaf_and_update(module)
+    return Affine.of(leaf, update) if type(leaf) in (nn.Linear, FrozenLinear) else None
+
+
+def _leaf_and_update(module: Any) -> tuple[Any, Any]:
+    if module is None:
+        return None, None
+    leaf, update = module.leaf_in_force() if hasattr(module, "leaf_in_force") else (module, None)
+    hooked = any(m._forward_hooks or m._forward_pre_hooks for m in (module, leaf, update) if m is not None)
+    return (None, None) if hooked else (leaf, update)
 
 
 def _has_dropout(attention: nn.Module) -> bool:
@@ -142,8 +157,8 @@ def _has_dropout(attention: nn.Module) -> bool:
     return False
 
 
-def _same_dtype(tokens: Tensor, *modules: Any) -> bool:
-    """Whether no module would cast; autocast casts by itself."""
+def _same_dtype(tokens: Tensor, *affines: Affine) -> bool:
+    """Whether nothing would be cast; autocast casts by itself."""
     if torch.is_autocast_enabled(tokens.device.type):
         return True
-    return all(p.dtype == tokens.dtype for module in modules for p in module.parameters())
+    return all(t.dtype == tokens.dtype for affine in affines for t in affine.tensors if t is not None)

@@ -162,13 +162,15 @@ class BSRWeights(nn.Module, SingleAdapterLayer):
         super().set_adapter(adapter_names, inference_mode)
         self.place_base()
 
-    def leaf_in_force(self) -> nn.Module | None:
-        """The module that `forward` runs, or None where it is not one module alone."""
+    def leaf_in_force(self) -> tuple[nn.Module | None, LowRankUpdate | None]:
+        """The module that `forward` runs, None where it is not one module alone, and the update beside it."""
         name = self.carried_adapter
         if name is None or self.merged:
-            return self.base_layer
+            return self.base_layer, None
         module = self.bsr_params[name]
-        return None if isinstance(module, (LowRankUpdate, TaskHeads)) else module
+        if isinstance(module, LowRankUpdate):
+            return self.base_layer, module
+        return (None if isinstance(module, TaskHeads) else module), None
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Put the adapter's weights into the base module, itself (not base + difference); the old ones are kept.

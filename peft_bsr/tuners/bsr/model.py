@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import _ExcludedModule
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from peft_bsr.backbones import Column, find_rule, probe
+from peft_bsr.backbones import Column, find_rule, probe, quiet
 from peft_bsr.core import RouteCarrier
 from peft_bsr.engine import ROUTER, Plan, attach_router, verify_lean, verify_mixture, verify_plan
 from peft_bsr.errors import AdapterError, ReductionNotMergedWarning
@@ -22,7 +22,7 @@ from peft_bsr.tuners.block_config import BlockConfig
 from peft_bsr.tuners.bsr.layer import BSRWeights
 from peft_bsr.tuners.bsr.router import BSRRouter, TaskSettings
 from peft_bsr.tuners.bsr.targets import is_excluded, resolve_targets
-from peft_bsr.tuners.classifier import find_classifier, find_final_norm
+from peft_bsr.tuners.classifier import find_classifier, find_final_norm, without_layer
 from peft_bsr.tuners.frozen_weights import (
     check_rounded,
     linears_to_round,
@@ -105,7 +105,8 @@ class BSRModel(RoutedTuner):
         with detached(model, routers), _without_heads(model):
             verify_mixture(model, column, requested, stock)
             plan = verify_plan(model, column, requested, allowed_modes(config), stock)
-            plan = verify_lean(model, column, plan, stock)
+            with self._tried_updates(model, config):
+                plan = verify_lean(model, column, plan, stock)
             self._rounded = _linears_to_round(model, column, config, plan)
             check_rounded(model, column, self._rounded, bool(routers))
             with tried_rounding(model, column, self._rounded):
@@ -116,6 +117,22 @@ class BSRModel(RoutedTuner):
                         plan, blocks=tuple(lean[i] if i in crossed else b for i, b in enumerate(plan.blocks))
                     )
             return column, plan, layout
+
+    @contextmanager
+    def _tried_updates(self, model: nn.Module, config: BlockConfig) -> Iterator[None]:
+        """Have low-rank updates, away from zero, where they will be, for a while."""
+        places = {name: model.get_submodule(name) for name, way in self._targets.items() if way == "low_rank"}
+        with quiet(model):
+            for name, module in places.items():
+                layer = BSRWeights(without_layer(module))
+                layer.update_layer("tried", replace(config, init_weights=False), low_rank=True)
+                layer.set_adapter("tried")
+                model.set_submodule(name, layer.eval())
+        try:
+            yield
+        finally:
+            for name, module in places.items():
+                model.set_submodule(name, module)
 
     def _settle_again(
         self, model: nn.Module, config: BlockConfig, column: Column, plan: Plan, *_: Any

@@ -4,10 +4,10 @@
     python benchmarks/lean.py saved gradients        # parts of it
     python benchmarks/lean.py convergence --data FOLDER
 
-Parts: `saved`, `gradients`, `time`, `cache`, `memory` (20 AdamW steps of each method in a fresh process), and with
-`--data`, `convergence` (200 steps of ViT-Ti on CIFAR-10; FOLDER holds `vit-tiny-patch16-224` and
-`cifar10-train-5000.parquet`). ViT-B/16, 224 px, fp32, random weights unless said: they change none of these figures but
-the gradients' errors.
+Parts: `saved`, `gradients`, `time`, `lora` (on every Linear, PEFT's beside ours), `cache`, `memory` (20 AdamW steps of
+each method in a fresh process), and with `--data`, `convergence` (200 steps of ViT-Ti on CIFAR-10; FOLDER holds
+`vit-tiny-patch16-224` and `cifar10-train-5000.parquet`). ViT-B/16, 224 px, fp32, random weights unless said: they
+change none of these figures but the gradients' errors.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ from transformers import (
 
 from peft_bsr import BSRConfig, FeatureCache
 from peft_bsr.backbones import probe_inputs, tensors_of
-from peft_bsr.cost import TrainingStep, count_flops, saved_activations
+from peft_bsr.cost import TrainingStep, compare, cost_table, count_flops, saved_activations
 
 warnings.filterwarnings("ignore", category=FutureWarning)
 
@@ -70,7 +70,9 @@ PLANS = {
     "last 4, reduce after 7": {"trainable_blocks": "last:4", "reduction_blocks": [7], "reduce_at": "after_block"},
     "{9,10,11}, reduce {3,6,9}": {"trainable_blocks": "last:3"},
     "all blocks, all tokens": {"trainable_blocks": "every:1", "reduction_blocks": []},
+    "LoRA in all blocks, all tokens": {"trainable_blocks": "every:1", "reduction_blocks": [], "trainable": "lora"},
 }
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]
 BARS_MIB = {
     ("{3,7,11}, reduce {3,6,9}", "exact"): 18.5,
     ("{3,7,11}, reduce {3,6,9}", "max"): 6.5,
@@ -112,6 +114,7 @@ def main() -> None:
         "saved": saved,
         "gradients": gradients,
         "time": times,
+        "lora": low_rank,
         "cache": cache_epoch,
         "memory": memory,
         "convergence": convergence,
@@ -188,6 +191,20 @@ def times(args: argparse.Namespace) -> str:
             verdict(f"{value / base:.3f}", value / base, b) for base, b in zip((stock, full), bar, strict=True)
         ]
     return table(rows) + f"\n\nForward, backward and SGD update, median of 7 in turn; batch {args.batch_size}."
+
+
+def low_rank(args: argparse.Namespace) -> str:
+    """Low-rank updates on every Linear: PEFT's own, and ours on lean blocks."""
+    plan = PLANS["LoRA in all blocks, all tokens"]
+    peer = LoraConfig(r=8, target_modules=LINEARS, modules_to_save=["classifier"])
+    models = {
+        "full fine-tuning": vit(args.device),
+        "PEFT's LoRA": get_peft_model(vit(args.device), peer),
+        "PEFT's LoRA, checkpointing": checkpointing(get_peft_model(vit(args.device), peer)),
+    }
+    models |= {f"LoRA, {level}": bsr(args.device, **plan, **LEVELS[level]) for level in ("stock", "exact", "max")}
+    batch = random_batch(args.batch_size, args.device)
+    return cost_table(compare({name: model.train() for name, model in models.items()}, batch), batch)
 
 
 def cache_epoch(args: argparse.Namespace) -> str:

@@ -111,7 +111,7 @@ def _is_equal(model: nn.Module, column: Column, index: int, candidate: BlockPlan
         allowed = _INT8_ERROR
     else:
         # what is zero but for rounding (a key's bias: softmax does not see it) is measured by the others' size
-        floor = 1e-3 * max(float(a.abs().max()) for a, _ in pairs[1:])
+        floor = 1e-2 * max(float(a.abs().max()) for a, _ in pairs[1:])
         error = max(float((a - b).abs().max() / a.abs().max().clamp_min(floor)) for a, b in pairs)
         allowed = tolerance(hidden.dtype)
     if not error <= allowed:

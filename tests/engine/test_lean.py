@@ -228,6 +228,19 @@ def test_dropout_in_the_attention_keeps_it_stock():
     assert (plan.blocks[-1].lean.attention, plan.blocks[-1].lean.mlp) == (False, True)
 
 
+def test_updates_are_tried_when_attached(monkeypatch):
+    """A wrong gradient of theirs is found, so that such blocks run as they are; others have none."""
+
+    def lean(trainable: str) -> bool:
+        config = BSRConfig(trainable_blocks=[1, 3], trainable=trainable)
+        return get_peft_model(SUPPORTED["vit"](), config).base_model.plan().blocks[1].lean is not None
+
+    assert lean("full") and lean("lora")
+    narrow = Affine.narrow
+    monkeypatch.setattr(Affine, "narrow", lambda s, g: None if s.up is None else narrow(s, g) * 1.01)
+    assert lean("full") and not lean("lora")
+
+
 def test_an_unknown_level_is_refused():
     with pytest.raises(ConfigError, match=r"`lean='more'` is unknown. Use one of 'off', 'exact', 'max'"):
         BSRConfig(lean="more")

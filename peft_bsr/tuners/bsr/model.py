@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import _ExcludedModule
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -120,12 +121,14 @@ class BSRModel(RoutedTuner):
 
     @contextmanager
     def _tried_updates(self, model: nn.Module, config: BlockConfig) -> Iterator[None]:
-        """Have low-rank updates, away from zero, where they will be, for a while."""
+        """Have low-rank updates, away from zero but small beside the weights, where they will be, for a while."""
         places = {name: model.get_submodule(name) for name, way in self._targets.items() if way == "low_rank"}
         with quiet(model):
+            torch.manual_seed(0)
             for name, module in places.items():
-                layer = BSRWeights(without_layer(module))
-                layer.update_layer("tried", replace(config, init_weights=False), low_rank=True)
+                layer: Any = BSRWeights(without_layer(module))
+                layer.update_layer("tried", config, low_rank=True)
+                nn.init.normal_(layer.bsr_params["tried"].lora_B, std=0.02)
                 layer.set_adapter("tried")
                 model.set_submodule(name, layer.eval())
         try:

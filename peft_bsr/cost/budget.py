@@ -160,6 +160,10 @@ def _settings(depth: int) -> tuple[tuple[dict[str, Any] | None, str], ...]:
     return (
         (None, "nothing: every weight trains on every token"),
         ({"trainable_blocks": "every:1", "reduction_blocks": []}, "the embeddings stay frozen"),
+        (
+            {"trainable_blocks": "every:1", "reduction_blocks": [], "trainable": "lora"},
+            "nothing but low-rank updates of the blocks trains",
+        ),
         ({"trainable_blocks": "every:4", "reduction_blocks": []}, "3 blocks of 4 stay frozen"),
         (
             {"trainable_blocks": "last:3", "reduction_blocks": [late]},

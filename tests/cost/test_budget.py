@@ -102,7 +102,7 @@ def test_more_memory_gives_up_less():
     plans = plan_for_budget(vit(), "10GB", batch_size=BATCH)
     assert plans[0].config is None and not plans[0].gradient_checkpointing
     assert all(plan.estimate.total_bytes <= 10**10 for plan in plans)
-    assert len({plan.gives_up for plan in plans}) == len(plans) == 9
+    assert len({plan.gives_up for plan in plans}) == len(plans) == 10
     small = plan_for_budget(vit(), 10**8, batch_size=BATCH)
     assert len(small) < len(plans) and small[0].config is not None
     assert "gives up: " in small[0].describe() and "BSRConfig(" in small[0].describe()
@@ -130,7 +130,15 @@ def test_sizes():
     assert [parse_size(s) for s in ("2GB", "2 GiB", "1.5KB", 7, "512")] == [2 * 10**9, 2**31, 1500, 7, 512]
 
 
-@pytest.mark.parametrize("setting", [None, {"trainable_blocks": "every:2"}, {"trainable_blocks": "last:1"}])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        None,
+        {"trainable_blocks": "every:2"},
+        {"trainable_blocks": "every:1", "reduction_blocks": [], "trainable": "lora"},
+        {"trainable_blocks": "last:1"},
+    ],
+)
 def test_ways_are_tried_by_flops(setting):
     """The first that fits is taken, so none behind it may take fewer."""
     with torch.device("meta"):

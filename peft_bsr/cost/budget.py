@@ -101,7 +101,7 @@ def plan_for_budget(
         >>> with torch.device("meta"):
         ...     vit = ViTForImageClassification(ViTConfig(num_labels=10))
         >>> plan_for_budget(vit, "0.7GB", batch_size=8, limit=1)[0].gives_up
-        '3 blocks of 4 stay frozen; first products are computed twice; gradients off by 1 %'
+        'nothing but low-rank updates of the blocks trains; first products are computed twice'
     """
     budget = parse_size(memory)
     model = on_meta(model).requires_grad_(True)  # also of one that an adapter has frozen: full fine-tuning is a plan

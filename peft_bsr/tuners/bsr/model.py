@@ -128,7 +128,11 @@ class BSRModel(RoutedTuner):
             for name, module in places.items():
                 layer: Any = BSRWeights(without_layer(module))
                 layer.update_layer("tried", config, low_rank=True)
-                nn.init.normal_(layer.bsr_params["tried"].lora_B, std=0.02)
+                update = layer.bsr_params["tried"]
+                for key, std in (("lora_A", layer.in_features**-0.5), ("lora_B", 0.02)):
+                    values = torch.randn(update._parameters[key].shape) * std
+                    # past `register_parameter`, which puts all on the meta device under low_cpu_mem_usage
+                    update._parameters[key] = nn.Parameter(values.to(next(layer.base_layer.parameters())))
                 layer.set_adapter("tried")
                 model.set_submodule(name, layer.eval())
         try:

@@ -2,10 +2,10 @@
 
     python benchmarks/method_comparison/sweep.py --model MODEL --data DATA
 
-Each recipe is tried at 1e-4, 3e-4 and 1e-3, then outwards in the same steps until the best rate has a worse one on
-either side. What counts is accuracy on the validation split (then its loss), after the protocol's epochs on fewer
-images of its first task. Test images are not seen. `results/PROTOCOL/recipes.json` gets what was found; runs that
-are there are not repeated.
+Each recipe is tried on the experiment that leads it (`"leads": true`), at 1e-4, 3e-4 and 1e-3, then outwards in equal
+steps until the best rate has a worse one on either side. What counts is accuracy on the validation split (then its
+loss), after the protocol's epochs on fewer images of its first task. Test images are not seen.
+`results/PROTOCOL/recipes.json` gets what was found; runs that are there are not repeated.
 """
 
 from __future__ import annotations
@@ -37,9 +37,7 @@ def main() -> None:
     add_launching(parser)
     add_results(parser)
     args = parser.parse_args()
-    leaders: dict[str, str] = {}
-    for experiment in (e for e in Experiment.all() if e.params["control"] is None):
-        leaders.setdefault(experiment.params["recipe"], experiment.name)
+    leaders = {e.params["recipe"]: e.name for e in Experiment.all() if e.params["leads"]}
     chosen = {recipe: leaders[recipe] for recipe in args.only or leaders}
     with tqdm(total=len(chosen), unit="recipe") as bar, ThreadPoolExecutor(args.at_once) as pool:
 

@@ -67,6 +67,10 @@ def test_every_experiment_trains_what_it_says(sources):
     experiments = {e.name: e for e in Experiment.all()}
     assert len(experiments) > 30
     assert {n.split("/")[0] for n, e in experiments.items() if e.is_candidate} == {"alast_tried", "bsr_tried"}
+    leaders = [(e.params["recipe"], name) for name, e in experiments.items() if e.params["leads"]]
+    assert sorted(recipe for recipe, _ in leaders) == sorted({e.params["recipe"] for e in experiments.values()})
+    recipes = json.loads((FOLDER / "results" / "cpu" / "recipes.json").read_text())
+    assert dict(leaders) == {recipe: found["experiment"] for recipe, found in recipes.items()}
     trained = {}
     for name, experiment in experiments.items():
         torch.manual_seed(0)

@@ -72,7 +72,6 @@ PLANS = {
     "all blocks, all tokens": {"trainable_blocks": "every:1", "reduction_blocks": []},
     "LoRA in all blocks, all tokens": {"trainable_blocks": "every:1", "reduction_blocks": [], "trainable": "lora"},
 }
-LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]
 BARS_MIB = {
     ("{3,7,11}, reduce {3,6,9}", "exact"): 18.5,
     ("{3,7,11}, reduce {3,6,9}", "max"): 6.5,
@@ -196,7 +195,7 @@ def times(args: argparse.Namespace) -> str:
 def low_rank(args: argparse.Namespace) -> str:
     """Low-rank updates on every Linear: PEFT's own, and ours on lean blocks."""
     plan = PLANS["LoRA in all blocks, all tokens"]
-    peer = LoraConfig(r=8, target_modules=LINEARS, modules_to_save=["classifier"])
+    peer = LoraConfig(r=8, target_modules="all-linear", modules_to_save=["classifier"])
     models = {
         "full fine-tuning": vit(args.device),
         "PEFT's LoRA": get_peft_model(vit(args.device), peer),

@@ -135,11 +135,11 @@ class _LeanMLP(torch.autograd.Function):
     def forward(ctx: Any, tokens: Tensor, how: Any, *parameters: Tensor | None) -> Tensor:
         ctx.how = eps, activation, save_products, dtype, scalings = how
         norm_weight, norm_bias, *others = parameters
-        first, second = (affine.cast(dtype) for affine in affines_of(others, scalings))
+        first, second = affines_of(others, scalings)
         with _autocast_off(tokens):
             normalized = _layer_norm(tokens, tokens.shape[-1:], norm_weight, norm_bias, eps)[0]
-            product = first.product(normalized.to(dtype))
-            output = second.product(activation.forward(product))
+            product = first.cast(dtype).product(normalized.to(dtype))
+            output = second.cast(dtype).product(activation.forward(product))
         others[5] = None  # the second bias
         ctx.save_for_backward(tokens, product if save_products else None, norm_weight, norm_bias, *others)
         return output
@@ -151,17 +151,19 @@ class _LeanMLP(torch.autograd.Function):
         eps, activation, _, dtype, scalings = ctx.how
         needs = ctx.needs_input_grad[2:]
         with _autocast_off(tokens):
-            first, second = (affine.cast(dtype) for affine in affines_of(others, scalings))
+            first, second = affines_of(others, scalings)
+            first = first.cast(dtype)
             normalized, mean, rstd = _layer_norm(tokens, tokens.shape[-1:], norm_weight, norm_bias, eps)
             normalized = normalized.to(dtype).flatten(0, 1)
             product = first.product(normalized) if product is None else product.flatten(0, 1)
             gradient = gradient.flatten(0, 1)
+            second = second.cast(dtype)
             narrow = second.narrow(gradient)
             hidden = activation.forward(product) if needs[6] or needs[8] or needs[9] else None
             found = second.of_tensors(gradient, narrow, hidden, needs[6:])
             del hidden  # one wide tensor less at the peak
             gradient = activation.backward(second.of_inputs(gradient, narrow), product)
-            del product
+            del product, second
             narrow = first.narrow(gradient)
             found = first.of_tensors(gradient, narrow, normalized, needs[2:6]) + found
             gradient = first.of_inputs(gradient, narrow).view_as(tokens)

@@ -25,9 +25,8 @@ def run_lean_mlp(block: nn.Module, anatomy: Anatomy, lean: Lean, tokens: Tensor)
     parts = _mlp_parts(block, anatomy)
     if norm is None or parts is None or not _same_dtype(tokens, Affine.of(norm), parts[0], parts[2]):
         return None
-    return lean_mlp(
-        tokens, Affine.of(norm), norm.eps, *parts, save_products=lean.save_products and lean.num_queries is None
-    )
+    save_products = lean.save_products and lean.num_queries is None
+    return lean_mlp(tokens, Affine.of(norm), norm.eps, *parts, save_products)
 
 
 def run_lean_attention(

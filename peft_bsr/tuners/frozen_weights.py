@@ -25,22 +25,20 @@ _IGNORED_BY_DDP = "_ddp_params_and_buffers_to_ignore"
 _ROOT = "base_model.model."
 
 
-def rounds(config: Any) -> bool:
-    """Whether an adapter asks for 8 bits."""
-    return bool(config.frozen_weights == "int8")
-
-
 def linears_to_round(
-    model: nn.Module, column: Column, trained: Collection[int], exact_roles: Collection[str] = ()
+    model: nn.Module, column: Column, config: Any, trained: Collection[int], exact_roles: Collection[str] = ()
 ) -> list[str]:
-    """Names of the Linear modules in blocks that do not train.
+    """Names of the Linear modules whose weights an adapter wants in 8 bits: those in blocks that do not train, or none.
 
     Args:
         model: The model.
         column: Its column.
-        trained: Indices of the blocks that do.
+        config: Of the adapter.
+        trained: Indices of the blocks that train.
         exact_roles: Roles of leaf modules that stay as they are.
     """
+    if config.frozen_weights == "full":
+        return []
     names = [
         f"{block}.{leaf}"
         for index, block in enumerate(column.blocks)
@@ -171,7 +169,6 @@ __all__ = [
     "check_rounded",
     "linears_to_round",
     "round_weights",
-    "rounds",
     "tell_ddp",
     "tried_rounding",
 ]

@@ -110,10 +110,6 @@ class RoutedTuner(BaseTuner):
             raise AdapterError(f"There is no adapter {name!r}; this model has {sorted(self.peft_config)}.")
         return routers[0].plans[name]
 
-    def _settle_again(self, model: nn.Module, config: Any, column: Column, plan: Plan, *rest: Any) -> tuple[Any, ...]:
-        """For a model without numbers, which cannot be checked: what `_settle` found on its narrow twin."""
-        raise NotImplementedError
-
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Attach the adapter, and remember which parameters asked for gradients before the first one came.
 

@@ -241,6 +241,20 @@ def test_updates_are_tried_when_attached(monkeypatch):
     assert lean("full") and not lean("lora")
 
 
+@pytest.mark.parametrize("wrong", ["weight", "bias", "down", "up"])
+def test_every_gradient_is_tried_when_attached(wrong, monkeypatch):
+    of_tensors, place = Affine.of_tensors, ["weight", "bias", "down", "up"].index(wrong)
+
+    def one_off(self: Affine, *args: object) -> list[torch.Tensor | None]:
+        found = of_tensors(self, *args)
+        found[place] = None if found[place] is None else found[place] * 1.01
+        return found
+
+    monkeypatch.setattr(Affine, "of_tensors", one_off)
+    config = BSRConfig(trainable_blocks=[1, 3], trainable="lora")
+    assert get_peft_model(SUPPORTED["vit"](), config).base_model.plan().blocks[1].lean is None
+
+
 def test_an_unknown_level_is_refused():
     with pytest.raises(ConfigError, match=r"`lean='more'` is unknown. Use one of 'off', 'exact', 'max'"):
         BSRConfig(lean="more")

@@ -28,7 +28,6 @@ from peft_bsr.tuners.frozen_weights import (
     check_rounded,
     linears_to_round,
     round_weights,
-    rounds,
     tell_ddp,
     tried_rounding,
 )
@@ -108,7 +107,7 @@ class BSRModel(RoutedTuner):
             plan = verify_plan(model, column, requested, allowed_modes(config), stock)
             with self._tried_updates(model, config):
                 plan = verify_lean(model, column, plan, stock)
-            self._rounded = _linears_to_round(model, column, config, plan)
+            self._rounded = linears_to_round(model, column, config, plan.trained_blocks)
             check_rounded(model, column, self._rounded, bool(routers))
             with tried_rounding(model, column, self._rounded):
                 crossed = [i for i, b in enumerate(plan.blocks) if b.saves_less and not b.trained]
@@ -128,11 +127,10 @@ class BSRModel(RoutedTuner):
             for name, module in places.items():
                 layer: Any = BSRWeights(without_layer(module))
                 layer.update_layer("tried", config, low_rank=True)
-                update = layer.bsr_params["tried"]
-                for key, std in (("lora_A", layer.in_features**-0.5), ("lora_B", 0.02)):
-                    values = torch.randn(update._parameters[key].shape) * std
-                    # past `register_parameter`, which puts all on the meta device under low_cpu_mem_usage
-                    update._parameters[key] = nn.Parameter(values.to(next(layer.base_layer.parameters())))
+                # under PEFT's low_cpu_mem_usage it was made on the meta device
+                update = layer.bsr_params["tried"].to_empty(device=next(layer.base_layer.parameters()).device)
+                nn.init.normal_(update.lora_A, std=layer.in_features**-0.5)
+                nn.init.normal_(update.lora_B, std=0.02)
                 layer.set_adapter("tried")
                 model.set_submodule(name, layer.eval())
         try:
@@ -144,8 +142,9 @@ class BSRModel(RoutedTuner):
     def _settle_again(
         self, model: nn.Module, config: BlockConfig, column: Column, plan: Plan, *_: Any
     ) -> tuple[Column, Plan, dict[str, str]]:
+        """For a model without numbers, which cannot be checked: what was settled on its narrow twin."""
         self._targets, layout = resolve_targets(model, column, config)[1:]
-        self._rounded = _linears_to_round(model, column, config, plan)
+        self._rounded = linears_to_round(model, column, config, plan.trained_blocks)
         return column, plan, layout
 
     def _attached_routers(self, model: nn.Module, column: Column) -> list[Any]:
@@ -305,8 +304,3 @@ def _without_heads(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer._disable_adapters = False
-
-
-def _linears_to_round(model: nn.Module, column: Column, config: BlockConfig, plan: Plan) -> list[str]:
-    """Names of the Linear modules whose weights the adapter wants in 8 bits."""
-    return linears_to_round(model, column, plan.trained_blocks) if rounds(config) else []

@@ -21,7 +21,6 @@ from peft_bsr.tuners.frozen_weights import (
     check_rounded,
     linears_to_round,
     round_weights,
-    rounds,
     tell_ddp,
     tried_rounding,
 )
@@ -99,7 +98,7 @@ class SynQTModel(RoutedTuner):
             wanted = QueryPath(column, kept=config.kept_tokens)  # type: ignore[arg-type]
             path = verify_queries(model, column, layers[0], wanted, stock)
             plan = verify_plan(model, column, requested, allowed_modes(config), stock)
-            self._rounded = _linears_to_round(model, column, config, path)
+            self._rounded = linears_to_round(model, column, config, [], path.exact_roles)
             check_rounded(model, column, self._rounded, bool(routers))
             with tried_rounding(model, column, self._rounded):
                 if self._rounded:
@@ -109,7 +108,8 @@ class SynQTModel(RoutedTuner):
     def _settle_again(
         self, model: nn.Module, config: SynQTConfig, column: Column, plan: Plan, path: QueryPath, *rest: Any
     ) -> tuple[Any, ...]:
-        self._rounded = _linears_to_round(model, column, config, path)
+        """For a model without numbers, which cannot be checked: what was settled on its narrow twin."""
+        self._rounded = linears_to_round(model, column, config, [], path.exact_roles)
         return column, plan, replace(path, column=column), *rest
 
     def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> bool:
@@ -187,11 +187,6 @@ class SynQTModel(RoutedTuner):
                 key = f"{name}{separator}{parameter_of(module, parameter)}"
             renamed[key] = tensor
         return cls._load_checked(model, config, adapter_name, renamed)
-
-
-def _linears_to_round(model: nn.Module, column: Column, config: SynQTConfig, path: QueryPath) -> list[str]:
-    """Names of the Linear modules whose weights the adapter wants in 8 bits."""
-    return linears_to_round(model, column, [], path.exact_roles) if rounds(config) else []
 
 
 @contextmanager

@@ -68,6 +68,7 @@ LEVELS = {
 PLANS = {
     "{3,7,11}, reduce {3,6,9}": {},
     "last 4, reduce after 7": {"trainable_blocks": "last:4", "reduction_blocks": [7], "reduce_at": "after_block"},
+    "{9,10,11}, reduce {8}": {"trainable_blocks": "last:3", "reduction_blocks": [8]},
     "{9,10,11}, reduce {3,6,9}": {"trainable_blocks": "last:3"},
     "all blocks, all tokens": {"trainable_blocks": "every:1", "reduction_blocks": []},
     "LoRA in all blocks, all tokens": {"trainable_blocks": "every:1", "reduction_blocks": [], "trainable": "lora"},
@@ -207,33 +208,39 @@ def low_rank(args: argparse.Namespace) -> str:
 
 
 def cache_epoch(args: argparse.Namespace) -> str:
-    """An epoch from the feature cache beside one from images that are ready in memory."""
-    images = [{"pixel_values": torch.randn(3, 224, 224), "labels": i % 10} for i in range(64)]
-    rows = [
-        ["plan", "KiB an image", "built, s", "from images, s", "from the cache, s", "ratio", "FLOPs behind the cut"]
-    ]
-    for plan in ("{3,7,11}, reduce {3,6,9}", "last 4, reduce after 7", "{9,10,11}, reduce {3,6,9}"):
+    """An epoch from the feature cache beside one from images that are ready in memory, and one of full fine-tuning."""
+    images = [{"pixel_values": torch.randn(3, 224, 224), "labels": i % 10} for i in range(32)]
+    full = vit(args.device).train()
+    rows = [["plan", "KiB an image", "built, s", "images, s", "cache, s", "cache to images", "to full", "FLOPs behind"]]
+    for plan in (
+        "{3,7,11}, reduce {3,6,9}",
+        "last 4, reduce after 7",
+        "{9,10,11}, reduce {8}",
+        "{9,10,11}, reduce {3,6,9}",
+    ):
         model = bsr(args.device, **PLANS[plan])
         with tempfile.TemporaryDirectory() as folder:
             begin = time.perf_counter()
             cache = FeatureCache.build(model, images, folder, batch_size=args.batch_size, progress=False)
             built = time.perf_counter() - begin
             kib = (Path(folder) / "cached_tokens.bin").stat().st_size / len(images) / 1024
-            taken: dict[str, list[float]] = {"images": [], "cache": []}
+            taken: dict[str, list[float]] = {"full": [], "images": [], "cache": []}
             with cache.read_by(model):
                 for _ in range(3):
-                    for name, data in (("images", images), ("cache", cache)):
-                        taken[name].append(epoch_seconds(model, data, args))
+                    taken["full"].append(epoch_seconds(full, images, args))
+                    taken["images"].append(epoch_seconds(model, images, args))
+                    taken["cache"].append(epoch_seconds(model, cache, args))
                 batches = (next(iter(DataLoader(data, args.batch_size))) for data in (images, cache))
                 whole, behind = (count_flops(TrainingStep(model, batch)) for batch in batches)
-        whole_s, cache_s = (statistics.median(values) for values in taken.values())
+        full_s, whole_s, cache_s = (statistics.median(values) for values in taken.values())
         bar = 0.5 if plan == "last 4, reduce after 7" else None
         ratio = verdict(f"{cache_s / whole_s:.3f}", cache_s / whole_s, bar)
-        cells = [f"{kib:.0f}", f"{built:.1f}", f"{whole_s:.1f}", f"{cache_s:.1f}", ratio, f"{behind / whole:.2f}"]
-        rows.append([plan, *cells])
+        seconds = [f"{built:.1f}", f"{whole_s:.1f}", f"{cache_s:.1f}"]
+        rows.append([plan, f"{kib:.0f}", *seconds, ratio, f"{cache_s / full_s:.3f}", f"{behind / whole:.2f}"])
     return table(rows) + (
-        f"\n\nEpochs of 64 images, ready in memory or read from the cache (bf16), BSR exact, batch {args.batch_size}, "
-        "median of 3 in turn. FLOPs: of a training step, the share that a cache cannot spare."
+        f"\n\nEpochs of 32 images, ready in memory or read from the cache (bf16), BSR exact, batch {args.batch_size}, "
+        "median of 3 in turn. To full: from the cache, to an epoch of full fine-tuning from images in the same turns. "
+        "FLOPs: of a training step, the share that a cache cannot spare."
     )
 
 

@@ -1,21 +1,25 @@
-"""Saved activations, FLOPs and step time of every experiment, each beside full fine-tuning on the same batch.
+"""Saved activations, FLOPs, step time and peak memory of every experiment, beside full fine-tuning on the same batch.
 
     python benchmarks/method_comparison/costs.py --model MODEL
 
-Neither the images nor the seed changes them, so they are measured once. Each experiment's steps are timed in turn
-with those of full fine-tuning, so that what else the machine does slows both. Run it while the machine is idle.
+Neither the images nor the seed changes them, so they are measured once; what is there is not measured again. Each
+experiment's steps are timed in turn with those of full fine-tuning, so that what else the machine does slows both. Run
+it while the machine is idle. The peak is that of a process of its own, in which glibc gives freed tensors back at once.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -24,60 +28,103 @@ from experiment import Experiment, load_base
 from launch import add_results, results_of
 from train import add_sources, environment
 
-from peft_bsr.cost import compare
+from peft_bsr.cost import PeakMemory, compare
+from peft_bsr.training.rehearsal import rehearsal
 
 REFERENCE = "full_finetuning/all"
+GAPLESS = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
 
 
 def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", help="these experiments (default: all)")
+    parser.add_argument("--only", nargs="*", help="these experiments (default: all but those of try.py)")
+    parser.add_argument("--again", action="store_true", help="measure what is there too")
     parser.add_argument("--repeats", type=int, default=7, help="timed steps of each (default 7)")
+    parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     add_sources(parser)
     add_results(parser)
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    batch_size = Protocol.load(args.protocol).batch_size
+    if args.peak_of:
+        print(json.dumps(peak_bytes(args)))
+        return
     path = results_of(args) / "costs.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     found = json.loads(path.read_text()) if path.exists() else {}
-    for experiment in tqdm([e for e in Experiment.all() if not args.only or e.name in args.only], unit="experiment"):
-        full, this = (ready(e, args.model, device) for e in (Experiment.load(REFERENCE), experiment))
-        models = {"full": full, "this": this}
-        batch = {
-            "pixel_values": torch.randn(batch_size, 3, *image_size(full), device=device),
-            "labels": torch.randint(10, (batch_size,), device=device),
-        }
-        reference, cost = compare(models, batch, args.repeats).values()
-        found[experiment.name] = {
-            "saved_bytes_per_image": cost.saved_bytes_per_image,
-            "saved_to_full": cost.saved_bytes_per_image / reference.saved_bytes_per_image,
-            "forward_macs_per_image": cost.forward_macs_per_image,
-            "training_flops_per_image": cost.training_flops_per_image,
-            "step_seconds": cost.step_seconds,
-            "step_to_full": cost.step_seconds / reference.step_seconds,
-            "batch_size": batch_size,
-            **environment(),
-        }
-        path.parent.mkdir(parents=True, exist_ok=True)
+    experiments = [e for e in Experiment.all() if (e.name in args.only if args.only else not e.is_candidate)]
+    for experiment in tqdm(experiments, unit="experiment"):
+        cost = found.setdefault(experiment.name, {})
+        if args.again or "step_to_full" not in cost:
+            cost |= measure(experiment, args)
+        if args.again or "peak_bytes" not in cost:
+            cost["peak_bytes"] = peak_in_own_process(experiment, args)
         path.write_text(json.dumps(found, indent=2) + "\n")
 
 
-def ready(experiment: Experiment, source: str, device: str) -> nn.Module:
-    """The model as it trains."""
-    base = load_base(source, [str(i) for i in range(10)]).to(device)
+def measure(experiment: Experiment, args: argparse.Namespace) -> dict[str, Any]:
+    """All but the peak."""
+    batch = random_batch(full := ready(Experiment.load(REFERENCE), args.model), args)
+    reference, cost = compare({"full": full, "this": ready(experiment, args.model)}, batch, args.repeats).values()
+    return {
+        "saved_bytes_per_image": cost.saved_bytes_per_image,
+        "saved_to_full": cost.saved_bytes_per_image / reference.saved_bytes_per_image,
+        "forward_macs_per_image": cost.forward_macs_per_image,
+        "training_flops_per_image": cost.training_flops_per_image,
+        "step_seconds": cost.step_seconds,
+        "step_to_full": cost.step_seconds / reference.step_seconds,
+        "batch_size": len(batch["labels"]),
+        **environment(),
+    }
+
+
+def peak_in_own_process(experiment: Experiment, args: argparse.Namespace) -> int:
+    """`peak_bytes` of a fresh process."""
+    command = [sys.executable, __file__, "--peak-of", experiment.name, "--model", args.model]
+    command += ["--protocol", args.protocol]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ | GAPLESS)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def peak_bytes(args: argparse.Namespace) -> int:
+    """Gradients, AdamW's state, activations and workspace at their highest in two steps; weights are there before."""
+    model = ready(Experiment.load(args.peak_of), args.model)
+    batch = random_batch(model, args)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    with rehearsal(model):
+        model(**batch).loss.backward()  # libraries have what they take for themselves
+        model.zero_grad(set_to_none=True)
+        with PeakMemory(batch["labels"].device) as memory:
+            optimizer = torch.optim.AdamW(trained, lr=0.0)
+            for parameter in trained:  # ALaST's blocks train in turn: have the state of all
+                parameter.grad = torch.zeros_like(parameter)
+            optimizer.step()
+            for _ in range(2):
+                optimizer.zero_grad(set_to_none=True)
+                model(**batch).loss.backward()
+                optimizer.step()
+    return memory.added_bytes
+
+
+def ready(experiment: Experiment, source: str) -> nn.Module:
+    """The model as it trains, on the GPU where there is one."""
+    base = load_base(source, [str(i) for i in range(10)]).to("cuda" if torch.cuda.is_available() else "cpu")
     model = experiment.attach(base)
     if experiment.params["gradient_checkpointing"]:
         base.gradient_checkpointing_enable({"use_reentrant": False})
     return model
 
 
-def image_size(model: nn.Module) -> tuple[int, int]:
-    """(height, width) in pixels."""
+def random_batch(model: nn.Module, args: argparse.Namespace) -> dict[str, Tensor]:
+    """Of the model's image size and the protocol's batch."""
     size = getattr(model.config, "vision_config", model.config).image_size
-    return (size, size) if isinstance(size, int) else tuple(size)
+    height, width = (size, size) if isinstance(size, int) else size
+    count, device = Protocol.load(args.protocol).batch_size, next(model.parameters()).device
+    return {
+        "pixel_values": torch.randn(count, 3, height, width, device=device),
+        "labels": torch.randint(10, (count,), device=device),
+    }
 
 
 if __name__ == "__main__":

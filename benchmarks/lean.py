@@ -13,15 +13,9 @@ change none of these figures but the gradients' errors.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import ctypes
-import gc
 import json
-import os
 import platform
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 import warnings
@@ -31,6 +25,7 @@ from typing import Any
 
 import torch
 import transformers
+from own_process import in_own_process
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -54,7 +49,7 @@ from transformers import (
 
 from peft_bsr import BSRConfig, FeatureCache
 from peft_bsr.backbones import probe_inputs, tensors_of
-from peft_bsr.cost import TrainingStep, compare, cost_table, count_flops, saved_activations
+from peft_bsr.cost import PeakMemory, TrainingStep, compare, cost_table, count_flops, saved_activations
 
 warnings.filterwarnings("ignore", category=FutureWarning)
 
@@ -83,7 +78,6 @@ BARS_MIB = {
     ("{9,10,11}, reduce {3,6,9}", "exact"): 2.6,
     ("all blocks, all tokens", "max"): 30.0,
 }
-GAPLESS = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
 SMALL = {"hidden_size": 192, "num_hidden_layers": 12, "num_attention_heads": 3, "intermediate_size": 768}
 SMALL |= {"image_size": 96, "patch_size": 16}
 FAMILIES: dict[str, Callable[[], nn.Module]] = {
@@ -268,10 +262,12 @@ METHODS: dict[str, Callable[[str], nn.Module]] = {
 
 def memory(args: argparse.Namespace) -> str:
     """A training run of each method in a process of its own, then another that shows what is really in use."""
-    found = {name: run_worker(name, args, args.steps, {}) for name in METHODS}
-    if args.device == "cpu":
-        for name, row in found.items():
-            row["live"] = run_worker(name, args, 4, GAPLESS)["peak"]
+    found = {}
+    for name in METHODS:
+        worker = [__file__, "--worker", name, "--device", args.device, "--batch-size", args.batch_size, "--steps"]
+        found[name] = in_own_process(*worker, args.steps, gapless=False)
+        if args.device == "cpu":
+            found[name]["live"] = in_own_process(*worker, 4)["peak"]
     peer, stock = found["BSR stock, checkpointing"], found["BSR stock"]
     rows = [["method", "weights, MiB", "saved, MiB", "peak, MiB", "peak without gaps, MiB", "step, s", "to BSR stock"]]
     for name, row in found.items():
@@ -293,44 +289,30 @@ def memory(args: argparse.Namespace) -> str:
     )
 
 
-def run_worker(name: str, args: argparse.Namespace, steps: int, environment: dict[str, str]) -> dict[str, float]:
-    """`train_in_this_process` in a fresh one."""
-    command = [sys.executable, __file__, "--worker", name, "--device", args.device]
-    command += ["--batch-size", str(args.batch_size), "--steps", str(steps)]
-    result = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, **environment})
-    return json.loads(result.stdout.splitlines()[-1])
-
-
 def train_in_this_process(name: str, args: argparse.Namespace) -> dict[str, float]:
     """Peak and step time of one method."""
     model = METHODS[name](args.device).train()
     batch = random_batch(args.batch_size, args.device)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
     kept = saved_activations(model, lambda: model(**batch).loss)
-    gc.collect()
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what attaching freed
-    if args.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")
     seconds = []
-    for _ in range(args.steps):
-        begin = time.perf_counter()
-        model(**batch).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if args.device == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - begin)
-    if args.device == "cuda":
-        peak = torch.cuda.max_memory_allocated() / 2**20
-    else:
-        status = Path("/proc/self/status").read_text()
-        peak = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) / 1024
+    with PeakMemory(args.device) as peak:
+        for _ in range(args.steps):
+            begin = time.perf_counter()
+            model(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if args.device == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - begin)
     mapped = parked_bytes(model)
     weights = (sum(p.nbytes for p in model.parameters()) - mapped) / 2**20
-    return {"peak": peak, "seconds": statistics.median(seconds), "saved": kept / 2**20, "weights": weights}
+    return {
+        "peak": peak.peak_bytes / 2**20,
+        "seconds": statistics.median(seconds),
+        "saved": kept / 2**20,
+        "weights": weights,
+    }
 
 
 def parked_bytes(model: nn.Module) -> int:

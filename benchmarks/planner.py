@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import time
 import warnings
@@ -20,6 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from own_process import in_own_process
 from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import nn
 from tqdm.auto import tqdm
@@ -64,7 +63,6 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "DINOv2-B": lambda: _dinov2(768, 12),
     "SigLIP-B": _siglip,
 }
-GAPLESS = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
 PLANS: dict[str, tuple[Callable[[], PeftConfig | None], bool]] = {  # config, gradient checkpointing
     "full": (lambda: None, False),
     "full, checkpointing": (lambda: None, True),
@@ -98,9 +96,7 @@ def main() -> None:
         begin = time.perf_counter()
         predicted = estimate(bare, config(), batch_size=args.batch_size, gradient_checkpointing=checkpointing)
         seconds = time.perf_counter() - begin
-        command = [sys.executable, __file__, "--worker", model, plan, "--batch-size", str(args.batch_size)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | GAPLESS)
-        measured = json.loads(done.stdout.splitlines()[-1])
+        measured = in_own_process(__file__, "--worker", model, plan, "--batch-size", args.batch_size)
         cells = [model, plan]
         guesses = (predicted.saved_bytes, predicted.total_bytes)
         for i, (found, guess) in enumerate(zip((measured["saved"], measured["peak"]), guesses, strict=True)):

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,17 +20,17 @@ import transformers
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.extend(str(folder) for folder in Path(__file__).parents[:2])
 from data import Protocol
 from experiment import Experiment, load_base
 from launch import add_results, results_of
+from own_process import in_own_process
 from train import add_sources, environment
 
 from peft_bsr.cost import PeakMemory, compare
 from peft_bsr.training.rehearsal import rehearsal
 
 REFERENCE = "full_finetuning/all"
-GAPLESS = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
 
 
 def main() -> None:
@@ -53,8 +51,7 @@ def main() -> None:
     path = results_of(args) / "costs.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     found = json.loads(path.read_text()) if path.exists() else {}
-    experiments = [e for e in Experiment.all() if (e.name in args.only if args.only else not e.is_candidate)]
-    for experiment in tqdm(experiments, unit="experiment"):
+    for experiment in tqdm(Experiment.chosen(args.only), unit="experiment"):
         cost = found.setdefault(experiment.name, {})
         if args.again or "step_to_full" not in cost:
             cost |= measure(experiment, args)
@@ -81,10 +78,8 @@ def measure(experiment: Experiment, args: argparse.Namespace) -> dict[str, Any]:
 
 def peak_in_own_process(experiment: Experiment, args: argparse.Namespace) -> int:
     """`peak_bytes` of a fresh process."""
-    command = [sys.executable, __file__, "--peak-of", experiment.name, "--model", args.model]
-    command += ["--protocol", args.protocol]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ | GAPLESS)
-    return json.loads(done.stdout.splitlines()[-1])
+    arguments = ["--peak-of", experiment.name, "--model", args.model, "--protocol", args.protocol]
+    return in_own_process(__file__, *arguments)
 
 
 def peak_bytes(args: argparse.Namespace) -> int:

@@ -48,6 +48,11 @@ class Experiment:
             cls.load(str(p.parent.relative_to(EXPERIMENTS))) for p in sorted(EXPERIMENTS.rglob("training_params.json"))
         ]
 
+    @classmethod
+    def chosen(cls, names: list[str] | None) -> list[Experiment]:
+        """Those of these names; without any, all but candidates."""
+        return [e for e in cls.all() if (e.name in names if names else not e.is_candidate)]
+
     @property
     def is_candidate(self) -> bool:
         """Whether it lies in a folder `*_tried`: scored on the validation split only, see try.py."""

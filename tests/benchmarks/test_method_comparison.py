@@ -123,6 +123,45 @@ def test_a_sweep_takes_the_best_rate_inside_what_it_tried(monkeypatch, sources):
     assert list(found["tried"]) == ["0.0001", "0.0003", "0.001", "0.003", "0.01"]
 
 
+def test_candidates_run_only_where_they_are_named():
+    from experiment import Experiment
+
+    assert not any(e.is_candidate for e in Experiment.chosen(None)) and len(Experiment.chosen(None)) > 30
+    candidate = next(e.name for e in Experiment.all() if e.is_candidate)
+    assert [e.name for e in Experiment.chosen([candidate])] == [candidate]
+
+
+def test_costs_go_on_where_they_were_stopped(sources, tmp_path, monkeypatch):
+    import costs
+
+    for setting in ("set_verbosity_error", "disable_progress_bar"):  # would outlast the test
+        monkeypatch.setattr(costs.transformers.logging, setting, lambda: None)
+    measured = []
+    parts = {"measure": ("step_to_full", lambda: {"step_to_full": 1.0}), "peak_in_own_process": ("peak", lambda: 1)}
+    for name, (part, result) in parts.items():
+
+        def fake(experiment: object, args: object, part=part, result=result) -> object:
+            measured.append(part)
+            return result()
+
+        monkeypatch.setattr(costs, name, fake)
+
+    def run_costs(*arguments: str) -> list[str]:
+        measured.clear()
+        common = ["--only", "lora/qv", "--protocol", str(sources["protocol"]), "--results", str(tmp_path)]
+        monkeypatch.setattr(sys, "argv", ["costs.py", *common, *arguments])
+        costs.main()
+        return list(measured)
+
+    assert run_costs() == ["step_to_full", "peak"]
+    path = tmp_path / "tiny" / "costs.json"
+    assert json.loads(path.read_text()) == {"lora/qv": {"step_to_full": 1.0, "peak_bytes": 1}}
+    assert run_costs() == []
+    path.write_text('{"lora/qv": {"step_to_full": 1.0}}')
+    assert run_costs() == ["peak"]
+    assert run_costs("--again") == ["step_to_full", "peak"]
+
+
 @pytest.mark.slow
 def test_from_sweep_to_page(sources, tmp_path):
     chosen = ["full_finetuning/all", "bsr/spread-exact", "lora/qv-checkpointing", "alast/control-random_budgets"]

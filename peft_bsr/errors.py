@@ -104,3 +104,7 @@ class AdapterSwitchedWarning(PeftBsrWarning):
 
 class ReductionNotMergedWarning(PeftBsrWarning):
     """The merged model runs on all tokens: token reduction is not part of the weights."""
+
+
+class LeanBlockWarning(PeftBsrWarning):
+    """A block that was planned lean runs stock in training, and keeps more for backward."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from peft_bsr.backbones.inputs import tensors_of, tolerance
 from peft_bsr.backbones.registry import find_rule
 from peft_bsr.backbones.side_inputs import TokenFollower
-from peft_bsr.core import BlockRun, Route, RouteCarrier, is_quantized
+from peft_bsr.core import BlockCall, ForwardContext, Route, is_quantized
 from peft_bsr.errors import UnsupportedModelError
 
 
@@ -82,10 +82,10 @@ def _uses_side_inputs(
     raw = error()
     if raw <= 1:
         return False
-    carrier = RouteCarrier()
-    follower = TokenFollower(carrier, find_rule(model))
+    context = ForwardContext()
+    follower = TokenFollower(context, find_rule(model))
     follower.attach(block, attention_name)
-    carrier.inside = BlockRun(shuffled)
+    context.running = BlockCall(shuffled)
     reason = "its blocks use the position of a token inside (swapping patches changes what they compute"
     try:
         followed = error()

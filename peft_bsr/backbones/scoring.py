@@ -28,8 +28,10 @@ from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from peft_bsr.backbones.column import ScoreSource
-from peft_bsr.core import RouteCarrier, token_scores, weights_to_scores
+from peft_bsr.core import ForwardContext, weights_to_scores
+from peft_bsr.ops import token_scores
 
+_CAPTURING = "transformers.utils.output_capturing"
 _TWIN_PREFIX = "scored|"
 # what attention was called with and what it gave: query [B, H, N, d], key, value, scaling, mask, output [B, H, N, d]
 Observer = Callable[[Tensor, Tensor, Tensor, float, Any, Tensor], None]
@@ -39,29 +41,29 @@ class AttentionScorer:
     """Fills the scores of the block that runs with what its attention is called with.
 
     Args:
-        carrier: Knows the block that runs.
+        context: Knows the block that runs.
     """
 
-    def __init__(self, carrier: RouteCarrier) -> None:
-        self.carrier = carrier
+    def __init__(self, context: ForwardContext) -> None:
+        self.context = context
 
     @property
     def is_asked(self) -> bool:
         """Whether the running block wants scores that it has not got yet."""
-        run = self.carrier.inside
-        return run is not None and run.score is not None and run.token_scores is None
+        call = self.context.running
+        return call is not None and call.score is not None and call.token_scores is None
 
     def observe(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: Any, output: Tensor) -> None:
         """Score the tokens of [B, H, N, d]; a second attention inside the same block is not looked at."""
-        run = self.carrier.inside
-        if run is not None and run.score is not None and run.token_scores is None:
-            run.token_scores = token_scores(run.score, query, key, scaling, _dense(mask))
+        call = self.context.running
+        if call is not None and call.score is not None and call.token_scores is None:
+            call.token_scores = token_scores(call.score, query, key, scaling, _dense(mask))
 
     def observe_weights(self, attention: nn.Module, args: Any, output: Any) -> None:
         """A forward hook for attention that returns (output, weights [B, H, N, N])."""
-        run = self.carrier.inside
-        if run is not None and run.score is not None and run.token_scores is None:
-            run.token_scores = weights_to_scores(run.score, output[1])
+        call = self.context.running
+        if call is not None and call.score is not None and call.token_scores is None:
+            call.token_scores = weights_to_scores(call.score, output[1])
 
     def watching(self, source: ScoreSource | None) -> Any:
         """A context in which attention of this source reports here; only `"sdpa"` needs one."""
@@ -170,19 +172,53 @@ def _attend_scored(
 
 
 def attend(
-    attention: Any, source: ScoreSource | None, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float
+    attention: Any,
+    source: ScoreSource | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Any,
+    scaling: float,
+    dropout: float = 0.0,
 ) -> Tensor:
     """What `attention` makes of query [B, H, Q, d], key and value [B, H, N, d], in the implementation configured.
 
+    Args:
+        attention: The module with the projections.
+        source: How its scores are had; where that is not transformers' interface, torch's own attention runs.
+        query: Asked.
+        key: Compared with.
+        value: Summed.
+        mask: Boolean or additive, or None.
+        scaling: Factor on the products.
+        dropout: Rate of the dropout on attention weights.
+
     Returns:
-        [B, Q, H * d], without dropout.
+        [B, Q, H * d].
     """
-    if source == "sdpa":
-        output = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+    if source != "interface":
+        output = nn.functional.scaled_dot_product_attention(query, key, value, mask, dropout, scale=scaling)
         return output.transpose(1, 2).flatten(2)
     config = attention.config.config if isinstance(attention.config, ScoringConfig) else attention.config
-    output = _function(attention, config._attn_implementation)(attention, query, key, value, mask, scaling=scaling)[0]
-    return output.flatten(2)
+    function = _function(attention, config._attn_implementation)
+    return function(attention, query, key, value, mask, scaling=scaling, dropout=dropout)[0].flatten(2)
+
+
+def function_of(module: Any, name: str) -> Any:
+    """A function of the file that the module's class, or one that it inherits from, is written in; None without one."""
+    files = (sys.modules.get(kind.__module__) for kind in type(module).__mro__)
+    return next((found for file in files if (found := getattr(file, name, None)) is not None), None)
+
+
+def is_capture_hook(hook: Any) -> bool:
+    """Whether a forward hook is one of those by which transformers captures hidden states and attention weights."""
+    return getattr(hook, "__module__", None) == _CAPTURING
+
+
+def captures_outputs() -> bool:
+    """Whether the running forward captures any; transformers' hooks stay on the modules after the first time."""
+    collector = getattr(sys.modules.get(_CAPTURING), "_active_collector", None)
+    return collector is not None and bool(collector.get())
 
 
 def _function(module: Any, implementation: str | None) -> Any:

@@ -13,19 +13,19 @@ from typing import Any
 from torch import Tensor, nn
 
 from peft_bsr.backbones.registry import FamilyRule
-from peft_bsr.core import Route, RouteCarrier
+from peft_bsr.core import ForwardContext, Route
 
 
 class TokenFollower:
     """The hooks on one block.
 
     Args:
-        carrier: Knows the block that runs, and its route.
+        context: Knows the block that runs, and its route.
         rule: Exceptions of the family.
     """
 
-    def __init__(self, carrier: RouteCarrier, rule: FamilyRule) -> None:
-        self.carrier = carrier
+    def __init__(self, context: ForwardContext, rule: FamilyRule) -> None:
+        self.context = context
         self.rule = rule
         self.names: tuple[str, ...] = ()
 
@@ -48,8 +48,8 @@ class TokenFollower:
     @property
     def route(self) -> Route | None:
         """The running block's route, if anything was dropped on it."""
-        run = self.carrier.inside
-        return None if run is None or run.route.origins is None else run.route
+        call = self.context.running
+        return None if call is None or call.route.origins is None else call.route
 
     def enter_attention(self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Select the alive tokens' part of every argument but the hidden states."""

@@ -16,22 +16,24 @@ from peft_bsr.core.budgets import (
     select_blocks,
     update_budgets,
 )
+from peft_bsr.core.context import BLOCKS, BlockCall, ForwardContext
 from peft_bsr.core.experts import Choice, balance_loss, choose_experts, gate_logits, run_experts
 from peft_bsr.core.quantized import as_plain, is_quantized, kept_bytes
 from peft_bsr.core.queries import absorb_key, apply_value, attend_plain, hidden_tokens, pooling_weights
-from peft_bsr.core.reduction import num_kept, pick_tokens, put_tokens, reduce_tokens, select_tokens
-from peft_bsr.core.route import BlockRun, Entry, Route, RouteCarrier, TaskCall
+from peft_bsr.core.reduction import check_tokens, num_kept, pick_tokens, put_tokens, reduce_tokens, select_tokens
+from peft_bsr.core.route import Entry, Route, TaskCall
 
 __all__ = [
+    "BLOCKS",
     "CLASS_FREE_SCORE",
     "DELTA_REDUCTIONS",
     "SCORE_KINDS",
     "SELECTIONS",
-    "BlockRun",
+    "BlockCall",
     "Choice",
     "Entry",
+    "ForwardContext",
     "Route",
-    "RouteCarrier",
     "ScoreKind",
     "TaskCall",
     "absorb_key",
@@ -40,6 +42,7 @@ __all__ = [
     "attend_plain",
     "balance_loss",
     "block_change",
+    "check_tokens",
     "choose_experts",
     "gate_logits",
     "hidden_tokens",

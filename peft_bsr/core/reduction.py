@@ -73,11 +73,7 @@ def reduce_tokens(
     Raises:
         ForwardError: If the shapes do not belong together.
     """
-    if not scores.shape[1] == hidden_states.shape[1] == num_prefix + origins.shape[1] + num_suffix:
-        raise ForwardError(
-            f"scores {tuple(scores.shape)}, tokens {tuple(hidden_states.shape)} and origins {tuple(origins.shape)} do "
-            f"not belong together with {num_prefix} + {num_suffix} special tokens"
-        )
+    check_tokens(hidden_states, origins, scores, hidden_states.shape[1] - num_prefix - num_suffix)
     if keep == origins.shape[1]:
         return hidden_states, origins
     competing = scores[:, num_prefix : num_prefix + origins.shape[1]]
@@ -92,6 +88,20 @@ def reduce_tokens(
     if num_suffix:
         tokens.append(hidden_states[:, -num_suffix:])
     return torch.cat(tokens, dim=1), torch.cat(kept_origins, dim=1)
+
+
+def check_tokens(hidden_states: Tensor, origins: Tensor | None, scores: Tensor, num_competing: int) -> None:
+    """Refuse shapes that do not belong together.
+
+    Raises:
+        ForwardError: If tokens [B, N, D], scores [B, N] and origins [B, M] do not.
+    """
+    if scores.shape[1] != hidden_states.shape[1] or (origins is not None and origins.shape[1] != num_competing):
+        raise ForwardError(
+            f"scores {tuple(scores.shape)}, tokens {tuple(hidden_states.shape)} and origins "
+            f"{None if origins is None else tuple(origins.shape)} do not belong together with "
+            f"{hidden_states.shape[1] - num_competing} special tokens"
+        )
 
 
 def pick_tokens(hidden_states: Tensor, positions: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ suffix, H heads, d head width.
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -180,20 +179,6 @@ class Route:
         return padded.gather(-2, index.expand(*padded.shape[:-2], -1, padded.shape[-1]))
 
 
-class BlockRun:
-    """One block's forward in progress.
-
-    Args:
-        route: Tokens alive in it.
-        score: Kind of token score that its attention is asked for, or None.
-    """
-
-    def __init__(self, route: Route, score: str | None = None) -> None:
-        self.route = route
-        self.score = score
-        self.token_scores: Tensor | None = None
-
-
 @dataclass
 class Entry:
     """A place in the middle of a column where a forward stops, or from where it begins.
@@ -212,46 +197,3 @@ class Entry:
     origins: Tensor | None = None
     num_reductions: int = 0
     lengths: tuple[int, ...] = ()
-
-
-class RouteCarrier(threading.local):
-    """Hands the route from one block's call to the next within a forward, one per thread (nn.DataParallel).
-
-    The first block's call starts a new route and the last one's ends it. A recomputed block (gradient checkpointing)
-    does not come by here: it gets the route that its own call was given.
-
-    Attributes:
-        route: The running forward's route, between blocks.
-        inside: The block that runs right now, for what its attention is called with.
-        log: Where `record_routes` collects.
-        entry: Where the next forward stops or begins, see `peft_bsr.engine.entry`.
-        reading: What a query path made of the blocks so far, between blocks and up to its head.
-        call: What the running forward is asked, in a model with tasks.
-        usage: Where `record_usage` collects tokens of each task and expert, by block.
-    """
-
-    def __init__(self) -> None:  # runs in every thread; class attributes would fail torch.compile's guards
-        self.route: Route | None = None
-        self.inside: BlockRun | None = None
-        self.log: list[tuple[int, Route]] | None = None
-        self.entry: Entry | None = None
-        self.reading: Any = None
-        self.call: TaskCall | None = None
-        self.usage: dict[int, Tensor] | None = None
-
-    def current(self) -> Route:
-        """The running forward's route.
-
-        Raises:
-            ForwardError: If a block was called on its own, outside of the model's forward.
-        """
-        if self.route is None:
-            raise ForwardError(
-                "a block of a model with an adapter ran outside of the model's forward. Call the model; and if this is "
-                "a backward pass, gradient checkpointing wraps the block's call (timm's does), where no route reaches "
-                "the recomputation: switch it off, or set `keep_rate=1.0`"
-            )
-        return self.route
-
-    def __reduce__(self) -> tuple[type[RouteCarrier], tuple[()]]:  # copies and pickles start empty
-        return RouteCarrier, ()

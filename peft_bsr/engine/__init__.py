@@ -1,15 +1,16 @@
 """Plan, and the runner that makes a model's blocks follow it along a route."""
 
 from peft_bsr.engine.entry import ReachedError, run_from, run_until
-from peft_bsr.engine.frozen import FrozenLinear, freeze_linear
+from peft_bsr.engine.explain import describe_block, explain_blocks
 from peft_bsr.engine.int8 import watch_kept
-from peft_bsr.engine.lean_block import plain_mlp
 from peft_bsr.engine.parking import Parking
+from peft_bsr.engine.parts import plain_mlp
 from peft_bsr.engine.plan import BlockPlan, Lean, Mode, Plan, ReduceAt, Reduction
 from peft_bsr.engine.query_path import KeptTokens, QueryPath
-from peft_bsr.engine.record import find_carrier, record_routes
+from peft_bsr.engine.record import find_context, record_routes
 from peft_bsr.engine.record_scores import BlockScores, record_scores
-from peft_bsr.engine.runner import ROUTER, BlockRouter, attach_router, detach_router
+from peft_bsr.engine.router import ROUTER, BlockRouter
+from peft_bsr.engine.runner import attach_router, detach_router
 from peft_bsr.engine.saved import saved_activations, saved_by_module
 from peft_bsr.engine.verify import verify_plan
 from peft_bsr.engine.verify_lean import verify_lean
@@ -21,7 +22,6 @@ __all__ = [
     "BlockPlan",
     "BlockRouter",
     "BlockScores",
-    "FrozenLinear",
     "KeptTokens",
     "Lean",
     "Mode",
@@ -33,9 +33,10 @@ __all__ = [
     "Reduction",
     "attach_router",
     "attention_mask",
+    "describe_block",
     "detach_router",
-    "find_carrier",
-    "freeze_linear",
+    "explain_blocks",
+    "find_context",
     "plain_mlp",
     "record_routes",
     "record_scores",

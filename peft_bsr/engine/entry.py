@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from peft_bsr.core import Entry, RouteCarrier
-from peft_bsr.engine.record import find_carrier
+from peft_bsr.core import Entry, ForwardContext
+from peft_bsr.engine.record import find_context
 from peft_bsr.errors import ForwardError
 
 
@@ -31,7 +30,7 @@ def run_until(model: nn.Module, index: int, inputs: dict[str, Any]) -> Entry:
         What stands in front of the block.
     """
     entry = Entry(index)
-    with _entry(find_carrier(model), entry), torch.no_grad():
+    with _entry(find_context(model), entry), torch.no_grad():
         try:
             model(**inputs)
         except ReachedError:
@@ -42,31 +41,30 @@ def run_until(model: nn.Module, index: int, inputs: dict[str, Any]) -> Entry:
 @contextmanager
 def run_from(model: nn.Module, entry: Entry) -> Iterator[None]:
     """A forward inside begins at `entry`: earlier blocks do not run, and what comes before them does not matter."""
-    with _entry(find_carrier(model), entry):
+    with _entry(find_context(model), entry):
         yield
 
 
 @contextmanager
-def _entry(carrier: RouteCarrier, entry: Entry) -> Iterator[None]:
-    carrier.entry = entry
+def _entry(context: ForwardContext, entry: Entry) -> Iterator[None]:
+    context.entry = entry
     try:
         yield
     finally:
-        carrier.entry = carrier.route = carrier.inside = carrier.reading = None
+        context.entry = context.route = context.running = context.reading = None
 
 
-def meet_entry(carrier: RouteCarrier, hidden_states: Tensor) -> Tensor:
+def meet_entry(context: ForwardContext, hidden_states: Tensor) -> Tensor:
     """Stop in front of the entry's block, or take its tokens and its route. Called by that block."""
-    entry = carrier.entry
+    entry = context.entry
     assert entry is not None, "only an entry's block meets it"
-    route = carrier.route
+    route = context.route
     if entry.tokens is None:
         entry.tokens = hidden_states.detach()
         if route is not None:
             entry.origins, entry.num_reductions = route.origins, route.num_reductions
         raise ReachedError
-    if route is not None:
-        carrier.route = replace(route, origins=entry.origins, num_reductions=entry.num_reductions)
+    context.resume(entry.origins, entry.num_reductions)
     return entry.tokens.to(hidden_states)
 
 

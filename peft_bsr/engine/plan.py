@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal
 
 from peft_bsr.core import ScoreKind, num_kept
@@ -89,15 +90,30 @@ class BlockPlan:
     int8: bool = False
     mixture: bool = False
 
-    @property
+    @cached_property
     def saves_less(self) -> bool:
         """Whether it keeps less for backward than the stock block."""
         return self.lean is not None or self.int8
 
-    @property
+    @cached_property
     def in_graph(self) -> bool:
         """Whether gradients reach the block."""
         return self.trained or not self.cut_gradient
+
+    @cached_property
+    def keeping_all(self) -> BlockPlan:
+        """The same block, keeping for backward what the stock block keeps."""
+        return replace(self, lean=None, int8=False)
+
+    @cached_property
+    def without_int8(self) -> BlockPlan:
+        """The same block, keeping what it keeps as it is."""
+        return replace(self, int8=False)
+
+    @cached_property
+    def for_all_tokens(self) -> BlockPlan:
+        """The same block, lean for all of its tokens."""
+        return replace(self, lean=self.lean and replace(self.lean, num_queries=None))
 
 
 @dataclass(frozen=True)
@@ -108,6 +124,7 @@ class Plan:
         blocks: One plan a block.
         mode: `"compact"` = the sequence gets shorter, from the first reduction to the head; `"full_view"` = it keeps
             its length outside of the blocks: each block runs on the alive tokens, dropped ones keep their last value.
+        notes: What was asked for and left out, because it is not equal on this model, with the reason.
 
     Examples:
         >>> plan = Plan.static(12, trained=[3, 7, 11], reductions={i: Reduction(0.5) for i in (3, 6, 9)})
@@ -117,6 +134,7 @@ class Plan:
 
     blocks: tuple[BlockPlan, ...]
     mode: Mode = "compact"
+    notes: tuple[str, ...] = field(default=(), compare=False)
 
     @classmethod
     def static(cls, depth: int, trained: list[int], reductions: dict[int, Reduction], mode: Mode = "compact") -> Plan:
@@ -134,23 +152,23 @@ class Plan:
     def with_reductions(self, mode: Mode | None = None, **changes: Any) -> Plan:
         """A plan with other settings for all of its reductions, and another mode if one is given."""
         blocks = tuple(replace(b, reduction=b.reduction and replace(b.reduction, **changes)) for b in self.blocks)
-        return Plan(blocks, mode or self.mode)
+        return replace(self, blocks=blocks, mode=mode or self.mode)
 
     def without_reductions(self) -> Plan:
         """A plan that keeps all tokens."""
-        return Plan(tuple(replace(block, reduction=None) for block in self.blocks), self.mode)
+        return replace(self, blocks=tuple(replace(block, reduction=None) for block in self.blocks))
 
     def with_lean(self, lean: Lean | None) -> Plan:
         """A plan whose blocks in the graph run lean; the others keep nothing anyway."""
-        return Plan(tuple(replace(block, lean=lean if block.in_graph else None) for block in self.blocks), self.mode)
+        return replace(self, blocks=tuple(replace(b, lean=lean if b.in_graph else None) for b in self.blocks))
 
     def with_int8(self, int8: bool) -> Plan:
         """A plan whose blocks in the graph keep in 8 bits what they keep."""
-        return Plan(tuple(replace(block, int8=int8 and block.in_graph) for block in self.blocks), self.mode)
+        return replace(self, blocks=tuple(replace(block, int8=int8 and block.in_graph) for block in self.blocks))
 
     def with_mixtures(self) -> Plan:
         """A plan whose trained blocks run mixtures of experts in the place of their MLPs."""
-        return Plan(tuple(replace(block, mixture=block.trained) for block in self.blocks), self.mode)
+        return replace(self, blocks=tuple(replace(block, mixture=block.trained) for block in self.blocks))
 
     @property
     def trained_blocks(self) -> list[int]:
@@ -162,7 +180,7 @@ class Plan:
         """Whether the gradient ends anywhere."""
         return any(block.cut_gradient for block in self.blocks)
 
-    @property
+    @cached_property
     def reduces(self) -> bool:
         """Whether any block drops tokens."""
         return any(block.reduction is not None for block in self.blocks)

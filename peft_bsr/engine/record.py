@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from peft_bsr.core import Route, RouteCarrier
+from peft_bsr.core import ForwardContext, Route
 from peft_bsr.errors import AdapterError
 
 
@@ -29,25 +29,29 @@ def record_routes(model: nn.Module) -> Iterator[list[tuple[int, Route]]]:
         ...     model(pixel_values)
         >>> routes[-1][1].alive()  # which patches the last reduction left  # doctest: +SKIP
     """
-    carrier = find_carrier(model)
+    context = find_context(model)
     log: list[tuple[int, Route]] = []
-    earlier, carrier.log = carrier.log, log
+
+    def record(index: int, route: Route) -> None:
+        log.append((index, route))
+
+    context.recorders.append(record)
     try:
         yield log
     finally:
-        carrier.log = earlier
+        context.recorders.remove(record)
 
 
-def find_carrier(model: nn.Module) -> RouteCarrier:
+def find_context(model: nn.Module) -> ForwardContext:
     """What the blocks of `model` share.
 
     Raises:
         AdapterError: If the model carries none of our adapters.
     """
-    carriers = [getattr(module, "carrier", None) for module in model.modules()]
-    carrier = next((c for c in carriers if isinstance(c, RouteCarrier)), None)
-    if carrier is None:
+    contexts = [getattr(module, "context", None) for module in model.modules()]
+    context = next((c for c in contexts if isinstance(c, ForwardContext)), None)
+    if context is None:
         raise AdapterError(
             f"{type(model).__name__} has no adapter of peft_bsr. Call get_peft_model(model, BSRConfig())."
         )
-    return carrier
+    return context

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from peft_bsr.backbones import AttentionScorer, Column, SdpaObserver, observed_interface
-from peft_bsr.core import CLASS_FREE_SCORE, BlockRun, Route, RouteCarrier, ScoreKind
+from peft_bsr.core import CLASS_FREE_SCORE, BlockCall, ForwardContext, Route, ScoreKind
 from peft_bsr.engine.runner import ROUTER
 
 
@@ -47,18 +47,18 @@ def record_scores(model: nn.Module, column: Column, kind: ScoreKind | None = Non
         >>> found[11].scores  # doctest: +SKIP
     """
     wanted = kind or ("class" if column.num_prefix else CLASS_FREE_SCORE)
-    own, found = RouteCarrier(), list[BlockScores]()
+    own, found = ForwardContext(), list[BlockScores]()
     scorer = AttentionScorer(own)
 
     def begin(router: Any, hidden_states: Tensor) -> None:
-        route = None if router is None else router.carrier.route
+        route = None if router is None else router.context.route
         if route is None:
             patches = hidden_states.shape[1] - column.num_special
             route = Route(column.num_prefix, patches, column.num_suffix)
-        own.inside = BlockRun(route, wanted)
+        own.running = BlockCall(route, score=wanted)
 
     def end(index: int) -> None:
-        run, own.inside = own.inside, None
+        run, own.running = own.running, None
         if run is not None and run.token_scores is not None:
             found.append(BlockScores(index, run.token_scores, run.route))
 

@@ -24,10 +24,11 @@ from peft_bsr.backbones import (
     tensors_of,
     tolerance,
 )
-from peft_bsr.core import RouteCarrier, mean_of_visible, token_scores, weights_to_scores
+from peft_bsr.core import ForwardContext, mean_of_visible, token_scores, weights_to_scores
 from peft_bsr.engine.plan import Mode, Plan
 from peft_bsr.engine.record import record_routes
-from peft_bsr.engine.runner import BlockRouter, attach_router, detach_router
+from peft_bsr.engine.router import BlockRouter
+from peft_bsr.engine.runner import attach_router, detach_router
 from peft_bsr.errors import UnsupportedModelError
 
 
@@ -196,9 +197,9 @@ def _reversed(model: nn.Module, column: Column, plan: Plan) -> Iterator[None]:
 
     def reverse(block: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         tokens, *others = output if isinstance(output, tuple) else (output,)
-        (origins,) = kwargs["left"]
-        kwargs["left"][:] = [origins.flip(1)]
-        end = column.num_prefix + origins.shape[1]
+        call = kwargs["block_call"]
+        end = column.num_prefix + call.origins.shape[1]
+        call.origins = call.origins.flip(1)
         prefix, alive, suffix = tokens[:, : column.num_prefix], tokens[:, column.num_prefix : end], tokens[:, end:]
         tokens = torch.cat([prefix, alive.flip(1), suffix], dim=1)
         return (tokens, *others) if isinstance(output, tuple) else tokens
@@ -230,12 +231,12 @@ def routed(
         like: Its hidden states [B, N, D].
         router_cls: Class of the routers.
     """
-    carrier, rule = RouteCarrier(), find_rule(model)
-    routers = [router_cls(i, column, carrier, rule, plan) for i in range(column.depth)]
+    context, rule = ForwardContext(), find_rule(model)
+    routers = [router_cls(i, column, context, rule, plan) for i in range(column.depth)]
     for router in routers:
         attach_router(model, router)
     if like is not None:
-        carrier.route = routers[start_at].start_route(like)
+        context.route = routers[start_at].start_route(like)
     try:
         yield
     finally:

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 from peft_bsr.backbones import Column, StockRun, probe_inputs, quiet, relative_error, run_stock, tensors_of, tolerance
 from peft_bsr.core import TaskCall
-from peft_bsr.engine.lean_block import plain_mlp
+from peft_bsr.engine.parts import plain_mlp
 from peft_bsr.engine.plan import Plan
-from peft_bsr.engine.runner import BlockRouter
+from peft_bsr.engine.router import BlockRouter
 from peft_bsr.engine.verify import routed
 from peft_bsr.errors import UnsupportedModelError
 
@@ -17,7 +17,7 @@ from peft_bsr.errors import UnsupportedModelError
 class _OneExpertRouter(BlockRouter):
     """Runs the parts of the MLP in its place."""
 
-    def mix(self, block: nn.Module, call: TaskCall | None, tokens: Tensor) -> Tensor | None:
+    def mix(self, block: nn.Module, call: TaskCall | None, tokens: Tensor) -> Tensor:
         parts = None if self.column.anatomy is None else plain_mlp(block, self.column.anatomy)
         assert parts is not None, "checked before"
         first, activation, second = parts

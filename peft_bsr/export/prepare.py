@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_bsr.backbones import find_rule, input_shapes, main_input
-from peft_bsr.core import RouteCarrier
+from peft_bsr.core import ForwardContext
 from peft_bsr.engine import BlockRouter, Plan, attach_router
 from peft_bsr.errors import ExportError, ReductionNotMergedWarning
 from peft_bsr.tuners import ALaSTModel, BSRModel, SynQTModel
@@ -103,9 +103,9 @@ def to_image_function(model: Any, all_tokens: bool = False) -> ImageFunction:
         warnings.simplefilter("ignore", ReductionNotMergedWarning)  # it is attached again right here
         merged = copied.merge_and_unload()
     if plan.reduces:
-        carrier = RouteCarrier()
+        context = ForwardContext()
         for index in range(column.depth):
-            attach_router(merged, BlockRouter(index, column, carrier, find_rule(merged), plan))
+            attach_router(merged, BlockRouter(index, column, context, find_rule(merged), plan))
     return ImageFunction(merged.eval(), plan)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate, mse_loss
 
-from peft_bsr.core import RouteCarrier
+from peft_bsr.core import ForwardContext
 from peft_bsr.errors import AdapterError, ForwardError
 from peft_bsr.multitask.calls import ImageCall
 from peft_bsr.multitask.config import TaskConfig
@@ -51,14 +51,14 @@ class TaskHeads(nn.Module):
     Args:
         heads: One a task.
         tasks: The tasks.
-        carrier: Shared with the routers.
+        context: Shared with the routers.
     """
 
-    def __init__(self, heads: list[nn.Module], tasks: list[TaskConfig], carrier: RouteCarrier) -> None:
+    def __init__(self, heads: list[nn.Module], tasks: list[TaskConfig], context: ForwardContext) -> None:
         super().__init__()
         self.heads = nn.ModuleList(heads)
         self.tasks = tasks
-        self.carrier = carrier
+        self.context = context
 
     def forward(self, pooled: Tensor) -> dict[str, Tensor]:
         """Outputs of the tasks in the batch, by their names.
@@ -72,7 +72,7 @@ class TaskHeads(nn.Module):
         Raises:
             ForwardError: If it was called outside of the model's forward.
         """
-        call = self.carrier.call
+        call = self.context.call
         if not isinstance(call, ImageCall):
             raise ForwardError("the heads of the tasks were called without a forward of the model. Call the model.")
         outputs: dict[str, Tensor] = {}

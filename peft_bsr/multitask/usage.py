@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from peft_bsr.engine import find_carrier
+from peft_bsr.engine import find_context
 
 
 @contextmanager
@@ -28,12 +28,12 @@ def record_usage(model: nn.Module) -> Iterator[dict[int, Tensor]]:
         ...     model(pixel_values, task="cifar10")
         >>> usage[11][0]  # of the first task in block 11  # doctest: +SKIP
     """
-    carrier = find_carrier(model)
-    earlier, carrier.usage = carrier.usage, {}
+    context = find_context(model)
+    earlier, context.usage = context.usage, {}
     try:
-        yield carrier.usage
+        yield context.usage
     finally:
-        carrier.usage = earlier
+        context.usage = earlier
 
 
 __all__ = ["record_usage"]

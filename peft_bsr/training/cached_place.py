@@ -38,7 +38,7 @@ class CachedPlace:
                 f"{type(model).__name__} has no adapter of peft_bsr. Call get_peft_model(model, BSRConfig()) first."
             )
         router = routers[0]
-        if router.changes:
+        if router.is_dynamic:
             raise FeatureCacheError(
                 "this adapter's plan changes from step to step, so what its blocks give cannot be kept. Train without "
                 "a cache, or use `BSRConfig`."

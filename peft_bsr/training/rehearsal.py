@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_bsr.backbones import in_mode
-from peft_bsr.core import RouteCarrier
+from peft_bsr.core import ForwardContext
 from peft_bsr.tuners.routed import find_routers
 
 Owners = dict[int, tuple[torch.optim.Optimizer, dict[str, Any]]]  # id of a parameter -> who steps it, in which group
@@ -28,22 +28,22 @@ def rehearsal(model: nn.Module) -> Iterator[None]:
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     routers = find_routers(model)
-    carrier = routers[0].carrier if routers else RouteCarrier()
-    log, usage = carrier.log, carrier.usage
+    context = routers[0].context if routers else ForwardContext()
+    recorders, usage = context.recorders, context.usage
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices))
         stack.enter_context(in_mode(True, model))
         for router in routers:
             stack.enter_context(router.rehearsal())
         try:
-            carrier.log = carrier.usage = None
+            context.recorders, context.usage = [], None
             for parameter, *_, hooks in parameters:
                 parameter.grad = None
                 if hooks:  # optimizers that step within the backward
                     parameter._post_accumulate_grad_hooks.clear()
             yield
         finally:
-            carrier.log, carrier.usage = log, usage
+            context.recorders, context.usage = recorders, usage
             for parameter, requires_grad, gradient, hooks in parameters:
                 parameter.requires_grad_(requires_grad)
                 parameter.grad = gradient

@@ -155,7 +155,7 @@ def _step(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
 def _rests(model: nn.Module, block: int) -> bool:
     """Whether the running step's draw leaves the block out."""
     router = find_routers(model)[0]
-    return router.changes and router.plan is not None and block not in router.plan.trained_blocks
+    return router.is_dynamic and router.plan is not None and block not in router.plan.trained_blocks
 
 
 def _check_trained(units: list[Unit], owners: Owners | None, has_stepped: bool) -> list[str]:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from peft_bsr.backbones import Column, probe_inputs, quiet, run_probe, tensors_of
 from peft_bsr.core import is_quantized, kept_bytes
-from peft_bsr.engine import FrozenLinear, freeze_linear
 from peft_bsr.errors import ConfigError, MissingDependencyError, UnsupportedModelError
+from peft_bsr.ops import FrozenLinear, freeze_linear
 from peft_bsr.tuners.classifier import without_layer
 
 logger = logging.getLogger(__name__)

@@ -14,8 +14,8 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from peft_bsr.backbones import Column, FamilyRule, main_input
-from peft_bsr.core import RouteCarrier
-from peft_bsr.engine import BlockRouter, Plan, attach_router, detach_router
+from peft_bsr.core import ForwardContext
+from peft_bsr.engine import BlockRouter, Plan, attach_router, detach_router, explain_blocks
 from peft_bsr.errors import AdapterError, AdapterFileError, AdapterNameWarning, AdapterSwitchedWarning
 from peft_bsr.tuners.inputs import check_inputs
 from peft_bsr.tuners.loading import check_loaded, take_back
@@ -49,23 +49,27 @@ class SingleAdapterLayer(BaseTunerLayer):
     @property
     def carried_adapter(self) -> str | None:
         """The active adapter, if this layer is enabled and carries it."""
-        if self.disable_adapters or not self.active_adapters:
+        if self._disable_adapters or not self._active_adapter:
             return None
-        name = self.active_adapters[0]
-        return name if name in self._get_available_adapters() else None
+        name = self._active_adapter[0]
+        return name if name in self._carried() else None
+
+    def _carried(self) -> Any:
+        """What has a place for each adapter; asked at each forward, so without PEFT's walk over all containers."""
+        return self._modules[self.adapter_layer_names[0]]._modules  # type: ignore[attr-defined]
 
 
 class AdapterRouter(BlockRouter, SingleAdapterLayer):
     """A block's router with one plan per adapter. Without a base layer: PEFT's calls on adapters reach it as a layer.
 
     Args:
-        index, column, carrier, rule: See `BlockRouter`.
+        index, column, context, rule: See `BlockRouter`.
     """
 
     other_param_names: tuple[str, ...] = ("plans",)
 
-    def __init__(self, index: int, column: Column, carrier: RouteCarrier, rule: FamilyRule) -> None:
-        super().__init__(index, column, carrier, rule)
+    def __init__(self, index: int, column: Column, context: ForwardContext, rule: FamilyRule) -> None:
+        super().__init__(index, column, context, rule)
         self.plans: dict[str, Plan] = {}
         self._active_adapter: list[str] = []
         self.merged_adapters: list[str] = []
@@ -85,6 +89,9 @@ class AdapterRouter(BlockRouter, SingleAdapterLayer):
 
     def _get_available_adapters(self) -> set[str]:
         return set(self.plans)
+
+    def _carried(self) -> Any:
+        return self.plans
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: Any = None) -> None:
         pass
@@ -118,12 +125,26 @@ class RoutedTuner(BaseTuner):
         """
         if "_asked" not in self.__dict__:
             self._asked = {name: p.requires_grad for name, p in model.named_parameters()}
+        self.__dict__.pop("_routers", None)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+
+    @property
+    def routers(self) -> list[Any]:
+        """The routers of the model's blocks, by block. The model is walked for them once, not at each forward."""
+        found = self.__dict__.get("_routers")
+        if not found:
+            found = self.__dict__["_routers"] = find_routers(self.model)
+        return found
 
     @property
     def column(self) -> Column:
         """What the probe found."""
         return find_routers(self.model)[0].column
+
+    def explain(self) -> str:
+        """What each block was planned to do, what is in force, and why not if the two differ: one line a block."""
+        model: Any = self.model
+        return explain_blocks([(model.get_submodule(r.column.blocks[r.index]), r) for r in find_routers(model)])
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
         return peft_config
@@ -172,6 +193,7 @@ class RoutedTuner(BaseTuner):
 
     def _detach_routers(self) -> None:
         """Take the routers off for good."""
+        self.__dict__.pop("_routers", None)
         for router in find_routers(self.model):
             block = self.model.get_submodule(router.column.blocks[router.index])
             detach_router(self.model, router)
@@ -233,13 +255,13 @@ class RoutedTuner(BaseTuner):
                 "has blocks and token counts of its own. Use `set_adapter` and one batch for each."
             )
         named = [name for name in ("task", "task_ids") if kwargs.get(name) is not None]
-        routers = find_routers(self.model)
+        routers = self.routers
         if named and not any(getattr(router, "calls", None) for router in routers):
             raise AdapterError(
                 f"`{named[0]}={kwargs[named[0]]!r}` was given, but no adapter of this model has tasks. Attach one with "
                 "`BSRConfig(tasks={name: number of classes})`, or leave it out."
             )
-        if routers and routers[0].carrier.entry is None:
+        if routers and routers[0].context.entry is None:
             check_inputs(main_input(self.model), routers[0].column, args, kwargs)
         yield
 

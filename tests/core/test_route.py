@@ -9,7 +9,7 @@ import threading
 import pytest
 import torch
 
-from peft_bsr.core import Route, RouteCarrier
+from peft_bsr.core import Route, ForwardContext
 
 # one special token, six patches, one detection token; patches 1 and 4 alive, and one token fused from the others
 ROUTE = Route(1, 6, 1, origins=torch.tensor([[1, 4, 6], [0, 5, 6]]), num_reductions=1)
@@ -79,12 +79,12 @@ def test_masks_of_flex_attention_are_refused():
 
 
 def test_a_carrier_is_one_for_each_thread_and_copies_start_empty():
-    carrier = RouteCarrier()
-    carrier.route = ROUTE
+    context = ForwardContext()
+    context.route = ROUTE
     seen = []
-    thread = threading.Thread(target=lambda: seen.append(carrier.route))
+    thread = threading.Thread(target=lambda: seen.append(context.route))
     thread.start()
     thread.join()
     assert seen == [None]
-    assert copy.deepcopy(carrier).route is None
-    assert pickle.loads(pickle.dumps(carrier)).route is None
+    assert copy.deepcopy(context).route is None
+    assert pickle.loads(pickle.dumps(context)).route is None

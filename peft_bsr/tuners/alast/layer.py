@@ -10,7 +10,7 @@ from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor
 
 from peft_bsr.backbones import Column, FamilyRule
-from peft_bsr.core import RouteCarrier
+from peft_bsr.core import ForwardContext
 from peft_bsr.engine import Plan
 from peft_bsr.tuners.alast.schedule import ALaSTSchedule
 from peft_bsr.tuners.bsr.router import BSRRouter
@@ -26,11 +26,14 @@ class ALaSTRouter(BSRRouter):
     checkpoints.
 
     Args:
-        index, column, carrier, rule: See `BlockRouter`.
+        index, column, context, rule: See `BlockRouter`.
     """
 
-    def __init__(self, index: int, column: Column, carrier: RouteCarrier, rule: FamilyRule) -> None:
-        super().__init__(index, column, carrier, rule)
+    is_dynamic = True
+
+    def __init__(self, index: int, column: Column, context: ForwardContext, rule: FamilyRule) -> None:
+        super().__init__(index, column, context, rule)
+        self.observes = True
         self.schedules: dict[str, ALaSTSchedule] = {}
         if index == 0:
             self.bsr_state = BufferDict(persistent=True)
@@ -48,11 +51,6 @@ class ALaSTRouter(BSRRouter):
         """The plan of this step, or None in evaluation and before the first step."""
         schedule = self.schedule
         return schedule.plan if schedule is not None and self.training else None
-
-    @property
-    def changes(self) -> bool:
-        """True."""
-        return True
 
     def begin(self) -> None:
         """Tell the schedule that a training forward begins."""

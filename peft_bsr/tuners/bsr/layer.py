@@ -76,6 +76,7 @@ class BSRWeights(nn.Module, SingleAdapterLayer):
         self.merged_adapters: list[str] = []
         self.unmerged_weights: dict[str, Tensor] = {}
         self.parking = Parking()
+        self.adapter_state = object()  # another one after each change of what runs here
         self.saved_as: dict[str, str] = {}  # adapter -> this module's name where the adapter was saved, if another
         self.register_load_state_dict_pre_hook(drop_saved_name)
         for name in ("in_features", "out_features"):
@@ -117,12 +118,12 @@ class BSRWeights(nn.Module, SingleAdapterLayer):
 
     def forward(self, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
         """Run the active adapter's module in the base module's place."""
-        if self.disable_adapters and self.merged:
+        if self.merged_adapters and self._disable_adapters:
             self.unmerge()
         name = self.carried_adapter
-        if name is None or self.merged:
+        if name is None or self.merged_adapters:
             return self.base_layer(hidden_states, *args, **kwargs)
-        module: Any = self.bsr_params[name]
+        module: Any = self._carried()[name]
         if not isinstance(hidden_states, Tensor) or torch.is_autocast_enabled(hidden_states.device.type):
             inputs = hidden_states  # a position bias gets a window size; autocast picks the dtypes itself
         else:
@@ -146,7 +147,11 @@ class BSRWeights(nn.Module, SingleAdapterLayer):
         return name is not None and not self.merged and not isinstance(self.bsr_params[name], LowRankUpdate)
 
     def place_base(self) -> None:
-        """Park the base module's weights if nothing reads them, else have them where the module runs."""
+        """Park the base module's weights if nothing reads them, else have them where the module runs.
+
+        Called after each change of what runs, which is noted for those who looked the running module up.
+        """
+        self.adapter_state = object()
         if self.parks_base:
             self.parking.park(self.base_layer)
         else:

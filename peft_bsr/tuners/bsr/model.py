@@ -15,7 +15,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from peft_bsr.backbones import Column, find_rule, probe, quiet
-from peft_bsr.core import RouteCarrier
+from peft_bsr.core import ForwardContext
 from peft_bsr.engine import ROUTER, Plan, attach_router, verify_lean, verify_mixture, verify_plan
 from peft_bsr.errors import AdapterError, ReductionNotMergedWarning
 from peft_bsr.multitask import TaskHeads, new_head
@@ -150,9 +150,9 @@ class BSRModel(RoutedTuner):
     def _attached_routers(self, model: nn.Module, column: Column) -> list[Any]:
         """The routers, put on the blocks by the first adapter."""
         if not find_routers(model):
-            carrier = RouteCarrier()
+            context = ForwardContext()
             for index in range(column.depth):
-                attach_router(model, self.router_cls(index, column, carrier, find_rule(model)))
+                attach_router(model, self.router_cls(index, column, context, find_rule(model)))
         return find_routers(model)
 
     def _hand_out(self, model: nn.Module, routers: list[BSRRouter], adapter_name: str, plan: Plan) -> None:
@@ -204,9 +204,9 @@ class BSRModel(RoutedTuner):
 
     def _new_heads(self, config: Any, layer: Any) -> TaskHeads:
         column, norm = self._column, find_final_norm(self.model, self._column)
-        carrier = self._attached_routers(self.model, column)[0].carrier
+        context = self._attached_routers(self.model, column)[0].context
         sizes = (layer.in_features, column.width, norm, column.num_prefix)
-        return TaskHeads([new_head(task, *sizes) for task in config.tasks], config.tasks, carrier)
+        return TaskHeads([new_head(task, *sizes) for task in config.tasks], config.tasks, context)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Put an adapter's weights into the base modules. Token reduction stays in force, so outputs do not change.

@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from peft_bsr.backbones import Column, FamilyRule, remove_hooks
-from peft_bsr.core import RouteCarrier, TaskCall
+from peft_bsr.core import ForwardContext, TaskCall
 from peft_bsr.engine import Parking, plain_mlp
 from peft_bsr.errors import ForwardError
 from peft_bsr.multitask import (
@@ -52,18 +52,19 @@ class BSRRouter(AdapterRouter):
     closes the forwards of adapters with tasks.
 
     Args:
-        index, column, carrier, rule: See `BlockRouter`.
+        index, column, context, rule: See `BlockRouter`.
     """
 
     adapter_layer_names: tuple[str, ...] = ("bsr_params",)
     other_param_names = ("plans", "calls")
 
-    def __init__(self, index: int, column: Column, carrier: RouteCarrier, rule: FamilyRule) -> None:
-        super().__init__(index, column, carrier, rule)
+    def __init__(self, index: int, column: Column, context: ForwardContext, rule: FamilyRule) -> None:
+        super().__init__(index, column, context, rule)
         self.bsr_params = nn.ModuleDict()
         self.calls: dict[str, TaskSettings] = {}
         self.saved_as: dict[str, str] = {}  # adapter -> this module's name where the adapter was saved, if another
         self.parked: tuple[tuple[nn.Module, Parking], ...] = ()  # a tuple: the block's modules are not the router's
+        self.observes = index == column.depth - 1
         self.register_load_state_dict_pre_hook(drop_saved_name)
 
     def update_mixture(self, adapter_name: str, config: Any, block: nn.Module) -> None:
@@ -89,7 +90,7 @@ class BSRRouter(AdapterRouter):
             move_away(mixture)
         self.bsr_params[adapter_name] = mixture.train(block.training)
 
-    def mix(self, block: nn.Module, call: TaskCall | None, tokens: Tensor) -> Tensor | None:
+    def mix(self, block: nn.Module, call: TaskCall | None, tokens: Tensor) -> Tensor:
         """The active adapter's mixture."""
         name = self.carried_adapter
         if name is None or call is None:
@@ -154,8 +155,8 @@ class BSRRouter(AdapterRouter):
 
     def observe(self, before: Tensor, after: Tensor) -> None:
         """Keep the last block's tokens for dense heads."""
-        call = self.carrier.call
-        if call is not None and call.keeps_tokens and self.index == self.column.depth - 1:
+        call = self.context.call
+        if call is not None and call.keeps_tokens:
             call.tokens = after
 
     @property
@@ -175,20 +176,20 @@ class BSRRouter(AdapterRouter):
 
     def open_call(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Take what concerns tasks out of the arguments."""
-        settings, entry = self.task_settings, self.carrier.entry
-        self.carrier.call = None
+        settings, entry = self.task_settings, self.context.entry
+        self.context.call = None
         if settings is None or (entry is not None and entry.tokens is None):
             return args, without_tasks(kwargs)
         num_images = None if entry is None or entry.tokens is None else len(entry.tokens)
         call, kwargs = read_call(settings.tasks, self.column, args, kwargs, num_images)
-        call.usage = None if self.carrier.usage is None else {}
-        self.carrier.call = call
+        call.usage = None if self.context.usage is None else {}
+        self.context.call = call
         return args, kwargs
 
     def close_call(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Put losses and outputs of the tasks together; after an error only forget the call."""
-        call, self.carrier.call = self.carrier.call, None
-        settings, totals = self.task_settings, self.carrier.usage
+        call, self.context.call = self.context.call, None
+        settings, totals = self.task_settings, self.context.usage
         if output is None or not isinstance(call, ImageCall) or settings is None:
             return None
         call.is_open = False

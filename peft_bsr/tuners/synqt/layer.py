@@ -1,6 +1,6 @@
 """Tuner layers of SynQT: a router on each block that reads it, and the head in the classifier's place.
 
-What the queries made of the blocks so far goes from block to block, and to the head, on the carrier of the running
+What the queries made of the blocks so far goes from block to block, and to the head, on the context of the running
 forward; nothing stays on a module.
 """
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_bsr.backbones import Column, FamilyRule
-from peft_bsr.core import RouteCarrier, hidden_tokens, pick_tokens
+from peft_bsr.core import ForwardContext, hidden_tokens, pick_tokens
 from peft_bsr.engine import Plan, QueryPath, ReachedError, attention_mask
 from peft_bsr.errors import AdapterError, ForwardError
 from peft_bsr.tuners.routed import AdapterRouter, SingleAdapterLayer, drop_saved_name
@@ -50,7 +50,7 @@ class SynQTRouter(AdapterRouter):
     Args:
         index: The block's place in the column.
         column: The model's column.
-        carrier: Shared by the routers and the head of one model.
+        context: Shared by the routers and the head of one model.
         rule: Exceptions of the model's family.
         like: A weight of the block; adapters go where it is, in its dtype.
     """
@@ -60,8 +60,8 @@ class SynQTRouter(AdapterRouter):
     other_param_names = ("plans", "paths", "layers")
     place: Tensor  # on the block's device, in its dtype; empty
 
-    def __init__(self, index: int, column: Column, carrier: RouteCarrier, rule: FamilyRule, like: Tensor) -> None:
-        super().__init__(index, column, carrier, rule)
+    def __init__(self, index: int, column: Column, context: ForwardContext, rule: FamilyRule, like: Tensor) -> None:
+        super().__init__(index, column, context, rule)
         self.synqt_params = nn.ModuleDict()
         self.paths: dict[str, QueryPath] = {}
         self.layers: dict[str, list[int]] = {}
@@ -101,7 +101,7 @@ class SynQTRouter(AdapterRouter):
         """
         name = self.carried_adapter
         assert name is not None, "a router without an adapter has no plan, and its block runs untouched"
-        layers, entry = self.layers[name], self.carrier.entry
+        layers, entry = self.layers[name], self.context.entry
         begins_behind = entry is not None and entry.tokens is not None
         if self.index in layers:
             _refuse_sharded(block, self.index)
@@ -120,7 +120,7 @@ class SynQTRouter(AdapterRouter):
 
     def _alive(self, hidden_states: Tensor, args: Any, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
         """The tokens that are left on the running route, and which of them are padding."""
-        route, mask = self.carrier.route, attention_mask(self.column, args, kwargs)
+        route, mask = self.context.route, attention_mask(self.column, args, kwargs)
         if route is not None and route.origins is not None:
             mask = route.follow(mask)
             if route.is_full_view and route.num_tokens < route.full_length:
@@ -130,8 +130,8 @@ class SynQTRouter(AdapterRouter):
     def _read(self, name: str, block: nn.Module, tokens: Tensor, hidden: Tensor | None) -> None:
         module: Any = self.synqt_params[name]
         if self.index == self.layers[name][0]:
-            self.carrier.reading = Reading(module.feature_scale)
-        reading = self.carrier.reading
+            self.context.reading = Reading(module.feature_scale)
+        reading = self.context.reading
         if not isinstance(reading, Reading):
             raise ForwardError("a block that SynQT reads was called outside of the model's forward. Call the model.")
         queries = module(reading.feature, reading.feature_scale, tokens.shape[0])
@@ -140,10 +140,10 @@ class SynQTRouter(AdapterRouter):
         reading.reads.append(tuple(t.mean(dim=1, keepdim=True) for t in (outcome, attended, expanded)))
 
     def _collect(self, tokens: Tensor, layers: list[int]) -> None:
-        collected = [] if self.index == layers[0] else self.carrier.reading
-        self.carrier.reading = [*collected, tokens]
+        collected = [] if self.index == layers[0] else self.context.reading
+        self.context.reading = [*collected, tokens]
         if self.index == layers[-1]:
-            entry, collected = self.carrier.entry, self.carrier.reading
+            entry, collected = self.context.entry, self.context.reading
             assert entry is not None, "tokens are collected for an entry"
             entry.tokens, entry.lengths = torch.cat(collected, dim=1), tuple(t.shape[1] for t in collected)
             raise ReachedError
@@ -160,15 +160,15 @@ class SynQTHead(nn.Module, SingleAdapterLayer):
 
     Args:
         base_layer: The model's classifier.
-        carrier: Shared with the routers.
+        context: Shared with the routers.
     """
 
     adapter_layer_names = ("synqt_params",)
 
-    def __init__(self, base_layer: nn.Linear, carrier: RouteCarrier) -> None:
+    def __init__(self, base_layer: nn.Linear, context: ForwardContext) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.carrier = carrier
+        self.context = context
         self.synqt_params = nn.ModuleDict()
         self._active_adapter: list[str] = []
         self.merged_adapters: list[str] = []
@@ -200,7 +200,7 @@ class SynQTHead(nn.Module, SingleAdapterLayer):
         if name is None:
             output: Tensor = self.base_layer(pooled)
             return output
-        reading, self.carrier.reading = self.carrier.reading, None
+        reading, self.context.reading = self.context.reading, None
         if not isinstance(reading, Reading):
             raise ForwardError("the head of SynQT was called without a forward of the model's blocks. Call the model.")
         logits: Tensor = self.synqt_params[name](reading.features())

@@ -13,7 +13,7 @@ from peft import PeftConfig
 from torch import Tensor, nn
 
 from peft_bsr.backbones import Column, StockRun, find_rule, probe
-from peft_bsr.core import RouteCarrier
+from peft_bsr.core import ForwardContext
 from peft_bsr.engine import Plan, QueryPath, attach_router, verify_plan, verify_queries
 from peft_bsr.errors import AdapterError
 from peft_bsr.tuners.classifier import find_classifier, find_final_norm
@@ -128,9 +128,9 @@ class SynQTModel(RoutedTuner):
     ) -> None:
         column, plan, path, layers, classifier = self._settled
         routers = {router.index: router for router in find_routers(self.model)}
-        carrier = next(iter(routers.values())).carrier if routers else RouteCarrier()
+        context = next(iter(routers.values())).context if routers else ForwardContext()
         if current_key == classifier:
-            layer: Any = target if isinstance(target, SynQTHead) else SynQTHead(target, carrier)
+            layer: Any = target if isinstance(target, SynQTHead) else SynQTHead(target, context)
             setattr(parent, target_name, layer)
             final_norm = find_final_norm(self.model, column)
             layer.update_layer(adapter_name, peft_config, column.width, len(layers), final_norm)
@@ -138,7 +138,7 @@ class SynQTModel(RoutedTuner):
             index = column.blocks.index(current_key)
             if index not in routers:
                 like = next(p for p in target.parameters() if p.is_floating_point())
-                routers[index] = SynQTRouter(index, column, carrier, find_rule(self.model), like)
+                routers[index] = SynQTRouter(index, column, context, find_rule(self.model), like)
                 attach_router(self.model, routers[index])
             layer = routers[index]
             layer.update_layer(adapter_name, peft_config, plan, path, layers)

@@ -1,0 +1,116 @@
+"""What blocks hand to each other within one forward."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from peft_bsr.core.route import Entry, Route, TaskCall
+from peft_bsr.errors import ForwardError
+
+BLOCKS = "blocks"  # owner of a forward that no hook saw begin
+
+
+class BlockCall:
+    """One block's forward in progress: what it is asked, and what it leaves behind.
+
+    Hooks, output capture and checkpointing around a block expect what the stock block returns, so the origins do not
+    leave it by the return value. A recomputed block (gradient checkpointing) gets the call of its own forward.
+
+    Args:
+        route: Tokens alive in it.
+        plan: The block's plan, less what saves nothing in this forward.
+
+    Attributes:
+        score: Kind of token score that its attention is asked for, or None.
+        token_scores: The scores [B, N], once the attention has run.
+        origins: Origins after the block's reduction [B, A], or None without one.
+    """
+
+    __slots__ = ("origins", "plan", "route", "score", "token_scores")
+
+    def __init__(self, route: Route, plan: Any = None, score: str | None = None) -> None:
+        self.route = route
+        self.plan = plan
+        self.score = score
+        self.token_scores: Tensor | None = None
+        self.origins: Tensor | None = None
+
+
+class ForwardContext(threading.local):
+    """The running forward of a model, one per thread (nn.DataParallel).
+
+    Hooks of the model open it and close it, also after an exception, so that nothing is left of a forward but its
+    outputs. A recomputed block (gradient checkpointing) does not look here: it gets the call of its own forward.
+
+    Attributes:
+        owner: What opened the running forward; None = no forward runs.
+        route: The running forward's route, between blocks.
+        running: The call of the block that runs right now, for what its attention is called with.
+        reading: What a query path made of the blocks so far, between blocks and up to its head.
+        call: What the running forward is asked, in a model with tasks.
+        entry: Where the next forward stops or begins, see `peft_bsr.engine.entry`.
+        recorders: Called with (block index, route after it) after each reduction.
+        usage: Where `record_usage` collects tokens of each task and expert, by block.
+        has_warned: Whether it was said that a block planned lean runs stock.
+    """
+
+    def __init__(self) -> None:  # runs in every thread; class attributes would fail torch.compile's guards
+        self.owner: Any = None
+        self.route: Route | None = None
+        self.running: BlockCall | None = None
+        self.reading: Any = None
+        self.call: TaskCall | None = None
+        self.entry: Entry | None = None
+        self.recorders: list[Callable[[int, Route], None]] = []
+        self.usage: dict[int, Tensor] | None = None
+        self.has_warned = False
+
+    def open(self, owner: Any) -> None:
+        """A forward of `owner` begins; one inside another changes nothing.
+
+        Args:
+            owner: A module, or `BLOCKS` where no hook saw that a forward began: the first block's call begins one then.
+        """
+        if self.owner in (None, BLOCKS):
+            self.owner, self.route, self.running, self.reading = owner, None, None, None
+
+    def close(self, owner: Any) -> None:
+        """The forward of `owner` has ended, in whatever way."""
+        if self.owner is owner:
+            self.owner = self.route = self.running = self.reading = None
+
+    def current(self) -> Route:
+        """The running forward's route.
+
+        Raises:
+            ForwardError: If a block was called on its own, outside of the model's forward.
+        """
+        if self.route is None:
+            raise ForwardError(
+                "a block of a model with an adapter ran outside of the model's forward. Call the model; and if this is "
+                "a backward pass, gradient checkpointing wraps the block's call (timm's does), where no route reaches "
+                "the recomputation: switch it off, or set `keep_rate=1.0`"
+            )
+        return self.route
+
+    def reduced(self, index: int, origins: Tensor) -> None:
+        """Block `index` has left the tokens of `origins` [B, A]."""
+        self.route = route = self.current().reduced(origins)
+        for recorder in self.recorders:
+            recorder(index, route)
+
+    def resume(self, origins: Tensor | None, num_reductions: int) -> None:
+        """The forward goes on in the middle, on the route that earlier blocks left."""
+        if self.route is not None:
+            self.route = replace(self.route, origins=origins, num_reductions=num_reductions)
+
+    def __reduce__(self) -> tuple[type[ForwardContext], tuple[()]]:  # copies and pickles start empty
+        return ForwardContext, ()
+
+
+__all__ = ["BLOCKS", "BlockCall", "ForwardContext"]

@@ -1,0 +1,187 @@
+"""A block's parts, looked up once, and how it runs on a route with them.
+
+Shapes: B images, N tokens of the sequence, A alive ones, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from peft_bsr.backbones import Column, TokenFollower, captures_outputs
+from peft_bsr.core import BlockCall, pick_tokens, put_tokens
+from peft_bsr.engine.halves import LeanAttention, LeanMLP, NotLeanError, StockAttention, StockMLP
+from peft_bsr.engine.plan import Reduction
+from peft_bsr.engine.watch import Watch
+from peft_bsr.errors import ForwardError
+from peft_bsr.ops import reduce_tokens
+
+
+class BoundBlock:
+    """The halves of a block, stock and lean. Tensors are read at each call; modules were looked up once.
+
+    Args:
+        block: The block.
+        column: Knows its parts.
+        follower: Selects the alive tokens' part of side inputs.
+        own: Objects whose hooks on the block are our own.
+        aside: Told (half, reason) where a half that was planned lean runs stock.
+
+    Attributes:
+        reasons: Why a half cannot run lean, by `"attention"` and `"mlp"`; empty where both can.
+        watch: Whether all this still holds.
+    """
+
+    def __init__(
+        self,
+        block: nn.Module,
+        column: Column,
+        follower: TokenFollower,
+        own: tuple[Any, ...],
+        aside: Callable[[str, str], None],
+    ) -> None:
+        self.block, self.column, self.follower, self.aside = block, column, follower, aside
+        self.watch = Watch(_modules_of(block, own), (follower, *own))
+        self.reasons: dict[str, str] = {}
+        self._captures = False  # whether transformers can capture what the attention gives
+        self.lean_attention: LeanAttention | None = None
+        self.lean_mlp: LeanMLP | None = None
+        if column.anatomy is not None:
+            self.attention, self.mlp = StockAttention(block, column.anatomy), StockMLP(block, column.anatomy)
+            self.lean_attention = self._lean("attention", LeanAttention, column.anatomy.norm1, column.anatomy.attention)
+            self.lean_mlp = self._lean("mlp", LeanMLP, column.anatomy.norm2, *column.anatomy.mlp)
+
+    def run(
+        self,
+        call: BlockCall,
+        stock: Callable[..., Any],
+        hidden_states: Tensor,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        mix: Callable[[Tensor], Tensor] | None,
+    ) -> Any:
+        """Run the block on the tokens of `call.route`; bit-equal to the stock block where all are kept.
+
+        In full view the sequence comes and goes whole: the alive tokens are taken out, run, and put back; dropped ones
+        keep the value they had when they were dropped.
+
+        Args:
+            call: What is asked; origins after a reduction are left in it.
+            stock: The block's own forward.
+            hidden_states: [B, A, D], in full view [B, N, D].
+            args: For the block.
+            kwargs: For the block.
+            mix: What runs in the place of the MLP, normalized tokens -> their change, or None.
+
+        Returns:
+            What the stock block returns, with fewer tokens.
+        """
+        route, reduction, whole = call.route, call.plan.reduction, hidden_states
+        is_partial = route.is_full_view and route.num_tokens < route.full_length
+        tokens = pick_tokens(whole, route.places()) if is_partial else whole
+        is_mid_block = reduction is not None and reduction.position == "mid_block"
+        others: list[Any] = []
+        if is_mid_block or call.plan.lean is not None or mix is not None:
+            tokens, others = self._attend(call, tokens, args, kwargs)
+            before = tokens
+            if is_mid_block:
+                tokens = _reduced(reduction, call, tokens)
+            tokens = self._expand(call, tokens, mix)
+            output = (tokens, *others) if self.column.returns_tuple else tokens
+        else:
+            output = stock(tokens, *args, **kwargs)
+            before = tokens = output[0] if isinstance(output, tuple) else output
+        if reduction is not None and not is_mid_block:
+            tokens = _reduced(reduction, call, tokens)
+        if route.is_full_view:
+            after = route if call.origins is None else route.reduced(call.origins)
+            if after.num_tokens < route.full_length:
+                if call.origins is not None:
+                    whole = put_tokens(whole, route.places(), before) if is_partial else before
+                tokens = put_tokens(whole, after.places(), tokens)
+        return (tokens, *output[1:]) if isinstance(output, tuple) else tokens
+
+    def _attend(
+        self, call: BlockCall, tokens: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Tensor, list[Any]]:
+        """Tokens after the first half [B, A or Q, D], and what else the attention returns."""
+        arguments, lean = self._arguments(tokens, args, kwargs), call.plan.lean
+        if lean is not None and lean.attention:
+            half, reason = self.lean_attention, self.reasons.get("attention")
+            if half is not None:
+                arguments = self.follower.follow(arguments)
+                reason = half.mismatch(tokens, arguments)
+                if self._captures and captures_outputs():
+                    reason = "attention weights are captured"
+                if reason is None:
+                    change = half(call, tokens, arguments, lean)
+                    return (tokens if lean.num_queries is None else tokens[:, : lean.num_queries]) + change, []
+            self.aside("attention", str(reason))
+        change, others = self.attention(tokens, arguments)
+        return tokens + change, others
+
+    def _expand(self, call: BlockCall, tokens: Tensor, mix: Callable[[Tensor], Tensor] | None) -> Tensor:
+        """Tokens after the second half."""
+        lean = call.plan.lean
+        if mix is None and lean is not None and lean.mlp:
+            half = self.lean_mlp
+            reason = self.reasons.get("mlp") if half is None else half.mismatch(tokens)
+            if half is not None and reason is None:
+                return half(tokens, lean)
+            self.aside("mlp", str(reason))
+        return self.mlp(tokens, mix)
+
+    def _arguments(self, tokens: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """What the block calls its attention with, next to the hidden states."""
+        anatomy, compute = self.column.anatomy, self.follower.rule.attention_arguments
+        assert anatomy is not None, "only a block whose parts are known is taken apart"
+        arguments = {**dict(zip(anatomy.block_inputs, args, strict=False)), **kwargs} if args else kwargs
+        if compute is not None:
+            return compute(self.block, tokens, arguments)
+        names = anatomy.attention_inputs
+        return arguments if names is None else {n: value for n, value in arguments.items() if n in names}
+
+    def _lean(self, name: str, half: Callable[..., Any], *parts: str) -> Any:
+        try:
+            made = half(self.block, self.column)
+        except NotLeanError as reason:
+            self.reasons[name] = str(reason)
+            return None
+        inside = [m for part in parts for m in _modules_of(getattr(self.block, part), (getattr(made, "output", None),))]
+        hook = self.watch.foreign_hook(inside)
+        self._captures |= name == "attention" and self.watch.captures(inside)
+        if hook is not None:
+            self.reasons[name] = f"the hook {hook} looks at its modules"
+            return None
+        return made
+
+    def __reduce__(self) -> tuple[Any, ...]:  # a copy of the block looks its own parts up
+        return type(None), ()
+
+
+def _modules_of(module: Any, without: tuple[Any, ...]) -> list[Any]:
+    """The module and all in it, but for modules that are named and what is in these."""
+    if module in without or not isinstance(module, nn.Module):
+        return []
+    return [module, *(m for child in module.children() for m in _modules_of(child, without))]
+
+
+def _reduced(reduction: Reduction, call: BlockCall, tokens: Tensor) -> Tensor:
+    """The tokens that the reduction leaves; their origins are left in `call`."""
+    route, scores = call.route, call.token_scores
+    if scores is None:
+        raise ForwardError("the attention ran without showing its queries and keys; was its implementation replaced?")
+    if not reduction.fuse:
+        scores = scores.detach()  # only the choice of tokens depends on them
+    special = route.num_prefix + route.num_suffix
+    keep = reduction.keep(route.num_tokens - special, special)
+    fused_origin = route.fused_origin if reduction.fuse else None
+    tokens, call.origins = reduce_tokens(
+        tokens, route.origins, scores, route.num_prefix, keep, fused_origin, route.num_suffix
+    )
+    return tokens
+
+
+__all__ = ["BoundBlock"]

@@ -1,0 +1,58 @@
+"""What each block was planned to do, and what is in force."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft_bsr.engine.plan import BlockPlan, Plan
+
+
+def explain_blocks(blocks: list[tuple[Any, Any]]) -> str:
+    """One line a block: the plan, and what of it runs stock in training, with the reason.
+
+    Args:
+        blocks: (block, its router), first to last.
+    """
+    plan = blocks[0][1].plan if blocks else None
+    if plan is None:
+        return "No plan is in force: adapters are off, or the first training forward makes it. Blocks run stock."
+    lines = ["block  planned"]
+    for (block, router), own in zip(blocks, plan.blocks, strict=True):
+        lines.append(f"{router.index:>5}  {describe_block(own)}")
+        reasons = {**_standing(router, block, own), **router.aside} if own.lean is not None else {}
+        lines += [f"       {half} runs stock: {reason}" for half, reason in sorted(reasons.items())]
+    return "\n".join([*lines, *_notes(plan)])
+
+
+def describe_block(plan: BlockPlan) -> str:
+    """A block's plan in a few words."""
+    words = ["trained" if plan.trained else "frozen"]
+    if not plan.in_graph:
+        words.append("outside of the graph")
+    if plan.reduction is not None:
+        words.append(f"keeps {plan.reduction.keep_rate:g} of the tokens ({plan.reduction.position})")
+    if plan.lean is not None:
+        halves = [name for name, is_lean in (("attention", plan.lean.attention), ("MLP", plan.lean.mlp)) if is_lean]
+        words.append(f"{' and '.join(halves)} lean ({'exact' if plan.lean.save_products else 'max'})")
+        if plan.lean.num_queries is not None:
+            words.append(f"for the first {plan.lean.num_queries} tokens only")
+    if plan.int8:
+        words.append("activations in 8 bits")
+    if plan.mixture:
+        words.append("mixture of experts")
+    return ", ".join(words)
+
+
+def _standing(router: Any, block: Any, plan: BlockPlan) -> dict[str, str]:
+    """Reasons that hold for any input."""
+    reasons: dict[str, str] = router.bound(block).reasons
+    assert plan.lean is not None, "only lean halves step aside"
+    wanted = {"attention": plan.lean.attention, "mlp": plan.lean.mlp and not plan.mixture}
+    return {half: reason for half, reason in reasons.items() if wanted[half]}
+
+
+def _notes(plan: Plan) -> list[str]:
+    return ["left out when the adapter was attached:", *(f"  {note}" for note in plan.notes)] if plan.notes else []
+
+
+__all__ = ["describe_block", "explain_blocks"]

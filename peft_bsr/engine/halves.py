@@ -1,0 +1,262 @@
+"""The two halves of a pre-norm block, each as stock modules run it and lean. A half gives its change of the tokens.
+
+Shapes: B images, N tokens, Q of them asked for queries, H heads, d head width, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_bsr.backbones import Anatomy, Column, apply_part, attend, function_of
+from peft_bsr.core import BlockCall
+from peft_bsr.engine.parts import LinearSource, attention_dropouts, find_mlp, linear_source, norm_source
+from peft_bsr.engine.plan import Lean
+from peft_bsr.ops import MLPOp, NormOp, ProjectionsOp, compute_dtype, lean_dropout, recomputed, token_scores
+
+_KNOWN = ("attention_mask", "position_embeddings")  # what a lean attention knows to do with
+Changed = tuple[Tensor, list[Any]]  # the change [B, N or Q, D] and what else the attention returns
+
+
+class StockAttention:
+    """norm1, the attention and what follows it, called as modules.
+
+    Args:
+        block: The block.
+        anatomy: Names of its parts.
+    """
+
+    def __init__(self, block: nn.Module, anatomy: Anatomy) -> None:
+        self.block, self.anatomy = block, anatomy
+
+    def __call__(self, tokens: Tensor, arguments: dict[str, Any]) -> Changed:
+        """[B, N, D] -> change, others."""
+        block, anatomy = self.block, self.anatomy
+        attended = getattr(block, anatomy.attention)(apply_part(block, anatomy.norm1, tokens), **arguments)
+        attended, *others = attended if isinstance(attended, tuple) else (attended,)
+        for name in anatomy.after_attention:
+            attended = apply_part(block, name, attended)
+        return attended, others
+
+
+class StockMLP:
+    """norm2, the MLP and what follows it, called as modules. `mix` may run in the place of the MLP.
+
+    Args:
+        block: The block.
+        anatomy: Names of its parts.
+    """
+
+    def __init__(self, block: nn.Module, anatomy: Anatomy) -> None:
+        self.block, self.anatomy = block, anatomy
+
+    def __call__(self, tokens: Tensor, mix: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """[B, N, D] -> tokens after the half, residual included."""
+        block, anatomy = self.block, self.anatomy
+        expanded = apply_part(block, anatomy.norm2, tokens)
+        if mix is None:
+            for name in anatomy.mlp[:-1]:
+                expanded = apply_part(block, name, expanded)
+            if anatomy.mlp_adds_residual:
+                return apply_part(block, anatomy.mlp[-1], expanded, tokens)
+            expanded = apply_part(block, anatomy.mlp[-1], expanded)
+        else:
+            expanded = mix(expanded)
+        for name in () if anatomy.mlp_adds_residual else anatomy.after_mlp:
+            expanded = apply_part(block, name, expanded)
+        return tokens + expanded
+
+
+class LeanMLP:
+    """norm2 and the MLP by `MLPOp`, then what follows it.
+
+    Args:
+        block: The block.
+        column: Knows its parts.
+
+    Raises:
+        NotLeanError: With what stands in the way.
+    """
+
+    def __init__(self, block: nn.Module, column: Column) -> None:
+        anatomy = column.anatomy
+        assert anatomy is not None, "only a block whose parts are known is taken apart"
+        parts = _known(find_mlp(block, anatomy))
+        kind, eps, self.norm = _known(norm_source(getattr(block, anatomy.norm2)))
+        self.linears = [_known(linear_source(module)) for module in (*parts.first, parts.last)]
+        activation = parts.operator
+        if activation is None:
+            raise NotLeanError(f"the derivative of {type(parts.activation).__name__} is not known")
+        if len(parts.hidden_dropout) > 1:
+            raise NotLeanError("several dropouts lie inside of the MLP")
+        self.op = MLPOp(kind, eps, tuple(source.scaling for source in self.linears), activation)
+        self.hidden_dropout = parts.hidden_dropout
+        self.after = [*parts.output_dropout, *_after(block, () if anatomy.mlp_adds_residual else anatomy.after_mlp)]
+
+    def __call__(self, tokens: Tensor, lean: Lean) -> Tensor:
+        """[B, N, D] -> tokens after the half, residual included."""
+        tensors = _read(self.norm, self.linears)
+        rate = next((module.p for module in self.hidden_dropout if module.training), 0.0)
+        # for the few tokens that a head reads, the first product is computed again at any level
+        expanded = self.op(tokens, tensors, lean.save_products and lean.num_queries is None, rate)
+        return tokens + _run_after(self.after, expanded)
+
+    def mismatch(self, tokens: Tensor) -> str | None:
+        """Why the half cannot run on these tokens without autocast, or None."""
+        return _mixed_dtypes(tokens, self.norm, self.linears)
+
+
+class LeanAttention:
+    """norm1 and the projections by `ProjectionsOp`, the attention itself, then the output projection as a module.
+
+    Args:
+        block: The block.
+        column: Knows its parts.
+
+    Raises:
+        NotLeanError: With what stands in the way.
+    """
+
+    def __init__(self, block: nn.Module, column: Column) -> None:
+        anatomy = column.anatomy
+        assert anatomy is not None, "only a block whose parts are known is taken apart"
+        if column.scores_from is None or not column.num_heads:
+            raise NotLeanError("the queries and keys of the attention are not seen")
+        self.attention: Any = block.get_submodule(column.attention)
+        leaves = {role: block.get_submodule(leaf) for role, leaf in zip(column.roles, column.leaves, strict=True)}
+        names = ("qkv",) if "attention.qkv" in leaves else ("query", "key", "value")
+        kind, eps, self.norm = _known(norm_source(getattr(block, anatomy.norm1)))
+        self.linears = [_known(linear_source(leaves.get(f"attention.{name}"))) for name in names]
+        self.output: Any = leaves.get("attention.output")
+        if self.output is None:
+            raise NotLeanError("no output projection is known")
+        width = self.linears[0].out_features // (3 if len(self.linears) == 1 else 1)
+        scalings = tuple(source.scaling for source in self.linears)
+        self.op = partial(ProjectionsOp, kind, eps, scalings, width // column.num_heads)
+        self.ops: dict[int | None, ProjectionsOp] = {None: self.op()}
+        self.head_width = width // column.num_heads
+        self.source, self.scaling = column.scores_from, column.scaling or self.head_width**-0.5
+        self.rotate = function_of(self.attention, "apply_rotary_pos_emb")
+        norms = [getattr(self.attention, name, None) for name in ("q_norm", "k_norm")]
+        self.norms = [
+            None if norm is None or isinstance(norm, nn.Identity) else _known(norm_source(norm)) for norm in norms
+        ]
+        self.rates, dropouts = attention_dropouts(self.attention, getattr(block, anatomy.attention))
+        self.after = [*dropouts, *_after(block, anatomy.after_attention)]
+
+    def __call__(self, call: BlockCall, tokens: Tensor, arguments: dict[str, Any], lean: Lean) -> Tensor:
+        """[B, N, D] -> change [B, N or Q, D]; scores that the block is asked for are left in `call`."""
+        mask, tables = arguments.get("attention_mask"), arguments.get("position_embeddings")
+        op = self.ops.get(lean.num_queries)
+        if op is None:
+            op = self.ops[lean.num_queries] = self.op(lean.num_queries)
+        tensors = _read(self.norm, self.linears)
+        rate = max((read() for read in self.rates), default=0.0) if self.attention.training else 0.0
+        mix = partial(self._mix, call.score, tables, rate, lean)
+        if lean.save_products:
+            results = mix(mask, *op(tokens, tensors))
+        else:
+            results = recomputed(partial(_project_and_mix, op, mix), tokens, mask, *tensors, is_random=rate > 0)
+        if call.score is not None:
+            call.token_scores = results[1]
+        return _run_after(self.after, self.output(results[0]))
+
+    def mismatch(self, tokens: Tensor, arguments: dict[str, Any]) -> str | None:
+        """Why the half cannot run on these tokens and arguments, or None."""
+        for name, value in arguments.items():
+            if value is not None and name not in _KNOWN and isinstance(value, (Tensor, tuple)):
+                return f"the attention is called with `{name}`"
+        if arguments.get("position_embeddings") is not None and self.rotate is None:
+            return "how the attention rotates its queries and keys is not known"
+        return _mixed_dtypes(tokens, self.norm, self.linears)
+
+    def _mix(
+        self, score: str | None, tables: Any, rate: float, lean: Lean, mask: Tensor | None, *heads: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Attention output [B, Q, H * d], and the token scores [B, N] if they are asked for."""
+        query, key, value = heads
+        query, key = (
+            part if norm is None else self._normed(norm, part, lean)
+            for part, norm in zip((query, key), self.norms, strict=True)
+        )
+        if tables is not None:
+            query, key = self._rotated(query, key, tables)
+        if mask is not None and mask.ndim == 4 and mask.shape[2] > query.shape[2]:
+            mask = mask[:, :, : query.shape[2]]
+        mixed = attend(self.attention, self.source, query, key, value, mask, self.scaling, rate)
+        return (mixed,) if score is None else (mixed, token_scores(score, query, key, self.scaling, mask))
+
+    def _normed(self, source: Any, part: Tensor, lean: Lean) -> Tensor:
+        """Queries or keys after their norm, over a head or over all of them; its output is not kept twice."""
+        kind, eps, tensors = source
+        weight, bias = tensors["weight"], tensors.get("bias")
+        is_whole = weight.shape[0] != self.head_width
+        tokens = part.transpose(1, 2).flatten(2) if is_whole else part
+        run = partial(_run_norm, kind, eps)
+        (tokens,) = recomputed(run, tokens, weight, bias) if lean.save_products else run(tokens, weight, bias)
+        return tokens.unflatten(2, (-1, self.head_width)).transpose(1, 2) if is_whole else tokens
+
+    def _rotated(self, query: Tensor, key: Tensor, tables: Any) -> tuple[Tensor, Tensor]:
+        """Queries and keys at their positions; fewer queries are those of the first tokens."""
+        assert self.rotate is not None, "looked at in `mismatch`"
+        count = query.shape[2]
+        if count < key.shape[2]:  # tables have a row for each token
+            query = torch.cat([query, key[:, :, count:]], dim=2)
+        query, key = self.rotate(query, key, *tables)
+        return query[:, :, :count], key
+
+
+class NotLeanError(Exception):
+    """A half cannot run lean, for the reason in its text; never leaves the engine."""
+
+
+def _project_and_mix(op: ProjectionsOp, mix: Any, tokens: Tensor, mask: Tensor | None, *tensors: Any) -> Any:
+    """All of a lean attention but the output projection, by plain operations."""
+    return mix(mask, *op.run(tokens, compute_dtype(tokens), tensors))
+
+
+def _run_norm(kind: type[NormOp], eps: float, tokens: Tensor, weight: Tensor, bias: Any) -> tuple[Tensor]:
+    return (kind(weight, bias, eps).run(tokens)[0].to(tokens.dtype),)
+
+
+def _read(norm: dict[str, Any], linears: Sequence[LinearSource]) -> list[Any]:
+    tensors = [norm["weight"], norm.get("bias")]
+    for source in linears:
+        tensors += source.read()
+    return tensors
+
+
+def _mixed_dtypes(tokens: Tensor, norm: dict[str, Any], linears: Sequence[LinearSource]) -> str | None:
+    if torch.is_autocast_enabled(tokens.device.type):
+        return None
+    found = {tensor.dtype for tensor in _read(norm, linears) if tensor is not None} - {tokens.dtype}
+    return f"tokens in {tokens.dtype} meet weights in {', '.join(map(str, found))} without autocast" if found else None
+
+
+def _after(block: nn.Module, names: Sequence[str]) -> list[Any]:
+    """What runs after a half's Linears: modules, or vectors that the block holds."""
+    parts = [(name, getattr(block, name)) for name in names]
+    return [
+        part if isinstance(part, nn.Module) else partial(apply_part, block, name)
+        for name, part in parts
+        if part is not None and not isinstance(part, nn.Identity)
+    ]
+
+
+def _run_after(parts: Sequence[Any], tokens: Tensor) -> Tensor:
+    for part in parts:
+        if type(part) is not nn.Dropout:
+            tokens = part(tokens)
+        elif part.p and part.training:
+            tokens = lean_dropout(tokens, part.p)
+    return tokens
+
+
+def _known(found: Any) -> Any:
+    if isinstance(found, str):
+        raise NotLeanError(found)
+    return found

@@ -1,0 +1,183 @@
+"""The modules inside a block's halves, as they are now: what runs in the place of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from peft_bsr.backbones import Anatomy
+from peft_bsr.ops import Activation, FrozenLinear, Gate, NormOp, norm_kind
+
+
+class LinearSource(NamedTuple):
+    """Where the tensors of a Linear are read at each call: parameters may be replaced or sharded in between.
+
+    Attributes:
+        module: The Linear that runs.
+        tensors: Its parameters by name.
+        update: Parameters of the low-rank update next to it; empty without one.
+        scaling: Factor of the update.
+        out_features: E.
+    """
+
+    module: Any
+    tensors: dict[str, Any]
+    update: dict[str, Any]
+    scaling: float
+    out_features: int
+
+    def read(self) -> tuple[Any, ...]:
+        """Weight, bias, lora_A, lora_B."""
+        update = self.update
+        return self.tensors["weight"], self.tensors.get("bias"), update.get("lora_A"), update.get("lora_B")
+
+
+def linear_source(module: Any) -> LinearSource | str:
+    """That of the Linear that `module` is or holds, or why there is none."""
+    leaf, update = running_leaf(module)
+    if type(leaf) not in (nn.Linear, FrozenLinear):
+        return f"{type(leaf or module).__name__} runs in the place of a Linear"
+    tensors, scaling = own_tensors(leaf), getattr(update, "scaling", 1.0)
+    return LinearSource(leaf, tensors, {} if update is None else own_tensors(update), scaling, leaf.out_features)
+
+
+def norm_source(module: Any) -> tuple[type[NormOp], float, dict[str, Any]] | str:
+    """Operator, epsilon and parameters of the norm that `module` is or holds, or why there are none."""
+    leaf, update = running_leaf(module)
+    kind = norm_kind(leaf) if update is None else None
+    if kind is None:
+        return f"{type(leaf or module).__name__} is no LayerNorm or RMSNorm"
+    return *kind, own_tensors(leaf)
+
+
+def running_leaf(module: Any) -> tuple[Any, Any]:
+    """The module that runs where `module` stands, None if it is not one alone, and the low-rank update next to it."""
+    if hasattr(module, "leaf_in_force"):
+        leaf, update = module.leaf_in_force()
+        return leaf, update
+    return module, None
+
+
+def own_tensors(module: Any) -> dict[str, Any]:
+    """Parameters of the module itself, by name. In a replica of nn.DataParallel they are plain attributes."""
+    parameters: dict[str, Any] = module._parameters
+    return parameters if parameters else vars(module)
+
+
+@dataclass(frozen=True)
+class MLPParts:
+    """An MLP of Linears and one activation.
+
+    Attributes:
+        first: One Linear D -> F, or the two of a gated MLP, gate first, or one D -> 2 F for both.
+        activation: Between.
+        last: F -> D.
+        is_gated: Whether the activation of one product multiplies the other.
+        hidden_dropout: Dropout modules between activation and `last`.
+        output_dropout: Dropout modules after `last`.
+    """
+
+    first: tuple[Any, ...]
+    activation: Any
+    last: Any
+    is_gated: bool = False
+    hidden_dropout: tuple[nn.Dropout, ...] = ()
+    output_dropout: tuple[nn.Dropout, ...] = ()
+
+    @property
+    def operator(self) -> Activation | None:
+        """What makes the hidden states of the first products, or None where the activation is not known."""
+        found = Activation.of(self.activation)
+        return Gate(found.forward, found.backward) if found is not None and self.is_gated else found
+
+
+def find_mlp(block: nn.Module, anatomy: Anatomy) -> MLPParts | str:
+    """The parts of a block's MLP, or why they are not known. The self-test holds them against the block."""
+    leaves = [leaf for name in anatomy.mlp for leaf in _leaves(name, getattr(block, name))]
+    leaves = [(name, module) for name, module in leaves if not isinstance(module, nn.Identity)]
+    linears = [(name, module) for name, module in leaves if hasattr(module, "in_features")]
+    others = [m for _, m in leaves if not hasattr(m, "in_features") and not isinstance(m, nn.Dropout)]
+    if len(others) != 1 or len(linears) not in (2, 3):
+        kinds = ", ".join(type(module).__name__ for _, module in leaves)
+        return f"the MLP is not two or three Linears with one activation, but {kinds}"
+    last = next((i for i, (_, m) in reversed(list(enumerate(linears))) if _closes(m, linears)), None)
+    if last is None:
+        return "no Linear of the MLP takes what the others give"
+    place = leaves.index(linears[last])
+    is_before = [leaves.index(leaf) < place for leaf in leaves]
+    dropouts = [(m, before) for (_, m), before in zip(leaves, is_before, strict=True) if isinstance(m, nn.Dropout)]
+    first = [leaf for i, leaf in enumerate(linears) if i != last]
+    first.sort(key=lambda leaf: "gate" not in leaf[0] and not leaf[0].endswith("_g"))
+    closing = linears[last][1]
+    return MLPParts(
+        first=tuple(module for _, module in first),
+        activation=others[0],
+        last=closing,
+        is_gated=len(first) == 2 or first[0][1].out_features == 2 * closing.in_features,
+        hidden_dropout=tuple(m for m, before in dropouts if before),
+        output_dropout=tuple(m for m, before in dropouts if not before),
+    )
+
+
+def plain_mlp(block: nn.Module, anatomy: Anatomy) -> tuple[Any, Any, Any] | None:
+    """First Linear, activation and second Linear of an MLP without a gate and dropout, or None if it is another."""
+    parts = find_mlp(block, anatomy)
+    if isinstance(parts, str) or parts.is_gated or any(m.p for m in (*parts.hidden_dropout, *parts.output_dropout)):
+        return None
+    return parts.first[0], parts.activation, parts.last
+
+
+def attention_dropouts(attention: Any, outer: Any) -> tuple[list[Callable[[], float]], list[nn.Dropout]]:
+    """Where the rate of the dropout on attention weights is read, and the dropouts after the output projection.
+
+    Names tell which is which; the self-test holds them against the block where a rate is above zero.
+
+    Args:
+        attention: The module with the projections.
+        outer: What the block calls; the same, or a module around it.
+    """
+    inside = set(attention.modules())
+    after = [m for m in outer.modules() if isinstance(m, nn.Dropout) and m not in inside]
+    rates: list[Callable[[], float]] = []
+    for name, module in attention.named_children():
+        if isinstance(module, nn.Dropout):
+            is_after = any(part in name for part in ("proj", "out_", "output", "resid"))
+            (after if is_after else rates).append(module if is_after else partial(getattr, module, "p"))
+    own = vars(attention)
+    names = [n for n, rate in own.items() if "drop" in n and isinstance(rate, (int, float))]
+    rates += [partial(own.__getitem__, name) for name in names]
+    return rates, after
+
+
+def _leaves(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules without modules inside, with their names; a wrapped leaf counts as one."""
+    children = list(module.named_children())
+    if not children or hasattr(module, "leaf_in_force"):
+        yield name, module
+    else:
+        for child_name, child in children:
+            yield from _leaves(f"{name}.{child_name}", child)
+
+
+def _closes(module: Any, linears: list[tuple[str, Any]]) -> bool:
+    """Whether a Linear takes the hidden states that the others give."""
+    others = [other for _, other in linears if other is not module]
+    same = {(other.in_features, other.out_features) for other in others} == {(module.out_features, module.in_features)}
+    return same or (len(others) == 1 and others[0].out_features == 2 * module.in_features)
+
+
+__all__ = [
+    "LinearSource",
+    "MLPParts",
+    "attention_dropouts",
+    "find_mlp",
+    "linear_source",
+    "norm_source",
+    "own_tensors",
+    "plain_mlp",
+    "running_leaf",
+]

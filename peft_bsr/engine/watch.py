@@ -1,0 +1,83 @@
+"""Whether modules are what they were: the same children, hooks and adapters. A cheap look at each call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from operator import itemgetter
+from typing import Any
+
+from peft_bsr.backbones import captures_outputs, is_capture_hook
+
+STATE = "adapter_state"  # attribute of a module that holds adapters; another object after each change
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_SHARDING = ("torch.distributed", "accelerate")  # their hooks gather weights or move inputs, and look at no numbers
+
+
+class Watch:
+    """Modules as they are when this is made.
+
+    Args:
+        modules: What is watched.
+        own: Objects whose methods are no one else's hooks.
+    """
+
+    def __init__(self, modules: Iterable[Any], own: tuple[Any, ...] = ()) -> None:
+        self._modules, self._own = list(modules), own
+        self._kinds = tuple(map(type, self._modules))
+        links = [(module._modules, name, child) for module in self._modules for name, child in module._modules.items()]
+        self._parents, self._names = [parent for parent, _, _ in links], [name for _, name, _ in links]
+        self._children = tuple(child for _, _, child in links)
+        self._hooks = _hooks_of(self._modules)
+        self._counts = tuple(map(len, self._hooks))
+        self._holders = [vars(module) for module in self._modules if STATE in vars(module)]
+        self._states = tuple(map(itemgetter(STATE), self._holders))
+        self._captures = self.captures(self._modules)
+        self._foreign = self.foreign_hook(self._modules)
+
+    def is_current(self) -> bool:
+        """Whether the modules are as they were."""
+        return (
+            tuple(map(dict.get, self._parents, self._names)) == self._children
+            and tuple(map(len, self._hooks)) == self._counts
+            and tuple(map(type, self._modules)) == self._kinds
+            and tuple(map(itemgetter(STATE), self._holders)) == self._states
+        )
+
+    @property
+    def hook(self) -> str | None:
+        """Name of a hook that looks at any of the modules in this forward, or None."""
+        if self._foreign is None and self._captures and captures_outputs():
+            return "output_capturing_hook"
+        return self._foreign
+
+    def foreign_hook(self, modules: Iterable[Any]) -> str | None:
+        """Name of a hook that looks at any of these modules, whether or not outputs are captured, or None."""
+        for hooks in _hooks_of(modules):
+            for hook in hooks.values():
+                function = getattr(hook, "func", hook)
+                is_own = any(getattr(function, "__self__", None) is owner for owner in self._own)
+                module = str(getattr(function, "__module__", ""))
+                if not is_own and not module.startswith(_SHARDING) and not is_capture_hook(hook):
+                    return str(getattr(function, "__qualname__", type(function).__name__))
+        return None
+
+    @property
+    def root(self) -> Any:
+        """The first of the modules."""
+        return self._modules[0]
+
+    def __reduce__(self) -> tuple[Any, ...]:  # a copy of the modules is watched by its own
+        return type(None), ()
+
+    @staticmethod
+    def captures(modules: Iterable[Any]) -> bool:
+        """Whether transformers has put its hooks for captured outputs on any of these modules."""
+        return any(is_capture_hook(hook) for hooks in _hooks_of(modules) for hook in hooks.values())
+
+
+def _hooks_of(modules: Iterable[Any]) -> list[dict[int, Any]]:
+    """Dictionaries that fill up when somebody adds a hook."""
+    return [hooks for module in modules for name in _HOOKS if (hooks := getattr(module, name, None)) is not None]
+
+
+__all__ = ["STATE", "Watch"]

@@ -1,0 +1,32 @@
+"""What runs on a device and has a backward of its own: tensors in, tensors out, no modules."""
+
+from peft_bsr.ops.activation import Activation, Gate
+from peft_bsr.ops.dropout import lean_dropout
+from peft_bsr.ops.frozen import FrozenLinear, freeze_linear
+from peft_bsr.ops.half import compute_dtype
+from peft_bsr.ops.linear import LinearOp
+from peft_bsr.ops.mlp import MLPOp
+from peft_bsr.ops.norm import LayerNormOp, NormOp, RMSNormOp, norm_kind
+from peft_bsr.ops.projections import Heads, ProjectionsOp
+from peft_bsr.ops.recompute import recomputed
+from peft_bsr.ops.reduce import reduce_tokens, token_scores
+
+__all__ = [
+    "Activation",
+    "FrozenLinear",
+    "Gate",
+    "Heads",
+    "LayerNormOp",
+    "LinearOp",
+    "MLPOp",
+    "NormOp",
+    "ProjectionsOp",
+    "RMSNormOp",
+    "compute_dtype",
+    "freeze_linear",
+    "lean_dropout",
+    "norm_kind",
+    "recomputed",
+    "reduce_tokens",
+    "token_scores",
+]

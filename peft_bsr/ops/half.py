@@ -1,0 +1,109 @@
+"""What the two halves of a pre-norm block have in common: a norm, then Linears of the same normalized tokens.
+
+Restoring the norm's output from its input, one pass over the tokens, spares keeping it for backward.
+
+Shapes: B images, N tokens, M = B * N rows, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peft_bsr.errors import ForwardError
+from peft_bsr.ops.linear import LinearOp
+from peft_bsr.ops.norm import NormOp
+
+_NOTHING: Any = nullcontext()
+_NORM, _LINEAR = 2, 4  # tensors of each
+
+
+@dataclass(frozen=True)
+class HalfSettings:
+    """What does not depend on a half's tensors.
+
+    Attributes:
+        norm: Operator of the norm.
+        eps: Norm epsilon.
+        scalings: Factor of each Linear's update, in the order of the Linears.
+    """
+
+    norm: type[NormOp]
+    eps: float
+    scalings: tuple[float, ...]
+
+    def bind(self, tensors: Sequence[Any]) -> tuple[Any, list[LinearOp]]:
+        """Norm and Linears of the half.
+
+        Args:
+            tensors: Weight and bias of the norm, then weight, bias, lora_A and lora_B of each Linear.
+        """
+        starts = range(_NORM, len(tensors), _LINEAR)
+        linears = [LinearOp(*tensors[i : i + _LINEAR], s) for i, s in zip(starts, self.scalings, strict=True)]
+        return self.norm(tensors[0], tensors[1], self.eps), linears
+
+
+def compute_dtype(tokens: Tensor) -> torch.dtype:
+    """What Linear modules compute in: autocast's dtype, or that of the tokens."""
+    device = tokens.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tokens.dtype
+
+
+def autocast_off(tokens: Tensor) -> Any:
+    """A context without autocast; nothing is entered where there is none."""
+    device = tokens.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _NOTHING
+
+
+def linears_grads(
+    linears: Sequence[LinearOp],
+    gradients: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    needs: Sequence[bool],
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Gradient of what several Linears share as input, and those of their tensors.
+
+    Args:
+        linears: In the dtype that is computed in.
+        gradients: Of each product, [M, E].
+        inputs: Of each, [M, D]; the first may see a part of the rows alone, see `add_first`.
+        needs: One bool for each tensor of each Linear.
+
+    Returns:
+        [M, D], summed over all Linears; and the gradients in the order of the tensors.
+    """
+    total: Tensor | None = None
+    found: list[Tensor | None] = []
+    for i, (op, gradient, seen) in enumerate(zip(linears, gradients, inputs, strict=True)):
+        hidden_grad = op.lora_hidden_grad(gradient)
+        found += op.parameter_grads(gradient, hidden_grad, seen, needs[_LINEAR * i : _LINEAR * (i + 1)])[:_LINEAR]
+        total = op.input_grad(gradient, hidden_grad, total)
+    assert total is not None, "there is at least one Linear"
+    return total, found
+
+
+def in_dtypes(tensors: Sequence[Tensor | None], gradients: Sequence[Tensor | None]) -> Iterator[Tensor | None]:
+    """Gradients in the dtypes of what they are of."""
+    for tensor, gradient in zip(tensors, gradients, strict=True):
+        yield gradient if gradient is None or tensor is None else gradient.to(tensor.dtype)
+
+
+def refuse_second_derivatives() -> None:
+    """Raise where a gradient of a gradient is asked for.
+
+    Raises:
+        ForwardError: If so.
+    """
+    if torch.is_grad_enabled():
+        raise ForwardError(
+            "lean blocks have no second derivatives (`create_graph=True` asks for them). Attach the adapter with "
+            '`lean="off"`.'
+        )
+
+
+__all__ = ["HalfSettings", "autocast_off", "compute_dtype", "in_dtypes", "linears_grads", "refuse_second_derivatives"]

@@ -1,0 +1,94 @@
+"""LayerNorm and RMSNorm: what they give, and their gradients from the restored output. Shapes: [..., D] tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+_layer_norm_backward = torch.ops.aten.native_layer_norm_backward.default
+NormGrads = tuple[Tensor | None, Tensor | None, Tensor | None]  # of tokens, weight, bias
+
+
+class LayerNormOp(NamedTuple):
+    """`nn.LayerNorm` over the last axis.
+
+    Attributes:
+        weight: [D].
+        bias: [D], or None.
+        eps: LayerNorm epsilon.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    eps: float
+
+    def run(self, tokens: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The normalized tokens, and the statistics that `grads` needs."""
+        tokens = _at_least(tokens, self.weight)
+        output, *stats = torch.native_layer_norm(tokens, tokens.shape[-1:], self.weight, self.bias, self.eps)
+        return output, tuple(stats)
+
+    def grads(self, gradient: Tensor, tokens: Tensor, stats: tuple[Tensor, ...], needs: Sequence[bool]) -> NormGrads:
+        """Gradients of tokens, weight and bias, None where one is not needed."""
+        wide = _at_least(tokens, self.weight)
+        found = _layer_norm_backward(
+            gradient.to(wide.dtype), wide, wide.shape[-1:], *stats, self.weight, self.bias, list(needs)
+        )
+        of_tokens, *of_parameters = (grad if need else None for grad, need in zip(found, needs, strict=True))
+        return None if of_tokens is None else of_tokens.to(tokens.dtype), *of_parameters  # type: ignore[return-value]
+
+
+class RMSNormOp(NamedTuple):
+    """`weight * x / sqrt(mean(x^2) + eps)`, computed in fp32 and rounded before the product, as transformers does.
+
+    Attributes:
+        weight: [D].
+        bias: None; there for one call with `LayerNormOp`.
+        eps: Added to the mean square.
+    """
+
+    weight: Tensor
+    bias: None
+    eps: float
+
+    def run(self, tokens: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The normalized tokens, and the inverse root mean square [..., 1] that `grads` needs."""
+        wide = tokens.float()
+        inverse = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)
+        return self.weight * (wide * inverse).to(tokens.dtype), (inverse,)
+
+    def grads(self, gradient: Tensor, tokens: Tensor, stats: tuple[Tensor, ...], needs: Sequence[bool]) -> NormGrads:
+        """Gradients of tokens, weight and bias, None where one is not needed."""
+        (inverse,) = stats
+        unit, wide = tokens.float() * inverse, gradient.float()
+        of_weight = (wide * unit).flatten(0, -2).sum(dim=0).to(self.weight.dtype) if needs[1] else None
+        if not needs[0]:
+            return None, of_weight, None
+        scaled = wide * self.weight.float()
+        of_tokens = inverse * (scaled - unit * (scaled * unit).mean(dim=-1, keepdim=True))
+        return of_tokens.to(tokens.dtype), of_weight, None
+
+
+NormOp = LayerNormOp | RMSNormOp
+
+
+def norm_kind(module: Any) -> tuple[type[NormOp], float] | None:
+    """Operator and epsilon of a norm module, or None if it is not known. The self-test holds it against the module."""
+    if type(module) is nn.LayerNorm and module.weight is not None:
+        return LayerNormOp, module.eps
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    is_rms = type(module).__name__.endswith("RMSNorm") and set(dict(module.named_parameters())) == {"weight"}
+    if is_rms and isinstance(eps, float):
+        return RMSNormOp, eps
+    return None
+
+
+def _at_least(tokens: Tensor, weight: Tensor) -> Tensor:
+    """bf16 tokens next to an fp32 weight, under autocast, are normalized in fp32, as torch does there."""
+    return tokens if tokens.dtype is weight.dtype else tokens.to(torch.promote_types(tokens.dtype, weight.dtype))
+
+
+__all__ = ["LayerNormOp", "NormOp", "RMSNormOp", "norm_kind"]

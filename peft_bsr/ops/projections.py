@@ -1,0 +1,109 @@
+"""Norm, then query, key and value projections of a block, keeping the tokens alone for backward.
+
+Shapes: B images, N tokens, Q of them asked for queries, M = B * N rows, D width, H heads, d head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from peft_bsr.ops.half import (
+    HalfSettings,
+    autocast_off,
+    compute_dtype,
+    in_dtypes,
+    linears_grads,
+    refuse_second_derivatives,
+)
+
+Heads = tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class ProjectionsOp(HalfSettings):
+    """Queries, keys and values of `norm(tokens)`: three Linears, or one whose rows are those of the three (`qkv`).
+
+    Attributes:
+        head_width: d.
+        num_queries: Q, ask the first Q tokens only; None = all.
+    """
+
+    head_width: int
+    num_queries: int | None = None
+
+    def __call__(self, tokens: Tensor, tensors: Sequence[Any]) -> Heads:
+        """[B, N, D] -> queries [B, H, Q, d], keys and values [B, H, N, d].
+
+        Args:
+            tokens: The residual stream.
+            tensors: See `HalfSettings.bind`.
+        """
+        heads: Heads = _LeanProjections.apply(tokens, self, compute_dtype(tokens), *tensors)
+        return heads
+
+    def run(self, tokens: Tensor, dtype: torch.dtype, tensors: Sequence[Any]) -> Heads:
+        """The same by plain operations, which autograd or a compiler may record."""
+        norm, linears = self.bind(tensors)
+        batch, width = len(tokens), self.head_width
+        with autocast_off(tokens):
+            normalized = norm.run(tokens)[0].to(dtype)
+            flat = normalized.flatten(0, 1)
+            query, *others = [linear.cast(dtype) for linear in linears]
+            if others:
+                asked = flat if self.num_queries is None else normalized[:, : self.num_queries].flatten(0, 1)
+                products = [query.product(asked), *(linear.product(flat) for linear in others)]
+                parts = [product.view(batch, -1, product.shape[1] // width, width) for product in products]
+            else:
+                parts = list(query.product(flat).view(batch, tokens.shape[1], 3, -1, width).unbind(2))
+                parts[0] = parts[0][:, : self.num_queries]
+        q, k, v = (part.transpose(1, 2) for part in parts)
+        return q, k, v
+
+
+class _LeanProjections(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, op: ProjectionsOp, dtype: torch.dtype, *tensors: Any) -> Heads:
+        ctx.op, ctx.dtype = op, dtype
+        ctx.save_for_backward(tokens, *tensors)
+        return op.run(tokens, dtype, tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivatives()
+        op, dtype = ctx.op, ctx.dtype
+        tokens, *tensors = ctx.saved_tensors
+        needs, num_queries = ctx.needs_input_grad[3:], op.num_queries
+        parts = [gradient.transpose(1, 2) for gradient in gradients]  # [B, N, H, d]
+        with autocast_off(tokens):
+            norm, linears = op.bind(tensors)
+            linears = [linear.cast(dtype) for linear in linears]
+            normalized, stats = norm.run(tokens)
+            normalized = normalized.to(dtype)
+            flat = normalized.flatten(0, 1)
+            if len(linears) == 1:
+                if num_queries is not None:
+                    parts[0] = pad(parts[0], (0, 0, 0, 0, 0, tokens.shape[1] - num_queries))
+                joined = torch.stack(parts, dim=2).reshape(len(flat), -1)
+                of_tokens, found = linears_grads(linears, [joined], [flat], needs[2:])
+            elif num_queries is None:
+                rows = [part.reshape(len(flat), -1) for part in parts]
+                of_tokens, found = linears_grads(linears, rows, [flat] * 3, needs[2:])
+            else:
+                query, *others = parts
+                asked = normalized[:, :num_queries].flatten(0, 1)
+                of_asked, found = linears_grads(linears[:1], [query.reshape(len(asked), -1)], [asked], needs[2:6])
+                rows = [part.reshape(len(flat), -1) for part in others]
+                of_tokens, rest = linears_grads(linears[1:], rows, [flat] * 2, needs[6:])
+                of_tokens.view_as(tokens)[:, :num_queries] += of_asked.view(len(tokens), num_queries, -1)
+                found += rest
+            into = norm.grads(of_tokens.view_as(tokens), tokens, stats, (ctx.needs_input_grad[0], *needs[:2]))
+        return into[0], None, None, *in_dtypes(tensors, (*into[1:], *found))
+
+
+__all__ = ["Heads", "ProjectionsOp"]

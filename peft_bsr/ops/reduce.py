@@ -1,0 +1,122 @@
+"""Token reduction as one function with a backward of its own: few operations, no round trip to the host.
+
+The same numbers as `peft_bsr.core.reduce_tokens`, which says what is computed and is what compilers and exporters see.
+Shapes: B images, N tokens = P prefix + M competing + S suffix, K kept, D width, H heads, d head width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from peft_bsr import core
+from peft_bsr.ops.half import autocast_off
+
+
+def reduce_tokens(
+    hidden_states: Tensor,
+    origins: Tensor | None,
+    scores: Tensor,
+    num_prefix: int,
+    keep: int,
+    fused_origin: int | None,
+    num_suffix: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """`peft_bsr.core.reduce_tokens`; `origins=None` stands for those of a whole image, 0 to M - 1."""
+    num_competing = hidden_states.shape[1] - num_prefix - num_suffix
+    if keep == num_competing or torch.compiler.is_compiling():
+        if origins is None:
+            origins = torch.arange(num_competing, device=scores.device).expand(len(scores), -1)
+        return core.reduce_tokens(hidden_states, origins, scores, num_prefix, keep, fused_origin, num_suffix)
+    core.check_tokens(hidden_states, origins, scores, num_competing)
+    fuses = fused_origin is not None
+    tokens, kept = _Reduced.apply(hidden_states, scores, num_prefix, num_competing, keep, fuses)
+    left = kept if origins is None else origins.gather(1, kept)
+    return tokens, pad(left, (0, 1), value=fused_origin) if fused_origin is not None else left
+
+
+def token_scores(kind: str, query: Tensor, key: Tensor, scaling: float, attention_mask: Tensor | None = None) -> Tensor:
+    """`peft_bsr.core.token_scores`, in few operations where the class token is asked without a mask."""
+    if kind == "class" and attention_mask is None and not torch.compiler.is_compiling():
+        scores: Tensor = _ClassScores.apply(query, key, scaling)
+        return scores
+    return core.token_scores(kind, query, key, scaling, attention_mask)
+
+
+class _Reduced(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, scores: Tensor, num_prefix: int, num_competing: int, keep: int, fuses: bool
+    ) -> tuple[Tensor, Tensor]:
+        batch, num_tokens, width = hidden.shape
+        end = num_prefix + num_competing
+        competing = scores[:, num_prefix:end]
+        # stable: ties go to the lower index
+        order = torch.sort(competing, dim=1, descending=True, stable=True).indices
+        kept, dropped = order[:, :keep].sort(dim=1).values, order[:, keep:]
+        starts = torch.arange(num_prefix, batch * num_tokens, num_tokens, device=hidden.device)[:, None]
+        flat = hidden.reshape(-1, width)
+        kept_rows = (kept + starts).view(-1)
+        parts = [hidden[:, :num_prefix], flat.index_select(0, kept_rows).view(batch, keep, width)]
+        saved: tuple[Tensor, ...] = (kept_rows,)
+        if fuses:
+            dropped_rows = (dropped + starts).view(-1)
+            weights = competing.gather(1, dropped).to(hidden.dtype)[:, None]
+            picked = flat.index_select(0, dropped_rows).view(batch, -1, width)
+            with autocast_off(hidden):
+                parts.append(weights @ picked)
+            saved = (kept_rows, dropped_rows, weights)
+            if ctx.needs_input_grad[1]:
+                saved = (*saved, dropped, picked)
+        ctx.save_for_backward(*saved)
+        ctx.sizes = hidden.shape, scores.dtype, num_prefix, end, keep
+        tokens = torch.cat([*parts, hidden[:, end:]], dim=1)
+        ctx.mark_non_differentiable(kept)
+        return tokens, kept
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        kept_rows, *fused = ctx.saved_tensors
+        shape, dtype, num_prefix, end, keep = ctx.sizes
+        of_hidden = gradient.new_empty(shape) if fused else gradient.new_zeros(shape)
+        flat, behind = of_hidden.view(-1, shape[2]), num_prefix + keep
+        flat.index_copy_(0, kept_rows, gradient[:, num_prefix:behind].reshape(-1, shape[2]))
+        of_hidden[:, :num_prefix] = gradient[:, :num_prefix]
+        if end < shape[1]:
+            of_hidden[:, end:] = gradient[:, end - shape[1] :]
+        of_scores = None
+        if fused:
+            dropped_rows, weights, *asked = fused
+            of_fused = gradient[:, behind : behind + 1]
+            flat.index_copy_(0, dropped_rows, (weights.transpose(1, 2) * of_fused).view(-1, shape[2]))
+            if asked:
+                dropped, picked = asked
+                of_scores = gradient.new_zeros(shape[:2], dtype=dtype)
+                of_weights = (picked @ of_fused.transpose(1, 2)).squeeze(2).to(dtype)
+                of_scores[:, num_prefix:end].scatter_(1, dropped, of_weights)
+        return of_hidden, of_scores, None, None, None, None
+
+
+class _ClassScores(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, scaling: float) -> Tensor:
+        # a product and a sum: `@` would copy the key
+        logits = (query[:, :, :1] * key).sum(dim=-1) * scaling
+        weights = logits.softmax(dim=-1, dtype=torch.promote_types(query.dtype, torch.float32))
+        ctx.save_for_backward(query, key, weights)
+        ctx.scaling = scaling
+        return weights.to(query.dtype).mean(dim=1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, weights = ctx.saved_tensors
+        shared = (gradient * (ctx.scaling / weights.shape[1]))[:, None].to(weights.dtype).expand_as(weights)
+        of_logits = torch.ops.aten._softmax_backward_data(shared, weights, -1, weights.dtype).to(query.dtype)[..., None]
+        of_first = (of_logits * key).sum(dim=2, keepdim=True)
+        return pad(of_first, (0, 0, 0, query.shape[2] - 1)), of_logits * query[:, :, :1], None
+
+
+__all__ = ["reduce_tokens", "token_scores"]

@@ -1,4 +1,4 @@
-"""Imports run inwards only: core <- backbones <- engine <- tuners <- everything a user looks at."""
+"""Imports run inwards only: core <- ops <- backbones <- engine <- tuners <- everything a user looks at."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ ROOT = Path(peft_bsr.__file__).parent
 LAYERS = [
     "errors",
     "core",
+    "ops",
     "backbones",
     "engine",
     "registration",
@@ -24,7 +25,7 @@ LAYERS = [
     "hub",
 ]
 LAYERS += ["report", "export", "cli"]  # what a user looks at
-OUTSIDE = {"core": {"torch"}, "backbones": {"torch", "transformers"}, "engine": {"torch"}}
+OUTSIDE = {"core": {"torch"}, "ops": {"torch"}, "backbones": {"torch", "transformers"}, "engine": {"torch"}}
 STANDARD = {
     "__future__",
     "collections",
@@ -35,12 +36,14 @@ STANDARD = {
     "inspect",
     "logging",
     "math",
+    "operator",
     "os",
     "random",
     "sys",
     "tempfile",
     "threading",
     "typing",
+    "warnings",
 }
 
 

@@ -34,12 +34,14 @@ class BlockRouter(nn.Module):
     Attributes:
         builds_graph: Whether gradients may cross the blocks; if not, they run under `no_grad` in any mode.
         is_dynamic: Whether the plan changes from step to step.
+        mixes: Whether it runs something in the place of the MLP where the plan has a mixture.
         observes: Whether it wants to see what the block does.
         aside: Why a half that was planned lean ran stock in the latest training forward, by half.
     """
 
     builds_graph = True
     is_dynamic = False
+    mixes = False
     observes = False
 
     def __init__(
@@ -139,7 +141,7 @@ class BlockRouter(nn.Module):
             self.context.open(model)
             outside = self._outside
             if outside is None or outside.root is not model or not outside.is_current():
-                self._outside = Watch(_around_blocks(model), (self,))
+                self._outside = Watch(_after_blocks(model, self.column), (self,))
 
     def close_forward(self, model: nn.Module, args: Any, output: Any) -> None:
         """A forward hook of the same modules, called after an exception too."""
@@ -222,11 +224,23 @@ class BlockRouter(nn.Module):
             self.context.close(BLOCKS)
 
 
-def _around_blocks(module: nn.Module) -> list[nn.Module]:
-    """The module and all in it but blocks that have a router."""
-    if ROUTER in module._modules:
-        return []
-    return [module, *(m for child in module.children() for m in _around_blocks(child))]
+def _after_blocks(model: nn.Module, column: Column) -> list[nn.Module]:
+    """What may see the tokens that the last block gives: the model, and what runs around and after its blocks.
+
+    Args:
+        model: The model, or the module in it that calls the blocks.
+        column: Its names are those of the whole model.
+    """
+    caller = ".".join(column.blocks[0].split(".")[:-2])
+    names = dict(model.named_modules())
+    prefix = "" if column.blocks[0] in names or not caller else f"{caller}."
+    behind = tuple(f"{head}." for head in (*column.head, *column.unread))
+    around = column.blocks[0].rpartition(".")[0]
+    return [
+        module
+        for name, module in names.items()
+        if name == "" or f"{around}.".startswith(f"{prefix}{name}.") or f"{prefix}{name}.".startswith(behind)
+    ]
 
 
 def _cut_gradient(block: Any, plan: BlockPlan, hidden_states: Tensor) -> Tensor:

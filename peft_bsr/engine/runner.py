@@ -72,7 +72,7 @@ class RoutedBlock(nn.Module):
         router: Any = self._modules[ROUTER]
         context, plan, column = router.context, block_call.plan, router.column
         block_call.token_scores = block_call.origins = None  # a recomputation finds its own
-        mix = functools.partial(router.mix, self, block_call.route.call) if plan.mixture else None
+        mix = functools.partial(router.mix, self, block_call.route.call) if plan.mixture and router.mixes else None
         earlier, context.running = context.running, block_call
         try:
             with ExitStack() if plan.int8 or column.scores_from == "sdpa" else _NOTHING as stack:

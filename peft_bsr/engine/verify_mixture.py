@@ -17,6 +17,8 @@ from peft_bsr.errors import UnsupportedModelError
 class _OneExpertRouter(BlockRouter):
     """Runs the parts of the MLP in its place."""
 
+    mixes = True
+
     def mix(self, block: nn.Module, call: TaskCall | None, tokens: Tensor) -> Tensor:
         parts = None if self.column.anatomy is None else plain_mlp(block, self.column.anatomy)
         assert parts is not None, "checked before"

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from peft_bsr import core
+from peft_bsr.core import check_tokens
+from peft_bsr.core import reduce_tokens as traced_reduce_tokens
+from peft_bsr.core import token_scores as any_token_scores
 from peft_bsr.ops.half import autocast_off
 
 
@@ -30,8 +32,8 @@ def reduce_tokens(
     if keep == num_competing or torch.compiler.is_compiling():
         if origins is None:
             origins = torch.arange(num_competing, device=scores.device).expand(len(scores), -1)
-        return core.reduce_tokens(hidden_states, origins, scores, num_prefix, keep, fused_origin, num_suffix)
-    core.check_tokens(hidden_states, origins, scores, num_competing)
+        return traced_reduce_tokens(hidden_states, origins, scores, num_prefix, keep, fused_origin, num_suffix)
+    check_tokens(hidden_states, origins, scores, num_competing)
     fuses = fused_origin is not None
     tokens, kept = _Reduced.apply(hidden_states, scores, num_prefix, num_competing, keep, fuses)
     left = kept if origins is None else origins.gather(1, kept)
@@ -43,7 +45,7 @@ def token_scores(kind: str, query: Tensor, key: Tensor, scaling: float, attentio
     if kind == "class" and attention_mask is None and not torch.compiler.is_compiling():
         scores: Tensor = _ClassScores.apply(query, key, scaling)
         return scores
-    return core.token_scores(kind, query, key, scaling, attention_mask)
+    return any_token_scores(kind, query, key, scaling, attention_mask)
 
 
 class _Reduced(torch.autograd.Function):

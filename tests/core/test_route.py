@@ -9,7 +9,7 @@ import threading
 import pytest
 import torch
 
-from peft_bsr.core import Route, ForwardContext
+from peft_bsr.core import ForwardContext, Route
 
 # one special token, six patches, one detection token; patches 1 and 4 alive, and one token fused from the others
 ROUTE = Route(1, 6, 1, origins=torch.tensor([[1, 4, 6], [0, 5, 6]]), num_reductions=1)

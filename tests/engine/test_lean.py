@@ -12,11 +12,21 @@ import torch
 from peft import get_peft_model
 from torch import nn
 from transformers.activations import ACT2FN
+from transformers.models.aimv2.modeling_aimv2 import Aimv2RMSNorm
 
 from peft_bsr import BSRConfig, ConfigError
 from peft_bsr.cost import saved_activations
-from peft_bsr.engine.affine import Affine
-from peft_bsr.engine.lean import Activation, lean_mlp, lean_projections, recomputed
+from peft_bsr.ops import (
+    Activation,
+    Gate,
+    LayerNormOp,
+    LinearOp,
+    MLPOp,
+    ProjectionsOp,
+    lean_dropout,
+    norm_kind,
+    recomputed,
+)
 from peft_bsr.tuners.bsr.layer import LowRankUpdate
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "contract"))
@@ -51,6 +61,18 @@ def compare(found, expected, inputs, tolerance=1e-6):
         assert (a - b).abs().max() <= tolerance * b.abs().max()
 
 
+def compare_near(found, expected, inputs, tolerance):
+    """`compare` for what torch computes in another order: outputs are near, not equal."""
+    found, expected = (list(v) if isinstance(v, (tuple, list)) else [v] for v in (found, expected))
+    weights = [torch.randn(t.shape, generator=torch.Generator().manual_seed(i)) for i, t in enumerate(expected)]
+    values = []
+    for outputs in (found, expected):
+        loss = sum((t.float() * w).sum() for t, w in zip(outputs, weights, strict=True))
+        values.append([*(t.detach().float() for t in outputs), *torch.autograd.grad(loss, inputs)])
+    for a, b in zip(*values, strict=True):
+        assert (a - b).abs().max() <= tolerance * b.abs().max()
+
+
 def update_of(linear):
     """A low-rank update, away from zero."""
     update = LowRankUpdate(linear, 3, 5)
@@ -60,6 +82,25 @@ def update_of(linear):
 
 def run(linear, update, inputs):
     return linear(inputs) if update is None else linear(inputs) + update(inputs)
+
+
+def tensors_of_parts(norm, linears, updates):
+    """What `HalfSettings.bind` takes, and the scalings of the updates."""
+    tensors = [norm.weight, getattr(norm, "bias", None)]
+    for linear, update in zip(linears, updates, strict=True):
+        tensors += [linear.weight, linear.bias]
+        tensors += [None, None] if update is None else [update.lora_A, update.lora_B]
+    return tensors, tuple(1.0 if update is None else update.scaling for update in updates)
+
+
+@pytest.fixture(params=["layer", "rms", "torch_rms"])
+def norm_of(request):
+    """A norm of each kind, away from where it starts."""
+    norm = {"layer": nn.LayerNorm, "rms": Aimv2RMSNorm, "torch_rms": lambda w: nn.RMSNorm(w, eps=1e-6)}[request.param]
+    norm = norm(WIDTH)
+    for parameter in norm.parameters():
+        nn.init.normal_(parameter)
+    return norm
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -72,14 +113,71 @@ def test_the_mlp_is_the_stock_one(parts, updated, name, save_products, autocast)
     tokens, activation = torch.randn(2, 7, WIDTH, requires_grad=True), ACT2FN[name]
     modules = [module for module in (norm, first, second, *updates) if module is not None]
     inputs = [tokens, *(p for module in modules for p in module.parameters())]
+    tensors, scalings = tensors_of_parts(norm, (first, second), updates)
+    op = MLPOp(LayerNormOp, norm.eps, scalings, Activation.of(activation))
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         expected = run(second, updates[1], activation(run(first, updates[0], norm(tokens))))
-        affines = [Affine.of(*pair) for pair in zip((first, second), updates, strict=True)]
-        found = lean_mlp(
-            tokens, Affine.of(norm), norm.eps, affines[0], Activation.of(activation), affines[1], save_products
-        )
+        found = op(tokens, tensors, save_products)
         # bf16: the stock path rounds the activation's derivative of `gelu_new` in other places
         compare(found, expected, inputs, 2e-2 if autocast else 2e-6)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("save_products", [True, False])
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("updated", [(), (0,), (0, 1)])
+def test_a_gated_mlp_is_the_stock_one(norm_of, updated, fused, save_products, autocast):
+    norm, activation = norm_of, nn.SiLU()
+    linears = [nn.Linear(WIDTH, 2 * HIDDEN)] if fused else [nn.Linear(WIDTH, HIDDEN), nn.Linear(WIDTH, HIDDEN)]
+    linears.append(nn.Linear(HIDDEN, WIDTH))
+    updates = [update_of(linear) if i in updated else None for i, linear in enumerate(linears)]
+    tokens = torch.randn(2, 7, WIDTH, requires_grad=True)
+    modules = [module for module in (norm, *linears, *updates) if module is not None]
+    inputs = [tokens, *(p for module in modules for p in module.parameters())]
+    kind, eps = norm_kind(norm)
+    tensors, scalings = tensors_of_parts(norm, linears, updates)
+    known = Activation.of(activation)
+    op = MLPOp(kind, eps, scalings, Gate(known.forward, known.backward))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        normalized = norm(tokens)
+        products = [run(linear, update, normalized) for linear, update in zip(linears[:-1], updates, strict=False)]
+        gate, up = products[0].chunk(2, dim=-1) if fused else products
+        expected = run(linears[-1], updates[-1], activation(gate) * up)
+        found = op(tokens, tensors, save_products)
+        compare_near(found, expected, inputs, 3e-2 if autocast else 5e-6)
+
+
+@pytest.mark.parametrize("save_products", [True, False])
+@pytest.mark.parametrize("gated", [False, True])
+def test_dropout_inside_draws_the_same_numbers_again(parts, gated, save_products):
+    norm, first, second, _ = parts
+    linears = [first, nn.Linear(WIDTH, HIDDEN), second] if gated else [first, second]
+    tokens, known = torch.randn(2, 7, WIDTH, requires_grad=True), Activation.of(nn.SiLU())
+    inputs = [tokens, *(p for module in (norm, *linears) for p in module.parameters())]
+    tensors, scalings = tensors_of_parts(norm, linears, [None] * len(linears))
+    op = MLPOp(LayerNormOp, norm.eps, scalings, Gate(known.forward, known.backward) if gated else known)
+    normalized = norm(tokens)
+    hidden = nn.functional.silu(first(normalized))
+    hidden = hidden * linears[1](normalized) if gated else hidden
+    torch.manual_seed(3)
+    expected = second(nn.functional.dropout(hidden, 0.4))
+    after = torch.rand(1)
+    torch.manual_seed(3)
+    found = op(tokens, tensors, save_products, 0.4)
+    assert torch.equal(torch.rand(1), after), "as many numbers were drawn"
+    compare(found, expected, inputs, 2e-6)
+
+
+def test_dropout_keeps_no_mask():
+    tokens = torch.randn(4, 50, WIDTH, requires_grad=True)
+    torch.manual_seed(3)
+    expected = nn.functional.dropout(tokens, 0.3)
+    torch.manual_seed(3)
+    found = lean_dropout(tokens, 0.3)
+    state = torch.get_rng_state()
+    compare(found, expected, [tokens])
+    assert torch.equal(torch.get_rng_state(), state), "backward leaves the generator where it was"
+    assert saved_activations(nn.Identity(), lambda: lean_dropout(tokens, 0.3).sum()) == 0
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -91,16 +189,35 @@ def test_the_projections_are_the_stock_ones(parts, updated, num_queries, autocas
     tokens = torch.randn(2, 7, WIDTH, requires_grad=True)
     modules = [module for module in (norm, *projections, *updates) if module is not None]
     inputs = [tokens, *(p for module in modules for p in module.parameters())]
+    tensors, scalings = tensors_of_parts(norm, projections, updates)
+    op = ProjectionsOp(LayerNormOp, norm.eps, scalings, WIDTH // 4, num_queries)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         normalized = norm(tokens)
         seen = (normalized[:, :num_queries], normalized, normalized)
-        expected = [run(*part) for part in zip(projections, updates, seen, strict=True)]
-        affines = [Affine.of(*pair) for pair in zip(projections, updates, strict=True)]
-        found = lean_projections(tokens, Affine.of(norm), norm.eps, *affines, num_queries=num_queries)
+        expected = [heads(run(*part)) for part in zip(projections, updates, seen, strict=True)]
+        found = op(tokens, tensors)
         if autocast:  # torch multiplies fewer rows in another order
             assert all(torch.allclose(a, b, atol=2e-2) for a, b in zip(found, expected, strict=True))
         else:
             compare(found, expected, inputs)
+
+
+@pytest.mark.parametrize("num_queries", [None, 1, 3])
+@pytest.mark.parametrize("updated", [False, True])
+def test_one_projection_for_all_three_is_the_stock_one(norm_of, updated, num_queries):
+    norm, linear = norm_of, nn.Linear(WIDTH, 3 * WIDTH)
+    update = update_of(linear) if updated else None
+    tokens = torch.randn(2, 7, WIDTH, requires_grad=True)
+    inputs = [tokens, *(p for m in (norm, linear, update) if m is not None for p in m.parameters())]
+    (kind, eps), (tensors, scalings) = norm_kind(norm), tensors_of_parts(norm, [linear], [update])
+    product = run(linear, update, norm(tokens))
+    query, key, value = (heads(part) for part in product.chunk(3, dim=-1))
+    expected = [query[:, :, :num_queries], key, value]
+    compare_near(ProjectionsOp(kind, eps, scalings, WIDTH // 4, num_queries)(tokens, tensors), expected, inputs, 5e-6)
+
+
+def heads(tokens):
+    return tokens.unflatten(2, (4, -1)).transpose(1, 2)
 
 
 def test_recomputing_gives_the_same_gradients(parts):
@@ -118,8 +235,8 @@ def test_recomputing_gives_the_same_gradients(parts):
 def test_second_derivatives_are_refused_in_words(parts):
     norm, first, second, _ = parts
     tokens = torch.randn(2, 7, WIDTH, requires_grad=True)
-    activation = Activation.of(nn.GELU())
-    output = lean_mlp(tokens, Affine.of(norm), norm.eps, Affine.of(first), activation, Affine.of(second))
+    tensors, scalings = tensors_of_parts(norm, (first, second), (None, None))
+    output = MLPOp(LayerNormOp, norm.eps, scalings, Activation.of(nn.GELU()))(tokens, tensors)
     with pytest.raises(RuntimeError, match="lean blocks have no second derivatives"):
         torch.autograd.grad(output.sum(), tokens, create_graph=True)
 
@@ -236,21 +353,21 @@ def test_updates_are_tried_when_attached(monkeypatch):
         return get_peft_model(SUPPORTED["vit"](), config).base_model.plan().blocks[1].lean is not None
 
     assert lean("full") and lean("lora")
-    narrow = Affine.narrow
-    monkeypatch.setattr(Affine, "narrow", lambda s, g: None if s.up is None else narrow(s, g) * 1.01)
+    right = LinearOp.lora_hidden_grad
+    monkeypatch.setattr(LinearOp, "lora_hidden_grad", lambda s, g: None if s.lora_B is None else right(s, g) * 1.01)
     assert lean("full") and not lean("lora")
 
 
-@pytest.mark.parametrize("wrong", ["weight", "bias", "down", "up"])
+@pytest.mark.parametrize("wrong", ["weight", "bias", "lora_A", "lora_B"])
 def test_every_gradient_is_tried_when_attached(wrong, monkeypatch):
-    of_tensors, place = Affine.of_tensors, ["weight", "bias", "down", "up"].index(wrong)
+    right = LinearOp.parameter_grads
 
-    def one_off(self: Affine, *args: object) -> list[torch.Tensor | None]:
-        found = of_tensors(self, *args)
-        found[place] = None if found[place] is None else found[place] * 1.01
-        return found
+    def one_off(self: LinearOp, *args: object) -> LinearOp:
+        found = right(self, *args)
+        value = getattr(found, wrong)
+        return found if value is None else found._replace(**{wrong: value * 1.01})
 
-    monkeypatch.setattr(Affine, "of_tensors", one_off)
+    monkeypatch.setattr(LinearOp, "parameter_grads", one_off)
     config = BSRConfig(trainable_blocks=[1, 3], trainable="lora")
     assert get_peft_model(SUPPORTED["vit"](), config).base_model.plan().blocks[1].lean is None
 

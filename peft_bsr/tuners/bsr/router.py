@@ -55,6 +55,7 @@ class BSRRouter(AdapterRouter):
         index, column, context, rule: See `BlockRouter`.
     """
 
+    mixes = True
     adapter_layer_names: tuple[str, ...] = ("bsr_params",)
     other_param_names = ("plans", "calls")
 

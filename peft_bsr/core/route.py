@@ -6,7 +6,7 @@ suffix, H heads, d head width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -84,7 +84,15 @@ class Route:
 
     def reduced(self, origins: Tensor) -> Route:
         """The route behind a reduction that left `origins`."""
-        return replace(self, origins=origins, num_reductions=self.num_reductions + 1)
+        return Route(
+            self.num_prefix,
+            self.num_patches,
+            self.num_suffix,
+            self.is_full_view,
+            origins,
+            self.num_reductions + 1,
+            self.call,
+        )
 
     def alive(self) -> Tensor:
         """[B, num_patches] bool, True where a patch is still there by itself. CPU or device as `origins`.

@@ -109,16 +109,16 @@ class BoundBlock:
         """Tokens after the first half [B, A or Q, D], and what else the attention returns."""
         arguments, lean = self._arguments(tokens, args, kwargs), call.plan.lean
         if lean is not None and lean.attention:
-            half, reason = self.lean_attention, self.reasons.get("attention")
+            half = self.lean_attention
+            found: Any = self.reasons.get("attention")
             if half is not None:
-                arguments = self.follower.follow(arguments)
-                reason = half.mismatch(tokens, arguments)
+                found = half.prepare(tokens, arguments)
                 if self._captures and captures_outputs():
-                    reason = "attention weights are captured"
-                if reason is None:
-                    change = half(call, tokens, arguments, lean)
+                    found = "attention weights are captured"
+                if not isinstance(found, str):
+                    change = half(call, tokens, found, self.follower.follow(arguments), lean)
                     return (tokens if lean.num_queries is None else tokens[:, : lean.num_queries]) + change, []
-            self.aside("attention", str(reason))
+            self.aside("attention", found)
         change, others = self.attention(tokens, arguments)
         return tokens + change, others
 
@@ -127,10 +127,10 @@ class BoundBlock:
         lean = call.plan.lean
         if mix is None and lean is not None and lean.mlp:
             half = self.lean_mlp
-            reason = self.reasons.get("mlp") if half is None else half.mismatch(tokens)
-            if half is not None and reason is None:
-                return half(tokens, lean)
-            self.aside("mlp", str(reason))
+            found: Any = self.reasons.get("mlp") if half is None else half.prepare(tokens)
+            if half is not None and not isinstance(found, str):
+                return half(tokens, found, lean)
+            self.aside("mlp", found)
         return self.mlp(tokens, mix)
 
     def _arguments(self, tokens: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

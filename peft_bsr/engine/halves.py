@@ -16,7 +16,7 @@ from peft_bsr.backbones import Anatomy, Column, apply_part, attend, function_of
 from peft_bsr.core import BlockCall
 from peft_bsr.engine.parts import LinearSource, attention_dropouts, find_mlp, linear_source, norm_source
 from peft_bsr.engine.plan import Lean
-from peft_bsr.ops import MLPOp, NormOp, ProjectionsOp, compute_dtype, lean_dropout, recomputed, token_scores
+from peft_bsr.ops import MLPOp, NormOp, ProjectionsOp, lean_dropout, recomputed, token_scores
 
 _KNOWN = ("attention_mask", "position_embeddings")  # what a lean attention knows to do with
 Changed = tuple[Tensor, list[Any]]  # the change [B, N or Q, D] and what else the attention returns
@@ -97,17 +97,16 @@ class LeanMLP:
         self.hidden_dropout = parts.hidden_dropout
         self.after = [*parts.output_dropout, *_after(block, () if anatomy.mlp_adds_residual else anatomy.after_mlp)]
 
-    def __call__(self, tokens: Tensor, lean: Lean) -> Tensor:
-        """[B, N, D] -> tokens after the half, residual included."""
-        tensors = _read(self.norm, self.linears)
-        rate = next((module.p for module in self.hidden_dropout if module.training), 0.0)
+    def prepare(self, tokens: Tensor) -> list[Any] | str:
+        """The half's tensors as they are now, or why it cannot run on these tokens."""
+        return _read(tokens, self.norm, self.linears)
+
+    def __call__(self, tokens: Tensor, tensors: list[Any], lean: Lean) -> Tensor:
+        """[B, N, D] and what `prepare` gave -> tokens after the half, residual included."""
+        rate = self.hidden_dropout[0].p if self.hidden_dropout and self.hidden_dropout[0].training else 0.0
         # for the few tokens that a head reads, the first product is computed again at any level
         expanded = self.op(tokens, tensors, lean.save_products and lean.num_queries is None, rate)
         return tokens + _run_after(self.after, expanded)
-
-    def mismatch(self, tokens: Tensor) -> str | None:
-        """Why the half cannot run on these tokens without autocast, or None."""
-        return _mixed_dtypes(tokens, self.norm, self.linears)
 
 
 class LeanAttention:
@@ -148,14 +147,24 @@ class LeanAttention:
         self.rates, dropouts = attention_dropouts(self.attention, getattr(block, anatomy.attention))
         self.after = [*dropouts, *_after(block, anatomy.after_attention)]
 
-    def __call__(self, call: BlockCall, tokens: Tensor, arguments: dict[str, Any], lean: Lean) -> Tensor:
-        """[B, N, D] -> change [B, N or Q, D]; scores that the block is asked for are left in `call`."""
+    def prepare(self, tokens: Tensor, arguments: dict[str, Any]) -> list[Any] | str:
+        """The half's tensors as they are now, or why it cannot run on these tokens and arguments."""
+        for name, value in arguments.items():
+            if name not in _KNOWN and isinstance(value, (Tensor, tuple)):
+                return f"the attention is called with `{name}`"
+        if self.rotate is None and arguments.get("position_embeddings") is not None:
+            return "how the attention rotates its queries and keys is not known"
+        return _read(tokens, self.norm, self.linears)
+
+    def __call__(
+        self, call: BlockCall, tokens: Tensor, tensors: list[Any], arguments: dict[str, Any], lean: Lean
+    ) -> Tensor:
+        """[B, N, D] and what `prepare` gave -> change [B, N or Q, D]; scores asked for are left in `call`."""
         mask, tables = arguments.get("attention_mask"), arguments.get("position_embeddings")
         op = self.ops.get(lean.num_queries)
         if op is None:
             op = self.ops[lean.num_queries] = self.op(lean.num_queries)
-        tensors = _read(self.norm, self.linears)
-        rate = max((read() for read in self.rates), default=0.0) if self.attention.training else 0.0
+        rate = max([read() for read in self.rates], default=0.0) if self.attention.training else 0.0
         mix = partial(self._mix, call.score, tables, rate, lean)
         if lean.save_products:
             results = mix(mask, *op(tokens, tensors))
@@ -165,24 +174,12 @@ class LeanAttention:
             call.token_scores = results[1]
         return _run_after(self.after, self.output(results[0]))
 
-    def mismatch(self, tokens: Tensor, arguments: dict[str, Any]) -> str | None:
-        """Why the half cannot run on these tokens and arguments, or None."""
-        for name, value in arguments.items():
-            if value is not None and name not in _KNOWN and isinstance(value, (Tensor, tuple)):
-                return f"the attention is called with `{name}`"
-        if arguments.get("position_embeddings") is not None and self.rotate is None:
-            return "how the attention rotates its queries and keys is not known"
-        return _mixed_dtypes(tokens, self.norm, self.linears)
-
     def _mix(
         self, score: str | None, tables: Any, rate: float, lean: Lean, mask: Tensor | None, *heads: Tensor
     ) -> tuple[Tensor, ...]:
         """Attention output [B, Q, H * d], and the token scores [B, N] if they are asked for."""
         query, key, value = heads
-        query, key = (
-            part if norm is None else self._normed(norm, part, lean)
-            for part, norm in zip((query, key), self.norms, strict=True)
-        )
+        query, key = self._normed(self.norms[0], query, lean), self._normed(self.norms[1], key, lean)
         if tables is not None:
             query, key = self._rotated(query, key, tables)
         if mask is not None and mask.ndim == 4 and mask.shape[2] > query.shape[2]:
@@ -192,6 +189,8 @@ class LeanAttention:
 
     def _normed(self, source: Any, part: Tensor, lean: Lean) -> Tensor:
         """Queries or keys after their norm, over a head or over all of them; its output is not kept twice."""
+        if source is None:
+            return part
         kind, eps, tensors = source
         weight, bias = tensors["weight"], tensors.get("bias")
         is_whole = weight.shape[0] != self.head_width
@@ -216,25 +215,23 @@ class NotLeanError(Exception):
 
 def _project_and_mix(op: ProjectionsOp, mix: Any, tokens: Tensor, mask: Tensor | None, *tensors: Any) -> Any:
     """All of a lean attention but the output projection, by plain operations."""
-    return mix(mask, *op.run(tokens, compute_dtype(tokens), tensors))
+    return mix(mask, *op.plain(tokens, tensors))
 
 
 def _run_norm(kind: type[NormOp], eps: float, tokens: Tensor, weight: Tensor, bias: Any) -> tuple[Tensor]:
     return (kind(weight, bias, eps).run(tokens)[0].to(tokens.dtype),)
 
 
-def _read(norm: dict[str, Any], linears: Sequence[LinearSource]) -> list[Any]:
+def _read(tokens: Tensor, norm: dict[str, Any], linears: Sequence[LinearSource]) -> list[Any] | str:
+    """Tensors of the norm and the Linears, or why they do not go with the tokens. Autocast casts by itself."""
     tensors = [norm["weight"], norm.get("bias")]
     for source in linears:
         tensors += source.read()
+    if not torch.is_autocast_enabled(tokens.device.type):
+        dtype = tokens.dtype
+        if others := [tensor.dtype for tensor in tensors if tensor is not None and tensor.dtype is not dtype]:
+            return f"tokens in {dtype} meet weights in {others[0]} without autocast"
     return tensors
-
-
-def _mixed_dtypes(tokens: Tensor, norm: dict[str, Any], linears: Sequence[LinearSource]) -> str | None:
-    if torch.is_autocast_enabled(tokens.device.type):
-        return None
-    found = {tensor.dtype for tensor in _read(norm, linears) if tensor is not None} - {tokens.dtype}
-    return f"tokens in {tokens.dtype} meet weights in {', '.join(map(str, found))} without autocast" if found else None
 
 
 def _after(block: nn.Module, names: Sequence[str]) -> list[Any]:

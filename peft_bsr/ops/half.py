@@ -7,9 +7,9 @@ Shapes: B images, N tokens, M = B * N rows, D width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import torch
@@ -19,7 +19,6 @@ from peft_bsr.errors import ForwardError
 from peft_bsr.ops.linear import LinearOp
 from peft_bsr.ops.norm import NormOp
 
-_NOTHING: Any = nullcontext()
 _NORM, _LINEAR = 2, 4  # tensors of each
 
 
@@ -54,10 +53,18 @@ def compute_dtype(tokens: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tokens.dtype
 
 
-def autocast_off(tokens: Tensor) -> Any:
-    """A context without autocast; nothing is entered where there is none."""
-    device = tokens.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _NOTHING
+def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorator of an autograd function's forward or backward, which chooses its dtypes itself."""
+
+    @wraps(function)
+    def run(ctx: Any, tensor: Tensor, *others: Any) -> Any:
+        device = tensor.device.type
+        if not torch.is_autocast_enabled(device):
+            return function(ctx, tensor, *others)
+        with torch.autocast(device, enabled=False):
+            return function(ctx, tensor, *others)
+
+    return run
 
 
 def linears_grads(
@@ -71,26 +78,27 @@ def linears_grads(
     Args:
         linears: In the dtype that is computed in.
         gradients: Of each product, [M, E].
-        inputs: Of each, [M, D]; the first may see a part of the rows alone, see `add_first`.
+        inputs: Of each, [M, D].
         needs: One bool for each tensor of each Linear.
 
     Returns:
         [M, D], summed over all Linears; and the gradients in the order of the tensors.
     """
-    total: Tensor | None = None
+    total: Any = None
     found: list[Tensor | None] = []
     for i, (op, gradient, seen) in enumerate(zip(linears, gradients, inputs, strict=True)):
         hidden_grad = op.lora_hidden_grad(gradient)
-        found += op.parameter_grads(gradient, hidden_grad, seen, needs[_LINEAR * i : _LINEAR * (i + 1)])[:_LINEAR]
+        found += op.parameter_grads(gradient, hidden_grad, seen, needs[_LINEAR * i : _LINEAR * (i + 1)])
         total = op.input_grad(gradient, hidden_grad, total)
-    assert total is not None, "there is at least one Linear"
     return total, found
 
 
-def in_dtypes(tensors: Sequence[Tensor | None], gradients: Sequence[Tensor | None]) -> Iterator[Tensor | None]:
+def in_dtypes(tensors: Sequence[Tensor | None], gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
     """Gradients in the dtypes of what they are of."""
-    for tensor, gradient in zip(tensors, gradients, strict=True):
-        yield gradient if gradient is None or tensor is None else gradient.to(tensor.dtype)
+    return [
+        gradient if gradient is None or tensor is None or gradient.dtype is tensor.dtype else gradient.to(tensor.dtype)
+        for tensor, gradient in zip(tensors, gradients, strict=True)
+    ]
 
 
 def refuse_second_derivatives() -> None:
@@ -106,4 +114,11 @@ def refuse_second_derivatives() -> None:
         )
 
 
-__all__ = ["HalfSettings", "autocast_off", "compute_dtype", "in_dtypes", "linears_grads", "refuse_second_derivatives"]
+__all__ = [
+    "HalfSettings",
+    "compute_dtype",
+    "in_dtypes",
+    "linears_grads",
+    "refuse_second_derivatives",
+    "without_autocast",
+]

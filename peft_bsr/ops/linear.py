@@ -8,14 +8,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from peft_bsr.core import as_plain, is_quantized
+from peft_bsr.core import as_plain
+
+_PLAIN = (Tensor, torch.nn.Parameter)  # not one of those that are made from fewer bits
+LinearGrads = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # of weight, bias, lora_A, lora_B
 
 
 class LinearOp(NamedTuple):
-    """`x W^T + b + scaling * (x A^T) B^T`. The slots also name the gradients, and which of them are needed.
+    """`x W^T + b + scaling * (x A^T) B^T`. Gradients come in the order of the tensors.
 
     Attributes:
         weight: [E, D].
@@ -31,11 +35,13 @@ class LinearOp(NamedTuple):
     lora_B: Tensor | None = None  # noqa: N815
     scaling: float = 1.0
 
-    def cast(self, dtype: object) -> LinearOp:
+    def cast(self, dtype: torch.dtype) -> LinearOp:
         """The same operator to compute in `dtype`; itself where nothing has to be cast."""
-        if all(tensor is None or (tensor.dtype is dtype and not is_quantized(tensor)) for tensor in self[:4]):
+        weight, bias, down, up, scaling = self
+        is_plain = weight.dtype is dtype and type(weight) in _PLAIN and (bias is None or bias.dtype is dtype)
+        if is_plain and (down is None or down.dtype is dtype):
             return self
-        return LinearOp(*(tensor if tensor is None else as_plain(tensor, dtype) for tensor in self[:4]), self.scaling)
+        return LinearOp(*(None if t is None else as_plain(t, dtype) for t in (weight, bias, down, up)), scaling)  # type: ignore[arg-type]
 
     def product(self, inputs: Tensor) -> Tensor:
         """[M, D] -> [M, E]."""
@@ -61,7 +67,7 @@ class LinearOp(NamedTuple):
 
     def parameter_grads(
         self, gradient: Tensor, hidden_grad: Tensor | None, inputs: Tensor | None, needs: Sequence[bool]
-    ) -> LinearOp:
+    ) -> LinearGrads:
         """Gradients of the four tensors, None where one is not needed.
 
         Args:
@@ -78,4 +84,4 @@ class LinearOp(NamedTuple):
         if hidden_grad is not None and self.lora_A is not None and inputs is not None:
             down = hidden_grad.T @ inputs if needs[2] else None
             up = gradient.T @ (inputs @ self.lora_A.T) * self.scaling if needs[3] else None
-        return LinearOp(weight, bias, down, up)  # type: ignore[arg-type]
+        return weight, bias, down, up

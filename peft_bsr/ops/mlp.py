@@ -17,11 +17,11 @@ from peft_bsr.ops.activation import Activation
 from peft_bsr.ops.dropout import draw_mask, generator_at, generator_state
 from peft_bsr.ops.half import (
     HalfSettings,
-    autocast_off,
     compute_dtype,
     in_dtypes,
     linears_grads,
     refuse_second_derivatives,
+    without_autocast,
 )
 
 
@@ -53,52 +53,55 @@ class MLPOp(HalfSettings):
 
 class _LeanMLP(torch.autograd.Function):
     @staticmethod
+    @without_autocast
     def forward(
         ctx: Any, tokens: Tensor, op: MLPOp, dtype: torch.dtype, save_products: bool, rate: float, *tensors: Any
     ) -> Tensor:
         ctx.op, ctx.dtype, ctx.rate = op, dtype, rate
         ctx.state = generator_state(tokens.device) if rate else None
-        with autocast_off(tokens):
-            norm, (*first, last) = op.bind(tensors)
-            normalized = norm.run(tokens)[0].to(dtype).flatten(0, 1)
-            products = [linear.cast(dtype).product(normalized) for linear in first]
-            hidden = op.activation.combine(products)
-            if rate:
-                hidden = hidden * draw_mask(hidden, rate)
-            output = last.cast(dtype).product(hidden)
+        norm, linears = op.bind(tensors)
+        *first, last = [linear.cast(dtype) for linear in linears]
+        normalized = norm.run(tokens)[0].to(dtype).flatten(0, 1)
+        products = [linear.product(normalized) for linear in first]
+        hidden = op.activation.combine(products)
+        if rate:
+            hidden = hidden * draw_mask(hidden, rate)
+        output = last.product(hidden)
         ctx.num_products = len(products) if save_products else 0
         ctx.save_for_backward(tokens, *products[: ctx.num_products], *tensors)
         return output.view(*tokens.shape[:2], -1)
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivatives()
         op, dtype = ctx.op, ctx.dtype
         tokens, *saved = ctx.saved_tensors
         products, tensors = saved[: ctx.num_products], saved[ctx.num_products :]
         needs = ctx.needs_input_grad[5:]
-        with autocast_off(tokens):
-            norm, linears = op.bind(tensors)
-            *first, last = [linear.cast(dtype) for linear in linears]
-            normalized, stats = norm.run(tokens)
-            normalized = normalized.to(dtype).flatten(0, 1)
-            products = products or [linear.product(normalized) for linear in first]
-            gradient = gradient.flatten(0, 1)
-            needs_hidden = needs[-4] or needs[-2] or needs[-1]
+        norm, linears = op.bind(tensors)
+        *first, last = [linear.cast(dtype) for linear in linears]
+        normalized, stats = norm.run(tokens)
+        normalized = normalized.to(dtype).flatten(0, 1)
+        products = products or [linear.product(normalized) for linear in first]
+        gradient = gradient.flatten(0, 1)
+        needs_hidden = needs[-4] or needs[-2] or needs[-1]
+        mask = None
+        if ctx.rate:
             with generator_at(ctx.state, tokens.device):
-                mask = draw_mask(products[0][:, : last.weight.shape[1]], ctx.rate) if ctx.rate else None
-            hidden = op.activation.combine(products) if needs_hidden else None
-            if mask is not None and hidden is not None:
-                hidden = hidden * mask
-            hidden_grad = last.lora_hidden_grad(gradient)
-            of_last = last.parameter_grads(gradient, hidden_grad, hidden, needs[-4:])[:4]
-            del hidden  # one wide tensor less at the peak
-            gradient = last.input_grad(gradient, hidden_grad)
-            gradient = gradient if mask is None else gradient * mask
-            gradients = op.activation.combine_grads(gradient, products)
-            del products, saved, gradient
-            of_tokens, found = linears_grads(first, gradients, [normalized] * len(first), needs[2:-4])
-            into = norm.grads(of_tokens.view_as(tokens), tokens, stats, (ctx.needs_input_grad[0], *needs[:2]))
+                mask = draw_mask(products[0][:, : last.weight.shape[1]], ctx.rate)
+        hidden = op.activation.combine(products) if needs_hidden else None
+        if mask is not None and hidden is not None:
+            hidden = hidden * mask
+        hidden_grad = last.lora_hidden_grad(gradient)
+        of_last = last.parameter_grads(gradient, hidden_grad, hidden, needs[-4:])
+        del hidden  # one wide tensor less at the peak
+        gradient = last.input_grad(gradient, hidden_grad)
+        gradient = gradient if mask is None else gradient * mask
+        gradients = op.activation.combine_grads(gradient, products)
+        del products, saved, gradient
+        of_tokens, found = linears_grads(first, gradients, [normalized] * len(first), needs[2:-4])
+        into = norm.grads(of_tokens.view_as(tokens), tokens, stats, (ctx.needs_input_grad[0], *needs[:2]))
         of_tensors = in_dtypes(tensors, (*into[1:], *found, *of_last))
         return into[0], None, None, None, None, *of_tensors
 

@@ -37,8 +37,8 @@ class LayerNormOp(NamedTuple):
         found = _layer_norm_backward(
             gradient.to(wide.dtype), wide, wide.shape[-1:], *stats, self.weight, self.bias, list(needs)
         )
-        of_tokens, *of_parameters = (grad if need else None for grad, need in zip(found, needs, strict=True))
-        return None if of_tokens is None else of_tokens.to(tokens.dtype), *of_parameters  # type: ignore[return-value]
+        of_tokens = found[0].to(tokens.dtype) if needs[0] else None
+        return of_tokens, found[1] if needs[1] else None, found[2] if needs[2] else None
 
 
 class RMSNormOp(NamedTuple):

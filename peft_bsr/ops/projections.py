@@ -15,11 +15,11 @@ from torch.nn.functional import pad
 
 from peft_bsr.ops.half import (
     HalfSettings,
-    autocast_off,
     compute_dtype,
     in_dtypes,
     linears_grads,
     refuse_second_derivatives,
+    without_autocast,
 )
 
 Heads = tuple[Tensor, Tensor, Tensor]
@@ -47,62 +47,67 @@ class ProjectionsOp(HalfSettings):
         heads: Heads = _LeanProjections.apply(tokens, self, compute_dtype(tokens), *tensors)
         return heads
 
-    def run(self, tokens: Tensor, dtype: torch.dtype, tensors: Sequence[Any]) -> Heads:
+    def plain(self, tokens: Tensor, tensors: Sequence[Any]) -> Heads:
         """The same by plain operations, which autograd or a compiler may record."""
+        dtype = compute_dtype(tokens)
+        with torch.autocast(tokens.device.type, enabled=False):
+            return self.run(tokens, dtype, tensors)
+
+    def run(self, tokens: Tensor, dtype: torch.dtype, tensors: Sequence[Any]) -> Heads:
+        """`plain` where no autocast is on."""
         norm, linears = self.bind(tensors)
-        batch, width = len(tokens), self.head_width
-        with autocast_off(tokens):
-            normalized = norm.run(tokens)[0].to(dtype)
-            flat = normalized.flatten(0, 1)
-            query, *others = [linear.cast(dtype) for linear in linears]
-            if others:
-                asked = flat if self.num_queries is None else normalized[:, : self.num_queries].flatten(0, 1)
-                products = [query.product(asked), *(linear.product(flat) for linear in others)]
-                parts = [product.view(batch, -1, product.shape[1] // width, width) for product in products]
-            else:
-                parts = list(query.product(flat).view(batch, tokens.shape[1], 3, -1, width).unbind(2))
-                parts[0] = parts[0][:, : self.num_queries]
-        q, k, v = (part.transpose(1, 2) for part in parts)
-        return q, k, v
+        (batch, num_tokens, _), width = tokens.shape, self.head_width
+        normalized = norm.run(tokens)[0].to(dtype)
+        flat = normalized.flatten(0, 1)
+        query, *others = [linear.cast(dtype) for linear in linears]
+        if others:
+            asked = flat if self.num_queries is None else normalized[:, : self.num_queries].flatten(0, 1)
+            products = [query.product(asked), *[linear.product(flat) for linear in others]]
+            q, k, v = [product.view(batch, -1, product.shape[1] // width, width) for product in products]
+        else:
+            q, k, v = query.product(flat).view(batch, num_tokens, 3, -1, width).unbind(2)
+            q = q[:, : self.num_queries]
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
 class _LeanProjections(torch.autograd.Function):
     @staticmethod
+    @without_autocast
     def forward(ctx: Any, tokens: Tensor, op: ProjectionsOp, dtype: torch.dtype, *tensors: Any) -> Heads:
         ctx.op, ctx.dtype = op, dtype
         ctx.save_for_backward(tokens, *tensors)
         return op.run(tokens, dtype, tensors)
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivatives()
         op, dtype = ctx.op, ctx.dtype
         tokens, *tensors = ctx.saved_tensors
         needs, num_queries = ctx.needs_input_grad[3:], op.num_queries
         parts = [gradient.transpose(1, 2) for gradient in gradients]  # [B, N, H, d]
-        with autocast_off(tokens):
-            norm, linears = op.bind(tensors)
-            linears = [linear.cast(dtype) for linear in linears]
-            normalized, stats = norm.run(tokens)
-            normalized = normalized.to(dtype)
-            flat = normalized.flatten(0, 1)
-            if len(linears) == 1:
-                if num_queries is not None:
-                    parts[0] = pad(parts[0], (0, 0, 0, 0, 0, tokens.shape[1] - num_queries))
-                joined = torch.stack(parts, dim=2).reshape(len(flat), -1)
-                of_tokens, found = linears_grads(linears, [joined], [flat], needs[2:])
-            elif num_queries is None:
-                rows = [part.reshape(len(flat), -1) for part in parts]
-                of_tokens, found = linears_grads(linears, rows, [flat] * 3, needs[2:])
-            else:
-                query, *others = parts
-                asked = normalized[:, :num_queries].flatten(0, 1)
-                of_asked, found = linears_grads(linears[:1], [query.reshape(len(asked), -1)], [asked], needs[2:6])
-                rows = [part.reshape(len(flat), -1) for part in others]
-                of_tokens, rest = linears_grads(linears[1:], rows, [flat] * 2, needs[6:])
-                of_tokens.view_as(tokens)[:, :num_queries] += of_asked.view(len(tokens), num_queries, -1)
-                found += rest
-            into = norm.grads(of_tokens.view_as(tokens), tokens, stats, (ctx.needs_input_grad[0], *needs[:2]))
+        norm, linears = op.bind(tensors)
+        linears = [linear.cast(dtype) for linear in linears]
+        normalized, stats = norm.run(tokens)
+        normalized = normalized.to(dtype)
+        flat = normalized.flatten(0, 1)
+        if len(linears) == 1:
+            if num_queries is not None:
+                parts[0] = pad(parts[0], (0, 0, 0, 0, 0, tokens.shape[1] - num_queries))
+            joined = torch.stack(parts, dim=2).reshape(flat.shape[0], -1)
+            of_tokens, found = linears_grads(linears, [joined], [flat], needs[2:])
+        elif num_queries is None:
+            rows = [part.reshape(flat.shape[0], -1) for part in parts]
+            of_tokens, found = linears_grads(linears, rows, [flat] * 3, needs[2:])
+        else:
+            query, *others = parts
+            asked = normalized[:, :num_queries].flatten(0, 1)
+            of_asked, found = linears_grads(linears[:1], [query.reshape(asked.shape[0], -1)], [asked], needs[2:6])
+            rows = [part.reshape(flat.shape[0], -1) for part in others]
+            of_tokens, rest = linears_grads(linears[1:], rows, [flat] * 2, needs[6:])
+            of_tokens.view_as(tokens)[:, :num_queries] += of_asked.view(tokens.shape[0], num_queries, -1)
+            found += rest
+        into = norm.grads(of_tokens.view_as(tokens), tokens, stats, (ctx.needs_input_grad[0], *needs[:2]))
         return into[0], None, None, *in_dtypes(tensors, (*into[1:], *found))
 
 

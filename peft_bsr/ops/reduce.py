@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 from peft_bsr.core import check_tokens
 from peft_bsr.core import reduce_tokens as traced_reduce_tokens
 from peft_bsr.core import token_scores as any_token_scores
-from peft_bsr.ops.half import autocast_off
+from peft_bsr.ops.half import without_autocast
 
 
 def reduce_tokens(
@@ -50,6 +50,7 @@ def token_scores(kind: str, query: Tensor, key: Tensor, scaling: float, attentio
 
 class _Reduced(torch.autograd.Function):
     @staticmethod
+    @without_autocast
     def forward(
         ctx: Any, hidden: Tensor, scores: Tensor, num_prefix: int, num_competing: int, keep: int, fuses: bool
     ) -> tuple[Tensor, Tensor]:
@@ -68,8 +69,7 @@ class _Reduced(torch.autograd.Function):
             dropped_rows = (dropped + starts).view(-1)
             weights = competing.gather(1, dropped).to(hidden.dtype)[:, None]
             picked = flat.index_select(0, dropped_rows).view(batch, -1, width)
-            with autocast_off(hidden):
-                parts.append(weights @ picked)
+            parts.append(torch.bmm(weights, picked))
             saved = (kept_rows, dropped_rows, weights)
             if ctx.needs_input_grad[1]:
                 saved = (*saved, dropped, picked)
@@ -80,6 +80,7 @@ class _Reduced(torch.autograd.Function):
         return tokens, kept
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, gradient: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         kept_rows, *fused = ctx.saved_tensors
         shape, dtype, num_prefix, end, keep = ctx.sizes
@@ -96,8 +97,8 @@ class _Reduced(torch.autograd.Function):
             flat.index_copy_(0, dropped_rows, (weights.transpose(1, 2) * of_fused).view(-1, shape[2]))
             if asked:
                 dropped, picked = asked
-                of_scores = gradient.new_zeros(shape[:2], dtype=dtype)
-                of_weights = (picked @ of_fused.transpose(1, 2)).squeeze(2).to(dtype)
+                of_scores = torch.zeros(shape[:2], dtype=dtype, device=gradient.device)
+                of_weights = torch.bmm(picked, of_fused.transpose(1, 2))[:, :, 0].to(dtype)
                 of_scores[:, num_prefix:end].scatter_(1, dropped, of_weights)
         return of_hidden, of_scores, None, None, None, None
 
@@ -107,7 +108,7 @@ class _ClassScores(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, scaling: float) -> Tensor:
         # a product and a sum: `@` would copy the key
         logits = (query[:, :, :1] * key).sum(dim=-1) * scaling
-        weights = logits.softmax(dim=-1, dtype=torch.promote_types(query.dtype, torch.float32))
+        weights = logits.softmax(dim=-1, dtype=torch.float64 if query.dtype is torch.float64 else torch.float32)
         ctx.save_for_backward(query, key, weights)
         ctx.scaling = scaling
         return weights.to(query.dtype).mean(dim=1)

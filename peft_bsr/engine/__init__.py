@@ -4,6 +4,7 @@ from peft_bsr.engine.entry import ReachedError, run_from, run_until
 from peft_bsr.engine.frozen import FrozenLinear, freeze_linear
 from peft_bsr.engine.int8 import watch_kept
 from peft_bsr.engine.lean_block import plain_mlp
+from peft_bsr.engine.living import LivingBytes
 from peft_bsr.engine.parking import Parking
 from peft_bsr.engine.plan import BlockPlan, Lean, Mode, Plan, ReduceAt, Reduction
 from peft_bsr.engine.query_path import KeptTokens, QueryPath
@@ -24,6 +25,7 @@ __all__ = [
     "FrozenLinear",
     "KeptTokens",
     "Lean",
+    "LivingBytes",
     "Mode",
     "Parking",
     "Plan",

@@ -21,7 +21,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from peft_bsr import BSRConfig, Plan, Reduction
 from peft_bsr.backbones import probe
-from peft_bsr.engine import verify_plan
+from peft_bsr.selftest import verify_plan
 
 REPEATS = 5
 

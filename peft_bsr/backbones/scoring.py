@@ -29,7 +29,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from peft_bsr.backbones.column import ScoreSource
 from peft_bsr.core import ForwardContext, weights_to_scores
-from peft_bsr.ops import token_scores
+from peft_bsr.ops import lean_dropout, token_scores
 
 _CAPTURING = "transformers.utils.output_capturing"
 _TWIN_PREFIX = "scored|"
@@ -196,6 +196,9 @@ def attend(
     Returns:
         [B, Q, H * d].
     """
+    if source == "weights" and dropout:  # as such an attention does it: torch's own keeps more when it drops
+        weights = lean_dropout((query @ key.transpose(2, 3) * scaling).softmax(dim=-1), dropout)
+        return (weights @ value).transpose(1, 2).flatten(2)
     if source != "interface":
         output = nn.functional.scaled_dot_product_attention(query, key, value, mask, dropout, scale=scaling)
         return output.transpose(1, 2).flatten(2)

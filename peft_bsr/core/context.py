@@ -23,20 +23,23 @@ class BlockCall:
 
     Args:
         route: Tokens alive in it.
-        plan: The block's plan, less what saves nothing in this forward.
+        score: Kind of token score that its attention is asked for, or None.
+        plan: The block's plan.
+        lean: Which halves run lean in this forward and how, or None.
+        int8: Whether it keeps in 8 bits what it keeps in this forward.
 
     Attributes:
-        score: Kind of token score that its attention is asked for, or None.
         token_scores: The scores [B, N], once the attention has run.
         origins: Origins after the block's reduction [B, A], or None without one.
     """
 
-    __slots__ = ("origins", "plan", "route", "score", "token_scores")
+    __slots__ = ("int8", "lean", "origins", "plan", "route", "score", "token_scores")
 
-    def __init__(self, route: Route, plan: Any = None, score: str | None = None) -> None:
-        self.route = route
-        self.plan = plan
-        self.score = score
+    def __init__(
+        self, route: Route, score: str | None = None, plan: Any = None, lean: Any = None, int8: bool = False
+    ) -> None:
+        self.route, self.score = route, score
+        self.plan, self.lean, self.int8 = plan, lean, int8
         self.token_scores: Tensor | None = None
         self.origins: Tensor | None = None
 

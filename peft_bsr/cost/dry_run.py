@@ -12,17 +12,14 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from peft_bsr.cost.flops import flops_of
-from peft_bsr.engine import watch_kept
+from peft_bsr.engine import LivingBytes, watch_kept
 
 
 @dataclass(frozen=True)
@@ -87,43 +84,26 @@ def dry_run(model: nn.Module, inputs: Iterable[Tensor], forward: Callable[[], Te
             loss = forward()
         saved_bytes = sum(ledger.sizes[number] for number in ledger.kept)
         loss.backward()
-    gradients = {ledger.find(p.grad) for p in model.parameters() if p.grad is not None}
+    gradients = {p.grad.untyped_storage()._cdata for p in model.parameters() if p.grad is not None}
     peak, alive = ledger.peak()
     parts = [sum(ledger.sizes[n] for n in alive & chosen) for chosen in (gradients, ledger.kept - gradients)]
     return DryRun(peak, parts[0], parts[1], peak - sum(parts), saved_bytes, ledger.flops)
 
 
-class _Ledger(TorchDispatchMode):
+class _Ledger(LivingBytes):
     """Writes down when memory is taken and given back."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.sizes: list[int] = []  # number of a storage -> bytes
-        self.events: list[tuple[int, int]] = []  # (number, 1 or -1) in the order of time
+        self.events: list[tuple[int, int]] = []  # (address of a storage, 1 or -1) in the order of time
         self.kept: set[int] = set()  # for backward
         self.flops = 0
-        self._numbers: dict[int, int] = {}  # address of a living storage -> number
-        self._watched: dict[int, Any] = {}
-
-    def note(self, tensor: Tensor, is_new: bool = True) -> None:
-        """Write down the tensor's storage, if it is not yet; an old one takes nothing."""
-        storage = tensor.untyped_storage()
-        address = storage._cdata
-        if address in self._numbers:
-            return
-        number = self._numbers[address] = len(self.sizes)
-        self.sizes.append(storage.nbytes() if is_new else 0)
-        self.events.append((number, 1))
-        self._watched[number] = weakref.ref(storage, partial(self._forget, address, number))
-
-    def find(self, tensor: Any) -> int | None:
-        """Number of the tensor's storage."""
-        return self._numbers.get(tensor.untyped_storage()._cdata)
+        self._watched: list[Any] = []
 
     def keep(self, tensor: Tensor) -> Tensor:
         """For autograd: what is saved for backward."""
         self.note(tensor)
-        self.kept.add(self._numbers[tensor.untyped_storage()._cdata])
+        self.kept.add(tensor.untyped_storage()._cdata)
         return tensor.detach()
 
     def peak(self) -> tuple[int, set[int]]:
@@ -138,17 +118,14 @@ class _Ledger(TorchDispatchMode):
                 most, at_most = total, set(alive)
         return most, at_most
 
-    def _forget(self, address: int, number: int, _: Any) -> None:
-        self.events.append((number, -1))
-        self._numbers.pop(address, None)
-        self._watched.pop(number, None)
+    def _appeared(self, storage: torch.UntypedStorage) -> None:
+        number = storage._cdata
+        self.events.append((number, 1))
+        self._watched.append(weakref.ref(storage, lambda _: self.events.append((number, -1))))
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = function(*args, **(kwargs or {}))
+        output = super().__torch_dispatch__(function, types, args, kwargs)
         self.flops += flops_of(function, args, kwargs or {}, output)
-        for leaf in tree_leaves(output):
-            if isinstance(leaf, Tensor):
-                self.note(leaf)
         return output
 
 

@@ -3,27 +3,26 @@
 from peft_bsr.engine.entry import ReachedError, run_from, run_until
 from peft_bsr.engine.explain import describe_block, explain_blocks
 from peft_bsr.engine.int8 import watch_kept
+from peft_bsr.engine.living import LivingBytes
 from peft_bsr.engine.parking import Parking
 from peft_bsr.engine.parts import plain_mlp
 from peft_bsr.engine.plan import BlockPlan, Lean, Mode, Plan, ReduceAt, Reduction
-from peft_bsr.engine.query_path import KeptTokens, QueryPath
+from peft_bsr.engine.query_path import ROLES, KeptTokens, QueryPath, attention_mask, projections
 from peft_bsr.engine.record import find_context, record_routes
 from peft_bsr.engine.record_scores import BlockScores, record_scores
 from peft_bsr.engine.router import ROUTER, BlockRouter
 from peft_bsr.engine.runner import attach_router, detach_router
 from peft_bsr.engine.saved import saved_activations, saved_by_module
-from peft_bsr.engine.verify import verify_plan
-from peft_bsr.engine.verify_lean import verify_lean
-from peft_bsr.engine.verify_mixture import verify_mixture
-from peft_bsr.engine.verify_queries import attention_mask, verify_queries
 
 __all__ = [
+    "ROLES",
     "ROUTER",
     "BlockPlan",
     "BlockRouter",
     "BlockScores",
     "KeptTokens",
     "Lean",
+    "LivingBytes",
     "Mode",
     "Parking",
     "Plan",
@@ -38,15 +37,12 @@ __all__ = [
     "explain_blocks",
     "find_context",
     "plain_mlp",
+    "projections",
     "record_routes",
     "record_scores",
     "run_from",
     "run_until",
     "saved_activations",
     "saved_by_module",
-    "verify_lean",
-    "verify_mixture",
-    "verify_plan",
-    "verify_queries",
     "watch_kept",
 ]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from peft_bsr.backbones import Column, TokenFollower, captures_outputs
 from peft_bsr.core import BlockCall, pick_tokens, put_tokens
 from peft_bsr.engine.halves import LeanAttention, LeanMLP, NotLeanError, StockAttention, StockMLP
-from peft_bsr.engine.plan import Reduction
+from peft_bsr.engine.plan import Lean, Reduction
 from peft_bsr.engine.watch import Watch
 from peft_bsr.errors import ForwardError
 from peft_bsr.ops import reduce_tokens
@@ -28,6 +28,7 @@ class BoundBlock:
         follower: Selects the alive tokens' part of side inputs.
         own: Objects whose hooks on the block are our own.
         aside: Told (half, reason) where a half that was planned lean runs stock.
+        is_traced: Whether a compiler looks on: then the halves are stock, and hooks are not looked at.
 
     Attributes:
         reasons: Why a half cannot run lean, by `"attention"` and `"mlp"`; empty where both can.
@@ -41,15 +42,20 @@ class BoundBlock:
         follower: TokenFollower,
         own: tuple[Any, ...],
         aside: Callable[[str, str], None],
+        is_traced: bool = False,
     ) -> None:
         self.block, self.column, self.follower, self.aside = block, column, follower, aside
-        self.watch = Watch(_modules_of(block, own), (follower, *own))
+        self.is_traced = is_traced
         self.reasons: dict[str, str] = {}
         self._captures = False  # whether transformers can capture what the attention gives
         self.lean_attention: LeanAttention | None = None
         self.lean_mlp: LeanMLP | None = None
         if column.anatomy is not None:
             self.attention, self.mlp = StockAttention(block, column.anatomy), StockMLP(block, column.anatomy)
+        if is_traced:
+            return
+        self.watch = Watch(_modules_of(block, own), (follower, *own))
+        if column.anatomy is not None:
             self.lean_attention = self._lean("attention", LeanAttention, column.anatomy.norm1, column.anatomy.attention)
             self.lean_mlp = self._lean("mlp", LeanMLP, column.anatomy.norm2, *column.anatomy.mlp)
 
@@ -83,7 +89,7 @@ class BoundBlock:
         tokens = pick_tokens(whole, route.places()) if is_partial else whole
         is_mid_block = reduction is not None and reduction.position == "mid_block"
         others: list[Any] = []
-        if is_mid_block or call.plan.lean is not None or mix is not None:
+        if is_mid_block or self._lean_of(call) is not None or mix is not None:
             tokens, others = self._attend(call, tokens, args, kwargs)
             before = tokens
             if is_mid_block:
@@ -107,7 +113,7 @@ class BoundBlock:
         self, call: BlockCall, tokens: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Tensor, list[Any]]:
         """Tokens after the first half [B, A or Q, D], and what else the attention returns."""
-        arguments, lean = self._arguments(tokens, args, kwargs), call.plan.lean
+        arguments, lean = self._arguments(tokens, args, kwargs), self._lean_of(call)
         if lean is not None and lean.attention:
             half = self.lean_attention
             found: Any = self.reasons.get("attention")
@@ -124,7 +130,7 @@ class BoundBlock:
 
     def _expand(self, call: BlockCall, tokens: Tensor, mix: Callable[[Tensor], Tensor] | None) -> Tensor:
         """Tokens after the second half."""
-        lean = call.plan.lean
+        lean = self._lean_of(call)
         if mix is None and lean is not None and lean.mlp:
             half = self.lean_mlp
             found: Any = self.reasons.get("mlp") if half is None else half.prepare(tokens)
@@ -142,6 +148,10 @@ class BoundBlock:
             return compute(self.block, tokens, arguments)
         names = anatomy.attention_inputs
         return arguments if names is None else {n: value for n, value in arguments.items() if n in names}
+
+    def _lean_of(self, call: BlockCall) -> Lean | None:
+        """A block that is compiled by itself is called as if it ran lean."""
+        return None if self.is_traced else call.lean
 
     def _lean(self, name: str, half: Callable[..., Any], *parts: str) -> Any:
         try:

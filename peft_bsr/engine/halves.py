@@ -19,6 +19,7 @@ from peft_bsr.engine.plan import Lean
 from peft_bsr.ops import MLPOp, NormOp, ProjectionsOp, lean_dropout, recomputed, token_scores
 
 _KNOWN = ("attention_mask", "position_embeddings")  # what a lean attention knows to do with
+_SIDE = 5  # inputs of the attention next to its heads: the mask, and weight and bias of two norms
 Changed = tuple[Tensor, list[Any]]  # the change [B, N or Q, D] and what else the attention returns
 
 
@@ -166,20 +167,28 @@ class LeanAttention:
             op = self.ops[lean.num_queries] = self.op(lean.num_queries)
         rate = max([read() for read in self.rates], default=0.0) if self.attention.training else 0.0
         mix = partial(self._mix, call.score, tables, rate, lean)
+        inputs = (mask, *_tensors_of(self.norms[0]), *_tensors_of(self.norms[1]))
         if lean.save_products:
-            results = mix(mask, *op(tokens, tensors))
+            results = mix(*inputs, *op(tokens, tensors))
         else:
-            results = recomputed(partial(_project_and_mix, op, mix), tokens, mask, *tensors, is_random=rate > 0)
+            results = recomputed(partial(_project_and_mix, op, mix), tokens, *inputs, *tensors, is_random=rate > 0)
         if call.score is not None:
             call.token_scores = results[1]
         return _run_after(self.after, self.output(results[0]))
 
-    def _mix(
-        self, score: str | None, tables: Any, rate: float, lean: Lean, mask: Tensor | None, *heads: Tensor
-    ) -> tuple[Tensor, ...]:
-        """Attention output [B, Q, H * d], and the token scores [B, N] if they are asked for."""
-        query, key, value = heads
-        query, key = self._normed(self.norms[0], query, lean), self._normed(self.norms[1], key, lean)
+    def _mix(self, score: str | None, tables: Any, rate: float, lean: Lean, *inputs: Any) -> tuple[Tensor, ...]:
+        """Attention output [B, Q, H * d], and the token scores [B, N] if they are asked for.
+
+        Args:
+            score: Kind of the scores.
+            tables: Of positions, or None.
+            rate: Of the dropout on attention weights.
+            lean: How.
+            *inputs: The mask; weight and bias of the query's and the key's norm; query, key and value by heads.
+        """
+        mask, query_weight, query_bias, key_weight, key_bias, query, key, value = inputs
+        query = self._normed(self.norms[0], query, query_weight, query_bias, lean)
+        key = self._normed(self.norms[1], key, key_weight, key_bias, lean)
         if tables is not None:
             query, key = self._rotated(query, key, tables)
         if mask is not None and mask.ndim == 4 and mask.shape[2] > query.shape[2]:
@@ -187,12 +196,11 @@ class LeanAttention:
         mixed = attend(self.attention, self.source, query, key, value, mask, self.scaling, rate)
         return (mixed,) if score is None else (mixed, token_scores(score, query, key, self.scaling, mask))
 
-    def _normed(self, source: Any, part: Tensor, lean: Lean) -> Tensor:
-        """Queries or keys after their norm, over a head or over all of them; its output is not kept twice."""
+    def _normed(self, source: Any, part: Tensor, weight: Tensor, bias: Tensor | None, lean: Lean) -> Tensor:
+        """Queries or keys after their norm, over a head or over all of them; only its input and output are kept."""
         if source is None:
             return part
-        kind, eps, tensors = source
-        weight, bias = tensors["weight"], tensors.get("bias")
+        kind, eps, _ = source
         is_whole = weight.shape[0] != self.head_width
         tokens = part.transpose(1, 2).flatten(2) if is_whole else part
         run = partial(_run_norm, kind, eps)
@@ -213,9 +221,13 @@ class NotLeanError(Exception):
     """A half cannot run lean, for the reason in its text; never leaves the engine."""
 
 
-def _project_and_mix(op: ProjectionsOp, mix: Any, tokens: Tensor, mask: Tensor | None, *tensors: Any) -> Any:
+def _project_and_mix(op: ProjectionsOp, mix: Any, tokens: Tensor, *inputs: Any) -> Any:
     """All of a lean attention but the output projection, by plain operations."""
-    return mix(mask, *op.plain(tokens, tensors))
+    return mix(*inputs[:_SIDE], *op.plain(tokens, inputs[_SIDE:]))
+
+
+def _tensors_of(norm: Any) -> tuple[Tensor | None, Tensor | None]:
+    return (None, None) if norm is None else (norm[2]["weight"], norm[2].get("bias"))
 
 
 def _run_norm(kind: type[NormOp], eps: float, tokens: Tensor, weight: Tensor, bias: Any) -> tuple[Tensor]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any, Literal
 
 from peft_bsr.core import ScoreKind, num_kept
@@ -90,30 +89,15 @@ class BlockPlan:
     int8: bool = False
     mixture: bool = False
 
-    @cached_property
+    @property
     def saves_less(self) -> bool:
         """Whether it keeps less for backward than the stock block."""
         return self.lean is not None or self.int8
 
-    @cached_property
+    @property
     def in_graph(self) -> bool:
         """Whether gradients reach the block."""
         return self.trained or not self.cut_gradient
-
-    @cached_property
-    def keeping_all(self) -> BlockPlan:
-        """The same block, keeping for backward what the stock block keeps."""
-        return replace(self, lean=None, int8=False)
-
-    @cached_property
-    def without_int8(self) -> BlockPlan:
-        """The same block, keeping what it keeps as it is."""
-        return replace(self, int8=False)
-
-    @cached_property
-    def for_all_tokens(self) -> BlockPlan:
-        """The same block, lean for all of its tokens."""
-        return replace(self, lean=self.lean and replace(self.lean, num_queries=None))
 
 
 @dataclass(frozen=True)
@@ -125,6 +109,7 @@ class Plan:
         mode: `"compact"` = the sequence gets shorter, from the first reduction to the head; `"full_view"` = it keeps
             its length outside of the blocks: each block runs on the alive tokens, dropped ones keep their last value.
         notes: What was asked for and left out, because it is not equal on this model, with the reason.
+        reduces: Whether any block drops tokens.
 
     Examples:
         >>> plan = Plan.static(12, trained=[3, 7, 11], reductions={i: Reduction(0.5) for i in (3, 6, 9)})
@@ -135,6 +120,10 @@ class Plan:
     blocks: tuple[BlockPlan, ...]
     mode: Mode = "compact"
     notes: tuple[str, ...] = field(default=(), compare=False)
+    reduces: bool = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "reduces", any(block.reduction is not None for block in self.blocks))
 
     @classmethod
     def static(cls, depth: int, trained: list[int], reductions: dict[int, Reduction], mode: Mode = "compact") -> Plan:
@@ -179,11 +168,6 @@ class Plan:
     def cuts_gradient(self) -> bool:
         """Whether the gradient ends anywhere."""
         return any(block.cut_gradient for block in self.blocks)
-
-    @cached_property
-    def reduces(self) -> bool:
-        """Whether any block drops tokens."""
-        return any(block.reduction is not None for block in self.blocks)
 
     def token_counts(self, num_tokens: int, num_special: int) -> list[tuple[int, int]]:
         """(tokens in the attention, tokens in the MLP) of every block.

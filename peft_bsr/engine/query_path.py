@@ -106,6 +106,13 @@ def projections(block: nn.Module, column: Column) -> list[Any]:
     return [leaves.get(f"attention.{role}") for role in ROLES]
 
 
+def attention_mask(column: Column, args: Any, kwargs: dict[str, Any]) -> Tensor | None:
+    """The mask that a block is called with, if it is a tensor."""
+    names = () if column.anatomy is None else column.anatomy.block_inputs
+    mask = {**dict(zip(names, args, strict=False)), **kwargs}.get("attention_mask")
+    return mask if isinstance(mask, Tensor) else None
+
+
 def pool_tokens(
     query: Tensor, tokens: Tensor, scaling: float, hidden: Tensor | None = None, kept: KeptTokens = "full"
 ) -> Tensor:
@@ -162,4 +169,4 @@ def _dtype_of(block: nn.Module, like: Tensor) -> torch.dtype:
     return next((p.dtype for p in block.parameters() if p.is_floating_point()), like.dtype)
 
 
-__all__ = ["ROLES", "KeptTokens", "QueryPath", "pool_tokens", "projections"]
+__all__ = ["ROLES", "KeptTokens", "QueryPath", "attention_mask", "pool_tokens", "projections"]

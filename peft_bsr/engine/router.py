@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from peft_bsr.backbones import AttentionScorer, Column, FamilyRule, TokenFollowe
 from peft_bsr.core import BLOCKS, BlockCall, ForwardContext, Route, TaskCall
 from peft_bsr.engine.bound import BoundBlock
 from peft_bsr.engine.entry import meet_entry
-from peft_bsr.engine.plan import BlockPlan, Plan
+from peft_bsr.engine.plan import BlockPlan, Lean, Plan
 from peft_bsr.engine.watch import Watch
 from peft_bsr.errors import LeanBlockWarning
 
@@ -118,6 +119,8 @@ class BlockRouter(nn.Module):
     def bound(self, block: nn.Module) -> BoundBlock:
         """The block's halves, looked up again if anything in the block has changed."""
         bound = self._bound
+        if torch.compiler.is_compiling():  # looks at nothing but the graph, where no half runs lean
+            return BoundBlock(block, self.column, self.follower, (), self.step_aside, is_traced=True)
         if bound is None or bound.block is not block or not bound.watch.is_current():
             own = (self, self.scorer)
             bound = self._bound = BoundBlock(block, self.column, self.follower, own, self.step_aside)
@@ -140,6 +143,8 @@ class BlockRouter(nn.Module):
         if self.context.owner in (None, BLOCKS):
             self.context.open(model)
             outside = self._outside
+            if torch.compiler.is_compiling():  # a compiler cannot look at hooks, and decides what is kept by itself
+                return
             if outside is None or outside.root is not model or not outside.is_current():
                 self._outside = Watch(_after_blocks(model, self.column), (self,))
 
@@ -189,32 +194,30 @@ class BlockRouter(nn.Module):
 
     def _block_call(self, block: Any, plan: Plan, own: BlockPlan, hidden_states: Tensor) -> BlockCall | None:
         """What the block's forward is asked; None = to run as stock on all that it gets."""
-        if own.saves_less:
-            own = self._as_needed(block, own)
+        lean, int8 = self._saving(block, own) if own.saves_less else (None, False)
         route = self.context.current() if plan.reduces else None
-        is_special = own.saves_less or own.mixture
+        is_special = lean is not None or int8 or own.mixture
         if not is_special and (route is None or (own.reduction is None and route.origins is None)):
             return None
-        route = route or self.start_route(hidden_states, plan)
-        return BlockCall(route, own, None if own.reduction is None else own.reduction.score)
+        score = None if own.reduction is None else own.reduction.score
+        return BlockCall(route or self.start_route(hidden_states, plan), score, own, lean, int8)
 
-    def _as_needed(self, block: Any, plan: BlockPlan) -> BlockPlan:
-        """The plan without what saves nothing now: nothing is kept for backward, or a compiler decides what.
+    def _saving(self, block: Any, plan: BlockPlan) -> tuple[Lean | None, bool]:
+        """What of the plan saves memory now: nothing where nothing is kept for backward, or a compiler decides what.
 
         Decided outside of gradient checkpointing, whose first forward runs without gradients and whose second does not.
         Its own hooks keep nothing already; those of 8 bits would replace them.
         """
         if not (block.training and plan.in_graph and torch.is_grad_enabled()) or torch.compiler.is_compiling():
-            return plan.keeping_all
-        if plan.int8 and block.gradient_checkpointing:
-            plan = plan.without_int8
+            return None, False
+        lean = plan.lean
         self.aside = {}
-        if plan.lean is not None and plan.lean.num_queries is not None:
+        if lean is not None and lean.num_queries is not None:
             hook = self.bound(block).watch.hook or (self._outside and self._outside.hook)
             if hook is not None:
                 self.step_aside("class token only", f"the hook {hook} looks at what it gives")
-                return plan.for_all_tokens
-        return plan
+                lean = replace(lean, num_queries=None)
+        return lean, plan.int8 and not block.gradient_checkpointing
 
     def _leave(self, origins: Tensor | None) -> None:
         if origins is not None:

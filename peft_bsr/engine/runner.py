@@ -10,17 +10,16 @@ own forward. Reading "the latest route" there was wrong by 0.6 to 1.1, silently.
 from __future__ import annotations
 
 import functools
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from peft_bsr.backbones import Column, ScoringConfig, remove_hooks
 from peft_bsr.core import BlockCall
 from peft_bsr.engine.int8 import saved_in_int8
 from peft_bsr.engine.router import ROUTER, BlockRouter
-
-_NOTHING: Any = nullcontext()
 
 
 class RoutedBlock(nn.Module):
@@ -73,15 +72,12 @@ class RoutedBlock(nn.Module):
         context, plan, column = router.context, block_call.plan, router.column
         block_call.token_scores = block_call.origins = None  # a recomputation finds its own
         mix = functools.partial(router.mix, self, block_call.route.call) if plan.mixture and router.mixes else None
+        packing: Any = nullcontext()
+        if block_call.int8 and not torch.compiler.is_compiling():
+            packing = saved_in_int8(self, _fewest_values(column, block_call, hidden_states), (args, kwargs))
         earlier, context.running = context.running, block_call
         try:
-            with ExitStack() if plan.int8 or column.scores_from == "sdpa" else _NOTHING as stack:
-                if stack is not None:
-                    if plan.reduction is not None:
-                        stack.enter_context(router.scorer.watching(column.scores_from))
-                    if plan.int8:
-                        fewest = _fewest_values(column, block_call, hidden_states)
-                        stack.enter_context(saved_in_int8(self, fewest, (args, kwargs)))
+            with router.scorer.watching(None if plan.reduction is None else column.scores_from), packing:
                 return router.bound(self).run(block_call, stock, hidden_states, args, kwargs, mix)
         finally:
             context.running = earlier

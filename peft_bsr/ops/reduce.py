@@ -59,13 +59,14 @@ class _Reduced(torch.autograd.Function):
         competing = scores[:, num_prefix:end]
         # stable: ties go to the lower index
         order = torch.sort(competing, dim=1, descending=True, stable=True).indices
-        kept, dropped = order[:, :keep].sort(dim=1).values, order[:, keep:]
+        kept = order[:, :keep].sort(dim=1).values
         starts = torch.arange(num_prefix, batch * num_tokens, num_tokens, device=hidden.device)[:, None]
         flat = hidden.reshape(-1, width)
         kept_rows = (kept + starts).view(-1)
         parts = [hidden[:, :num_prefix], flat.index_select(0, kept_rows).view(batch, keep, width)]
         saved: tuple[Tensor, ...] = (kept_rows,)
         if fuses:
+            dropped = order[:, keep:].sort(dim=1).values
             dropped_rows = (dropped + starts).view(-1)
             weights = competing.gather(1, dropped).to(hidden.dtype)[:, None]
             picked = flat.index_select(0, dropped_rows).view(batch, -1, width)

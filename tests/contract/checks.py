@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from peft_bsr import BSRConfig, record_routes
 from peft_bsr.backbones import tensors_of
-from peft_bsr.engine import reducing
+from peft_bsr.engine import bound
 
 EVERY_BLOCK = {"trainable_blocks": [1, 3], "reduction_blocks": [0, 1, 2]}
 
@@ -98,13 +98,13 @@ def check_scores(name: str, mode: str | None) -> None:
     column, kind = model.base_model.column, model.peft_config["default"].score
     batch = run_batch(model.base_model.model)
     found: list[Tensor] = []
-    true_reduce = reducing.reduce_tokens
+    true_reduce = bound.reduce_tokens
 
-    def note(hidden_states: Tensor, origins: Tensor, scores: Tensor, *others: Any) -> Any:
+    def note(hidden_states: Tensor, origins: Tensor | None, scores: Tensor, *others: Any) -> Any:
         found.append(scores)
         return true_reduce(hidden_states, origins, scores, *others)
 
-    with mock.patch.object(reducing, "reduce_tokens", note):
+    with mock.patch.object(bound, "reduce_tokens", note):
         outputs(model, batch)
     stock = SUPPORTED[name]()
     use_eager(stock, name)

@@ -96,6 +96,9 @@ SUPPORTED: dict[str, Callable[..., nn.Module]] = {
     ),
     "dinov3": _model("DINOv3ViTModel", "DINOv3ViTConfig", **VIT, num_register_tokens=2),
     "dinov3_backbone": _model("DINOv3ViTBackbone", "DINOv3ViTConfig", **VIT, num_register_tokens=2, out_indices=[2, 4]),
+    "dinov3_gated": _model(
+        "DINOv3ViTModel", "DINOv3ViTConfig", **VIT, num_register_tokens=2, use_gated_mlp=True, hidden_act="silu"
+    ),
     "beit": _model("BeitForImageClassification", "BeitConfig", **VIT, use_relative_position_bias=True, num_labels=3),
     "beit_shared_bias": _model(
         "BeitForImageClassification", "BeitConfig", **VIT, use_shared_relative_position_bias=True, num_labels=3

@@ -12,9 +12,10 @@ from peft import get_peft_model
 from torch import nn
 
 from peft_bsr import BSRConfig, Reduction, probe_column, record_routes
-from peft_bsr.core import BlockRun
-from peft_bsr.engine import Plan, reducing, verify_plan
+from peft_bsr.core import BlockCall
+from peft_bsr.engine import Plan, bound
 from peft_bsr.errors import UnsupportedModelError
+from peft_bsr.selftest import verify_plan
 
 EVERY_BLOCK = {"trainable_blocks": [1, 3], "reduction_blocks": [0, 1, 2, 3]}
 
@@ -121,7 +122,7 @@ def test_being_scored_changes_nothing_for_the_attention(family, implementation, 
     attention = block.get_submodule(column.attention)
     tokens = torch.randn(2, column.num_tokens, 32)
     expected = attention(tokens, attention_mask=None)
-    block.token_router.context.inside = run = BlockRun(block.token_router.start_route(tokens), "class")
+    block.token_router.context.running = run = BlockCall(block.token_router.start_route(tokens), score="class")
     found = attention(tokens, attention_mask=None)
     block.token_router.context.inside = None
     assert torch.equal(found[0], expected[0])
@@ -144,10 +145,10 @@ def test_dropout_on_attention_does_not_touch_the_scores(make_model, images):
 
 
 def test_a_wrong_score_is_refused_at_attach(make_model, monkeypatch):
-    from peft_bsr.engine import verify
+    from peft_bsr.selftest import reduction
 
-    true_scores = verify.token_scores
-    monkeypatch.setattr(verify, "token_scores", lambda *args: true_scores(*args).roll(1, -1))
+    true_scores = reduction.token_scores
+    monkeypatch.setattr(reduction, "token_scores", lambda *args: true_scores(*args).roll(1, -1))
     model = make_model("vit")
     classes = [type(module) for module in model.modules()]
     with pytest.raises(UnsupportedModelError, match="token scores of block 1 differ by"):
@@ -253,5 +254,5 @@ def test_nothing_is_left_over_from_a_forward(make_model, images):
 def test_forward_reducing_names_no_family(make_model):
     import inspect
 
-    source = inspect.getsource(reducing).lower()
+    source = inspect.getsource(bound).lower()
     assert not any(family in source for family in ("dino", "clip", "deit"))

@@ -257,6 +257,11 @@ FAMILIES = [
     "beit",
     "vivit",
     "internvl",
+    "internvl_qk_norm",
+    "dinov2_swiglu",
+    "dinov3_gated",
+    "aimv2",
+    "blip",
 ]
 
 
@@ -324,8 +329,9 @@ def test_the_last_block_runs_for_what_the_head_reads():
     seen: list[tuple[int, ...]] = []
     model = get_peft_model(SUPPORTED["deit_teacher"](), BSRConfig(keep_rate=1.0))
     block = model.base_model.model.deit.layers[-1]
-    block.mlp.fc1.base_layer.register_forward_hook(lambda _m, _a, out: None)
-    block.register_forward_hook(lambda _m, _a, out: seen.append(tuple(out.shape)))
+    linear = block.attention.o_proj.bsr_params["default"]
+    run = linear.forward
+    linear.forward = lambda tokens: seen.append(tuple(tokens.shape)) or run(tokens)  # not a hook, which would be seen
     batch = run_batch(model.base_model.model)
     for training in (True, False):
         model.train(training)(**batch)
@@ -340,9 +346,44 @@ def test_parts_that_differ_are_left_out_and_say_why(caplog):
     assert "lean attention: left out, it differs from the stock block by" in caplog.text
 
 
-def test_dropout_in_the_attention_keeps_it_stock():
-    plan = get_peft_model(SUPPORTED["vit"](attention_probs_dropout_prob=0.1), BSRConfig()).base_model.plan()
-    assert (plan.blocks[-1].lean.attention, plan.blocks[-1].lean.mlp) == (False, True)
+DROPOUTS = {
+    "vit": {"attention_probs_dropout_prob": 0.2, "hidden_dropout_prob": 0.3},
+    "beit": {"attention_probs_dropout_prob": 0.2, "hidden_dropout_prob": 0.3, "drop_path_rate": 0.2},
+    "dinov2": {"attention_probs_dropout_prob": 0.2, "drop_path_rate": 0.2},
+    "videomae": {"attention_probs_dropout_prob": 0.2, "hidden_dropout_prob": 0.3},
+    "blip": {"attention_dropout": 0.2},
+    "internvl": {"attention_dropout": 0.2, "projection_dropout": 0.1, "hidden_dropout_prob": 0.3},
+}
+
+
+@pytest.mark.parametrize("lean", ["exact", "max"])
+@pytest.mark.parametrize("family", DROPOUTS)
+def test_dropout_inside_lean_halves_drops_the_same_numbers(family, lean):
+    def run(lean: str):
+        torch.manual_seed(3)
+        # BLIP's attention shows its weights after dropout alone, so the stock block chooses other tokens
+        keep_rate = 1.0 if family == "blip" else 0.7
+        config = BSRConfig(trainable_blocks=[1, 3], reduction_blocks=[1, 2], keep_rate=keep_rate, lean=lean)
+        model = get_peft_model(SUPPORTED[family](**DROPOUTS[family]), config).train()
+        batch = run_batch(model.base_model.model)
+
+        def loss() -> torch.Tensor:
+            torch.manual_seed(5)
+            return sum(t.float().square().mean() for t in tensors_of(model(**batch)) if t.requires_grad)
+
+        loss().backward()
+        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        return model.base_model.plan(), gradients, torch.rand(1), saved_activations(model, loss)
+
+    plan, gradients, drawn, less = run(lean)
+    _, expected, drawn_stock, saved = run("off")
+    assert (plan.blocks[-1].lean.attention, plan.blocks[-1].lean.mlp) == (True, True), plan.notes
+    assert torch.equal(drawn, drawn_stock), "as many random numbers were drawn"
+    largest = max(gradient.abs().max() for gradient in expected.values())
+    assert gradients.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert (gradients[name] - gradient).abs().max() <= 1e-5 * largest, name
+    assert less < saved
 
 
 def test_updates_are_tried_when_attached(monkeypatch):
@@ -358,18 +399,20 @@ def test_updates_are_tried_when_attached(monkeypatch):
     assert lean("full") and not lean("lora")
 
 
-@pytest.mark.parametrize("wrong", ["weight", "bias", "lora_A", "lora_B"])
+@pytest.mark.parametrize("wrong", range(4), ids=["weight", "bias", "lora_A", "lora_B"])
 def test_every_gradient_is_tried_when_attached(wrong, monkeypatch):
     right = LinearOp.parameter_grads
 
-    def one_off(self: LinearOp, *args: object) -> LinearOp:
-        found = right(self, *args)
-        value = getattr(found, wrong)
-        return found if value is None else found._replace(**{wrong: value * 1.01})
+    def one_off(self: LinearOp, *args: object) -> list[torch.Tensor | None]:
+        found = list(right(self, *args))
+        found[wrong] = None if found[wrong] is None else found[wrong] * 1.01
+        return found
 
     monkeypatch.setattr(LinearOp, "parameter_grads", one_off)
     config = BSRConfig(trainable_blocks=[1, 3], trainable="lora")
-    assert get_peft_model(SUPPORTED["vit"](), config).base_model.plan().blocks[1].lean is None
+    plan = get_peft_model(SUPPORTED["vit"](), config).base_model.plan()
+    assert plan.blocks[1].lean is None
+    assert any("it differs from the stock block by" in note for note in plan.notes)
 
 
 def test_an_unknown_level_is_refused():

@@ -13,8 +13,9 @@ from torch import nn
 from peft_bsr import UnsupportedModelError, probe_column
 from peft_bsr.backbones import probe, probe_inputs
 from peft_bsr.cost import saved_activations
-from peft_bsr.engine import QueryPath, verify_queries
+from peft_bsr.engine import QueryPath
 from peft_bsr.engine.query_path import pool_tokens
+from peft_bsr.selftest import verify_queries
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "contract"))
 

@@ -13,8 +13,8 @@ from peft import PeftModel, get_peft_model
 from peft_bsr import ALaSTConfig, BSRConfig, ConfigError, SynQTConfig, UnsupportedModelError
 from peft_bsr.core import is_quantized
 from peft_bsr.cost import model_memory, saved_activations
-from peft_bsr.engine import FrozenLinear
 from peft_bsr.errors import MissingDependencyError
+from peft_bsr.ops import FrozenLinear
 from peft_bsr.tuners import frozen_weights
 
 LABELS = torch.tensor([0, 1])

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from peft_bsr.backbones import Column, find_rule, probe, quiet
 from peft_bsr.core import ForwardContext
-from peft_bsr.engine import ROUTER, Plan, attach_router, verify_lean, verify_mixture, verify_plan
+from peft_bsr.engine import ROUTER, Plan, attach_router
 from peft_bsr.errors import AdapterError, ReductionNotMergedWarning
 from peft_bsr.multitask import TaskHeads, new_head
+from peft_bsr.selftest import verify_lean, verify_mixture, verify_plan
 from peft_bsr.tuners.block_config import BlockConfig
 from peft_bsr.tuners.bsr.layer import BSRWeights
 from peft_bsr.tuners.bsr.router import BSRRouter, TaskSettings

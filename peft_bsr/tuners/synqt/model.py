@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from peft_bsr.backbones import Column, StockRun, find_rule, probe
 from peft_bsr.core import ForwardContext
-from peft_bsr.engine import Plan, QueryPath, attach_router, verify_plan, verify_queries
+from peft_bsr.engine import Plan, QueryPath, attach_router
 from peft_bsr.errors import AdapterError
+from peft_bsr.selftest import verify_plan, verify_queries
 from peft_bsr.tuners.classifier import find_classifier, find_final_norm
 from peft_bsr.tuners.frozen_weights import (
     check_rounded,

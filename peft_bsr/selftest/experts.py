@@ -10,8 +10,8 @@ from peft_bsr.core import TaskCall
 from peft_bsr.engine.parts import plain_mlp
 from peft_bsr.engine.plan import Plan
 from peft_bsr.engine.router import BlockRouter
-from peft_bsr.engine.verify import routed
 from peft_bsr.errors import UnsupportedModelError
+from peft_bsr.selftest.reduction import routed
 
 
 class _OneExpertRouter(BlockRouter):

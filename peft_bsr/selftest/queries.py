@@ -24,7 +24,7 @@ from peft_bsr.backbones import (
     tensors_of,
 )
 from peft_bsr.core import hidden_tokens
-from peft_bsr.engine.query_path import ROLES, QueryPath, projections
+from peft_bsr.engine import ROLES, QueryPath, attention_mask, projections
 from peft_bsr.errors import UnsupportedModelError
 
 logger = logging.getLogger(__name__)
@@ -76,13 +76,6 @@ def verify_queries(model: nn.Module, column: Column, index: int, path: QueryPath
                 reason = f"absorbed ones differ {absorbed:.0f} times the tolerance"
     logger.info("%s: keys and values are made and kept for backward, %s", name, reason)
     return replace(path, absorbs=False)
-
-
-def attention_mask(column: Column, args: Any, kwargs: dict[str, Any]) -> Tensor | None:
-    """The mask that a block is called with, if it is a tensor."""
-    names = () if column.anatomy is None else column.anatomy.block_inputs
-    mask = {**dict(zip(names, args, strict=False)), **kwargs}.get("attention_mask")
-    return mask if isinstance(mask, Tensor) else None
 
 
 def _check_parts(name: str, block: nn.Module, column: Column) -> None:

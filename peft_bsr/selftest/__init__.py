@@ -1,0 +1,8 @@
+"""Proof on the model itself, before anything is attached for good, that what was planned computes the same."""
+
+from peft_bsr.selftest.experts import verify_mixture
+from peft_bsr.selftest.lean import verify_lean
+from peft_bsr.selftest.queries import verify_queries
+from peft_bsr.selftest.reduction import routed, verify_plan
+
+__all__ = ["routed", "verify_lean", "verify_mixture", "verify_plan", "verify_queries"]

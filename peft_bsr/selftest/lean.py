@@ -1,0 +1,173 @@
+"""Proof at attach that lean halves of a block give what the stock block gives: outputs and gradients."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_bsr.backbones import Column, StockRun, no_zero_tables, probe_inputs, quiet, run_stock, tensors_of, tolerance
+from peft_bsr.core import is_quantized
+from peft_bsr.engine import BlockPlan, LivingBytes, Plan
+from peft_bsr.engine.parts import attention_dropouts
+from peft_bsr.selftest.reduction import routed
+
+logger = logging.getLogger(__name__)
+
+_INT8_ERROR = 5e-2  # of a block's gradients, by their norm; 1e-2 is usual
+
+
+def verify_lean(
+    model: nn.Module, column: Column, plan: Plan, stock: StockRun | None = None, index: int | None = None
+) -> Plan:
+    """Try every part of `plan`'s lean blocks on one of them, and leave out what is not equal; nothing is changed.
+
+    Where a block has dropout, it is tried with it: from the same state of the random generator, stock and lean blocks
+    drop the same numbers.
+
+    Args:
+        model: The model.
+        column: Its column.
+        plan: A plan; the queries of its last block are restricted here, if the head reads special tokens alone.
+        stock: The probe's forward, if there is one; default: one more is run.
+        index: The block to try; default the first that saves less.
+
+    Returns:
+        The plan with the parts that passed. What did not is logged and written into `Plan.notes`, with the reason.
+    """
+    if index is None:
+        index = next((i for i, block in enumerate(plan.blocks) if block.saves_less), None)
+    if index is None:
+        return plan
+    wanted, notes = plan.blocks[index], list(plan.notes)
+
+    def passes(block: int, candidate: BlockPlan, what: str) -> bool:
+        problem = _problem(model, column, block, candidate, run)
+        if problem is not None:
+            notes.append(f"{what}: {problem}")
+            logger.info("%s: %s: left out, %s", type(model).__name__, what, problem)
+        return problem is None
+
+    with quiet(model):
+        run = stock or run_stock(model, column.blocks, probe_inputs(model, 1, column.image_shape))
+        if wanted.lean is not None and column.anatomy is None:
+            notes.append("lean blocks: their parts are not those of a pre-norm block")
+            logger.info("%s: blocks run as they are, %s", type(model).__name__, notes[-1].partition(": ")[2])
+            plan = plan.with_lean(None)
+        elif wanted.lean is not None:
+            parts = {}
+            for part in ("attention", "mlp"):
+                alone = replace(wanted.lean, attention=part == "attention", mlp=part == "mlp")
+                parts[part] = passes(index, BlockPlan(True, lean=alone), f"lean {part}")
+            lean = replace(wanted.lean, **parts)
+            plan = plan.with_lean(lean if any(parts.values()) else None)
+            if parts["attention"] and _reads_prefix_alone(column, plan):
+                last = replace(lean, num_queries=column.num_prefix)
+                if passes(column.depth - 1, BlockPlan(True, lean=last), "special tokens alone in the last block"):
+                    plan = replace(plan, blocks=(*plan.blocks[:-1], replace(plan.blocks[-1], lean=last)))
+        if wanted.int8:
+            candidate = BlockPlan(True, lean=plan.blocks[index].lean, int8=True)
+            plan = plan.with_int8(passes(index, candidate, "activations in 8 bits"))
+    return replace(plan, notes=tuple(notes))
+
+
+def _reads_prefix_alone(column: Column, plan: Plan) -> bool:
+    """Whether the patches that the last block gives are not looked at."""
+    reads_others = column.reads_patches or column.reads_suffix or not column.reads_prefix
+    last = plan.blocks[-1]
+    return not reads_others and plan.mode == "compact" and last.reduction is None and last.lean is not None
+
+
+@dataclass
+class _Tried:
+    """What one forward and backward of a block gave.
+
+    Attributes:
+        values: The output, then the gradients of its input and of its parameters.
+        living_bytes: Alive between the two.
+    """
+
+    values: list[Tensor | None]
+    living_bytes: int
+
+
+def _problem(model: nn.Module, column: Column, index: int, candidate: BlockPlan, stock: StockRun) -> str | None:
+    """Why block `index` cannot run by the candidate: outputs, gradients or bytes alive differ. None if it can."""
+    num_queries = None if candidate.lean is None else candidate.lean.num_queries
+    expected = _try(model, column, index, BlockPlan(True), stock, num_queries)
+    found = _try(model, column, index, candidate, stock, num_queries)
+    if found.living_bytes >= expected.living_bytes:
+        return "it keeps no less for backward than the stock block"
+    if [t is None for t in expected.values] != [t is None for t in found.values]:
+        return "a gradient is missing"
+    pairs = [(a, b) for a, b in zip(expected.values, found.values, strict=True) if a is not None and b is not None]
+    if candidate.int8:
+        error = math.sqrt(sum(float((a - b).square().sum()) for a, b in pairs[1:]))
+        error /= math.sqrt(sum(float(a.square().sum()) for a, _ in pairs[1:]))
+        allowed = _INT8_ERROR
+    else:
+        # what is zero but for rounding (a key's bias: softmax does not see it) is measured by the others' size
+        floor = 1e-2 * max(float(a.abs().max()) for a, _ in pairs[1:])
+        error = max(float((a - b).abs().max() / a.abs().max().clamp_min(floor)) for a, b in pairs)
+        allowed = tolerance(pairs[0][0].dtype)
+    return None if error <= allowed else f"it differs from the stock block by {error:.1e}"
+
+
+def _try(
+    model: nn.Module, column: Column, index: int, plan: BlockPlan, stock: StockRun, num_queries: int | None
+) -> _Tried:
+    """Run block `index` by `plan`, forward and backward, on what the stock model called it with."""
+    (hidden, *others), kwargs, _ = stock.calls[index]
+    block = model.get_submodule(column.blocks[index])
+    blocks = [BlockPlan(cut_gradient=i < index) for i in range(column.depth)]
+    blocks[index] = plan
+    with (
+        routed(model, column, Plan(tuple(blocks)), start_at=index, like=hidden),
+        _in_training(block, column) as parameters,
+    ):
+        tokens = hidden.detach().clone().requires_grad_()
+        torch.manual_seed(0)
+        with no_zero_tables(block), LivingBytes() as living:
+            output = tensors_of(block(tokens, *others, **kwargs))[0]
+        living_bytes = living.bytes(exclude=[tokens, output], collects=False)
+        output = output[:, :num_queries]
+        weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output)
+        gradients = torch.autograd.grad((output * weights).sum(), [tokens, *parameters], allow_unused=True)
+    return _Tried([output.detach(), *gradients], living_bytes)
+
+
+@contextmanager
+def _in_training(block: nn.Module, column: Column) -> Iterator[list[Tensor]]:
+    """`block` is in training mode, its parts too if there is dropout, and all its parameters ask for gradients."""
+    parameters: list[Any] = list(block.parameters())
+    frozen = [p for p in parameters if not p.requires_grad and p.is_floating_point() and not is_quantized(p)]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    modules = list(block.modules()) if _has_dropout(block, column) else [block]
+    for module in modules:
+        module.training = True
+    checkpointing = block.__dict__.pop("gradient_checkpointing", None)  # its class says False then
+    try:
+        with torch.enable_grad():
+            yield [p for p in parameters if p.requires_grad]
+    finally:
+        for module in modules:
+            module.training = False
+        if checkpointing is not None:
+            block.__dict__["gradient_checkpointing"] = checkpointing
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+
+
+def _has_dropout(block: nn.Module, column: Column) -> bool:
+    """Whether anything in the block drops numbers in training."""
+    if any(isinstance(module, nn.Dropout) and module.p for module in block.modules()):
+        return True
+    attention = block.get_submodule(column.attention)
+    return any(read() > 0 for read in attention_dropouts(attention, attention)[0])

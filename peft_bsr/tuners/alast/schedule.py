@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakSet, finalize
 
 import torch
 import torch.distributed as dist
@@ -59,7 +59,7 @@ class ALaSTSchedule:
         self._stepped: set[int] | None = None  # ids of parameters that an optimizer had in hand since the draw
         self._total: Tensor | None = None  # [L + 1]: changes summed over this step's forwards, and their images
         self._changes: list[Tensor] = []  # of the forward that runs
-        _SCHEDULES.add(self)
+        _watch_optimizers(self)
 
     def begin(self) -> None:
         """A training forward begins: draw, if the optimizer has stepped since the last draw.
@@ -146,7 +146,7 @@ class ALaSTSchedule:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _stepped=None)
-        _SCHEDULES.add(self)
+        _watch_optimizers(self)
 
     @property
     def _reduction(self) -> str:
@@ -219,15 +219,27 @@ class ALaSTSchedule:
 
 
 _SCHEDULES: WeakSet[ALaSTSchedule] = WeakSet()
+_HOOKS: list[Any] = []  # torch's handle of `_see_step`, while there are schedules
+
+
+def _watch_optimizers(schedule: ALaSTSchedule) -> None:
+    """Tell `schedule` of optimizer steps. torch calls the hook for every optimizer, so it goes with the last schedule."""
+    if not _HOOKS:
+        _HOOKS.append(register_optimizer_step_post_hook(_see_step))
+    _SCHEDULES.add(schedule)
+    finalize(schedule, _unwatch_optimizers).atexit = False
+
+
+def _unwatch_optimizers() -> None:
+    while _HOOKS and not list(_SCHEDULES):
+        _HOOKS.pop().remove()
 
 
 def _see_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    if _SCHEDULES:
-        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        for schedule in list(_SCHEDULES):
-            schedule.see_step(held)
+    schedules = list(_SCHEDULES)
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for schedule in schedules:
+        schedule.see_step(held)
 
-
-register_optimizer_step_post_hook(_see_step)
 
 __all__ = ["ALaSTSchedule"]

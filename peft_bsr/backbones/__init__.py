@@ -25,6 +25,7 @@ from peft_bsr.backbones.scoring import (
     SdpaObserver,
     attend,
     explicit_attention,
+    function_of,
     observed_interface,
 )
 from peft_bsr.backbones.side_inputs import TokenFollower, input_names, remove_hooks
@@ -43,6 +44,7 @@ __all__ = [
     "excess",
     "explicit_attention",
     "find_rule",
+    "function_of",
     "hidden_first",
     "in_mode",
     "input_names",

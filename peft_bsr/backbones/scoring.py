@@ -29,6 +29,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from peft_bsr.backbones.column import ScoreSource
 from peft_bsr.core import RouteCarrier, token_scores, weights_to_scores
+from peft_bsr.errors import UnsupportedModelError
 
 _TWIN_PREFIX = "scored|"
 # what attention was called with and what it gave: query [B, H, N, d], key, value, scaling, mask, output [B, H, N, d]
@@ -185,10 +186,32 @@ def attend(
     return output.flatten(2)
 
 
+def function_of(module: nn.Module, name: str) -> Any:
+    """The function `name` that the forward of `module` finds beside itself in its file.
+
+    A class may inherit its forward, or call that of its base class, from another file.
+
+    Args:
+        module: An attention.
+        name: `"eager_attention_forward"`, `"apply_rotary_pos_emb"`.
+
+    Returns:
+        The function, or None if no class of `module` with a forward has one beside it.
+    """
+    files = [sys.modules.get(cls.__module__) for cls in type(module).__mro__ if "forward" in vars(cls)]
+    return next((getattr(file, name) for file in files if hasattr(file, name)), None)
+
+
 def _function(module: Any, implementation: str | None) -> Any:
-    if implementation in (None, "eager"):
-        return sys.modules[type(module).__module__].eager_attention_forward
-    return ALL_ATTENTION_FUNCTIONS[implementation]
+    if implementation not in (None, "eager"):
+        return ALL_ATTENTION_FUNCTIONS[implementation]
+    function = function_of(module, "eager_attention_forward")
+    if function is None:
+        raise UnsupportedModelError(
+            f"the files of {type(module).__name__} and its base classes have no `eager_attention_forward`, as "
+            "transformers' own have; name the function so, or load the model with `attn_implementation='sdpa'`"
+        )
+    return function
 
 
 def _twin(implementation: str | None) -> str:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -72,24 +72,52 @@ class AttentionScorer:
 class ScoringConfig:
     """A view of an attention module's config that names the scoring twin while scores are asked for.
 
+    In all else it is that config: an instance of a subclass of the config's class, which shares its `__dict__`.
+
     Args:
         config: The config to look through; it stays shared with the rest of the model.
         scorer: Asked at each look-up, told at each call.
     """
 
+    __slots__ = ("config", "scorer")
+    config: Any
+    scorer: Any
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """A view of `args[0]`; but `type(view)()`, as in `to_diff_dict`, is a config, not a view."""
+        if cls is not ScoringConfig:
+            return cls.__bases__[1](*args, **kwargs)
+        config_class: Any = type(args[0])
+        return object.__new__(_view_class(config_class))
+
     def __init__(self, config: Any, scorer: Any) -> None:
-        self.config = config
-        self.scorer = scorer
+        for name, value in (("__dict__", config.__dict__), ("config", config), ("scorer", scorer)):
+            object.__setattr__(self, name, value)
+
+    def __init_subclass__(cls) -> None:  # transformers' own would write an `__init__` into the subclass
+        pass
 
     @property
     def _attn_implementation(self) -> str | None:
         implementation = self.config._attn_implementation
         return _twin(implementation) if self.scorer.is_asked else implementation
 
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name in ("config", "scorer"):  # copying and pickling ask before they are there
-            raise AttributeError(name)
-        return getattr(self.config, name)
+    @_attn_implementation.setter
+    def _attn_implementation(self, value: Any) -> None:
+        self.config._attn_implementation = value
+
+    def __eq__(self, other: object) -> bool:
+        return bool(self.config == (other.config if isinstance(other, ScoringConfig) else other))
+
+    __hash__ = None  # type: ignore[assignment]  # as a config
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return ScoringConfig, (self.config, self.scorer)
+
+
+@cache
+def _view_class(config_class: type) -> type:
+    return type(config_class.__name__, (ScoringConfig, config_class), {"__slots__": ()})
 
 
 class SdpaObserver(TorchFunctionMode):

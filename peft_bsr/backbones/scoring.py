@@ -18,7 +18,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from peft_bsr.backbones.column import ScoreSource
 from peft_bsr.core import ForwardContext, weights_to_scores
+from peft_bsr.errors import UnsupportedModelError
 from peft_bsr.ops import lean_dropout, token_scores
 
 _CAPTURING = "transformers.utils.output_capturing"
@@ -73,24 +74,52 @@ class AttentionScorer:
 class ScoringConfig:
     """A view of an attention module's config that names the scoring twin while scores are asked for.
 
+    In all else it is that config: an instance of a subclass of the config's class, which shares its `__dict__`.
+
     Args:
         config: The config to look through; it stays shared with the rest of the model.
         scorer: Asked at each look-up, told at each call.
     """
 
+    __slots__ = ("config", "scorer")
+    config: Any
+    scorer: Any
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """A view of `args[0]`; but `type(view)()`, as in `to_diff_dict`, is a config, not a view."""
+        if cls is not ScoringConfig:
+            return cls.__bases__[1](*args, **kwargs)
+        config_class: Any = type(args[0])
+        return object.__new__(_view_class(config_class))
+
     def __init__(self, config: Any, scorer: Any) -> None:
-        self.config = config
-        self.scorer = scorer
+        for name, value in (("__dict__", config.__dict__), ("config", config), ("scorer", scorer)):
+            object.__setattr__(self, name, value)
+
+    def __init_subclass__(cls) -> None:  # transformers' own would write an `__init__` into the subclass
+        pass
 
     @property
     def _attn_implementation(self) -> str | None:
         implementation = self.config._attn_implementation
         return _twin(implementation) if self.scorer.is_asked else implementation
 
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name in ("config", "scorer"):  # copying and pickling ask before they are there
-            raise AttributeError(name)
-        return getattr(self.config, name)
+    @_attn_implementation.setter
+    def _attn_implementation(self, value: Any) -> None:
+        self.config._attn_implementation = value
+
+    def __eq__(self, other: object) -> bool:
+        return bool(self.config == (other.config if isinstance(other, ScoringConfig) else other))
+
+    __hash__ = None  # type: ignore[assignment]  # as a config
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return ScoringConfig, (self.config, self.scorer)
+
+
+@cache
+def _view_class(config_class: type) -> type:
+    return type(config_class.__name__, (ScoringConfig, config_class), {"__slots__": ()})
 
 
 class SdpaObserver(TorchFunctionMode):
@@ -207,12 +236,6 @@ def attend(
     return function(attention, query, key, value, mask, scaling=scaling, dropout=dropout)[0].flatten(2)
 
 
-def function_of(module: Any, name: str) -> Any:
-    """A function of the file that the module's class, or one that it inherits from, is written in; None without one."""
-    files = (sys.modules.get(kind.__module__) for kind in type(module).__mro__)
-    return next((found for file in files if (found := getattr(file, name, None)) is not None), None)
-
-
 def is_capture_hook(hook: Any) -> bool:
     """Whether a forward hook is one of those by which transformers captures hidden states and attention weights."""
     return getattr(hook, "__module__", None) == _CAPTURING
@@ -224,10 +247,32 @@ def captures_outputs() -> bool:
     return collector is not None and bool(collector.get())
 
 
+def function_of(module: nn.Module, name: str) -> Any:
+    """The function `name` that the forward of `module` finds beside itself in its file.
+
+    A class may inherit its forward, or call that of its base class, from another file.
+
+    Args:
+        module: An attention.
+        name: `"eager_attention_forward"`, `"apply_rotary_pos_emb"`.
+
+    Returns:
+        The function, or None if no class of `module` with a forward has one beside it.
+    """
+    files = [sys.modules.get(cls.__module__) for cls in type(module).__mro__ if "forward" in vars(cls)]
+    return next((getattr(file, name) for file in files if hasattr(file, name)), None)
+
+
 def _function(module: Any, implementation: str | None) -> Any:
-    if implementation in (None, "eager"):
-        return sys.modules[type(module).__module__].eager_attention_forward
-    return ALL_ATTENTION_FUNCTIONS[implementation]
+    if implementation not in (None, "eager"):
+        return ALL_ATTENTION_FUNCTIONS[implementation]
+    function = function_of(module, "eager_attention_forward")
+    if function is None:
+        raise UnsupportedModelError(
+            f"the files of {type(module).__name__} and its base classes have no `eager_attention_forward`, as "
+            "transformers' own have; name the function so, or load the model with `attn_implementation='sdpa'`"
+        )
+    return function
 
 
 def _twin(implementation: str | None) -> str:

@@ -112,7 +112,7 @@ def find_mlp(block: nn.Module, anatomy: Anatomy) -> MLPParts | str:
     dropouts = [(m, before) for (_, m), before in zip(leaves, is_before, strict=True) if isinstance(m, nn.Dropout)]
     first = [leaf for i, leaf in enumerate(linears) if i != last]
     first.sort(key=lambda leaf: "gate" not in leaf[0] and not leaf[0].endswith("_g"))
-    closing = linears[last][1]
+    closing: Any = linears[last][1]
     return MLPParts(
         first=tuple(module for _, module in first),
         activation=others[0],
@@ -146,7 +146,10 @@ def attention_dropouts(attention: Any, outer: Any) -> tuple[list[Callable[[], fl
     for name, module in attention.named_children():
         if isinstance(module, nn.Dropout):
             is_after = any(part in name for part in ("proj", "out_", "output", "resid"))
-            (after if is_after else rates).append(module if is_after else partial(getattr, module, "p"))
+            if is_after:
+                after.append(module)
+            else:
+                rates.append(partial(getattr, module, "p"))
     own = vars(attention)
     names = [n for n, rate in own.items() if "drop" in n and isinstance(rate, (int, float))]
     rates += [partial(own.__getitem__, name) for name in names]

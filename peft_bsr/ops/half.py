@@ -43,7 +43,7 @@ class HalfSettings:
             tensors: Weight and bias of the norm, then weight, bias, lora_A and lora_B of each Linear.
         """
         starts = range(_NORM, len(tensors), _LINEAR)
-        linears = [LinearOp(*tensors[i : i + _LINEAR], s) for i, s in zip(starts, self.scalings, strict=True)]
+        linears = [LinearOp(*tensors[i : i + _LINEAR], s) for i, s in zip(starts, self.scalings, strict=True)]  # type: ignore[call-arg]
         return self.norm(tensors[0], tensors[1], self.eps), linears
 
 

@@ -41,7 +41,8 @@ class LinearOp(NamedTuple):
         is_plain = weight.dtype is dtype and type(weight) in _PLAIN and (bias is None or bias.dtype is dtype)
         if is_plain and (down is None or down.dtype is dtype):
             return self
-        return LinearOp(*(None if t is None else as_plain(t, dtype) for t in (weight, bias, down, up)), scaling)  # type: ignore[arg-type]
+        plain = [None if t is None else as_plain(t, dtype) for t in (weight, bias, down, up)]
+        return LinearOp(*plain, scaling)  # type: ignore[arg-type, call-arg]
 
     def product(self, inputs: Tensor) -> Tensor:
         """[M, D] -> [M, E]."""

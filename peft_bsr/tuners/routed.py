@@ -56,7 +56,7 @@ class SingleAdapterLayer(BaseTunerLayer):
 
     def _carried(self) -> Any:
         """What has a place for each adapter; asked at each forward, so without PEFT's walk over all containers."""
-        return self._modules[self.adapter_layer_names[0]]._modules  # type: ignore[attr-defined]
+        return self._modules[self.adapter_layer_names[0]]._modules
 
 
 class AdapterRouter(BlockRouter, SingleAdapterLayer):

@@ -127,10 +127,16 @@ def test_checkpointing_sees_the_same_tasks_also_two_forwards_later(make_vit, mak
 
 
 def test_int8_activations_and_experts(make_vit, make_config, images):
-    torch.manual_seed(3)
-    model = get_peft_model(make_vit(), make_config(saved_activations="int8"))
-    loss, gradients = train_step(model, images)
-    assert loss.isfinite() and all(g.isfinite().all() for g in gradients.values())
+    """What a forward gives is exact; gradients are off by 2 % at most."""
+    found = []
+    for kind in ("full", "int8"):
+        torch.manual_seed(3)
+        found.append(train_step(get_peft_model(make_vit(), make_config(saved_activations=kind)), images))
+    (loss, exact), (rounded_loss, rounded) = found
+    torch.testing.assert_close(rounded_loss, loss)
+    assert exact.keys() == rounded.keys()
+    expected, gradients = (torch.cat([each[name].flatten() for name in exact]) for each in (exact, rounded))
+    assert 0 < (gradients - expected).norm() <= 0.02 * expected.norm()
 
 
 def test_a_mixed_batch_is_its_tasks_alone(model, images, run):

@@ -114,11 +114,21 @@ def test_budgets_follow_the_blocks(reduction, make_vit, images):
 
 
 def test_the_class_token_stays_and_dropped_patches_are_the_least_attended(make_vit, images):
-    model = attach(make_vit, initial_budget=0.9)
+    model = attach(make_vit, initial_budget=0.8, lean="off")
+    model.set_attn_implementation("eager")  # gives its weights [B, H, N, N] back
+    attended: list[Tensor] = []
+    for block in model.get_base_model().vit.layers:
+        block.attention.register_forward_hook(lambda _m, _a, output: attended.append(output[1][:, :, 0, 1:].mean(1)))
     with record_routes(model) as routes:
         model(pixel_values=images, labels=LABELS)
-    assert [route.num_tokens for _, route in routes] == token_counts([0.9] * 5, 17)[1:]
+    assert [route.num_tokens for _, route in routes] == token_counts([0.8] * 5, 17)[1:]
     assert all(route.num_prefix == 1 for _, route in routes)
+    alive = torch.arange(16).expand(2, -1)
+    for (index, route), scores in zip(routes, attended, strict=True):
+        kept = (alive[:, :, None] == route.origins[:, None]).any(2)
+        assert kept.sum(1).tolist() == [route.num_tokens - 1] * 2, f"block {index} keeps what it did not get"
+        assert all((scores[i][kept[i]].min() > scores[i][~kept[i]].max()) for i in range(2)), index
+        alive = route.origins
 
 
 def test_evaluation_is_the_plain_model_and_moves_nothing(make_vit, images, run):

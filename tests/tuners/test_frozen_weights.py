@@ -183,15 +183,22 @@ def test_a_copy_trains(make_vit, images):
 
 
 @needs_torchao
-def test_half_precision_and_autocast(key, make_vit, images):
-    model = get_peft_model(make_vit().bfloat16(), make_config(key)).train()
-    model(pixel_values=images.bfloat16(), labels=LABELS).loss.backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
-    model = get_peft_model(make_vit(), make_config(key)).train()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = model(pixel_values=images, labels=LABELS).loss
-    loss.backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_half_precision_and_autocast(key, make_vit, images, autocast):
+    """Gradients are those of the rounded values and of whole activations, in the same precision."""
+    models = []
+    for config in (key, "full" if key == "int8_activations" else key):
+        torch.manual_seed(1)
+        base = make_vit().to(torch.float32 if autocast else torch.bfloat16)
+        models.append(get_peft_model(base, make_config(config)).train())
+    found = []
+    for model in (models[0], rounded_by_hand(models[1]).train()):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = model(pixel_values=images if autocast else images.bfloat16(), labels=LABELS).loss
+        loss.backward()
+        found.append(torch.cat([p.grad.float().flatten() for p in model.parameters() if p.requires_grad]))
+    error = float((found[0] - found[1]).norm() / found[1].norm())
+    assert error <= (0.05 if key == "int8_activations" else 0.02)
 
 
 def test_without_torchao_the_error_says_so_and_nothing_changes(

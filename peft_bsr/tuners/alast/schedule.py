@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakSet, finalize
 
 import torch
 import torch.distributed as dist
@@ -59,7 +59,7 @@ class ALaSTSchedule:
         self._stepped: set[int] | None = None  # ids of parameters that an optimizer had in hand since the draw
         self._total: Tensor | None = None  # [L + 1]: changes summed over this step's forwards, and their images
         self._changes: list[Tensor] = []  # of the forward that runs
-        _SCHEDULES.add(self)
+        _watch_optimizers(self)
 
     def begin(self) -> None:
         """A training forward begins: draw, if the optimizer has stepped since the last draw.
@@ -80,8 +80,18 @@ class ALaSTSchedule:
         self._is_restored = False
 
     def next_step(self) -> None:
-        """Say that the optimizer has stepped; the next training forward draws. Saying it twice does no harm."""
-        self._is_due = True
+        """Say that the optimizer has stepped; the next training forward draws. Saying it twice does no harm.
+
+        Where `torch.distributed` runs, every process must say it: the totals of all are summed here, so that budgets
+        and draws are the same everywhere. A forward never communicates, and processes may differ in their number.
+        """
+        if not self._is_due:
+            self._is_due = True
+            if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+                total = torch.zeros(len(self.budgets) + 1) if self._total is None else self._total
+                device = next(p.device for modules in self._all() for module in modules for p in module.parameters())
+                self._total = total.to(device, copy=True)
+                dist.all_reduce(self._total)
 
     def observe(self, before: Tensor, after: Tensor, num_prefix: int) -> None:
         """See a block's tokens before and after it, [B, N, D] and [B, N', D], block after block."""
@@ -92,13 +102,14 @@ class ALaSTSchedule:
         if len(self._changes) == len(self.budgets):
             images = self._changes[0].new_tensor(float(before.shape[0]))
             total = torch.stack([*self._changes, images])
-            if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-                dist.all_reduce(total)  # so that budgets and draws are the same in every process
-            self._total = total if self._total is None else self._total + total
+            self._total = total if self._total is None else self._total.to(total.device) + total
             self._changes = []
 
     def pack(self) -> Tensor:
-        """The state as one tensor, int64 bit patterns of float64 numbers [5, max(L, 3)], that no cast can touch."""
+        """The state as one tensor, int64 bit patterns of float64 numbers [5, max(L, 3)], that no cast can touch.
+
+        After the optimizer's step it is the same in every process; before it, the totals are those of this process.
+        """
         depth = len(self.budgets)
         rows = torch.zeros(5, max(depth, 3), dtype=torch.float64)
         rows[0, :depth] = torch.tensor(self.budgets, dtype=torch.float64)
@@ -141,12 +152,12 @@ class ALaSTSchedule:
             parameters: Ids of those that it holds.
         """
         if parameters & {id(p) for modules in self._all() for module in modules for p in module.parameters()}:
-            self._is_due = True
+            self.next_step()
             self._stepped = (self._stepped or set()) | parameters
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _stepped=None)
-        _SCHEDULES.add(self)
+        _watch_optimizers(self)
 
     @property
     def _reduction(self) -> str:
@@ -219,15 +230,27 @@ class ALaSTSchedule:
 
 
 _SCHEDULES: WeakSet[ALaSTSchedule] = WeakSet()
+_HOOKS: list[Any] = []  # torch's handle of `_see_step`, while there are schedules
+
+
+def _watch_optimizers(schedule: ALaSTSchedule) -> None:
+    """Tell `schedule` of optimizer steps. torch calls the hook for every optimizer; it goes with the last schedule."""
+    if not _HOOKS:
+        _HOOKS.append(register_optimizer_step_post_hook(_see_step))
+    _SCHEDULES.add(schedule)
+    finalize(schedule, _unwatch_optimizers).atexit = False
+
+
+def _unwatch_optimizers() -> None:
+    while _HOOKS and not list(_SCHEDULES):
+        _HOOKS.pop().remove()
 
 
 def _see_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    if _SCHEDULES:
-        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        for schedule in list(_SCHEDULES):
-            schedule.see_step(held)
+    schedules = list(_SCHEDULES)
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for schedule in schedules:
+        schedule.see_step(held)
 
-
-register_optimizer_step_post_hook(_see_step)
 
 __all__ = ["ALaSTSchedule"]

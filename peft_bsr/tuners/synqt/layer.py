@@ -65,6 +65,7 @@ class SynQTRouter(AdapterRouter):
         self.synqt_params = nn.ModuleDict()
         self.paths: dict[str, QueryPath] = {}
         self.layers: dict[str, list[int]] = {}
+        self._block_class: type | None = None  # of the block when it was looked at last
         self.register_buffer("place", torch.empty(0, device=like.device, dtype=like.dtype), persistent=False)
         self.register_load_state_dict_pre_hook(drop_saved_name)
 
@@ -104,7 +105,9 @@ class SynQTRouter(AdapterRouter):
         layers, entry = self.layers[name], self.context.entry
         begins_behind = entry is not None and entry.tokens is not None
         if self.index in layers:
-            _refuse_sharded(block, self.index)
+            if type(block) is not self._block_class:  # `fully_shard(block)` makes it another
+                _refuse_sharded(block, self.index)
+                self._block_class = type(block)
             if entry is not None and begins_behind:
                 assert entry.tokens is not None, "it begins with them"
                 tokens = entry.tokens.split(entry.lengths, dim=1)[layers.index(self.index)]

@@ -1,7 +1,7 @@
 """Plan, and the runner that makes a model's blocks follow it along a route."""
 
 from peft_bsr.engine.entry import ReachedError, run_from, run_until
-from peft_bsr.engine.frozen import FrozenLinear, freeze_linear
+from peft_bsr.engine.frozen import FrozenLinear, exact_parameters, freeze_linear
 from peft_bsr.engine.int8 import watch_kept
 from peft_bsr.engine.lean_block import plain_mlp
 from peft_bsr.engine.parking import Parking
@@ -34,6 +34,7 @@ __all__ = [
     "attach_router",
     "attention_mask",
     "detach_router",
+    "exact_parameters",
     "find_carrier",
     "freeze_linear",
     "plain_mlp",

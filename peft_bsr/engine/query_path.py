@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from peft_bsr.backbones import Column, apply_part
 from peft_bsr.core import absorb_key, apply_value, attend_plain, pooling_weights
+from peft_bsr.engine.frozen import exact_parameters
 from peft_bsr.engine.int8 import PackedTensor, group_size
 
 KeptTokens = Literal["full", "bfloat16", "float16", "int8"]
@@ -159,7 +160,7 @@ def _dtype_of(block: nn.Module, like: Tensor) -> torch.dtype:
     """What the block computes in; autocast casts by itself."""
     if torch.is_autocast_enabled(like.device.type):
         return like.dtype
-    return next((p.dtype for p in block.parameters() if p.is_floating_point()), like.dtype)
+    return next((p.dtype for p in exact_parameters(block)), like.dtype)
 
 
 __all__ = ["ROLES", "KeptTokens", "QueryPath", "pool_tokens", "projections"]

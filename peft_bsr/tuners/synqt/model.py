@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from peft_bsr.backbones import Column, StockRun, find_rule, probe
 from peft_bsr.core import RouteCarrier
-from peft_bsr.engine import Plan, QueryPath, attach_router, verify_plan, verify_queries
+from peft_bsr.engine import Plan, QueryPath, attach_router, exact_parameters, verify_plan, verify_queries
 from peft_bsr.errors import AdapterError
 from peft_bsr.tuners.classifier import find_classifier, find_final_norm
 from peft_bsr.tuners.frozen_weights import (
@@ -137,7 +137,7 @@ class SynQTModel(RoutedTuner):
         else:
             index = column.blocks.index(current_key)
             if index not in routers:
-                like = next(p for p in target.parameters() if p.is_floating_point())
+                like = next(exact_parameters(target))
                 routers[index] = SynQTRouter(index, column, carrier, find_rule(self.model), like)
                 attach_router(self.model, routers[index])
             layer = routers[index]

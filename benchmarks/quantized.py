@@ -1,10 +1,11 @@
-"""Weights of frozen blocks in 8 bits: memory and step time on ViT-B/16, accuracy on real images.
+"""Weights of frozen blocks in 8 bits and in bfloat16: memory and step time on ViT-B/16, accuracy on real images.
 
-    python benchmarks/quantized.py [--batch-size 8] [--device cuda]
+    python benchmarks/quantized.py [--batch-size 8] [--device cuda] [--autocast]
     python benchmarks/quantized.py --model MODEL --data TRAIN.parquet TEST.parquet [--images 1000] [--steps 60]
 
-The first prints weights in memory, activations kept for backward and the time of a step, at random weights. The second
-fine-tunes a real model with each method, twice: frozen weights in full, and in 8 bits.
+The first prints weights in memory, activations kept for backward and the time of a step, at random weights, in fp32 or
+under autocast to bfloat16. The second fine-tunes a real model with each method, twice: frozen weights in full, and in 8
+bits.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import copy
 import io
 import statistics
+from typing import get_args
 
 import numpy as np
 import torch
@@ -24,6 +26,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Vi
 
 from peft_bsr import BSRConfig, SynQTConfig
 from peft_bsr.cost import TrainingStep, model_memory, saved_activations
+from peft_bsr.tuners.frozen_weights import FrozenWeights
 
 METHODS = {
     "BSR": BSRConfig(),
@@ -33,14 +36,23 @@ METHODS = {
 }
 
 
+class AutocastStep(TrainingStep):
+    """A step whose forward runs under autocast to bfloat16."""
+
+    def forward(self) -> torch.Tensor:
+        """The loss alone."""
+        with torch.autocast(self.batch["labels"].device.type, dtype=torch.bfloat16):
+            return super().forward()
+
+
 def config_of(name: str, frozen_weights: str) -> BSRConfig | SynQTConfig:
-    """The method's configuration with frozen weights in full or in 8 bits."""
+    """The method's configuration with frozen weights in full, in bfloat16 or in 8 bits."""
     config = copy.copy(METHODS[name])
     config.frozen_weights = frozen_weights
     return config
 
 
-def print_costs(batch_size: int, device: str, repeats: int) -> None:
+def print_costs(batch_size: int, device: str, repeats: int, autocast: bool) -> None:
     """The table of memory and time."""
     batch = {
         "pixel_values": torch.randn(batch_size, 3, 224, 224, device=device),
@@ -49,23 +61,24 @@ def print_costs(batch_size: int, device: str, repeats: int) -> None:
     print("| method | frozen weights | weights, MiB | saved, MiB an image | step |\n|---|---|---|---|---|")
     for name in METHODS:
         steps = {}
-        for weights in ("full", "int8"):
+        for weights in get_args(FrozenWeights):
             torch.manual_seed(0)
             model = get_peft_model(ViTForImageClassification(ViTConfig(num_labels=10)), config_of(name, weights))
-            steps[weights] = TrainingStep(model.to(device).train(), batch)
+            make = AutocastStep if autocast else TrainingStep
+            steps[weights] = make(model.to(device).train(), batch)
         times: dict[str, list[float]] = {weights: [] for weights in steps}
         for _ in range(repeats + 1):
             for weights, step in steps.items():
                 times[weights].append(step.seconds())
-        ratio = statistics.median(b / a for a, b in zip(times["full"][1:], times["int8"][1:], strict=True))
         for weights, step in steps.items():
             memory = model_memory(step.model)
             held = (memory.trainable_bytes + memory.frozen_bytes) / 2**20
             saved = saved_activations(step.model, step.forward) / batch_size / 2**20
-            relative = "1.00" if weights == "full" else f"{ratio:.2f}"
-            print(f"| {name} | {weights} | {held:.0f} | {saved:.1f} | {relative} |", flush=True)
+            ratio = statistics.median(b / a for a, b in zip(times["full"][1:], times[weights][1:], strict=True))
+            print(f"| {name} | {weights} | {held:.0f} | {saved:.1f} | {ratio:.2f} |", flush=True)
+    dtype = "bf16 autocast" if autocast else "fp32"
     print(
-        f"\nViT-B/16, 224 px, fp32, batch {batch_size}, {device}, {torch.get_num_threads()} threads, torch "
+        f"\nViT-B/16, 224 px, {dtype}, batch {batch_size}, {device}, {torch.get_num_threads()} threads, torch "
         f"{torch.__version__}; steps in turn, median ratio of {repeats}."
     )
 
@@ -130,6 +143,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch-size", type=int, default=8, help="images a step (default 8)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
+    parser.add_argument("--autocast", action="store_true", help="to bfloat16 (default fp32)")
     parser.add_argument("--repeats", type=int, default=5, help="timed steps of each (default 5)")
     parser.add_argument("--model", help="a pretrained vision transformer; measures accuracy instead")
     parser.add_argument("--data", nargs=2, metavar=("TRAIN", "TEST"), help="parquet files with images and labels")
@@ -139,7 +153,7 @@ def main() -> None:
     if args.model:
         print_accuracy(args.model, args.data, args.images, args.steps)
     else:
-        print_costs(args.batch_size, args.device, args.repeats)
+        print_costs(args.batch_size, args.device, args.repeats, args.autocast)
 
 
 if __name__ == "__main__":

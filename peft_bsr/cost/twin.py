@@ -82,7 +82,7 @@ def settle(model: nn.Module, config: SavedConfig) -> Settled:
         vision.intermediate_size = 2 * vision.hidden_size
     with torch.random.fork_rng(devices=()):
         twin = _make(model, narrow).eval()
-    whole: Any = replace(config, frozen_weights="full")  # type: ignore[call-arg]  # 8 bits ask for torchao
+    whole: Any = replace(config, frozen_weights="full")  # type: ignore[call-arg]  # rounding is not tried there
     column, plan, *rest = _tuner(config, _Remembering)(twin, whole, "default").found
     return Settled(replace(column, width=width), plan, tuple(rest))
 
@@ -97,7 +97,7 @@ def attach_settled(model: nn.Module, config: SavedConfig, settled: Settled) -> t
 
     Returns:
         The model with its adapter, and the names of the Linear modules whose weights the adapter wants in 8 bits: they
-        are left as they are.
+        are left as they are. Those that it wants in bfloat16 are in bfloat16.
     """
     tuner = _tuner(config, _Told)
     attached = tuner.__new__(tuner)
@@ -117,13 +117,14 @@ class _Remembering:
 class _Told:
     """A tuner that is told what to settle."""
 
-    _rounded: list[str]
+    _rounded: dict[str, str]
 
     def _settle(self, model: nn.Module, config: SavedConfig, routers: list[Any]) -> tuple[Any, ...]:
         settled: Settled = self.__dict__["found"]
         again: Any = super()
         found: tuple[Any, ...] = again._settle_again(model, config, settled.column, settled.plan, *settled.rest)
-        self.__dict__["unrounded"], self._rounded = self._rounded, []
+        self.__dict__["unrounded"] = [name for name, how in self._rounded.items() if how == "int8"]
+        self._rounded = {name: how for name, how in self._rounded.items() if how != "int8"}  # which asks for torchao
         return found
 
 

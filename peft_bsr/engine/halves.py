@@ -16,7 +16,7 @@ from peft_bsr.backbones import Anatomy, Column, apply_part, attend, function_of
 from peft_bsr.core import BlockCall
 from peft_bsr.engine.parts import LinearSource, attention_dropouts, find_mlp, linear_source, norm_source
 from peft_bsr.engine.plan import Lean
-from peft_bsr.ops import MLPOp, NormOp, ProjectionsOp, lean_dropout, recomputed, token_scores
+from peft_bsr.ops import FrozenLinear, MLPOp, NormOp, ProjectionsOp, lean_dropout, recomputed, token_scores
 
 _KNOWN = ("attention_mask", "position_embeddings")  # what a lean attention knows to do with
 _SIDE = 5  # inputs of the attention next to its heads: the mask, and weight and bias of two norms
@@ -237,11 +237,15 @@ def _run_norm(kind: type[NormOp], eps: float, tokens: Tensor, weight: Tensor, bi
 def _read(tokens: Tensor, norm: dict[str, Any], linears: Sequence[LinearSource]) -> list[Any] | str:
     """Tensors of the norm and the Linears, or why they do not go with the tokens. Autocast casts by itself."""
     tensors = [norm["weight"], norm.get("bias")]
+    checked = list(tensors)
     for source in linears:
-        tensors += source.read()
+        own = source.read()
+        tensors += own
+        if type(source.module) is not FrozenLinear:  # that one is rounded, and cast at each call
+            checked += own
     if not torch.is_autocast_enabled(tokens.device.type):
         dtype = tokens.dtype
-        if others := [tensor.dtype for tensor in tensors if tensor is not None and tensor.dtype is not dtype]:
+        if others := [tensor.dtype for tensor in checked if tensor is not None and tensor.dtype is not dtype]:
             return f"tokens in {dtype} meet weights in {others[0]} without autocast"
     return tensors
 

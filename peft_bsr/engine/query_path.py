@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from peft_bsr.backbones import Column, apply_part
 from peft_bsr.core import absorb_key, apply_value, attend_plain, pooling_weights
 from peft_bsr.engine.int8 import PackedTensor, group_size
+from peft_bsr.ops import exact_parameters
 
 KeptTokens = Literal["full", "bfloat16", "float16", "int8"]
 ROLES = ("query", "key", "value", "output")
@@ -166,7 +167,7 @@ def _dtype_of(block: nn.Module, like: Tensor) -> torch.dtype:
     """What the block computes in; autocast casts by itself."""
     if torch.is_autocast_enabled(like.device.type):
         return like.dtype
-    return next((p.dtype for p in block.parameters() if p.is_floating_point()), like.dtype)
+    return next((p.dtype for p in exact_parameters(block)), like.dtype)
 
 
 __all__ = ["ROLES", "KeptTokens", "QueryPath", "attention_mask", "pool_tokens", "projections"]

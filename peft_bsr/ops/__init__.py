@@ -2,7 +2,7 @@
 
 from peft_bsr.ops.activation import Activation, Gate
 from peft_bsr.ops.dropout import lean_dropout
-from peft_bsr.ops.frozen import FrozenLinear, freeze_linear
+from peft_bsr.ops.frozen import FrozenLinear, exact_parameters, freeze_linear
 from peft_bsr.ops.half import compute_dtype
 from peft_bsr.ops.linear import LinearOp
 from peft_bsr.ops.mlp import MLPOp
@@ -23,6 +23,7 @@ __all__ = [
     "ProjectionsOp",
     "RMSNormOp",
     "compute_dtype",
+    "exact_parameters",
     "freeze_linear",
     "lean_dropout",
     "norm_kind",

@@ -1,34 +1,36 @@
-"""Weights of blocks that never train, rounded to 8 bits in the model itself by torchao."""
+"""Weights of blocks that never train, rounded in the model itself: to 8 bits by torchao, or to bfloat16."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from peft_bsr.backbones import Column, probe_inputs, quiet, run_probe, tensors_of
 from peft_bsr.core import is_quantized, kept_bytes
 from peft_bsr.errors import ConfigError, MissingDependencyError, UnsupportedModelError
-from peft_bsr.ops import FrozenLinear, freeze_linear
+from peft_bsr.ops import FrozenLinear, exact_parameters, freeze_linear
 from peft_bsr.tuners.classifier import without_layer
 
 logger = logging.getLogger(__name__)
 
-FrozenWeights = Literal["full", "int8"]
-FROZEN_WEIGHTS_HELP = "'full', or 'int8': weights of frozen blocks are rounded to 8 bits in the model, for good."
+FrozenWeights = Literal["full", "int8", "bfloat16"]
+FROZEN_WEIGHTS_HELP = "'full', 'int8' or 'bfloat16': weights of frozen blocks are rounded so in the model, for good."
 
-_LARGEST_ERROR = 0.1  # of the outputs, by their norm; 1e-2 is usual
+_LARGEST_ERROR = 0.1  # of the outputs, by their norm; 1e-2 is usual in 8 bits, 1e-3 in bfloat16
+_CALLED = {"int8": "8 bits", "bfloat16": "bfloat16"}
 _IGNORED_BY_DDP = "_ddp_params_and_buffers_to_ignore"
 _ROOT = "base_model.model."
 
 
 def linears_to_round(
     model: nn.Module, column: Column, config: Any, trained: Collection[int], exact_roles: Collection[str] = ()
-) -> list[str]:
-    """Names of the Linear modules whose weights an adapter wants in 8 bits: those in blocks that do not train, or none.
+) -> dict[str, str]:
+    """Linear modules whose weights an adapter wants rounded, name -> how: those in blocks that do not train, or none.
 
     Args:
         model: The model.
@@ -36,95 +38,123 @@ def linears_to_round(
         config: Of the adapter.
         trained: Indices of the blocks that train.
         exact_roles: Roles of leaf modules that stay as they are.
+
+    Raises:
+        ConfigError: If the model is in float16 and bfloat16 is asked for.
     """
-    if config.frozen_weights == "full":
-        return []
+    how = config.frozen_weights
+    if how == "full":
+        return {}
     names = [
         f"{block}.{leaf}"
         for index, block in enumerate(column.blocks)
         for role, leaf in zip(column.roles, column.leaves, strict=True)
         if index not in trained and role not in exact_roles
     ]
-    return [name for name in names if type(without_layer(model.get_submodule(name))) in (nn.Linear, FrozenLinear)]
+    modules: dict[str, Any] = {name: without_layer(model.get_submodule(name)) for name in names}
+    modules = {name: module for name, module in modules.items() if type(module) in (nn.Linear, FrozenLinear)}
+    if how == "bfloat16":
+        whole = {name: module.weight.dtype for name, module in modules.items() if type(module) is nn.Linear}
+        if torch.float16 in whole.values():
+            raise ConfigError(
+                "`frozen_weights='bfloat16'` with a model in float16: its weights would take the same memory and lose "
+                '3 bits each. Use `frozen_weights="full"`, or load the model in float32 or bfloat16.'
+            )
+        there = [name for name, dtype in whole.items() if dtype == torch.bfloat16]
+        if there:
+            logger.info("%s: %d frozen Linear modules are in bfloat16 already", type(model).__name__, len(there))
+        modules = {name: module for name, module in modules.items() if name not in there}
+    return dict.fromkeys(modules, how)
 
 
-def check_rounded(model: nn.Module, column: Column, wanted: Sequence[str], has_others: bool) -> None:
+def check_rounded(model: nn.Module, column: Column, wanted: Mapping[str, str], has_others: bool) -> None:
     """Refuse an adapter that would run on other weights than those beside it, or than where it was trained.
 
     Args:
         model: The model.
         column: Its column.
-        wanted: Modules that the adapter wants in 8 bits.
+        wanted: Modules that the adapter wants rounded, see `linears_to_round`.
         has_others: Whether the model has adapters already.
 
     Raises:
         ConfigError: If it does.
     """
-    found = [name for name, module in model.named_modules() if isinstance(module, FrozenLinear)]
-    if set(found) == set(wanted) or not (found or has_others):
+    found = {
+        name: "int8" if is_quantized(module.weight) else "bfloat16"
+        for name, module in model.named_modules()
+        if isinstance(module, FrozenLinear)
+    }
+    if found == wanted or not (found or has_others):
         return
-    blocks = {name: [i for i, b in enumerate(column.blocks) if name.startswith(f"{b}.")] for name in (*found, *wanted)}
-    here, there = (sorted({i for name in names for i in blocks[name]}) for names in (found, wanted))
+
+    def told(rounded: Mapping[str, str]) -> str:
+        blocks = [i for i, block in enumerate(column.blocks) if any(name.startswith(f"{block}.") for name in rounded)]
+        return f"{next(iter(rounded.values()))!r} in blocks {blocks}" if rounded else "'full'"
+
     raise ConfigError(
-        f"the adapter wants the frozen weights of blocks {there} in 8 bits, but in this model those of blocks {here} "
-        "are. All adapters of a model share its frozen weights: use the same `frozen_weights` and trained blocks, or "
-        "load the model anew."
+        f"the adapter wants frozen weights {told(wanted)}, but in this model they are {told(found)}. All adapters of a "
+        "model share its frozen weights: use the same `frozen_weights` and trained blocks, or load the model anew."
     )
 
 
 @contextmanager
-def tried_rounding(model: nn.Module, column: Column, names: Sequence[str]) -> Iterator[None]:
+def tried_rounding(model: nn.Module, column: Column, wanted: Mapping[str, str]) -> Iterator[None]:
     """Round the modules for a while, and log what that does to the model's outputs.
 
     Args:
         model: The model.
         column: Its column.
-        names: The modules, some or all of them rounded already.
+        wanted: The modules, some or all of them rounded already, see `linears_to_round`.
 
     Raises:
         MissingDependencyError: If torchao is not installed.
         UnsupportedModelError: If outputs change by more than a tenth.
     """
-    modules: list[Any] = [model.get_submodule(name) for name in names]
-    modules = [module for module in modules if not isinstance(module, FrozenLinear)]
+    modules = _not_rounded(model, wanted)
     if not modules:
         yield
         return
+    how = _CALLED[next(iter(wanted.values()))]
     inputs = probe_inputs(model, 1, column.image_shape)
     with quiet(model):
         expected = _floats(run_probe(model, inputs))
-    originals = [(module, module.weight, module.weight.requires_grad) for module in modules]
-    before = sum(kept_bytes(weight) for _, weight, _ in originals)
-    _round(modules)
-    try:
+    before = _mebibytes(modules.values())
+    with _put_back(modules.values()):
+        _round(modules, wanted)
         with quiet(model):
             found = _floats(run_probe(model, inputs))
         error = max(float((a - b).norm() / b.norm()) for a, b in zip(found, expected, strict=True))
-        after = sum(kept_bytes(module.weight) for module in modules)
         logger.info(
-            "%s: weights of %d frozen Linear modules in 8 bits take %.1f MiB instead of %.1f; outputs differ by %.1e",
-            *(type(model).__name__, len(modules), after / 2**20, before / 2**20, error),
+            "%s: weights of %d frozen Linear modules in %s take %.1f MiB instead of %.1f; outputs differ by %.1e",
+            *(type(model).__name__, len(modules), how, _mebibytes(modules.values()), before, error),
         )
         if not error <= _LARGEST_ERROR:
             raise UnsupportedModelError(
-                f"{type(model).__name__}: with its frozen weights in 8 bits its outputs differ by {error:.0%}. Use "
+                f"{type(model).__name__}: with its frozen weights in {how} its outputs differ by {error:.0%}. Use "
                 '`frozen_weights="full"`.'
             )
         yield
-    finally:
-        for module, weight, requires_grad in originals:
-            module.__class__ = nn.Linear
-            module.weight = weight.requires_grad_(requires_grad)
 
 
-def round_weights(model: nn.Module, names: Sequence[str]) -> None:
+@contextmanager
+def in_one_dtype(model: nn.Module) -> Iterator[None]:
+    """Weights held in bfloat16 are in the model's own dtype for a while: blocks run lean then without autocast."""
+    held = [m for m in model.modules() if isinstance(m, FrozenLinear) and not is_quantized(m.weight)]
+    dtype = next(exact_parameters(model)).dtype
+    with _put_back(held):
+        for module in held:
+            _replace(module, lambda tensor: tensor.to(dtype))
+        yield
+
+
+def round_weights(model: nn.Module, wanted: Mapping[str, str]) -> None:
     """Round the modules that are not rounded yet, for good.
 
     Args:
         model: The model.
-        names: The modules.
+        wanted: The modules, see `linears_to_round`.
     """
-    _round([m for m in map(model.get_submodule, names) if type(m) is nn.Linear])
+    _round(_not_rounded(model, wanted), wanted)
 
 
 def tell_ddp(model: nn.Module, parked: Sequence[str] = ()) -> None:
@@ -142,21 +172,57 @@ def tell_ddp(model: nn.Module, parked: Sequence[str] = ()) -> None:
         delattr(model, _IGNORED_BY_DDP)
 
 
-def _round(modules: Sequence[Any]) -> None:
-    if not modules:
-        return
+def _not_rounded(model: nn.Module, wanted: Iterable[str]) -> dict[str, nn.Linear]:
+    modules: dict[str, Any] = {name: model.get_submodule(name) for name in wanted}
+    return {name: module for name, module in modules.items() if type(module) is nn.Linear}
+
+
+def _in_8_bits(weight: Tensor) -> Tensor:
     try:
-        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+        from torchao.quantization import Int8Tensor, PerRow
     except ImportError as error:
         raise MissingDependencyError(
             '`frozen_weights="int8"` needs torchao, which cannot be imported here '
             f'({error}). Install it with `pip install peft-bsr[quantization]`, or use `frozen_weights="full"`.'
         ) from error
-    for module in modules:
-        module.weight.requires_grad_(False)
-        quantize_(module, Int8WeightOnlyConfig())
-        vars(module).pop("extra_repr", None)  # torchao's, bound to this very module, which a copy would call
+    # not `quantize_`, which sets flags of torch's compiler for the whole process
+    rounded: Tensor = Int8Tensor.from_hp(weight, granularity=PerRow())
+    return rounded
+
+
+_ROUNDINGS: dict[str, tuple[Callable[[Tensor], Tensor], tuple[str, ...]]] = {
+    "int8": (_in_8_bits, ("weight",)),
+    "bfloat16": (Tensor.bfloat16, ("weight", "bias")),  # autocast casts both
+}
+
+
+def _round(modules: Mapping[str, nn.Linear], wanted: Mapping[str, str]) -> None:
+    for name, module in modules.items():
+        _replace(module, *_ROUNDINGS[wanted[name]])
         freeze_linear(module)
+
+
+def _replace(module: nn.Linear, made_of: Callable[[Tensor], Tensor], names: Sequence[str] = ("weight", "bias")) -> None:
+    """Put others, made of them, in the place of parameters, which stay as they are."""
+    for name, parameter in list(module.named_parameters()):
+        if name in names:  # not by `setattr`: under PEFT's low_cpu_mem_usage that puts it on the meta device
+            module._parameters[name] = nn.Parameter(made_of(parameter.detach()), requires_grad=False)
+
+
+@contextmanager
+def _put_back(modules: Iterable[nn.Linear]) -> Iterator[None]:
+    """Class and parameters of the modules are in the end what they were."""
+    before = [(module, type(module), dict(module._parameters)) for module in modules]
+    try:
+        yield
+    finally:
+        for module, cls, parameters in before:
+            module.__class__ = cls
+            module._parameters.update(parameters)
+
+
+def _mebibytes(modules: Iterable[nn.Module]) -> float:
+    return sum(kept_bytes(parameter) for module in modules for parameter in module.parameters()) / 2**20
 
 
 def _floats(output: Any) -> list[Tensor]:
@@ -167,6 +233,7 @@ __all__ = [
     "FROZEN_WEIGHTS_HELP",
     "FrozenWeights",
     "check_rounded",
+    "in_one_dtype",
     "linears_to_round",
     "round_weights",
     "tell_ddp",

@@ -103,7 +103,7 @@ class RoutedTuner(BaseTuner):
     tuner_layer_cls = SingleAdapterLayer
     router_cls: ClassVar[type[AdapterRouter]]
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
-    _rounded: list[str]  # Linear modules whose weights the adapter that was settled last wants in 8 bits
+    _rounded: dict[str, str]  # Linear modules whose weights the adapter that was settled last wants rounded, and how
 
     def plan(self, adapter_name: str | None = None) -> Plan:
         """The plan of an adapter, default the active one.

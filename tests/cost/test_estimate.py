@@ -88,6 +88,22 @@ def test_frozen_weights_in_8_bits_are_counted(plain):
     assert found.weights_bytes == pytest.approx(held.trainable_bytes + held.frozen_bytes - parked, rel=1e-6)
 
 
+@pytest.mark.parametrize("plain", ["exact", "synqt"])
+def test_frozen_weights_in_bfloat16_are_counted(plain):
+    config = replace(CONFIGS[plain](), frozen_weights="bfloat16")
+    found = estimate(on_meta(MODELS["vit"]), config, batch_size=2)
+    model = get_peft_model(MODELS["vit"](), config).train()
+    held = model_memory(model)
+    parked = sum(p.nbytes for layer in model.modules() if isinstance(layer, BSRWeights) and layer.parks_base
+                 for p in Parking.takes(layer.base_layer))  # fmt: skip
+    assert found.weights_bytes == pytest.approx(held.trainable_bytes + held.frozen_bytes - parked, rel=1e-6)
+    images = torch.randn(2, 3, 96, 96)
+    saved = saved_activations(model, lambda: sum(t.sum() for t in tensors_of(model(pixel_values=images))))
+    assert found.saved_bytes == pytest.approx(saved, rel=0.02)
+    with pytest.raises(ConfigError, match="with a model in float16"):
+        estimate(on_meta(MODELS["vit"]), config, dtype=torch.float16)
+
+
 def test_weights_optimizer_and_gradients_are_counted_by_hand():
     trained = sum(p.numel() for p in MODELS["vit"]().parameters())
     for optimizer, states in (("adamw", 2), ("sgd_momentum", 1), ("sgd", 0)):

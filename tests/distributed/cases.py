@@ -34,6 +34,7 @@ CONFIGS = {
     "bsr_stock_blocks": lambda: _bsr(lean="off"),
     "bsr_max": lambda: _bsr(lean="max"),
     "bsr_int8": lambda: _bsr(saved_activations="int8"),
+    "bsr_bfloat16": lambda: _bsr(frozen_weights="bfloat16"),
     "bsr_lora": lambda: _bsr(trainable="lora", r=4),
     "bsr_lora_whole": lambda: _bsr(trainable="lora", r=4, keep_rate=1.0),
     "tasks_full": lambda: _tasks("full"),

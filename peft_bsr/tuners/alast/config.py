@@ -125,9 +125,10 @@ class ALaSTConfig(BlockConfig):
         problems += check_choice(self, "selection", SELECTIONS)
         if not isinstance(self.train_embeddings, bool):
             problems.append(f"`train_embeddings={self.train_embeddings!r}` must be True, False or None.")
-        if self.frozen_weights == "int8":
+        if self.frozen_weights in ("int8", "bfloat16"):
             problems.append(
-                "`frozen_weights='int8'` is for blocks that never train, but here each may. Leave it \"full\"."
+                f"`frozen_weights={self.frozen_weights!r}` is for blocks that never train, but here each may. Leave it "
+                '"full".'
             )
         if not _is_int(self.seed):
             problems.append(f"`seed={self.seed!r}` must be a whole number.")

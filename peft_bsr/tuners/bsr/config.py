@@ -72,9 +72,11 @@ class BSRConfig(BlockConfig):
             MLP for those alone in training (not with `"off"`). Default `"exact"`.
         saved_activations: `"full"`, or `"int8"`: what those blocks do keep is kept in 8 bits, rounded stochastically.
             Gradients have an error of about 1 % then. Default `"full"`.
-        frozen_weights: `"full"`, or `"int8"`: the Linear weights of blocks that never train are rounded to 8 bits in
-            the model itself, for good, as a model that is loaded quantised has them; needs torchao. Disabled, unloaded
-            and merged models run on the rounded weights. Default `"full"`.
+        frozen_weights: `"full"`, or how the Linear weights of blocks that never train are rounded in the model itself,
+            for good: `"int8"` (8 bits, as a model that is loaded quantised has them; needs torchao) or `"bfloat16"`
+            (with their biases; under autocast to bfloat16 nothing changes but memory, without it the products of the
+            rounded weights are computed in the inputs' dtype). Disabled, unloaded and merged models run on the rounded
+            weights. Default `"full"`.
         layout: Canonical place -> name in the model of each trained module. Written when the adapter is attached; by
             it a file that was saved on another layout of the same model (other module names) is read.
         labels: Names of the classes. Written when the adapter is attached, for `peft_bsr.load`.

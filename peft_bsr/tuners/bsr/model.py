@@ -27,6 +27,7 @@ from peft_bsr.tuners.bsr.targets import is_excluded, resolve_targets
 from peft_bsr.tuners.classifier import find_classifier, find_final_norm, without_layer
 from peft_bsr.tuners.frozen_weights import (
     check_rounded,
+    in_one_dtype,
     linears_to_round,
     round_weights,
     tell_ddp,
@@ -103,7 +104,7 @@ class BSRModel(RoutedTuner):
             with detached(model, routers), _without_heads(model):
                 classifier = find_classifier(model, column, "the heads of `tasks` take")
         requested, self._targets, layout = resolve_targets(model, column, config, classifier)
-        with detached(model, routers), _without_heads(model):
+        with detached(model, routers), _without_heads(model), in_one_dtype(model):
             verify_mixture(model, column, requested, stock)
             plan = verify_plan(model, column, requested, allowed_modes(config), stock)
             with self._tried_updates(model, config):
@@ -112,7 +113,7 @@ class BSRModel(RoutedTuner):
             check_rounded(model, column, self._rounded, bool(routers))
             with tried_rounding(model, column, self._rounded):
                 crossed = [i for i, b in enumerate(plan.blocks) if b.saves_less and not b.trained]
-                if self._rounded and crossed:
+                if "int8" in self._rounded.values() and crossed:  # in bfloat16 they are what autocast makes of them
                     lean = verify_lean(model, column, plan, index=crossed[0]).blocks
                     plan = replace(
                         plan, blocks=tuple(lean[i] if i in crossed else b for i, b in enumerate(plan.blocks))

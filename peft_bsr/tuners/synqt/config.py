@@ -48,9 +48,9 @@ class SynQTConfig(SavedConfig):
         score: See `BSRConfig`.
         kept_tokens: How the one token tensor of each layer is kept for backward: `"full"` (as it is), `"bfloat16"`,
             `"float16"` or `"int8"` (256 steps, rounded stochastically). The forward does not change. Default `"full"`.
-        frozen_weights: `"full"`, or `"int8"`: the Linear weights of the backbone's blocks are rounded to 8 bits in the
-            model itself, for good, as a model that is loaded quantised has them (but not those of keys and values,
-            which are absorbed); needs torchao. Disabled and unloaded models run on them. Default `"full"`.
+        frozen_weights: `"full"`, or how the Linear weights of the backbone's blocks (but not those of keys and values,
+            which are absorbed) are rounded in the model itself, for good: `"int8"` (needs torchao) or `"bfloat16"`, see
+            `BSRConfig`. Disabled and unloaded models run on them. Default `"full"`.
         target_modules: Has to stay None: the blocks that are read are `layers`.
         labels: Names of the classes. Written when the adapter is attached, for `peft_bsr.load`.
 

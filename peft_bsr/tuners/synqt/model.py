@@ -16,6 +16,7 @@ from peft_bsr.backbones import Column, StockRun, find_rule, probe
 from peft_bsr.core import ForwardContext
 from peft_bsr.engine import Plan, QueryPath, attach_router
 from peft_bsr.errors import AdapterError
+from peft_bsr.ops import exact_parameters
 from peft_bsr.selftest import verify_plan, verify_queries
 from peft_bsr.tuners.classifier import find_classifier, find_final_norm
 from peft_bsr.tuners.frozen_weights import (
@@ -138,7 +139,7 @@ class SynQTModel(RoutedTuner):
         else:
             index = column.blocks.index(current_key)
             if index not in routers:
-                like = next(p for p in target.parameters() if p.is_floating_point())
+                like = next(exact_parameters(target))
                 routers[index] = SynQTRouter(index, column, context, find_rule(self.model), like)
                 attach_router(self.model, routers[index])
             layer = routers[index]

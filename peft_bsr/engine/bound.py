@@ -115,16 +115,15 @@ class BoundBlock:
         """Tokens after the first half [B, A or Q, D], and what else the attention returns."""
         arguments, lean = self._arguments(tokens, args, kwargs), self._lean_of(call)
         if lean is not None and lean.attention:
-            half = self.lean_attention
-            found: Any = self.reasons.get("attention")
+            half, reason = self.lean_attention, self.reasons.get("attention")
             if half is not None:
-                found = half.prepare(tokens, arguments)
+                reason = half.problem(arguments)
                 if self._captures and captures_outputs():
-                    found = "attention weights are captured"
-                if not isinstance(found, str):
-                    change = half(call, tokens, found, self.follower.follow(arguments), lean)
+                    reason = "attention weights are captured"
+                if reason is None:
+                    change = half(call, tokens, self.follower.follow(arguments), lean)
                     return (tokens if lean.num_queries is None else tokens[:, : lean.num_queries]) + change, []
-            self.aside("attention", found)
+            self.aside("attention", str(reason))
         change, others = self.attention(tokens, arguments)
         return tokens + change, others
 
@@ -132,11 +131,9 @@ class BoundBlock:
         """Tokens after the second half."""
         lean = self._lean_of(call)
         if mix is None and lean is not None and lean.mlp:
-            half = self.lean_mlp
-            found: Any = self.reasons.get("mlp") if half is None else half.prepare(tokens)
-            if half is not None and not isinstance(found, str):
-                return half(tokens, found, lean)
-            self.aside("mlp", found)
+            if self.lean_mlp is not None:
+                return self.lean_mlp(tokens, lean)
+            self.aside("mlp", self.reasons["mlp"])
         return self.mlp(tokens, mix)
 
     def _arguments(self, tokens: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

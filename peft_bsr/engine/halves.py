@@ -16,7 +16,7 @@ from peft_bsr.backbones import Anatomy, Column, apply_part, attend, function_of
 from peft_bsr.core import BlockCall
 from peft_bsr.engine.parts import LinearSource, attention_dropouts, find_mlp, linear_source, norm_source
 from peft_bsr.engine.plan import Lean
-from peft_bsr.ops import FrozenLinear, MLPOp, NormOp, ProjectionsOp, lean_dropout, recomputed, token_scores
+from peft_bsr.ops import MLPOp, NormOp, ProjectionsOp, lean_dropout, recomputed, token_scores
 
 _KNOWN = ("attention_mask", "position_embeddings")  # what a lean attention knows to do with
 _SIDE = 5  # inputs of the attention next to its heads: the mask, and weight and bias of two norms
@@ -98,12 +98,9 @@ class LeanMLP:
         self.hidden_dropout = parts.hidden_dropout
         self.after = [*parts.output_dropout, *_after(block, () if anatomy.mlp_adds_residual else anatomy.after_mlp)]
 
-    def prepare(self, tokens: Tensor) -> list[Any] | str:
-        """The half's tensors as they are now, or why it cannot run on these tokens."""
-        return _read(tokens, self.norm, self.linears)
-
-    def __call__(self, tokens: Tensor, tensors: list[Any], lean: Lean) -> Tensor:
-        """[B, N, D] and what `prepare` gave -> tokens after the half, residual included."""
+    def __call__(self, tokens: Tensor, lean: Lean) -> Tensor:
+        """[B, N, D] -> tokens after the half, residual included."""
+        tensors = _read(self.norm, self.linears)
         rate = self.hidden_dropout[0].p if self.hidden_dropout and self.hidden_dropout[0].training else 0.0
         # for the few tokens that a head reads, the first product is computed again at any level
         expanded = self.op(tokens, tensors, lean.save_products and lean.num_queries is None, rate)
@@ -148,23 +145,22 @@ class LeanAttention:
         self.rates, dropouts = attention_dropouts(self.attention, getattr(block, anatomy.attention))
         self.after = [*dropouts, *_after(block, anatomy.after_attention)]
 
-    def prepare(self, tokens: Tensor, arguments: dict[str, Any]) -> list[Any] | str:
-        """The half's tensors as they are now, or why it cannot run on these tokens and arguments."""
+    def problem(self, arguments: dict[str, Any]) -> str | None:
+        """Why the half cannot run with these arguments, or None."""
         for name, value in arguments.items():
             if name not in _KNOWN and isinstance(value, (Tensor, tuple)):
                 return f"the attention is called with `{name}`"
         if self.rotate is None and arguments.get("position_embeddings") is not None:
             return "how the attention rotates its queries and keys is not known"
-        return _read(tokens, self.norm, self.linears)
+        return None
 
-    def __call__(
-        self, call: BlockCall, tokens: Tensor, tensors: list[Any], arguments: dict[str, Any], lean: Lean
-    ) -> Tensor:
-        """[B, N, D] and what `prepare` gave -> change [B, N or Q, D]; scores asked for are left in `call`."""
+    def __call__(self, call: BlockCall, tokens: Tensor, arguments: dict[str, Any], lean: Lean) -> Tensor:
+        """[B, N, D] -> change [B, N or Q, D]; scores asked for are left in `call`."""
         mask, tables = arguments.get("attention_mask"), arguments.get("position_embeddings")
         op = self.ops.get(lean.num_queries)
         if op is None:
             op = self.ops[lean.num_queries] = self.op(lean.num_queries)
+        tensors = _read(self.norm, self.linears)
         rate = max([read() for read in self.rates], default=0.0) if self.attention.training else 0.0
         mix = partial(self._mix, call.score, tables, rate, lean)
         inputs = (mask, *_tensors_of(self.norms[0]), *_tensors_of(self.norms[1]))
@@ -234,19 +230,11 @@ def _run_norm(kind: type[NormOp], eps: float, tokens: Tensor, weight: Tensor, bi
     return (kind(weight, bias, eps).run(tokens)[0].to(tokens.dtype),)
 
 
-def _read(tokens: Tensor, norm: dict[str, Any], linears: Sequence[LinearSource]) -> list[Any] | str:
-    """Tensors of the norm and the Linears, or why they do not go with the tokens. Autocast casts by itself."""
+def _read(norm: dict[str, Any], linears: Sequence[LinearSource]) -> list[Any]:
+    """Tensors of the norm and the Linears as they are now."""
     tensors = [norm["weight"], norm.get("bias")]
-    checked = list(tensors)
     for source in linears:
-        own = source.read()
-        tensors += own
-        if type(source.module) is not FrozenLinear:  # that one is rounded, and cast at each call
-            checked += own
-    if not torch.is_autocast_enabled(tokens.device.type):
-        dtype = tokens.dtype
-        if others := [tensor.dtype for tensor in checked if tensor is not None and tensor.dtype is not dtype]:
-            return f"tokens in {dtype} meet weights in {others[0]} without autocast"
+        tensors += source.read()
     return tensors
 
 

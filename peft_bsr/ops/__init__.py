@@ -3,7 +3,6 @@
 from peft_bsr.ops.activation import Activation, Gate
 from peft_bsr.ops.dropout import lean_dropout
 from peft_bsr.ops.frozen import FrozenLinear, exact_parameters, freeze_linear
-from peft_bsr.ops.half import compute_dtype
 from peft_bsr.ops.linear import LinearOp
 from peft_bsr.ops.mlp import MLPOp
 from peft_bsr.ops.norm import LayerNormOp, NormOp, RMSNormOp, norm_kind
@@ -22,7 +21,6 @@ __all__ = [
     "NormOp",
     "ProjectionsOp",
     "RMSNormOp",
-    "compute_dtype",
     "exact_parameters",
     "freeze_linear",
     "lean_dropout",

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,26 @@ from peft_bsr.ops.linear import LinearOp
 from peft_bsr.ops.norm import NormOp
 
 _NORM, _LINEAR = 2, 4  # tensors of each
+
+
+class Compute(NamedTuple):
+    """What Linear modules compute in.
+
+    Attributes:
+        dtype: Autocast's, or that of the tokens.
+        casts: Whether autocast is on, which casts every weight.
+    """
+
+    dtype: torch.dtype
+    casts: bool
+
+    @classmethod
+    def of(cls, tokens: Tensor) -> Compute:
+        """That of the present call."""
+        device = tokens.device.type
+        if torch.is_autocast_enabled(device):
+            return cls(torch.get_autocast_dtype(device), True)
+        return cls(tokens.dtype, False)
 
 
 @dataclass(frozen=True)
@@ -36,21 +56,19 @@ class HalfSettings:
     eps: float
     scalings: tuple[float, ...]
 
-    def bind(self, tensors: Sequence[Any]) -> tuple[Any, list[LinearOp]]:
-        """Norm and Linears of the half.
+    def bind(self, tensors: Sequence[Any], compute: Compute) -> tuple[Any, list[LinearOp]]:
+        """Norm and Linears of the half, these cast to compute.
 
         Args:
             tensors: Weight and bias of the norm, then weight, bias, lora_A and lora_B of each Linear.
+            compute: What Linears compute in.
         """
         starts = range(_NORM, len(tensors), _LINEAR)
-        linears = [LinearOp(*tensors[i : i + _LINEAR], s) for i, s in zip(starts, self.scalings, strict=True)]  # type: ignore[call-arg]
+        linears = [
+            LinearOp(*tensors[i : i + _LINEAR], scaling).cast(*compute)  # type: ignore[call-arg]
+            for i, scaling in zip(starts, self.scalings, strict=True)
+        ]
         return self.norm(tensors[0], tensors[1], self.eps), linears
-
-
-def compute_dtype(tokens: Tensor) -> torch.dtype:
-    """What Linear modules compute in: autocast's dtype, or that of the tokens."""
-    device = tokens.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tokens.dtype
 
 
 def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -115,8 +133,8 @@ def refuse_second_derivatives() -> None:
 
 
 __all__ = [
+    "Compute",
     "HalfSettings",
-    "compute_dtype",
     "in_dtypes",
     "linears_grads",
     "refuse_second_derivatives",

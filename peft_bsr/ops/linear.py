@@ -35,25 +35,35 @@ class LinearOp(NamedTuple):
     lora_B: Tensor | None = None  # noqa: N815
     scaling: float = 1.0
 
-    def cast(self, dtype: torch.dtype) -> LinearOp:
-        """The same operator to compute in `dtype`; itself where nothing has to be cast."""
+    def cast(self, dtype: torch.dtype, all_of_it: bool) -> LinearOp:
+        """The same operator to compute in `dtype`; itself where nothing has to be cast.
+
+        Args:
+            dtype: Autocast's, or that of the tokens.
+            all_of_it: Cast every tensor, as autocast does. False: only weights that are rounded to fewer bits; wider
+                ones compute in their own dtype, as tuner layers in fp32 on a model in bf16 do.
+        """
         weight, bias, down, up, scaling = self
         is_plain = weight.dtype is dtype and type(weight) in _PLAIN and (bias is None or bias.dtype is dtype)
         if is_plain and (down is None or down.dtype is dtype):
+            return self
+        if not all_of_it and type(weight) in _PLAIN and torch.promote_types(weight.dtype, dtype) is weight.dtype:
             return self
         plain = [None if t is None else as_plain(t, dtype) for t in (weight, bias, down, up)]
         return LinearOp(*plain, scaling)  # type: ignore[arg-type, call-arg]
 
     def product(self, inputs: Tensor) -> Tensor:
-        """[M, D] -> [M, E]."""
-        output = linear(inputs, self.weight, self.bias)
+        """[M, D] -> [M, E], in the dtype of the inputs."""
+        weight, dtype = self.weight, inputs.dtype
+        output = linear(inputs.to(weight.dtype), weight, self.bias).to(dtype)
         if self.lora_A is None or self.lora_B is None:
             return output
-        return output.add_(linear(linear(inputs, self.lora_A), self.lora_B).mul_(self.scaling))
+        hidden = linear(inputs.to(self.lora_A.dtype), self.lora_A)
+        return output.add_(linear(hidden, self.lora_B).mul_(self.scaling).to(dtype))
 
     def lora_hidden_grad(self, gradient: Tensor) -> Tensor | None:
         """Gradient [M, r] of `x A^T` from that of the product [M, E]; None without an update."""
-        return None if self.lora_B is None else gradient @ self.lora_B * self.scaling
+        return None if self.lora_B is None else gradient.to(self.lora_B.dtype) @ self.lora_B * self.scaling
 
     def input_grad(self, gradient: Tensor, hidden_grad: Tensor | None, onto: Tensor | None = None) -> Tensor:
         """Gradient [M, D] of the inputs, added to `onto` [M, D] if that is given.
@@ -63,8 +73,17 @@ class LinearOp(NamedTuple):
             hidden_grad: From `lora_hidden_grad`.
             onto: Sum of other gradients of the same inputs; adding while multiplying spares a pass over the tokens.
         """
-        found = gradient @ self.weight if onto is None else onto.addmm(gradient, self.weight)
-        return found if hidden_grad is None or self.lora_A is None else found.addmm_(hidden_grad, self.lora_A)
+        weight, dtype = self.weight, gradient.dtype
+        if weight.dtype is not dtype:
+            own = (gradient.to(weight.dtype) @ weight).to(dtype)
+            found = own if onto is None else onto + own
+        else:
+            found = gradient @ weight if onto is None else onto.addmm(gradient, weight)
+        if hidden_grad is None or self.lora_A is None:
+            return found
+        if hidden_grad.dtype is not dtype:
+            return found.add_((hidden_grad @ self.lora_A).to(dtype))
+        return found.addmm_(hidden_grad, self.lora_A)
 
     def parameter_grads(
         self, gradient: Tensor, hidden_grad: Tensor | None, inputs: Tensor | None, needs: Sequence[bool]
@@ -78,11 +97,13 @@ class LinearOp(NamedTuple):
             needs: One bool for each of the four tensors.
         """
         weight = bias = down = up = None
+        own = gradient.to(self.weight.dtype)
         if needs[0] and inputs is not None:
-            weight = gradient.T @ inputs
+            weight = own.T @ inputs.to(own.dtype)
         if needs[1]:
-            bias = gradient.sum(dim=0)
+            bias = own.sum(dim=0)
         if hidden_grad is not None and self.lora_A is not None and inputs is not None:
-            down = hidden_grad.T @ inputs if needs[2] else None
-            up = gradient.T @ (inputs @ self.lora_A.T) * self.scaling if needs[3] else None
+            seen = inputs.to(hidden_grad.dtype)
+            down = hidden_grad.T @ seen if needs[2] else None
+            up = gradient.to(seen.dtype).T @ (seen @ self.lora_A.T) * self.scaling if needs[3] else None
         return weight, bias, down, up

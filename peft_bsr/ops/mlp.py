@@ -16,8 +16,8 @@ from torch import Tensor
 from peft_bsr.ops.activation import Activation
 from peft_bsr.ops.dropout import draw_mask, generator_at, generator_state
 from peft_bsr.ops.half import (
+    Compute,
     HalfSettings,
-    compute_dtype,
     in_dtypes,
     linears_grads,
     refuse_second_derivatives,
@@ -47,7 +47,7 @@ class MLPOp(HalfSettings):
         Returns:
             [B, N, D].
         """
-        output: Tensor = _LeanMLP.apply(tokens, self, compute_dtype(tokens), save_products, rate, *tensors)
+        output: Tensor = _LeanMLP.apply(tokens, self, Compute.of(tokens), save_products, rate, *tensors)
         return output
 
 
@@ -55,13 +55,12 @@ class _LeanMLP(torch.autograd.Function):
     @staticmethod
     @without_autocast
     def forward(
-        ctx: Any, tokens: Tensor, op: MLPOp, dtype: torch.dtype, save_products: bool, rate: float, *tensors: Any
+        ctx: Any, tokens: Tensor, op: MLPOp, compute: Compute, save_products: bool, rate: float, *tensors: Any
     ) -> Tensor:
-        ctx.op, ctx.dtype, ctx.rate = op, dtype, rate
+        ctx.op, ctx.compute, ctx.rate = op, compute, rate
         ctx.state = generator_state(tokens.device) if rate else None
-        norm, linears = op.bind(tensors)
-        *first, last = [linear.cast(dtype) for linear in linears]
-        normalized = norm.run(tokens)[0].to(dtype).flatten(0, 1)
+        norm, (*first, last) = op.bind(tensors, compute)
+        normalized = norm.run(tokens)[0].to(compute.dtype).flatten(0, 1)
         products = [linear.product(normalized) for linear in first]
         hidden = op.activation.combine(products)
         if rate:
@@ -75,14 +74,13 @@ class _LeanMLP(torch.autograd.Function):
     @without_autocast
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivatives()
-        op, dtype = ctx.op, ctx.dtype
+        op, compute = ctx.op, ctx.compute
         tokens, *saved = ctx.saved_tensors
         products, tensors = saved[: ctx.num_products], saved[ctx.num_products :]
         needs = ctx.needs_input_grad[5:]
-        norm, linears = op.bind(tensors)
-        *first, last = [linear.cast(dtype) for linear in linears]
+        norm, (*first, last) = op.bind(tensors, compute)
         normalized, stats = norm.run(tokens)
-        normalized = normalized.to(dtype).flatten(0, 1)
+        normalized = normalized.to(compute.dtype).flatten(0, 1)
         products = products or [linear.product(normalized) for linear in first]
         gradient = gradient.flatten(0, 1)
         needs_hidden = needs[-4] or needs[-2] or needs[-1]

@@ -56,6 +56,7 @@ class RMSNormOp(NamedTuple):
 
     def run(self, tokens: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The normalized tokens, and the inverse root mean square [..., 1] that `grads` needs."""
+        tokens = _at_least(tokens, self.weight)
         wide = tokens.float()
         inverse = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)
         return self.weight * (wide * inverse).to(tokens.dtype), (inverse,)
@@ -87,7 +88,7 @@ def norm_kind(module: Any) -> tuple[type[NormOp], float] | None:
 
 
 def _at_least(tokens: Tensor, weight: Tensor) -> Tensor:
-    """bf16 tokens next to an fp32 weight, under autocast, are normalized in fp32, as torch does there."""
+    """bf16 tokens next to an fp32 weight are normalized in fp32, as by autocast, and by tuner layers in fp32."""
     return tokens if tokens.dtype is weight.dtype else tokens.to(torch.promote_types(tokens.dtype, weight.dtype))
 
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from peft_bsr.ops.half import (
+    Compute,
     HalfSettings,
-    compute_dtype,
     in_dtypes,
     linears_grads,
     refuse_second_derivatives,
@@ -44,22 +44,21 @@ class ProjectionsOp(HalfSettings):
             tokens: The residual stream.
             tensors: See `HalfSettings.bind`.
         """
-        heads: Heads = _LeanProjections.apply(tokens, self, compute_dtype(tokens), *tensors)
+        heads: Heads = _LeanProjections.apply(tokens, self, Compute.of(tokens), *tensors)
         return heads
 
     def plain(self, tokens: Tensor, tensors: Sequence[Any]) -> Heads:
         """The same by plain operations, which autograd or a compiler may record."""
-        dtype = compute_dtype(tokens)
+        compute = Compute.of(tokens)
         with torch.autocast(tokens.device.type, enabled=False):
-            return self.run(tokens, dtype, tensors)
+            return self.run(tokens, compute, tensors)
 
-    def run(self, tokens: Tensor, dtype: torch.dtype, tensors: Sequence[Any]) -> Heads:
+    def run(self, tokens: Tensor, compute: Compute, tensors: Sequence[Any]) -> Heads:
         """`plain` where no autocast is on."""
-        norm, linears = self.bind(tensors)
+        norm, (query, *others) = self.bind(tensors, compute)
         (batch, num_tokens, _), width = tokens.shape, self.head_width
-        normalized = norm.run(tokens)[0].to(dtype)
+        normalized = norm.run(tokens)[0].to(compute.dtype)
         flat = normalized.flatten(0, 1)
-        query, *others = [linear.cast(dtype) for linear in linears]
         if others:
             asked = flat if self.num_queries is None else normalized[:, : self.num_queries].flatten(0, 1)
             products = [query.product(asked), *[linear.product(flat) for linear in others]]
@@ -73,23 +72,22 @@ class ProjectionsOp(HalfSettings):
 class _LeanProjections(torch.autograd.Function):
     @staticmethod
     @without_autocast
-    def forward(ctx: Any, tokens: Tensor, op: ProjectionsOp, dtype: torch.dtype, *tensors: Any) -> Heads:
-        ctx.op, ctx.dtype = op, dtype
+    def forward(ctx: Any, tokens: Tensor, op: ProjectionsOp, compute: Compute, *tensors: Any) -> Heads:
+        ctx.op, ctx.compute = op, compute
         ctx.save_for_backward(tokens, *tensors)
-        return op.run(tokens, dtype, tensors)
+        return op.run(tokens, compute, tensors)
 
     @staticmethod
     @without_autocast
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivatives()
-        op, dtype = ctx.op, ctx.dtype
+        op, compute = ctx.op, ctx.compute
         tokens, *tensors = ctx.saved_tensors
         needs, num_queries = ctx.needs_input_grad[3:], op.num_queries
         parts = [gradient.transpose(1, 2) for gradient in gradients]  # [B, N, H, d]
-        norm, linears = op.bind(tensors)
-        linears = [linear.cast(dtype) for linear in linears]
+        norm, linears = op.bind(tensors, compute)
         normalized, stats = norm.run(tokens)
-        normalized = normalized.to(dtype)
+        normalized = normalized.to(compute.dtype)
         flat = normalized.flatten(0, 1)
         if len(linears) == 1:
             if num_queries is not None:

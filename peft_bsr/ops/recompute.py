@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from peft_bsr.ops.dropout import generator_at, generator_state
-from peft_bsr.ops.half import compute_dtype, refuse_second_derivatives
+from peft_bsr.ops.half import Compute, refuse_second_derivatives
 
 
 def recomputed(
@@ -33,8 +33,7 @@ def recomputed(
 class _Recomputed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, run: Callable[..., Any], is_random: bool, tokens: Tensor, *parameters: Any) -> Any:
-        device = tokens.device.type
-        ctx.autocast = torch.is_autocast_enabled(device), compute_dtype(tokens)
+        ctx.compute = Compute.of(tokens)
         ctx.state = generator_state(tokens.device) if is_random else None
         ctx.run = run
         ctx.save_for_backward(tokens, *parameters)
@@ -43,14 +42,14 @@ class _Recomputed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivatives()
-        is_enabled, dtype = ctx.autocast
+        dtype, casts = ctx.compute
         inputs: list[Any] = [None if t is None else t.detach() for t in ctx.saved_tensors]
         device = inputs[0].device
         needs = ctx.needs_input_grad[2:]
         wanted = [t.requires_grad_() for t, need in zip(inputs, needs, strict=True) if need]
         with (
             torch.enable_grad(),
-            torch.autocast(device.type, dtype, enabled=is_enabled),
+            torch.autocast(device.type, dtype, enabled=casts),
             generator_at(ctx.state, device),
         ):
             outputs = ctx.run(*inputs)

@@ -317,6 +317,34 @@ def test_gradient_checkpointing_on_top(lean, use_reentrant):
         torch.testing.assert_close(gradient, expected[name], atol=1e-6, rtol=1e-5, msg=name)
 
 
+@pytest.mark.parametrize("trainable", ["full", "lora"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["vit", "internvl_qk_norm", "dinov2_swiglu"])
+def test_adapters_in_fp32_on_a_model_in_half_precision(family, dtype, trainable):
+    """PEFT's default: the adapter's products are in fp32, and what they give is rounded to the model's dtype."""
+
+    def run(lean: str):
+        torch.manual_seed(3)
+        config = BSRConfig(trainable_blocks=[1, 3], keep_rate=1.0, trainable=trainable, lean=lean, init_weights=False)
+        model = get_peft_model(SUPPORTED[family]().to(dtype), config).train()
+        batch = {name: value.to(dtype) for name, value in run_batch(model.base_model.model).items()}
+
+        def loss() -> torch.Tensor:
+            return sum(t.float().square().mean() for t in tensors_of(model(**batch)) if t.requires_grad)
+
+        loss().backward()
+        named = model.named_parameters()
+        gradients = torch.cat([p.grad.flatten() for _, p in named if p.grad is not None and p.dtype == torch.float32])
+        return gradients, saved_activations(model, loss)
+
+    expected, saved = run("off")
+    for lean in ("exact", "max"):
+        found, less = run(lean)
+        assert (found - expected).norm() <= (3e-2 if dtype == torch.bfloat16 else 4e-3) * expected.norm()
+        assert less < saved
+        saved = less
+
+
 def test_evaluation_runs_the_stock_blocks_bit_for_bit():
     base = SUPPORTED["vit"]()
     batch = run_batch(base)

@@ -157,11 +157,11 @@ def test_blocks_run_once_without_a_graph_and_the_last_read_one_not_at_all(make_v
     assert not states[0].requires_grad and states[0].grad_fn is None
 
 
-def test_nothing_stays_on_the_carrier(make_vit, images):
+def test_nothing_stays_on_the_context(make_vit, images):
     model = get_peft_model(make_vit(), SynQTConfig(**SMALL, keep_rate=0.5))
     model(pixel_values=images)
     context = find_routers(model)[0].context
-    assert context.reading is context.route is context.inside is None
+    assert context.reading is context.route is context.running is context.owner is None
 
 
 def test_all_tokens_kept_is_no_reduction_bit_for_bit(make_vit, images, run):

@@ -29,17 +29,19 @@ class BlockCall:
         int8: Whether it keeps in 8 bits what it keeps in this forward.
 
     Attributes:
+        admit: Told the queries, keys and values, where they are to be kept in 8 bits; else None.
         token_scores: The scores [B, N], once the attention has run.
         origins: Origins after the block's reduction [B, A], or None without one.
     """
 
-    __slots__ = ("int8", "lean", "origins", "plan", "route", "score", "token_scores")
+    __slots__ = ("admit", "int8", "lean", "origins", "plan", "route", "score", "token_scores")
 
     def __init__(
         self, route: Route, score: str | None = None, plan: Any = None, lean: Any = None, int8: bool = False
     ) -> None:
         self.route, self.score = route, score
         self.plan, self.lean, self.int8 = plan, lean, int8
+        self.admit: Callable[..., None] | None = None
         self.token_scores: Tensor | None = None
         self.origins: Tensor | None = None
 

@@ -162,7 +162,7 @@ class LeanAttention:
             op = self.ops[lean.num_queries] = self.op(lean.num_queries)
         tensors = _read(self.norm, self.linears)
         rate = max([read() for read in self.rates], default=0.0) if self.attention.training else 0.0
-        mix = partial(self._mix, call.score, tables, rate, lean)
+        mix = partial(self._mix, call.score, tables, rate, call.admit, not lean.save_products)
         inputs = (mask, *_tensors_of(self.norms[0]), *_tensors_of(self.norms[1]))
         if lean.save_products:
             results = mix(*inputs, *op(tokens, tensors))
@@ -172,27 +172,32 @@ class LeanAttention:
             call.token_scores = results[1]
         return _run_after(self.after, self.output(results[0]))
 
-    def _mix(self, score: str | None, tables: Any, rate: float, lean: Lean, *inputs: Any) -> tuple[Tensor, ...]:
+    def _mix(
+        self, score: str | None, tables: Any, rate: float, admit: Any, is_recomputed: bool, *inputs: Any
+    ) -> tuple[Tensor, ...]:
         """Attention output [B, Q, H * d], and the token scores [B, N] if they are asked for.
 
         Args:
             score: Kind of the scores.
             tables: Of positions, or None.
             rate: Of the dropout on attention weights.
-            lean: How.
+            admit: Told the queries, keys and values where they are kept in 8 bits, or None.
+            is_recomputed: Whether nothing of this is kept, since it runs again.
             *inputs: The mask; weight and bias of the query's and the key's norm; query, key and value by heads.
         """
         mask, query_weight, query_bias, key_weight, key_bias, query, key, value = inputs
-        query = self._normed(self.norms[0], query, query_weight, query_bias, lean)
-        key = self._normed(self.norms[1], key, key_weight, key_bias, lean)
+        query = self._normed(self.norms[0], query, query_weight, query_bias, is_recomputed)
+        key = self._normed(self.norms[1], key, key_weight, key_bias, is_recomputed)
         if tables is not None:
             query, key = self._rotated(query, key, tables)
         if mask is not None and mask.ndim == 4 and mask.shape[2] > query.shape[2]:
             mask = mask[:, :, : query.shape[2]]
+        if admit is not None:
+            admit(query, key, value)
         mixed = attend(self.attention, self.source, query, key, value, mask, self.scaling, rate)
         return (mixed,) if score is None else (mixed, token_scores(score, query, key, self.scaling, mask))
 
-    def _normed(self, source: Any, part: Tensor, weight: Tensor, bias: Tensor | None, lean: Lean) -> Tensor:
+    def _normed(self, source: Any, part: Tensor, weight: Tensor, bias: Tensor | None, is_recomputed: bool) -> Tensor:
         """Queries or keys after their norm, over a head or over all of them; only its input and output are kept."""
         if source is None:
             return part
@@ -200,7 +205,7 @@ class LeanAttention:
         is_whole = weight.shape[0] != self.head_width
         tokens = part.transpose(1, 2).flatten(2) if is_whole else part
         run = partial(_run_norm, kind, eps)
-        (tokens,) = recomputed(run, tokens, weight, bias) if lean.save_products else run(tokens, weight, bias)
+        (tokens,) = run(tokens, weight, bias) if is_recomputed else recomputed(run, tokens, weight, bias)
         return tokens.unflatten(2, (-1, self.head_width)).transpose(1, 2) if is_whole else tokens
 
     def _rotated(self, query: Tensor, key: Tensor, tables: Any) -> tuple[Tensor, Tensor]:

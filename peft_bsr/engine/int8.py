@@ -12,58 +12,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-_GROUP = 48  # numbers that share a grid, at most; a real ViT-Ti's gradients are off by 2.1 % with 64, 1.4 % with 48
-_CHUNK = 2**20  # numbers rounded at a time, so that the noise takes little memory
-
-_BF16_ROUNDING = 2.0**-8  # a bf16 is that near to what it was rounded from
+from peft_bsr.ops import PackedTensor, group_size
 
 _watcher: ContextVar[Callable[[Tensor], Any] | None] = ContextVar("watcher", default=None)
 
 
-@dataclass(frozen=True)
-class PackedTensor:
-    """Numbers as `smallest + codes * step`.
-
-    Attributes:
-        codes: uint8 [rows, group].
-        smallest: bf16 [rows, 1], at most the smallest number of a row.
-        step: bf16 [rows, 1], at least a 255th of the row's range.
-        dtype: Of the numbers.
-    """
-
-    codes: Tensor
-    smallest: Tensor
-    step: Tensor
-    dtype: torch.dtype
-
-    @classmethod
-    def of(cls, numbers: Tensor) -> PackedTensor:
-        """Pack [rows, group], rounding up with the probability of the remainder."""
-        low, high = (t[:, None].float() for t in torch.aminmax(numbers, dim=1))
-        smallest = (low - low.abs() * _BF16_ROUNDING).bfloat16()
-        step = ((high - smallest) * (1 + _BF16_ROUNDING) / 255).clamp_min(1e-30).bfloat16()
-        codes = torch.empty(numbers.shape, dtype=torch.uint8, device=numbers.device)
-        size = max(1, _CHUNK // numbers.shape[1])
-        for begin in range(0, len(numbers), size):
-            rows = slice(begin, begin + size)
-            scaled = (numbers[rows].float() - smallest[rows]).div_(step[rows])
-            codes[rows] = scaled.add_(torch.rand_like(scaled)).floor_().clamp_(max=255)
-        return cls(codes, smallest, step, numbers.dtype)
-
-    def unpack(self) -> Tensor:
-        """The numbers, [rows * group]."""
-        return torch.addcmul(self.smallest.float(), self.codes, self.step.float()).to(self.dtype).flatten()
-
-
 @contextmanager
-def saved_in_int8(block: nn.Module, num_values: float, arguments: Any) -> Iterator[None]:
+def saved_in_int8(block: nn.Module, num_values: float, arguments: Any) -> Iterator[Callable[..., None]]:
     """What operations inside save for backward is packed, if it is an activation.
 
     Not for inside of gradient checkpointing, whose own hooks these would replace.
@@ -72,6 +33,10 @@ def saved_in_int8(block: nn.Module, num_values: float, arguments: Any) -> Iterat
         block: Whose parameters and buffers are left as they are.
         num_values: Numbers in the block's smallest token tensor; what is smaller is left as it is.
         arguments: Tensors (in tuples, lists or dicts) that are left as they are.
+
+    Yields:
+        A function that is told which tensors are queries, keys and values: with as many tokens as a head is wide they
+        have the shape of attention weights, which are left as they are.
     """
     outside = (*block.parameters(), *block.buffers(), *_tensors_in(arguments))
     exact = {StorageWeakRef(tensor.untyped_storage()) for tensor in outside}
@@ -79,10 +44,15 @@ def saved_in_int8(block: nn.Module, num_values: float, arguments: Any) -> Iterat
     casts = any(torch.is_autocast_enabled(device) for device in {tensor.device.type for tensor in outside})
     shapes = {tuple(sorted(p.shape)) for p in block.parameters() if p.ndim == 2 and casts}
     memo: dict[Any, PackedTensor] = {}
+    heads: set[StorageWeakRef] = set()
+
+    def admit(*tensors: Tensor) -> None:
+        heads.update(StorageWeakRef(tensor.untyped_storage()) for tensor in tensors)
 
     def pack(tensor: Tensor) -> Any:
         is_square = tensor.ndim > 2 and tensor.shape[-1] == tensor.shape[-2]  # attention weights, masks
         storage = tensor.untyped_storage()
+        is_square &= StorageWeakRef(storage) not in heads and not _is_split_by_heads(tensor)
         if StorageWeakRef(storage) in exact:
             _note(tensor)
             return tensor.detach()  # itself it would hold the graph that holds it, if no backward comes
@@ -113,7 +83,7 @@ def saved_in_int8(block: nn.Module, num_values: float, arguments: Any) -> Iterat
 
     try:
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-            yield
+            yield admit
     finally:
         memo.clear()
 
@@ -141,6 +111,11 @@ def _tensors_in(value: Any) -> list[Tensor]:
     return [tensor for item in values for tensor in _tensors_in(item)]
 
 
+def _is_split_by_heads(tensor: Tensor) -> bool:
+    """Whether it lies in memory as [B, N, H, d], as attention weights never do: heads are next to each other there."""
+    return tensor.ndim == 4 and tensor.shape[1] > 1 and tensor.stride(1) == tensor.shape[3] < tensor.stride(2)
+
+
 def _is_dense(tensor: Tensor) -> bool:
     """Whether its numbers fill a range of memory, in whatever order of the axes."""
     expected = 1
@@ -151,11 +126,4 @@ def _is_dense(tensor: Tensor) -> bool:
     return True
 
 
-def group_size(tensor: Tensor) -> int:
-    """A divisor of the innermost axis, near `_GROUP`, so that no two tokens share a grid."""
-    sizes = [size for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if stride == 1 and size > 1]
-    innermost = sizes[0] if sizes else 1
-    return next((size for size in range(_GROUP, 15, -1) if innermost % size == 0), innermost)
-
-
-__all__ = ["PackedTensor", "group_size", "saved_in_int8", "watch_kept"]
+__all__ = ["saved_in_int8", "watch_kept"]

@@ -19,8 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from peft_bsr.backbones import Column, apply_part
 from peft_bsr.core import absorb_key, apply_value, attend_plain, pooling_weights
-from peft_bsr.engine.int8 import PackedTensor, group_size
-from peft_bsr.ops import exact_parameters
+from peft_bsr.ops import PackedTensor, exact_parameters, group_size
 
 KeptTokens = Literal["full", "bfloat16", "float16", "int8"]
 ROLES = ("query", "key", "value", "output")

@@ -77,7 +77,10 @@ class RoutedBlock(nn.Module):
             packing = saved_in_int8(self, _fewest_values(column, block_call, hidden_states), (args, kwargs))
         earlier, context.running = context.running, block_call
         try:
-            with router.scorer.watching(None if plan.reduction is None else column.scores_from), packing:
+            with (
+                router.scorer.watching(None if plan.reduction is None else column.scores_from),
+                packing as block_call.admit,
+            ):
                 return router.bound(self).run(block_call, stock, hidden_states, args, kwargs, mix)
         finally:
             context.running = earlier

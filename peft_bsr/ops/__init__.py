@@ -3,6 +3,7 @@
 from peft_bsr.ops.activation import Activation, Gate
 from peft_bsr.ops.dropout import lean_dropout
 from peft_bsr.ops.frozen import FrozenLinear, exact_parameters, freeze_linear
+from peft_bsr.ops.int8 import PackedTensor, group_size
 from peft_bsr.ops.linear import LinearOp
 from peft_bsr.ops.mlp import MLPOp
 from peft_bsr.ops.norm import LayerNormOp, NormOp, RMSNormOp, norm_kind
@@ -19,10 +20,12 @@ __all__ = [
     "LinearOp",
     "MLPOp",
     "NormOp",
+    "PackedTensor",
     "ProjectionsOp",
     "RMSNormOp",
     "exact_parameters",
     "freeze_linear",
+    "group_size",
     "lean_dropout",
     "norm_kind",
     "recomputed",

@@ -11,12 +11,13 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch import nn
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import DINOv3ViTConfig, DINOv3ViTModel, ViTConfig, ViTForImageClassification
 
 from peft_bsr import BSRConfig
 from peft_bsr.backbones import tensors_of
 from peft_bsr.cost import saved_activations
-from peft_bsr.engine.int8 import PackedTensor, saved_in_int8, watch_kept
+from peft_bsr.engine.int8 import saved_in_int8, watch_kept
+from peft_bsr.ops import PackedTensor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "contract"))
 
@@ -177,3 +178,21 @@ def test_autocast_packs_activations_and_no_weights():
     for (name, a), b in zip(model.named_parameters(), expected.parameters(), strict=True):
         if a.grad is not None and not name.endswith("k_proj.bsr_params.default.bias"):
             assert (a.grad - b.grad).norm() <= 0.05 * b.grad.norm(), name
+
+
+@pytest.mark.parametrize("family", ["ViT", "DINOv3"])
+def test_as_many_tokens_as_a_head_is_wide_are_packed_too(family):
+    """Queries, keys and values have the shape of attention weights then; they are known by what they are."""
+    sizes = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 256}
+    torch.manual_seed(0)
+    if family == "ViT":
+        base = ViTForImageClassification(ViTConfig(**sizes, image_size=(56, 72), patch_size=8, num_labels=3))
+        images = torch.randn(2, 3, 56, 72)  # 63 patches and the class token
+    else:
+        config = DINOv3ViTConfig(**sizes, image_size=64, patch_size=8, num_register_tokens=0)
+        base, images = DINOv3ViTModel(config), torch.randn(2, 3, 56, 72)
+    model = get_peft_model(base, BSRConfig(trainable_blocks=[0], keep_rate=1.0, saved_activations="int8")).train()
+    with collected() as kept:
+        tensors_of(model(pixel_values=images))[0].sum()
+    assert len(codes(kept)) >= 10
+    assert not [t.shape for t in kept if t.is_floating_point() and t.shape[-2:] == (64, 64) and t.shape[0] == 2]

@@ -247,6 +247,11 @@ def captures_outputs() -> bool:
     return collector is not None and bool(collector.get())
 
 
+def computes_weights(attention: Any, source: ScoreSource | None) -> bool:
+    """Whether `attend` without dropout makes a matrix of attention weights [B, H, Q, N] that autograd can see."""
+    return source == "interface" and attention.config._attn_implementation in (None, "eager")
+
+
 def function_of(module: nn.Module, name: str) -> Any:
     """The function `name` that the forward of `module` finds beside itself in its file.
 

@@ -29,7 +29,7 @@ class BlockCall:
         int8: Whether it keeps in 8 bits what it keeps in this forward.
 
     Attributes:
-        admit: Told the queries, keys and values, where they are to be kept in 8 bits; else None.
+        admit: Told that square matrices are tokens, not attention weights, where these are kept in 8 bits; else None.
         token_scores: The scores [B, N], once the attention has run.
         origins: Origins after the block's reduction [B, A], or None without one.
     """
@@ -41,7 +41,7 @@ class BlockCall:
     ) -> None:
         self.route, self.score = route, score
         self.plan, self.lean, self.int8 = plan, lean, int8
-        self.admit: Callable[..., None] | None = None
+        self.admit: Callable[[bool], None] | None = None
         self.token_scores: Tensor | None = None
         self.origins: Tensor | None = None
 

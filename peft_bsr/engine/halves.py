@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_bsr.backbones import Anatomy, Column, apply_part, attend, function_of
+from peft_bsr.backbones import Anatomy, Column, apply_part, attend, computes_weights, function_of
 from peft_bsr.core import BlockCall
 from peft_bsr.engine.parts import LinearSource, attention_dropouts, find_mlp, linear_source, norm_source
 from peft_bsr.engine.plan import Lean
@@ -181,7 +181,7 @@ class LeanAttention:
             score: Kind of the scores.
             tables: Of positions, or None.
             rate: Of the dropout on attention weights.
-            admit: Told the queries, keys and values where they are kept in 8 bits, or None.
+            admit: Told that square matrices are tokens, where these are kept in 8 bits; or None.
             is_recomputed: Whether nothing of this is kept, since it runs again.
             *inputs: The mask; weight and bias of the query's and the key's norm; query, key and value by heads.
         """
@@ -192,9 +192,12 @@ class LeanAttention:
             query, key = self._rotated(query, key, tables)
         if mask is not None and mask.ndim == 4 and mask.shape[2] > query.shape[2]:
             mask = mask[:, :, : query.shape[2]]
-        if admit is not None:
-            admit(query, key, value)
+        shows_weights = admit is None or rate or computes_weights(self.attention, self.source)
+        if not shows_weights and query.shape[2] == query.shape[3]:
+            admit(True)
         mixed = attend(self.attention, self.source, query, key, value, mask, self.scaling, rate)
+        if admit is not None:
+            admit(False)
         return (mixed,) if score is None else (mixed, token_scores(score, query, key, self.scaling, mask))
 
     def _normed(self, source: Any, part: Tensor, weight: Tensor, bias: Tensor | None, is_recomputed: bool) -> Tensor:

@@ -24,7 +24,7 @@ _watcher: ContextVar[Callable[[Tensor], Any] | None] = ContextVar("watcher", def
 
 
 @contextmanager
-def saved_in_int8(block: nn.Module, num_values: float, arguments: Any) -> Iterator[Callable[..., None]]:
+def saved_in_int8(block: nn.Module, num_values: float, arguments: Any) -> Iterator[Callable[[bool], None]]:
     """What operations inside save for backward is packed, if it is an activation.
 
     Not for inside of gradient checkpointing, whose own hooks these would replace.
@@ -35,8 +35,8 @@ def saved_in_int8(block: nn.Module, num_values: float, arguments: Any) -> Iterat
         arguments: Tensors (in tuples, lists or dicts) that are left as they are.
 
     Yields:
-        A function that is told which tensors are queries, keys and values: with as many tokens as a head is wide they
-        have the shape of attention weights, which are left as they are.
+        A function that is told whether square matrices are tokens from now on: queries, keys, values and outputs of as
+        many tokens as a head is wide look like attention weights, which are left as they are.
     """
     outside = (*block.parameters(), *block.buffers(), *_tensors_in(arguments))
     exact = {StorageWeakRef(tensor.untyped_storage()) for tensor in outside}
@@ -44,15 +44,15 @@ def saved_in_int8(block: nn.Module, num_values: float, arguments: Any) -> Iterat
     casts = any(torch.is_autocast_enabled(device) for device in {tensor.device.type for tensor in outside})
     shapes = {tuple(sorted(p.shape)) for p in block.parameters() if p.ndim == 2 and casts}
     memo: dict[Any, PackedTensor] = {}
-    heads: set[StorageWeakRef] = set()
+    squares = {"are_tokens": False}
 
-    def admit(*tensors: Tensor) -> None:
-        heads.update(StorageWeakRef(tensor.untyped_storage()) for tensor in tensors)
+    def admit(squares_are_tokens: bool) -> None:
+        squares["are_tokens"] = squares_are_tokens
 
     def pack(tensor: Tensor) -> Any:
         is_square = tensor.ndim > 2 and tensor.shape[-1] == tensor.shape[-2]  # attention weights, masks
         storage = tensor.untyped_storage()
-        is_square &= StorageWeakRef(storage) not in heads and not _is_split_by_heads(tensor)
+        is_square &= not squares["are_tokens"] and not _is_split_by_heads(tensor)
         if StorageWeakRef(storage) in exact:
             _note(tensor)
             return tensor.detach()  # itself it would hold the graph that holds it, if no backward comes

@@ -241,10 +241,10 @@ def is_capture_hook(hook: Any) -> bool:
     return getattr(hook, "__module__", None) == _CAPTURING
 
 
-def captures_outputs() -> bool:
-    """Whether the running forward captures any; transformers' hooks stay on the modules after the first time."""
+def captured_outputs() -> frozenset[str]:
+    """What the running forward captures (`"hidden_states"`, `"attentions"`); transformers' hooks outlast a request."""
     collector = getattr(sys.modules.get(_CAPTURING), "_active_collector", None)
-    return collector is not None and bool(collector.get())
+    return frozenset((collector.get() or ()) if collector is not None else ())
 
 
 def computes_weights(attention: Any, source: ScoreSource | None) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from peft_bsr.backbones import Column, TokenFollower, captures_outputs
+from peft_bsr.backbones import Column, TokenFollower, captured_outputs
 from peft_bsr.core import BlockCall, pick_tokens, put_tokens
 from peft_bsr.engine.halves import LeanAttention, LeanMLP, NotLeanError, StockAttention, StockMLP
 from peft_bsr.engine.plan import Lean, Reduction
@@ -118,7 +118,7 @@ class BoundBlock:
             half, reason = self.lean_attention, self.reasons.get("attention")
             if half is not None:
                 reason = half.problem(arguments)
-                if self._captures and captures_outputs():
+                if self._captures and captured_outputs() - {"hidden_states"}:
                     reason = "attention weights are captured"
                 if reason is None:
                     change = half(call, tokens, self.follower.follow(arguments), lean)

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from operator import itemgetter
 from typing import Any
 
-from peft_bsr.backbones import captures_outputs, is_capture_hook
+from peft_bsr.backbones import captured_outputs, is_capture_hook
 
 STATE = "adapter_state"  # attribute of a module that holds adapters; another object after each change
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -46,7 +46,7 @@ class Watch:
     @property
     def hook(self) -> str | None:
         """Name of a hook that looks at any of the modules in this forward, or None."""
-        if self._foreign is None and self._captures and captures_outputs():
+        if self._foreign is None and self._captures and captured_outputs():
             return "output_capturing_hook"
         return self._foreign
 

@@ -91,10 +91,12 @@ class _Tried:
     Attributes:
         values: The output, then the gradients of its input and of its parameters.
         living_bytes: Alive between the two.
+        aside: Why a half ran stock, or None.
     """
 
     values: list[Tensor | None]
     living_bytes: int
+    aside: str | None
 
 
 def _problem(model: nn.Module, column: Column, index: int, candidate: BlockPlan, stock: StockRun) -> str | None:
@@ -102,6 +104,8 @@ def _problem(model: nn.Module, column: Column, index: int, candidate: BlockPlan,
     num_queries = None if candidate.lean is None else candidate.lean.num_queries
     expected = _try(model, column, index, BlockPlan(True), stock, num_queries)
     found = _try(model, column, index, candidate, stock, num_queries)
+    if found.aside is not None:
+        return found.aside
     if found.living_bytes >= expected.living_bytes:
         return "it keeps no less for backward than the stock block"
     if [t is None for t in expected.values] != [t is None for t in found.values]:
@@ -128,7 +132,7 @@ def _try(
     blocks = [BlockPlan(cut_gradient=i < index) for i in range(column.depth)]
     blocks[index] = plan
     with (
-        routed(model, column, Plan(tuple(blocks)), start_at=index, like=hidden),
+        routed(model, column, Plan(tuple(blocks)), start_at=index, like=hidden) as routers,
         _in_training(block, column) as parameters,
     ):
         tokens = hidden.detach().clone().requires_grad_()
@@ -139,7 +143,7 @@ def _try(
         output = output[:, :num_queries]
         weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output)
         gradients = torch.autograd.grad((output * weights).sum(), [tokens, *parameters], allow_unused=True)
-    return _Tried([output.detach(), *gradients], living_bytes)
+    return _Tried([output.detach(), *gradients], living_bytes, next(iter(routers[index].aside.values()), None))
 
 
 @contextmanager

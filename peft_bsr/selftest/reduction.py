@@ -220,7 +220,7 @@ def routed(
     start_at: int = 0,
     like: Tensor | None = None,
     router_cls: type[BlockRouter] = BlockRouter,
-) -> Iterator[None]:
+) -> Iterator[list[BlockRouter]]:
     """Attach routers for a while.
 
     Args:
@@ -230,15 +230,19 @@ def routed(
         start_at: A block that will be called on its own.
         like: Its hidden states [B, N, D].
         router_cls: Class of the routers.
+
+    Yields:
+        The routers, which do not warn of halves that step aside.
     """
     context, rule = ForwardContext(), find_rule(model)
+    context.has_warned = True
     routers = [router_cls(i, column, context, rule, plan) for i in range(column.depth)]
     for router in routers:
         attach_router(model, router)
     if like is not None:
         context.route = routers[start_at].start_route(like)
     try:
-        yield
+        yield routers
     finally:
         for router in routers:
             detach_router(model, router)

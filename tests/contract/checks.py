@@ -156,6 +156,39 @@ def check_gradients(name: str, mode: str | None) -> None:
                 torch.testing.assert_close(gradients[parameter], expected, atol=1e-5, rtol=1e-4, msg=parameter)
 
 
+def check_lean(name: str, mode: str | None) -> None:
+    """Gradients of lean blocks, exact and max, equal those of stock blocks to 1e-5."""
+
+    def gradients(lean: str) -> tuple[dict[str, Tensor | None], str]:
+        model = attach(name, mode, keep_rate=0.7, init_weights=False, lean=lean).train()
+        batch = run_batch(model.base_model.model)
+        torch.manual_seed(5)
+        sum(t.float().square().mean() for t in tensors_of(model(**batch)) if t.requires_grad).backward()
+        return {n: p.grad for n, p in model.named_parameters() if p.requires_grad}, model.base_model.explain()
+
+    expected, _ = gradients("off")
+    largest = max(float(g.abs().max()) for g in expected.values() if g is not None)
+    for level in ("exact", "max"):
+        found, explained = gradients(level)
+        assert "runs stock" not in explained, explained
+        for parameter, gradient in expected.items():
+            assert (found[parameter] is None) == (gradient is None), parameter
+            if gradient is not None:
+                # what is zero but for rounding (a key's bias) is measured by the others' size
+                size = max(float(gradient.abs().max()), 1e-2 * largest)
+                assert float((found[parameter] - gradient).abs().max()) <= 1e-5 * size, parameter
+
+
+def lean_levels(name: str) -> str:
+    """What of the family's blocks runs lean, as far as the test at attach found it equal."""
+    found = {}
+    for level in ("exact", "max"):
+        lean = attach(name, None, lean=level).base_model.plan().blocks[1].lean
+        halves = [] if lean is None else [half for half in ("attention", "mlp") if getattr(lean, half)]
+        found[level] = "" if len(halves) == 2 else f" ({halves[0]} only)" if halves else None
+    return ", ".join(f"{level}{note}" for level, note in found.items() if note is not None) or "off"
+
+
 def check_save_and_load(name: str, mode: str | None) -> None:
     """A saved adapter, loaded on a fresh base model under another name, gives the same outputs bit for bit."""
     model = attach(name, mode, init_weights=False)
@@ -187,6 +220,7 @@ CHECKS: dict[str, Callable[[str, str | None], None]] = {
     "masking": check_masking,
     "scores": check_scores,
     "gradients": check_gradients,
+    "lean": check_lean,
     "save and load": check_save_and_load,
     "disable": check_disable,
 }

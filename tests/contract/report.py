@@ -11,7 +11,7 @@ from pathlib import Path
 import peft
 import torch
 import transformers
-from checks import CHECKS, attach
+from checks import CHECKS, attach, lean_levels
 from families import REFUSED, SUPPORTED
 
 from peft_bsr import UnsupportedModelError, probe_column
@@ -32,15 +32,17 @@ CPU in fp32 with scaled-dot-product attention. What each check says:
 - **masking**: dropping tokens equals keeping them and masking their keys in the blocks behind, to 1e-5;
 - **scores**: the scores equal those made of the stock model's eager attention, to 1e-5;
 - **gradients**: both kinds of gradient checkpointing, two forwards before the backward, equal no checkpointing;
+- **lean**: gradients of lean blocks, `exact` and `max`, equal those of stock blocks to 1e-5;
 - **save and load**, **disable**: bit-equal outputs after reloading under another name, disabling and unloading.
 
 "Special" counts the tokens at the front and at the end that are never dropped. "Positions" says whether a block uses
 the position of a token, by tables, biases or masks that follow the kept tokens. "Modes" names first the one that is
-chosen.
+chosen. "Lean" names the levels in which both halves of a block run lean; where one half stays stock, because it
+computes something else than norm, projections and attention, or norm and MLP, the other is named.
 Models that are not in the table are probed alike: what passes is accepted, the rest is refused with the reason found.
 timm's models through `TimmWrapper` are supported by the same probe; their tests run where timm is installed.
 """
-COLUMNS = ("family", "class", "special", "positions", "scores from", "score", "modes", "passed")
+COLUMNS = ("family", "class", "special", "positions", "scores from", "score", "modes", "lean", "passed")
 
 
 @dataclass
@@ -69,7 +71,7 @@ def survey(run_checks: bool = True) -> list[Row]:
         modes = [config.mode, *([other] if (other := _other_mode(family, config.mode)) else [])]
         special = f"{column.num_prefix} + {column.num_suffix}"
         positions = "side inputs follow" if column.uses_positions else "none inside"
-        row.cells = [special, positions, str(column.scores_from), config.score, ", ".join(modes)]
+        row.cells = [special, positions, str(column.scores_from), config.score, ", ".join(modes), lean_levels(family)]
         if run_checks:
             row.cells.append(", ".join(_passed(family, config.mode, modes)))
     return rows
@@ -95,7 +97,7 @@ def _passed(family: str, chosen: str, modes: list[str]) -> list[str]:
             except (AssertionError, RuntimeError) as error:
                 failed.append(f"{mode}: {type(error).__name__}")
         results.append(f"**{name} FAILS ({'; '.join(failed)})**" if failed else name)
-    return ["all six"] if results == list(CHECKS) else results
+    return ["all seven"] if results == list(CHECKS) else results
 
 
 def render(rows: list[Row]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from checks import CHECKS, attach
+from checks import CHECKS, attach, lean_levels
 from families import REFUSED, SUPPORTED, run_batch
 from peft import get_peft_model
 from report import VERSIONS, render, survey
@@ -33,6 +33,7 @@ EXPECTED = {
     "dinov2_registers": ("compact", "class", True),
     "dinov3": ("full_view", "class", True),
     "dinov3_backbone": ("full_view", "class", False),
+    "dinov3_gated": ("full_view", "class", True),
     "beit": ("compact", "class", True),
     "beit_shared_bias": ("compact", "class", True),
     "beit_no_bias": ("compact", "class", True),
@@ -76,6 +77,19 @@ REASONS = {
     "vitdet": r"its first block gets \(2, 32, 4, 4\)",
     "eomt": r"block 2 maps \(1, 25, 32\)",
 }
+
+
+PARTLY_LEAN = {  # rotates or biases its attention by itself, where no side input shows how
+    "data2vec": "exact (mlp only), max (mlp only)",
+    "data2vec_shared_bias": "exact (mlp only), max (mlp only)",
+    "vjepa2": "exact (mlp only), max (mlp only)",
+    "mlcd": "exact (mlp only), max (mlp only)",
+}
+
+
+@pytest.mark.parametrize("family", SUPPORTED)
+def test_blocks_run_lean(family):
+    assert lean_levels(family) == PARTLY_LEAN.get(family, "exact, max")
 
 
 def test_every_family_has_an_expectation():

@@ -148,7 +148,9 @@ class LeanAttention:
     def problem(self, arguments: dict[str, Any]) -> str | None:
         """Why the half cannot run with these arguments, or None."""
         for name, value in arguments.items():
-            if name not in _KNOWN and isinstance(value, (Tensor, tuple)):
+            # a single number speaks of no token (Trainer's `num_items_in_batch` comes by here)
+            is_array = isinstance(value, tuple) or (isinstance(value, Tensor) and value.ndim > 0)
+            if name not in _KNOWN and is_array:
                 return f"the attention is called with `{name}`"
         if self.rotate is None and arguments.get("position_embeddings") is not None:
             return "how the attention rotates its queries and keys is not known"

@@ -17,6 +17,7 @@ COMMANDS = [
     "synqt.py --batch-size 1 --rounds 1",
     "experts.py layer --batch 1 --repeats 1",
     "export.py --formats torch.export --num-images 2",
+    "host.py stock --rounds 1 --steps 2",
     "quantized.py --batch-size 1 --repeats 1 --autocast",
 ]
 

@@ -367,6 +367,16 @@ def test_the_last_block_runs_for_what_the_head_reads():
     assert get_peft_model(SUPPORTED["dinov2"](), BSRConfig()).base_model.plan().blocks[-1].lean.num_queries is None
 
 
+def test_what_the_trainer_counts_does_not_keep_a_block_from_running_lean():
+    """transformers hands `num_items_in_batch` on, down to each attention."""
+    model = get_peft_model(SUPPORTED["vit"](), BSRConfig(trainable_blocks=[1, 3])).train()
+    batch = run_batch(model.base_model.model) | {"labels": torch.tensor([0, 1])}
+    counted = batch | {"num_items_in_batch": torch.tensor(2)}
+    kept = [saved_activations(model, lambda b=b: model(**b).loss) for b in (batch, counted)]
+    assert kept[0] == kept[1]
+    assert "runs stock" not in model.base_model.explain()
+
+
 def test_parts_that_differ_are_left_out_and_say_why(caplog):
     with caplog.at_level(logging.INFO, logger="peft_bsr"):
         plan = get_peft_model(SUPPORTED["vjepa2"](), BSRConfig()).base_model.plan()

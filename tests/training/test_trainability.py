@@ -196,6 +196,7 @@ def test_a_tensor_that_gets_no_gradient(make_model):
     )
 
 
+@pytest.mark.filterwarnings("ignore::peft_bsr.errors.LeanBlockWarning")  # of the hook
 def test_a_gradient_of_zeros_and_one_that_is_not_a_number(make_model):
     model = build(make_model)
     layer = model.get_submodule(BLOCK.format(3))

@@ -69,8 +69,9 @@ def rounded_by_hand(model: torch.nn.Module) -> torch.nn.Module:
     for module in twin.modules():
         if isinstance(module, FrozenLinear):
             module.__class__ = torch.nn.Linear
+            in_8_bits = is_quantized(module.weight)  # only the weight is rounded then
             for name, p in list(module.named_parameters()):
-                whole = p.dequantize() if is_quantized(p) else p.float()
+                whole = p.dequantize() if is_quantized(p) else p.detach() if in_8_bits else p.float()
                 setattr(module, name, torch.nn.Parameter(whole, requires_grad=False))
     return twin
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
 from peft_bsr import BSRConfig, ExportReport, export
-from peft_bsr.export.formats import FORMATS
+from peft_bsr.exporting.formats import FORMATS
 
 VARIANTS = {"onnx": ("onnx", None), "onnx-int8": ("onnx", "int8")} | {
     name: (name, None) for name in ("torch.export", "executorch")

@@ -38,7 +38,7 @@ from peft_bsr.errors import (  # noqa: E402
     UnsupportedPeftError,
     UsageError,
 )
-from peft_bsr.export import ExportReport, export  # noqa: E402
+from peft_bsr.exporting import ExportReport, export  # noqa: E402
 from peft_bsr.hub import add_facts, load, load_image_processor, push_to_hub  # noqa: E402
 from peft_bsr.multitask import MoEConfig, MultitaskOutput, TaskConfig, record_usage  # noqa: E402
 from peft_bsr.training import FeatureCache, TrainabilityCallback, verify_trainability  # noqa: E402

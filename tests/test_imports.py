@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import pkgutil
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -25,7 +28,7 @@ LAYERS = [
     "viz",
     "hub",
 ]
-LAYERS += ["report", "export", "cli"]  # what a user looks at
+LAYERS += ["report", "exporting", "cli"]  # what a user looks at
 OUTSIDE = {
     "core": {"torch"},
     "ops": {"torch"},
@@ -89,3 +92,21 @@ def test_public_names_are_sorted_and_exist():
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_files_stay_small(path):
     assert len(path.read_text().splitlines()) <= 350
+
+
+# files of the engine and the probe, which are to get other names
+HIDDEN = {"peft_bsr.backbones.probe", "peft_bsr.engine.record_scores"}
+HIDDEN |= {f"peft_bsr.engine.verify_{part}" for part in ("lean", "mixture", "queries")}
+
+
+def test_no_name_hides_a_module_of_its_package():
+    """Else `peft_bsr.hub.load` is a function, and `peft_bsr.hub.load.read_config` an AttributeError."""
+    folders = [path.parent.relative_to(ROOT.parent) for path in ROOT.rglob("__init__.py")]
+    packages = [importlib.import_module(".".join(folder.parts)) for folder in folders]
+    hidden = {
+        f"{package.__name__}.{module.name}"
+        for package in packages
+        for module in pkgutil.iter_modules(package.__path__)
+        if not isinstance(vars(package).get(module.name, peft_bsr), ModuleType)
+    }
+    assert hidden <= HIDDEN

@@ -31,9 +31,21 @@ def in_mode(training: bool, *models: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def quiet(model: nn.Module) -> Iterator[None]:
-    """Run `model` without a trace: evaluation mode, no gradients, the random state and every module's mode restored."""
+    """Run `model` without a trace: evaluation mode, no gradients, the random state and every module's mode restored.
+
+    Inside of `torch.inference_mode()` it is left, because the probe asks for gradients of the head.
+
+    Raises:
+        UnsupportedModelError: If the model's weights were made there.
+    """
+    if any(p.is_inference() for p in model.parameters()):
+        raise UnsupportedModelError(
+            "its weights were made inside `torch.inference_mode()` and can have no gradients. Load the model outside of "
+            "it, or inside `torch.no_grad()`"
+        )
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     with (
+        torch.inference_mode(False),
         in_mode(False, model),
         torch.random.fork_rng(devices),
         torch.no_grad(),

@@ -1,5 +1,5 @@
 """The command `peft-bsr`. Its commands' modules are imported when they are asked for."""
 
-from peft_bsr.cli.main import main
+from peft_bsr.cli.entry import main
 
 __all__ = ["main"]

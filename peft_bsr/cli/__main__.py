@@ -2,6 +2,6 @@
 
 import sys
 
-from peft_bsr.cli.main import main
+from peft_bsr.cli.entry import main
 
 sys.exit(main())

@@ -10,7 +10,7 @@ from typing import Any
 from peft_bsr.cli.output import Output
 from peft_bsr.cli.sources import find_adapter
 from peft_bsr.errors import UsageError
-from peft_bsr.export import export
+from peft_bsr.exporting import export
 from peft_bsr.hub import load, load_image_processor
 
 EXAMPLES = """\

@@ -1,8 +1,8 @@
 """What training costs: saved activations, FLOPs and time, measured; and the paper's accounting of memory and MACs."""
 
 from peft_bsr.cost.budget import BudgetPlan, parse_size, plan_for_budget
-from peft_bsr.cost.compare import Cost, TrainingStep, compare, cost_rows, cost_table
-from peft_bsr.cost.estimate import Estimate, estimate
+from peft_bsr.cost.comparison import Cost, TrainingStep, compare, cost_rows, cost_table
+from peft_bsr.cost.estimation import Estimate, estimate
 from peft_bsr.cost.flops import count_flops, flops_by_module
 from peft_bsr.cost.memory import ModelMemory, PeakMemory, model_memory
 from peft_bsr.cost.paper import Dimensions, PaperCost, paper_cost

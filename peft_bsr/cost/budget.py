@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peft_bsr.cost.estimate import Estimate, estimate
+from peft_bsr.cost.estimation import Estimate, estimate
 from peft_bsr.cost.twin import on_meta, settle
 from peft_bsr.errors import ConfigError
 from peft_bsr.tuners.bsr.config import BSRConfig

@@ -31,6 +31,7 @@ def rehearsal(model: nn.Module) -> Iterator[None]:
     context = routers[0].context if routers else ForwardContext()
     recorders, usage = context.recorders, context.usage
     with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.random.fork_rng(devices))
         stack.enter_context(in_mode(True, model))
         for router in routers:

@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 import peft_bsr
-from peft_bsr.export import ExportReport
+from peft_bsr.exporting import ExportReport
 
 
 def test_inspect_a_model(run, run_json, base):
@@ -144,9 +144,9 @@ def test_export_hands_over_what_was_asked(run_json, trained, tmp_path, monkeypat
         measured = {"max_difference": 0.0, "batch_size": 8, "threads": 2, "seconds": 0.1, "unreduced_seconds": 0.2}
         return ExportReport(format, path, 1, None, "pixel_values", (None, 3, 32, 32), [(17, 10)], {}, **measured)
 
-    module = ModuleType("peft_bsr.export")
+    module = ModuleType("peft_bsr.exporting")
     module.export = export
-    monkeypatch.setitem(sys.modules, "peft_bsr.export", module)
+    monkeypatch.setitem(sys.modules, "peft_bsr.exporting", module)
     monkeypatch.delitem(sys.modules, "peft_bsr.cli.export", raising=False)
     said = run_json("export", trained / "adapter", "--output", tmp_path / "model.onnx", "--quantize", "int8")
     assert (said["max_difference"], said["speedup"]) == (0.0, 2.0)

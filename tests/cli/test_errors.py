@@ -7,7 +7,7 @@ import builtins
 import pytest
 
 from peft_bsr.cli import sources
-from peft_bsr.cli.main import COMMANDS
+from peft_bsr.cli.entry import COMMANDS
 
 
 @pytest.mark.parametrize(

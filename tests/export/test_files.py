@@ -16,8 +16,8 @@ from transformers import ViTConfig, ViTForImageClassification
 import peft_bsr
 from peft_bsr import ALaSTConfig, BSRConfig, ExportError, MoEConfig, SynQTConfig, export_task
 from peft_bsr.errors import ReductionNotMergedWarning
-from peft_bsr.export.formats import FORMATS
-from peft_bsr.export.prepare import to_image_function
+from peft_bsr.exporting.formats import FORMATS
+from peft_bsr.exporting.prepare import to_image_function
 
 KEEPING = {"reduction_blocks": [0], "keep_rate": 0.5, "init_weights": False}
 CONFIGS = {

@@ -22,6 +22,7 @@ from peft_bsr.tuners.routed import find_routers
 _HEAD = re.compile(r"(.*\.heads\.)(\d+)(\..*)")
 
 
+@torch.inference_mode(False)  # weights that are made there can never train
 def add_task(model: PeftModel, name: str, task: int | TaskConfig, adapter_name: str | None = None) -> None:
     """Give an adapter one more task, with a new gate and a new head; everything else stays as it was trained.
 

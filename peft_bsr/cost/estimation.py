@@ -64,6 +64,7 @@ class Estimate:
         return [field.name for field in fields(cls)][:5]
 
 
+@torch.inference_mode(False)  # the step that it goes through needs gradients, whatever the caller has switched off
 def estimate(
     model: nn.Module,
     config: PeftConfig | None = None,

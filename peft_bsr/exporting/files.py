@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from peft_bsr.errors import ExportError, headline
-from peft_bsr.export.check import TOLERANCE, ExportReport, largest_difference, median_seconds, versions_of
-from peft_bsr.export.formats import FORMATS, Run, quantize_onnx
-from peft_bsr.export.prepare import ImageFunction, to_image_function
+from peft_bsr.exporting.check import TOLERANCE, ExportReport, largest_difference, median_seconds, versions_of
+from peft_bsr.exporting.formats import FORMATS, Run, quantize_onnx
+from peft_bsr.exporting.prepare import ImageFunction, to_image_function
 
 FormatName = Literal["onnx", "torch.export", "executorch"]
 _TIMED_BATCH = 8  # where a file takes any batch

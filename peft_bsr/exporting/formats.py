@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from peft_bsr.errors import ExportError
-from peft_bsr.export.prepare import ImageFunction
+from peft_bsr.exporting.prepare import ImageFunction
 
 Run = Callable[[Tensor], list[Tensor]]
 

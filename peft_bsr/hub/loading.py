@@ -19,6 +19,7 @@ from peft_bsr.errors import HubError, headline
 _SPARE = 0.01  # share of the weights that a base model's file may lack
 
 
+@torch.inference_mode(False)  # weights that are made there can never train
 def load(
     name: str | Path,
     *,

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from peft_bsr.export.formats import Run
+from peft_bsr.exporting.formats import Run
 
 TOLERANCE = 1e-4  # in fp32, of the largest output where that is above 1
 _REPEATS = 7

@@ -1,6 +1,6 @@
 """Files that run without this package: adapters' weights merged, token reduction kept."""
 
-from peft_bsr.export.check import ExportReport
-from peft_bsr.export.export import export
+from peft_bsr.exporting.check import ExportReport
+from peft_bsr.exporting.files import export
 
 __all__ = ["ExportReport", "export"]

@@ -75,14 +75,19 @@ class ForwardContext(threading.local):
         self.usage: dict[int, Tensor] | None = None
         self.has_warned = False
 
-    def open(self, owner: Any) -> None:
+    def open(self, owner: Any) -> bool:
         """A forward of `owner` begins; one inside another changes nothing.
 
         Args:
             owner: A module, or `BLOCKS` where no hook saw that a forward began: the first block's call begins one then.
+
+        Returns:
+            Whether it is the outermost.
         """
-        if self.owner in (None, BLOCKS):
-            self.owner, self.route, self.running, self.reading = owner, None, None, None
+        if self.owner not in (None, BLOCKS, owner):  # its own is there if an interrupt ended the forward before
+            return False
+        self.owner, self.route, self.running, self.reading = owner, None, None, None
+        return True
 
     def close(self, owner: Any) -> None:
         """The forward of `owner` has ended, in whatever way."""

@@ -157,6 +157,7 @@ class BoundBlock:
             self.reasons[name] = str(reason)
             return None
         inside = [m for part in parts for m in _modules_of(getattr(self.block, part), (getattr(made, "output", None),))]
+        inside += [part for part in made.after if type(part) is nn.Dropout]  # which is not called
         hook = self.watch.foreign_hook(inside)
         self._captures |= name == "attention" and self.watch.captures(inside)
         if hook is not None:

@@ -140,8 +140,7 @@ class BlockRouter(nn.Module):
 
     def open_forward(self, model: nn.Module, args: Any) -> None:
         """A forward pre-hook, of the last block's router, on the model and on what calls its blocks."""
-        if self.context.owner in (None, BLOCKS):
-            self.context.open(model)
+        if self.context.open(model):
             outside = self._outside
             if torch.compiler.is_compiling():  # a compiler cannot look at hooks, and decides what is kept by itself
                 return

@@ -40,8 +40,8 @@ def quiet(model: nn.Module) -> Iterator[None]:
     """
     if any(p.is_inference() for p in model.parameters()):
         raise UnsupportedModelError(
-            "its weights were made inside `torch.inference_mode()` and can have no gradients. Load the model outside of "
-            "it, or inside `torch.no_grad()`"
+            "its weights were made inside `torch.inference_mode()` and can have no gradients. Load the model outside "
+            "of it, or inside `torch.no_grad()`"
         )
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     with (

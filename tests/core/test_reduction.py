@@ -3,12 +3,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from peft_bsr.core import num_kept, reduce_tokens, select_tokens, token_scores
+from peft_bsr.core import num_kept, pick_tokens, put_tokens, reduce_tokens, select_tokens, token_scores
 
 
 @pytest.mark.parametrize(
     ("keep_rate", "tokens", "kept"),
-    [(0.5, 196, 98), (0.5, 99, 50), (0.5, 51, 26), (0.7, 10, 7), (0.1, 30, 3), (0.01, 5, 1), (1.0, 7, 7)],
+    [(0.5, 196, 98), (0.5, 99, 50), (0.5, 51, 26), (0.7, 10, 7), (0.55, 100, 55), (0.01, 5, 1), (1.0, 7, 7)],
 )
 def test_num_kept_is_the_exact_ceiling(keep_rate, tokens, kept):
     assert num_kept(keep_rate, tokens) == kept
@@ -54,6 +54,25 @@ def test_reduce_tokens_keeps_prefix_kept_and_fused_in_this_order():
     assert left.tolist() == [[1, 3, 4]]
     fused = 0.1 * hidden[0, 2] + 0.2 * hidden[0, 4]
     torch.testing.assert_close(tokens[0], torch.stack([*hidden[0, :2], hidden[0, 3], hidden[0, 5], fused]))
+
+
+def test_the_suffix_stays_at_the_end():
+    hidden = torch.arange(14.0).view(1, 7, 2)
+    scores = torch.tensor([[9.0, 0.1, 0.4, 0.2, 0.3, 9.0, 9.0]])
+    tokens, left = reduce_tokens(hidden, torch.arange(4)[None], scores, 1, 2, fused_origin=4, num_suffix=2)
+    assert left.tolist() == [[1, 3, 4]]
+    fused = 0.1 * hidden[0, 1] + 0.2 * hidden[0, 3]
+    torch.testing.assert_close(tokens[0], torch.stack([*hidden[0, [0, 2, 4]], fused, *hidden[0, -2:]]))
+
+
+def test_picked_tokens_are_put_back_into_a_copy():
+    hidden, positions = torch.randn(2, 5, 3), torch.tensor([[0, 3], [4, 1]])
+    before, picked = hidden.clone(), pick_tokens(hidden, positions)
+    assert torch.equal(picked[1], hidden[1, [4, 1]])
+    put = put_tokens(hidden, positions, -picked)
+    assert torch.equal(hidden, before)
+    assert torch.equal(pick_tokens(put, positions), -picked)
+    assert torch.equal(put[0, [1, 2, 4]], hidden[0, [1, 2, 4]])
 
 
 def test_scores_of_patches_alone_are_refused():

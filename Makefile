@@ -33,7 +33,7 @@ bench: $(VENV)/installed
 	$(BIN)/python benchmarks/bsr_vit_base.py $(ARGS)
 
 docs: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet '.[docs]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	$(BIN)/python -m mkdocs build --strict
 
 compatibility: $(VENV)/installed

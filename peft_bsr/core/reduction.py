@@ -15,7 +15,7 @@ from peft_bsr.errors import ForwardError
 
 
 def num_kept(keep_rate: float, num_tokens: int) -> int:
-    """Tokens that survive: `ceil(keep_rate * num_tokens)`, in exact decimals (0.1 of 30 is 3, not 4).
+    """Tokens that survive: `ceil(keep_rate * num_tokens)`, in exact decimals (0.55 of 100 is 55, not 56).
 
     Args:
         keep_rate: In (0, 1].

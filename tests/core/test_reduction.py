@@ -3,12 +3,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from peft_bsr.core import num_kept, reduce_tokens, select_tokens, token_scores
+from peft_bsr.core import num_kept, pick_tokens, put_tokens, reduce_tokens, select_tokens, token_scores
+from peft_bsr.engine import LivingBytes
 
 
 @pytest.mark.parametrize(
     ("keep_rate", "tokens", "kept"),
-    [(0.5, 196, 98), (0.5, 99, 50), (0.5, 51, 26), (0.7, 10, 7), (0.1, 30, 3), (0.01, 5, 1), (1.0, 7, 7)],
+    [(0.5, 196, 98), (0.5, 99, 50), (0.5, 51, 26), (0.7, 10, 7), (0.55, 100, 55), (0.01, 5, 1), (1.0, 7, 7)],
 )
 def test_num_kept_is_the_exact_ceiling(keep_rate, tokens, kept):
     assert num_kept(keep_rate, tokens) == kept
@@ -54,6 +55,25 @@ def test_reduce_tokens_keeps_prefix_kept_and_fused_in_this_order():
     assert left.tolist() == [[1, 3, 4]]
     fused = 0.1 * hidden[0, 2] + 0.2 * hidden[0, 4]
     torch.testing.assert_close(tokens[0], torch.stack([*hidden[0, :2], hidden[0, 3], hidden[0, 5], fused]))
+
+
+def test_the_suffix_stays_at_the_end():
+    hidden = torch.arange(14.0).view(1, 7, 2)
+    scores = torch.tensor([[9.0, 0.1, 0.4, 0.2, 0.3, 9.0, 9.0]])
+    tokens, left = reduce_tokens(hidden, torch.arange(4)[None], scores, 1, 2, fused_origin=4, num_suffix=2)
+    assert left.tolist() == [[1, 3, 4]]
+    fused = 0.1 * hidden[0, 1] + 0.2 * hidden[0, 3]
+    torch.testing.assert_close(tokens[0], torch.stack([*hidden[0, [0, 2, 4]], fused, *hidden[0, -2:]]))
+
+
+def test_picked_tokens_are_put_back_into_a_copy():
+    hidden, positions = torch.randn(2, 5, 3), torch.tensor([[0, 3], [4, 1]])
+    before, picked = hidden.clone(), pick_tokens(hidden, positions)
+    assert torch.equal(picked[1], hidden[1, [4, 1]])
+    put = put_tokens(hidden, positions, -picked)
+    assert torch.equal(hidden, before)
+    assert torch.equal(pick_tokens(put, positions), -picked)
+    assert torch.equal(put[0, [1, 2, 4]], hidden[0, [1, 2, 4]])
 
 
 def test_scores_of_patches_alone_are_refused():
@@ -103,6 +123,30 @@ def test_scores_are_rows_of_the_full_softmax(mask):
     if mask is None:
         mean_query = token_scores("mean_query", query, key, 0.5)
         torch.testing.assert_close(mean_query, logits.mean(2).softmax(-1).mean(1))
+
+
+@pytest.mark.parametrize("kind", ["class", "mean_query"])
+def test_scores_by_one_query_keep_no_copy_of_the_keys(kind):
+    """Heads are views of the projections; a product with them transposed would keep them anew."""
+    query, key = (torch.randn(2, 50, 48, requires_grad=True).view(2, 50, 3, 16).transpose(1, 2) for _ in range(2))
+    with LivingBytes() as living:
+        scores = token_scores(kind, query, key, 0.25)
+    assert living.bytes(exclude=[scores]) < 0.5 * 4 * key.numel()
+
+
+@pytest.mark.parametrize("kind", ["class", "received"])
+def test_softmax_of_scores_runs_in_fp32(kind):
+    """As in eager attention: the same gradient to the last bit."""
+    query, key = (torch.randn(2, 3, 7, 4, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+    rows = query[:, :, :1] if kind == "class" else query
+    # the logits as they are made: one query's by a product and a sum
+    products = (rows * key).sum(-1)[:, :, None] if kind == "class" else rows @ key.transpose(2, 3)
+    expected = (products * 0.5).softmax(-1, dtype=torch.float32).bfloat16().mean(2).mean(1)
+    weights = torch.randn(2, 7, dtype=torch.bfloat16)
+    found = token_scores(kind, query, key, 0.5)
+    gradients = [torch.autograd.grad((scores * weights).sum(), [query, key]) for scores in (found, expected)]
+    assert torch.equal(found, expected)
+    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
 
 
 @pytest.mark.parametrize("kind", ["mean_query", "received"])

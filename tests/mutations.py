@@ -1,0 +1,290 @@
+"""Do the tests see it? Each mutation makes one mistake in a copy of the package; the tests have to fail on the copy.
+
+    python tests/mutations.py                        # all of them, 25 minutes on 2 cores
+    python tests/mutations.py core/route core/experts  # those of files whose path has this in it
+    python tests/mutations.py --jobs 1 --verbose
+
+Run by hand. One that no test fails on has survived: a test is missing. It exits with 1 if more than one in 25 survives,
+or if one does not apply, as the text that it replaces is not there exactly once.
+
+To add one, add a line to the list of its file in `MUTATIONS`: the old text, the new one, and what goes wrong. A new
+file needs the tests that hold it in `TESTS`; together they should take less than a minute.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+COPIED = ("peft_bsr", "tests", "benchmarks", "pyproject.toml")
+IGNORED = shutil.ignore_patterns("__pycache__", "results")
+ALLOWED = 1 / 25  # share that may survive
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """A mistake.
+
+    Attributes:
+        file: Path below `peft_bsr`.
+        old: Text that is there exactly once.
+        new: What takes its place.
+        why: What goes wrong then.
+    """
+
+    file: str
+    old: str
+    new: str
+    why: str
+
+    @property
+    def problem(self) -> str | None:
+        """Why it does not apply, or None."""
+        path = ROOT / "peft_bsr" / self.file
+        if not path.exists():
+            return "there is no such file"
+        count = path.read_text().count(self.old)
+        return None if count == 1 else f"the text {self.old!r} is there {count} times, not once"
+
+
+# file below peft_bsr -> what pytest is told to run, the fastest first
+TESTS: dict[str, list[str]] = {
+    "core/reduction.py": ["tests/core", "tests/engine/test_exactness.py"],
+    "core/route.py": ["tests/core", "tests/engine/test_exactness.py"],
+    "core/attention.py": ["tests/core", "tests/engine/test_exactness.py"],
+    "core/budgets.py": ["tests/core"],
+    "core/queries.py": ["tests/core", "tests/engine/test_query_path.py"],
+    "core/experts.py": ["tests/core", "tests/multitask/test_mixture.py"],
+}
+
+# file below peft_bsr -> (old text, new text, what goes wrong)
+MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
+    "core/reduction.py": [
+        ("math.ceil(", "math.floor(", "one token less survives"),
+        ("round(keep_rate * int(num_tokens), 6)", "keep_rate * int(num_tokens)", "0.55 of 100 tokens is 56"),
+        ("topk(keep, dim=1)", "topk(keep, dim=1, largest=False)", "the worst tokens decide"),
+        ("cumsum(dim=1) <= keep", "cumsum(dim=1) < keep", "a tie is dropped although there is room"),
+        (
+            "torch.where(is_kept, places, places + num_tokens)",
+            "torch.where(~is_kept, places, places + num_tokens)",
+            "kept and dropped trade places",
+        ),
+        ("if keep == origins.shape[1]:", "if False:", "with all kept, a fused token of nothing is appended"),
+        (
+            "scores[:, num_prefix : num_prefix + origins.shape[1]]",
+            "scores[:, : origins.shape[1]]",
+            "special tokens compete",
+        ),
+        ("kept + num_prefix]", "kept]", "kept tokens are off by the prefix"),
+        ("competing.gather(1, dropped)", "competing.detach().gather(1, dropped)", "no gradient through the weights"),
+        ("dropped).to(", "dropped).softmax(dim=1).to(", "weights of the fused token are normalised"),
+        ("dropped + num_prefix)", "dropped)", "the fused token is made of others"),
+        ("origins.gather(1, kept)", "origins[:, :keep]", "a token's origin is another's"),
+        ("hidden_states[:, -num_suffix:]", "hidden_states[:, :num_suffix]", "detection tokens are the first ones"),
+        (
+            "hidden_states.reshape(-1, width).index_select(0, rows.reshape(-1)).view(images, -1, width)",
+            "hidden_states.gather(1, (rows % num_tokens)[..., None].expand(-1, -1, width))",
+            "the whole input is kept for backward",
+        ),
+        ("hidden_states.scatter(1", "hidden_states.scatter_(1", "full view writes into what others read"),
+    ],
+    "core/route.py": [
+        ("return self.num_patches + self.num_reductions", "return self.num_patches", "fused tokens are one"),
+        ("num_reductions=self.num_reductions + 1", "num_reductions=self.num_reductions", "reductions do not count"),
+        ("True)[:, : self.num_patches]", "True)", "fused tokens are alive patches"),
+        ("origins, origins + self.num_suffix)", "origins, origins)", "fused tokens have the suffix's places"),
+        ("self.num_prefix + fused, suffix]", "fused, suffix]", "patches have the places of special tokens"),
+        ("unrotated=1.0)", "unrotated=0.0)", "a fused token's cosine is 0"),
+        ("if value.ndim == 2 and shape[-1]", "if value.ndim == 1 and shape[-1]", "padding masks stay long"),
+        (
+            "if value.ndim >= 3 and shape[-1] == length",
+            "if value.ndim > 3 and shape[-1] == length",
+            "biases of three axes stay long",
+        ),
+        ("shape[-2] in (length, self.num_patches)", "shape[-2] == length", "tables without special tokens stay long"),
+        (
+            "places < self.full_length, places, 0)",
+            "places < self.full_length, places, 1)",
+            "a fused token is masked as a patch is",
+        ),
+        (
+            "visible = 0.0 if mask.is_floating_point() else 1",
+            "visible = 1.0 if mask.is_floating_point() else 0",
+            "fused tokens are hidden, or have a bias",
+        ),
+        (
+            "mask.gather(2, places[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))",
+            "mask[:, :, : places.shape[1]]",
+            "rows of a bias are other tokens'",
+        ),
+        (
+            "self.origins if table.shape[-2] == self.num_patches else self.places()",
+            "self.places()",
+            "tables of patches are read at places of the sequence",
+        ),
+        ("padded[rows][:, None]", "padded[rows]", "a table has no axis of heads"),
+        ("value=unrotated)", "value=0.5)", "a fused token is rotated"),
+    ],
+    "core/attention.py": [
+        (
+            'query[:, :, :1] if kind == "class"',
+            'query[:, :, 1:2] if kind == "class"',
+            "a patch's attention is the score",
+        ),
+        ("[:, :, None] * scaling", "[:, :, None]", "logits of the class token are not scaled"),
+        ("key.transpose(2, 3) * scaling", "key.transpose(2, 3)", "logits of all tokens are not scaled"),
+        ("masked_fill(~mask", "masked_fill(mask", "what is visible is hidden"),
+        ("logits = logits + mask", "logits = logits - mask", "biases have the wrong sign"),
+        ("torch.promote_types(query.dtype, torch.float32)", "query.dtype", "softmax runs in bf16"),
+        (
+            "    if mask is None:\n        return values.mean",
+            "    if True:\n        return values.mean",
+            "padding is in the mean",
+        ),
+        ("row_mask).squeeze(2).mean(dim=1)", "row_mask).squeeze(2)[:, 0]", "one head decides"),
+        ("attention_mask).squeeze(2).mean(dim=1)", "attention_mask).squeeze(2)[:, 0]", "one head decides (received)"),
+        (
+            '(weights[:, :, 0] if kind == "class"',
+            '(weights[..., 0] if kind == "class"',
+            "who looks at the class token is the score",
+        ),
+        ("attention_mask[:, :, :1]", "attention_mask[:, :, -1:]", "the mask is another token's"),
+        ("    if query.shape[2] == 1:", "    if False:", "a copy of the key is kept for backward"),
+        ("weight.sum(dim=2, keepdim=True).clamp_min(1)", "weight.shape[2]", "hidden tokens count in the mean"),
+    ],
+    "core/budgets.py": [
+        ('if reduction == "relative":', 'if reduction == "mean":', "relative and mean trade places"),
+        ("before.square().sum(dim=1).clamp_min", "before.square().sum().clamp_min", "relative to the whole batch"),
+        ("(after - before).square().sum(dim=1)", "(after - before).abs().sum(dim=1)", "not the squared distance"),
+        ('total if reduction == "paper"', 'total if reduction == "mean"', "sum and mean trade places"),
+        ("alpha * (n - o)", "alpha * (o - n)", "budgets move the other way"),
+        ("min(max(b + alpha * (n - o), low), high)", "max(b + alpha * (n - o), low)", "budgets have no upper bound"),
+        ("max(b + alpha * (n - o), low)", "b + alpha * (n - o)", "budgets have no lower bound"),
+        ("math.exp(budget)", "1.0", "all blocks are drawn alike"),
+        ("sorted(rings)[:count]", "sorted(rings)[-count:]", "small budgets are drawn"),
+        ("(budgets[index], index))[depth - count :]", "(budgets[index], index))[:count]", "the smallest budgets train"),
+        ("(budgets[index], index))", "(budgets[index], -index))", "of equal budgets the earlier trains"),
+        ("list(range(depth - count, depth))", "list(range(count))", "the first blocks train"),
+    ],
+    "core/queries.py": [
+        (
+            "absorbed.unflatten(1, (batch, num_queries)).permute(1, 2, 0, 3)",
+            "absorbed.unflatten(1, (batch, num_queries)).permute(1, 0, 2, 3)",
+            "queries and heads trade places",
+        ),
+        ("tokens.transpose(1, 2)) * scaling", "tokens.transpose(1, 2))", "logits are not scaled"),
+        ("hidden[:, None], -torch.inf)", "~hidden[:, None], -torch.inf)", "padding is read, the rest is not"),
+        ("torch.promote_types(query.dtype, torch.float32)", "query.dtype", "softmax runs in bf16"),
+        ("joined if value_bias is None else joined + value_bias", "joined", "the bias of the values is lost"),
+        (
+            "values.unflatten(1, (batch, num_queries)).permute(1, 2, 0, 3)",
+            "values.unflatten(1, (num_queries, batch)).permute(2, 1, 0, 3)",
+            "images and queries trade places",
+        ),
+        ("hidden.repeat_interleave(num_heads, dim=0)", "hidden.repeat(num_heads, 1)", "padding is another image's"),
+        ("row <= torch.finfo(row.dtype).min / 2", "row < 0", "a finite bias hides"),
+        ("~row.bool()", "row.bool()", "what is visible is hidden"),
+        (
+            "mask if mask.ndim == 2 else mask[:, 0, 0]",
+            "mask if mask.ndim == 2 else mask[:, 0, -1]",
+            "padding is what the last token does not see",
+        ),
+    ],
+    "core/experts.py": [
+        (
+            "scatter_add(0, chosen, torch.ones_like(chosen))",
+            "scatter_add(0, chosen, chosen)",
+            "tokens of an expert are not counted",
+        ),
+        ("    if renormalize:", "    if not renormalize:", "weights are normalised if they should not be"),
+        ("torch.promote_types(logits.dtype, torch.float32)", "logits.dtype", "softmax runs in bf16"),
+        ("linear(tokens, gates[tasks])", "linear(tokens, gates[0])", "every task has the first one's gate"),
+        (
+            "torch.bmm(tokens, gates[tasks].transpose(1, 2))",
+            "torch.bmm(tokens, gates[tasks.flip(0)].transpose(1, 2))",
+            "images have each other's gates",
+        ),
+        ("order // choice.experts.shape[1]", "order % tokens.shape[0]", "experts compute other tokens"),
+        ("choice.weights.flatten()[order]", "choice.weights.flatten()", "weights are other tokens'"),
+        ("if len(part)]", "]", "an expert without tokens runs"),
+        (
+            "choice.weights)\n    outputs",
+            "choice.weights.detach())\n    outputs",
+            "no gradient to the gate under a compiler",
+        ),
+        ("weights[:, i, None]", "weights[:, 0, None]", "every expert has the first one's weight under a compiler"),
+        ("_squared_variation(importance) +", "_squared_variation(importance.detach()) +", "balance has no gradient"),
+        (" + _squared_variation(choice.counts().to(importance.dtype))", "", "load does not count"),
+        ("correction=1", "correction=0", "variance of another kind"),
+        ("values.mean().square()", "values.mean()", "not relative to the mean"),
+    ],
+}
+
+
+def mutations(parts: list[str]) -> list[Mutation]:
+    """Those of files whose path has one of `parts` in it; all, if there are none."""
+    files = [file for file in MUTATIONS if not parts or any(part in file for part in parts)]
+    return [Mutation(file, *texts) for file in files for texts in MUTATIONS[file]]
+
+
+def run(source: Path, tests: list[str], mutation: Mutation | None = None) -> tuple[bool, str]:
+    """Whether a test fails on a copy of `source`, and what pytest says."""
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copytree(source, folder, dirs_exist_ok=True)
+        if mutation is not None:
+            path = Path(folder) / "peft_bsr" / mutation.file
+            path.write_text(path.read_text().replace(mutation.old, mutation.new))
+        # bytecode is known by time and size of its source, which a mutation may leave as they are
+        environment = os.environ | {"PYTHONPATH": folder, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-n0", "-p", "no:cacheprovider", *tests]
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode not in (0, 1):
+        raise RuntimeError(f"pytest could not run {tests}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    return done.returncode == 1, "; ".join(re.findall(r"^(?:FAILED|ERROR) .*|^\d+ passed.*", done.stdout, re.MULTILINE))
+
+
+def main() -> None:
+    """Run the mutations and report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", help="only files whose path below peft_bsr has one of these in it")
+    parser.add_argument("--jobs", type=int, default=2, help="mutations at a time (default 2)")
+    parser.add_argument("--verbose", action="store_true", help="also which test fails")
+    args = parser.parse_args()
+    chosen = mutations(args.parts)
+    if not chosen:
+        parser.error(f"no file of {list(MUTATIONS)} has any of {args.parts} in its path")
+    stale = [f"{m.file}: {m.problem}" for m in chosen if m.problem]
+    if stale:
+        sys.exit("These mutations do not apply; bring them up to date:\n" + "\n".join(stale))
+    survived = []
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.jobs) as pool:
+        source = Path(folder)  # what is edited meanwhile does not count
+        for name in COPIED:
+            copy = shutil.copy if (ROOT / name).is_file() else partial(shutil.copytree, ignore=IGNORED)
+            copy(ROOT / name, source / name)
+        files = list({mutation.file: None for mutation in chosen})
+        for file, (fails, found) in zip(files, pool.map(lambda file: run(source, TESTS[file]), files), strict=True):
+            if fails:
+                sys.exit(f"The tests of {file} fail without a mutation: {found}")
+        results = pool.map(lambda mutation: run(source, TESTS[mutation.file], mutation), chosen)
+        for mutation, (is_caught, found) in zip(chosen, results, strict=True):
+            verdict = "caught  " if is_caught else "SURVIVED"
+            print(f"{verdict} {mutation.file}: {mutation.why}" + (f"  [{found}]" if args.verbose else ""), flush=True)
+            if not is_caught:
+                survived.append(mutation)
+    print(f"\n{len(survived)} of {len(chosen)} survived.")
+    sys.exit(len(survived) > ALLOWED * len(chosen))
+
+
+if __name__ == "__main__":
+    main()

@@ -22,10 +22,12 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 COPIED = ("peft_bsr", "tests", "benchmarks", "pyproject.toml")
+IGNORED = shutil.ignore_patterns("__pycache__", "results")
 ALLOWED = 1 / 25  # share that may survive
 
 
@@ -107,7 +109,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
     ],
     "core/route.py": [
         ("return self.num_patches + self.num_reductions", "return self.num_patches", "fused tokens are one"),
-        ("self.num_reductions + 1,", "num_reductions=self.num_reductions", "reductions do not count"),
+        ("self.num_reductions + 1,", "self.num_reductions,", "reductions do not count"),
         ("True)[:, : self.num_patches]", "True)", "fused tokens are alive patches"),
         ("origins, origins + self.num_suffix)", "origins, origins)", "fused tokens have the suffix's places"),
         ("self.num_prefix + fused, suffix]", "fused, suffix]", "patches have the places of special tokens"),
@@ -353,27 +355,20 @@ def mutations(parts: list[str]) -> list[Mutation]:
     return [Mutation(file, *texts) for file in files for texts in MUTATIONS[file]]
 
 
-def run(mutation: Mutation) -> tuple[bool, str]:
-    """Whether a test failed, and the last lines of pytest."""
+def run(source: Path, tests: list[str], mutation: Mutation | None = None) -> tuple[bool, str]:
+    """Whether a test fails on a copy of `source`, and what pytest says."""
     with tempfile.TemporaryDirectory() as folder:
-        for name in COPIED:
-            source, copy = ROOT / name, Path(folder) / name
-            ignored = shutil.ignore_patterns("__pycache__", "results")
-            shutil.copytree(source, copy, ignore=ignored) if source.is_dir() else shutil.copy(source, copy)
-        path = Path(folder) / "peft_bsr" / mutation.file
-        path.write_text(path.read_text().replace(mutation.old, mutation.new))
-        return _fails(folder, TESTS[mutation.file])
-
-
-def _fails(folder: str, tests: list[str]) -> tuple[bool, str]:
-    # bytecode is known by time and size of its source, which a mutation may leave as they are
-    environment = os.environ | {"PYTHONPATH": folder, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-n0", "-p", "no:cacheprovider", *tests]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+        shutil.copytree(source, folder, dirs_exist_ok=True)
+        if mutation is not None:
+            path = Path(folder) / "peft_bsr" / mutation.file
+            path.write_text(path.read_text().replace(mutation.old, mutation.new))
+        # bytecode is known by time and size of its source, which a mutation may leave as they are
+        environment = os.environ | {"PYTHONPATH": folder, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-n0", "-p", "no:cacheprovider", *tests]
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     if done.returncode not in (0, 1):
         raise RuntimeError(f"pytest could not run {tests}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-    found = re.findall(r"^FAILED .*|^ERROR .*|^\d+ (?:passed|failed).*", done.stdout, re.MULTILINE)
-    return done.returncode == 1, "; ".join(found)
+    return done.returncode == 1, "; ".join(re.findall(r"^(?:FAILED|ERROR) .*|^\d+ passed.*", done.stdout, re.MULTILINE))
 
 
 def main() -> None:
@@ -390,8 +385,17 @@ def main() -> None:
     if stale:
         sys.exit("These mutations do not apply; bring them up to date:\n" + "\n".join(stale))
     survived = []
-    with ThreadPoolExecutor(args.jobs) as pool:
-        for mutation, (is_caught, found) in zip(chosen, pool.map(run, chosen), strict=True):
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.jobs) as pool:
+        source = Path(folder)  # what is edited meanwhile does not count
+        for name in COPIED:
+            copy = shutil.copy if (ROOT / name).is_file() else partial(shutil.copytree, ignore=IGNORED)
+            copy(ROOT / name, source / name)
+        files = list({mutation.file: None for mutation in chosen})
+        for file, (fails, found) in zip(files, pool.map(lambda file: run(source, TESTS[file]), files), strict=True):
+            if fails:
+                sys.exit(f"The tests of {file} fail without a mutation: {found}")
+        results = pool.map(lambda mutation: run(source, TESTS[mutation.file], mutation), chosen)
+        for mutation, (is_caught, found) in zip(chosen, results, strict=True):
             verdict = "caught  " if is_caught else "SURVIVED"
             print(f"{verdict} {mutation.file}: {mutation.why}" + (f"  [{found}]" if args.verbose else ""), flush=True)
             if not is_caught:

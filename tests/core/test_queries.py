@@ -42,6 +42,18 @@ def test_plain_is_torchs_own(parts):
     torch.testing.assert_close(attend_plain(query, key(tokens), value(tokens), H, 0.5), expected, atol=1e-6, rtol=0)
 
 
+def test_softmax_runs_in_fp32(parts):
+    """As in eager attention: the same gradient to the last bit."""
+    query, tokens = (t.bfloat16().requires_grad_() for t in parts[:2])
+    expected = (torch.bmm(query, tokens.transpose(1, 2)) * 0.5).softmax(-1, dtype=torch.float32).bfloat16()
+    factors = torch.randn(B, Q, N).bfloat16()
+    gradients = [
+        torch.autograd.grad((weights * factors).sum(), [query, tokens])
+        for weights in (pooling_weights(query, tokens, 0.5), expected)
+    ]
+    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
+
+
 def test_widths_of_heads_need_not_fill_the_tokens():
     torch.manual_seed(0)
     tokens, query = torch.randn(B, N, D), torch.randn(B, Q, 8)

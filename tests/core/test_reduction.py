@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from peft_bsr.core import num_kept, pick_tokens, put_tokens, reduce_tokens, select_tokens, token_scores
+from peft_bsr.engine import LivingBytes
 
 
 @pytest.mark.parametrize(
@@ -122,6 +123,30 @@ def test_scores_are_rows_of_the_full_softmax(mask):
     if mask is None:
         mean_query = token_scores("mean_query", query, key, 0.5)
         torch.testing.assert_close(mean_query, logits.mean(2).softmax(-1).mean(1))
+
+
+@pytest.mark.parametrize("kind", ["class", "mean_query"])
+def test_scores_by_one_query_keep_no_copy_of_the_keys(kind):
+    """Heads are views of the projections; a product with them transposed would keep them anew."""
+    query, key = (torch.randn(2, 50, 48, requires_grad=True).view(2, 50, 3, 16).transpose(1, 2) for _ in range(2))
+    with LivingBytes() as living:
+        scores = token_scores(kind, query, key, 0.25)
+    assert living.bytes(exclude=[scores]) < 0.5 * 4 * key.numel()
+
+
+@pytest.mark.parametrize("kind", ["class", "received"])
+def test_softmax_of_scores_runs_in_fp32(kind):
+    """As in eager attention: the same gradient to the last bit."""
+    query, key = (torch.randn(2, 3, 7, 4, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+    rows = query[:, :, :1] if kind == "class" else query
+    # the logits as they are made: one query's by a product and a sum
+    products = (rows * key).sum(-1)[:, :, None] if kind == "class" else rows @ key.transpose(2, 3)
+    expected = (products * 0.5).softmax(-1, dtype=torch.float32).bfloat16().mean(2).mean(1)
+    weights = torch.randn(2, 7, dtype=torch.bfloat16)
+    found = token_scores(kind, query, key, 0.5)
+    gradients = [torch.autograd.grad((scores * weights).sum(), [query, key]) for scores in (found, expected)]
+    assert torch.equal(found, expected)
+    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
 
 
 @pytest.mark.parametrize("kind", ["mean_query", "received"])

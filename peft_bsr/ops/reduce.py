@@ -31,7 +31,7 @@ def reduce_tokens(
     num_competing = hidden_states.shape[1] - num_prefix - num_suffix
     if keep == num_competing or torch.compiler.is_compiling():
         if origins is None:
-            origins = torch.arange(num_competing, device=scores.device).expand(len(scores), -1)
+            origins = torch.arange(num_competing, device=scores.device).expand(scores.shape[0], -1)
         return traced_reduce_tokens(hidden_states, origins, scores, num_prefix, keep, fused_origin, num_suffix)
     check_tokens(hidden_states, origins, scores, num_competing)
     fuses = fused_origin is not None

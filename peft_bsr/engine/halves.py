@@ -131,7 +131,8 @@ class LeanAttention:
         if column.scores_from is None or not column.num_heads:
             raise NotLeanError("the queries and keys of the attention are not seen")
         self.attention: Any = block.get_submodule(column.attention)
-        leaves = {role: block.get_submodule(leaf) for role, leaf in zip(column.roles, column.leaves, strict=True)}
+        roles = [place for place in zip(column.roles, column.leaves, strict=True) if place[0].startswith("attention.")]
+        leaves = {role: block.get_submodule(leaf) for role, leaf in roles}
         names = ("qkv",) if "attention.qkv" in leaves else ("query", "key", "value")
         kind, eps, self.norm = _known(norm_source(getattr(block, anatomy.norm1)))
         self.linears = [_known(linear_source(leaves.get(f"attention.{name}"))) for name in names]

@@ -27,9 +27,10 @@ class Watch:
         links = [(module._modules, name, child) for module in self._modules for name, child in module._modules.items()]
         self._parents, self._names = [parent for parent, _, _ in links], [name for _, name, _ in links]
         self._children = tuple(child for _, _, child in links)
-        self._hooks = _hooks_of(self._modules)
-        self._counts = tuple(map(len, self._hooks))
-        self._filled = [hooks for hooks in self._hooks if hooks]
+        hooks = _hooks_of(self._modules)
+        self._dictionaries = [*hooks, *(module._modules for module in self._modules)]
+        self._counts = tuple(map(len, self._dictionaries))
+        self._filled = [dictionary for dictionary in hooks if dictionary]
         self._numbers = tuple(map(tuple, self._filled))  # of the hooks; no two get the same
         self._attributes: list[dict[str, Any]] = [module.__dict__ for module in self._modules]
         self._own_forwards = self._forwards()
@@ -42,7 +43,7 @@ class Watch:
         """Whether the modules are as they were."""
         return (
             tuple(map(dict.get, self._parents, self._names)) == self._children
-            and tuple(map(len, self._hooks)) == self._counts
+            and tuple(map(len, self._dictionaries)) == self._counts
             and tuple(map(tuple, self._filled)) == self._numbers
             and self._forwards() == self._own_forwards
             and tuple(map(type, self._modules)) == self._kinds

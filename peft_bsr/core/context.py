@@ -62,6 +62,7 @@ class ForwardContext(threading.local):
         recorders: Called with (block index, route after it) after each reduction.
         usage: Where `record_usage` collects tokens of each task and expert, by block.
         has_warned: Whether it was said that a block planned lean runs stock.
+        outside: Watches the model around its blocks, from the latest forward of the whole model on.
     """
 
     def __init__(self) -> None:  # runs in every thread; class attributes would fail torch.compile's guards
@@ -74,6 +75,7 @@ class ForwardContext(threading.local):
         self.recorders: list[Callable[[int, Route], None]] = []
         self.usage: dict[int, Tensor] | None = None
         self.has_warned = False
+        self.outside: Any = None
 
     def open(self, owner: Any) -> bool:
         """A forward of `owner` begins; one inside another changes nothing.
@@ -93,6 +95,10 @@ class ForwardContext(threading.local):
         """The forward of `owner` has ended, in whatever way."""
         if self.owner is owner:
             self.owner = self.route = self.running = self.reading = None
+
+    def clear(self) -> None:
+        """The running forward ends in the middle."""
+        self.owner = self.route = self.running = self.reading = self.call = None
 
     def current(self) -> Route:
         """The running forward's route.

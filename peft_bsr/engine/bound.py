@@ -56,8 +56,10 @@ class BoundBlock:
             return
         self.watch = Watch(_modules_of(block, own), (follower, *own))
         if column.anatomy is not None:
-            self.lean_attention = self._lean("attention", LeanAttention, column.anatomy.norm1, column.anatomy.attention)
-            self.lean_mlp = self._lean("mlp", LeanMLP, column.anatomy.norm2, *column.anatomy.mlp)
+            parts = column.anatomy
+            attention = (parts.norm1, parts.attention, *parts.after_attention)
+            self.lean_attention = self._lean("attention", LeanAttention, *attention)
+            self.lean_mlp = self._lean("mlp", LeanMLP, parts.norm2, *parts.mlp, *parts.after_mlp)
 
     def run(
         self,
@@ -156,14 +158,15 @@ class BoundBlock:
         except NotLeanError as reason:
             self.reasons[name] = str(reason)
             return None
-        inside = [m for part in parts for m in _modules_of(getattr(self.block, part), (getattr(made, "output", None),))]
-        inside += [part for part in made.after if type(part) is nn.Dropout]  # which is not called
+        inside = [m for part in parts for m in _modules_of(getattr(self.block, part), made.called)]
         hook = self.watch.foreign_hook(inside)
         self._captures |= name == "attention" and self.watch.captures(inside)
+        replaced = next((type(module).__name__ for module in inside if "forward" in vars(module)), None)
         if hook is not None:
             self.reasons[name] = f"the hook {hook} looks at its modules"
-            return None
-        return made
+        elif replaced is not None:
+            self.reasons[name] = f"another `forward` was set on its {replaced}"
+        return None if name in self.reasons else made
 
     def __reduce__(self) -> tuple[Any, ...]:  # a copy of the block looks its own parts up
         return type(None), ()
@@ -171,7 +174,7 @@ class BoundBlock:
 
 def _modules_of(module: Any, without: tuple[Any, ...]) -> list[Any]:
     """The module and all in it, but for modules that are named and what is in these."""
-    if module in without or not isinstance(module, nn.Module):
+    if not isinstance(module, nn.Module) or module in without:
         return []
     return [module, *(m for child in module.children() for m in _modules_of(child, without))]
 

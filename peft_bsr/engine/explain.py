@@ -15,12 +15,18 @@ def explain_blocks(blocks: list[tuple[Any, Any]]) -> str:
     """
     plan = blocks[0][1].plan if blocks else None
     if plan is None:
-        return "No plan is in force: adapters are off, or the first training forward makes it. Blocks run stock."
+        return (
+            "No plan is in force: adapters are off, or plans are for training alone and its first forward makes one. "
+            "Blocks run stock."
+        )
     lines = ["block  planned"]
     for (block, router), own in zip(blocks, plan.blocks, strict=True):
         lines.append(f"{router.index:>5}  {describe_block(own)}")
         reasons = {**_standing(router, block, own), **router.aside} if own.lean is not None else {}
         lines += [f"       {half} runs stock: {reason}" for half, reason in sorted(reasons.items())]
+    lean = [block for (block, _), own in zip(blocks, plan.blocks, strict=True) if own.lean is not None]
+    if lean and not any(block.training for block in lean):
+        lines.append("nothing runs lean now: the model is in evaluation mode")
     return "\n".join([*lines, *_notes(plan)])
 
 

@@ -79,6 +79,9 @@ class LeanMLP:
         block: The block.
         column: Knows its parts.
 
+    Attributes:
+        called: Modules that run as such.
+
     Raises:
         NotLeanError: With what stands in the way.
     """
@@ -97,6 +100,7 @@ class LeanMLP:
         self.op = MLPOp(kind, eps, tuple(source.scaling for source in self.linears), activation)
         self.hidden_dropout = parts.hidden_dropout
         self.after = [*parts.output_dropout, *_after(block, () if anatomy.mlp_adds_residual else anatomy.after_mlp)]
+        self.called = _called(self.after)
 
     def __call__(self, tokens: Tensor, lean: Lean) -> Tensor:
         """[B, N, D] -> tokens after the half, residual included."""
@@ -114,6 +118,9 @@ class LeanAttention:
         block: The block.
         column: Knows its parts.
 
+    Attributes:
+        called: Modules that run as such.
+
     Raises:
         NotLeanError: With what stands in the way.
     """
@@ -124,7 +131,8 @@ class LeanAttention:
         if column.scores_from is None or not column.num_heads:
             raise NotLeanError("the queries and keys of the attention are not seen")
         self.attention: Any = block.get_submodule(column.attention)
-        leaves = {role: block.get_submodule(leaf) for role, leaf in zip(column.roles, column.leaves, strict=True)}
+        roles = [place for place in zip(column.roles, column.leaves, strict=True) if place[0].startswith("attention.")]
+        leaves = {role: block.get_submodule(leaf) for role, leaf in roles}
         names = ("qkv",) if "attention.qkv" in leaves else ("query", "key", "value")
         kind, eps, self.norm = _known(norm_source(getattr(block, anatomy.norm1)))
         self.linears = [_known(linear_source(leaves.get(f"attention.{name}"))) for name in names]
@@ -144,6 +152,7 @@ class LeanAttention:
         ]
         self.rates, dropouts = attention_dropouts(self.attention, getattr(block, anatomy.attention))
         self.after = [*dropouts, *_after(block, anatomy.after_attention)]
+        self.called = _called([self.output, *self.after])
 
     def problem(self, arguments: dict[str, Any]) -> str | None:
         """Why the half cannot run with these arguments, or None."""
@@ -256,6 +265,11 @@ def _after(block: nn.Module, names: Sequence[str]) -> list[Any]:
         for name, part in parts
         if part is not None and not isinstance(part, nn.Identity)
     ]
+
+
+def _called(parts: Sequence[Any]) -> tuple[nn.Module, ...]:
+    """Those that a lean half calls as modules, so that their hooks run."""
+    return tuple(part for part in parts if isinstance(part, nn.Module) and type(part) is not nn.Dropout)
 
 
 def _run_after(parts: Sequence[Any], tokens: Tensor) -> Tensor:

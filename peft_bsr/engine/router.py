@@ -58,7 +58,6 @@ class BlockRouter(nn.Module):
         self.aside: dict[str, str] = {}
         self._plan = plan
         self._bound: BoundBlock | None = None
-        self._outside: Watch | None = None  # of the last block: the model around its blocks
 
     @property
     def plan(self) -> Plan | None:
@@ -141,11 +140,12 @@ class BlockRouter(nn.Module):
     def open_forward(self, model: nn.Module, args: Any) -> None:
         """A forward pre-hook, of the last block's router, on the model and on what calls its blocks."""
         if self.context.open(model):
-            outside = self._outside
+            outside = self.context.outside
             if torch.compiler.is_compiling():  # a compiler cannot look at hooks, and decides what is kept by itself
                 return
             if outside is None or outside.root is not model or not outside.is_current():
-                self._outside = Watch(_after_blocks(model, self.column), (self,))
+                around = _around_blocks(model, self.column)
+                self.context.outside = Watch(around, (self,)) if around else None
 
     def close_forward(self, model: nn.Module, args: Any, output: Any) -> None:
         """A forward hook of the same modules, called after an exception too."""
@@ -212,11 +212,19 @@ class BlockRouter(nn.Module):
         lean = plan.lean
         self.aside = {}
         if lean is not None and lean.num_queries is not None:
-            hook = self.bound(block).watch.hook or (self._outside and self._outside.hook)
-            if hook is not None:
-                self.step_aside("class token only", f"the hook {hook} looks at what it gives")
+            reason = self._other_reader(block)
+            if reason is not None:
+                self.step_aside("class token only", reason)
                 lean = replace(lean, num_queries=None)
         return lean, plan.int8 and not block.gradient_checkpointing
+
+    def _other_reader(self, block: Any) -> str | None:
+        """What beside the head may look at the tokens that the last block gives, or None."""
+        outside = self.context.outside
+        if outside is None or outside.root is not self.context.owner:
+            return "a part of the model was called by itself"
+        hook = self.bound(block).watch.hook or outside.hook
+        return None if hook is None else f"the hook {hook} looks at what it gives"
 
     def _leave(self, origins: Tensor | None) -> None:
         if origins is not None:
@@ -226,22 +234,22 @@ class BlockRouter(nn.Module):
             self.context.close(BLOCKS)
 
 
-def _after_blocks(model: nn.Module, column: Column) -> list[nn.Module]:
-    """What may see the tokens that the last block gives: the model, and what runs around and after its blocks.
+def _around_blocks(model: nn.Module, column: Column) -> list[nn.Module]:
+    """What may see the tokens that the last block gives: the model first, and what runs around and after its blocks.
 
     Args:
-        model: The model, or the module in it that calls the blocks.
+        model: The model, or the module in it that calls the blocks: then the list is empty, whoever calls it sees them.
         column: Its names are those of the whole model.
     """
-    caller = ".".join(column.blocks[0].split(".")[:-2])
     names = dict(model.named_modules())
-    prefix = "" if column.blocks[0] in names or not caller else f"{caller}."
+    if column.blocks[0] not in names:
+        return []
     behind = tuple(f"{head}." for head in (*column.head, *column.unread))
     around = column.blocks[0].rpartition(".")[0]
     return [
         module
         for name, module in names.items()
-        if name == "" or f"{around}.".startswith(f"{prefix}{name}.") or f"{prefix}{name}.".startswith(behind)
+        if name == "" or f"{around}.".startswith(f"{name}.") or f"{name}.".startswith(behind)
     ]
 
 

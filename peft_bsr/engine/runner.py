@@ -54,7 +54,11 @@ class RoutedBlock(nn.Module):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the block on the running forward's route."""
         router: Any = self._modules[ROUTER]
-        return router.call(self, super().__call__, args, kwargs)
+        try:
+            return router.call(self, super().__call__, args, kwargs)
+        except BaseException:  # the model's hooks are not told of interrupts, nor that only a part of the model ran
+            router.context.clear()
+            raise
 
     def forward(self, hidden_states: Tensor, *args: Any, block_call: BlockCall | None = None, **kwargs: Any) -> Any:
         """Run the block, on a route if it is called for one. All comes with the call, for recomputation.

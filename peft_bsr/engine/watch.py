@@ -1,4 +1,4 @@
-"""Whether modules are what they were: the same children, hooks and adapters. A cheap look at each call."""
+"""Whether modules are what they were: the same children, hooks, forwards and adapters. A cheap look at each call."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from peft_bsr.backbones import captured_outputs, is_capture_hook
 
 STATE = "adapter_state"  # attribute of a module that holds adapters; another object after each change
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_SHARDING = ("torch.distributed", "accelerate")  # their hooks gather weights or move inputs, and look at no numbers
+_SHARDING = ("torch.distributed.", "accelerate.")  # their hooks gather weights or move inputs, and look at no numbers
 
 
 class Watch:
@@ -27,8 +27,13 @@ class Watch:
         links = [(module._modules, name, child) for module in self._modules for name, child in module._modules.items()]
         self._parents, self._names = [parent for parent, _, _ in links], [name for _, name, _ in links]
         self._children = tuple(child for _, _, child in links)
-        self._hooks = _hooks_of(self._modules)
-        self._counts = tuple(map(len, self._hooks))
+        hooks = _hooks_of(self._modules)
+        self._dictionaries = [*hooks, *(module._modules for module in self._modules)]
+        self._counts = tuple(map(len, self._dictionaries))
+        self._filled = [dictionary for dictionary in hooks if dictionary]
+        self._numbers = tuple(map(tuple, self._filled))  # of the hooks; no two get the same
+        self._attributes: list[dict[str, Any]] = [module.__dict__ for module in self._modules]
+        self._own_forwards = self._forwards()
         self._holders = [vars(module) for module in self._modules if STATE in vars(module)]
         self._states = tuple(map(itemgetter(STATE), self._holders))
         self._captures = self.captures(self._modules)
@@ -38,7 +43,9 @@ class Watch:
         """Whether the modules are as they were."""
         return (
             tuple(map(dict.get, self._parents, self._names)) == self._children
-            and tuple(map(len, self._hooks)) == self._counts
+            and tuple(map(len, self._dictionaries)) == self._counts
+            and tuple(map(tuple, self._filled)) == self._numbers
+            and self._forwards() == self._own_forwards
             and tuple(map(type, self._modules)) == self._kinds
             and tuple(map(itemgetter(STATE), self._holders)) == self._states
         )
@@ -56,7 +63,7 @@ class Watch:
             for hook in hooks.values():
                 function = getattr(hook, "func", hook)
                 is_own = any(getattr(function, "__self__", None) is owner for owner in self._own)
-                module = str(getattr(function, "__module__", ""))
+                module = f"{getattr(function, '__module__', '')}."
                 if not is_own and not module.startswith(_SHARDING) and not is_capture_hook(hook):
                     return str(getattr(function, "__qualname__", type(function).__name__))
         return None
@@ -65,6 +72,9 @@ class Watch:
     def root(self) -> Any:
         """The first of the modules."""
         return self._modules[0]
+
+    def _forwards(self) -> tuple[Any, ...]:
+        return tuple(map(dict.get, self._attributes, ["forward"] * len(self._attributes)))
 
     def __reduce__(self) -> tuple[Any, ...]:  # a copy of the modules is watched by its own
         return type(None), ()

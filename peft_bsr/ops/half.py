@@ -119,16 +119,19 @@ def in_dtypes(tensors: Sequence[Tensor | None], gradients: Sequence[Tensor | Non
     ]
 
 
-def refuse_second_derivatives() -> None:
+def refuse_second_derivatives(what: str = "lean blocks", instead: str = '`lean="off"`') -> None:
     """Raise where a gradient of a gradient is asked for.
+
+    Args:
+        what: Has none.
+        instead: With what to attach the adapter.
 
     Raises:
         ForwardError: If so.
     """
     if torch.is_grad_enabled():
         raise ForwardError(
-            "lean blocks have no second derivatives (`create_graph=True` asks for them). Attach the adapter with "
-            '`lean="off"`.'
+            f"{what} have no second derivatives (`create_graph=True` asks for them). Attach the adapter with {instead}."
         )
 
 

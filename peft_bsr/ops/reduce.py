@@ -15,7 +15,9 @@ from torch.nn.functional import pad
 from peft_bsr.core import check_tokens
 from peft_bsr.core import reduce_tokens as traced_reduce_tokens
 from peft_bsr.core import token_scores as any_token_scores
-from peft_bsr.ops.half import without_autocast
+from peft_bsr.ops.half import refuse_second_derivatives, without_autocast
+
+_REFUSED = "fused tokens", '`fuse_dropped=False` and `lean="off"`'
 
 
 def reduce_tokens(
@@ -93,6 +95,7 @@ class _Reduced(torch.autograd.Function):
             of_hidden[:, end:] = gradient[:, end - shape[1] :]
         of_scores = None
         if fused:
+            refuse_second_derivatives(*_REFUSED)  # the weights of what was fused are kept without their graph
             dropped_rows, weights, *asked = fused
             of_fused = gradient[:, behind : behind + 1]
             flat.index_copy_(0, dropped_rows, (weights.transpose(1, 2) * of_fused).view(-1, shape[2]))
@@ -116,6 +119,7 @@ class _ClassScores(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivatives(*_REFUSED)
         query, key, weights = ctx.saved_tensors
         shared = (gradient * (ctx.scaling / weights.shape[1]))[:, None].to(weights.dtype).expand_as(weights)
         of_logits = torch.ops.aten._softmax_backward_data(shared, weights, -1, weights.dtype).to(query.dtype)[..., None]

@@ -29,6 +29,7 @@ from peft_bsr.engine.plan import Mode, Plan
 from peft_bsr.engine.record import record_routes
 from peft_bsr.engine.router import BlockRouter
 from peft_bsr.engine.runner import attach_router, detach_router
+from peft_bsr.engine.watch import Watch
 from peft_bsr.errors import UnsupportedModelError
 
 
@@ -240,6 +241,8 @@ def routed(
     for router in routers:
         attach_router(model, router)
     if like is not None:
+        context.outside = Watch([nn.Identity()])  # as in a model that looks at what its head reads alone
+        context.open(context.outside.root)
         context.route = routers[start_at].start_route(like)
     try:
         yield routers

@@ -265,7 +265,12 @@ class RoutedTuner(BaseTuner):
             )
         if routers and routers[0].context.entry is None:
             check_inputs(main_input(self.model), routers[0].column, args, kwargs)
-        yield
+        try:
+            yield
+        except BaseException:  # an interrupt, which the model's hooks are not told of
+            if routers:
+                routers[0].context.clear()
+            raise
 
 
 def adapter_parts(model: nn.Module, adapter_name: str) -> list[tuple[str, nn.Module]]:

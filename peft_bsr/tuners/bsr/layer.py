@@ -55,6 +55,11 @@ def move_like(module: nn.Module, like: Tensor, device: torch.device) -> None:
         module.to(device=device, dtype=like.dtype if like.dtype.is_floating_point else None)
 
 
+def _replicated(module: nn.Module) -> Tensor:
+    """A weight in a replica of nn.DataParallel, where weights are no parameters."""
+    return next(value for m in module.modules() for value in vars(m).values() if isinstance(value, Tensor))
+
+
 class BSRWeights(nn.Module, SingleAdapterLayer):
     """A leaf module whose weights train: one copy of the module, or one low-rank update, per adapter.
 
@@ -127,7 +132,9 @@ class BSRWeights(nn.Module, SingleAdapterLayer):
         if not isinstance(hidden_states, Tensor) or torch.is_autocast_enabled(hidden_states.device.type):
             inputs = hidden_states  # a position bias gets a window size; autocast picks the dtypes itself
         else:
-            inputs = SingleAdapterLayer._cast_input_dtype(self, hidden_states, next(module.parameters()).dtype)
+            like = next(module.parameters(), None)
+            like = _replicated(module) if like is None else like
+            inputs = SingleAdapterLayer._cast_input_dtype(self, hidden_states, like.dtype)
         if isinstance(module, LowRankUpdate):
             output = self.base_layer(hidden_states, *args, **kwargs)
             return output + module(inputs).to(output.dtype)

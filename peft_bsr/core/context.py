@@ -46,7 +46,37 @@ class BlockCall:
         self.origins: Tensor | None = None
 
 
-class ForwardContext(threading.local):
+class _Fields:
+    """What one thread's forward has; a class of its own, because torch.compile loses what is set on a thread-local."""
+
+    def __init__(self) -> None:
+        self.owner: Any = None
+        self.route: Route | None = None
+        self.running: BlockCall | None = None
+        self.reading: Any = None
+        self.call: TaskCall | None = None
+        self.entry: Entry | None = None
+        self.recorders: list[Callable[[int, Route], None]] = []
+        self.usage: dict[int, Tensor] | None = None
+        self.has_warned = False
+
+
+class _Threads(threading.local):
+    def __init__(self) -> None:  # runs in every thread; class attributes would fail torch.compile's guards
+        self.fields = _Fields()
+
+
+def _field(name: str) -> Any:
+    def read(context: ForwardContext) -> Any:
+        return getattr(context.threads.fields, name)
+
+    def write(context: ForwardContext, value: Any) -> None:
+        setattr(context.threads.fields, name, value)
+
+    return property(read, write)
+
+
+class ForwardContext:
     """The running forward of a model, one per thread (nn.DataParallel).
 
     Hooks of the model open it and close it, also after an exception, so that nothing is left of a forward but its
@@ -64,16 +94,12 @@ class ForwardContext(threading.local):
         has_warned: Whether it was said that a block planned lean runs stock.
     """
 
-    def __init__(self) -> None:  # runs in every thread; class attributes would fail torch.compile's guards
-        self.owner: Any = None
-        self.route: Route | None = None
-        self.running: BlockCall | None = None
-        self.reading: Any = None
-        self.call: TaskCall | None = None
-        self.entry: Entry | None = None
-        self.recorders: list[Callable[[int, Route], None]] = []
-        self.usage: dict[int, Tensor] | None = None
-        self.has_warned = False
+    def __init__(self) -> None:
+        self.threads = _Threads()
+
+    owner, route, running, reading = _field("owner"), _field("route"), _field("running"), _field("reading")
+    call, entry, recorders, usage = _field("call"), _field("entry"), _field("recorders"), _field("usage")
+    has_warned = _field("has_warned")
 
     def open(self, owner: Any) -> bool:
         """A forward of `owner` begins; one inside another changes nothing.

@@ -88,3 +88,25 @@ def test_a_carrier_is_one_for_each_thread_and_copies_start_empty():
     assert seen == [None]
     assert copy.deepcopy(context).route is None
     assert pickle.loads(pickle.dumps(context)).route is None
+
+
+def test_what_compiled_code_sets_on_the_context_is_there_in_the_same_thread_alone():
+    """torch.compile loses what it sets on a thread-local itself."""
+    context, inside, seen = ForwardContext(), [], []
+
+    @torch.compiler.disable
+    def look() -> None:
+        inside.append(context.reading)
+
+    def forward(tokens: torch.Tensor) -> torch.Tensor:
+        context.reading = tokens + 1
+        look()
+        context.reading = context.reading + 1
+        return tokens * 2
+
+    torch.compile(forward, backend="eager")(torch.ones(1))
+    assert [t.item() for t in inside] == [2.0] and context.reading.item() == 3.0
+    thread = threading.Thread(target=lambda: seen.append(context.reading))
+    thread.start()
+    thread.join()
+    assert seen == [None]

@@ -85,7 +85,7 @@ def _uses_side_inputs(
     context = ForwardContext()
     follower = TokenFollower(context, find_rule(model))
     follower.attach(block, attention_name)
-    context.running = BlockCall(shuffled)
+    context.now.running = BlockCall(shuffled)
     reason = "its blocks use the position of a token inside (swapping patches changes what they compute"
     try:
         followed = error()

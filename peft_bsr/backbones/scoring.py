@@ -51,18 +51,18 @@ class AttentionScorer:
     @property
     def is_asked(self) -> bool:
         """Whether the running block wants scores that it has not got yet."""
-        call = self.context.running
+        call = self.context.now.running
         return call is not None and call.score is not None and call.token_scores is None
 
     def observe(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: Any, output: Tensor) -> None:
         """Score the tokens of [B, H, N, d]; a second attention inside the same block is not looked at."""
-        call = self.context.running
+        call = self.context.now.running
         if call is not None and call.score is not None and call.token_scores is None:
             call.token_scores = token_scores(call.score, query, key, scaling, _dense(mask))
 
     def observe_weights(self, attention: nn.Module, args: Any, output: Any) -> None:
         """A forward hook for attention that returns (output, weights [B, H, N, N])."""
-        call = self.context.running
+        call = self.context.now.running
         if call is not None and call.score is not None and call.token_scores is None:
             call.token_scores = weights_to_scores(call.score, output[1])
 

@@ -48,7 +48,7 @@ class TokenFollower:
     @property
     def route(self) -> Route | None:
         """The running block's route, if anything was dropped on it."""
-        call = self.context.running
+        call = self.context.now.running
         return None if call is None or call.route.origins is None else call.route
 
     def enter_attention(self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -16,7 +16,7 @@ from peft_bsr.core.budgets import (
     select_blocks,
     update_budgets,
 )
-from peft_bsr.core.context import BLOCKS, BlockCall, ForwardContext
+from peft_bsr.core.context import BLOCKS, BlockCall, Forward, ForwardContext
 from peft_bsr.core.experts import Choice, balance_loss, choose_experts, gate_logits, run_experts
 from peft_bsr.core.quantized import as_plain, is_quantized, kept_bytes
 from peft_bsr.core.queries import absorb_key, apply_value, attend_plain, hidden_tokens, pooling_weights
@@ -32,6 +32,7 @@ __all__ = [
     "BlockCall",
     "Choice",
     "Entry",
+    "Forward",
     "ForwardContext",
     "Route",
     "ScoreKind",

@@ -46,11 +46,8 @@ class BlockCall:
         self.origins: Tensor | None = None
 
 
-class ForwardContext(threading.local):
-    """The running forward of a model, one per thread (nn.DataParallel).
-
-    Hooks of the model open it and close it, also after an exception, so that nothing is left of a forward but its
-    outputs. A recomputed block (gradient checkpointing) does not look here: it gets the call of its own forward.
+class Forward:
+    """The forward that runs in one thread, see `ForwardContext`.
 
     Attributes:
         owner: What opened the running forward; None = no forward runs.
@@ -65,7 +62,7 @@ class ForwardContext(threading.local):
         outside: Watches the model around its blocks, from the latest forward of the whole model on.
     """
 
-    def __init__(self) -> None:  # runs in every thread; class attributes would fail torch.compile's guards
+    def __init__(self) -> None:  # class attributes would fail torch.compile's guards
         self.owner: Any = None
         self.route: Route | None = None
         self.running: BlockCall | None = None
@@ -125,8 +122,22 @@ class ForwardContext(threading.local):
         if self.route is not None:
             self.route = replace(self.route, origins=origins, num_reductions=num_reductions)
 
+
+class ForwardContext(threading.local):
+    """The running forward of a model, one per thread (nn.DataParallel).
+
+    Hooks of the model open it and close it, also after an exception, so that nothing is left of a forward but its
+    outputs. A recomputed block (gradient checkpointing) does not look here: it gets the call of its own forward.
+
+    Attributes:
+        now: This thread's forward; an object of its own, because torch.compile loses what is set on a thread-local.
+    """
+
+    def __init__(self) -> None:  # runs in every thread
+        self.now = Forward()
+
     def __reduce__(self) -> tuple[type[ForwardContext], tuple[()]]:  # copies and pickles start empty
         return ForwardContext, ()
 
 
-__all__ = ["BLOCKS", "BlockCall", "ForwardContext"]
+__all__ = ["BLOCKS", "BlockCall", "Forward", "ForwardContext"]

@@ -8,7 +8,7 @@ from peft_bsr.engine.parking import Parking
 from peft_bsr.engine.parts import plain_mlp
 from peft_bsr.engine.plan import BlockPlan, Lean, Mode, Plan, ReduceAt, Reduction
 from peft_bsr.engine.query_path import ROLES, KeptTokens, QueryPath, attention_mask, projections
-from peft_bsr.engine.record import find_context, record_routes
+from peft_bsr.engine.record import find_forward, record_routes
 from peft_bsr.engine.record_scores import BlockScores, record_scores
 from peft_bsr.engine.router import ROUTER, BlockRouter
 from peft_bsr.engine.runner import attach_router, detach_router
@@ -35,7 +35,7 @@ __all__ = [
     "describe_block",
     "detach_router",
     "explain_blocks",
-    "find_context",
+    "find_forward",
     "plain_mlp",
     "projections",
     "record_routes",

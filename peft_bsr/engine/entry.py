@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_bsr.core import Entry, ForwardContext
-from peft_bsr.engine.record import find_context
+from peft_bsr.core import Entry, Forward
+from peft_bsr.engine.record import find_forward
 from peft_bsr.errors import ForwardError
 
 
@@ -30,7 +30,7 @@ def run_until(model: nn.Module, index: int, inputs: dict[str, Any]) -> Entry:
         What stands in front of the block.
     """
     entry = Entry(index)
-    with _entry(find_context(model), entry), torch.no_grad():
+    with _entry(find_forward(model), entry), torch.no_grad():
         try:
             model(**inputs)
         except ReachedError:
@@ -41,30 +41,30 @@ def run_until(model: nn.Module, index: int, inputs: dict[str, Any]) -> Entry:
 @contextmanager
 def run_from(model: nn.Module, entry: Entry) -> Iterator[None]:
     """A forward inside begins at `entry`: earlier blocks do not run, and what comes before them does not matter."""
-    with _entry(find_context(model), entry):
+    with _entry(find_forward(model), entry):
         yield
 
 
 @contextmanager
-def _entry(context: ForwardContext, entry: Entry) -> Iterator[None]:
-    context.entry = entry
+def _entry(now: Forward, entry: Entry) -> Iterator[None]:
+    now.entry = entry
     try:
         yield
     finally:
-        context.entry = context.route = context.running = context.reading = None
+        now.entry = now.route = now.running = now.reading = None
 
 
-def meet_entry(context: ForwardContext, hidden_states: Tensor) -> Tensor:
+def meet_entry(now: Forward, hidden_states: Tensor) -> Tensor:
     """Stop in front of the entry's block, or take its tokens and its route. Called by that block."""
-    entry = context.entry
+    entry = now.entry
     assert entry is not None, "only an entry's block meets it"
-    route = context.route
+    route = now.route
     if entry.tokens is None:
         entry.tokens = hidden_states.detach()
         if route is not None:
             entry.origins, entry.num_reductions = route.origins, route.num_reductions
         raise ReachedError
-    context.resume(entry.origins, entry.num_reductions)
+    now.resume(entry.origins, entry.num_reductions)
     return entry.tokens.to(hidden_states)
 
 

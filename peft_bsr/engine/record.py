@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from peft_bsr.core import ForwardContext, Route
+from peft_bsr.core import Forward, ForwardContext, Route
 from peft_bsr.errors import AdapterError
 
 
@@ -29,21 +29,21 @@ def record_routes(model: nn.Module) -> Iterator[list[tuple[int, Route]]]:
         ...     model(pixel_values)
         >>> routes[-1][1].alive()  # which patches the last reduction left  # doctest: +SKIP
     """
-    context = find_context(model)
+    now = find_forward(model)
     log: list[tuple[int, Route]] = []
 
     def record(index: int, route: Route) -> None:
         log.append((index, route))
 
-    context.recorders.append(record)
+    now.recorders.append(record)
     try:
         yield log
     finally:
-        context.recorders.remove(record)
+        now.recorders.remove(record)
 
 
-def find_context(model: nn.Module) -> ForwardContext:
-    """What the blocks of `model` share.
+def find_forward(model: nn.Module) -> Forward:
+    """What the blocks of `model` share, in this thread.
 
     Raises:
         AdapterError: If the model carries none of our adapters.
@@ -54,4 +54,4 @@ def find_context(model: nn.Module) -> ForwardContext:
         raise AdapterError(
             f"{type(model).__name__} has no adapter of peft_bsr. Call get_peft_model(model, BSRConfig())."
         )
-    return context
+    return context.now

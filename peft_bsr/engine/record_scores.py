@@ -51,7 +51,7 @@ def record_scores(model: nn.Module, column: Column, kind: ScoreKind | None = Non
     scorer = AttentionScorer(own)
 
     def begin(router: Any, hidden_states: Tensor) -> None:
-        route = None if router is None else router.context.route
+        route = None if router is None else router.context.now.route
         if route is None:
             patches = hidden_states.shape[1] - column.num_special
             route = Route(column.num_prefix, patches, column.num_suffix)

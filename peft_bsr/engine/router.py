@@ -101,7 +101,7 @@ class BlockRouter(nn.Module):
         column, plan = self.column, plan or self.plan
         num_patches = hidden_states.shape[1] - column.num_special
         is_full_view = plan is not None and plan.mode == "full_view"
-        return Route(column.num_prefix, num_patches, column.num_suffix, is_full_view, call=self.context.call)
+        return Route(column.num_prefix, num_patches, column.num_suffix, is_full_view, call=self.context.now.call)
 
     def passes(self, block: nn.Module, hidden_states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether the block need not run: the forward begins behind it. Asked at each call, before anything else.
@@ -112,7 +112,7 @@ class BlockRouter(nn.Module):
             args: Further arguments of the call.
             kwargs: Its keywords.
         """
-        entry = self.context.entry
+        entry = self.context.now.entry
         return entry is not None and entry.tokens is not None and self.index < entry.index
 
     def bound(self, block: nn.Module) -> BoundBlock:
@@ -128,8 +128,9 @@ class BlockRouter(nn.Module):
     def step_aside(self, half: str, reason: str) -> None:
         """A half that was planned lean runs stock: note it, and say it once."""
         self.aside[half] = reason
-        if not self.context.has_warned and half != "class token only":
-            self.context.has_warned = True
+        now = self.context.now
+        if not now.has_warned and half != "class token only":
+            now.has_warned = True
             warnings.warn(
                 f"block {self.index} runs its {half} half as stock modules and keeps more for backward than planned: "
                 f"{reason}. `model.base_model.explain()` lists all blocks.",
@@ -139,17 +140,18 @@ class BlockRouter(nn.Module):
 
     def open_forward(self, model: nn.Module, args: Any) -> None:
         """A forward pre-hook, of the last block's router, on the model and on what calls its blocks."""
-        if self.context.open(model):
-            outside = self.context.outside
+        now = self.context.now
+        if now.open(model):
+            outside = now.outside
             if torch.compiler.is_compiling():  # a compiler cannot look at hooks, and decides what is kept by itself
                 return
             if outside is None or outside.root is not model or not outside.is_current():
                 around = _around_blocks(model, self.column)
-                self.context.outside = Watch(around, (self,)) if around else None
+                now.outside = Watch(around, (self,)) if around else None
 
     def close_forward(self, model: nn.Module, args: Any, output: Any) -> None:
         """A forward hook of the same modules, called after an exception too."""
-        self.context.close(model)
+        self.context.now.close(model)
 
     def call(self, block: Any, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the block on the running forward's route.
@@ -160,22 +162,22 @@ class BlockRouter(nn.Module):
             args: Of the call.
             kwargs: Of the call.
         """
-        context, index = self.context, self.index
+        now, index = self.context.now, self.index
         if index == 0:
-            context.open(BLOCKS)
+            now.open(BLOCKS)
             self.begin()
         plan = self.plan
         if plan is None:
             return run(*args, **kwargs)
         (hidden_states, *others), kwargs = hidden_first(args, kwargs)
         if index == 0:
-            context.route = self.start_route(hidden_states, plan) if plan.reduces else None
+            now.route = self.start_route(hidden_states, plan) if plan.reduces else None
         if self.passes(block, hidden_states, tuple(others), kwargs):
             self._leave(None)
             return (hidden_states,) if self.column.returns_tuple else hidden_states
         own = plan.blocks[index]
-        if context.entry is not None and index == context.entry.index:
-            hidden_states = meet_entry(context, hidden_states)
+        if now.entry is not None and index == now.entry.index:
+            hidden_states = meet_entry(now, hidden_states)
         if own.cut_gradient and block.training:
             hidden_states = _cut_gradient(block, own, hidden_states)
         call = self._block_call(block, plan, own, hidden_states)
@@ -194,7 +196,7 @@ class BlockRouter(nn.Module):
     def _block_call(self, block: Any, plan: Plan, own: BlockPlan, hidden_states: Tensor) -> BlockCall | None:
         """What the block's forward is asked; None = to run as stock on all that it gets."""
         lean, int8 = self._saving(block, own) if own.saves_less else (None, False)
-        route = self.context.current() if plan.reduces else None
+        route = self.context.now.current() if plan.reduces else None
         is_special = lean is not None or int8 or own.mixture
         if not is_special and (route is None or (own.reduction is None and route.origins is None)):
             return None
@@ -220,18 +222,20 @@ class BlockRouter(nn.Module):
 
     def _other_reader(self, block: Any) -> str | None:
         """What beside the head may look at the tokens that the last block gives, or None."""
-        outside = self.context.outside
-        if outside is None or outside.root is not self.context.owner:
+        now = self.context.now
+        outside = now.outside
+        if outside is None or outside.root is not now.owner:
             return "a part of the model was called by itself"
         hook = self.bound(block).watch.hook or outside.hook
         return None if hook is None else f"the hook {hook} looks at what it gives"
 
     def _leave(self, origins: Tensor | None) -> None:
+        now = self.context.now
         if origins is not None:
-            self.context.reduced(self.index, origins)
+            now.reduced(self.index, origins)
         if self.index == self.column.depth - 1:
-            self.context.route = None
-            self.context.close(BLOCKS)
+            now.route = None
+            now.close(BLOCKS)
 
 
 def _around_blocks(model: nn.Module, column: Column) -> list[nn.Module]:

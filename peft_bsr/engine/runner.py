@@ -57,7 +57,7 @@ class RoutedBlock(nn.Module):
         try:
             return router.call(self, super().__call__, args, kwargs)
         except BaseException:  # the model's hooks are not told of interrupts, nor that only a part of the model ran
-            router.context.clear()
+            router.context.now.clear()
             raise
 
     def forward(self, hidden_states: Tensor, *args: Any, block_call: BlockCall | None = None, **kwargs: Any) -> Any:
@@ -73,13 +73,13 @@ class RoutedBlock(nn.Module):
         if block_call is None:
             return stock(hidden_states, *args, **kwargs)
         router: Any = self._modules[ROUTER]
-        context, plan, column = router.context, block_call.plan, router.column
+        now, plan, column = router.context.now, block_call.plan, router.column
         block_call.token_scores = block_call.origins = None  # a recomputation finds its own
         mix = functools.partial(router.mix, self, block_call.route.call) if plan.mixture and router.mixes else None
         packing: Any = nullcontext()
         if block_call.int8 and not torch.compiler.is_compiling():
             packing = saved_in_int8(self, _fewest_values(column, block_call, hidden_states), (args, kwargs))
-        earlier, context.running = context.running, block_call
+        earlier, now.running = now.running, block_call
         try:
             with (
                 router.scorer.watching(None if plan.reduction is None else column.scores_from),
@@ -87,7 +87,7 @@ class RoutedBlock(nn.Module):
             ):
                 return router.bound(self).run(block_call, stock, hidden_states, args, kwargs, mix)
         finally:
-            context.running = earlier
+            now.running = earlier
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _new_routed_block, (self.unrouted_class,), self.__dict__

@@ -72,7 +72,7 @@ class TaskHeads(nn.Module):
         Raises:
             ForwardError: If it was called outside of the model's forward.
         """
-        call = self.context.call
+        call = self.context.now.call
         if not isinstance(call, ImageCall):
             raise ForwardError("the heads of the tasks were called without a forward of the model. Call the model.")
         outputs: dict[str, Tensor] = {}

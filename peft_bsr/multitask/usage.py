@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from peft_bsr.engine import find_context
+from peft_bsr.engine import find_forward
 
 
 @contextmanager
@@ -28,12 +28,12 @@ def record_usage(model: nn.Module) -> Iterator[dict[int, Tensor]]:
         ...     model(pixel_values, task="cifar10")
         >>> usage[11][0]  # of the first task in block 11  # doctest: +SKIP
     """
-    context = find_context(model)
-    earlier, context.usage = context.usage, {}
+    now = find_forward(model)
+    earlier, now.usage = now.usage, {}
     try:
-        yield context.usage
+        yield now.usage
     finally:
-        context.usage = earlier
+        now.usage = earlier
 
 
 __all__ = ["record_usage"]

@@ -236,14 +236,15 @@ def routed(
         The routers, which do not warn of halves that step aside.
     """
     context, rule = ForwardContext(), find_rule(model)
-    context.has_warned = True
+    now = context.now
+    now.has_warned = True
     routers = [router_cls(i, column, context, rule, plan) for i in range(column.depth)]
     for router in routers:
         attach_router(model, router)
     if like is not None:
-        context.outside = Watch([nn.Identity()])  # as in a model that looks at what its head reads alone
-        context.open(context.outside.root)
-        context.route = routers[start_at].start_route(like)
+        now.outside = Watch([nn.Identity()])  # as in a model that looks at what its head reads alone
+        now.open(now.outside.root)
+        now.route = routers[start_at].start_route(like)
     try:
         yield routers
     finally:

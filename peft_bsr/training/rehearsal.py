@@ -28,8 +28,8 @@ def rehearsal(model: nn.Module) -> Iterator[None]:
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     routers = find_routers(model)
-    context = routers[0].context if routers else ForwardContext()
-    recorders, usage = context.recorders, context.usage
+    now = (routers[0].context if routers else ForwardContext()).now
+    recorders, usage = now.recorders, now.usage
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.random.fork_rng(devices))
@@ -37,14 +37,14 @@ def rehearsal(model: nn.Module) -> Iterator[None]:
         for router in routers:
             stack.enter_context(router.rehearsal())
         try:
-            context.recorders, context.usage = [], None
+            now.recorders, now.usage = [], None
             for parameter, *_, hooks in parameters:
                 parameter.grad = None
                 if hooks:  # optimizers that step within the backward
                     parameter._post_accumulate_grad_hooks.clear()
             yield
         finally:
-            context.recorders, context.usage = recorders, usage
+            now.recorders, now.usage = recorders, usage
             for parameter, requires_grad, gradient, hooks in parameters:
                 parameter.requires_grad_(requires_grad)
                 parameter.grad = gradient

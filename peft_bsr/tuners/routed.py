@@ -263,13 +263,13 @@ class RoutedTuner(BaseTuner):
                 f"`{named[0]}={kwargs[named[0]]!r}` was given, but no adapter of this model has tasks. Attach one with "
                 "`BSRConfig(tasks={name: number of classes})`, or leave it out."
             )
-        if routers and routers[0].context.entry is None:
+        if routers and routers[0].context.now.entry is None:
             check_inputs(main_input(self.model), routers[0].column, args, kwargs)
         try:
             yield
         except BaseException:  # an interrupt, which the model's hooks are not told of
             if routers:
-                routers[0].context.clear()
+                routers[0].context.now.clear()
             raise
 
 

@@ -78,13 +78,35 @@ def test_masks_of_flex_attention_are_refused():
         ROUTE.follow(BlockMask())
 
 
-def test_a_carrier_is_one_for_each_thread_and_copies_start_empty():
+def test_a_context_is_one_for_each_thread_and_copies_start_empty():
     context = ForwardContext()
-    context.route = ROUTE
+    context.now.route = ROUTE
     seen = []
-    thread = threading.Thread(target=lambda: seen.append(context.route))
+    thread = threading.Thread(target=lambda: seen.append(context.now.route))
     thread.start()
     thread.join()
     assert seen == [None]
-    assert copy.deepcopy(context).route is None
-    assert pickle.loads(pickle.dumps(context)).route is None
+    assert copy.deepcopy(context).now.route is None
+    assert pickle.loads(pickle.dumps(context)).now.route is None
+
+
+def test_what_compiled_code_sets_on_the_context_is_there_in_the_same_thread_alone():
+    """torch.compile loses what it sets on a thread-local itself."""
+    context, inside, seen = ForwardContext(), [], []
+
+    @torch.compiler.disable
+    def look() -> None:
+        inside.append(context.now.reading)
+
+    def forward(tokens: torch.Tensor) -> torch.Tensor:
+        context.now.reading = tokens + 1
+        look()
+        context.now.reading = context.now.reading + 1
+        return tokens * 2
+
+    torch.compile(forward, backend="eager")(torch.ones(1))
+    assert [t.item() for t in inside] == [2.0] and context.now.reading.item() == 3.0
+    thread = threading.Thread(target=lambda: seen.append(context.now.reading))
+    thread.start()
+    thread.join()
+    assert seen == [None]

@@ -21,7 +21,7 @@ METHODS = {
 
 
 def context_of(model):
-    return model.base_model.routers[0].context
+    return model.base_model.routers[0].context.now
 
 
 def assert_empty(context):

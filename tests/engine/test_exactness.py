@@ -122,9 +122,9 @@ def test_being_scored_changes_nothing_for_the_attention(family, implementation, 
     attention = block.get_submodule(column.attention)
     tokens = torch.randn(2, column.num_tokens, 32)
     expected = attention(tokens, attention_mask=None)
-    block.token_router.context.running = run = BlockCall(block.token_router.start_route(tokens), score="class")
+    block.token_router.context.now.running = run = BlockCall(block.token_router.start_route(tokens), score="class")
     found = attention(tokens, attention_mask=None)
-    block.token_router.context.inside = None
+    block.token_router.context.now.running = None
     assert torch.equal(found[0], expected[0])
     assert run.token_scores.shape == (2, column.num_tokens)
     if implementation == "eager":
@@ -248,7 +248,7 @@ def test_nothing_is_left_over_from_a_forward(make_model, images):
     model = reduced_model(make_model, "vit")
     router = model.base_model.model.vit.layers[0].token_router
     model(pixel_values=images)
-    assert router.context.route is None
+    assert router.context.now.route is None
 
 
 def test_forward_reducing_names_no_family(make_model):

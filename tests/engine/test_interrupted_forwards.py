@@ -34,7 +34,7 @@ MAKERS = {"bsr": lambda: make("vit", "exact"), "last": lambda: make("vit", "max"
 
 
 def left_behind(model):
-    context = model.base_model.routers[0].context
+    context = model.base_model.routers[0].context.now
     names = ("owner", "route", "running", "reading", "call", "entry")
     return {name: type(getattr(context, name)).__name__ for name in names if getattr(context, name) is not None}
 
@@ -256,4 +256,4 @@ def test_recorded_routes_of_threads_and_of_forwards_that_fail():
         thread.join()
     assert [index for index, _ in inner] == [1, 2]
     assert [index for index, _ in outer] == [1, 1, 2]
-    assert model.base_model.routers[0].context.recorders == []
+    assert model.base_model.routers[0].context.now.recorders == []

@@ -161,7 +161,7 @@ def test_nothing_stays_on_the_context(make_vit, images):
     model = get_peft_model(make_vit(), SynQTConfig(**SMALL, keep_rate=0.5))
     model(pixel_values=images)
     context = find_routers(model)[0].context
-    assert context.reading is context.route is context.running is context.owner is None
+    assert context.now.reading is context.now.route is context.now.running is context.now.owner is None
 
 
 def test_all_tokens_kept_is_no_reduction_bit_for_bit(make_vit, images, run):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -51,6 +52,19 @@ class ALaSTRouter(BSRRouter):
         """The plan of this step, or None in evaluation and before the first step."""
         schedule = self.schedule
         return schedule.plan if schedule is not None and self.training else None
+
+    def call(self, block: Any, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call the block. In training no compiler traces it: the step's draw cannot be, and each step has its own plan.
+
+        Blocks that are compiled one by one (`block.compile()`) stay so.
+        """
+        if self.training and torch.compiler.is_compiling():
+            return self._call_untraced(block, run, args, kwargs)
+        return super().call(block, run, args, kwargs)
+
+    @torch.compiler.disable
+    def _call_untraced(self, *args: Any) -> Any:
+        return super().call(*args)
 
     def begin(self) -> None:
         """Tell the schedule that a training forward begins."""

@@ -156,7 +156,7 @@ class BSRRouter(AdapterRouter):
 
     def observe(self, before: Tensor, after: Tensor) -> None:
         """Keep the last block's tokens for dense heads."""
-        call = self.context.call
+        call = self.context.now.call
         if call is not None and call.keeps_tokens:
             call.tokens = after
 
@@ -177,20 +177,21 @@ class BSRRouter(AdapterRouter):
 
     def open_call(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Take what concerns tasks out of the arguments."""
-        settings, entry = self.task_settings, self.context.entry
-        self.context.call = None
+        settings, entry = self.task_settings, self.context.now.entry
+        self.context.now.call = None
         if settings is None or (entry is not None and entry.tokens is None):
             return args, without_tasks(kwargs)
         num_images = None if entry is None or entry.tokens is None else len(entry.tokens)
         call, kwargs = read_call(settings.tasks, self.column, args, kwargs, num_images)
-        call.usage = None if self.context.usage is None else {}
-        self.context.call = call
+        call.usage = None if self.context.now.usage is None else {}
+        self.context.now.call = call
         return args, kwargs
 
     def close_call(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Put losses and outputs of the tasks together; after an error only forget the call."""
-        call, self.context.call = self.context.call, None
-        settings, totals = self.task_settings, self.context.usage
+        now = self.context.now
+        call, now.call = now.call, None
+        settings, totals = self.task_settings, now.usage
         if output is None or not isinstance(call, ImageCall) or settings is None:
             return None
         call.is_open = False

@@ -102,7 +102,7 @@ class SynQTRouter(AdapterRouter):
         """
         name = self.carried_adapter
         assert name is not None, "a router without an adapter has no plan, and its block runs untouched"
-        layers, entry = self.layers[name], self.context.entry
+        layers, entry = self.layers[name], self.context.now.entry
         begins_behind = entry is not None and entry.tokens is not None
         if self.index in layers:
             if type(block) is not self._block_class:  # `fully_shard(block)` makes it another
@@ -123,7 +123,7 @@ class SynQTRouter(AdapterRouter):
 
     def _alive(self, hidden_states: Tensor, args: Any, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
         """The tokens that are left on the running route, and which of them are padding."""
-        route, mask = self.context.route, attention_mask(self.column, args, kwargs)
+        route, mask = self.context.now.route, attention_mask(self.column, args, kwargs)
         if route is not None and route.origins is not None:
             mask = route.follow(mask)
             if route.is_full_view and route.num_tokens < route.full_length:
@@ -133,8 +133,8 @@ class SynQTRouter(AdapterRouter):
     def _read(self, name: str, block: nn.Module, tokens: Tensor, hidden: Tensor | None) -> None:
         module: Any = self.synqt_params[name]
         if self.index == self.layers[name][0]:
-            self.context.reading = Reading(module.feature_scale)
-        reading = self.context.reading
+            self.context.now.reading = Reading(module.feature_scale)
+        reading = self.context.now.reading
         if not isinstance(reading, Reading):
             raise ForwardError("a block that SynQT reads was called outside of the model's forward. Call the model.")
         queries = module(reading.feature, reading.feature_scale, tokens.shape[0])
@@ -143,10 +143,10 @@ class SynQTRouter(AdapterRouter):
         reading.reads.append(tuple(t.mean(dim=1, keepdim=True) for t in (outcome, attended, expanded)))
 
     def _collect(self, tokens: Tensor, layers: list[int]) -> None:
-        collected = [] if self.index == layers[0] else self.context.reading
-        self.context.reading = [*collected, tokens]
+        collected = [] if self.index == layers[0] else self.context.now.reading
+        self.context.now.reading = [*collected, tokens]
         if self.index == layers[-1]:
-            entry, collected = self.context.entry, self.context.reading
+            entry, collected = self.context.now.entry, self.context.now.reading
             assert entry is not None, "tokens are collected for an entry"
             entry.tokens, entry.lengths = torch.cat(collected, dim=1), tuple(t.shape[1] for t in collected)
             raise ReachedError
@@ -203,7 +203,7 @@ class SynQTHead(nn.Module, SingleAdapterLayer):
         if name is None:
             output: Tensor = self.base_layer(pooled)
             return output
-        reading, self.context.reading = self.context.reading, None
+        reading, self.context.now.reading = self.context.now.reading, None
         if not isinstance(reading, Reading):
             raise ForwardError("the head of SynQT was called without a forward of the model's blocks. Call the model.")
         logits: Tensor = self.synqt_params[name](reading.features())

@@ -27,9 +27,11 @@ from peft_bsr.backbones.scoring import (
     captured_outputs,
     computes_weights,
     explicit_attention,
+    first_rows,
     function_of,
     is_capture_hook,
     observed_interface,
+    run_scored,
 )
 from peft_bsr.backbones.side_inputs import TokenFollower, input_names, remove_hooks
 
@@ -49,6 +51,7 @@ __all__ = [
     "excess",
     "explicit_attention",
     "find_rule",
+    "first_rows",
     "function_of",
     "hidden_first",
     "in_mode",
@@ -66,6 +69,7 @@ __all__ = [
     "relative_error",
     "remove_hooks",
     "run_probe",
+    "run_scored",
     "run_stock",
     "tensors_of",
     "tolerance",

@@ -28,7 +28,7 @@ from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from peft_bsr.backbones.column import ScoreSource
-from peft_bsr.core import ForwardContext, weights_to_scores
+from peft_bsr.core import BlockCall, ForwardContext, weights_to_scores
 from peft_bsr.errors import UnsupportedModelError
 from peft_bsr.ops import lean_dropout, token_scores
 
@@ -50,9 +50,17 @@ class AttentionScorer:
 
     @property
     def is_asked(self) -> bool:
-        """Whether the running block wants scores that it has not got yet."""
+        """Whether the running block wants scores that it has not got, or has few queries in a compiled attention."""
         call = self.context.now.running
-        return call is not None and call.score is not None and call.token_scores is None
+        if call is None:
+            return False
+        return (call.score is not None and call.token_scores is None) or call.num_queries is not None
+
+    @property
+    def traced_call(self) -> BlockCall | None:
+        """The call of the block that runs, if a compiler sees it."""
+        call = self.context.now.running
+        return call if call is not None and call.is_traced else None
 
     def observe(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: Any, output: Tensor) -> None:
         """Score the tokens of [B, H, N, d]; a second attention inside the same block is not looked at."""
@@ -63,7 +71,7 @@ class AttentionScorer:
     def observe_weights(self, attention: nn.Module, args: Any, output: Any) -> None:
         """A forward hook for attention that returns (output, weights [B, H, N, N])."""
         call = self.context.now.running
-        if call is not None and call.score is not None and call.token_scores is None:
+        if call is not None and call.score is not None and call.token_scores is None and not call.is_traced:
             call.token_scores = weights_to_scores(call.score, output[1])
 
     def watching(self, source: ScoreSource | None) -> Any:
@@ -177,6 +185,7 @@ def observed_interface(attention: Any, observe: Observer) -> Iterator[None]:
 
 class _Asking:
     is_asked = True
+    traced_call = None
 
     def __init__(self, observe: Observer) -> None:
         self.observe = observe
@@ -192,12 +201,48 @@ def _attend_scored(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Run `implementation`, and tell the module's scorer on what."""
-    function = _function(module, implementation)
-    output = function(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    """Run `implementation`, and tell the module's scorer on what.
+
+    Where a compiler sees the call nobody is told: the scores are handed on in the place of the attention weights, which
+    few implementations give, and only the queries that the block asks run.
+    """
+    function, scorer = _function(module, implementation), module.config.scorer
+    call = scorer.traced_call
+    asked = None if call is None else call.num_queries
+    if asked is None:
+        output = function(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    else:
+        mask = first_rows(attention_mask, asked)
+        output = function(module, query[:, :, :asked], key, value, mask, scaling=scaling, **kwargs)
+        output = nn.functional.pad(output[0], (0, 0, 0, 0, 0, query.shape[2] - asked)), output[1]
     scale = _scale(query, scaling)
-    module.config.scorer.observe(query, key, value, scale, attention_mask, output[0].transpose(1, 2))
+    if call is None:
+        scorer.observe(query, key, value, scale, attention_mask, output[0].transpose(1, 2))
+    elif call.score is not None and (output[1] is None or call.score != "class"):
+        output = output[0], token_scores(call.score, query, key, scale, _dense(attention_mask))
     return output
+
+
+def run_scored(source: ScoreSource, kind: str, run: Callable[[], tuple[Tensor, list[Any]]]) -> tuple[Tensor, Tensor]:
+    """What the first half of a block gives and its token scores [B, N], where a compiler sees the call.
+
+    Args:
+        source: Of the attention's scores.
+        kind: Of the scores.
+        run: The half: its change, and what else its attention returns.
+    """
+    if source == "sdpa":
+        seen: list[Tensor] = []
+
+        def observe(query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: Any, output: Tensor) -> None:
+            seen.append(token_scores(kind, query, key, scaling, _dense(mask)))
+
+        with SdpaObserver(observe):
+            change, _ = run()
+        return change, seen[0]
+    change, others = run()
+    scores: Any = others[0] if others[0].ndim == 2 else weights_to_scores(kind, others[0])
+    return change, scores
 
 
 def attend(
@@ -300,6 +345,12 @@ def _report(
     **kwargs: Any,
 ) -> None:
     observe(query, key, value, _scale(query, scale), attn_mask, output)
+
+
+def first_rows(mask: Any, num_queries: int) -> Any:
+    """The part of a mask [B, 1, N, N] for the first queries; other masks have no rows to choose."""
+    has_rows = isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[2] > num_queries
+    return mask[:, :, :num_queries] if has_rows else mask
 
 
 def _scale(query: Tensor, scaling: float | None) -> float:

@@ -20,7 +20,15 @@ from peft_bsr.core.context import BLOCKS, BlockCall, Forward, ForwardContext
 from peft_bsr.core.experts import Choice, balance_loss, choose_experts, gate_logits, run_experts
 from peft_bsr.core.quantized import as_plain, is_quantized, kept_bytes
 from peft_bsr.core.queries import absorb_key, apply_value, attend_plain, hidden_tokens, pooling_weights
-from peft_bsr.core.reduction import check_tokens, num_kept, pick_tokens, put_tokens, reduce_tokens, select_tokens
+from peft_bsr.core.reduction import (
+    check_tokens,
+    is_traced,
+    num_kept,
+    pick_tokens,
+    put_tokens,
+    reduce_tokens,
+    select_tokens,
+)
 from peft_bsr.core.route import Entry, Route, TaskCall
 
 __all__ = [
@@ -48,6 +56,7 @@ __all__ = [
     "gate_logits",
     "hidden_tokens",
     "is_quantized",
+    "is_traced",
     "kept_bytes",
     "mean_of_visible",
     "num_kept",

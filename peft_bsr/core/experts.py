@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from peft_bsr.core.reduction import is_traced
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -89,7 +91,7 @@ def run_experts(tokens: Tensor, choice: Choice, run_expert: Callable[[int, Tenso
         >>> run_experts(torch.randn(5, 4), choice, lambda expert, part: part * expert).shape
         torch.Size([5, 4])
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if is_traced():
         return _run_all_experts(tokens, choice, run_expert)
     order = choice.experts.flatten().argsort(stable=True)
     rows = order // choice.experts.shape[1]

@@ -14,6 +14,11 @@ from torch import Tensor
 from peft_bsr.errors import ForwardError
 
 
+def is_traced() -> bool:
+    """Whether torch.compile, torch.export or a TorchScript trace looks on, for which plain operations are run."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
 def num_kept(keep_rate: float, num_tokens: int) -> int:
     """Tokens that survive: `ceil(keep_rate * num_tokens)`, in exact decimals (0.55 of 100 is 55, not 56).
 

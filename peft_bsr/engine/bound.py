@@ -11,9 +11,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from peft_bsr.backbones import Column, TokenFollower, captured_outputs
-from peft_bsr.core import BlockCall, pick_tokens, put_tokens
+from peft_bsr.core import BlockCall, Route, pick_tokens, put_tokens
 from peft_bsr.engine.halves import LeanAttention, LeanMLP, NotLeanError, StockAttention, StockMLP
-from peft_bsr.engine.plan import Lean, Reduction
+from peft_bsr.engine.plan import Reduction
 from peft_bsr.engine.watch import Watch
 from peft_bsr.errors import ForwardError
 from peft_bsr.ops import reduce_tokens
@@ -28,7 +28,6 @@ class BoundBlock:
         follower: Selects the alive tokens' part of side inputs.
         own: Objects whose hooks on the block are our own.
         aside: Told (half, reason) where a half that was planned lean runs stock.
-        is_traced: Whether a compiler looks on: then the halves are stock, and hooks are not looked at.
 
     Attributes:
         reasons: Why a half cannot run lean, by `"attention"` and `"mlp"`; empty where both can.
@@ -42,19 +41,15 @@ class BoundBlock:
         follower: TokenFollower,
         own: tuple[Any, ...],
         aside: Callable[[str, str], None],
-        is_traced: bool = False,
     ) -> None:
         self.block, self.column, self.follower, self.aside = block, column, follower, aside
-        self.is_traced = is_traced
         self.reasons: dict[str, str] = {}
         self._captures = False  # whether transformers can capture what the attention gives
         self.lean_attention: LeanAttention | None = None
         self.lean_mlp: LeanMLP | None = None
         if column.anatomy is not None:
             self.attention, self.mlp = StockAttention(block, column.anatomy), StockMLP(block, column.anatomy)
-        if is_traced:
-            return
-        self.watch = Watch(_modules_of(block, own), (follower, *own))
+        self.watch = Watch(modules_of(block, own), (follower, *own))
         if column.anatomy is not None:
             parts = column.anatomy
             attention = (parts.norm1, parts.attention, *parts.after_attention)
@@ -69,14 +64,14 @@ class BoundBlock:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         mix: Callable[[Tensor], Tensor] | None,
-    ) -> Any:
+    ) -> tuple[Any, Tensor | None]:
         """Run the block on the tokens of `call.route`; bit-equal to the stock block where all are kept.
 
         In full view the sequence comes and goes whole: the alive tokens are taken out, run, and put back; dropped ones
         keep the value they had when they were dropped.
 
         Args:
-            call: What is asked; origins after a reduction are left in it.
+            call: What is asked.
             stock: The block's own forward.
             hidden_states: [B, A, D], in full view [B, N, D].
             args: For the block.
@@ -84,38 +79,40 @@ class BoundBlock:
             mix: What runs in the place of the MLP, normalized tokens -> their change, or None.
 
         Returns:
-            What the stock block returns, with fewer tokens.
+            What the stock block returns, with fewer tokens; and the origins after a reduction [B, A], or None.
         """
         route, reduction, whole = call.route, call.plan.reduction, hidden_states
         is_partial = route.is_full_view and route.num_tokens < route.full_length
         tokens = pick_tokens(whole, route.places()) if is_partial else whole
         is_mid_block = reduction is not None and reduction.position == "mid_block"
-        others: list[Any] = []
-        if is_mid_block or self._lean_of(call) is not None or mix is not None:
-            tokens, others = self._attend(call, tokens, args, kwargs)
+        scores: Tensor | None = None
+        origins: Tensor | None = None
+        if is_mid_block or call.lean is not None or mix is not None or (call.is_traced and call.score is not None):
+            tokens, others, scores = self._attend(call, tokens, args, kwargs)
             before = tokens
             if is_mid_block:
-                tokens = _reduced(reduction, call, tokens)
+                tokens, origins = _reduced(reduction, route, scores, tokens)
             tokens = self._expand(call, tokens, mix)
             output = (tokens, *others) if self.column.returns_tuple else tokens
         else:
             output = stock(tokens, *args, **kwargs)
             before = tokens = output[0] if isinstance(output, tuple) else output
+            scores = call.token_scores
         if reduction is not None and not is_mid_block:
-            tokens = _reduced(reduction, call, tokens)
+            tokens, origins = _reduced(reduction, route, scores, tokens)
         if route.is_full_view:
-            after = route if call.origins is None else route.reduced(call.origins)
+            after = route if origins is None else route.reduced(origins)
             if after.num_tokens < route.full_length:
-                if call.origins is not None:
+                if origins is not None:
                     whole = put_tokens(whole, route.places(), before) if is_partial else before
                 tokens = put_tokens(whole, after.places(), tokens)
-        return (tokens, *output[1:]) if isinstance(output, tuple) else tokens
+        return ((tokens, *output[1:]) if isinstance(output, tuple) else tokens), origins
 
     def _attend(
         self, call: BlockCall, tokens: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Tensor, list[Any]]:
-        """Tokens after the first half [B, A or Q, D], and what else the attention returns."""
-        arguments, lean = self._arguments(tokens, args, kwargs), self._lean_of(call)
+    ) -> tuple[Tensor, list[Any], Tensor | None]:
+        """Tokens after the first half [B, A or Q, D], what else the attention returns, and scores if any are asked."""
+        arguments, lean = self._arguments(tokens, args, kwargs), call.lean
         if lean is not None and lean.attention:
             half, reason = self.lean_attention, self.reasons.get("attention")
             if half is not None:
@@ -124,14 +121,15 @@ class BoundBlock:
                     reason = "attention weights are captured"
                 if reason is None:
                     change = half(call, tokens, self.follower.follow(arguments), lean)
-                    return (tokens if lean.num_queries is None else tokens[:, : lean.num_queries]) + change, []
+                    asked = tokens if lean.num_queries is None else tokens[:, : lean.num_queries]
+                    return asked + change, [], call.token_scores
             self.aside("attention", str(reason))
         change, others = self.attention(tokens, arguments)
-        return tokens + change, others
+        return tokens + change, others, call.token_scores
 
     def _expand(self, call: BlockCall, tokens: Tensor, mix: Callable[[Tensor], Tensor] | None) -> Tensor:
         """Tokens after the second half."""
-        lean = self._lean_of(call)
+        lean = call.lean
         if mix is None and lean is not None and lean.mlp:
             if self.lean_mlp is not None:
                 return self.lean_mlp(tokens, lean)
@@ -148,17 +146,13 @@ class BoundBlock:
         names = anatomy.attention_inputs
         return arguments if names is None else {n: value for n, value in arguments.items() if n in names}
 
-    def _lean_of(self, call: BlockCall) -> Lean | None:
-        """A block that is compiled by itself is called as if it ran lean."""
-        return None if self.is_traced else call.lean
-
     def _lean(self, name: str, half: Callable[..., Any], *parts: str) -> Any:
         try:
             made = half(self.block, self.column)
         except NotLeanError as reason:
             self.reasons[name] = str(reason)
             return None
-        inside = [m for part in parts for m in _modules_of(getattr(self.block, part), made.called)]
+        inside = [m for part in parts for m in modules_of(getattr(self.block, part), made.called)]
         hook = self.watch.foreign_hook(inside)
         self._captures |= name == "attention" and self.watch.captures(inside)
         replaced = next((type(module).__name__ for module in inside if "forward" in vars(module)), None)
@@ -172,16 +166,16 @@ class BoundBlock:
         return type(None), ()
 
 
-def _modules_of(module: Any, without: tuple[Any, ...]) -> list[Any]:
+def modules_of(module: Any, without: tuple[Any, ...]) -> list[Any]:
     """The module and all in it, but for modules that are named and what is in these."""
     if not isinstance(module, nn.Module) or module in without:
         return []
-    return [module, *(m for child in module.children() for m in _modules_of(child, without))]
+    return [module, *(m for child in module.children() for m in modules_of(child, without))]
 
 
-def _reduced(reduction: Reduction, call: BlockCall, tokens: Tensor) -> Tensor:
-    """The tokens that the reduction leaves; their origins are left in `call`."""
-    route, scores = call.route, call.token_scores
+def _reduced(reduction: Reduction | None, route: Route, scores: Tensor | None, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """The tokens that the reduction leaves, and their origins."""
+    assert reduction is not None, "only blocks with a reduction reduce"
     if scores is None:
         raise ForwardError("the attention ran without showing its queries and keys; was its implementation replaced?")
     if not reduction.fuse:
@@ -189,10 +183,7 @@ def _reduced(reduction: Reduction, call: BlockCall, tokens: Tensor) -> Tensor:
     special = route.num_prefix + route.num_suffix
     keep = reduction.keep(route.num_tokens - special, special)
     fused_origin = route.fused_origin if reduction.fuse else None
-    tokens, call.origins = reduce_tokens(
-        tokens, route.origins, scores, route.num_prefix, keep, fused_origin, route.num_suffix
-    )
-    return tokens
+    return reduce_tokens(tokens, route.origins, scores, route.num_prefix, keep, fused_origin, route.num_suffix)
 
 
-__all__ = ["BoundBlock"]
+__all__ = ["BoundBlock", "modules_of"]

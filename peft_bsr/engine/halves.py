@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_bsr.backbones import Anatomy, Column, apply_part, attend, computes_weights, function_of
+from peft_bsr.backbones import Anatomy, Column, apply_part, attend, computes_weights, first_rows, function_of
 from peft_bsr.core import BlockCall
 from peft_bsr.engine.parts import LinearSource, attention_dropouts, find_mlp, linear_source, norm_source
 from peft_bsr.engine.plan import Lean
@@ -201,8 +201,7 @@ class LeanAttention:
         key = self._normed(self.norms[1], key, key_weight, key_bias, is_recomputed)
         if tables is not None:
             query, key = self._rotated(query, key, tables)
-        if mask is not None and mask.ndim == 4 and mask.shape[2] > query.shape[2]:
-            mask = mask[:, :, : query.shape[2]]
+        mask = first_rows(mask, query.shape[2])
         shows_weights = admit is None or rate or computes_weights(self.attention, self.source)
         if not shows_weights and query.shape[2] == query.shape[3]:
             admit(True)

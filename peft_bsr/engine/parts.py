@@ -99,27 +99,27 @@ def find_mlp(block: nn.Module, anatomy: Anatomy) -> MLPParts | str:
     """The parts of a block's MLP, or why they are not known. The self-test holds them against the block."""
     leaves = [leaf for name in anatomy.mlp for leaf in _leaves(name, getattr(block, name))]
     leaves = [(name, module) for name, module in leaves if not isinstance(module, nn.Identity)]
-    linears = [(name, module) for name, module in leaves if hasattr(module, "in_features")]
+    linears = [(i, name, module) for i, (name, module) in enumerate(leaves) if hasattr(module, "in_features")]
     others = [m for _, m in leaves if not hasattr(m, "in_features") and not isinstance(m, nn.Dropout)]
     if len(others) != 1 or len(linears) not in (2, 3):
         kinds = ", ".join(type(module).__name__ for _, module in leaves)
         return f"the MLP is not two or three Linears with one activation, but {kinds}"
-    last = next((i for i, (_, m) in reversed(list(enumerate(linears))) if _closes(m, linears)), None)
-    if last is None:
+    modules = [module for _, _, module in linears]
+    closing = next(((i, module) for i, _, module in reversed(linears) if _closes(module, modules)), None)
+    if closing is None:
         return "no Linear of the MLP takes what the others give"
-    place = leaves.index(linears[last])
-    is_before = [leaves.index(leaf) < place for leaf in leaves]
-    dropouts = [(m, before) for (_, m), before in zip(leaves, is_before, strict=True) if isinstance(m, nn.Dropout)]
-    first = [leaf for i, leaf in enumerate(linears) if i != last]
+    place: int = closing[0]
+    last: Any = closing[1]
+    dropouts = [(i, module) for i, (_, module) in enumerate(leaves) if isinstance(module, nn.Dropout)]
+    first: list[tuple[str, Any]] = [(name, module) for i, name, module in linears if i != place]
     first.sort(key=lambda leaf: "gate" not in leaf[0] and not leaf[0].endswith("_g"))
-    closing: Any = linears[last][1]
     return MLPParts(
         first=tuple(module for _, module in first),
         activation=others[0],
-        last=closing,
-        is_gated=len(first) == 2 or first[0][1].out_features == 2 * closing.in_features,
-        hidden_dropout=tuple(m for m, before in dropouts if before),
-        output_dropout=tuple(m for m, before in dropouts if not before),
+        last=last,
+        is_gated=len(first) == 2 or first[0][1].out_features == 2 * last.in_features,
+        hidden_dropout=tuple(module for i, module in dropouts if i < place),
+        output_dropout=tuple(module for i, module in dropouts if i > place),
     )
 
 
@@ -166,9 +166,9 @@ def _leaves(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield from _leaves(f"{name}.{child_name}", child)
 
 
-def _closes(module: Any, linears: list[tuple[str, Any]]) -> bool:
+def _closes(module: Any, linears: list[Any]) -> bool:
     """Whether a Linear takes the hidden states that the others give."""
-    others = [other for _, other in linears if other is not module]
+    others = [other for other in linears if other is not module]
     same = {(other.in_features, other.out_features) for other in others} == {(module.out_features, module.in_features)}
     return same or (len(others) == 1 and others[0].out_features == 2 * module.in_features)
 

@@ -55,10 +55,10 @@ def record_scores(model: nn.Module, column: Column, kind: ScoreKind | None = Non
         if route is None:
             patches = hidden_states.shape[1] - column.num_special
             route = Route(column.num_prefix, patches, column.num_suffix)
-        own.running = BlockCall(route, score=wanted)
+        own.now.running = BlockCall(route, score=wanted)
 
     def end(index: int) -> None:
-        run, own.running = own.running, None
+        run, own.now.running = own.now.running, None
         if run is not None and run.token_scores is not None:
             found.append(BlockScores(index, run.token_scores, run.route))
 

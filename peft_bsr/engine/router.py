@@ -16,9 +16,11 @@ from peft_bsr.core import BLOCKS, BlockCall, ForwardContext, Route, TaskCall
 from peft_bsr.engine.bound import BoundBlock
 from peft_bsr.engine.entry import meet_entry
 from peft_bsr.engine.plan import BlockPlan, Lean, Plan
+from peft_bsr.engine.traced import TracedBlock
 from peft_bsr.engine.watch import Watch
 from peft_bsr.errors import LeanBlockWarning
 
+_PART = "a part of the model was called by itself"
 ROUTER = "token_router"  # name of a block's router among its children
 
 
@@ -38,6 +40,7 @@ class BlockRouter(nn.Module):
         mixes: Whether it runs something in the place of the MLP where the plan has a mixture.
         observes: Whether it wants to see what the block does.
         aside: Why a half that was planned lean ran stock in the latest training forward, by half.
+        roots: The model; in a list, so that it is no child.
     """
 
     builds_graph = True
@@ -56,6 +59,7 @@ class BlockRouter(nn.Module):
         self.scorer = AttentionScorer(context)
         self.follower = TokenFollower(context, rule)
         self.aside: dict[str, str] = {}
+        self.roots: list[nn.Module] = []
         self._plan = plan
         self._bound: BoundBlock | None = None
 
@@ -118,8 +122,8 @@ class BlockRouter(nn.Module):
     def bound(self, block: nn.Module) -> BoundBlock:
         """The block's halves, looked up again if anything in the block has changed."""
         bound = self._bound
-        if torch.compiler.is_compiling():  # looks at nothing but the graph, where no half runs lean
-            return BoundBlock(block, self.column, self.follower, (), self.step_aside, is_traced=True)
+        if torch.compiler.is_compiling():
+            return TracedBlock(block, self.column, self.follower)
         if bound is None or bound.block is not block or not bound.watch.is_current():
             own = (self, self.scorer)
             bound = self._bound = BoundBlock(block, self.column, self.follower, own, self.step_aside)
@@ -183,11 +187,18 @@ class BlockRouter(nn.Module):
         call = self._block_call(block, plan, own, hidden_states)
         if call is not None:
             kwargs = {**kwargs, "block_call": call}
+            if call.is_traced:
+                now.running = call
         if self.builds_graph:
             output = run(hidden_states, *others, **kwargs)
         else:
             with torch.no_grad():
                 output = run(hidden_states, *others, **kwargs)
+        if call is not None and call.is_traced:
+            now.running = None
+            if call.score is not None:
+                *parts, call.origins = output
+                output = tuple(parts) if self.column.returns_tuple else parts[0]
         if self.observes:
             self.observe(hidden_states, output[0] if isinstance(output, tuple) else output)
         self._leave(None if call is None else call.origins)
@@ -201,33 +212,46 @@ class BlockRouter(nn.Module):
         if not is_special and (route is None or (own.reduction is None and route.origins is None)):
             return None
         score = None if own.reduction is None else own.reduction.score
-        return BlockCall(route or self.start_route(hidden_states, plan), score, own, lean, int8)
+        is_traced = torch.compiler.is_compiling() and self.column.anatomy is not None
+        return BlockCall(route or self.start_route(hidden_states, plan), score, own, lean, int8, is_traced)
 
     def _saving(self, block: Any, plan: BlockPlan) -> tuple[Lean | None, bool]:
-        """What of the plan saves memory now: nothing where nothing is kept for backward, or a compiler decides what.
+        """What of the plan saves memory now: nothing where nothing is kept for backward.
 
         Decided outside of gradient checkpointing, whose first forward runs without gradients and whose second does not.
         Its own hooks keep nothing already; those of 8 bits would replace them.
         """
-        if not (block.training and plan.in_graph and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+        if not (block.training and plan.in_graph and torch.is_grad_enabled()):
             return None, False
-        lean = plan.lean
-        self.aside = {}
+        lean, is_traced = plan.lean, torch.compiler.is_compiling()
+        if is_traced and (block.gradient_checkpointing or self.column.anatomy is None):
+            return None, False
+        if not is_traced:
+            self.aside = {}
         if lean is not None and lean.num_queries is not None:
             reason = self._other_reader(block)
             if reason is not None:
                 self.step_aside("class token only", reason)
                 lean = replace(lean, num_queries=None)
-        return lean, plan.int8 and not block.gradient_checkpointing
+        return lean, plan.int8 and not is_traced and not block.gradient_checkpointing
 
     def _other_reader(self, block: Any) -> str | None:
         """What beside the head may look at the tokens that the last block gives, or None."""
         now = self.context.now
+        if torch.compiler.is_compiling():
+            is_whole = any(now.owner is root for root in self.roots)
+            return (block.traced_readers()[0] or self.traced_reader() or None) if is_whole else _PART
         outside = now.outside
         if outside is None or outside.root is not now.owner:
-            return "a part of the model was called by itself"
+            return _PART
         hook = self.bound(block).watch.hook or outside.hook
         return None if hook is None else f"the hook {hook} looks at what it gives"
+
+    @torch.compiler.assume_constant_result
+    def traced_reader(self) -> str:
+        """Name of a hook around the blocks, empty for none; a compiler takes the answer as fixed."""
+        around = _around_blocks(self.roots[0], self.column)
+        return (Watch(around, (self,)).hook or "") if around else _PART
 
     def _leave(self, origins: Tensor | None) -> None:
         now = self.context.now

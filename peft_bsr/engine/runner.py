@@ -20,6 +20,7 @@ from peft_bsr.backbones import Column, ScoringConfig, remove_hooks
 from peft_bsr.core import BlockCall
 from peft_bsr.engine.int8 import saved_in_int8
 from peft_bsr.engine.router import ROUTER, BlockRouter
+from peft_bsr.engine.traced import half_readers
 
 
 class RoutedBlock(nn.Module):
@@ -74,20 +75,35 @@ class RoutedBlock(nn.Module):
             return stock(hidden_states, *args, **kwargs)
         router: Any = self._modules[ROUTER]
         now, plan, column = router.context.now, block_call.plan, router.column
-        block_call.token_scores = block_call.origins = None  # a recomputation finds its own
         mix = functools.partial(router.mix, self, block_call.route.call) if plan.mixture and router.mixes else None
+        if block_call.is_traced:
+            output, origins = router.bound(self).run(block_call, stock, hidden_states, args, kwargs, mix)
+            parts = output if isinstance(output, tuple) else (output,)
+            return output if origins is None else (*parts, origins)
+        block_call.token_scores = block_call.origins = None  # a recomputation finds its own
         packing: Any = nullcontext()
-        if block_call.int8 and not torch.compiler.is_compiling():
+        asked = block_call
+        if torch.compiler.is_compiling():  # a block that is compiled by itself
+            asked = block_call.traced() if column.anatomy is not None else block_call
+        elif block_call.int8:
             packing = saved_in_int8(self, _fewest_values(column, block_call, hidden_states), (args, kwargs))
-        earlier, now.running = now.running, block_call
+        earlier, now.running = now.running, asked
         try:
             with (
                 router.scorer.watching(None if plan.reduction is None else column.scores_from),
                 packing as block_call.admit,
             ):
-                return router.bound(self).run(block_call, stock, hidden_states, args, kwargs, mix)
+                bound = router.bound(self)
+                output, block_call.origins = bound.run(asked, stock, hidden_states, args, kwargs, mix)
+                return output
         finally:
             now.running = earlier
+
+    @torch.compiler.assume_constant_result
+    def traced_readers(self) -> tuple[str, str, str]:
+        """See `half_readers`; a compiler takes the answer as fixed."""
+        router: BlockRouter = getattr(self, ROUTER)
+        return half_readers(self, router.column, (router, router.scorer, router.follower))
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _new_routed_block, (self.unrouted_class,), self.__dict__
@@ -121,6 +137,7 @@ def attach_router(model: nn.Module, router: BlockRouter) -> None:
     for module in _openers(model, router):
         module.register_forward_pre_hook(router.open_forward, prepend=True)
         module.register_forward_hook(router.close_forward, always_call=True)
+    router.roots = [model]
     router.attached(model)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from peft_bsr.core import check_tokens
+from peft_bsr.core import check_tokens, is_traced
 from peft_bsr.core import reduce_tokens as traced_reduce_tokens
 from peft_bsr.core import token_scores as any_token_scores
 from peft_bsr.ops.half import refuse_second_derivatives, without_autocast
@@ -31,7 +31,7 @@ def reduce_tokens(
 ) -> tuple[Tensor, Tensor]:
     """`peft_bsr.core.reduce_tokens`; `origins=None` stands for those of a whole image, 0 to M - 1."""
     num_competing = hidden_states.shape[1] - num_prefix - num_suffix
-    if keep == num_competing or torch.compiler.is_compiling():
+    if keep == num_competing or is_traced():
         if origins is None:
             origins = torch.arange(num_competing, device=scores.device).expand(scores.shape[0], -1)
         return traced_reduce_tokens(hidden_states, origins, scores, num_prefix, keep, fused_origin, num_suffix)
@@ -44,7 +44,7 @@ def reduce_tokens(
 
 def token_scores(kind: str, query: Tensor, key: Tensor, scaling: float, attention_mask: Tensor | None = None) -> Tensor:
     """`peft_bsr.core.token_scores`, in few operations where the class token is asked without a mask."""
-    if kind == "class" and attention_mask is None and not torch.compiler.is_compiling():
+    if kind == "class" and attention_mask is None and not is_traced():
         scores: Tensor = _ClassScores.apply(query, key, scaling)
         return scores
     return any_token_scores(kind, query, key, scaling, attention_mask)

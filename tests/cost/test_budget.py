@@ -17,6 +17,7 @@ from peft_bsr.cost.budget import _ways
 
 VIT = {"num_hidden_layers": 4, "hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 1024}
 BATCH = 16
+BUDGETS = ["300MB", "150MB", "64MB", *(pytest.param(size, marks=pytest.mark.slow) for size in ("120MB", "80MB"))]
 
 # a process whose resident set is measured: what the training adds to what was there before the model
 RUN = """
@@ -88,7 +89,7 @@ def measured_rise(plan: BudgetPlan) -> int:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
-@pytest.mark.parametrize("memory", ["300MB", "150MB", "120MB", "80MB", "64MB"])
+@pytest.mark.parametrize("memory", BUDGETS)
 def test_what_is_chosen_fits_when_it_is_run(memory):
     plan = plan_for_budget(vit(), memory, batch_size=BATCH, limit=1)[0]
     predicted = plan.estimate.total_bytes

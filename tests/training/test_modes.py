@@ -74,7 +74,8 @@ def test_autocast(method):
     assert train(method, autocast=True) == pytest.approx(expected(method), rel=0.03)
 
 
-@pytest.mark.parametrize("method", SLOW)
+@pytest.mark.slow
+@pytest.mark.parametrize("method", CONFIGS)
 def test_autocast_and_compiled(method):
     assert train(method, compiled=True, autocast=True) == pytest.approx(expected(method), rel=0.03)
 
@@ -85,7 +86,7 @@ def test_checkpointing(method, reentrant):
     assert train(method, reentrant=reentrant) == pytest.approx(expected(method), rel=1e-4)
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("reentrant", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("method", SLOW)
 def test_checkpointing_and_compiled(method, reentrant):
     assert train(method, compiled=True, reentrant=reentrant) == pytest.approx(expected(method), rel=1e-4)

@@ -1,0 +1,147 @@
+"""A block as a compiler sees it: each half is a checkpoint region whose policy says what is kept for backward.
+
+The halves are the block's own modules. What a region keeps is what the eager lean halves keep: at `lean="exact"` the
+block's input, the products of the first Linears and the attention's output; at `"max"` the input alone, and the
+attention's output where weights behind it train. A compiler restores the rest, in kernels of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from peft_bsr.backbones import Column, TokenFollower, run_scored
+from peft_bsr.core import BlockCall
+from peft_bsr.engine.bound import BoundBlock, modules_of
+from peft_bsr.engine.halves import StockAttention, StockMLP
+from peft_bsr.engine.plan import Lean
+from peft_bsr.engine.watch import Watch
+
+_PRODUCTS = {  # operator -> where its arguments have the left factor
+    torch.ops.aten.mm.default: 0,
+    torch.ops.aten.bmm.default: 0,
+    torch.ops.aten.addmm.default: 1,
+    torch.ops.aten.baddbmm.default: 1,
+}
+_ATTENTION = ("scaled_dot_product", "flash_attn", "flash_attention", "flex_attention")  # in names of operators
+_RANK_SHARE = 8  # a product is kept if it sums over at least an eighth of its width: not a low-rank update
+Policy = Callable[..., CheckpointPolicy]
+
+
+class TracedBlock(BoundBlock):
+    """The halves of a block while a compiler traces it.
+
+    Args:
+        block: The block.
+        column: Knows its parts.
+        follower: Selects the alive tokens' part of side inputs.
+    """
+
+    def __init__(self, block: Any, column: Column, follower: TokenFollower) -> None:
+        self.block: Any = block
+        self.column, self.follower = column, follower
+        if column.anatomy is not None:
+            self.attention, self.mlp = StockAttention(block, column.anatomy), StockMLP(block, column.anatomy)
+
+    def _attend(
+        self, call: BlockCall, tokens: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Tensor, list[Any], Tensor | None]:
+        arguments, lean, kind = self._arguments(tokens, args, kwargs), call.lean, call.score
+        source, num_queries = self.column.scores_from, call.num_queries
+
+        def half(tokens: Tensor) -> tuple[Tensor, ...]:
+            run = partial(self.attention, tokens, arguments)
+            if kind is None or source is None:
+                change, scores = run()[0], ()
+            else:
+                change, *scores = run_scored(source, kind, run)  # type: ignore[assignment]
+            return (change if num_queries is None else change[:, :num_queries], *scores)
+
+        if lean is None or not lean.attention or self.block.traced_readers()[1]:
+            if kind is None:
+                change, others = self.attention(tokens, arguments)
+                return tokens + change, others, None
+            change, *scores = half(tokens)
+        else:
+            change, *scores = region(half, self._policy(lean), tokens)
+        asked = tokens if num_queries is None else tokens[:, :num_queries]
+        return asked + change, [], scores[0] if scores else None
+
+    def _expand(self, call: BlockCall, tokens: Tensor, mix: Callable[[Tensor], Tensor] | None) -> Tensor:
+        lean = call.lean
+        if mix is not None or lean is None or not lean.mlp or self.block.traced_readers()[2]:
+            return self.mlp(tokens, mix)
+        saves_products = lean.save_products and lean.num_queries is None  # as the eager half
+        (tokens,) = region(self._half, _keep_products if saves_products else None, tokens)
+        return tokens
+
+    def _half(self, tokens: Tensor) -> tuple[Tensor]:
+        return (self.mlp(tokens),)
+
+    def _policy(self, lean: Lean) -> Policy | None:
+        """What the first half keeps."""
+        if lean.save_products and lean.num_queries is None:
+            return _keep_products
+        # for the few tokens that a head reads, products of all tokens would be kept
+        places = [leaf for role, leaf in zip(self.column.roles, self.column.leaves) if role == "attention.output"]  # noqa: B905
+        trains = any(p.requires_grad for leaf in places for p in self.block.get_submodule(leaf).parameters())
+        return _keep_attention if trains else None
+
+
+def region(run: Callable[..., tuple[Tensor, ...]], policy: Policy | None, *inputs: Tensor) -> tuple[Tensor, ...]:
+    """Run a pure function so that of what happens inside a compiler keeps for backward what the policy says.
+
+    Args:
+        run: Tensors -> tensors; may read other tensors, and changes nothing.
+        policy: None keeps nothing but the inputs.
+        *inputs: For it.
+    """
+    settings: dict[str, Any] = {"use_reentrant": False}
+    if policy is not None:
+        settings["context_fn"] = partial(create_selective_checkpoint_contexts, policy)
+    outputs: tuple[Tensor, ...] = checkpoint(run, *inputs, **settings)
+    return outputs
+
+
+def _keep_products(ctx: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Keep what attention gives, and every product but those of a low-rank update."""
+    place = _PRODUCTS.get(operator)
+    if place is None:
+        return _keep_attention(ctx, operator)
+    left, right = args[place : place + 2]
+    is_kept = _RANK_SHARE * left.shape[-1] >= right.shape[-1]
+    return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _keep_attention(ctx: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Keep what attention gives."""
+    name = str(operator)
+    is_kept = any(part in name for part in _ATTENTION)
+    return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def half_readers(block: nn.Module, column: Column, own: tuple[Any, ...]) -> tuple[str, str, str]:
+    """Names of hooks that look at a block, at its first half and at its second, empty for none.
+
+    Args:
+        block: The block.
+        column: Knows its parts.
+        own: Objects whose hooks are our own.
+    """
+    parts, every = column.anatomy, modules_of(block, ())
+    watch = Watch(every, own)
+    if parts is None:
+        return watch.hook or "", "", ""
+    attention = (parts.norm1, parts.attention, *parts.after_attention)
+    halves = [attention, (parts.norm2, *parts.mlp, *parts.after_mlp)]
+    inside = [[m for name in names for m in modules_of(getattr(block, name), ())] for names in halves]
+    found = [watch.foreign_hook(modules) or ("capture" if watch.captures(modules) else "") for modules in inside]
+    return watch.hook or "", found[0], found[1]
+
+
+__all__ = ["TracedBlock", "half_readers", "region"]

@@ -1,0 +1,184 @@
+"""torch.compile keeps what lean promises: bytes for backward, gradients, one graph, no compilation in later steps."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from peft import get_peft_model
+from transformers import ViTConfig, ViTForImageClassification
+
+from peft_bsr import BSRConfig
+
+PARTITIONED = "aot_eager_decomp_partition"  # eager kernels, and the partitioner that inductor uses
+SIZES = {"hidden_size": 96, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 384}
+SIZES |= {"image_size": 112, "patch_size": 16, "num_labels": 5}  # 50 tokens
+REDUCED = {"trainable_blocks": [1, 3], "reduction_blocks": [1], "keep_rate": 0.6}
+EVERY = {"trainable_blocks": "every:1", "keep_rate": 1.0}
+PLANS = {  # settings, and kept bytes to those of eager lean that are allowed
+    "exact": (REDUCED | {"lean": "exact"}, 1.02),
+    "max": (REDUCED | {"lean": "max"}, 1.05),
+    "every block exact": (EVERY | {"lean": "exact"}, 1.02),
+    "every block max": (EVERY | {"lean": "max"}, 1.05),
+    "low-rank exact": (EVERY | {"lean": "exact", "trainable": "lora"}, 1.06),
+    "low-rank max": (EVERY | {"lean": "max", "trainable": "lora"}, 1.05),
+}
+SOON = ("exact", "max", "low-rank exact")
+CASES = [pytest.param(name, marks=() if name in SOON else pytest.mark.slow) for name in PLANS]
+IMAGES, LABELS = torch.randn(2, 3, 112, 112, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 1])
+
+
+@pytest.fixture(autouse=True)
+def clean_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def make(settings, dropout=0.0):
+    torch.manual_seed(0)
+    config = ViTConfig(**SIZES, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
+    return get_peft_model(ViTForImageClassification(config), BSRConfig(**settings)).train()
+
+
+def kept_bytes(loss: torch.Tensor, model: torch.nn.Module) -> int:
+    """Bytes of all tensors that the graph behind `loss` holds, each storage once, without weights and images."""
+    held: dict[int, int] = {}
+    nodes, seen = [loss.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        nodes += [after for after, _ in node.next_functions]
+        values = [getattr(node, name) for name in dir(node) if name.startswith("_saved")]
+        values += getattr(node, "saved_tensors", ())
+        for value in values:
+            for tensor in value if isinstance(value, (list, tuple)) else (value,):
+                if isinstance(tensor, torch.Tensor):
+                    held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    others = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), IMAGES)}
+    return sum(size for storage, size in held.items() if storage not in others)
+
+
+def step(model, run, autocast=False):
+    """Bytes kept, loss and gradients of a training step."""
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss = run(pixel_values=IMAGES, labels=LABELS).loss
+    kept = kept_bytes(loss, model)
+    loss.backward()
+    return kept, loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(found, expected, share=1e-5):
+    torch.testing.assert_close(found[1], expected[1], rtol=share, atol=0)
+    assert found[2].keys() == expected[2].keys()
+    scale = max(float(gradient.abs().max()) for gradient in expected[2].values())
+    for name, gradient in expected[2].items():
+        torch.testing.assert_close(
+            found[2][name], gradient, rtol=0, atol=share * scale, msg=lambda m, n=name: f"{n} {m}"
+        )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_whole_model(name):
+    settings, allowed = PLANS[name]
+    model = make(settings)
+    expected = step(model, model)
+    compiled = torch.compile(model, backend=PARTITIONED, fullgraph=True)
+    found = step(model, compiled)
+    assert_same(found, expected)
+    assert found[0] <= allowed * expected[0]
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        assert_same(step(model, compiled), expected)
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n == "max" else pytest.mark.slow) for n in PLANS])
+def test_block_by_block(name):
+    settings, allowed = PLANS[name]
+    model = make(settings)
+    expected = step(model, model)
+    for block in model.base_model.column.blocks:
+        model.get_base_model().get_submodule(block).compile(backend=PARTITIONED, fullgraph=True)
+    found = step(model, model)
+    assert_same(found, expected)
+    assert found[0] <= allowed * expected[0]
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        assert_same(step(model, model), expected)
+
+
+def test_without_regions_a_compiler_keeps_more():
+    """What the bounds above would let through if lean did nothing under a compiler."""
+    model, stock = make(PLANS["max"][0]), make(REDUCED | {"lean": "off"})
+    found = step(stock, torch.compile(stock, backend=PARTITIONED, fullgraph=True))
+    assert found[0] > 3 * step(model, model)[0]
+
+
+def test_under_autocast():
+    model = make(PLANS["exact"][0])
+    expected = step(model, model, autocast=True)
+    found = step(model, torch.compile(model, backend=PARTITIONED, fullgraph=True), autocast=True)
+    assert found[0] <= 1.02 * expected[0]
+    assert_same(found, expected, share=2e-2)
+
+
+def test_with_gradient_checkpointing():
+    """Blocks that are checkpointed as a whole keep their inputs alone."""
+    model = make(PLANS["exact"][0])
+    expected = step(model, model)
+    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    found = step(model, torch.compile(model, backend=PARTITIONED, fullgraph=True))
+    assert_same(found, expected)
+    assert found[0] < 0.5 * expected[0]
+
+
+def test_a_hook_sees_the_half_that_runs_as_stock_modules():
+    model = make(PLANS["exact"][0])
+    expected, sums = step(model, model), []
+    mlp = model.get_base_model().vit.layers[3].mlp
+    mlp.register_forward_hook(lambda module, args, output: sums.append(output.sum()))
+    found = step(model, torch.compile(model, backend=PARTITIONED, fullgraph=True))
+    assert_same(found, expected)
+    assert len(sums) == 1
+
+
+def test_the_last_block_gives_all_tokens_to_a_hook():
+    model, shapes = make(PLANS["exact"][0]), []
+    model.get_base_model().vit.layers[3].register_forward_hook(
+        lambda module, args, output: shapes.append((output[0] if isinstance(output, tuple) else output).shape[1])
+    )
+    step(model, model)
+    step(model, torch.compile(model, backend=PARTITIONED))
+    assert len(shapes) == 2 and shapes[0] == shapes[1] > 1
+
+
+def test_another_adapter_is_another_plan():
+    model = make(PLANS["exact"][0])
+    model.add_adapter("other", BSRConfig(**PLANS["every block exact"][0], init_weights=False))
+    compiled = torch.compile(model, backend=PARTITIONED, fullgraph=True)
+    for name in ("default", "other", "default"):
+        model.set_adapter(name)
+        expected = step(model, model)
+        assert_same(step(model, compiled), expected)
+
+
+def test_int8_steps_aside():
+    model = make(PLANS["exact"][0] | {"saved_activations": "int8"})
+    plain = make(PLANS["exact"][0])
+    expected = step(plain, plain)
+    found = step(model, torch.compile(model, backend=PARTITIONED, fullgraph=True))
+    assert_same(found, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+@pytest.mark.parametrize("name", CASES)
+def test_inductor(name):
+    settings, allowed = PLANS[name]
+    model = make(settings)
+    expected = step(model, model)
+    found = step(model, torch.compile(model, fullgraph=True))
+    assert_same(found, expected)
+    assert found[0] <= allowed * expected[0]

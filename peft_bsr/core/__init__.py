@@ -18,7 +18,7 @@ from peft_bsr.core.budgets import (
 )
 from peft_bsr.core.context import BLOCKS, BlockCall, Forward, ForwardContext
 from peft_bsr.core.experts import Choice, balance_loss, choose_experts, gate_logits, run_experts
-from peft_bsr.core.quantized import as_plain, is_quantized, kept_bytes
+from peft_bsr.core.quantized import as_plain, in_dtype, is_quantized, kept_bytes
 from peft_bsr.core.queries import absorb_key, apply_value, attend_plain, hidden_tokens, pooling_weights
 from peft_bsr.core.reduction import (
     check_tokens,
@@ -55,6 +55,7 @@ __all__ = [
     "choose_experts",
     "gate_logits",
     "hidden_tokens",
+    "in_dtype",
     "is_quantized",
     "is_traced",
     "kept_bytes",

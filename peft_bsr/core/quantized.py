@@ -16,6 +16,11 @@ def as_plain(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.dequantize().to(dtype) if is_quantized(tensor) else tensor.to(dtype)
 
 
+def in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in that dtype; itself, without asking torch, where it has it."""
+    return tensor if tensor.dtype is dtype else tensor.to(dtype)
+
+
 def kept_bytes(tensor: Tensor) -> int:
     """Bytes of memory behind a tensor: of its parts, if it is made from fewer bits."""
     if not is_quantized(tensor):

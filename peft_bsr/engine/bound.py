@@ -181,7 +181,7 @@ def _reduced(reduction: Reduction | None, route: Route, scores: Tensor | None, t
     if not reduction.fuse:
         scores = scores.detach()  # only the choice of tokens depends on them
     special = route.num_prefix + route.num_suffix
-    keep = reduction.keep(route.num_tokens - special, special)
+    keep = reduction.keep(route.num_tokens - special, special, route.full_length)
     fused_origin = route.fused_origin if reduction.fuse else None
     return reduce_tokens(tokens, route.origins, scores, route.num_prefix, keep, fused_origin, route.num_suffix)
 

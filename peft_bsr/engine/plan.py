@@ -24,6 +24,9 @@ class Reduction:
         score: What tokens are ranked by, see `peft_bsr.core.token_scores`.
         of_all: The rate is of all tokens, special ones too, and rounds down (ALaST's rule), yet special tokens stay
             beside what it keeps. False: of those that are not special, rounding up (BSR's).
+        share: Of the tokens that the first block got, what is to be left behind this one, special ones included, in
+            lengths of `multiple`; stands in the place of the rate. None = the rate counts.
+        multiple: Sequence lengths are multiples of this, where more tokens came in.
     """
 
     keep_rate: float
@@ -31,22 +34,28 @@ class Reduction:
     position: ReduceAt = "mid_block"
     score: ScoreKind = "class"
     of_all: bool = False
+    share: float | None = None
+    multiple: int = 1
 
-    def keep(self, competing: int, num_special: int) -> int:
+    def keep(self, competing: int, num_special: int, at_start: int) -> int:
         """K, tokens that stay of those that are not special.
 
         Args:
             competing: M, tokens that are not special.
             num_special: P + S.
+            at_start: Tokens that the first block got, special ones included.
         """
+        if self.share is not None:
+            length = self.multiple * round(self.share * int(at_start) / self.multiple)
+            return min(competing, max(1, length - num_special))
         if self.of_all:
             return min(competing, max(1, math.floor(round(self.keep_rate * int(competing + num_special), 6))))
         return num_kept(self.keep_rate, competing)
 
-    def count_after(self, num_tokens: int, num_special: int) -> int:
-        """Tokens left of `num_tokens`, special and fused ones included."""
+    def count_after(self, num_tokens: int, num_special: int, at_start: int | None = None) -> int:
+        """Tokens left of `num_tokens`, special and fused ones included; the first block got `at_start` (or these)."""
         competing = num_tokens - num_special
-        kept = self.keep(competing, num_special)
+        kept = self.keep(competing, num_special, num_tokens if at_start is None else at_start)
         return num_special + kept + (1 if self.fuse and kept < competing else 0)
 
 
@@ -176,9 +185,9 @@ class Plan:
             num_tokens: N at the first block, special ones included.
             num_special: Those that are never dropped (P + S).
         """
-        counts = []
+        counts, at_start = [], num_tokens
         for block in self.blocks:
-            after = block.reduction.count_after(num_tokens, num_special) if block.reduction else num_tokens
+            after = block.reduction.count_after(num_tokens, num_special, at_start) if block.reduction else num_tokens
             mid = block.reduction is not None and block.reduction.position == "mid_block"
             counts.append((num_tokens, after if mid else num_tokens))
             num_tokens = after

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import repeat
 from operator import itemgetter
 from typing import Any
 
@@ -23,31 +24,31 @@ class Watch:
 
     def __init__(self, modules: Iterable[Any], own: tuple[Any, ...] = ()) -> None:
         self._modules, self._own = list(modules), own
-        self._kinds = tuple(map(type, self._modules))
+        self._kinds = [*map(type, self._modules)]
         links = [(module._modules, name, child) for module in self._modules for name, child in module._modules.items()]
         self._parents, self._names = [parent for parent, _, _ in links], [name for _, name, _ in links]
-        self._children = tuple(child for _, _, child in links)
+        self._children = [child for _, _, child in links]
         hooks = _hooks_of(self._modules)
         self._dictionaries = [*hooks, *(module._modules for module in self._modules)]
-        self._counts = tuple(map(len, self._dictionaries))
+        self._count = sum(map(len, self._dictionaries))  # what was taken out of one is missed below
         self._filled = [dictionary for dictionary in hooks if dictionary]
-        self._numbers = tuple(map(tuple, self._filled))  # of the hooks; no two get the same
+        self._numbers = [*map(tuple, self._filled)]  # of the hooks; no two get the same
         self._attributes: list[dict[str, Any]] = [module.__dict__ for module in self._modules]
-        self._own_forwards = self._forwards()
+        self._own_forwards = [*map(dict.get, self._attributes, repeat("forward"))]
         self._holders = [vars(module) for module in self._modules if STATE in vars(module)]
-        self._states = tuple(map(itemgetter(STATE), self._holders))
+        self._states = [*map(itemgetter(STATE), self._holders)]
         self._captures = self.captures(self._modules)
         self._foreign = self.foreign_hook(self._modules)
 
     def is_current(self) -> bool:
         """Whether the modules are as they were."""
         return (
-            tuple(map(dict.get, self._parents, self._names)) == self._children
-            and tuple(map(len, self._dictionaries)) == self._counts
-            and tuple(map(tuple, self._filled)) == self._numbers
-            and self._forwards() == self._own_forwards
-            and tuple(map(type, self._modules)) == self._kinds
-            and tuple(map(itemgetter(STATE), self._holders)) == self._states
+            sum(map(len, self._dictionaries)) == self._count
+            and [*map(dict.get, self._parents, self._names)] == self._children
+            and [*map(tuple, self._filled)] == self._numbers
+            and [*map(dict.get, self._attributes, repeat("forward"))] == self._own_forwards
+            and [*map(type, self._modules)] == self._kinds
+            and [*map(itemgetter(STATE), self._holders)] == self._states
         )
 
     @property
@@ -72,9 +73,6 @@ class Watch:
     def root(self) -> Any:
         """The first of the modules."""
         return self._modules[0]
-
-    def _forwards(self) -> tuple[Any, ...]:
-        return tuple(map(dict.get, self._attributes, ["forward"] * len(self._attributes)))
 
     def __reduce__(self) -> tuple[Any, ...]:  # a copy of the modules is watched by its own
         return type(None), ()

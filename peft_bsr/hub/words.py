@@ -71,7 +71,7 @@ def _tokens_left(column: Column, plan: Plan) -> list[int]:
     tokens, left = column.num_tokens, []
     for block in plan.blocks:
         if block.reduction is not None:
-            tokens = block.reduction.count_after(tokens, column.num_special)
+            tokens = block.reduction.count_after(tokens, column.num_special, column.num_tokens)
             left.append(tokens)
     return left
 

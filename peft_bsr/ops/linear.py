@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from peft_bsr.core import as_plain
+from peft_bsr.core import as_plain, in_dtype
 
 _PLAIN = (Tensor, torch.nn.Parameter)  # not one of those that are made from fewer bits
 LinearGrads = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # of weight, bias, lora_A, lora_B
@@ -55,15 +55,15 @@ class LinearOp(NamedTuple):
     def product(self, inputs: Tensor) -> Tensor:
         """[M, D] -> [M, E], in the dtype of the inputs."""
         weight, dtype = self.weight, inputs.dtype
-        output = linear(inputs.to(weight.dtype), weight, self.bias).to(dtype)
+        output = in_dtype(linear(in_dtype(inputs, weight.dtype), weight, self.bias), dtype)
         if self.lora_A is None or self.lora_B is None:
             return output
-        hidden = linear(inputs.to(self.lora_A.dtype), self.lora_A)
-        return output.add_(linear(hidden, self.lora_B).mul_(self.scaling).to(dtype))
+        hidden = linear(in_dtype(inputs, self.lora_A.dtype), self.lora_A)
+        return output.add_(in_dtype(linear(hidden, self.lora_B).mul_(self.scaling), dtype))
 
     def lora_hidden_grad(self, gradient: Tensor) -> Tensor | None:
         """Gradient [M, r] of `x A^T` from that of the product [M, E]; None without an update."""
-        return None if self.lora_B is None else gradient.to(self.lora_B.dtype) @ self.lora_B * self.scaling
+        return None if self.lora_B is None else in_dtype(gradient, self.lora_B.dtype) @ self.lora_B * self.scaling
 
     def input_grad(self, gradient: Tensor, hidden_grad: Tensor | None, onto: Tensor | None = None) -> Tensor:
         """Gradient [M, D] of the inputs, added to `onto` [M, D] if that is given.
@@ -97,13 +97,13 @@ class LinearOp(NamedTuple):
             needs: One bool for each of the four tensors.
         """
         weight = bias = down = up = None
-        own = gradient.to(self.weight.dtype)
+        own = in_dtype(gradient, self.weight.dtype)
         if needs[0] and inputs is not None:
-            weight = own.T @ inputs.to(own.dtype)
+            weight = own.T @ in_dtype(inputs, own.dtype)
         if needs[1]:
             bias = own.sum(dim=0)
         if hidden_grad is not None and self.lora_A is not None and inputs is not None:
-            seen = inputs.to(hidden_grad.dtype)
+            seen = in_dtype(inputs, hidden_grad.dtype)
             down = hidden_grad.T @ seen if needs[2] else None
-            up = gradient.to(seen.dtype).T @ (seen @ self.lora_A.T) * self.scaling if needs[3] else None
+            up = in_dtype(gradient, seen.dtype).T @ (seen @ self.lora_A.T) * self.scaling if needs[3] else None
         return weight, bias, down, up

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peft_bsr.core import in_dtype
 from peft_bsr.ops.activation import Activation
 from peft_bsr.ops.dropout import draw_mask, generator_at, generator_state
 from peft_bsr.ops.half import (
@@ -60,7 +61,7 @@ class _LeanMLP(torch.autograd.Function):
         ctx.op, ctx.compute, ctx.rate = op, compute, rate
         ctx.state = generator_state(tokens.device) if rate else None
         norm, (*first, last) = op.bind(tensors, compute)
-        normalized = norm.run(tokens)[0].to(compute.dtype).flatten(0, 1)
+        normalized = in_dtype(norm.run(tokens)[0], compute.dtype).flatten(0, 1)
         products = [linear.product(normalized) for linear in first]
         hidden = op.activation.combine(products)
         if rate:
@@ -80,7 +81,7 @@ class _LeanMLP(torch.autograd.Function):
         needs = ctx.needs_input_grad[5:]
         norm, (*first, last) = op.bind(tensors, compute)
         normalized, stats = norm.run(tokens)
-        normalized = normalized.to(compute.dtype).flatten(0, 1)
+        normalized = in_dtype(normalized, compute.dtype).flatten(0, 1)
         products = products or [linear.product(normalized) for linear in first]
         gradient = gradient.flatten(0, 1)
         needs_hidden = needs[-4] or needs[-2] or needs[-1]

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from peft_bsr.core import in_dtype
+
 _layer_norm_backward = torch.ops.aten.native_layer_norm_backward.default
 NormGrads = tuple[Tensor | None, Tensor | None, Tensor | None]  # of tokens, weight, bias
 
@@ -35,9 +37,9 @@ class LayerNormOp(NamedTuple):
         """Gradients of tokens, weight and bias, None where one is not needed."""
         wide = _at_least(tokens, self.weight)
         found = _layer_norm_backward(
-            gradient.to(wide.dtype), wide, wide.shape[-1:], *stats, self.weight, self.bias, list(needs)
+            in_dtype(gradient, wide.dtype), wide, wide.shape[-1:], *stats, self.weight, self.bias, list(needs)
         )
-        of_tokens = found[0].to(tokens.dtype) if needs[0] else None
+        of_tokens = in_dtype(found[0], tokens.dtype) if needs[0] else None
         return of_tokens, found[1] if needs[1] else None, found[2] if needs[2] else None
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from peft_bsr.core import in_dtype
 from peft_bsr.ops.half import (
     Compute,
     HalfSettings,
@@ -57,7 +58,7 @@ class ProjectionsOp(HalfSettings):
         """`plain` where no autocast is on."""
         norm, (query, *others) = self.bind(tensors, compute)
         (batch, num_tokens, _), width = tokens.shape, self.head_width
-        normalized = norm.run(tokens)[0].to(compute.dtype)
+        normalized = in_dtype(norm.run(tokens)[0], compute.dtype)
         flat = normalized.flatten(0, 1)
         if others:
             asked = flat if self.num_queries is None else normalized[:, : self.num_queries].flatten(0, 1)
@@ -87,7 +88,7 @@ class _LeanProjections(torch.autograd.Function):
         parts = [gradient.transpose(1, 2) for gradient in gradients]  # [B, N, H, d]
         norm, linears = op.bind(tensors, compute)
         normalized, stats = norm.run(tokens)
-        normalized = normalized.to(compute.dtype)
+        normalized = in_dtype(normalized, compute.dtype)
         flat = normalized.flatten(0, 1)
         if len(linears) == 1:
             if num_queries is not None:

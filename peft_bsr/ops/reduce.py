@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from peft_bsr.core import check_tokens, is_traced
+from peft_bsr.core import check_tokens, in_dtype, is_traced
 from peft_bsr.core import reduce_tokens as traced_reduce_tokens
 from peft_bsr.core import token_scores as any_token_scores
 from peft_bsr.ops.half import refuse_second_derivatives, without_autocast
@@ -70,7 +70,7 @@ class _Reduced(torch.autograd.Function):
         if fuses:
             dropped = order[:, keep:].sort(dim=1).values
             dropped_rows = (dropped + starts).view(-1)
-            weights = competing.gather(1, dropped).to(hidden.dtype)[:, None]
+            weights = in_dtype(competing.gather(1, dropped), hidden.dtype)[:, None]
             picked = flat.index_select(0, dropped_rows).view(batch, -1, width)
             parts.append(torch.bmm(weights, picked))
             saved = (kept_rows, dropped_rows, weights)
@@ -115,7 +115,7 @@ class _ClassScores(torch.autograd.Function):
         weights = logits.softmax(dim=-1, dtype=torch.float64 if query.dtype is torch.float64 else torch.float32)
         ctx.save_for_backward(query, key, weights)
         ctx.scaling = scaling
-        return weights.to(query.dtype).mean(dim=1)
+        return in_dtype(weights, query.dtype).mean(dim=1)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:

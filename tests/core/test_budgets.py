@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,10 @@ import torch
 
 from peft_bsr.core import block_change, reduced_delta, select_blocks, update_budgets
 from peft_bsr.engine import Reduction
+from peft_bsr.tuners.alast.config import budgeted
 from tests.reference.alast import importance, new_budget, token_counts
+
+EIGHTS = Reduction(0.9, fuse=False, of_all=True, multiple=8)
 
 
 @pytest.mark.parametrize("reduction", ["relative", "paper", "mean"])
@@ -72,3 +76,29 @@ def test_draws_follow_the_budgets():
     assert draws.count(0) / 2000 == pytest.approx(share, abs=0.03)
     every = select_blocks([0.9] * 12, 9, "sample", generator)
     assert len(set(every)) == 9 and every == sorted(every)
+
+
+@pytest.mark.parametrize(
+    ("share", "before", "after"), [(0.95, 197, 184), (0.9025, 184, 176), (1.0, 197, 197), (0.01, 16, 2)]
+)
+def test_lengths_are_the_nearest_multiples_of_what_the_first_block_got(share, before, after):
+    reduction = Reduction(0.9, fuse=False, of_all=True, share=share, multiple=8)
+    assert reduction.count_after(before, 1, 197) == after
+
+
+def test_few_lengths_occur_whatever_the_budgets():
+    generator, lengths = random.Random(0), set()
+    for _ in range(200):
+        share, length = 1.0, 197
+        for _ in range(12):
+            budget = generator.uniform(0.5, 1.0)
+            share *= budget
+            before, length = length, budgeted(EIGHTS, budget, share).count_after(length, 1, 197)
+            assert length <= before and (abs(length - 197 * share) <= 4 or length in (2, before))
+            lengths.add(length)
+    assert len(lengths) <= 26
+
+
+def test_a_multiple_of_one_is_the_papers_rule():
+    paper = replace(EIGHTS, multiple=1)
+    assert budgeted(paper, 0.9, 0.5).count_after(178, 1, 197) == 161

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import inf
 from typing import Any
 
@@ -21,6 +21,7 @@ _PRESETS: dict[str | None, dict[str, Any]] = {
         "delta_reduction": "relative",
         "selection": "prefix",
         "train_embeddings": False,
+        "token_multiple": 8,
     },
     "paper": {
         "initial_budget": 0.9,
@@ -28,6 +29,7 @@ _PRESETS: dict[str | None, dict[str, Any]] = {
         "delta_reduction": "paper",
         "selection": "sample",
         "train_embeddings": True,
+        "token_multiple": 1,
     },
 }
 
@@ -43,9 +45,9 @@ class ALaSTConfig(BlockConfig):
 
     Source: arXiv 2408.08670. Departures: a budget moved by a step counts from the next step on, not within the same
     forward, which would need the host to wait for the device in every block; importance is relative to the class
-    token's size, the frozen blocks lead, the embeddings stay frozen and budgets start higher (`preset="paper"` takes
-    these four back); a model without a class token ranks its tokens another way (`score`), and the mean token takes the
-    class token's place in the importance.
+    token's size, the frozen blocks lead, the embeddings stay frozen, budgets start higher and sequence lengths are
+    multiples of 8 (`preset="paper"` takes these five back); a model without a class token ranks its tokens another way
+    (`score`), and the mean token takes the class token's place in the importance.
 
     `mode`, `score`, `trainable`, `r`, `lora_alpha`, `init_weights`, `target_modules`, `exclude_modules`,
     `modules_to_save`, `lean`, `saved_activations`, `layout` and `labels` are those of `BSRConfig`.
@@ -63,9 +65,12 @@ class ALaSTConfig(BlockConfig):
         selection: Who trains: `"prefix"` (the last K blocks; the frozen ones lead and leave the graph, which saves the
             most; default), `"sample"` (by chance, by budget: the paper's) or `"topk"` (the largest budgets).
         train_embeddings: Train what lies before the blocks, too. No block leaves the graph then. Default False.
+        token_multiple: Sequence lengths are multiples of this, the nearest to the first block's tokens times all
+            budgets so far, so that few lengths occur (kernels and compiled code are made for each). 1 = block by
+            block, rounded down, the paper's. Default 8.
         seed: Of the draws, which depend on it and on the step alone. Default 0.
         preset: `"paper"` = initial_budget 0.9, alpha `"lr"`, delta_reduction `"paper"`, selection `"sample"`,
-            train_embeddings True, where these are not given.
+            train_embeddings True, token_multiple 1, where these are not given.
 
     Raises:
         ConfigError: Naming every value that cannot be.
@@ -94,6 +99,9 @@ class ALaSTConfig(BlockConfig):
     selection: str | None = field(default=None, metadata={"help": "'prefix', 'sample' or 'topk'; None = 'prefix'."})
     train_embeddings: bool | None = field(
         default=None, metadata={"help": "Train what lies before the blocks, too; None = False."}
+    )
+    token_multiple: int | None = field(
+        default=None, metadata={"help": "Sequence lengths are multiples of this; 1 = the paper's rule, None = 8."}
     )
     seed: int = field(default=0, metadata={"help": "Of the draws."})
     preset: str | None = field(default=None, metadata={"help": "'paper' for the paper's own choices."})
@@ -130,6 +138,8 @@ class ALaSTConfig(BlockConfig):
                 f"`frozen_weights={self.frozen_weights!r}` is for blocks that never train, but here each may. Leave it "
                 '"full".'
             )
+        if not _is_int(self.token_multiple) or int(self.token_multiple or 0) < 1:
+            problems.append(f"`token_multiple={self.token_multiple!r}` must be a whole number of at least 1, or None.")
         if not _is_int(self.seed):
             problems.append(f"`seed={self.seed!r}` must be a whole number.")
         return [*problems, *check_ways(self), *super()._problems()]
@@ -149,10 +159,19 @@ class ALaSTConfig(BlockConfig):
             )
         if problems:
             raise ConfigError.from_problems("ALaSTConfig", problems)
-        reduction = Reduction(self.initial_budget, fuse=False, position="after_block", score=score, of_all=True)
+        budget, multiple = self.initial_budget, int(self.token_multiple or 1)
+        plain = Reduction(budget, fuse=False, position="after_block", score=score, of_all=True, multiple=multiple)
         cut = not self.train_embeddings
-        blocks = tuple(BlockPlan(True, cut and index == 0, reduction) for index in range(column.depth))
+        blocks = tuple(
+            BlockPlan(True, cut and index == 0, budgeted(plain, budget, budget ** (index + 1)))
+            for index in range(column.depth)
+        )
         return saving_less(Plan(blocks, self.mode or "compact"), self)  # type: ignore[arg-type]
+
+
+def budgeted(reduction: Reduction, budget: float, share: float) -> Reduction:
+    """A block's reduction with its budget; `share` is the product of the budgets up to it."""
+    return replace(reduction, keep_rate=budget, share=share if reduction.multiple > 1 else None)
 
 
 def _is_preset(value: Any) -> bool:
@@ -167,4 +186,4 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-__all__ = ["ALaSTConfig"]
+__all__ = ["ALaSTConfig", "budgeted"]

@@ -17,7 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from peft_bsr.core import block_change, reduced_delta, select_blocks, update_budgets
 from peft_bsr.engine import Plan
 from peft_bsr.errors import ConfigError, TrainabilityError
-from peft_bsr.tuners.alast.config import ALaSTConfig
+from peft_bsr.tuners.alast.config import ALaSTConfig, budgeted
 
 
 class ALaSTSchedule:
@@ -182,16 +182,17 @@ class ALaSTSchedule:
 
     def _apply(self) -> None:
         """Make plan and weights follow the draw. What is frozen loses its gradient, so that no optimizer touches it."""
-        first = self.drawn[0]
+        first, share = self.drawn[0], 1.0
         blocks = []
         for index, (block, budget) in enumerate(zip(self._template.blocks, self.budgets, strict=True)):
             assert block.reduction is not None, "every block of the template reduces"
             cut = not self.config.train_embeddings and index <= first
+            share *= budget
             block = replace(
                 block,
                 trained=index in self.drawn,
                 cut_gradient=cut,
-                reduction=replace(block.reduction, keep_rate=budget),
+                reduction=budgeted(block.reduction, budget, share),
             )
             blocks.append(block if block.in_graph else replace(block, lean=None, int8=False))
         self.plan = replace(self._template, blocks=tuple(blocks))

@@ -148,7 +148,9 @@ class Plan:
         return cls(tuple(BlockPlan(i in trained, i <= first, reductions.get(i)) for i in range(depth)), mode)
 
     def with_reductions(self, mode: Mode | None = None, **changes: Any) -> Plan:
-        """A plan with other settings for all of its reductions, and another mode if one is given."""
+        """A plan with other settings for all of its reductions (a rate counts, then), and another mode if given."""
+        if "keep_rate" in changes:
+            changes.setdefault("share", None)
         blocks = tuple(replace(b, reduction=b.reduction and replace(b.reduction, **changes)) for b in self.blocks)
         return replace(self, blocks=blocks, mode=mode or self.mode)
 

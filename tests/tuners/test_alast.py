@@ -21,7 +21,7 @@ LABELS = torch.tensor([0, 2])
 
 
 def attach(make_vit: Any, depth: int = 4, **settings: Any) -> PeftModel:
-    return get_peft_model(make_vit(depth), ALaSTConfig(**{"selection": "sample", **settings})).train()
+    return get_peft_model(make_vit(depth), ALaSTConfig(**{"selection": "sample", "token_multiple": 1, **settings})).train()
 
 
 def optimizer_of(model: nn.Module, **settings: Any) -> torch.optim.Optimizer:
@@ -275,6 +275,16 @@ def test_the_papers_preset_trains_the_embeddings(make_vit, images, tmp_path):
     assert torch.equal(loaded(pixel_values=images).logits, model.eval()(pixel_values=images).logits)
 
 
+def test_sequence_lengths_are_multiples(make_vit, images):
+    model, lengths = attach(make_vit, token_multiple=4, budget_range=[0.2, 1.0]), set()
+    optimizer = optimizer_of(model)
+    for _ in range(6):
+        with record_routes(model) as routes:
+            step(model, optimizer, images)
+        lengths |= {route.num_tokens for _, route in routes}
+    assert lengths <= {4, 8, 12, 16, 17} and len(lengths) > 1
+
+
 def test_alpha_zero_keeps_the_budgets(make_vit, images):
     model = attach(make_vit, alpha=0.0)
     optimizer = optimizer_of(model)
@@ -347,6 +357,7 @@ def test_models_without_a_class_token():
         ({"alpha": "rate"}, "`alpha='rate'` must be a number"),
         ({"delta_reduction": "sum"}, "`delta_reduction='sum'` is unknown. Use one of 'relative', 'paper', 'mean'"),
         ({"selection": "best"}, "`selection='best'` is unknown. Use one of 'prefix', 'sample', 'topk'"),
+        ({"token_multiple": 0}, "`token_multiple=0` must be a whole number of at least 1, or None"),
         ({"train_embeddings": 1}, "`train_embeddings=1` must be True, False or None"),
         ({"seed": 0.5}, "`seed=0.5` must be a whole number"),
         ({"preset": "release"}, "`preset='release'` is unknown. Use 'paper' or None"),

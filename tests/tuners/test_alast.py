@@ -21,7 +21,8 @@ LABELS = torch.tensor([0, 2])
 
 
 def attach(make_vit: Any, depth: int = 4, **settings: Any) -> PeftModel:
-    return get_peft_model(make_vit(depth), ALaSTConfig(**{"selection": "sample", "token_multiple": 1, **settings})).train()
+    papers = {"selection": "sample", "token_multiple": 1}
+    return get_peft_model(make_vit(depth), ALaSTConfig(**papers | settings)).train()
 
 
 def optimizer_of(model: nn.Module, **settings: Any) -> torch.optim.Optimizer:

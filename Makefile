@@ -6,7 +6,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 OLDEST_PEFT := $(VENV)/peft-0.20.0
 
-.PHONY: demo test test-all test-contract test-distributed lint bench docs compatibility clean
+.PHONY: demo test test-all test-contract test-distributed test-gpu lint bench docs compatibility clean
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/quickstart.py $(ARGS)
@@ -21,6 +21,10 @@ test-contract: $(VENV)/installed
 
 test-distributed: $(VENV)/installed
 	$(BIN)/python -m pytest -n0 -m dist tests/distributed tests/examples $(ARGS)
+
+# On a machine with a CUDA card; elsewhere all of it skips
+test-gpu: $(VENV)/installed
+	$(BIN)/python -m pytest -n0 -m gpu tests/gpu tests/engine/test_parking.py $(ARGS)
 
 test-all: test test-distributed
 

@@ -63,7 +63,10 @@ ROWS: dict[str, tuple[str, Callable[[], PeftConfig | None]]] = {
         "BSR exact, last 3, halved at 8, frozen in bf16",
         lambda: BSRConfig(**LAST, frozen_weights="bfloat16"),
     ),
+    "full-compiled": ("full fine-tuning, compiled", lambda: None),
+    "exact-compiled": ("BSR exact, compiled", lambda: BSRConfig()),
 }
+COMPILED = "-compiled"  # rows of whole compiled models: their calls and operations are a compiler's
 BASES = {"to full": "full", "to LoRA": "lora"}
 MODES = {"fp32": False, "autocast": True}  # name -> whether autocast runs
 # (row, mode, figure, base) -> at most
@@ -81,6 +84,7 @@ BARS = {
     ("exact-bf16", "autocast", "host", "full"): 0.82,
     ("max-bf16", "autocast", "host", "full"): 1.05,
     ("last3-bf16", "autocast", "host", "full"): 0.47,
+    ("exact-compiled", "fp32", "host", "full"): 0.6,
 }
 WARM_UP = 3
 
@@ -105,6 +109,7 @@ class Step:
         torch.manual_seed(0)
         model = ViTForImageClassification(ViTConfig(**SIZES, num_labels=10))
         self.model = (model if config is None else get_peft_model(model, config)).train()
+        self.run = torch.compile(self.model, fullgraph=True) if row.endswith(COMPILED) else self.model
         self.batch = {"pixel_values": torch.randn(2, 3, 32, 32), "labels": torch.arange(2)}
         self.autocast = MODES[mode]
         for _ in range(WARM_UP):
@@ -114,7 +119,7 @@ class Step:
     def __call__(self) -> None:
         """Run it."""
         with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
-            loss = self.model(**self.batch).loss
+            loss = self.run(**self.batch).loss
         loss.backward()
 
     def clear(self) -> None:
@@ -210,7 +215,7 @@ def measure(rows: list[str], parts: list[str], rounds: int, steps: int) -> dict[
     for row in rows:
         for mode in MODES:
             try:
-                counts = count(row, mode)
+                counts = {} if row.endswith(COMPILED) else count(row, mode)
                 found[row][mode] = counts if "counts" in parts else {}
             except ConfigError as error:
                 found[row][mode] = " ".join(str(error).split())
@@ -242,8 +247,11 @@ def table(found: dict[str, dict[str, Figures | str]], mode: str) -> str:
             left_out.append(f"{ROWS[row][0]}: not in {mode}. {figures}")
             continue
         cells = [ROWS[row][0]]
-        for name, value in figures.items():
-            low_rank = row in ("lora", "low-rank")
+        for name in full:
+            if name not in figures:
+                cells += [""] * 3
+                continue
+            value, low_rank = figures[name], row in ("lora", "low-rank")
             cells.append(f"{value:.2f}" if "host" in name else f"{value:.0f}")
             cells.append(_verdict(value / full[name], BARS.get((row, mode, name, "full"))))
             cells.append(_verdict(value / lora[name], BARS.get((row, mode, name, "lora"))) if low_rank else "")

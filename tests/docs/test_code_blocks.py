@@ -6,6 +6,7 @@ import re
 import runpy
 import socket
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,7 @@ def test_the_blocks_run(page: Path, names: dict[str, Any], tmp_path: Path, monke
     ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "model")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # inductor takes minutes
     if page.stem in PREPARED:
         PREPARED[page.stem](names, tmp_path, monkeypatch)
     program = blocks_of(page).replace(HUB_MODEL, str(tmp_path / "model")).replace(HUB_ADAPTER, "adapter")

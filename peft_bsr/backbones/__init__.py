@@ -16,6 +16,7 @@ from peft_bsr.backbones.inputs import (
     tensors_of,
     tolerance,
 )
+from peft_bsr.backbones.lookup import captured_outputs, function_of, is_capture_hook
 from peft_bsr.backbones.permutation import excess, no_zero_tables
 from peft_bsr.backbones.probe import probe, probe_column
 from peft_bsr.backbones.registry import FamilyRule, find_rule, register_family, unregister_family
@@ -24,12 +25,9 @@ from peft_bsr.backbones.scoring import (
     ScoringConfig,
     SdpaObserver,
     attend,
-    captured_outputs,
     computes_weights,
     explicit_attention,
     first_rows,
-    function_of,
-    is_capture_hook,
     observed_interface,
     run_scored,
 )

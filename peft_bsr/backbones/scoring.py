@@ -15,7 +15,6 @@ Hooks on the q and k projections would be wrong wherever something sits between 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cache, partial
@@ -28,11 +27,10 @@ from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from peft_bsr.backbones.column import ScoreSource
+from peft_bsr.backbones.lookup import attention_function
 from peft_bsr.core import BlockCall, ForwardContext, weights_to_scores
-from peft_bsr.errors import UnsupportedModelError
 from peft_bsr.ops import lean_dropout, token_scores
 
-_CAPTURING = "transformers.utils.output_capturing"
 _TWIN_PREFIX = "scored|"
 # what attention was called with and what it gave: query [B, H, N, d], key, value, scaling, mask, output [B, H, N, d]
 Observer = Callable[[Tensor, Tensor, Tensor, float, Any, Tensor], None]
@@ -206,7 +204,7 @@ def _attend_scored(
     Where a compiler sees the call nobody is told: the scores are handed on in the place of the attention weights, which
     few implementations give, and only the queries that the block asks run.
     """
-    function, scorer = _function(module, implementation), module.config.scorer
+    function, scorer = attention_function(module, implementation), module.config.scorer
     call = scorer.traced_call
     asked = None if call is None else call.num_queries
     if asked is None:
@@ -277,52 +275,13 @@ def attend(
         output = nn.functional.scaled_dot_product_attention(query, key, value, mask, dropout, scale=scaling)
         return output.transpose(1, 2).flatten(2)
     config = attention.config.config if isinstance(attention.config, ScoringConfig) else attention.config
-    function = _function(attention, config._attn_implementation)
+    function = attention_function(attention, config._attn_implementation)
     return function(attention, query, key, value, mask, scaling=scaling, dropout=dropout)[0].flatten(2)
-
-
-def is_capture_hook(hook: Any) -> bool:
-    """Whether a forward hook is one of those by which transformers captures hidden states and attention weights."""
-    return getattr(hook, "__module__", None) == _CAPTURING
-
-
-def captured_outputs() -> frozenset[str]:
-    """What the running forward captures (`"hidden_states"`, `"attentions"`); transformers' hooks outlast a request."""
-    collector = getattr(sys.modules.get(_CAPTURING), "_active_collector", None)
-    return frozenset((collector.get() or ()) if collector is not None else ())
 
 
 def computes_weights(attention: Any, source: ScoreSource | None) -> bool:
     """Whether `attend` without dropout makes a matrix of attention weights [B, H, Q, N] that autograd can see."""
     return source == "interface" and attention.config._attn_implementation in (None, "eager")
-
-
-def function_of(module: nn.Module, name: str) -> Any:
-    """The function `name` that the forward of `module` finds beside itself in its file.
-
-    A class may inherit its forward, or call that of its base class, from another file.
-
-    Args:
-        module: An attention.
-        name: `"eager_attention_forward"`, `"apply_rotary_pos_emb"`.
-
-    Returns:
-        The function, or None if no class of `module` with a forward has one beside it.
-    """
-    files = [sys.modules.get(cls.__module__) for cls in type(module).__mro__ if "forward" in vars(cls)]
-    return next((getattr(file, name) for file in files if hasattr(file, name)), None)
-
-
-def _function(module: Any, implementation: str | None) -> Any:
-    if implementation not in (None, "eager"):
-        return ALL_ATTENTION_FUNCTIONS[implementation]
-    function = function_of(module, "eager_attention_forward")
-    if function is None:
-        raise UnsupportedModelError(
-            f"the files of {type(module).__name__} and its base classes have no `eager_attention_forward`, as "
-            "transformers' own have; name the function so, or load the model with `attn_implementation='sdpa'`"
-        )
-    return function
 
 
 def _twin(implementation: str | None) -> str:

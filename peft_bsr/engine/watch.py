@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from itertools import repeat
 from operator import itemgetter
 from typing import Any
 
@@ -34,7 +33,8 @@ class Watch:
         self._filled = [dictionary for dictionary in hooks if dictionary]
         self._numbers = [*map(tuple, self._filled)]  # of the hooks; no two get the same
         self._attributes: list[dict[str, Any]] = [module.__dict__ for module in self._modules]
-        self._own_forwards = [*map(dict.get, self._attributes, repeat("forward"))]
+        self._forward = ["forward"] * len(self._modules)
+        self._own_forwards = [*map(dict.get, self._attributes, self._forward)]
         self._holders = [vars(module) for module in self._modules if STATE in vars(module)]
         self._states = [*map(itemgetter(STATE), self._holders)]
         self._captures = self.captures(self._modules)
@@ -46,7 +46,7 @@ class Watch:
             sum(map(len, self._dictionaries)) == self._count
             and [*map(dict.get, self._parents, self._names)] == self._children
             and [*map(tuple, self._filled)] == self._numbers
-            and [*map(dict.get, self._attributes, repeat("forward"))] == self._own_forwards
+            and [*map(dict.get, self._attributes, self._forward)] == self._own_forwards
             and [*map(type, self._modules)] == self._kinds
             and [*map(itemgetter(STATE), self._holders)] == self._states
         )

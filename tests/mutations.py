@@ -239,8 +239,8 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
     ],
     "ops/linear.py": [
         (
-            "gradient.to(self.lora_B.dtype) @ self.lora_B * self.scaling",
-            "gradient.to(self.lora_B.dtype) @ self.lora_B",
+            "in_dtype(gradient, self.lora_B.dtype) @ self.lora_B * self.scaling",
+            "in_dtype(gradient, self.lora_B.dtype) @ self.lora_B",
             "the scaling is lost",
         ),
         ("bias = own.sum(dim=0)", "bias = own.mean(dim=0)", "a bias learns too little"),
@@ -318,8 +318,16 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ),
     ],
     "ops/int8.py": [
-        (".add_(torch.rand_like(scaled))", ".add_(0.5)", "rounding is no more without bias"),
-        ("low - low.abs() * _BF16_ROUNDING", "low", "the smallest number lies below the grid"),
+        (
+            "torch.addcdiv(torch.rand_like(above), above, step)",
+            "torch.addcdiv(torch.full_like(above, 0.5), above, step)",
+            "rounding is no more without bias",
+        ),
+        (
+            "torch.sub(low, low.abs(), alpha=_BF16_ROUNDING, out=torch.empty_like(step))",
+            "low.bfloat16()",
+            "the smallest number lies below the grid",
+        ),
     ],
     "engine/int8.py": [
         (
@@ -334,14 +342,14 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ('captured_outputs() - {"hidden_states"}', "False", "captured attention weights are missing"),
     ],
     "engine/watch.py": [
-        ("tuple(map(len, self._hooks)) == self._counts", "True", "a hook that comes later is not seen"),
+        ("sum(map(len, self._dictionaries)) == self._count", "True", "a hook that comes later is not seen"),
         (
-            "tuple(map(dict.get, self._parents, self._names)) == self._children",
+            "[*map(dict.get, self._parents, self._names)] == self._children",
             "True",
             "a module that was replaced is not seen",
         ),
         (
-            "tuple(map(itemgetter(STATE), self._holders)) == self._states",
+            "[*map(itemgetter(STATE), self._holders)] == self._states",
             "True",
             "an adapter that was switched is not seen",
         ),

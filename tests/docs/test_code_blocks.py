@@ -24,6 +24,7 @@ from peft_bsr import BSRConfig
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 ELSEWHERE = {"new_model"}  # in tests/backbones/test_new_model.py, with the model that it is about
+SLOW = {"planner"}  # what it shows runs in tests/cost and in docstrings too
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 HUB_MODEL, HUB_ADAPTER = "google/vit-base-patch16-224-in21k", "me/pets-bsr"
 TINY = ViTConfig(
@@ -68,7 +69,12 @@ def names(tmp_path: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "page", [p for p in PAGES if "```python" in p.read_text() and p.stem not in ELSEWHERE], ids=lambda page: page.stem
+    "page",
+    [
+        pytest.param(page, id=page.stem, marks=pytest.mark.slow if page.stem in SLOW else ())
+        for page in PAGES
+        if "```python" in page.read_text() and page.stem not in ELSEWHERE
+    ],
 )
 def test_the_blocks_run(page: Path, names: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     make_vit().save_pretrained(tmp_path / "model")

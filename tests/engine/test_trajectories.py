@@ -25,8 +25,8 @@ CONFIGS = {
     "bsr low-rank everywhere": lambda **how: BSRConfig(
         trainable_blocks="every:1", keep_rate=1.0, trainable="lora", r=4, **how
     ),
-    "alast": lambda **how: ALaSTConfig(**how),
-    "alast drawn": lambda **how: ALaSTConfig(trainable_blocks_per_step=2, selection="sample", **how),
+    "alast": lambda **how: ALaSTConfig(token_multiple=1, **how),
+    "alast drawn": lambda **how: ALaSTConfig(token_multiple=1, trainable_blocks_per_step=2, selection="sample", **how),
 }
 LEVELS = {  # name -> (lean, use_reentrant)
     "exact": ("exact", None),

@@ -240,7 +240,7 @@ def test_the_head_is_saved(make_model, method, train, tmp_path):
 
 
 @pytest.mark.parametrize("train", [bare, pytest.param(trainer, marks=pytest.mark.slow)], ids=["bare", "trainer"])
-@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("when", [pytest.param("before", marks=pytest.mark.slow), "after"])
 def test_compiled_blocks_follow_the_freezing(make_model, method, train, when, tmp_path):
     """7. One graph per pattern of freezing: blocks are compiled one by one, before or after the adapter comes."""
     base = make_model()

@@ -147,7 +147,7 @@ class BlockRouter(nn.Module):
         now = self.context.now
         if now.open(model):
             outside = now.outside
-            if torch.compiler.is_compiling():  # a compiler cannot look at hooks, and decides what is kept by itself
+            if torch.compiler.is_compiling():  # it asks `traced_reader`
                 return
             if outside is None or outside.root is not model or not outside.is_current():
                 around = _around_blocks(model, self.column)
@@ -239,19 +239,20 @@ class BlockRouter(nn.Module):
         """What beside the head may look at the tokens that the last block gives, or None."""
         now = self.context.now
         if torch.compiler.is_compiling():
-            is_whole = any(now.owner is root for root in self.roots)
-            return (block.traced_readers()[0] or self.traced_reader() or None) if is_whole else _PART
-        outside = now.outside
-        if outside is None or outside.root is not now.owner:
-            return _PART
-        hook = self.bound(block).watch.hook or outside.hook
-        return None if hook is None else f"the hook {hook} looks at what it gives"
+            if not any(now.owner is root for root in self.roots):
+                return _PART
+            hook = block.traced_readers()[0] or self.traced_reader()
+        else:
+            outside = now.outside
+            if outside is None or outside.root is not now.owner:
+                return _PART
+            hook = self.bound(block).watch.hook or outside.hook
+        return f"the hook {hook} looks at what it gives" if hook else None
 
     @torch.compiler.assume_constant_result
     def traced_reader(self) -> str:
         """Name of a hook around the blocks, empty for none; a compiler takes the answer as fixed."""
-        around = _around_blocks(self.roots[0], self.column)
-        return (Watch(around, (self,)).hook or "") if around else _PART
+        return Watch(_around_blocks(self.roots[0], self.column), (self,)).hook or ""
 
     def _leave(self, origins: Tensor | None) -> None:
         now = self.context.now

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from peft_bsr.core import in_dtype
 from peft_bsr.errors import ForwardError
 from peft_bsr.ops.linear import LinearOp
 from peft_bsr.ops.norm import NormOp
@@ -114,7 +115,7 @@ def linears_grads(
 def in_dtypes(tensors: Sequence[Tensor | None], gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
     """Gradients in the dtypes of what they are of."""
     return [
-        gradient if gradient is None or tensor is None or gradient.dtype is tensor.dtype else gradient.to(tensor.dtype)
+        gradient if gradient is None or tensor is None else in_dtype(gradient, tensor.dtype)
         for tensor, gradient in zip(tensors, gradients, strict=True)
     ]
 

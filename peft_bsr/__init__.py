@@ -30,6 +30,7 @@ from peft_bsr.errors import (  # noqa: E402
     HubError,
     InputError,
     LeanBlockWarning,
+    MemoryBudgetWarning,
     MissingDependencyError,
     PeftBsrError,
     PeftBsrWarning,
@@ -42,7 +43,7 @@ from peft_bsr.errors import (  # noqa: E402
 from peft_bsr.exporting import ExportReport, export  # noqa: E402
 from peft_bsr.hub import add_facts, load, load_image_processor, push_to_hub  # noqa: E402
 from peft_bsr.multitask import MoEConfig, MultitaskOutput, TaskConfig, record_usage  # noqa: E402
-from peft_bsr.training import FeatureCache, TrainabilityCallback, verify_trainability  # noqa: E402
+from peft_bsr.training import FeatureCache, TrainabilityCallback, compile, verify_trainability  # noqa: E402
 from peft_bsr.tuners import ALaSTConfig, ALaSTModel, BSRConfig, BSRModel, SynQTConfig, SynQTModel  # noqa: E402
 from peft_bsr.tuners.bsr import add_task, export_task  # noqa: E402
 from peft_bsr.tuners.files import check_adapter  # noqa: E402
@@ -70,6 +71,7 @@ __all__ = [
     "HubError",
     "InputError",
     "LeanBlockWarning",
+    "MemoryBudgetWarning",
     "MissingDependencyError",
     "MoEConfig",
     "MultitaskOutput",
@@ -90,6 +92,7 @@ __all__ = [
     "add_facts",
     "add_task",
     "check_adapter",
+    "compile",
     "export",
     "export_task",
     "load",

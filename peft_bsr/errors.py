@@ -108,3 +108,7 @@ class ReductionNotMergedWarning(PeftBsrWarning):
 
 class LeanBlockWarning(PeftBsrWarning):
     """A block that was planned lean runs stock in training, and keeps more for backward."""
+
+
+class MemoryBudgetWarning(PeftBsrWarning):
+    """Random operations are compiled with a memory budget below 1: torch gives wrong gradients then."""

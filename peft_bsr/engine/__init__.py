@@ -13,6 +13,7 @@ from peft_bsr.engine.record_scores import BlockScores, record_scores
 from peft_bsr.engine.router import ROUTER, BlockRouter
 from peft_bsr.engine.runner import attach_router, detach_router
 from peft_bsr.engine.saved import saved_activations, saved_by_module
+from peft_bsr.engine.traced import warn_of_budget
 
 __all__ = [
     "ROLES",
@@ -44,5 +45,6 @@ __all__ = [
     "run_until",
     "saved_activations",
     "saved_by_module",
+    "warn_of_budget",
     "watch_kept",
 ]

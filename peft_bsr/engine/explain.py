@@ -22,8 +22,8 @@ def explain_blocks(blocks: list[tuple[Any, Any]]) -> str:
     lines = ["block  planned"]
     for (block, router), own in zip(blocks, plan.blocks, strict=True):
         lines.append(f"{router.index:>5}  {describe_block(own)}")
-        reasons = {**_standing(router, block, own), **router.aside} if own.lean is not None else {}
-        lines += [f"       {half} runs stock: {reason}" for half, reason in sorted(reasons.items())]
+        reasons = {**(_standing(router, block, own) if own.lean is not None else {}), **router.aside}
+        lines += [f"       {_aside(part)}: {reason}" for part, reason in sorted(reasons.items())]
     lean = [block for (block, _), own in zip(blocks, plan.blocks, strict=True) if own.lean is not None]
     if lean and not any(block.training for block in lean):
         lines.append("nothing runs lean now: the model is in evaluation mode")
@@ -47,6 +47,10 @@ def describe_block(plan: BlockPlan) -> str:
     if plan.mixture:
         words.append("mixture of experts")
     return ", ".join(words)
+
+
+def _aside(part: str) -> str:
+    return "activations are kept in full" if part == "int8" else f"{part} runs stock"
 
 
 def _standing(router: Any, block: Any, plan: BlockPlan) -> dict[str, str]:

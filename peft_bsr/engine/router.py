@@ -129,14 +129,27 @@ class BlockRouter(nn.Module):
             bound = self._bound = BoundBlock(block, self.column, self.follower, own, self.step_aside)
         return bound
 
-    def step_aside(self, half: str, reason: str) -> None:
-        """A half that was planned lean runs stock: note it, and say it once."""
-        self.aside[half] = reason
+    def step_aside(self, part: str, reason: str) -> None:
+        """A part of the plan does not take place, and more is kept for backward: note it, and say it once.
+
+        Args:
+            part: `"attention"` or `"mlp"`, a half that runs stock; `"class token only"`; or `"int8"`.
+            reason: Why.
+        """
+        self.aside[part] = reason
         now = self.context.now
-        if not now.has_warned and half != "class token only":
-            now.has_warned = True
+        if now.has_warned or part == "class token only":
+            return
+        now.has_warned = True
+        if part == "int8":
             warnings.warn(
-                f"block {self.index} runs its {half} half as stock modules and keeps more for backward than planned: "
+                f"block {self.index} keeps in full what was to be kept in 8 bits: {reason}.",
+                LeanBlockWarning,
+                stacklevel=2,
+            )
+        else:
+            warnings.warn(
+                f"block {self.index} runs its {part} half as stock modules and keeps more for backward than planned: "
                 f"{reason}. `model.base_model.explain()` lists all blocks.",
                 LeanBlockWarning,
                 stacklevel=2,
@@ -226,22 +239,25 @@ class BlockRouter(nn.Module):
         lean, is_traced = plan.lean, torch.compiler.is_compiling()
         if is_traced and (block.gradient_checkpointing or self.column.anatomy is None):
             return None, False
-        if not is_traced:
-            self.aside = {}
-        if lean is not None and lean.num_queries is not None:
-            reason = self._other_reader(block)
-            if reason is not None:
-                self.step_aside("class token only", reason)
-                lean = replace(lean, num_queries=None)
-        return lean, plan.int8 and not is_traced and not block.gradient_checkpointing
+        reason = None if lean is None or lean.num_queries is None else self._other_reader(block)
+        if lean is not None and reason is not None:
+            lean = replace(lean, num_queries=None)
+        if is_traced:
+            block.traced_aside(reason)
+            return lean, False
+        self.aside = {}
+        if reason is not None:
+            self.step_aside("class token only", reason)
+        return lean, plan.int8 and not block.gradient_checkpointing
 
     def _other_reader(self, block: Any) -> str | None:
         """What beside the head may look at the tokens that the last block gives, or None."""
         now = self.context.now
         if torch.compiler.is_compiling():
-            if not any(now.owner is root for root in self.roots):
+            around = self.traced_reader() if any(now.owner is root for root in self.roots) else self.called_reader()
+            if around is None:
                 return _PART
-            hook = block.traced_readers()[0] or self.traced_reader()
+            hook = block.traced_readers()[0] or around
         else:
             outside = now.outside
             if outside is None or outside.root is not now.owner:
@@ -253,6 +269,12 @@ class BlockRouter(nn.Module):
     def traced_reader(self) -> str:
         """Name of a hook around the blocks, empty for none; a compiler takes the answer as fixed."""
         return Watch(_around_blocks(self.roots[0], self.column), (self,)).hook or ""
+
+    @torch.compiler.assume_constant_result
+    def called_reader(self) -> str | None:
+        """The same where blocks are compiled one by one, maybe in a copy of the model; None = a part was called."""
+        now = self.context.now
+        return None if now.outside is None or now.outside.root is not now.owner else now.outside.hook or ""
 
     def _leave(self, origins: Tensor | None) -> None:
         now = self.context.now

@@ -20,7 +20,7 @@ from peft_bsr.backbones import Column, ScoringConfig, remove_hooks
 from peft_bsr.core import BlockCall
 from peft_bsr.engine.int8 import saved_in_int8
 from peft_bsr.engine.router import ROUTER, BlockRouter
-from peft_bsr.engine.traced import half_readers
+from peft_bsr.engine.traced import half_readers, warn_of_budget
 
 
 class RoutedBlock(nn.Module):
@@ -104,6 +104,20 @@ class RoutedBlock(nn.Module):
         """See `half_readers`; a compiler takes the answer as fixed."""
         router: BlockRouter = getattr(self, ROUTER)
         return half_readers(self, router.column, (router, router.scorer, router.follower))
+
+    @torch.compiler.assume_constant_result
+    def traced_aside(self, reader: str | None) -> None:
+        """Note what steps aside while a compiler traces the block.
+
+        Args:
+            reader: Why the last block gives all of its tokens, or None.
+        """
+        router: BlockRouter = getattr(self, ROUTER)
+        router.aside = {} if reader is None else {"class token only": reader}
+        plan = router.block_plan
+        if plan is not None and plan.int8:
+            router.step_aside("int8", "torch.compile traces the block")
+        warn_of_budget(self)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _new_routed_block, (self.unrouted_class,), self.__dict__

@@ -7,6 +7,7 @@ attention's output where weights behind it train. A compiler restores the rest, 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -21,6 +22,7 @@ from peft_bsr.engine.bound import BoundBlock, modules_of
 from peft_bsr.engine.halves import StockAttention, StockMLP
 from peft_bsr.engine.plan import Lean
 from peft_bsr.engine.watch import Watch
+from peft_bsr.errors import MemoryBudgetWarning
 
 _PRODUCTS = {  # operator -> where its arguments have the left factor
     torch.ops.aten.mm.default: 0,
@@ -144,4 +146,35 @@ def half_readers(block: nn.Module, column: Column, own: tuple[Any, ...]) -> tupl
     return watch.hook or "", found[0], found[1]
 
 
-__all__ = ["TracedBlock", "half_readers", "region"]
+def warn_of_budget(module: nn.Module) -> None:
+    """Warn where a compiler would compute random numbers anew for backward.
+
+    With torch's memory budget below 1 it draws others then, and gradients are wrong (pytorch#190758).
+
+    Args:
+        module: What is compiled; parts that draw nothing now (rates of 0, evaluation mode) do not count.
+    """
+    budget = torch._functorch.config.activation_memory_budget
+    drawing = next((name for name, part in module.named_modules() if part.training and _draws(part)), None)
+    if budget < 1 and drawing is not None:
+        warnings.warn(
+            f"`{drawing}` draws random numbers in training, and torch._functorch.config.activation_memory_budget is "
+            f"{budget:g}: below 1, torch gives wrong gradients then (pytorch issue 190758). Set the budget to 1, or "
+            "the rates of dropout and drop path to 0.",
+            MemoryBudgetWarning,
+            stacklevel=2,
+        )
+
+
+def _draws(module: nn.Module) -> bool:
+    """Whether a rate of dropout or drop path above 0 is among the module's attributes."""
+    own = vars(module)
+    rates = [
+        value
+        for name, value in own.items()
+        if "drop" in name.lower() or ("Drop" in type(module).__name__ and name == "p")
+    ]
+    return any(isinstance(rate, (int, float)) and not isinstance(rate, bool) and rate > 0 for rate in rates)
+
+
+__all__ = ["TracedBlock", "half_readers", "region", "warn_of_budget"]

@@ -7,9 +7,11 @@ import shutil
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
 
-from peft_bsr import BSRConfig
+import peft_bsr
+from peft_bsr import AdapterError, ALaSTConfig, BSRConfig, LeanBlockWarning, MemoryBudgetWarning, MoEConfig, SynQTConfig
+from peft_bsr.engine import warn_of_budget
 
 PARTITIONED = "aot_eager_decomp_partition"  # eager kernels, and the partitioner that inductor uses
 SIZES = {"hidden_size": 96, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 384}
@@ -164,12 +166,120 @@ def test_another_adapter_is_another_plan():
         assert_same(step(model, compiled), expected)
 
 
-def test_int8_steps_aside():
+def test_int8_steps_aside_and_says_so():
     model = make(PLANS["exact"][0] | {"saved_activations": "int8"})
     plain = make(PLANS["exact"][0])
     expected = step(plain, plain)
-    found = step(model, torch.compile(model, backend=PARTITIONED, fullgraph=True))
+    with pytest.warns(LeanBlockWarning, match="block 1 keeps in full what was to be kept in 8 bits: torch.compile"):
+        found = step(model, torch.compile(model, backend="aot_eager", fullgraph=True))
     assert_same(found, expected)
+    assert model.base_model.explain().count("activations are kept in full: torch.compile traces the block") == 3
+
+
+@pytest.mark.parametrize("name", ["exact", pytest.param("every block max", marks=pytest.mark.slow)])
+def test_live_dropout_draws_the_same_in_backward(name):
+    """By finite differences: what a region computes again must not draw anew."""
+    model = make(PLANS[name][0], dropout=0.3).double()
+    compiled = torch.compile(model, backend=PARTITIONED, fullgraph=True)
+    weight = next(p for n, p in model.named_parameters() if p.requires_grad and ".fc1." in n and p.dim() == 2)
+    direction = torch.randn_like(weight)
+
+    def loss():
+        torch.manual_seed(5)
+        return compiled(pixel_values=IMAGES.double(), labels=LABELS).loss
+
+    value = loss()
+    torch.manual_seed(6)
+    value.backward()
+    moved = []
+    for change in (1e-4, -1e-4):
+        with torch.no_grad():
+            weight.add_(direction, alpha=change)
+            moved.append(loss().item())
+            weight.sub_(direction, alpha=change)
+    assert (weight.grad * direction).sum().item() == pytest.approx((moved[0] - moved[1]) / 2e-4, rel=1e-4)
+
+
+def test_a_memory_budget_with_live_dropout_is_warned_of():
+    model = make(PLANS["exact"][0], dropout=0.3)
+    with torch._functorch.config.patch(activation_memory_budget=0.5):
+        with pytest.warns(MemoryBudgetWarning, match="draws random numbers in training.*Set the budget to 1"):
+            step(model, torch.compile(model, backend="aot_eager", fullgraph=True))
+        warn_of_budget(model.eval())  # draws nothing: says nothing
+
+
+def test_regional_compilation():
+    """As accelerate does it: a copy of the model around blocks that are compiled one by one."""
+    from accelerate.utils import compile_regions
+
+    model = make(PLANS["exact"][0])
+    expected = step(model, model)
+    regions = compile_regions(model, backend=PARTITIONED, fullgraph=True)
+    found = step(model, regions)
+    assert_same(found, expected)
+    assert found[0] <= 1.02 * expected[0]
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        assert_same(step(model, regions), expected)
+
+
+def test_compile_makes_one_graph_and_leaves_no_trace():
+    model = make(PLANS["exact"][0])
+    expected, state = step(model, model), torch.get_rng_state()
+    model.zero_grad()
+    assert peft_bsr.compile(model, inputs={"pixel_values": IMAGES, "labels": LABELS}, backend=PARTITIONED) is model
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(p.grad is None for p in model.parameters())
+    with torch.compiler.set_stance("fail_on_recompile"):
+        found = step(model, model)
+    assert_same(found, expected)
+    assert found[0] <= 1.02 * expected[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["tasks", "synqt"])
+def test_compile_of_other_methods(method):
+    torch.manual_seed(0)
+    tasks = BSRConfig(trainable_blocks=[3], tasks={"a": 3, "b": 2}, moe=MoEConfig(num_experts=4, top_k=1))
+    config = tasks if method == "tasks" else SynQTConfig(dropout=0.0, drop_path=0.0)
+    model = get_peft_model(ViTForImageClassification(ViTConfig(**SIZES)), config).train()
+    batch = {"pixel_values": IMAGES, "labels": LABELS} | ({"task": "a"} if method == "tasks" else {})
+    model(**batch).loss.backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    peft_bsr.compile(model, inputs=batch, backend="aot_eager")
+    with torch.compiler.set_stance("fail_on_recompile"):
+        model(**batch).loss.backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.slow
+def test_trainer_compiles(tmp_path):
+    losses = {}
+    for is_compiled in (False, True):
+        model = make(PLANS["exact"][0])
+        model.config.problem_type = "single_label_classification"  # else the first loss sets it: another graph
+        torch._dynamo.utils.counters.clear()
+        settings = {"torch_compile": True, "torch_compile_backend": "aot_eager"} if is_compiled else {}
+        args = TrainingArguments(
+            str(tmp_path), max_steps=3, logging_steps=1, save_strategy="no", report_to="none", seed=1, **settings
+        )
+        rows = [{"pixel_values": image, "labels": int(label)} for image, label in zip(IMAGES, LABELS, strict=True)]
+        trainer = Trainer(model, args, train_dataset=rows * 8)
+        trainer.train()
+        losses[is_compiled] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        assert (torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1) == is_compiled
+    assert losses[True] == pytest.approx(losses[False], rel=1e-4)
+
+
+def test_compile_refuses_what_it_cannot_help():
+    base = ViTForImageClassification(ViTConfig(**SIZES))
+    with pytest.raises(AdapterError, match="has no adapter of peft_bsr"):
+        peft_bsr.compile(base)
+    with pytest.raises(AdapterError, match="ALaST trains with another plan in each step"):
+        peft_bsr.compile(get_peft_model(base, ALaSTConfig()))
 
 
 @pytest.mark.slow

@@ -74,10 +74,22 @@ TESTS: dict[str, list[str]] = {
     "engine/int8.py": ["tests/engine/test_int8.py", "tests/engine/test_living.py"],
     "engine/bound.py": ["tests/engine/test_hooks.py", "tests/engine/test_lean.py"],
     "engine/watch.py": ["tests/engine/test_hooks.py"],
+    "engine/traced.py": ["tests/engine/test_compiled_lean.py"],
 }
 
 # file below peft_bsr -> (old text, new text, what goes wrong)
 MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
+    "engine/traced.py": [
+        ("= checkpoint(run, *inputs, **settings)", "= run(*inputs)", "a compiler keeps everything"),
+        ("self.block.traced_readers()[1]:", "False:", "a hook sees a half that runs in a region"),
+        ("change[:, :num_queries]", "change[:, 1 : num_queries + 1]", "another token takes the class token's place"),
+        (
+            "is_kept = any(part in name for part in _ATTENTION)",
+            "is_kept = True",
+            "nothing but products is computed again",
+        ),
+        ("if budget < 1 and", "if budget > 1 and", "nothing is said of wrong gradients"),
+    ],
     "core/reduction.py": [
         ("math.ceil(", "math.floor(", "one token less survives"),
         ("round(keep_rate * int(num_tokens), 6)", "keep_rate * int(num_tokens)", "0.55 of 100 tokens is 56"),

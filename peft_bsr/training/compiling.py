@@ -62,13 +62,18 @@ def compile(
             "without compiling; torch.compile(model) pays for evaluation alone."
         )
     warn_of_budget(model)
+    if inputs is not None:
+        _run(
+            model, inputs
+        )  # what only a first forward does (transformers' loss sets `problem_type`) would compile twice
     model.compile(mode=mode, backend=backend, fullgraph=True)
     if inputs is not None:
-        _warm_up(model, inputs)
+        _run(model, inputs)
     return model
 
 
-def _warm_up(model: nn.Module, inputs: Mapping[str, Any]) -> None:
+def _run(model: nn.Module, inputs: Mapping[str, Any]) -> None:
+    """A training step that leaves no trace, or a forward if the model is in evaluation mode."""
     if not model.training:
         with torch.no_grad():
             model(**inputs)

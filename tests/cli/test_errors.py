@@ -7,7 +7,7 @@ import builtins
 import pytest
 
 from peft_bsr.cli import sources
-from peft_bsr.cli.entry import COMMANDS
+from peft_bsr_cli import COMMANDS
 
 
 @pytest.mark.parametrize(

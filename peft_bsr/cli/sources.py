@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +13,10 @@ from peft import PeftConfig
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageClassification
 
-from peft_bsr.errors import HubError, UsageError
+from peft_bsr.cli.values import read_fields
+from peft_bsr.errors import UsageError
 from peft_bsr.hub import read_config
+from peft_bsr.hub.files import ADAPTER, MODEL, list_files
 from peft_bsr.tuners import ALaSTConfig, BSRConfig, SynQTConfig
 
 METHODS: dict[str, type[Any]] = {"bsr": BSRConfig, "alast": ALaSTConfig, "synqt": SynQTConfig}
@@ -28,22 +29,15 @@ def find_adapter(name: str) -> PeftConfig | None:
         name: MODEL.
 
     Raises:
-        UsageError: If it is neither, nor the id of a repository that answers.
+        HubError: If there is no such folder and no such repository, or if the Hub does not answer.
+        UsageError: If it is neither a model nor an adapter.
     """
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        if (folder / "adapter_config.json").exists():
-            return read_config(folder)
-        if (folder / "config.json").exists():
-            return None
-        raise UsageError(f"the folder `{name}` has neither config.json nor adapter_config.json.")
-    if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        raise UsageError(f"there is no folder `{name}`.")
-    try:
+    files = list_files(name)
+    if ADAPTER in files:
         return read_config(name)
-    except HubError:
-        read_model_config(name)  # says it if there is no such repository
+    if MODEL in files:
         return None
+    raise UsageError(f"`{name}` has neither {MODEL} nor {ADAPTER}.")
 
 
 def read_model_config(name: str) -> Any:
@@ -119,7 +113,7 @@ def make_config(method: str, options: Mapping[str, Any]) -> Any:
         raise UsageError(f"`--method {method}` is unknown. Use one of {', '.join(METHODS)}.")
     known = [field.name for field in fields(METHODS[method]) if field.init]
     check_names(options, known, f"option of {method}")
-    return METHODS[method](**options)
+    return METHODS[method](**read_fields(options, METHODS[method]))
 
 
 def check_names(given: Mapping[str, Any], known: Sequence[str], kind: str) -> None:

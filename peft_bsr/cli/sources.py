@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
@@ -84,12 +85,17 @@ def make_model(name: str, labels: int | None = None, device: str = "cpu") -> nn.
 def load_model(name: str, labels: Sequence[str]) -> Any:
     """A model with its weights and a classifier for `labels`.
 
+    A distilled checkpoint, whose own class takes no labels, becomes the plain classifier of its family.
+
     Args:
         name: MODEL, a model.
         labels: Names of the classes.
+
+    Raises:
+        UsageError: If it cannot be loaded, or no classifier of its family takes labels.
     """
     try:
-        return AutoModelForImageClassification.from_pretrained(
+        return _trainable_class(name).from_pretrained(
             name,
             id2label=dict(enumerate(labels)),
             label2id={label: index for index, label in enumerate(labels)},
@@ -97,6 +103,20 @@ def load_model(name: str, labels: Sequence[str]) -> Any:
         )
     except (OSError, ValueError) as error:
         raise UsageError(f"`{name}` cannot be loaded: {str(error).strip().splitlines()[0][:200]}") from error
+
+
+def _trainable_class(name: str) -> Any:
+    """The image classifier of the model's family that can be trained: its loss is made of labels."""
+    config = read_model_config(name)
+    found = AutoModelForImageClassification._model_mapping.get(type(config), None)
+    if found is None:
+        return AutoModelForImageClassification  # which says so
+    classes = found if isinstance(found, (list, tuple)) else (found,)
+    named = sorted(classes, key=lambda cls: cls.__name__ not in (config.architectures or ()))  # its own class first
+    trainable = [cls for cls in named if "labels" in inspect.signature(cls.forward).parameters]
+    if not trainable:
+        raise UsageError(f"`{name}` is made for {named[0].__name__}, which takes no labels: it cannot be trained here.")
+    return trainable[0]
 
 
 def make_config(method: str, options: Mapping[str, Any]) -> Any:

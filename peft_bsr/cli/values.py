@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from enum import Enum
 from types import NoneType
-from typing import Any, get_args, get_type_hints
+from typing import Any, ClassVar, get_args, get_type_hints
 
 import yaml
 
@@ -19,7 +19,7 @@ _BOOLS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "o
 class Loader(yaml.SafeLoader):
     """YAML 1.2: only `true` and `false` are booleans, so that `eval_strategy: no` and `lean: off` stay text."""
 
-    yaml_implicit_resolvers = {
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {
         first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }

@@ -10,7 +10,7 @@ import torch
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from torch import nn
 
-from peft_bsr.backbones import Column
+from peft_bsr.backbones import Column, inner_config
 from peft_bsr.engine import Plan
 from peft_bsr.errors import PeftBsrError, UnsupportedModelError
 from peft_bsr.tuners.saved import SavedConfig
@@ -46,7 +46,7 @@ def on_meta(model: nn.Module, image_size: int | None = None, dtype: torch.dtype 
     """
     config = copy.deepcopy(_config_of(model))
     if image_size is not None:
-        vision = getattr(config, "vision_config", config)
+        vision = inner_config(config)
         if not hasattr(vision, "image_size"):
             raise UnsupportedModelError(f"{type(model).__name__} has no `image_size` to change; leave it None.")
         vision.image_size = image_size
@@ -70,7 +70,7 @@ def settle(model: nn.Module, config: SavedConfig) -> Settled:
         UnsupportedModelError: If the model is no plain vision transformer.
     """
     narrow = copy.deepcopy(_config_of(model))
-    vision = getattr(narrow, "vision_config", narrow)
+    vision = inner_config(narrow)
     heads = getattr(vision, "num_attention_heads", None)
     if heads is None or not hasattr(vision, "hidden_size"):
         raise UnsupportedModelError(

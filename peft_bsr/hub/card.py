@@ -84,7 +84,10 @@ def model_card(config: SavedConfig, facts: Facts, base: str | None = None) -> st
 
 def _snippet(task: Task, repo_id: str | None) -> str:
     place = f'"{repo_id}"' if repo_id else '"."  # this folder'
-    lines = [f"adapter = {place}", "model = peft_bsr.load(adapter)  # base model, adapter, head and names of the labels"]
+    lines = [
+        f"adapter = {place}",
+        "model = peft_bsr.load(adapter)  # base model, adapter, head and names of the labels",
+    ]
     if task.pipeline is not None:
         lines += ["predict = peft_bsr.pipeline(adapter)  # the same in a pipeline of transformers"]
         lines += [f'predict("{task.example}")' + ("  # `score` is the value" if task.is_regression else "")]
@@ -137,8 +140,7 @@ def _metadata(old: Any, config: SavedConfig, facts: Facts, base: str | None) -> 
         called = dataset or _folder(facts.dataset)
         kept["model_name"] = f"{method} adapter"
         kept["eval_results"] = [
-            EvalResult(task.tag, called, called, name, value)
-            for name, value in facts.metrics.items()
+            EvalResult(task.tag, called, called, name, value) for name, value in facts.metrics.items()
         ]
     return ModelCardData(**kept)
 

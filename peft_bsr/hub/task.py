@@ -9,8 +9,8 @@ from transformers.pipelines import SUPPORTED_TASKS
 
 from peft_bsr.tuners.saved import SavedConfig
 
-_TASKS = ("image-classification", "video-classification", "audio-classification", "image-segmentation")
-_TASKS += ("depth-estimation", "object-detection", "image-feature-extraction")
+_TASKS = [f"{kind}-classification" for kind in ("image", "video", "audio")]
+_TASKS += ["image-segmentation", "depth-estimation", "object-detection", "image-feature-extraction"]
 _INPUTS = {"video": "clip.mp4", "audio": "sound.wav"}
 _NAMED = 20  # classes on a card
 

@@ -120,8 +120,8 @@ def _check_labels(saved: list[str] | None, found: list[str] | None) -> None:
     if saved is not None and found is not None and len(saved) != len(found):
         raise AdapterFileError(
             f"The adapter's head has {len(saved)} classes, this model's has {len(found)}. `peft_bsr.load(adapter)` "
-            "reads the base model with a head of the right size, `peft_bsr.pipeline(adapter)` predicts with it; or load "
-            f"the base model with `num_labels={len(saved)}, ignore_mismatched_sizes=True`."
+            "reads the base model with a head of the right size, `peft_bsr.pipeline(adapter)` predicts with it; or "
+            f"load the base model with `num_labels={len(saved)}, ignore_mismatched_sizes=True`."
         )
 
 

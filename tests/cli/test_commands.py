@@ -52,8 +52,8 @@ def test_plan(run_json, base):
 
 def test_the_flags_of_a_plan_are_those_of_train():
     from peft_bsr.cli.plan import _flags
-    from peft_bsr.cli.values import read_pairs
     from peft_bsr.cli.sources import make_config
+    from peft_bsr.cli.values import read_pairs
     from peft_bsr.cost import BudgetPlan
 
     config = peft_bsr.BSRConfig(trainable_blocks="last:3", reduction_blocks=[], lean="max")

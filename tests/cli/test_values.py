@@ -50,7 +50,9 @@ def test_an_option_of_a_method(typed, config):
 
 
 def test_a_file_means_what_flags_mean(tmp_path):
-    text = "model: m\noptions: {lean: off, fuse_dropped: no}\ntrainer: {eval_strategy: no, bf16: yes, weight_decay: 1e-2}"
+    text = (
+        "model: m\noptions: {lean: off, fuse_dropped: no}\ntrainer: {eval_strategy: no, bf16: yes, weight_decay: 1e-2}"
+    )
     settings = TrainSettings(**yaml.load(text, Loader))
     assert settings.options == {"lean": "off", "fuse_dropped": False}
     assert settings.trainer == {"eval_strategy": "no", "bf16": True, "weight_decay": 0.01}

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from peft import PeftConfig
 from torch import Tensor, nn
 
-from peft_bsr.backbones import Column, StockRun, find_rule, probe
+from peft_bsr.backbones import Column, StockRun, default_state, find_rule, probe
 from peft_bsr.core import ForwardContext
 from peft_bsr.engine import Plan, QueryPath, attach_router
 from peft_bsr.errors import AdapterError
@@ -71,6 +71,7 @@ class SynQTModel(RoutedTuner):
         layers: list[int] = find_routers(self.model)[0].layers[adapter_name or self.active_adapters[0]]
         return layers
 
+    @default_state()
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Check everything, then give each block its router and the classifier its head."""
         self._check_place(model)

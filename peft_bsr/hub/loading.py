@@ -253,7 +253,8 @@ def _check_complete(model: Any, report: dict[str, Any], config: Any, source: str
         return module in heads or any(f".{part}." in f".{module}." for part in saved)
 
     lost = [name for name in report["missing_keys"] if name in sizes and not is_brought(name)]
-    other = sorted(key[0] for key in report["mismatched_keys"] if not is_brought(key[0]))
+    inside = _backbone_of(model, config)
+    other = sorted(k[0] for k in report["mismatched_keys"] if k[0].startswith(inside) and not is_brought(k[0]))
     if sum(sizes[name] for name in lost) > _SPARE * sum(sizes.values()):
         raise HubError(
             f"`{source}` lacks {len(lost)} of the {len(sizes)} weights of {type(model).__name__}, such as "
@@ -264,6 +265,13 @@ def _check_complete(model: Any, report: dict[str, Any], config: Any, source: str
             f"`{source}` has another shape of {len(other)} of the weights of {type(model).__name__}, such as "
             f"{other[0]}, and the adapter does not bring them. Give the model it was trained on as `base=`."
         )
+
+
+def _backbone_of(model: Any, config: Any) -> str:
+    """How names of the part with the blocks begin: what lies beside it is head, or not read at all."""
+    places = (getattr(config, "layout", None) or {}).items()
+    top = next((name.partition(".")[0] for place, name in places if place.startswith("blocks.")), "")
+    return f"{top}." if isinstance(getattr(model, top or "config", None), transformers.PreTrainedModel) else ""
 
 
 @contextmanager

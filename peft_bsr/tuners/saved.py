@@ -75,7 +75,7 @@ class SavedConfig(AdapterFiles, PeftConfig):
             model: The model.
             column: What it is.
             plan: What is done to it.
-            held: Names of the modules whose weights the adapter has, or takes the place of.
+            held: Names of the modules whose weights the adapter has, takes the place of, or does not need.
 
         Raises:
             AdapterFileError: If the adapter is read from a file, and its head tells apart other classes.
@@ -137,14 +137,13 @@ def _check_new(model: nn.Module, new: dict[str, Any], held: Sequence[str], confi
     if not lost:
         return
     name, (shape, before) = next(iter(lost.items()))
-    train = (
-        "Train it: `BSRConfig(trainable_blocks='every:1', modules_to_save=['patch_embeddings'])` or "
-        "`ALaSTConfig(train_embeddings=True)`"
-    )
     raise ConfigError(
-        f"{type(config).__name__}: `{name}` {list(shape)} is not from the base model, whose own is {list(before)}. It "
-        f"would stay as it is, and the adapter would not have it. {train}. If it holds what it should, save the model "
-        "with `save_pretrained(folder)`, and load it from there."
+        f"{type(config).__name__}: `{name}` {list(shape)} is not from the base model, whose own is {list(before)}: it "
+        "would stay at random, and the adapter would not have it. New patch embeddings train with "
+        "`BSRConfig(trainable_blocks='every:1', modules_to_save=['patch_embeddings'])` or "
+        "`ALaSTConfig(train_embeddings=True)`; for images of another size call the model with "
+        "`interpolate_pos_encoding=True` instead. If the weights are right as they are, save the model with "
+        "`save_pretrained(folder)` and load it from there."
     )
 
 

@@ -76,7 +76,7 @@ class BSRModel(RoutedTuner):
         config: BlockConfig = self.peft_config[adapter_name]
         column, plan, layout = self._settle(model, config, routers)
         self.peft_config[adapter_name] = self._write_down(model, column, config, plan, layout)
-        self.peft_config[adapter_name].attached_to(model, column, plan, list(self._targets))
+        self.peft_config[adapter_name].attached_to(model, column, plan, [*self._targets, *column.unread])
         self._column = column
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         routers = self._attached_routers(model, column)

@@ -79,7 +79,7 @@ class SynQTModel(RoutedTuner):
         config: SynQTConfig = copy.copy(self.peft_config[adapter_name])
         self._settled = self._settle(model, config, find_routers(model))
         write_down(config, self._settled[1])
-        config.attached_to(model, *self._settled[:2], [self._settled[-1]])
+        config.attached_to(model, *self._settled[:2], [self._settled[-1], *self._settled[0].unread])
         self.peft_config[adapter_name] = config
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         round_weights(model, self._rounded)

@@ -6,6 +6,7 @@ A module beside the package, because `import peft_bsr` imports PEFT (and so torc
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -48,6 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             make_parser().parse_args(typed)  # help, the version, or an error: it ends the process in each case
         except SystemExit as stop:
             return int(stop.code or 0)
+    for name in ("torchao", "torch.utils._pytree"):  # what they warn of at import is not the user's business
+        logging.getLogger(name).setLevel(logging.ERROR)
     from peft_bsr.cli.main import main as run
 
     return run(typed)

@@ -82,16 +82,19 @@ def read_config(name: str | Path, *, revision: str | None = None, token: str | b
     Raises:
         HubError: If there is none.
     """
-    files = list_files(name, revision=revision, token=token)
+    if ADAPTER not in list_files(name, revision=revision, token=token):
+        raise HubError(_no_adapter(name, f"it has no {ADAPTER}"))
     try:
-        if ADAPTER not in files:
-            raise FileNotFoundError(f"there is no {ADAPTER}")
         return PeftConfig.from_pretrained(_place(name), revision=revision, token=token)
     except Exception as error:  # ValueError, or the Hub's and the HTTP library's own errors
-        raise HubError(
-            f"`{name}` is no adapter ({headline(error)}). Give a folder with adapter_config.json, or the id of a "
-            "repository on the Hub that has one."
-        ) from error
+        raise HubError(_no_adapter(name, headline(error))) from error
+
+
+def _no_adapter(name: str | Path, why: str) -> str:
+    return (
+        f"`{name}` is no adapter ({why}). Give a folder with adapter_config.json, or the id of a repository on the Hub "
+        "that has one."
+    )
 
 
 def load_base(

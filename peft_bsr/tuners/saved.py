@@ -68,6 +68,16 @@ class SavedConfig(AdapterFiles, PeftConfig):
     attachment = None  # an Attachment; not annotated, because it is no field and not saved
     facts = None  # what was measured, see `peft_bsr.hub.Facts`
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        problems = []
+        if self.labels is not None and not (isinstance(self.labels, list) and all(map(_is_text, self.labels))):
+            problems.append(f"`labels={self.labels!r}` must be a list of names, or None.")
+        if self.base_config is not None and not isinstance(self.base_config, dict):
+            problems.append(f"`base_config={self.base_config!r}` must be names and values, or None.")
+        if problems:
+            raise ConfigError.from_problems(type(self).__name__, problems)
+
     def attached_to(self, model: nn.Module, column: Column, plan: Plan, held: Sequence[str]) -> None:
         """Remember the model.
 
@@ -114,6 +124,10 @@ def find_labels(model: nn.Module, column: Column) -> list[str] | None:
     if not any(isinstance(head, nn.Linear) and head.out_features == len(named) for head in heads):
         return None
     return [str(named[index]) for index in sorted(named)]
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
 
 
 def _check_labels(saved: list[str] | None, found: list[str] | None) -> None:

@@ -41,7 +41,7 @@ from peft_bsr.errors import (  # noqa: E402
     UsageError,
 )
 from peft_bsr.exporting import ExportReport, export  # noqa: E402
-from peft_bsr.hub import add_facts, load, load_image_processor, push_to_hub  # noqa: E402
+from peft_bsr.hub import add_facts, load, load_image_processor, pipeline, push_to_hub  # noqa: E402
 from peft_bsr.multitask import MoEConfig, MultitaskOutput, TaskConfig, record_usage  # noqa: E402
 from peft_bsr.training import FeatureCache, TrainabilityCallback, compile, verify_trainability  # noqa: E402
 from peft_bsr.tuners import ALaSTConfig, ALaSTModel, BSRConfig, BSRModel, SynQTConfig, SynQTModel  # noqa: E402
@@ -97,6 +97,7 @@ __all__ = [
     "export_task",
     "load",
     "load_image_processor",
+    "pipeline",
     "probe_column",
     "push_to_hub",
     "record_routes",

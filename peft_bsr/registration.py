@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from importlib.metadata import PackageNotFoundError, version
 
 import peft
@@ -14,6 +15,9 @@ from peft_bsr.errors import UnsupportedPeftError
 
 OLDEST_PEFT, FIRST_UNTESTED_PEFT = "0.20.0", "0.22.0"
 """Supported: OLDEST_PEFT <= peft < FIRST_UNTESTED_PEFT. A newer one may work; the tests say loudly when it arrives."""
+
+# PEFT asks each model by this old name; a user can change nothing about it
+warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
 
 def check_peft_version(version: str = peft.__version__) -> None:

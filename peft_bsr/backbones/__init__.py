@@ -4,6 +4,7 @@ from peft_bsr.backbones.anatomy import apply_part
 from peft_bsr.backbones.column import Anatomy, Column
 from peft_bsr.backbones.inputs import (
     StockRun,
+    default_state,
     hidden_first,
     in_mode,
     input_shapes,
@@ -19,7 +20,7 @@ from peft_bsr.backbones.inputs import (
 from peft_bsr.backbones.lookup import captured_outputs, function_of, is_capture_hook
 from peft_bsr.backbones.permutation import excess, no_zero_tables
 from peft_bsr.backbones.probe import probe, probe_column
-from peft_bsr.backbones.registry import FamilyRule, find_rule, register_family, unregister_family
+from peft_bsr.backbones.registry import FamilyRule, find_rule, inner_config, register_family, unregister_family
 from peft_bsr.backbones.scoring import (
     AttentionScorer,
     ScoringConfig,
@@ -46,6 +47,7 @@ __all__ = [
     "attend",
     "captured_outputs",
     "computes_weights",
+    "default_state",
     "excess",
     "explicit_attention",
     "find_rule",
@@ -53,6 +55,7 @@ __all__ = [
     "function_of",
     "hidden_first",
     "in_mode",
+    "inner_config",
     "input_names",
     "input_shapes",
     "is_capture_hook",

@@ -51,8 +51,10 @@ class Column:
         num_suffix: S, tokens at the end that do not depend on the image (detection tokens).
         image_shape: Shape of the probed input without the batch: (channels, height, width) of an image.
         grid: (rows, columns) of its patches, (frames, rows, columns) of a video; None where the tokens are no grid.
-        reads_prefix: Prefix positions of the last block's output that change the model's output.
-        reads_patches: Whether patch tokens of the last block's output do (a mean-pooling head, say).
+        last_read: Index of the last block whose output changes the model's: depth - 1, but for heads that read earlier
+            blocks (dense heads, backbones with `out_indices`).
+        reads_prefix: Prefix positions of that block's output that change the model's output.
+        reads_patches: Whether patch tokens of that block's output do (a mean-pooling head, say).
         reads_suffix: Whether suffix tokens do.
         is_chained: Whether every block's input is the output of the one before it.
         returns_tuple: Whether a block returns (hidden states, ...) and not the hidden states alone.
@@ -77,6 +79,7 @@ class Column:
     num_suffix: int
     image_shape: tuple[int, ...]
     grid: tuple[int, ...] | None
+    last_read: int
     reads_prefix: tuple[int, ...]
     reads_patches: bool
     reads_suffix: bool

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from peft_bsr.backbones.registry import find_rule, vision_config
 from peft_bsr.errors import UnsupportedModelError
 
 _PREFERRED_PATCHES = 256  # a probe at DINOv2's native 518 px (1369 patches) takes seconds, at 256 patches a fraction
+_AUTOCAST = ("cpu", "cuda", "mps", "xpu")
 
 
 @contextmanager
@@ -30,10 +32,23 @@ def in_mode(training: bool, *models: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def default_state() -> Iterator[None]:
+    """Leave the caller's `torch.inference_mode`, autocast and default device: they are not the model's."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        for kind in _AUTOCAST:
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        yield
+
+
+@contextmanager
 def quiet(model: nn.Module) -> Iterator[None]:
     """Run `model` without a trace: evaluation mode, no gradients, the random state and every module's mode restored.
 
-    Inside of `torch.inference_mode()` it is left, because the probe asks for gradients of the head.
+    `torch.inference_mode()` is left, because the probe asks for gradients of the head; see `default_state`.
 
     Raises:
         UnsupportedModelError: If the model's weights were made there.
@@ -41,11 +56,11 @@ def quiet(model: nn.Module) -> Iterator[None]:
     if any(p.is_inference() for p in model.parameters()):
         raise UnsupportedModelError(
             "its weights were made inside `torch.inference_mode()` and can have no gradients. Load the model outside "
-            "of it, or inside `torch.no_grad()`"
+            "of it, or inside `torch.no_grad()`."
         )
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     with (
-        torch.inference_mode(False),
+        default_state(),
         in_mode(False, model),
         torch.random.fork_rng(devices),
         torch.no_grad(),
@@ -93,9 +108,7 @@ def input_shapes(model: nn.Module) -> list[tuple[int, ...]]:
     patch = getattr(config, "patch_size", None)
     frames = getattr(config, "num_frames", None) or getattr(config, "frames_per_clip", None)
     if size is None:
-        raise UnsupportedModelError(
-            "its config names no image_size, so no probe image can be made; register a FamilyRule with `probe_inputs`"
-        )
+        raise UnsupportedModelError(_without_size(model))
     height, width = _pair(size)
     if frames is not None:
         return [(frames, channels, height, width)]
@@ -106,6 +119,26 @@ def input_shapes(model: nn.Module) -> list[tuple[int, ...]]:
         if height * width > small[0] * small[1]:
             shapes.insert(0, (channels, *small))
     return shapes
+
+
+def _without_size(model: nn.Module) -> str:
+    """What to do with a model whose config does not say what an image is: mostly one with a backbone inside."""
+    parts = [name for name, part in model.named_modules() if name and hasattr(_config(part), "image_size")]
+    if parts:
+        part = f"model.{parts[0]}"
+        return (
+            f"it has no config with an `image_size`, but `{parts[0]}` in it has. Attach to that: "
+            f"`{part} = get_peft_model({part}, BSRConfig())`; docs/guides/own_heads.md shows the rest."
+        )
+    return (
+        "its config names no `image_size`, so no probe image can be made. Register a FamilyRule with `probe_inputs`, "
+        "see docs/new_model.md."
+    )
+
+
+def _config(module: nn.Module) -> Any:
+    """The config of a model of transformers, not the one that its parts keep as well."""
+    return module.config if isinstance(module, PreTrainedModel) else None
 
 
 @dataclass

@@ -9,7 +9,7 @@ alone.
 from __future__ import annotations
 
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,10 +31,7 @@ from peft_bsr.backbones.scoring import find_score_source
 from peft_bsr.core import Route
 from peft_bsr.errors import UnsupportedModelError
 
-SUPPORTED = (
-    "Supported are plain vision transformers, found by probing: one list of blocks that map [B, N, D] to [B, N, D] "
-    "with global attention; docs/compatibility.md lists the families tested"
-)
+_INSTEAD = "Use PEFT's LoRA for it; docs/compatibility.md lists the models that are supported."
 
 
 def probe_column(model: nn.Module) -> Column:
@@ -63,7 +60,9 @@ def probe(model: nn.Module) -> tuple[Column, StockRun]:
     try:
         return _probe(model)
     except UnsupportedModelError as error:
-        raise UnsupportedModelError(f"{type(model).__name__} is not supported: {error}. {SUPPORTED}.") from None
+        reason = str(error)  # one that ends with a full stop says by itself what to do
+        told = reason if reason.endswith(".") else f"{reason}. {_INSTEAD}"
+        raise UnsupportedModelError(f"{type(model).__name__} is not supported: {told}") from None
 
 
 class _EmbeddingsSeen(Exception):  # noqa: N818  (a way out of a forward, not an error)
@@ -76,7 +75,7 @@ class _Trace:
     def __init__(self) -> None:
         self.calls: list[tuple[tuple[Any, ...], dict[str, Any], Any]] = []  # arguments, keywords, output of each block
         self.has_begun = False
-        self.last: Any = None  # the last block's hidden states, where the graph starts
+        self.start: Any = None  # a block's hidden states, where the graph starts
         self.attention_call: tuple[tuple[Any, ...], dict[str, Any]] | None = None  # the first block's
         self.attention_shapes: list[tuple[int, ...]] = []
         self.order: dict[int, list[str]] = {}  # block index -> children as they ran
@@ -97,13 +96,15 @@ class _Trace:
 
 def _probe(model: nn.Module) -> tuple[Column, StockRun]:
     if any(p.is_meta for p in model.parameters()):
-        raise UnsupportedModelError("its weights are on the meta device and the probe runs it once; load them first")
-    list_name, attention_name = _find_blocks(model)
-    blocks = list(model.get_submodule(list_name).children())
+        raise UnsupportedModelError(
+            "its weights are on the meta device. Load them first: the probe runs the model once."
+        )
+    found = _find_blocks(model)
+    list_name, attention_name, blocks = found
     with quiet(model):
-        image_shape, embeddings, output, trace = _run(model, list_name, blocks, attention_name)
+        image_shape, embeddings, output, trace = _run(model, found)
         if not all(bool(t.isfinite().all()) for t in tensors_of(output) if t.is_floating_point()):
-            raise UnsupportedModelError("its own output for a random image is NaN or infinite; look at its weights")
+            raise UnsupportedModelError("its own output for a random image is NaN or infinite. Look at its weights.")
         _check_blocks(trace, blocks)
         num_prefix, num_suffix = _count_special(embeddings)
         num_patches = embeddings.shape[1] - num_prefix - num_suffix
@@ -113,7 +114,7 @@ def _probe(model: nn.Module) -> tuple[Column, StockRun]:
         attention = blocks[0].get_submodule(attention_name)
         assert trace.attention_call is not None
         scores_from, num_heads, scaling = find_score_source(attention, *trace.attention_call)
-        reads, head = _read_out(output, trace)
+        last_read, reads, head = _read_out(model, found, image_shape, output, trace)
     leaves = tuple(parameter_owners(blocks[0]))
     orders = [list(order) for order in trace.order.values()]
     is_same = all(order == orders[0] for order in orders)
@@ -133,6 +134,7 @@ def _probe(model: nn.Module) -> tuple[Column, StockRun]:
         num_suffix=num_suffix,
         image_shape=image_shape,
         grid=grids[-1] if grids else None,
+        last_read=last_read,
         reads_prefix=tuple(i for i in range(num_prefix) if reads[i]),
         reads_patches=bool(reads[num_prefix : num_prefix + num_patches].any()),
         reads_suffix=bool(reads[num_prefix + num_patches :].any()),
@@ -146,8 +148,15 @@ def _probe(model: nn.Module) -> tuple[Column, StockRun]:
     return column, StockRun(trace.calls, [tensor.detach() for tensor in tensors_of(output)])
 
 
-def _find_blocks(model: nn.Module) -> tuple[str, str]:
-    """Name of the list of blocks, and of the attention relative to a block."""
+class _Blocks(NamedTuple):
+    """The list's name, the attention's name relative to a block, and the blocks."""
+
+    list_name: str
+    attention_name: str
+    modules: list[nn.Module]
+
+
+def _find_blocks(model: nn.Module) -> _Blocks:
     depth = getattr(vision_config(model), "num_hidden_layers", None)
     found: dict[str, list[str]] = {}
     for name, module in model.named_modules():
@@ -157,34 +166,40 @@ def _find_blocks(model: nn.Module) -> tuple[str, str]:
                 found[name] = attentions[0]
     lengths = {name: len(list(model.get_submodule(name).children())) for name in found}
     matching = [name for name in found if depth is None or lengths[name] == depth]
-    if len(matching) != 1 or len(found[matching[0]]) != 1:
-        lists = [f"{name} ({lengths[name]} blocks with {' and '.join(found[name])})" for name in found]
-        raise UnsupportedModelError(
-            f"it must have one list of equal blocks, each with one attention (query, key and value projections), as "
-            f"long as its config's num_hidden_layers={depth}; found: {', '.join(lists) or 'none'}"
-        )
-    return matching[0], found[matching[0]][0]
+    lists = " and ".join(f"`{name}` ({lengths[name]} blocks)" for name in found)
+    if not found:
+        raise UnsupportedModelError("it has no list of equal blocks with query, key and value projections")
+    if len(found) > 1 and len(matching) != 1:
+        raise UnsupportedModelError(f"it has stages: {len(found)} lists of blocks, the first is `{next(iter(found))}`")
+    if len(matching) != 1:
+        raise UnsupportedModelError(f"{lists} is not as long as its config's num_hidden_layers={depth}")
+    if len(found[matching[0]]) > 1:
+        raise UnsupportedModelError(f"its blocks have several attentions: {' and '.join(found[matching[0]])}")
+    return _Blocks(matching[0], found[matching[0]][0], list(model.get_submodule(matching[0]).children()))
 
 
-def _run(
-    model: nn.Module, list_name: str, blocks: list[nn.Module], attention_name: str
-) -> tuple[tuple[int, ...], Tensor, Any, _Trace]:
-    """Embed two images, then forward the first of them; the graph starts at the last block's output."""
+def _run(model: nn.Module, blocks: _Blocks) -> tuple[tuple[int, ...], Tensor, Any, _Trace]:
+    """Embed two images, then forward the first of them."""
     failure: Exception | None = None
     for image_shape in input_shapes(model):
-        trace = _Trace()
-        with ExitStack() as hooks:
-            try:
-                embeddings = _embed(model, blocks[0], probe_inputs(model, 2, image_shape))
-                _watch(model, list_name, blocks, attention_name, trace, hooks)
-                with torch.no_grad():  # leaving it also undoes what the last block's hook switches on
-                    output = run_probe(model, probe_inputs(model, 1, image_shape))
-                return image_shape, embeddings, output, trace
-            except UnsupportedModelError:
-                raise
-            except (ValueError, TypeError, RuntimeError, AttributeError, IndexError) as error:
-                failure = error  # a fixed-size model refuses the small image; the last try is its native size
+        try:
+            embeddings = _embed(model, blocks.modules[0], probe_inputs(model, 2, image_shape))
+            output, trace = _forward(model, blocks, image_shape, len(blocks.modules) - 1)
+            return image_shape, embeddings, output, trace
+        except UnsupportedModelError:
+            raise
+        except (ValueError, TypeError, RuntimeError, AttributeError, IndexError) as error:
+            failure = error  # a fixed-size model refuses the small image; the last try is its native size
     raise UnsupportedModelError(f"a forward pass on random inputs failed with {failure!r}")
+
+
+def _forward(model: nn.Module, blocks: _Blocks, image_shape: tuple[int, ...], start: int) -> tuple[Any, _Trace]:
+    """One watched forward; the graph starts at the output of block `start`."""
+    trace = _Trace()
+    with ExitStack() as hooks:
+        _watch(model, blocks, trace, hooks, start)
+        with torch.no_grad():  # leaving it also undoes what the hook of block `start` switches on
+            return run_probe(model, probe_inputs(model, 1, image_shape)), trace
 
 
 def _embed(model: nn.Module, first_block: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
@@ -208,9 +223,9 @@ def _embed(model: nn.Module, first_block: nn.Module, inputs: dict[str, Tensor]) 
     return seen[0]
 
 
-def _watch(
-    model: nn.Module, list_name: str, blocks: list[nn.Module], attention_name: str, trace: _Trace, hooks: ExitStack
-) -> None:
+def _watch(model: nn.Module, found: _Blocks, trace: _Trace, hooks: ExitStack, start: int) -> None:
+    list_name, attention_name, blocks = found
+
     def on(handle: Any) -> None:
         hooks.callback(handle.remove)
 
@@ -220,10 +235,10 @@ def _watch(
     def leave_block(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         trace.calls.append((*hidden_first(args, kwargs), output))
         hidden_states, *others = output if isinstance(output, tuple) else (output,)
-        if block is blocks[-1] and isinstance(hidden_states, Tensor):
-            trace.last = hidden_states.detach().requires_grad_()
+        if block is blocks[start] and isinstance(hidden_states, Tensor):
+            trace.start = hidden_states.detach().requires_grad_()
             torch.set_grad_enabled(True)
-            return (trace.last, *others) if isinstance(output, tuple) else trace.last
+            return (trace.start, *others) if isinstance(output, tuple) else trace.start
         return None
 
     def enter_attention(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -269,12 +284,12 @@ def _check_blocks(trace: _Trace, blocks: list[nn.Module]) -> None:
         if not isinstance(output, Tensor) or hidden.shape != shape or output.shape != shape:
             found = tuple(getattr(output, "shape", ())) or type(output).__name__
             raise UnsupportedModelError(
-                f"block {index} maps {tuple(hidden.shape)} to {found}, not the {tuple(shape)} of block 0 to the same"
+                f"block {index} maps {tuple(hidden.shape)} to {found}, so that not all blocks see the same tokens"
             )
     for index, attended in enumerate(trace.attention_shapes):
         if attended != shape:
             raise UnsupportedModelError(
-                f"attention {index} sees {attended}, not all tokens {tuple(shape)} at once (windows, or a grid)"
+                f"it has windows: attention {index} sees {attended}, not all tokens {tuple(shape)} at once"
             )
     if len(trace.attention_shapes) != len(blocks):
         raise UnsupportedModelError(
@@ -294,21 +309,34 @@ def _count_special(embeddings: Tensor) -> tuple[int, int]:
     return num_prefix, num_suffix
 
 
-def _read_out(output: Any, trace: _Trace) -> tuple[Tensor, tuple[str, ...]]:
-    """Tokens of the last block that change the output [N], and the modules behind it that do."""
+def _read_out(
+    model: nn.Module, blocks: _Blocks, image_shape: tuple[int, ...], output: Any, trace: _Trace
+) -> tuple[int, Tensor, tuple[str, ...]]:
+    """The last block whose output counts, its tokens that do [N], and the modules after the blocks that do."""
+    last = len(blocks.modules) - 1
+    for index in range(last, -1, -1):
+        if index < last:
+            output, trace = _forward(model, blocks, image_shape, index)
+        if found := _gradients(output, trace):
+            return index, *found
+    raise UnsupportedModelError("its output does not depend on any of its blocks")
+
+
+def _gradients(output: Any, trace: _Trace) -> tuple[Tensor, tuple[str, ...]] | None:
+    """Tokens where the graph starts that change the output [N], and the modules after the blocks that do."""
     tensors = [t for t in tensors_of(output) if t.requires_grad]
     if not tensors:
-        raise UnsupportedModelError("its output does not depend on its last block, which would train for nothing")
+        return None
     generator = torch.Generator().manual_seed(0)
     with torch.enable_grad():  # random weights: a plain sum of a LayerNorm's output has no gradient
         weighted = [t.float() * torch.randn(t.shape, generator=generator).to(t.device) for t in tensors]
         probe = torch.stack([t.sum() for t in weighted]).sum()
     outputs = [t if t.requires_grad else None for t in trace.behind.values()]
-    sources = [trace.last, *(t for t in outputs if t is not None)]
-    last, *rest = torch.autograd.grad(probe, sources, allow_unused=True)
-    if last is None:
-        raise UnsupportedModelError("its output does not depend on its last block, which would train for nothing")
+    sources = [trace.start, *(t for t in outputs if t is not None)]
+    start, *rest = torch.autograd.grad(probe, sources, allow_unused=True)
+    if start is None:
+        return None
     gradients = iter(rest)
     used = [t is not None and next(gradients) is not None for t in outputs]
-    reads = last.abs().sum(dim=(0, 2)).ne(0).cpu()
+    reads = start.abs().sum(dim=(0, 2)).ne(0).cpu()
     return reads, tuple(name for name, is_used in zip(trace.behind, used, strict=True) if is_used)

@@ -78,9 +78,17 @@ def find_rule(model: nn.Module) -> FamilyRule:
 
 
 def vision_config(model: nn.Module) -> Any:
-    """The config of the vision part, or None."""
-    config = getattr(model, "config", None)
-    return getattr(config, "vision_config", config)
+    """The config that the model's blocks are made by, or None."""
+    return inner_config(getattr(model, "config", None))
+
+
+def inner_config(config: Any) -> Any:
+    """The part of a config that the blocks are made by: the vision model's, the backbone's, or the config itself."""
+    for part in ("vision_config", "backbone_config"):
+        inner = getattr(config, part, None)
+        if hasattr(inner, "num_hidden_layers"):  # a hybrid's convolutional backbone has none
+            return inner
+    return config
 
 
 def _siglip2_inputs(config: Any, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:

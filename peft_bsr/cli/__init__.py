@@ -1,5 +1,1 @@
-"""The command `peft-bsr`. Its commands' modules are imported when they are asked for."""
-
-from peft_bsr.cli.entry import main
-
-__all__ = ["main"]
+"""The command `peft-bsr` and its commands, one module each. `peft_bsr_cli` imports the one that is asked for."""

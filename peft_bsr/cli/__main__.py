@@ -2,6 +2,6 @@
 
 import sys
 
-from peft_bsr.cli.entry import main
+from peft_bsr_cli import main
 
 sys.exit(main())

@@ -15,8 +15,8 @@ from torch import nn
 from peft_bsr.backbones import input_shapes, main_input, probe_column, probe_inputs
 from peft_bsr.cli.findings import FULL, conditions
 from peft_bsr.cli.output import Output
-from peft_bsr.cli.settings import read_pairs
 from peft_bsr.cli.sources import METHODS, find_adapter, make_config, make_model, model_of
+from peft_bsr.cli.values import read_pairs
 from peft_bsr.cost import compare, cost_rows
 from peft_bsr.errors import PeftBsrError, UsageError, one_line
 

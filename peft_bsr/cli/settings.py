@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
+from transformers import TrainingArguments
 
 from peft_bsr.cli.sources import METHODS, check_names
+from peft_bsr.cli.values import Loader, read_fields, read_pairs
 from peft_bsr.errors import UsageError
 from peft_bsr.training.images import DIGITS
 
@@ -74,6 +75,8 @@ class TrainSettings:
         for name in ("options", "trainer"):
             if not isinstance(getattr(self, name), dict):
                 raise UsageError(f"`{name}: {getattr(self, name)}` must be names and values.")
+        self.options = read_fields(self.options, METHODS[self.method])
+        self.trainer = read_fields(self.trainer, TrainingArguments)
 
     def write(self, path: Path) -> None:
         """As a YAML file that `--config` reads."""
@@ -117,30 +120,9 @@ def read_settings(args: argparse.Namespace) -> TrainSettings:
     return TrainSettings(**{name: value for name, value in values.items() if value is not None})
 
 
-def read_pairs(pairs: Sequence[str]) -> dict[str, Any]:
-    """`["keep_rate=0.7", "trainable_blocks=last:3"]` as names and values; a value is JSON, or else YAML.
-
-    Raises:
-        UsageError: If there is no `=`, or a value is not understood.
-    """
-    found = {}
-    for pair in pairs:
-        name, equals, text = pair.partition("=")
-        if not equals:
-            raise UsageError(f"`{pair}` must be NAME=VALUE, such as keep_rate=0.7.")
-        try:
-            found[name] = json.loads(text)  # YAML takes 1e-3 for a text
-        except json.JSONDecodeError:
-            try:
-                found[name] = yaml.safe_load(text)
-            except yaml.YAMLError as error:
-                raise UsageError(f"`{pair}` must be NAME=VALUE, with a value that is JSON or YAML.") from error
-    return found
-
-
 def _read_file(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader)
     except OSError as error:
         raise UsageError(f"`--config {path}` cannot be read: {error.strerror}.") from error
     except yaml.YAMLError as error:
@@ -150,4 +132,4 @@ def _read_file(path: Path) -> dict[str, Any]:
     return dict(values)
 
 
-__all__ = ["TrainSettings", "add_settings", "read_pairs", "read_settings"]
+__all__ = ["TrainSettings", "add_settings", "read_settings"]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +14,10 @@ from peft import PeftConfig
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageClassification
 
-from peft_bsr.errors import HubError, UsageError
+from peft_bsr.cli.values import read_fields
+from peft_bsr.errors import UsageError
 from peft_bsr.hub import read_config
+from peft_bsr.hub.files import ADAPTER, MODEL, list_files
 from peft_bsr.tuners import ALaSTConfig, BSRConfig, SynQTConfig
 
 METHODS: dict[str, type[Any]] = {"bsr": BSRConfig, "alast": ALaSTConfig, "synqt": SynQTConfig}
@@ -28,22 +30,15 @@ def find_adapter(name: str) -> PeftConfig | None:
         name: MODEL.
 
     Raises:
-        UsageError: If it is neither, nor the id of a repository that answers.
+        HubError: If there is no such folder and no such repository, or if the Hub does not answer.
+        UsageError: If it is neither a model nor an adapter.
     """
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        if (folder / "adapter_config.json").exists():
-            return read_config(folder)
-        if (folder / "config.json").exists():
-            return None
-        raise UsageError(f"the folder `{name}` has neither config.json nor adapter_config.json.")
-    if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        raise UsageError(f"there is no folder `{name}`.")
-    try:
+    files = list_files(name)
+    if ADAPTER in files:
         return read_config(name)
-    except HubError:
-        read_model_config(name)  # says it if there is no such repository
+    if MODEL in files:
         return None
+    raise UsageError(f"`{name}` has neither {MODEL} nor {ADAPTER}.")
 
 
 def read_model_config(name: str) -> Any:
@@ -90,12 +85,17 @@ def make_model(name: str, labels: int | None = None, device: str = "cpu") -> nn.
 def load_model(name: str, labels: Sequence[str]) -> Any:
     """A model with its weights and a classifier for `labels`.
 
+    A distilled checkpoint, whose own class takes no labels, becomes the plain classifier of its family.
+
     Args:
         name: MODEL, a model.
         labels: Names of the classes.
+
+    Raises:
+        UsageError: If it cannot be loaded, or no classifier of its family takes labels.
     """
     try:
-        return AutoModelForImageClassification.from_pretrained(
+        return _trainable_class(name).from_pretrained(
             name,
             id2label=dict(enumerate(labels)),
             label2id={label: index for index, label in enumerate(labels)},
@@ -103,6 +103,20 @@ def load_model(name: str, labels: Sequence[str]) -> Any:
         )
     except (OSError, ValueError) as error:
         raise UsageError(f"`{name}` cannot be loaded: {str(error).strip().splitlines()[0][:200]}") from error
+
+
+def _trainable_class(name: str) -> Any:
+    """The image classifier of the model's family that can be trained: its loss is made of labels."""
+    config = read_model_config(name)
+    found = AutoModelForImageClassification._model_mapping.get(type(config), None)
+    if found is None:
+        return AutoModelForImageClassification  # which says so
+    classes = found if isinstance(found, (list, tuple)) else (found,)
+    named = sorted(classes, key=lambda cls: cls.__name__ not in (config.architectures or ()))  # its own class first
+    trainable = [cls for cls in named if "labels" in inspect.signature(cls.forward).parameters]
+    if not trainable:
+        raise UsageError(f"`{name}` is made for {named[0].__name__}, which takes no labels: it cannot be trained here.")
+    return trainable[0]
 
 
 def make_config(method: str, options: Mapping[str, Any]) -> Any:
@@ -119,7 +133,7 @@ def make_config(method: str, options: Mapping[str, Any]) -> Any:
         raise UsageError(f"`--method {method}` is unknown. Use one of {', '.join(METHODS)}.")
     known = [field.name for field in fields(METHODS[method]) if field.init]
     check_names(options, known, f"option of {method}")
-    return METHODS[method](**options)
+    return METHODS[method](**read_fields(options, METHODS[method]))
 
 
 def check_names(given: Mapping[str, Any], known: Sequence[str], kind: str) -> None:

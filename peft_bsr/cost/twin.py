@@ -10,7 +10,7 @@ import torch
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from torch import nn
 
-from peft_bsr.backbones import Column
+from peft_bsr.backbones import Column, inner_config
 from peft_bsr.engine import Plan
 from peft_bsr.errors import PeftBsrError, UnsupportedModelError
 from peft_bsr.tuners.saved import SavedConfig
@@ -44,9 +44,9 @@ def on_meta(model: nn.Module, image_size: int | None = None, dtype: torch.dtype 
     Raises:
         UnsupportedModelError: If it cannot be made from its config.
     """
-    config = copy.deepcopy(_config_of(model))
+    config = _config_of(model)
     if image_size is not None:
-        vision = getattr(config, "vision_config", config)
+        vision = inner_config(config)
         if not hasattr(vision, "image_size"):
             raise UnsupportedModelError(f"{type(model).__name__} has no `image_size` to change; leave it None.")
         vision.image_size = image_size
@@ -69,8 +69,8 @@ def settle(model: nn.Module, config: SavedConfig) -> Settled:
         ConfigError: If the config asks for what this model does not allow.
         UnsupportedModelError: If the model is no plain vision transformer.
     """
-    narrow = copy.deepcopy(_config_of(model))
-    vision = getattr(narrow, "vision_config", narrow)
+    narrow = _config_of(model)
+    vision = inner_config(narrow)
     heads = getattr(vision, "num_attention_heads", None)
     if heads is None or not hasattr(vision, "hidden_size"):
         raise UnsupportedModelError(
@@ -135,9 +135,12 @@ def _tuner(config: SavedConfig, kind: type) -> Any:
 
 
 def _config_of(model: nn.Module) -> Any:
+    """A copy of the model's config."""
     config = getattr(model, "config", None)
     if config is None:
         raise UnsupportedModelError(f"{type(model).__name__} has no config, by which it could be made without weights.")
+    config = copy.deepcopy(config)
+    config._name_or_path = ""  # what is made of it does not claim to have the weights of that place
     return config
 
 

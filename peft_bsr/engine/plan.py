@@ -158,6 +158,10 @@ class Plan:
         """A plan that keeps all tokens."""
         return replace(self, blocks=tuple(replace(block, reduction=None) for block in self.blocks))
 
+    def without_cuts(self) -> Plan:
+        """A plan in which gradients run back to what lies before the blocks."""
+        return replace(self, blocks=tuple(replace(block, cut_gradient=False) for block in self.blocks))
+
     def with_lean(self, lean: Lean | None) -> Plan:
         """A plan whose blocks in the graph run lean; the others keep nothing anyway."""
         return replace(self, blocks=tuple(replace(b, lean=lean if b.in_graph else None) for b in self.blocks))

@@ -13,6 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from peft_bsr.cost import Cost
 from peft_bsr.hub.facts import Facts
+from peft_bsr.hub.task import Task, task_of
 from peft_bsr.hub.words import plan_in_words
 from peft_bsr.registration import package_version
 from peft_bsr.tuners.saved import SavedConfig
@@ -55,18 +56,17 @@ def model_card(config: SavedConfig, facts: Facts, base: str | None = None) -> st
     assert config.attachment is not None, "the configuration of an attached adapter"
     method = str(config.peft_type).rpartition(".")[2]
     column, plan = config.attachment.column, config.attachment.plan
-    called = (
-        f"[{base}](https://huggingface.co/{base})" if base else f"`{Path(str(config.base_model_name_or_path)).name}`"
-    )
+    task = task_of(config)
+    called = f"[{base}](https://huggingface.co/{base})" if base else f"`{_folder(config.base_model_name_or_path)}`"
     parts = [
         f"# {_NAMES[method]} adapter of {called}",
-        f"Made with [peft_bsr](https://pypi.org/project/peft-bsr), method {method} "
+        f"{task.words} Made with peft_bsr, method {method} "
         f"([arXiv {_PAPERS[method]}](https://arxiv.org/abs/{_PAPERS[method]})).",
-        "## Use\n\n" + _snippet(config),
+        "## Use\n\n" + _snippet(task, facts.repo_id),
         "## What it does\n\n" + "\n".join(f"- {sentence}" for sentence in plan_in_words(config, column, plan)),
     ]
     if facts.metrics or facts.dataset:
-        on = f" on {facts.dataset}" if facts.dataset else ""
+        on = f" on {_hub_id(facts.dataset) or _folder(facts.dataset)}" if facts.dataset else ""
         scores = [f"- {name}{on}: {value:.4g}" for name, value in facts.metrics.items()]
         parts.append("## Results\n\n" + ("\n".join(scores) or f"Trained{on}; nothing was scored."))
     if facts.costs:
@@ -82,17 +82,16 @@ def model_card(config: SavedConfig, facts: Facts, base: str | None = None) -> st
     return "\n\n".join(parts)
 
 
-def _snippet(config: SavedConfig) -> str:
-    lines = ["import peft_bsr", "from transformers import pipeline", ""]
-    if config.labels is None:
-        return "\n".join(["```python", lines[0], "", 'model = peft_bsr.load("this/repository")', "```"])
-    lines += [
-        'model = peft_bsr.load("this/repository")  # base model and adapter',
-        'processor = peft_bsr.load_image_processor("this/repository")',
-        'classify = pipeline("image-classification", model=model.get_base_model(), image_processor=processor)',
-        'classify("image.jpg")',
+def _snippet(task: Task, repo_id: str | None) -> str:
+    place = f'"{repo_id}"' if repo_id else '"."  # this folder'
+    lines = [
+        f"adapter = {place}",
+        "model = peft_bsr.load(adapter)  # base model, adapter, head and names of the labels",
     ]
-    return "\n".join(["```python", *lines, "```"])
+    if task.pipeline is not None:
+        lines += ["predict = peft_bsr.pipeline(adapter)  # the same in a pipeline of transformers"]
+        lines += [f'predict("{task.example}")' + ("  # `score` is the value" if task.is_regression else "")]
+    return "\n".join(["```python", "import peft_bsr", "", *lines, "```"])
 
 
 def _cost_table(facts: Facts) -> str:
@@ -114,7 +113,11 @@ def _limits(config: Any, method: str) -> list[str]:
     if method == "SYNQT":
         limits.append("It cannot be merged into the base model.")
     if _hub_id(config.base_model_name_or_path) is None:
-        limits.append("The base model is no repository on the Hub: give it as `peft_bsr.load(..., base=...)`.")
+        name = _folder(config.base_model_name_or_path)
+        limits.append(
+            f"The base model was read from a folder, `{name}`. On another machine give its place: "
+            "`peft_bsr.load(adapter, base=...)`."
+        )
     return limits
 
 
@@ -127,15 +130,17 @@ def _metadata(old: Any, config: SavedConfig, facts: Facts, base: str | None) -> 
     kept |= {"library_name": "peft", "tags": sorted(tags)}
     if base:
         kept["base_model"] = base
-    if config.labels is not None:
-        kept["pipeline_tag"] = "image-classification"
+    task = task_of(config)
+    kept.pop("pipeline_tag", None)
+    if task.tag is not None:
+        kept["pipeline_tag"] = task.tag
     if dataset := _hub_id(facts.dataset):
         kept["datasets"] = [dataset]
-    if facts.metrics and facts.dataset and config.labels is not None:
+    if facts.metrics and facts.dataset and task.tag is not None:
+        called = dataset or _folder(facts.dataset)
         kept["model_name"] = f"{method} adapter"
         kept["eval_results"] = [
-            EvalResult("image-classification", facts.dataset, facts.dataset, name, value)
-            for name, value in facts.metrics.items()
+            EvalResult(task.tag, called, called, name, value) for name, value in facts.metrics.items()
         ]
     return ModelCardData(**kept)
 
@@ -154,6 +159,11 @@ def _hub_id(name: str | None) -> str | None:
     if not name or Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
         return None
     return name if "/" in name else None
+
+
+def _folder(name: str | Path | None) -> str:
+    """A folder's own name, without the path that leads to it on this machine."""
+    return Path(str(name)).name
 
 
 __all__ = ["model_card", "write_card"]

@@ -25,6 +25,7 @@ class Facts:
             is the reference.
         conditions: Under which the costs were measured (device, dtype, batch, versions).
         picture: PNG file of kept tokens, copied beside the card.
+        repo_id: Repository on the Hub that the card is for; `push_to_hub` says it.
     """
 
     dataset: str | None = None
@@ -32,6 +33,7 @@ class Facts:
     costs: Mapping[str, Cost] = field(default_factory=dict)
     conditions: str | None = None
     picture: str | Path | None = None
+    repo_id: str | None = None
 
 
 def add_facts(model: nn.Module, *, adapter_name: str | None = None, **facts: Any) -> Facts:

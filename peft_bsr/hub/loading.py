@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,12 @@ import torch
 import transformers
 from peft import PeftConfig, PeftModel
 from torch import nn
-from transformers import AutoImageProcessor, AutoModelForImageClassification
+from transformers import AutoConfig, AutoFeatureExtractor, AutoImageProcessor, AutoModelForImageClassification
 
 from peft_bsr.errors import HubError, headline
+from peft_bsr.hub.files import ADAPTER, list_files
+from peft_bsr.hub.task import task_of
+from peft_bsr.tuners.base_model import with_settings
 
 _SPARE = 0.01  # share of the weights that a base model's file may lack
 
@@ -31,8 +34,9 @@ def load(
 ) -> PeftModel:
     """Read an adapter and the model it belongs to.
 
-    The base model is of the class that the adapter was trained on, with a classifier for the adapter's own labels; its
-    weights come from the adapter.
+    The base model is of the class that the adapter was trained on, with a classifier for the adapter's own labels and
+    with the settings that differed from its own file (`problem_type`, input channels); new weights come from the
+    adapter.
 
     Args:
         name: Hub id or folder of the adapter.
@@ -43,8 +47,7 @@ def load(
         is_trainable: Whether training goes on. Default False: evaluation mode, nothing asks for gradients.
 
     Returns:
-        The model. `transformers.pipeline("image-classification", model=model.get_base_model(), image_processor=...)`
-        takes what is inside of it.
+        The model. `peft_bsr.pipeline` makes a pipeline of it in one call.
 
     Raises:
         HubError: If there is no adapter or no base model, or if they do not fit.
@@ -58,7 +61,7 @@ def load(
     model = load_base(config, base=base, token=token, dtype=dtype)
     try:
         loaded: Any = PeftModel.from_pretrained(
-            model, str(name), is_trainable=is_trainable, revision=revision, token=token
+            model, _place(name), is_trainable=is_trainable, revision=revision, token=token
         )
     except RuntimeError as error:  # torch's, one line a weight
         raise HubError(
@@ -79,13 +82,19 @@ def read_config(name: str | Path, *, revision: str | None = None, token: str | b
     Raises:
         HubError: If there is none.
     """
+    if ADAPTER not in list_files(name, revision=revision, token=token):
+        raise HubError(_no_adapter(name, f"it has no {ADAPTER}"))
     try:
-        return PeftConfig.from_pretrained(str(name), revision=revision, token=token)
+        return PeftConfig.from_pretrained(_place(name), revision=revision, token=token)
     except Exception as error:  # ValueError, or the Hub's and the HTTP library's own errors
-        raise HubError(
-            f"`{name}` is no adapter ({headline(error)}). Give a folder with adapter_config.json, or the id of a "
-            "repository on the Hub that has one."
-        ) from error
+        raise HubError(_no_adapter(name, headline(error))) from error
+
+
+def _no_adapter(name: str | Path, why: str) -> str:
+    return (
+        f"`{name}` is no adapter ({why}). Give a folder with adapter_config.json, or the id of a repository on the Hub "
+        "that has one."
+    )
 
 
 def load_base(
@@ -109,24 +118,32 @@ def load_base(
     source = str(base or config.base_model_name_or_path or "")
     if not source:
         raise HubError("The adapter does not name its base model. Give it as `base=`, a Hub id or a folder.")
-    settings: dict[str, Any] = {"token": token, "revision": None if base else config.revision}
-    if dtype is not None:
-        settings["dtype"] = dtype
-    if labels := getattr(config, "labels", None):
-        settings |= {
-            "id2label": dict(enumerate(labels)),
-            "label2id": {label: index for index, label in enumerate(labels)},
-            "ignore_mismatched_sizes": True,
-        }
+    model_class = _class_of(config)
+    config_class = getattr(model_class, "config_class", None) or AutoConfig
+    place: dict[str, Any] = {"token": token, "revision": None if base else config.revision}
+    labels, changes = getattr(config, "labels", None), getattr(config, "base_config", None)
+    named: dict[str, Any] = {}
+    if labels:
+        named["id2label"] = dict(enumerate(labels))
+        named["label2id"] = {label: index for index, label in enumerate(labels)}
     try:
+        list_files(source, **place)  # within seconds, also without a network
         with _quiet():  # that the classifier's weights are new is what we want
-            model, report = _class_of(config).from_pretrained(source, output_loading_info=True, **settings)
-    except (OSError, ValueError) as error:
+            settings = with_settings(config_class.from_pretrained(_place(source), **place, **named), changes or {})
+            model, report = model_class.from_pretrained(
+                _place(source),
+                config=settings,
+                ignore_mismatched_sizes=bool(labels or changes),
+                output_loading_info=True,
+                **place,
+                **({} if dtype is None else {"dtype": dtype}),
+            )
+    except (OSError, ValueError, TypeError) as error:
         raise HubError(
             f"The base model `{source}` cannot be read ({headline(error)}). Give another copy of it as `base=`, a "
             "Hub id or a folder."
         ) from error
-    _check_complete(model, report["missing_keys"], config, source)
+    _check_complete(model, report, config, source)
     return model
 
 
@@ -144,15 +161,71 @@ def load_image_processor(
     Raises:
         HubError: If neither has one.
     """
+    return _load_processor(AutoImageProcessor, "an image processor", name, base, revision, token)
+
+
+def pipeline(
+    name: str | Path,
+    *,
+    base: str | Path | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    dtype: torch.dtype | str | None = None,
+    **settings: Any,
+) -> transformers.Pipeline:
+    """A pipeline of transformers for an adapter: its task, its model, its processor.
+
+    Args:
+        name: See `load`.
+        base: See `load`.
+        revision: See `load`.
+        token: See `load`.
+        dtype: See `load`.
+        settings: Further arguments of `transformers.pipeline`, such as `device` and `batch_size`.
+
+    Returns:
+        For example an `ImageClassificationPipeline`: call it with images, paths or addresses. Of a model for
+        regression, `score` is the value itself.
+
+    Raises:
+        HubError: As `load`, and if transformers has no pipeline for the model.
+
+    Examples:
+        >>> pipeline("me/pets-bsr")("cat.jpg", top_k=1)  # doctest: +SKIP
+        [{'label': 'Abyssinian', 'score': 0.98}]
+    """
+    model: Any = load(name, base=base, revision=revision, token=token, dtype=dtype)
+    task = task_of(model.peft_config[model.active_adapter])
+    if task.pipeline is None:
+        raise HubError(f"There is no pipeline for `{name}`: {task.words} Call what `peft_bsr.load` returns.")
+    if task.is_regression:
+        settings.setdefault("function_to_apply", "none")
+    kind = "feature_extractor" if task.pipeline.startswith("audio") else "image_processor"
+    if kind not in settings:
+        auto = AutoFeatureExtractor if kind == "feature_extractor" else AutoImageProcessor
+        settings[kind] = _load_processor(auto, f"the {kind.replace('_', ' ')} it needs", name, base, revision, token)
+    return transformers.pipeline(task.pipeline, model=model.get_base_model(), **settings)
+
+
+def _load_processor(
+    auto: Any, kind: str, name: str | Path, base: str | Path | None, revision: str | None, token: str | bool | None
+) -> Any:
+    """The adapter's own, or else its base model's."""
     config = read_config(name, revision=revision, token=token)
     sources = [(str(name), revision), (str(base or config.base_model_name_or_path), None if base else config.revision)]
     problems = []
     for source, version in sources:
         try:
-            return AutoImageProcessor.from_pretrained(source, revision=version, token=token)
+            return auto.from_pretrained(_place(source), revision=version, token=token)
         except (OSError, ValueError) as error:
             problems.append(headline(error))
-    raise HubError(f"Neither `{name}` nor its base model has an image processor: {'; '.join(problems)}")
+    raise HubError(f"Neither `{name}` nor its base model has {kind}: {'; '.join(problems)}")
+
+
+def _place(name: str | Path) -> str:
+    """A folder with its `~` resolved, or the id."""
+    folder = Path(name).expanduser()
+    return str(folder) if folder.is_dir() else str(name)
 
 
 def _class_of(config: Any) -> Any:
@@ -167,7 +240,7 @@ def _class_of(config: Any) -> Any:
         return getattr(transformers, name, AutoModelForImageClassification)
 
 
-def _check_complete(model: Any, missing: Collection[str], config: Any, source: str) -> None:
+def _check_complete(model: Any, report: dict[str, Any], config: Any, source: str) -> None:
     """Refuse another model's file: transformers fills what it lacks at random, with only a log line.
 
     The head may be missing, the adapter brings it; so may a little that is only there for pretraining.
@@ -175,13 +248,33 @@ def _check_complete(model: Any, missing: Collection[str], config: Any, source: s
     heads = {name for place, name in (getattr(config, "layout", None) or {}).items() if place.startswith("head.")}
     classes = len(getattr(config, "labels", None) or ())
     heads |= {n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m.out_features == classes}
+    saved = tuple(getattr(config, "modules_to_save", None) or ())
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    lost = [name for name in missing if name in sizes and name.rpartition(".")[0] not in heads]
+
+    def is_brought(name: str) -> bool:
+        module = name.rpartition(".")[0]
+        return module in heads or any(f".{part}." in f".{module}." for part in saved)
+
+    lost = [name for name in report["missing_keys"] if name in sizes and not is_brought(name)]
+    inside = _backbone_of(model, config)
+    other = sorted(k[0] for k in report["mismatched_keys"] if k[0].startswith(inside) and not is_brought(k[0]))
     if sum(sizes[name] for name in lost) > _SPARE * sum(sizes.values()):
         raise HubError(
             f"`{source}` lacks {len(lost)} of the {len(sizes)} weights of {type(model).__name__}, such as "
             f"{sorted(lost)[0]}: it is another model. Give the one the adapter was trained on as `base=`."
         )
+    if other:
+        raise HubError(
+            f"`{source}` has another shape of {len(other)} of the weights of {type(model).__name__}, such as "
+            f"{other[0]}, and the adapter does not bring them. Give the model it was trained on as `base=`."
+        )
+
+
+def _backbone_of(model: Any, config: Any) -> str:
+    """How names of the part with the blocks begin: what lies beside it is head, or not read at all."""
+    places = (getattr(config, "layout", None) or {}).items()
+    top = next((name.partition(".")[0] for place, name in places if place.startswith("blocks.")), "")
+    return f"{top}." if isinstance(getattr(model, top or "config", None), transformers.PreTrainedModel) else ""
 
 
 @contextmanager
@@ -194,4 +287,4 @@ def _quiet() -> Iterator[None]:
         transformers.logging.set_verbosity(level)
 
 
-__all__ = ["load", "load_base", "load_image_processor", "read_config"]
+__all__ = ["load", "load_base", "load_image_processor", "pipeline", "read_config"]

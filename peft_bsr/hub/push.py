@@ -9,6 +9,8 @@ from typing import Any
 from huggingface_hub import HfApi
 from peft import PeftModel
 
+from peft_bsr.hub.facts import add_facts
+
 
 def push_to_hub(
     model: PeftModel,
@@ -42,6 +44,7 @@ def push_to_hub(
         if api.file_exists(repo_id, "README.md", revision=revision):
             there = api.hf_hub_download(repo_id, "README.md", revision=revision)
             Path(folder, "README.md").write_bytes(Path(there).read_bytes())
+        add_facts(model, repo_id=repo_id)
         model.save_pretrained(folder)
         if image_processor is not None:
             image_processor.save_pretrained(folder)

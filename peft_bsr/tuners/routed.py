@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
-import torch
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
@@ -127,8 +126,7 @@ class RoutedTuner(BaseTuner):
         if "_asked" not in self.__dict__:
             self._asked = {name: p.requires_grad for name, p in model.named_parameters()}
         self.__dict__.pop("_routers", None)
-        with torch.inference_mode(False):  # weights that are made there can never train
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     @property
     def routers(self) -> list[Any]:

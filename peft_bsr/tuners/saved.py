@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from torch import nn
 
 from peft_bsr.backbones import Column
 from peft_bsr.engine import Plan
+from peft_bsr.errors import AdapterFileError, ConfigError
+from peft_bsr.tuners.base_model import changed_settings, new_weights, own_config
 from peft_bsr.tuners.classifier import without_layer
 from peft_bsr.tuners.files import AdapterFiles
 
@@ -27,10 +30,21 @@ class Attachment:
     Attributes:
         column: What the model is.
         plan: What is done to it; of ALaST, the plan its steps are made from.
+        classes: Names of the model's class and of its bases.
+        config: The model's configuration (a living object), or None.
+        own: The configuration in the files that the model was loaded from, or None.
     """
 
     column: Column
     plan: Plan
+    classes: tuple[str, ...]
+    config: Any
+    own: Any
+
+    @property
+    def problem_type(self) -> str | None:
+        """What the model's labels are; transformers' losses write it into the model's configuration."""
+        return getattr(self.config, "problem_type", None)
 
 
 @dataclass
@@ -40,19 +54,52 @@ class SavedConfig(AdapterFiles, PeftConfig):
     Args:
         labels: Names of the classes, by number. Written when the adapter is attached to a model with a classifier; by
             it `peft_bsr.load` gives the base model a head of the right size.
+        base_config: What else of the base model's configuration differs from its own file, such as `problem_type`:
+            plain JSON values by name. Written when the adapter is saved; `peft_bsr.load` sets them again.
     """
 
     labels: list[str] | None = field(
         default=None, metadata={"help": "Written at attach: names of the classes that the head tells apart."}
     )
+    base_config: dict[str, Any] | None = field(
+        default=None, metadata={"help": "Written at save: settings of the base model that differ from its own file."}
+    )
 
     attachment = None  # an Attachment; not annotated, because it is no field and not saved
     facts = None  # what was measured, see `peft_bsr.hub.Facts`
 
-    def attached_to(self, model: nn.Module, column: Column, plan: Plan) -> None:
-        """Remember the model."""
-        self.attachment = Attachment(column, plan)
-        self.labels = None if getattr(self, "tasks", None) else find_labels(model, column)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        problems = []
+        if self.labels is not None and not (isinstance(self.labels, list) and all(map(_is_text, self.labels))):
+            problems.append(f"`labels={self.labels!r}` must be a list of names, or None.")
+        if self.base_config is not None and not isinstance(self.base_config, dict):
+            problems.append(f"`base_config={self.base_config!r}` must be names and values, or None.")
+        if problems:
+            raise ConfigError.from_problems(type(self).__name__, problems)
+
+    def attached_to(self, model: nn.Module, column: Column, plan: Plan, held: Sequence[str]) -> None:
+        """Remember the model.
+
+        Args:
+            model: The model.
+            column: What it is.
+            plan: What is done to it.
+            held: Names of the modules whose weights the adapter has, takes the place of, or does not need.
+
+        Raises:
+            AdapterFileError: If the adapter is read from a file, and its head tells apart other classes.
+            ConfigError: If a weight that the adapter does not have is not from the base model's files.
+        """
+        labels = None if getattr(self, "tasks", None) else find_labels(model, column)
+        own = own_config(model)
+        if self.fills_weights or self.inference_mode:  # transformers' own loader reads the file another way
+            _check_labels(self.labels, labels)
+        elif own is not None:
+            _check_new(model, new_weights(model, own), held, self)
+        classes = tuple(cls.__name__ for cls in type(model).__mro__)
+        self.attachment = Attachment(column, plan, classes, getattr(model, "config", None), own)
+        self.labels = labels
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """PEFT's own, and then whoever asked for it.
@@ -61,6 +108,9 @@ class SavedConfig(AdapterFiles, PeftConfig):
             save_directory: Folder.
             kwargs: PEFT's.
         """
+        at = self.attachment
+        if at is not None and at.own is not None:
+            self.base_config = changed_settings(at.config, at.own, with_labels=self.labels is None) or None
         super().save_pretrained(save_directory, **kwargs)
         if self.attachment is not None:
             for action in AFTER_SAVE:
@@ -74,6 +124,41 @@ def find_labels(model: nn.Module, column: Column) -> list[str] | None:
     if not any(isinstance(head, nn.Linear) and head.out_features == len(named) for head in heads):
         return None
     return [str(named[index]) for index in sorted(named)]
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _check_labels(saved: list[str] | None, found: list[str] | None) -> None:
+    if saved is not None and found is not None and len(saved) != len(found):
+        raise AdapterFileError(
+            f"The adapter's head has {len(saved)} classes, this model's has {len(found)}. `peft_bsr.load(adapter)` "
+            "reads the base model with a head of the right size, `peft_bsr.pipeline(adapter)` predicts with it; or "
+            f"load the base model with `num_labels={len(saved)}, ignore_mismatched_sizes=True`."
+        )
+
+
+def _check_new(model: nn.Module, new: dict[str, Any], held: Sequence[str], config: Any) -> None:
+    """Refuse weights that are new and would be lost: frozen at random, and in no file."""
+    saved = [rf"(^|.*\.){re.escape(name)}($|\..*)" for name in getattr(config, "modules_to_save", None) or ()]
+    lost = {
+        name: shapes
+        for name, shapes in new.items()
+        if not any(f"{name}.".startswith(f"{module}.") for module in held)
+        and not any(re.match(pattern, name) for pattern in saved)
+    }
+    if not lost:
+        return
+    name, (shape, before) = next(iter(lost.items()))
+    raise ConfigError(
+        f"{type(config).__name__}: `{name}` {list(shape)} is not from the base model, whose own is {list(before)}: it "
+        "would stay at random, and the adapter would not have it. New patch embeddings train with "
+        "`BSRConfig(trainable_blocks='every:1', modules_to_save=['patch_embeddings'])` or "
+        "`ALaSTConfig(train_embeddings=True)`; for images of another size call the model with "
+        "`interpolate_pos_encoding=True` instead. If the weights are right as they are, save the model with "
+        "`save_pretrained(folder)` and load it from there."
+    )
 
 
 __all__ = ["AFTER_SAVE", "Attachment", "SavedConfig", "find_labels"]

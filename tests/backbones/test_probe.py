@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import get_peft_model
 from torch import nn
 from transformers import (
     BertConfig,
@@ -14,7 +15,15 @@ from transformers import (
     VideoMAEForVideoClassification,
 )
 
-from peft_bsr import UnsupportedModelError, probe_column, register_family, unregister_family
+from peft_bsr import (
+    ALaSTConfig,
+    BSRConfig,
+    ConfigError,
+    UnsupportedModelError,
+    probe_column,
+    register_family,
+    unregister_family,
+)
 from peft_bsr.backbones import find_rule
 
 SIZES = {
@@ -75,13 +84,9 @@ REFUSED = {
         lambda: BertModel(
             BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, vocab_size=30)
         ),
-        "its config names no image_size",
+        "its config names no `image_size`",
     ),
-    "a convolutional network": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()), "one list of equal blocks"),
-    "a backbone whose last block nobody reads": (
-        lambda: Dinov2Backbone(Dinov2Config(**SIZES, mlp_ratio=2, out_indices=[1, 2])),
-        "does not depend on its last block, which would train for nothing",
-    ),
+    "a convolutional network": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()), "no list of equal blocks"),
 }
 
 
@@ -92,9 +97,28 @@ def test_other_models_are_refused_with_the_reason_and_what_is_supported(name):
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     with pytest.raises(UnsupportedModelError, match=reason) as caught:
         probe_column(model)
-    assert "Supported are plain vision transformers, found by probing" in str(caught.value)
+    message = str(caught.value)
+    assert "see docs/new_model.md" in message or "Use PEFT's LoRA for it; docs/compatibility.md lists" in message
+    assert len(message) < 250
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
     assert not [h for m in model.modules() for h in m._forward_hooks.values() if "peft_bsr" in h.__module__]
+
+
+def test_the_last_block_that_counts(make_model):
+    """A backbone's `out_indices` and some dense heads leave the last blocks unread."""
+    assert probe_column(make_model()).last_read == 3
+    backbone = Dinov2Backbone(Dinov2Config(**SIZES, mlp_ratio=2, out_indices=[1, 2]))
+    column = probe_column(backbone)
+    assert column.last_read == 1
+    assert column.reads_patches
+    get_peft_model(backbone, BSRConfig(trainable_blocks=[0, 1], reduction_blocks=[]))
+
+
+@pytest.mark.parametrize("config", [BSRConfig(trainable_blocks=[1, 3]), ALaSTConfig()], ids=["bsr", "alast"])
+def test_blocks_that_would_train_for_nothing_are_refused(config):
+    backbone = Dinov2Backbone(Dinov2Config(**SIZES, mlp_ratio=2, out_indices=[1, 2]))
+    with pytest.raises(ConfigError, match=r"3 would train for nothing.*with blocks 0 to 1\."):
+        get_peft_model(backbone, config)
 
 
 def test_positions_that_nothing_tells_are_refused(make_model, monkeypatch):

@@ -73,86 +73,87 @@ MODELS: list[tuple[Callable[[], nn.Module], Any, type[Exception], str]] = [
         lambda: nn.Linear(3, 3),
         BSRConfig(),
         UnsupportedModelError,
-        "Linear is not supported: it must have one list of equal blocks, each with one attention (query, key "
-        "and value projections), as long as its config's num_hidden_layers=None; found: none.",
+        "Linear is not supported: it has no list of equal blocks with query, key and value projections. Use PEFT's "
+        "LoRA for it; docs/compatibility.md lists the models that are supported.",
     ),
     (
         nn.Module,
         BSRConfig(),
         UnsupportedModelError,
-        "Module is not supported: it must have one list of equal blocks, each with one attention (query, key "
-        "and value projections), as long as its config's num_hidden_layers=None; found: none.",
+        "Module is not supported: it has no list of equal blocks with query, key and value projections. Use PEFT's "
+        "LoRA for it; docs/compatibility.md lists the models that are supported.",
     ),
     (
         bert,
         BSRConfig(),
         UnsupportedModelError,
-        "BertModel is not supported: its config names no image_size, so no probe image can be made; register "
-        "a FamilyRule with `probe_inputs`.",
+        "BertModel is not supported: its config names no `image_size`, so no probe image can be made. Register "
+        "a FamilyRule with `probe_inputs`, see docs/new_model.md.",
     ),
     (
         bert,
         ALaSTConfig(),
         UnsupportedModelError,
-        "BertModel is not supported: its config names no image_size, so no probe image can be made; register "
-        "a FamilyRule with `probe_inputs`.",
+        "BertModel is not supported: its config names no `image_size`, so no probe image can be made. Register "
+        "a FamilyRule with `probe_inputs`, see docs/new_model.md.",
     ),
     (
         swin,
         BSRConfig(),
         UnsupportedModelError,
-        "SwinForImageClassification is not supported: block 0 maps (1, 64, 16) to (1, 16, 32), not the (1, "
-        "64, 16) of block 0 to the same.",
+        "SwinForImageClassification is not supported: block 0 maps (1, 64, 16) to (1, 16, 32), so that not "
+        "all blocks see the same tokens. Use PEFT's LoRA for it; docs/compatibility.md lists the models that are "
+        "supported.",
     ),
     (
         swin,
         SynQTConfig(),
         UnsupportedModelError,
-        "SwinForImageClassification is not supported: block 0 maps (1, 64, 16) to (1, 16, 32), not the (1, "
-        "64, 16) of block 0 to the same.",
+        "SwinForImageClassification is not supported: block 0 maps (1, 64, 16) to (1, 16, 32), so that not "
+        "all blocks see the same tokens. Use PEFT's LoRA for it; docs/compatibility.md lists the models that are "
+        "supported.",
     ),
     (
         resnet,
         ALaSTConfig(),
         UnsupportedModelError,
-        "ResNetForImageClassification is not supported: it must have one list of equal blocks, each with one "
-        "attention (query, key and value projections), as long as its config's num_hidden_layers=None; "
-        "found: none.",
+        "ResNetForImageClassification is not supported: it has no list of equal blocks with query, key and value "
+        "projections. Use PEFT's LoRA for it; docs/compatibility.md lists the models that are supported.",
     ),
     (
         meta_vit,
         BSRConfig(),
         UnsupportedModelError,
-        "ViTForImageClassification is not supported: its weights are on the meta device and the probe runs "
-        "it once; load them first.",
+        "ViTForImageClassification is not supported: its weights are on the meta device. Load them first: "
+        "the probe runs the model once.",
     ),
     (
         meta_vit,
         SynQTConfig(),
         UnsupportedModelError,
-        "ViTForImageClassification is not supported: its weights are on the meta device and the probe runs "
-        "it once; load them first.",
+        "ViTForImageClassification is not supported: its weights are on the meta device. Load them first: "
+        "the probe runs the model once.",
     ),
     (
         broken_vit,
         BSRConfig(),
         UnsupportedModelError,
-        "ViTForImageClassification is not supported: its own output for a random image is NaN or infinite; "
-        "look at its weights.",
+        "ViTForImageClassification is not supported: its own output for a random image is NaN or infinite. "
+        "Look at its weights.",
     ),
     (
         broken_vit,
         ALaSTConfig(),
         UnsupportedModelError,
-        "ViTForImageClassification is not supported: its own output for a random image is NaN or infinite; "
-        "look at its weights.",
+        "ViTForImageClassification is not supported: its own output for a random image is NaN or infinite. "
+        "Look at its weights.",
     ),
     (
         broken_vit,
         SynQTConfig(),
         UnsupportedModelError,
-        "ViTForImageClassification is not supported: its own output for a random image is NaN or infinite; "
-        "look at its weights.",
+        "ViTForImageClassification is not supported: its own output for a random image is NaN or infinite. "
+        "Look at its weights.",
     ),
     (
         lambda: make_vit().vit,
@@ -215,8 +216,9 @@ MODELS: list[tuple[Callable[[], nn.Module], Any, type[Exception], str]] = [
         make_vit,
         BSRConfig(modules_to_save=["embeddings"]),
         ConfigError,
-        "BSRConfig: `modules_to_save` names 'embeddings', that is ['vit.embeddings'], but the gradient is "
-        "cut before block 3 and only the head lies behind the blocks. Leave it out.",
+        "BSRConfig: `modules_to_save='embeddings'` means 'vit.embeddings', which no gradient reaches: it runs before "
+        'block 3, the first that trains. Train all blocks with it (`trainable_blocks="every:1"`), or use '
+        "`ALaSTConfig(train_embeddings=True)`; or leave it out.",
     ),
     (
         make_vit,

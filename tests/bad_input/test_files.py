@@ -182,7 +182,7 @@ WRONG_MODELS = [
         "bsr",
         lambda: make_vit(num_labels=7),
         AdapterFileError,
-        "Adapter 'default': base_model.model.classifier.bsr_params",
+        "The adapter's head has 3 classes, this model's has 7. `peft_bsr.load(adapter)`",
     ),
     ("bsr", lambda: make_vit(hidden_size=16), AdapterFileError, "Adapter 'default': base_model.model.classifier"),
     ("lora", lambda: make_vit(intermediate_size=32), AdapterFileError, "Adapter 'default': base_model.model.vit"),

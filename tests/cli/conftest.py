@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
-from peft_bsr.cli import main
+from peft_bsr_cli import main
 
 
 @pytest.fixture(scope="session")

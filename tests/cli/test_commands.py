@@ -52,8 +52,8 @@ def test_plan(run_json, base):
 
 def test_the_flags_of_a_plan_are_those_of_train():
     from peft_bsr.cli.plan import _flags
-    from peft_bsr.cli.settings import read_pairs
     from peft_bsr.cli.sources import make_config
+    from peft_bsr.cli.values import read_pairs
     from peft_bsr.cost import BudgetPlan
 
     config = peft_bsr.BSRConfig(trainable_blocks="last:3", reduction_blocks=[], lean="max")
@@ -70,7 +70,7 @@ def test_train_writes_all_it_says(trained, base, images):
     assert set(summary["costs"]) == {"full fine-tuning", "BSR"}
     assert yaml.safe_load((trained / "settings.yaml").read_text())["options"] == {"trainable_blocks": "last:2"}
     card = ModelCard.load(trained / "adapter" / "README.md")
-    assert f"- accuracy on {images}: {summary['accuracy']:.4g}" in card.text
+    assert f"- accuracy on {images.name}: {summary['accuracy']:.4g}" in card.text
     assert "| BSR |" in card.text
     assert (trained / "adapter" / "kept_tokens.png").exists()
     page = (trained / "report.html").read_text()

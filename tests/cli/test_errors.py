@@ -7,7 +7,7 @@ import builtins
 import pytest
 
 from peft_bsr.cli import sources
-from peft_bsr.cli.entry import COMMANDS
+from peft_bsr_cli import COMMANDS
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,12 @@ from peft_bsr.cli.entry import COMMANDS
         ),
         (["train", "--model", "{base}", "--set", "keep_rate=2"], "BSRConfig: `keep_rate=2`"),
         (["train", "--model", "{base}", "--set", "keep_rate"], "`keep_rate` must be NAME=VALUE"),
-        (["train", "--model", "{base}", "--set", "layers=[1"], "`layers=[1` must be NAME=VALUE, with a value that"),
+        (
+            ["train", "--model", "{base}", "--set", "keep_rate=[1"],
+            "`keep_rate=[1` must be NAME=VALUE, with a value",
+        ),
+        (["train", "--model", "{base}", "--trainer", "warmup_steps=few"], "`warmup_steps=few` must be a number"),
+        (["train", "--model", "{base}", "--set", "r=1.5"], "`r=1.5` must be a whole number"),
         (["train", "--model", "{base}", "--trainer", "fp61=true"], "`fp61` is no field of TrainingArguments"),
         (["train", "--model", "{base}", "--trainer", "seed=1"], "`--trainer seed=...`: it has a flag of its own"),
         (["train", "--model", "{base}", "--resume", "--output", "nowhere"], "there is no checkpoint in `nowhere"),

@@ -65,7 +65,7 @@ def survey(run_checks: bool = True) -> list[Row]:
         try:
             column = probe_column(model)
         except UnsupportedModelError as error:
-            row.refused = str(error).partition(" is not supported: ")[2].partition(". Supported are")[0]
+            row.refused = str(error).partition(" is not supported: ")[2].partition(". Use PEFT's LoRA")[0]
             continue
         config = attach(family, None).peft_config["default"]
         modes = [config.mode, *([other] if (other := _other_mode(family, config.mode)) else [])]

@@ -68,10 +68,10 @@ CASES = [
     for mode in (chosen, *([OTHER[chosen]] if other_works else []))
 ]
 REASONS = {
-    "swin": "one list of equal blocks",
-    "swinv2": "one list of equal blocks",
-    "hiera": "one list of equal blocks",
-    "segformer": "one list of equal blocks",
+    "swin": "it has stages",
+    "swinv2": "it has stages",
+    "hiera": "it has stages",
+    "segformer": "it has stages",
     "timesformer": "attention.attention and temporal_attention.attention",
     "sam": r"its first block gets \(2, 4, 4, 32\)",
     "vitdet": r"its first block gets \(2, 32, 4, 4\)",

@@ -21,8 +21,7 @@ from transformers import (
 )
 
 from peft_bsr import BSRConfig
-from peft_bsr.cli import main
-from peft_bsr.cli.entry import COMMANDS
+from peft_bsr_cli import COMMANDS, main
 from tests.docs.test_code_blocks import PAGES
 
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

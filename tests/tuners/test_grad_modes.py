@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -94,3 +95,40 @@ def test_weights_that_were_made_there_are_refused_with_the_reason(make_vit, meth
     for mode in (torch.no_grad, torch.inference_mode):
         with mode(), pytest.raises(UnsupportedModelError, match=r"made inside `torch\.inference_mode\(\)`.*Load the"):
             get_peft_model(base, CONFIGS[method]())
+
+
+@contextmanager
+def default_dtype(dtype):
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+STATES = {
+    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+    "default device": lambda: torch.device("meta"),
+    "default dtype": lambda: default_dtype(torch.float64),
+    "half default dtype": lambda: default_dtype(torch.bfloat16),
+    "saved on the CPU": torch.autograd.graph.save_on_cpu,
+}
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("config", ["bsr", "lora", "alast", "synqt"])
+def test_the_callers_state_is_not_the_models(make_vit, config, state, tmp_path):
+    """The probe runs the model as it is, and new weights are of its kind, whatever holds around the call."""
+    expected, base = get_peft_model(make_vit(), CONFIGS[config]()), make_vit()
+    expected.save_pretrained(tmp_path)
+    with STATES[state]():
+        column = probe_column(base)
+        model = get_peft_model(base, CONFIGS[config]())
+    loaded = make_vit()
+    with STATES[state]():
+        loaded = PeftModel.from_pretrained(loaded, tmp_path, is_trainable=True)
+    for found in (model, loaded):
+        assert column == found.base_model.column == expected.base_model.column
+        assert found.base_model.plan() == expected.base_model.plan()
+        kinds = [[(n, p.dtype, p.device, p.requires_grad) for n, p in m.named_parameters()] for m in (found, expected)]
+        assert kinds[0] == kinds[1]

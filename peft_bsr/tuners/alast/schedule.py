@@ -19,6 +19,8 @@ from peft_bsr.engine import Plan
 from peft_bsr.errors import ConfigError, TrainabilityError
 from peft_bsr.tuners.alast.config import ALaSTConfig, budgeted
 
+_NUMBERS: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}  # of the state, whatever the caller's defaults are
+
 
 class ALaSTSchedule:
     """Draws the blocks that train, once per optimizer step, and moves the budgets by what the blocks did.
@@ -111,15 +113,15 @@ class ALaSTSchedule:
         After the optimizer's step it is the same in every process; before it, the totals are those of this process.
         """
         depth = len(self.budgets)
-        rows = torch.zeros(5, max(depth, 3), dtype=torch.float64)
-        rows[0, :depth] = torch.tensor(self.budgets, dtype=torch.float64)
-        rows[1, :depth] = torch.tensor(self.deltas or [float("nan")] * depth, dtype=torch.float64)
+        rows = torch.zeros(5, max(depth, 3), **_NUMBERS)
+        rows[0, :depth] = torch.tensor(self.budgets, **_NUMBERS)
+        rows[1, :depth] = torch.tensor(self.deltas or [float("nan")] * depth, **_NUMBERS)
         images = 0.0
         if self._total is not None:
             *changes, images = self._total.tolist()
-            rows[2, :depth] = torch.tensor(changes, dtype=torch.float64)
+            rows[2, :depth] = torch.tensor(changes, **_NUMBERS)
         rows[3, self.drawn] = 1
-        rows[4, :3] = torch.tensor([self.step, images, self._is_due], dtype=torch.float64)
+        rows[4, :3] = torch.tensor([self.step, images, self._is_due], **_NUMBERS)
         return rows.view(torch.int64)
 
     def unpack(self, packed: Tensor) -> None:
@@ -131,7 +133,7 @@ class ALaSTSchedule:
         self.drawn = rows[3, :depth].nonzero().flatten().tolist()
         step, images, is_due = rows[4, :3].tolist()
         self.step, self._is_due = int(step), bool(is_due)
-        self._total = torch.tensor([*rows[2, :depth].tolist(), images]) if images else None
+        self._total = torch.tensor([*rows[2, :depth].tolist(), images], device="cpu") if images else None
         self._is_restored = True
 
     @contextmanager

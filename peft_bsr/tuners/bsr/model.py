@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import _ExcludedModule
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from peft_bsr.backbones import Column, find_rule, probe, quiet
+from peft_bsr.backbones import Column, default_state, find_rule, probe, quiet
 from peft_bsr.core import ForwardContext
 from peft_bsr.engine import ROUTER, Plan, attach_router
 from peft_bsr.errors import AdapterError, ReductionNotMergedWarning
@@ -65,6 +65,7 @@ class BSRModel(RoutedTuner):
     router_cls = BSRRouter
     reduces_in_evaluation = True
 
+    @default_state()
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Check everything, put trained weights on the leaf modules, then give each block its plan."""
         self._check_place(model)
@@ -75,7 +76,7 @@ class BSRModel(RoutedTuner):
         config: BlockConfig = self.peft_config[adapter_name]
         column, plan, layout = self._settle(model, config, routers)
         self.peft_config[adapter_name] = self._write_down(model, column, config, plan, layout)
-        self.peft_config[adapter_name].attached_to(model, column, plan)
+        self.peft_config[adapter_name].attached_to(model, column, plan, [*self._targets, *column.unread])
         self._column = column
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         routers = self._attached_routers(model, column)

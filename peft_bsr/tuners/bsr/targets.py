@@ -36,12 +36,14 @@ def resolve_targets(
         ConfigError: Naming everything that this model does not allow.
     """
     requested = config.plan_for(column)
+    if requested.trained_blocks[:1] == [0] and _early(model, column, requested, config):
+        requested = requested.without_cuts()
     if getattr(config, "tasks", None) and classifier is None:
         raise ConfigError(
             "What an adapter with `tasks` costs is not predicted without the model's weights. Attach it and measure."
         )
     targets: dict[str, Way] = {}
-    problems = []
+    problems = _check_read(column, requested)
     places = _places(column, requested)
     in_block: Way = "low_rank" if config.trainable == "lora" else "copy"
     has_own_mlps = getattr(config, "moe", None) is not None and config.moe.expert_type == "full"
@@ -126,23 +128,52 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear)
 
 
+def _check_read(column: Column, plan: Plan) -> list[str]:
+    """Blocks that would train for nothing."""
+    unread = [index for index in plan.trained_blocks if index > column.last_read]
+    if not unread:
+        return []
+    return [
+        f"block {', '.join(map(str, unread))} would train for nothing: the model's output does not depend on blocks "
+        f"after {column.last_read}. Use `BSRConfig(trainable_blocks=[...])` with blocks 0 to {column.last_read}."
+    ]
+
+
 def _check_modules_to_save(model: nn.Module, column: Column, plan: Plan, config: BlockConfig) -> list[str]:
-    reached = (*column.head, *column.blocks[min(plan.trained_blocks) :])
     problems = []
+    early = _early(model, column, plan, config)
     for saved in config.modules_to_save or ():
-        names = [name for name, _ in model.named_modules() if re.match(rf"(^|.*\.){saved}$", name)]
+        names = _named(model, saved)
         if any(isinstance(model.get_submodule(name), BSRWeights) for name in names):
             problems.append(
                 f"`modules_to_save` names {saved!r}, which another adapter trains as part of its own weights. Name it "
                 "in `modules_to_save` of both or of neither."
             )
-        early = [n for n in names if plan.cuts_gradient and not any(_overlap(n, part) for part in reached)]
-        if early:
+        if unread := [name for name in names if any(_overlap(name, part) for part in column.unread)]:
             problems.append(
-                f"`modules_to_save` names {saved!r}, that is {early}, but the gradient is cut before block "
-                f"{min(plan.trained_blocks)} and only the head lies behind the blocks. Leave it out."
+                f"`modules_to_save={saved!r}` means {unread[0]!r}, which no gradient reaches: the model's output does "
+                "not depend on it. Leave it out; the final norm and the head that counts train without being named."
+            )
+        elif reached := [name for name in names if name in early]:
+            problems.append(
+                f"`modules_to_save={saved!r}` means {reached[0]!r}, which no gradient reaches: it runs before block "
+                f"{min(plan.trained_blocks)}, the first that trains. Train all blocks with it "
+                '(`trainable_blocks="every:1"`), or use `ALaSTConfig(train_embeddings=True)`; or leave it out.'
             )
     return problems
+
+
+def _early(model: nn.Module, column: Column, plan: Plan, config: BlockConfig) -> set[str]:
+    """Modules of `modules_to_save` that lie before the place where the gradient ends."""
+    if not plan.cuts_gradient:
+        return set()
+    reached = (*column.head, *column.blocks[min(plan.trained_blocks) :])
+    names = {name for saved in config.modules_to_save or () for name in _named(model, saved)}
+    return {name for name in names if not any(_overlap(name, part) for part in (*reached, *column.unread))}
+
+
+def _named(model: nn.Module, saved: str) -> list[str]:
+    return [name for name, _ in model.named_modules() if re.match(rf"(^|.*\.){saved}$", name)]
 
 
 def _overlap(name: str, other: str) -> bool:

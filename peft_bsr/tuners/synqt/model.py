@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from peft import PeftConfig
 from torch import Tensor, nn
 
-from peft_bsr.backbones import Column, StockRun, find_rule, probe
+from peft_bsr.backbones import Column, StockRun, default_state, find_rule, probe
 from peft_bsr.core import ForwardContext
 from peft_bsr.engine import Plan, QueryPath, attach_router
 from peft_bsr.errors import AdapterError
@@ -71,6 +71,7 @@ class SynQTModel(RoutedTuner):
         layers: list[int] = find_routers(self.model)[0].layers[adapter_name or self.active_adapters[0]]
         return layers
 
+    @default_state()
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Check everything, then give each block its router and the classifier its head."""
         self._check_place(model)
@@ -78,7 +79,7 @@ class SynQTModel(RoutedTuner):
         config: SynQTConfig = copy.copy(self.peft_config[adapter_name])
         self._settled = self._settle(model, config, find_routers(model))
         write_down(config, self._settled[1])
-        config.attached_to(model, *self._settled[:2])
+        config.attached_to(model, *self._settled[:2], [self._settled[-1], *self._settled[0].unread])
         self.peft_config[adapter_name] = config
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         round_weights(model, self._rounded)

@@ -1,0 +1,93 @@
+"""Parses the command line, runs one command, and turns errors into one line and an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from peft_bsr.errors import (
+    AdapterError,
+    ConfigError,
+    DatasetError,
+    HubError,
+    PeftBsrError,
+    UnsupportedModelError,
+    UsageError,
+    one_line,
+)
+from peft_bsr_cli import command_of, make_parser
+
+_BAD_INPUT = (AdapterError, ConfigError, DatasetError, HubError, UnsupportedModelError, UsageError)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        arguments: What was typed after `peft-bsr`. Default None: this process's.
+
+    Returns:
+        Exit code: 0 done, 1 failed, 2 asked for what cannot be, 130 interrupted.
+    """
+    typed = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        module, args = _parse(typed)
+    except ModuleNotFoundError as error:
+        return _fail(_missing(error), 1)
+    except SystemExit as stop:  # argparse has said why
+        return int(stop.code or 0)
+    args.typed = typed
+    try:
+        if not args.debug:
+            warnings.simplefilter("ignore", FutureWarning)  # transformers' and PEFT's, of their own next versions
+        # libraries print to stdout as they like; with --json it is for machines
+        with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
+            out = _output(args)
+            result = module.run(args, out)
+        if args.json:
+            out.write_json(result)
+        return 0
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except Exception as error:
+        if args.debug:
+            traceback.print_exc()
+        if isinstance(error, ModuleNotFoundError):
+            return _fail(_missing(error), 1)
+        named = isinstance(error, (PeftBsrError, OSError))
+        message = one_line(error) if named else f"{type(error).__name__}: {one_line(error)}"
+        return _fail(message, 2 if _is_bad_input(error) else 1)
+
+
+def _parse(typed: list[str]) -> tuple[Any, argparse.Namespace]:
+    chosen = command_of(typed)
+    module = importlib.import_module(f"peft_bsr.cli.{chosen}") if chosen else None
+    return module, make_parser(chosen, module).parse_args(typed)
+
+
+def _output(args: argparse.Namespace) -> Any:
+    from peft_bsr.cli.output import Output  # rich is no dependency of the package
+
+    return Output(args.json, args.debug)
+
+
+def _is_bad_input(error: Exception) -> bool:
+    return isinstance(error, _BAD_INPUT)
+
+
+def _missing(error: ModuleNotFoundError) -> str:
+    return f"the package `{error.name}` is not installed. Run `pip install 'peft-bsr[cli]'`."
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"peft-bsr: {message}", file=sys.stderr)
+    return code
+
+
+__all__ = ["main"]

@@ -1,0 +1,90 @@
+"""NAME=VALUE: what is typed is read by the type of the field that it is for."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from types import NoneType
+from typing import Any, ClassVar, get_args, get_type_hints
+
+import yaml
+
+from peft_bsr.errors import UsageError
+
+_BOOLS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+
+
+class Loader(yaml.SafeLoader):
+    """YAML 1.2: only `true` and `false` are booleans, so that `eval_strategy: no` and `lean: off` stay text."""
+
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("true|True|TRUE|false|False|FALSE"), list("tTfF"))
+
+
+def read_pairs(pairs: Sequence[str]) -> dict[str, str]:
+    """`["keep_rate=0.7", "trainable_blocks=last:3"]` as names and what was typed for them.
+
+    Raises:
+        UsageError: If there is no `=`.
+    """
+    found = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals:
+            raise UsageError(f"`{pair}` must be NAME=VALUE, such as keep_rate=0.7.")
+        found[name] = text
+    return found
+
+
+def read_fields(values: Mapping[str, Any], settings: type[Any]) -> dict[str, Any]:
+    """The same values with each text read by its field's type; names that are no fields stay as they are.
+
+    Args:
+        values: Names and values.
+        settings: The dataclass.
+
+    Raises:
+        UsageError: If a text is not of its field's type.
+    """
+    kinds = get_type_hints(settings)
+    is_read = {name: isinstance(value, str) and name in kinds for name, value in values.items()}
+    return {name: _read(name, value, kinds[name]) if is_read[name] else value for name, value in values.items()}
+
+
+def _read(name: str, text: str, kind: Any) -> Any:
+    kinds = set(get_args(kind) or (kind,)) - {NoneType}
+    if text in ("null", "~") and kinds != {str}:
+        return None
+    if bool in kinds and text.lower() in _BOOLS:
+        return _BOOLS[text.lower()]
+    if all(isinstance(k, type) and issubclass(k, (str, Enum)) for k in kinds):
+        return json.loads(text) if re.fullmatch(r'"[^"\\]*"', text) else text
+    if kinds <= {int, float}:
+        return _number(name, text, is_whole=float not in kinds)
+    try:
+        return json.loads(text)  # YAML takes 1e-3 for a text
+    except json.JSONDecodeError:
+        try:
+            return yaml.load(text, Loader)
+        except yaml.YAMLError as error:
+            raise UsageError(f"`{name}={text}` must be NAME=VALUE, with a value that is JSON or YAML.") from error
+
+
+def _number(name: str, text: str, is_whole: bool) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise UsageError(f"`{name}={text}` must be a number.") from None
+    if is_whole and not value.is_integer():
+        raise UsageError(f"`{name}={text}` must be a whole number.")
+    return int(value) if is_whole else value
+
+
+__all__ = ["Loader", "read_fields", "read_pairs"]

@@ -1,0 +1,82 @@
+"""What a model is for, in the words of transformers' pipelines and of the Hub."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers.pipelines import SUPPORTED_TASKS
+
+from peft_bsr.tuners.saved import SavedConfig
+
+_TASKS = [f"{kind}-classification" for kind in ("image", "video", "audio")]
+_TASKS += ["image-segmentation", "depth-estimation", "object-detection", "image-feature-extraction"]
+_INPUTS = {"video": "clip.mp4", "audio": "sound.wav"}
+_NAMED = 20  # classes on a card
+
+
+@dataclass(frozen=True)
+class Task:
+    """What an adapter's model is for.
+
+    Attributes:
+        pipeline: Name of transformers' pipeline, or None where it has none.
+        is_regression: Whether its outputs are values, not scores of classes.
+        words: One sentence.
+    """
+
+    pipeline: str | None
+    is_regression: bool
+    words: str
+
+    @property
+    def tag(self) -> str | None:
+        """`pipeline_tag` on the Hub, which has none for regression."""
+        return None if self.is_regression else self.pipeline
+
+    @property
+    def example(self) -> str:
+        """Name of a file that the pipeline could be given."""
+        return _INPUTS.get((self.pipeline or "").partition("-")[0], "image.jpg")
+
+
+def task_of(config: SavedConfig) -> Task:
+    """The task of an attached adapter.
+
+    Args:
+        config: Of an adapter that is attached.
+    """
+    attachment = config.attachment
+    assert attachment is not None, "the configuration of an attached adapter"
+    named = getattr(config, "tasks", None)
+    if named:
+        return Task(None, False, f"Several tasks, a head for each: {', '.join(task.name for task in named)}.")
+    name = _pipeline_of(attachment.classes)
+    if name is None or (name == "image-feature-extraction" and len(attachment.column.image_shape) != 3):
+        return Task(None, False, f"`{attachment.classes[0]}`, for which transformers has no pipeline.")
+    if not name.endswith("classification") or config.labels is None:
+        return Task(name, False, f"{name.replace('-', ' ').capitalize()}.")
+    kind, labels = name.partition("-")[0], config.labels
+    shown = ", ".join(labels[:_NAMED]) + (", ..." if len(labels) > _NAMED else "")
+    if attachment.problem_type == "regression" or len(labels) == 1:
+        plural = "s" if len(labels) > 1 else ""
+        return Task(name, True, f"{kind.capitalize()} regression, {len(labels)} value{plural}: {shown}.")
+    if attachment.problem_type == "multi_label_classification":
+        words = f"Multi-label {kind} classification, {len(labels)} labels, each by itself (sigmoid): {shown}."
+        return Task(name, False, words)
+    return Task(name, False, f"{kind.capitalize()} classification, {len(labels)} classes: {shown}.")
+
+
+def _pipeline_of(classes: Sequence[str]) -> str | None:
+    """The first pipeline one of whose automatic classes knows one of `classes`, a model's class and its bases."""
+    for task in _TASKS:
+        for auto in SUPPORTED_TASKS[task]["pt"]:
+            known = set()
+            for names in auto._model_mapping._model_mapping.values():
+                known |= {names} if isinstance(names, str) else set(names)
+            if known & set(classes):
+                return task
+    return None
+
+
+__all__ = ["Task", "task_of"]

@@ -6,7 +6,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 OLDEST_PEFT := $(VENV)/peft-0.20.0
 
-.PHONY: demo test test-all test-contract test-distributed test-gpu lint bench docs compatibility clean
+.PHONY: demo test test-all test-contract test-distributed test-gpu lint bench bench-gpu docs compatibility clean
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/quickstart.py $(ARGS)
@@ -35,6 +35,10 @@ lint: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/bsr_vit_base.py $(ARGS)
+
+# Eight minutes of a CUDA card; again = go on where it stopped
+bench-gpu: $(VENV)/installed
+	$(BIN)/python benchmarks/gpu.py $(ARGS)
 
 docs: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'

@@ -13,7 +13,7 @@ import yaml
 
 from peft_bsr.cli.sources import METHODS, check_names
 from peft_bsr.errors import UsageError
-from peft_bsr.training.images import DIGITS
+from peft_bsr.data import DIGITS
 
 LEARNING_RATES = {"bsr": 2e-4, "alast": 2e-4, "synqt": 1e-3}
 _NUMBERS = {

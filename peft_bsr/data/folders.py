@@ -63,10 +63,7 @@ def list_images(folder: Path) -> tuple[list[PurePath], list[PurePath]]:
     Args:
         folder: An existing one.
     """
-    PILImage.init()
-    endings = {
-        end for end, kind in PILImage.registered_extensions().items() if kind in PILImage.OPEN and kind not in _STUBS
-    }
+    endings = image_endings()
     images: list[PurePath] = []
     others: list[PurePath] = []
     seen: set[str] = set()
@@ -82,6 +79,13 @@ def list_images(folder: Path) -> tuple[list[PurePath], list[PurePath]]:
                 path = PurePath(os.path.relpath(os.path.join(place, name), folder))
                 (images if path.suffix.lower() in endings else others).append(path)
     return sorted(images), sorted(others)
+
+
+def image_endings() -> set[str]:
+    """Endings of the files that Pillow decodes, `.jpg` and so on; plugins such as `pillow_heif` add theirs."""
+    PILImage.init()
+    known = PILImage.registered_extensions()
+    return {ending for ending, kind in known.items() if kind in PILImage.OPEN and kind not in _STUBS}
 
 
 def _splits(folder: Path, below: dict[str, list[PurePath]], named: dict[str, str]) -> dict[str, list[PurePath]]:
@@ -177,4 +181,4 @@ def _no_classes(folder: Path, loose: list[PurePath], named: list[str], others: l
     return f"`{folder}`: there are no images in it that Pillow reads. {advice}"
 
 
-__all__ = ["list_images", "read_folder"]
+__all__ = ["image_endings", "list_images", "read_folder"]

@@ -10,7 +10,7 @@ import numpy as np
 from datasets import Dataset, Features, Image, concatenate_datasets
 
 from peft_bsr.data.columns import as_images, image_column, label_column
-from peft_bsr.data.folders import list_images
+from peft_bsr.data.folders import image_endings, list_images
 from peft_bsr.data.labels import encode
 from peft_bsr.data.rows import DIGITS, read_rows, read_table, some, split_of
 from peft_bsr.errors import DatasetError
@@ -155,7 +155,7 @@ def _rows_of(name: str, column: str | None, split: str | None) -> Dataset:
     path = Path(name).expanduser()
     if split is None and path.is_file():
         rows = read_table(path)
-    elif split is None and not path.exists() and path.suffix:
+    elif split is None and not path.exists() and path.suffix.lower() in image_endings():
         raise DatasetError(f"there is no file `{name}`.")
     else:
         rows = read_rows(name)

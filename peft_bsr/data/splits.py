@@ -34,7 +34,7 @@ def put_aside(
             split that is there.
     """
     for split, size in (("test", test_size), ("validation", validation_size)):
-        if size is not None and split in data.splits:
+        if size and split in data.splits:
             raise DatasetError(f"`--{split}-size {size}`: `{data.name}` has a {split} split of its own.")
     if "train" not in data.splits:
         raise DatasetError(f"`{data.name}` has only {some(list(data.splits))}: there are no images to train on.")

@@ -77,15 +77,15 @@ def read_rows(name: str) -> Rows:
         return read_table(path)
     if path.is_file():
         raise DatasetError(f"`{name}` is a file of another kind. Give a folder, or a table: {', '.join(_SUFFIXES)}.")
+    advice = f'Give "{DIGITS}", a folder of images by class, a table ({", ".join(_SUFFIXES)}) or a Hub id.'
+    if path.suffix.lower() in _SUFFIXES or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise DatasetError(f"`{name}` cannot be read: there is no such file or folder. {advice}")
     try:
-        if path.suffix.lower() in _SUFFIXES or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-            raise FileNotFoundError(f"there is no file or folder {name}")
         return _of_datasets(load_dataset(name), None)
+    except DatasetError:
+        raise
     except Exception as error:  # datasets', the Hub's and the HTTP library's own errors
-        raise DatasetError(
-            f'`{name}` cannot be read ({headline(error)}). Give "{DIGITS}", a folder of images by class, a table '
-            f"({', '.join(_SUFFIXES)}) or the id of a data set on the Hub."
-        ) from error
+        raise DatasetError(f"`{name}` cannot be read ({headline(error)}). {advice}") from error
 
 
 def read_table(path: Path, split: str | None = None) -> Rows:
@@ -101,7 +101,9 @@ def read_table(path: Path, split: str | None = None) -> Rows:
     """
     try:
         data = _read(path)
-    except Exception as error:  # pandas', pyarrow's and datasets' own errors
+    except DatasetError:
+        raise
+    except Exception as error:  # of the parsers
         raise DatasetError(f"`{path}` cannot be read ({headline(error)}).") from error
     if len(data) == 0:
         raise DatasetError(f"`{path}` has no rows.")
@@ -173,8 +175,8 @@ def _read(path: Path) -> Dataset:
         delimiter = "\t" if suffix == ".tsv" else max(",;\t", key=head.count)
         names, *lines = (line for line in csv.reader(file, delimiter=delimiter) if line)
     if uneven := [number for number, line in enumerate(lines, 1) if len(line) != len(names)]:
-        raise ValueError(
-            f"row {uneven[0]} has not {len(names)} cells, as the header has, but {len(lines[uneven[0] - 1])}"
+        raise DatasetError(
+            f"`{path}`: row {uneven[0]} has {len(lines[uneven[0] - 1])} cells, the header has {len(names)}."
         )
     return Dataset.from_dict({name.strip(): [line[column] for line in lines] for column, name in enumerate(names)})
 

@@ -134,8 +134,8 @@ def _metadata(old: Any, config: SavedConfig, facts: Facts, base: str | None) -> 
     if facts.metrics and facts.dataset and config.labels is not None:
         kept["model_name"] = f"{method} adapter"
         kept["eval_results"] = [
-            EvalResult("image-classification", facts.dataset, facts.dataset, name, value)
-            for name, value in facts.metrics.items()
+            EvalResult("image-classification", facts.dataset, facts.dataset, metric, value, dataset_split=split or None)
+            for (split, _, metric), value in ((name.rpartition(" "), value) for name, value in facts.metrics.items())
         ]
     return ModelCardData(**kept)
 

@@ -54,8 +54,8 @@ def load_processor(
     if not is_own and (mean is None or std is None):
         warnings.warn(
             f"`{source}` has no image processor. Taken is the default of its model type, {type(processor).__name__}: "
-            f"mean {processor.image_mean}, std {processor.image_std}. If the model was trained with others, give "
-            "them: `--mean`, `--std`.",
+            f"mean {_numbers(processor.image_mean)}, std {_numbers(processor.image_std)}. If the model was "
+            "trained with others, give them: `--mean`, `--std`.",
             ProcessorWarning,
             stacklevel=2,
         )
@@ -75,6 +75,10 @@ def size_of(processor: Any) -> tuple[int, int]:
     if size is None:
         raise DatasetError(f"{type(processor).__name__} does not say which size it makes. Give `--image-size`.")
     return size
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:.3g}" for value in values)
 
 
 def _find(source: str) -> tuple[Any, bool]:

@@ -21,7 +21,7 @@ EXAMPLES = """\
 examples:
   peft-bsr evaluate outputs/train/adapter --dataset beans
   peft-bsr evaluate outputs/train/adapter --dataset photos --split test
-  peft-bsr evaluate me/pets-bsr --dataset pets.csv --label-column species --json
+  peft-bsr evaluate me/pets-bsr --dataset labels.csv --label-column species --json
 """
 
 

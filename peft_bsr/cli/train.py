@@ -169,7 +169,7 @@ def _size_in_words(processor: Any, column: Any) -> str:
 
 def _scores(trainer: Any, data: LabelledImages, processor: Any) -> Scores:
     """Split -> accuracy and loss of the weights that are in the model now, which are those that are saved."""
-    scores = {}
+    scores: Scores = {}
     for split in ("validation", "test"):
         if split in data.splits:
             found = trainer.predict(with_pixels(data.splits[split], processor), metric_key_prefix=split).metrics

@@ -48,11 +48,11 @@ def read_folder(folder: Path) -> Rows:
     notes = _notes(folder, images, others)
     if named and any(len(path.parts) > 2 for top in named for path in below[top]):
         splits = _splits(folder, below, named)
-        return Rows(_labelled(folder, splits, 1), folder, notes)
+        return Rows(_labelled(folder, splits, 1), notes=notes)
     if not below or set(below) == set(named):
         raise DatasetError(_no_classes(folder, loose, sorted(named), others))
     everything = [*loose, *(path for paths in below.values() for path in paths)]
-    return Rows(_labelled(folder, {"train": sorted(everything)}, 0), folder, notes)
+    return Rows(_labelled(folder, {"train": sorted(everything)}, 0), notes=notes)
 
 
 def list_images(folder: Path) -> tuple[list[PurePath], list[PurePath]]:

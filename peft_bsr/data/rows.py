@@ -37,7 +37,7 @@ class Rows:
 
     Attributes:
         splits: `"train"`, `"validation"`, `"test"` -> rows. Without splits, all of them are `"train"`.
-        root: Folder that file names in the rows are relative to, if any.
+        root: Folder that file names in the rows are relative to. Default None: the working directory.
         notes: What a person should know of how they were read.
     """
 
@@ -70,7 +70,7 @@ def read_rows(name: str) -> Rows:
         return Rows({"train": _digits()})
     path = Path(name).expanduser()
     if path.is_dir() and ((path / "dataset_dict.json").exists() or (path / "state.json").exists()):
-        return _of_datasets(load_from_disk(str(path)), path)
+        return _of_datasets(load_from_disk(str(path)))
     if path.is_dir():
         return read_folder(path)
     if path.suffix.lower() in _SUFFIXES and path.is_file():
@@ -81,7 +81,7 @@ def read_rows(name: str) -> Rows:
     if path.suffix.lower() in _SUFFIXES or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise DatasetError(f"`{name}` cannot be read: there is no such file or folder. {advice}")
     try:
-        return _of_datasets(load_dataset(name), None)
+        return _of_datasets(load_dataset(name))
     except DatasetError:
         raise
     except Exception as error:  # datasets', the Hub's and the HTTP library's own errors
@@ -181,14 +181,14 @@ def _read(path: Path) -> Dataset:
     return Dataset.from_dict({name.strip(): [line[column] for line in lines] for column, name in enumerate(names)})
 
 
-def _of_datasets(data: Any, root: Path | None) -> Rows:
+def _of_datasets(data: Any) -> Rows:
     """Splits by their names; others are left out, and said."""
     if isinstance(data, Dataset):
-        return Rows({"train": data}, root)
+        return Rows({"train": data})
     assert isinstance(data, DatasetDict)
     if len(data) == 1:
         name = next(iter(data))
-        return Rows({split_of(name) or "train": data[name]}, root)
+        return Rows({split_of(name) or "train": data[name]})
     names = {name: split for name in data if (split := split_of(name))}
     if not names or len(set(names.values())) < len(names):
         raise DatasetError(
@@ -197,7 +197,7 @@ def _of_datasets(data: Any, root: Path | None) -> Rows:
     left = [name for name in data if name not in names]
     notes = [f"splits that are not read: {some(left)}"] if left else []
     ordered = sorted(names.items(), key=lambda pair: SPLITS.index(pair[1]))
-    return Rows({split: data[name] for name, split in ordered}, root, notes)
+    return Rows({split: data[name] for name, split in ordered}, notes=notes)
 
 
 def _digits() -> Dataset:

@@ -47,6 +47,19 @@ def test_exact_names_are_splits_if_they_hold_classes(put, names):
     assert sizes(load_images(str(folder))) == {"train": 6, "validation": 6, "test": 6}
 
 
+@pytest.mark.parametrize("form", ["classes", "splits", "metadata", "table"])
+def test_a_relative_name(put, monkeypatch, form):
+    folder = put("d/train/a", "d/train/b") / "d"
+    monkeypatch.chdir(folder.parent)
+    rows = "file_name,label\n" + "\n".join(f"train/{c}/{i}.png,{c}" for c in "ab" for i in range(3))
+    if form in ("metadata", "table"):
+        (folder / f"{form}.csv").write_text(rows)
+    name = {"classes": "d/train", "table": "d/table.csv"}.get(form, "d")
+    data = load_images(name)
+    assert data.counts("train") == {"a": 3, "b": 3}
+    assert data.train[0]["image"].size == (20, 30)
+
+
 def test_only_a_test_split(put):
     assert sizes(load_images(str(put("test/a", "test/b")))) == {"test": 6}
 

@@ -175,7 +175,7 @@ def _no_classes(folder: Path, loose: list[PurePath], named: list[str], others: l
         "Put the images into one folder a class, or add a metadata.csv with the columns file_name and label."
     )  # fmt: skip
     if named:
-        return f"`{folder}`: there are no class folders below {some(named)}, the images lie directly in it. {advice}"
+        return f"`{folder}`: there are no class folders below {some(named)}: the images lie directly there. {advice}"
     if loose:
         return f"`{folder}`: there are no class folders, the {len(loose)} images lie directly in it. {advice}"
     return f"`{folder}`: there are no images in it that Pillow reads. {advice}"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from huggingface_hub import ModelCard
 
 from peft_bsr.cli import main
 
@@ -27,12 +29,14 @@ def best(base, images, tmp_path_factory) -> Path:
 def checked(output: Path, said: dict[str, dict]) -> None:
     """What `evaluate` said of each split is what the run reported, and not what its last epoch had."""
     summary = json.loads((output / "summary.json").read_text())
-    card = (output / "adapter" / "README.md").read_text()
+    card = ModelCard.load(output / "adapter" / "README.md")
+    results = {result.dataset_split: (result.metric_type, result.metric_value) for result in card.data.eval_results}
     for split in ("validation", "test"):
         assert said[split]["accuracy"] == summary["scores"][split]["accuracy"]
         assert said[split]["loss"] == pytest.approx(summary["scores"][split]["loss"], abs=1e-6)
-        assert f"- {split} accuracy on " in card
-        assert f": {said[split]['accuracy']:.4g}" in card
+        assert f"- {split} accuracy on " in card.text
+        assert f": {said[split]['accuracy']:.4g}" in card.text
+        assert results[split] == ("accuracy", said[split]["accuracy"])
     state = json.loads(max(output.glob("checkpoints/*/trainer_state.json")).read_text())
     losses = [entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry]
     assert losses[0] > losses[-1] + 1e-3, "the last epoch is not the one that was kept"
@@ -98,8 +102,6 @@ def test_what_is_in_the_data_is_said(run, base, images, tmp_path):
 
 
 def test_bad_files_stop_a_run_before_it_begins_or_are_left_out(run, run_json, base, tmp_path, images):
-    import shutil
-
     folder = tmp_path / "images"
     shutil.copytree(images, folder)
     for name in ("dark/3.png", "light/4.png"):
@@ -111,6 +113,17 @@ def test_bad_files_stop_a_run_before_it_begins_or_are_left_out(run, run_json, ba
     assert "light/4.png" in err.splitlines()[-1]
     assert not (tmp_path / "out").exists()
     assert run_json(*command, "--no-measuring", "--skip-bad")["steps"] == 1
+
+
+def test_a_model_without_a_processor_is_trained_and_it_is_said(run, run_json, base, images, tmp_path):
+    shutil.copytree(base, tmp_path / "bare")
+    (tmp_path / "bare" / "preprocessor_config.json").unlink()
+    command = ["train", "--model", tmp_path / "bare", "--dataset", images, "--max-steps", "1", "--no-measuring"]
+    code, _, err = run(*command, "--output", tmp_path / "a")
+    assert code == 0
+    assert "has no image processor. Taken is the default of its model type" in " ".join(err.split())
+    processor = json.loads((tmp_path / "a" / "adapter" / "preprocessor_config.json").read_text())
+    assert (processor["image_mean"], processor["size"]) == ([0.5] * 3, {"height": 32, "width": 32})
 
 
 def test_check(run, run_json, images):

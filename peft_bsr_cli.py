@@ -16,6 +16,7 @@ from typing import Any
 COMMANDS = {
     "inspect": "what a model is made of, and which methods it takes",
     "plan": "ways to train that fit into a memory budget, before anything runs",
+    "check": "what is in a data set, before anything trains on it",
     "train": "fine-tune, keep an adapter, write a report",
     "evaluate": "accuracy of an adapter on a data set",
     "show": "which patches of images an adapter keeps",

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
 from peft_bsr import BSRConfig, ExportReport, export
+from peft_bsr.data import to_pixels
 from peft_bsr.exporting.formats import FORMATS
 
 VARIANTS = {"onnx": ("onnx", None), "onnx-int8": ("onnx", "int8")} | {
@@ -80,7 +81,7 @@ def load_images(args: argparse.Namespace, model: PeftModel) -> Tensor:
         return torch.randn(args.num_images, 3, size, size, generator=torch.Generator().manual_seed(1))
     processor = AutoImageProcessor.from_pretrained(args.model, backend="pil")
     rows = load_dataset("parquet", data_files=args.images, split="train").select(range(args.num_images))
-    return processor([image.convert("RGB") for image in rows["image"]], return_tensors="pt")["pixel_values"]
+    return to_pixels(rows["image"], processor)
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from transformers import get_cosine_schedule_with_warmup
 
 from peft_bsr import BSRConfig, verify_trainability
-from peft_bsr.training.images import collate, load_images, load_processor, with_pixels
+from peft_bsr.data import collate, load_images, load_processor, put_aside, with_pixels
 
 sys.path.insert(0, str(Path(__file__).parent))
 from quickstart import find_model, load_base, make_parser, size_of
@@ -41,7 +41,7 @@ def main() -> None:
     args = parse_arguments()
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
     transformers.set_seed(0)
-    data = load_images(args.dataset)
+    data = put_aside(load_images(args.dataset), validation_size=0)
     source, _ = find_model(args.model)
     processor = load_processor(source, size_of(args))
     base = load_base(source, data.labels)

@@ -17,8 +17,9 @@ from peft import get_peft_model
 from transformers import Trainer
 
 from peft_bsr import ALaSTConfig, TrainabilityCallback
+from peft_bsr.data import collate, load_images, load_processor, put_aside, with_pixels
 from peft_bsr.training import ALaSTCallback
-from peft_bsr.training.images import collate, compute_accuracy, load_images, load_processor, with_pixels
+from peft_bsr.training.scores import compute_accuracy
 from peft_bsr.viz import draw_budgets
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -38,7 +39,7 @@ def main() -> None:
     """Train, draw the budgets, merge, save."""
     args = parse_arguments()
     transformers.set_seed(0)
-    data = load_images(args.dataset)
+    data = put_aside(load_images(args.dataset), validation_size=0)
     source, _ = find_model(args.model)
     processor = load_processor(source, size_of(args))
     model = load_base(source, data.labels)

@@ -17,7 +17,7 @@ import transformers
 from peft import PeftModel, get_peft_model
 
 from peft_bsr import BSRConfig, export
-from peft_bsr.training.images import load_images, load_processor, to_pixels
+from peft_bsr.data import load_images, load_processor, put_aside, to_pixels
 
 sys.path.insert(0, str(Path(__file__).parent))
 from quickstart import find_model, load_base, make_parser, size_of
@@ -37,7 +37,7 @@ def main() -> None:
     """Export, check, time; then classify without PyTorch."""
     args = parse_arguments()
     transformers.set_seed(0)
-    data = load_images(args.dataset)
+    data = put_aside(load_images(args.dataset), validation_size=0)
     source, _ = find_model(args.model)
     processor = load_processor(source, size_of(args))
     base = load_base(source, data.labels)

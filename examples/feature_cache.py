@@ -20,7 +20,8 @@ from rich.console import Console
 from transformers import Trainer
 
 from peft_bsr import BSRConfig, FeatureCache, TrainabilityCallback
-from peft_bsr.training.images import compute_accuracy, load_images, load_processor, with_pixels
+from peft_bsr.data import load_images, load_processor, put_aside, with_pixels
+from peft_bsr.training.scores import compute_accuracy
 
 sys.path.insert(0, str(Path(__file__).parent))
 from quickstart import find_model, load_base, make_parser, size_of, training_arguments
@@ -42,7 +43,7 @@ def main() -> None:
     args = parse_arguments()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    data = load_images(args.dataset)
+    data = put_aside(load_images(args.dataset), validation_size=0)
     source, model_name = find_model(args.model)
     processor = load_processor(source, size_of(args))
     size = processor.size["height"]

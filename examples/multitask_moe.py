@@ -22,14 +22,14 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 from peft import get_peft_model
 from torch.utils.data import DataLoader
 from transformers import AutoModelForImageClassification, get_cosine_schedule_with_warmup
 
 from peft_bsr import BSRConfig, MoEConfig, TaskConfig, verify_trainability
+from peft_bsr.data import load_images, load_processor, put_aside, to_pixels
 from peft_bsr.training import TaskBatchSampler, TaskDataset, collate_tasks
-from peft_bsr.training.images import load_images, load_processor, to_pixels
 from peft_bsr.training.metrics import add_outputs, metric_of
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -74,7 +74,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def made_of_digits() -> dict[str, tuple[TaskConfig, Dataset, Dataset]]:
     """Three tasks on the same images, of two kinds."""
-    images = load_images()
+    images = put_aside(load_images(), validation_size=0)
     data = {"train": images.train, "test": images.test}
     ink = {split: [float(np.asarray(image).mean() / 128 - 0.6) for image in data[split]["image"]] for split in data}
     labels = {split: np.array(data[split]["label"]) for split in data}
@@ -96,17 +96,13 @@ def load_tasks(args: argparse.Namespace) -> dict[str, tuple[TaskConfig, Dataset,
     for given in args.task:
         name, _, source = given.partition("=")
         if "," in source:
-            files = dict(zip(("train", "test"), source.split(","), strict=True))
-            data = load_dataset("parquet", data_files=files)
-            columns = data["train"].column_names
-            image, label = (next(c for c in columns if word in c) for word in ("im", "label"))
+            train, test = source.split(",")
+            images = load_images(train)
+            both = (images.train, load_images(test, labels=images.labels).train)
         else:
-            images, image, label = load_images(source), "image", "label"
-            data = {"train": images.train, "test": images.test}
-        classes = len(data["train"].unique(label))
-        renamed = {old: new for old, new in ((image, "image"), (label, "label")) if old != new}
-        both = [data[split].select_columns([image, label]).rename_columns(renamed) for split in ("train", "test")]
-        parts[name] = (TaskConfig(name, classes), *both)
+            images = put_aside(load_images(source), validation_size=0)
+            both = (images.train, images.test)
+        parts[name] = (TaskConfig(name, len(images.labels)), *both)
     limits = (args.train_images, args.test_images)
     return {
         name: (

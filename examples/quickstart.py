@@ -23,7 +23,8 @@ from transformers import AutoModelForImageClassification, Trainer, TrainingArgum
 
 from peft_bsr import BSRConfig, DatasetError, TrainabilityCallback
 from peft_bsr.cost import compare, cost_table
-from peft_bsr.training.images import collate, compute_accuracy, load_images, load_processor, to_pictures, with_pixels
+from peft_bsr.data import collate, load_images, load_processor, put_aside, to_pictures, with_pixels
+from peft_bsr.training.scores import compute_accuracy
 from peft_bsr.viz import draw_kept_tokens
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -107,7 +108,7 @@ def main() -> None:
     transformers.logging.set_verbosity_error()  # "the classifier is newly initialized" is what we want
     transformers.logging.disable_progress_bar()
     try:
-        data = load_images(args.dataset)
+        data = put_aside(load_images(args.dataset), validation_size=0)
     except DatasetError as error:
         sys.exit(str(error))
     source, model_name = find_model(args.model)

@@ -17,7 +17,8 @@ from peft import get_peft_model
 from transformers import Trainer
 
 from peft_bsr import BSRConfig, TrainabilityCallback
-from peft_bsr.training.images import collate, compute_accuracy, load_images, load_processor, with_pixels
+from peft_bsr.data import collate, load_images, load_processor, put_aside, with_pixels
+from peft_bsr.training.scores import compute_accuracy
 
 sys.path.insert(0, str(Path(__file__).parent))
 from quickstart import find_model, load_base, make_parser, size_of, training_arguments
@@ -37,7 +38,7 @@ def main() -> None:
     """Train, evaluate, save."""
     args = parse_arguments()
     transformers.set_seed(0)
-    data = load_images(args.dataset)
+    data = put_aside(load_images(args.dataset))
     source, _ = find_model(args.model)
     processor = load_processor(source, size_of(args))
     model = load_base(source, data.labels)
@@ -48,13 +49,13 @@ def main() -> None:
         model=model,
         args=training_arguments(args, eval_strategy="epoch", save_strategy="epoch", save_total_limit=2),
         train_dataset=with_pixels(data.train, processor),
-        eval_dataset=with_pixels(data.test, processor),
+        eval_dataset=with_pixels(data.validation, processor),
         data_collator=collate,
         compute_metrics=compute_accuracy,
         callbacks=[TrainabilityCallback()],  # stops before the first step if something would not train
     )
     trainer.train(resume_from_checkpoint=args.resume or None)
-    print(f"test accuracy {trainer.evaluate()['eval_accuracy']:.3f}")
+    print(f"test accuracy {trainer.evaluate(with_pixels(data.test, processor))['eval_accuracy']:.3f}")
     model.save_pretrained(args.output / "adapter")
     processor.save_pretrained(args.output / "adapter")
 

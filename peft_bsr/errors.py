@@ -106,6 +106,10 @@ class ReductionNotMergedWarning(PeftBsrWarning):
     """The merged model runs on all tokens: token reduction is not part of the weights."""
 
 
+class ProcessorWarning(PeftBsrWarning):
+    """A model has no image processor, and the default one of its type was taken."""
+
+
 class LeanBlockWarning(PeftBsrWarning):
     """A block that was planned lean runs stock in training, and keeps more for backward."""
 

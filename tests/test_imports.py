@@ -23,6 +23,7 @@ LAYERS = [
     "registration",
     "multitask",
     "tuners",
+    "data",
     "training",
     "cost",
     "viz",

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dataset
-from PIL import Image as PILImage
-from sklearn.datasets import load_digits
+from datasets import Dataset, DatasetDict, load_dataset
 from transformers import AutoImageProcessor
+
+import peft_bsr.data
+from peft_bsr.data.columns import as_images, image_column, label_column
+from peft_bsr.data.labels import encode
 
 HERE = Path(__file__).parent
 HUB = {"cifar10": "uoft-cs/cifar10", "fashion-mnist": "zalando-datasets/fashion_mnist"}  # others are Hub ids themselves
@@ -50,7 +50,8 @@ def load_task(task: str, protocol: Protocol, data: Path | None) -> DatasetDict:
         data: Folder, or None for the Hub.
     """
     if task == "digits":
-        whole = _digits(protocol.test_images)
+        digits = peft_bsr.data.load_images().train  # 1797 images of 8 x 8 pixels, without a split of their own
+        whole = digits.train_test_split(test_size=protocol.test_images, seed=0, stratify_by_column="label")
     elif data is not None:
         files = {split: [str(p) for p in sorted(data.glob(f"{task}-{split}-*.parquet"))] for split in ("train", "test")}
         if not all(files.values()):
@@ -65,43 +66,16 @@ def load_task(task: str, protocol: Protocol, data: Path | None) -> DatasetDict:
 
 def with_pixels(images: Dataset, source: str) -> Dataset:
     """The same with `pixel_values` and `labels`, made by the model's own processor when they are asked for."""
-    processor = AutoImageProcessor.from_pretrained(source)
-
-    def preprocess(rows: dict[str, list[Any]]) -> dict[str, Any]:
-        pixels = processor([np.asarray(image.convert("RGB")) for image in rows["image"]], return_tensors="pt")
-        return {"pixel_values": list(pixels["pixel_values"]), "labels": rows["label"]}
-
-    return images.with_transform(preprocess)
-
-
-def collate(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """A batch."""
-    return {
-        "pixel_values": torch.stack([example["pixel_values"] for example in examples]),
-        "labels": torch.tensor([example["labels"] for example in examples]),
-    }
-
-
-def _digits(test_images: int) -> DatasetDict:
-    """The 1797 images of 8 x 8 pixels, which have no split of their own."""
-    digits = load_digits()
-    images = [PILImage.fromarray((image * (255 / 16)).astype(np.uint8)) for image in digits.images]
-    features = Features({"image": Image(), "label": ClassLabel(names=[str(name) for name in digits.target_names])})
-    data = Dataset.from_dict({"image": images, "label": digits.target.tolist()}, features=features)
-    return data.train_test_split(test_size=test_images, seed=0, stratify_by_column="label")
+    return peft_bsr.data.with_pixels(images, AutoImageProcessor.from_pretrained(source))
 
 
 def _named(images: Dataset) -> Dataset:
     """With the columns `image` and `label`, whatever they were called."""
-    found = {
-        kind: next((c for c, f in images.features.items() if isinstance(f, kind)), None) for kind in (Image, ClassLabel)
-    }
-    if None in found.values():
-        raise SystemExit(f"the columns are {list(images.features)}; one of images and one of class labels are needed.")
-    images = images.select_columns([found[Image], found[ClassLabel]])
-    return images.rename_columns(
-        {old: new for old, new in ((found[Image], "image"), (found[ClassLabel], "label")) if old != new}
-    )
+    image, _ = image_column(images)
+    label, _ = label_column(images, image)
+    chosen = as_images(images.select_columns([image, label]), image, None)
+    splits, _, _ = encode({"images": chosen}, label)
+    return splits["images"]
 
 
 def _split(images: Dataset, first: int, second: int) -> tuple[Dataset, Dataset]:

@@ -30,11 +30,12 @@ from torch import nn
 from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments
 
 sys.path.insert(0, str(Path(__file__).parent))
-from data import Protocol, collate, load_task, with_pixels
+from data import Protocol, load_task, with_pixels
 from experiment import Experiment, load_base
 
 from peft_bsr import ALaSTConfig
 from peft_bsr.cost import PeakMemory
+from peft_bsr.data import collate
 from peft_bsr.training import ALaSTCallback, schedule_of
 
 

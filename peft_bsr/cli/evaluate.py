@@ -1,4 +1,4 @@
-"""Accuracy of an adapter on the test images of a data set."""
+"""Accuracy of an adapter on the test images of a data set, or on all of them if it has no test split."""
 
 from __future__ import annotations
 
@@ -9,23 +9,29 @@ from typing import Any
 import torch
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
+from peft_bsr.cli.images import DATA_HELP, add_columns, add_sizes, read_scored_data
 from peft_bsr.cli.output import Output
 from peft_bsr.cli.sources import find_adapter
-from peft_bsr.errors import DatasetError, UsageError
+from peft_bsr.data import DIGITS, collate, with_pixels
+from peft_bsr.errors import UsageError
 from peft_bsr.hub import load, load_image_processor
-from peft_bsr.training.images import DIGITS, collate, compute_accuracy, load_images, with_pixels
+from peft_bsr.training.scores import compute_accuracy
 
 EXAMPLES = """\
 examples:
   peft-bsr evaluate outputs/train/adapter --dataset beans
-  peft-bsr evaluate me/pets-bsr --dataset pets.parquet --json
+  peft-bsr evaluate outputs/train/adapter --dataset photos --split test
+  peft-bsr evaluate me/pets-bsr --dataset labels.csv --label-column species --json
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What the command takes."""
     parser.add_argument("model", metavar="ADAPTER", help="Hub id or folder of an adapter")
-    parser.add_argument("--dataset", default=DIGITS, help="Hub id, .parquet, folder by class (default digits)")
+    parser.add_argument("--dataset", default=DIGITS, help=DATA_HELP)
+    parser.add_argument("--split", help="train, validation or test (default: test, or without one all images)")
+    add_columns(parser)
+    add_sizes(parser)
     parser.add_argument("--base", help="base model, where the adapter does not name one that can be read")
     parser.add_argument("--batch-size", type=int, default=64, help="default 64")
 
@@ -34,12 +40,10 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
     """Run the command."""
     if find_adapter(args.model) is None:
         raise UsageError(f"`{args.model}` is a model, no adapter: there is nothing of ours to evaluate.")
-    data = load_images(args.dataset)
     model: Any = load(args.model, base=args.base)
     processor = load_image_processor(args.model, base=args.base)
     own = [model.config.id2label[index] for index in range(model.config.num_labels)]
-    if own != data.labels:
-        raise DatasetError(f"`{args.dataset}` has the classes {data.labels[:20]}, the adapter tells apart {own[:20]}.")
+    split, images = read_scored_data(args, own, out)
     with tempfile.TemporaryDirectory() as folder:
         trainer: Any = Trainer(
             model=model,
@@ -53,7 +57,7 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
                 disable_tqdm=out.is_json,
             ),
             data_collator=collate,
-            eval_dataset=with_pixels(data.test, processor),
+            eval_dataset=with_pixels(images, processor),
             compute_metrics=compute_accuracy,
         )
         trainer.remove_callback(PrinterCallback)
@@ -61,7 +65,8 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
     result = {
         "model": args.model,
         "dataset": args.dataset,
-        "images": len(data.test),
+        "split": split,
+        "images": len(images),
         "accuracy": scores["eval_accuracy"],
         "loss": scores["eval_loss"],
         "images_per_second": scores["eval_samples_per_second"],

@@ -16,10 +16,10 @@ import transformers
 from peft_bsr.cli.settings import TrainSettings
 from peft_bsr.cli.sources import load_model
 from peft_bsr.cost import Cost, compare
+from peft_bsr.data import LabelledImages, collate, to_pictures, with_pixels
 from peft_bsr.hub.card import PICTURE
 from peft_bsr.registration import package_version
 from peft_bsr.report import RunRecord
-from peft_bsr.training.images import LabelledImages, collate, to_pictures, with_pixels
 from peft_bsr.viz import KeptTokens, draw_kept, kept_token_pictures, saved_by_block
 
 FULL = "full fine-tuning"
@@ -54,8 +54,10 @@ def find_out(
     """
     found = Findings()
     if reduces_in_use(model):
-        examples = with_pixels(data.test, processor)
-        shown = collate([examples[i] for i in range(min(_SHOWN, len(data.test)))])
+        examples = with_pixels(
+            next(data.splits[s] for s in ("test", "validation", "train") if s in data.splits), processor
+        )
+        shown = collate([examples[i] for i in range(min(_SHOWN, len(examples)))])
         pixels = shown["pixel_values"].to(model.device)
         found.images = to_pictures(pixels, processor)
         found.titles = [data.labels[label] for label in shown["labels"].tolist()]
@@ -107,7 +109,7 @@ def make_record(
     found: Findings,
     words: Sequence[str],
     *,
-    scores: Mapping[str, float],
+    scores: Mapping[str, Mapping[str, float]],
     seconds: float,
     log_history: Sequence[Mapping[str, Any]],
     budgets: Sequence[Any],
@@ -115,8 +117,8 @@ def make_record(
 ) -> RunRecord:
     """Everything for the report."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    headline = {
-        "test accuracy": f"{scores['accuracy']:.1%}",
+    headline = {f"{split} accuracy": f"{of_split['accuracy']:.1%}" for split, of_split in scores.items()}
+    headline |= {
         "training": f"{seconds:.0f} s",
         "parameters trained": f"{trained / 1e6:.2f} M",
     }

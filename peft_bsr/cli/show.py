@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
 
 from peft_bsr.cli.findings import reduces_in_use
 from peft_bsr.cli.output import Output
 from peft_bsr.cli.sources import find_adapter
+from peft_bsr.data import image_name, load_unlabelled, open_image, stored, to_pictures, to_pixels
 from peft_bsr.errors import UsageError
 from peft_bsr.hub import load, load_image_processor
-from peft_bsr.training.images import to_pictures, to_pixels
 from peft_bsr.viz import draw_kept, kept_token_pictures
 
 EXAMPLES = """\
@@ -26,15 +25,23 @@ examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What the command takes."""
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="files")
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders, or one table or data set")
     parser.add_argument("--model", required=True, metavar="ADAPTER", help="Hub id or folder of an adapter")
     parser.add_argument("--base", help="base model, where the adapter does not name one that can be read")
+    parser.add_argument("--split", help="of a data set (default: all of it)")
+    parser.add_argument("--image-column", metavar="NAME", help="column of images or paths (default: the one there is)")
+    parser.add_argument("--limit", type=int, default=16, help="images to draw at most (default 16)")
     parser.add_argument("--output", type=Path, default=Path("kept_tokens.png"), help="default kept_tokens.png")
 
 
 def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
     """Run the command."""
-    images = [_open(path) for path in args.images]
+    rows = stored(load_unlabelled(args.images, image_column=args.image_column, split=args.split))
+    sources = rows[: args.limit]["image"]
+    if len(rows) > len(sources):
+        out.note(f"drawn: the first {len(sources)} of {len(rows)} images (`--limit`)")
+    names = [image_name(source) or f"row {index}" for index, source in enumerate(sources)]
+    images = [open_image(source) for source in sources]
     if find_adapter(args.model) is None:
         raise UsageError(f"`{args.model}` is a model, no adapter: it keeps every token.")
     model: Any = load(args.model, base=args.base)
@@ -52,7 +59,7 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
     kept = {str(one.block): one.share for one in behind}
     found = [
         {"image": path, "label": label, "probability": chance}
-        for path, label, chance in zip(args.images, labels, chances.tolist(), strict=True)
+        for path, label, chance in zip(names, labels, chances.tolist(), strict=True)
     ]
     out.table(
         "Seen", ("image", "label", "probability"), [(f["image"], f["label"], f"{f['probability']:.3f}") for f in found]
@@ -60,13 +67,3 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
     out.facts("Patches kept", {f"block {block}": f"{share:.0%}" for block, share in kept.items()})
     out.say(f"picture: {args.output}")
     return {"model": args.model, "images": found, "kept": kept, "picture": str(args.output)}
-
-
-def _open(path: str) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except FileNotFoundError:
-        raise UsageError(f"there is no file `{path}`.") from None
-    except (UnidentifiedImageError, IsADirectoryError):
-        raise UsageError(f"`{path}` is no image.") from None

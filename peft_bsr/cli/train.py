@@ -12,24 +12,19 @@ import torch
 import transformers
 from peft import PeftModel, get_peft_model
 from transformers import PrinterCallback, Trainer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
 
 from peft_bsr.cli.findings import Findings, find_out, make_record
+from peft_bsr.cli.images import read_processor, read_training_data
 from peft_bsr.cli.output import Output
 from peft_bsr.cli.settings import TrainSettings, add_settings, read_settings
 from peft_bsr.cli.sources import check_names, find_adapter, load_model, make_config
+from peft_bsr.data import LabelledImages, collate, size_of, with_pixels
 from peft_bsr.errors import UsageError
 from peft_bsr.hub import add_facts, plan_in_words
 from peft_bsr.report import write_report
 from peft_bsr.training import ALaSTCallback, TrainabilityCallback
-from peft_bsr.training.images import (
-    LabelledImages,
-    collate,
-    compute_accuracy,
-    load_images,
-    load_processor,
-    with_pixels,
-)
+from peft_bsr.training.scores import compute_accuracy
 
 EXAMPLES = """\
 examples:
@@ -41,6 +36,7 @@ examples:
 written below --output: adapter/ (weights, model card, image processor), report.html, summary.json, settings.yaml,
 checkpoints/ (one an epoch, the last is kept).
 """
+Scores = dict[str, dict[str, float]]  # split -> accuracy and loss
 _OURS = ("output_dir", "num_train_epochs", "max_steps", "per_device_train_batch_size", "learning_rate", "seed")
 
 
@@ -60,20 +56,24 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
     training = _training_arguments(settings, out)
     if find_adapter(settings.model) is not None:
         raise UsageError(f"`{settings.model}` is an adapter. Give its base model, or go on with its run by `--resume`.")
-    data = load_images(settings.dataset)
-    processor = load_processor(settings.model, settings.image_size)
+    data = read_training_data(settings, out)
+    _without_validation(training, data)
+    processor = read_processor(
+        settings.model, out, image_size=settings.image_size, mean=settings.mean, std=settings.std
+    )
     transformers.set_seed(settings.seed)
     model: Any = get_peft_model(load_model(settings.model, data.labels), config)
     attached = model.peft_config["default"]
     words = plan_in_words(attached, model.base_model.column, model.base_model.plan())
-    out.note(f"{settings.model}: {len(data.train)} training and {len(data.test)} test images")
+    counts = ", ".join(f"{len(rows)} {split}" for split, rows in data.splits.items())
+    out.note(f"{settings.model}: {counts} images; {_size_in_words(processor, model.base_model.column)}")
     out.note("\n".join(words))
     output.mkdir(parents=True, exist_ok=True)
     settings.write(output / "settings.yaml")
     callback = ALaSTCallback() if settings.method == "alast" else None
     trainer = _make_trainer(model, training, data, processor, callback)
     trained = trainer.train(resume_from_checkpoint=checkpoint)
-    scores = _scores(trainer)
+    scores = _scores(trainer, data, processor)
 
     out.note("drawing" if args.no_measuring else "measuring against full fine-tuning on the same batch")
     found = find_out(trainer.model, settings, data, processor, output, is_measured=not args.no_measuring)
@@ -143,7 +143,7 @@ def _make_trainer(
         args=training,
         data_collator=collate,
         train_dataset=with_pixels(data.train, processor),
-        eval_dataset=with_pixels(data.test, processor),
+        eval_dataset=with_pixels(data.validation, processor) if data.validation else None,
         compute_metrics=compute_accuracy,
         callbacks=[TrainabilityCallback(), *([callback] if callback else ())],
     )
@@ -151,22 +151,37 @@ def _make_trainer(
     return trainer
 
 
-def _scores(trainer: Any) -> dict[str, float]:
-    """Those of the trained model: of the last epoch's end, if that was the end."""
-    history = trainer.state.log_history
-    last = next((entry for entry in reversed(history) if "eval_accuracy" in entry), None)
-    if last is None or last["step"] != trainer.state.global_step:
-        last = trainer.evaluate()
-    return {"accuracy": float(last["eval_accuracy"]), "loss": float(last["eval_loss"])}
+def _without_validation(training: TrainingArguments, data: LabelledImages) -> None:
+    """Epochs are not scored where there is nothing to score them on."""
+    if data.validation:
+        return
+    if training.load_best_model_at_end:
+        raise UsageError("`load_best_model_at_end` needs validation images. Give more images, or `--validation-size`.")
+    training.eval_strategy = IntervalStrategy.NO
 
 
-def _save(
-    model: Any, settings: TrainSettings, scores: dict[str, float], found: Findings, processor: Any, output: Path
-) -> Path:
+def _size_in_words(processor: Any, column: Any) -> str:
+    """`224 x 224 px, 257 tokens`."""
+    height, width = size_of(processor)
+    patches = (height // column.patch_size[0]) * (width // column.patch_size[1])
+    return f"{height} x {width} px, {column.num_prefix + patches} tokens"
+
+
+def _scores(trainer: Any, data: LabelledImages, processor: Any) -> Scores:
+    """Split -> accuracy and loss of the weights that are in the model now, which are those that are saved."""
+    scores: Scores = {}
+    for split in ("validation", "test"):
+        if split in data.splits:
+            found = trainer.predict(with_pixels(data.splits[split], processor), metric_key_prefix=split).metrics
+            scores[split] = {name: float(found[f"{split}_{name}"]) for name in ("accuracy", "loss")}
+    return scores
+
+
+def _save(model: Any, settings: TrainSettings, scores: Scores, found: Findings, processor: Any, output: Path) -> Path:
     add_facts(
         model,
         dataset=settings.dataset,
-        metrics={"accuracy": scores["accuracy"]},
+        metrics={f"{split} accuracy": of_split["accuracy"] for split, of_split in scores.items()},
         costs=found.costs,
         conditions=found.conditions,
         picture=found.picture,
@@ -180,19 +195,21 @@ def _save(
 def _summary(
     trainer: Any,
     settings: TrainSettings,
-    scores: dict[str, float],
+    scores: Scores,
     found: Findings,
     seconds: float,
     adapter: Path,
     report: Path,
 ) -> dict[str, Any]:
+    last = next(reversed(scores), None)  # test, or else validation
     return {
         "model": settings.model,
         "dataset": settings.dataset,
         "method": settings.method,
         "steps": trainer.state.global_step,
         "seconds": seconds,
-        **scores,
+        **({"split": last, **scores[last]} if last else {}),
+        "scores": scores,
         "costs": {name: vars(cost) for name, cost in found.costs.items()},
         "conditions": found.conditions,
         "adapter": str(adapter),

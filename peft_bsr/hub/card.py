@@ -140,7 +140,8 @@ def _metadata(old: Any, config: SavedConfig, facts: Facts, base: str | None) -> 
         called = dataset or _folder(facts.dataset)
         kept["model_name"] = f"{method} adapter"
         kept["eval_results"] = [
-            EvalResult(task.tag, called, called, name, value) for name, value in facts.metrics.items()
+            EvalResult(task.tag, called, called, metric, value, dataset_split=split or None)
+            for (split, _, metric), value in ((name.rpartition(" "), value) for name, value in facts.metrics.items())
         ]
     return ModelCardData(**kept)
 

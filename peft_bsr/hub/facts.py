@@ -20,7 +20,7 @@ class Facts:
 
     Attributes:
         dataset: Hub id or name of what it was trained on.
-        metrics: Name -> value on the test images, for example `{"accuracy": 0.95}`.
+        metrics: Name -> value, for example `{"test accuracy": 0.95}`: the split, if it is told, and the metric.
         costs: Name -> `Cost` of this adapter and of what it is compared with, from `peft_bsr.cost.compare`; the first
             is the reference.
         conditions: Under which the costs were measured (device, dtype, batch, versions).

@@ -62,10 +62,10 @@ def _curves(record: RunRecord) -> str:
     charts = []
     loss = {
         name: [(entry["step"], entry[key]) for entry in record.log_history if key in entry]
-        for name, key in (("training", "loss"), ("test", "eval_loss"))
+        for name, key in (("training", "loss"), ("validation", "eval_loss"))
     }
     scores = [(entry["step"], entry["eval_accuracy"]) for entry in record.log_history if "eval_accuracy" in entry]
-    for series, label in ((loss, "loss"), ({"test": scores}, "accuracy")):
+    for series, label in ((loss, "loss"), ({"validation": scores}, "accuracy")):
         shown = {name: points for name, points in series.items() if points}
         if shown:
             key = _key({f"s{number}": name for number, name in enumerate(shown)})

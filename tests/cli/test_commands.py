@@ -70,7 +70,7 @@ def test_train_writes_all_it_says(trained, base, images):
     assert set(summary["costs"]) == {"full fine-tuning", "BSR"}
     assert yaml.safe_load((trained / "settings.yaml").read_text())["options"] == {"trainable_blocks": "last:2"}
     card = ModelCard.load(trained / "adapter" / "README.md")
-    assert f"- accuracy on {images.name}: {summary['accuracy']:.4g}" in card.text
+    assert f"- test accuracy on {images.name}: {summary['accuracy']:.4g}" in card.text
     assert "| BSR |" in card.text
     assert (trained / "adapter" / "kept_tokens.png").exists()
     page = (trained / "report.html").read_text()
@@ -107,14 +107,15 @@ def test_train_by_the_other_methods(method, run_json, base, images, tmp_path):
 
 
 def test_evaluate(run, run_json, trained, images):
-    said = run_json("evaluate", trained / "adapter", "--dataset", images)
+    said = run_json("evaluate", trained / "adapter", "--dataset", images, "--split", "test")
     summary = json.loads((trained / "summary.json").read_text())
-    assert said["images"] == 4
-    assert said["accuracy"] == summary["accuracy"]
+    assert (said["split"], said["images"]) == ("test", 4)
+    assert said["accuracy"] == summary["accuracy"] == summary["scores"]["test"]["accuracy"]
     assert said["loss"] == pytest.approx(summary["loss"], abs=1e-5)
+    assert run_json("evaluate", trained / "adapter", "--dataset", images)["images"] == 20
     code, _, err = run("evaluate", trained / "adapter")
     assert code == 2
-    assert "`digits` has the classes ['0', '1'" in err
+    assert "the model does not know 10 of the 10 classes: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9. " in err
 
 
 def test_show(run_json, trained, images, tmp_path):

@@ -60,6 +60,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         path = tmp_path / "images" / ("dark" if index < 6 else "light") / f"{index}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         image.save(path)
+    rows = [
+        f"{path.relative_to(tmp_path)},{path.parent.name},me" for path in sorted((tmp_path / "images").rglob("*.png"))
+    ]
+    (tmp_path / "labels.csv").write_text("\n".join(["file_name,species,photographer", *rows]))
     return tmp_path
 
 
@@ -75,7 +79,7 @@ def as_here(arguments: list[str], folder: Path) -> list[str]:
             word = "dinov2"
         elif re.match(r"me/|ADAPTER$", word):
             word = "adapter"
-        elif word in ("DATA", "beans") or word.endswith(".parquet"):
+        elif word in ("DATA", "beans", "photos") or word.endswith(".parquet"):
             word = "images"
         elif re.search(r"\.(jpg|png)$|^IMAGE$", word) and before != "--output":
             word = str(next((folder / "images" / "dark").iterdir()))

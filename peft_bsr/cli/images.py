@@ -1,0 +1,112 @@
+"""DATA on the command line: its options, and how what was found in it is said."""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from dataclasses import replace
+from typing import Any
+
+from datasets import Dataset
+
+from peft_bsr.cli.output import Output
+from peft_bsr.data import (
+    DataReport,
+    LabelledImages,
+    check_images,
+    choose,
+    load_images,
+    load_processor,
+    put_aside,
+    refuse_bad,
+)
+
+DATA_HELP = "digits (default), a folder by class, a .csv, .jsonl or .parquet file, or a Hub id"
+
+
+def add_columns(parser: argparse.ArgumentParser) -> None:
+    """Which columns of a table or a data set are meant."""
+    parser.add_argument("--image-column", metavar="NAME", help="column of images or paths (default: the one there is)")
+    parser.add_argument("--label-column", metavar="NAME", help="column of classes (default: the one there is)")
+
+
+def add_sizes(parser: argparse.ArgumentParser) -> None:
+    """What is put aside where a split is missing, and what is done about bad files."""
+    parser.add_argument("--test-size", type=float, help="share or number of training images, 0 for none (default 0.2)")
+    parser.add_argument("--validation-size", type=float, help="the same of those left (default 0.1)")
+    parser.add_argument("--skip-bad", action="store_true", default=None, help="go on without undecodable images")
+
+
+def read_training_data(settings: Any, out: Output) -> LabelledImages:
+    """The splits of a training run, every image decoded once; what is in them is said.
+
+    Args:
+        settings: `TrainSettings`.
+        out: The screen.
+
+    Raises:
+        DatasetError: If it cannot be trained on, or if images cannot be decoded.
+    """
+    data = load_images(settings.dataset, image_column=settings.image_column, label_column=settings.label_column)
+    data = put_aside(data, settings.test_size, settings.validation_size)
+    return _checked(data, out, settings.skip_bad)
+
+
+def read_scored_data(args: argparse.Namespace, labels: list[str], out: Output) -> tuple[str, Dataset]:
+    """The name and the images of the split to score; what is in it is said.
+
+    Args:
+        args: With the options of `add_columns` and `add_sizes`, and `--split`.
+        labels: The model's.
+        out: The screen.
+
+    Raises:
+        DatasetError: If there is no such split, or if it has classes the model does not know.
+    """
+    data = load_images(args.dataset, image_column=args.image_column, label_column=args.label_column, labels=labels)
+    split, rows, notes = choose(data, args.split, args.test_size, args.validation_size)
+    return split, _checked(replace(data, splits={split: rows}, notes=data.notes + notes), out, args.skip_bad).splits[
+        split
+    ]
+
+
+def read_processor(source: str, out: Output, **settings: Any) -> Any:
+    """See `peft_bsr.data.load_processor`; its warnings are notes.
+
+    Args:
+        source: Folder or Hub id of the model.
+        out: The screen.
+        settings: Further arguments.
+    """
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        processor = load_processor(source, **settings)
+    for warning in said:
+        out.note(str(warning.message))
+    return processor
+
+
+def say_findings(report: DataReport, out: Output) -> None:
+    """Notes and findings, one line each."""
+    for text in [*report.notes, *report.findings()]:
+        out.note(text)
+
+
+def _checked(data: LabelledImages, out: Output, skip_bad: bool | None) -> LabelledImages:
+    out.note(data.describe())
+    report, clean = check_images(data, progress=not out.is_json)
+    if not report.bad or skip_bad:
+        say_findings(report, out)
+    refuse_bad(report, bool(skip_bad))
+    return clean
+
+
+__all__ = [
+    "DATA_HELP",
+    "add_columns",
+    "add_sizes",
+    "read_processor",
+    "read_scored_data",
+    "read_training_data",
+    "say_findings",
+]

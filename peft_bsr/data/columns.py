@@ -1,0 +1,172 @@
+"""Which column holds the images, and which the labels. Several candidates are named, and never taken without a word."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path, PurePath
+from typing import Any
+
+from datasets import ClassLabel, Dataset, Image, Value
+from PIL import Image as PILImage
+
+from peft_bsr.data.rows import some
+from peft_bsr.errors import DatasetError
+
+IMAGE_NAMES = ("image", "images", "img", "file_name")
+LABEL_NAMES = ("label", "labels", "fine_label")
+_LOOKED_AT = 100  # rows whose values say what a column of texts holds
+
+
+def image_column(rows: Dataset, wanted: str | None = None) -> tuple[str, str | None]:
+    """The column of images, and a note if there were several.
+
+    Args:
+        rows: Images as `datasets.Image`, bytes, `{"bytes": ..., "path": ...}` or paths.
+        wanted: `--image-column`. Default None: the only candidate, or the only one of `IMAGE_NAMES`.
+
+    Raises:
+        DatasetError: If there is none, or several.
+    """
+    if wanted is not None:
+        return _asked(rows, wanted, "--image-column"), None
+    found = [name for name in rows.column_names if _may_be_images(rows, name)]
+    return _one(rows, found, IMAGE_NAMES, "images", "--image-column")
+
+
+def label_column(rows: Dataset, images: str, wanted: str | None = None) -> tuple[str, str | None]:
+    """The column of labels, and a note if there were several.
+
+    Args:
+        rows: With labels as `datasets.ClassLabel`, texts or whole numbers.
+        images: The column of images.
+        wanted: `--label-column`. Default None: the only candidate, or the only one of `LABEL_NAMES`.
+
+    Raises:
+        DatasetError: If there is none, or several.
+    """
+    if wanted is not None:
+        return _asked(rows, wanted, "--label-column"), None
+    others = [name for name in rows.column_names if name not in (images, "split")]
+    found = [name for name in others if _may_be_labels(rows, name)]
+    return _one(rows, found, LABEL_NAMES, "class labels", "--label-column")
+
+
+def values_of(rows: Dataset, column: str) -> list[Any]:
+    """All values of a column, without reading the others.
+
+    Args:
+        rows: The rows.
+        column: Its name.
+    """
+    values: list[Any] = rows.select_columns([column]).with_format("arrow")[:][column].to_pylist()
+    return values
+
+
+def as_images(rows: Dataset, column: str, root: Path | None) -> Dataset:
+    """The same with a column `image` of `datasets.Image`.
+
+    Args:
+        rows: The rows.
+        column: Of images, see `image_column`.
+        root: Folder that paths in it are relative to. Default None: the working directory.
+    """
+    if column != "image":
+        rows = (rows.remove_columns("image") if "image" in rows.column_names else rows).rename_column(column, "image")
+    feature = rows.features["image"]
+    if isinstance(feature, Value) and "string" in feature.dtype:
+        return _with_paths(rows, [_joined(root, path) for path in values_of(rows, "image")])
+    if not isinstance(feature, Image):
+        try:
+            rows = rows.cast_column("image", Image())
+        except (TypeError, ValueError, NotImplementedError) as error:
+            raise DatasetError(
+                f"the column `{column}` holds {_kind(feature)}: no images, and no paths of images."
+            ) from error
+    stored = rows.cast_column("image", Image(decode=False)).with_format("arrow").select_columns(["image"])
+    if root is None or not _has_relative_paths(stored):
+        return rows
+    return _with_paths(rows, [value and _joined(root, value["path"]) for value in values_of(stored, "image")])
+
+
+def _with_paths(rows: Dataset, paths: Sequence[str | None]) -> Dataset:
+    values = [{"bytes": None, "path": path} for path in paths]
+    return rows.remove_columns("image").add_column("image", values, feature=Image())
+
+
+def _has_relative_paths(stored: Dataset) -> bool:
+    """Whether images lie in files of their own, and are named from some folder; by the first row that has one."""
+    for (value,) in (stored[i : i + 1]["image"].to_pylist() for i in range(len(stored))):
+        if value and (value["bytes"] is not None or value["path"]):
+            return value["bytes"] is None and not Path(value["path"]).is_absolute()
+    return False
+
+
+def _joined(root: Path | None, path: Any) -> str | None:
+    if not path:
+        return None
+    return str((root or Path()) / str(path).replace("\\", "/"))
+
+
+def _asked(rows: Dataset, wanted: str, option: str) -> str:
+    if wanted not in rows.column_names:
+        close = difflib.get_close_matches(wanted, rows.column_names, 3) or rows.column_names
+        raise DatasetError(f"`{option} {wanted}`: there is no such column. Did you mean {some(close)}?")
+    return wanted
+
+
+def _one(rows: Dataset, found: list[str], names: Sequence[str], what: str, option: str) -> tuple[str, str | None]:
+    columns = some([f"{name} ({_kind(feature)})" for name, feature in rows.features.items()])
+    if not found:
+        raise DatasetError(f"the columns are {columns}: none of them holds {what}. Name it by `{option}`.")
+    named = [name for name in found if name in names]
+    taken = found[0] if len(found) == 1 else named[0] if len(named) == 1 else None
+    if taken is None:
+        raise DatasetError(f"several columns may hold {what}: {some(found)}. Choose one by `{option}`.")
+    left = [name for name in found if name != taken]
+    if left:
+        return taken, f"{what} are the column `{taken}`, not {some(left)} (`{option}` chooses)"
+    return taken, None if taken in names else f"{what} are the column `{taken}`"
+
+
+def _may_be_images(rows: Dataset, name: str) -> bool:
+    feature = rows.features[name]
+    if isinstance(feature, Image):
+        return True
+    if isinstance(feature, dict):
+        return {"bytes", "path"} <= set(feature)
+    if not isinstance(feature, Value):
+        return False
+    return "binary" in feature.dtype or ("string" in feature.dtype and _are_paths(_first(rows, name)))
+
+
+def _are_paths(values: Sequence[Any]) -> bool:
+    PILImage.init()
+    endings = PILImage.registered_extensions()
+    return bool(values) and sum(PurePath(v).suffix.lower() in endings for v in values) > len(values) / 2
+
+
+def _may_be_labels(rows: Dataset, name: str) -> bool:
+    feature = rows.features[name]
+    if isinstance(feature, ClassLabel):
+        return True
+    if not isinstance(feature, Value) or _may_be_images(rows, name):
+        return False
+    if feature.dtype.startswith("float"):
+        return all(value == int(value) for value in _first(rows, name))
+    if feature.dtype not in ("bool", "string", "large_string") and not feature.dtype.startswith(("int", "uint")):
+        return False
+    values = values_of(rows, name)
+    return len(set(values)) < len(values) or name in LABEL_NAMES  # as many values as rows: an id, a file name
+
+
+def _first(rows: Dataset, name: str) -> list[Any]:
+    values = values_of(rows.select(range(min(_LOOKED_AT, len(rows)))), name)
+    return [value for value in values if value not in (None, "") and value == value]
+
+
+def _kind(feature: Any) -> str:
+    return feature.dtype if isinstance(feature, Value) else type(feature).__name__
+
+
+__all__ = ["IMAGE_NAMES", "LABEL_NAMES", "as_images", "image_column", "label_column", "values_of"]

@@ -1,0 +1,150 @@
+"""Labels as numbers of classes: encoded from texts and whole numbers, or matched by name with a model's own."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from datasets import ClassLabel, Dataset, Value
+
+from peft_bsr.data.columns import values_of
+from peft_bsr.data.rows import some
+from peft_bsr.errors import DatasetError
+
+_MISSING = ("", "nan", "NaN")
+
+
+def encode(
+    splits: dict[str, Dataset], column: str, known: Sequence[str] | None = None
+) -> tuple[dict[str, Dataset], list[str], list[str]]:
+    """The rows that have a label, with a column `label` of `ClassLabel`.
+
+    Args:
+        splits: Name -> rows.
+        column: Of `ClassLabel`, texts, whole numbers or truth values. None, NaN, empty texts and, among numbers, -1 are
+            no label.
+        known: Names of a model's classes. Default None: those of the rows.
+
+    Returns:
+        The splits that have rows left; the names of the classes by number, sorted, whole numbers by their value; notes
+        on what was left out.
+
+    Raises:
+        DatasetError: If the column holds something else, or if rows have classes that are not known.
+    """
+    texts = {split: _texts(rows, column) for split, rows in splits.items()}
+    found = sorted_names({text for values in texts.values() for text in values if text is not None})
+    features = [rows.features[column] for rows in splits.values()]
+    names = found
+    notes: list[str] = []
+    if all(isinstance(f, ClassLabel) and f.names == features[0].names for f in features):
+        names = [normal(name) for name in features[0].names]
+    if known is not None:
+        names, notes = _match(names, found, [normal(name) for name in known])
+    index = {name: number for number, name in enumerate(names)}
+    encoded = {}
+    for split, rows in splits.items():
+        numbers = np.array([-1 if text is None else index[text] for text in texts[split]], dtype=np.int64)
+        kept = np.flatnonzero(numbers >= 0)
+        if len(kept) < len(numbers):
+            notes.append(f"{split}: {len(numbers) - len(kept)} of {len(numbers)} rows have no label and are left out")
+        if len(kept):
+            labelled = rows.remove_columns(list({column, "label"} & set(rows.column_names)))
+            labelled = labelled.add_column("label", numbers, feature=ClassLabel(names=names))
+            encoded[split] = labelled if len(kept) == len(numbers) else labelled.select(kept)
+    if not encoded:
+        raise DatasetError(f"none of the {sum(map(len, texts.values()))} rows has a label in the column `{column}`.")
+    return encoded, names, notes
+
+
+def sorted_names(names: set[str]) -> list[str]:
+    """Sorted; by their value if all of them are whole numbers.
+
+    Args:
+        names: Of classes.
+
+    Examples:
+        >>> sorted_names({"10", "9"}), sorted_names({"b", "10", "9"})
+        (['9', '10'], ['10', '9', 'b'])
+    """
+    try:
+        return sorted(names, key=lambda name: (int(name), name))
+    except ValueError:
+        return sorted(names)
+
+
+def _match(names: list[str], found: list[str], known: list[str]) -> tuple[list[str], list[str]]:
+    """The names by the model's numbers, and how they were matched."""
+    if known == [f"LABEL_{number}" for number in range(len(known))] and not set(found) <= set(known):
+        if len(names) != len(known):
+            raise DatasetError(
+                f"the model's classes have no names (LABEL_0, ...), and there are {len(known)} of them; the data have "
+                f"{len(names)}: {some(names)}. Only equal numbers of classes can be matched by number."
+            )
+        return names, [f"the model's classes have no names: they are matched by number, 0 is `{names[0]}`"]
+    strange = [name for name in found if name not in known]
+    absent = [name for name in known if name not in found]
+    if strange:
+        raise DatasetError(
+            f"the model does not know {len(strange)} of the {len(found)} classes: {', '.join(strange)}. "
+            + (
+                f"Of its own {len(known)} there are no images of: {', '.join(absent)}."
+                if absent
+                else "It knows all others."
+            )
+        )
+    if absent:
+        return known, [
+            f"{len(found)} of the model's {len(known)} classes are scored, no images of: {', '.join(absent)}"
+        ]
+    return known, []
+
+
+def _texts(rows: Dataset, column: str) -> list[str | None]:
+    """The name of each row's class, or None."""
+    feature, values = rows.features[column], values_of(rows, column)
+    if isinstance(feature, ClassLabel):
+        count = len(feature.names)
+        return [normal(feature.names[v]) if v is not None and 0 <= v < count else None for v in values]
+    if not isinstance(feature, Value) or feature.dtype.startswith(("binary", "timestamp", "date")):
+        kind = feature.dtype if isinstance(feature, Value) else type(feature).__name__
+        raise DatasetError(f"the column `{column}` holds {kind}: a class is a text or a whole number, one a row.")
+    texts = [None if value is None or str(value).strip() in _MISSING else _text(value) for value in values]
+    numbers = [_number(text) for text in texts if text is not None]
+    if numbers and all(number is not None for number in numbers):
+        if any(number != int(number) for number in numbers if number is not None):
+            raise DatasetError(
+                f"the column `{column}` holds numbers with fractions: a class is a text or a whole number."
+            )
+        texts = [None if text is None or _number(text) == -1 else _whole(text) for text in texts]
+    return texts
+
+
+def _text(value: Any) -> str:
+    return normal(str(value).strip())
+
+
+def normal(name: str) -> str:
+    """A name with each letter and its accent as one character; file systems of a Mac have two.
+
+    Args:
+        name: Of a class.
+    """
+    return unicodedata.normalize("NFC", name)
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text) if "_" not in text and np.isfinite(float(text)) else None
+    except ValueError:
+        return None
+
+
+def _whole(text: str) -> str:
+    """`1.0` as `1`; `007` as it is."""
+    return str(int(float(text))) if "." in text else text
+
+
+__all__ = ["encode", "normal", "sorted_names"]

@@ -1,0 +1,126 @@
+"""A model's image processor: how large images are made, and how they are normalized."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import transformers
+from PIL import Image
+from transformers import AutoConfig, AutoImageProcessor
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
+
+from peft_bsr.errors import DatasetError, ProcessorWarning, headline
+
+_BICUBIC = int(Image.Resampling.BICUBIC)
+
+
+def load_processor(
+    source: str,
+    image_size: int | None = None,
+    *,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> Any:
+    """A model's image processor, set to squeeze whole images into one size, so that no part of them is cut off.
+
+    Args:
+        source: Folder or Hub id of the model. If it has no processor, the default one of its model type is taken, with
+            a `ProcessorWarning` that names mean and std.
+        image_size: Pixels of a side. Default None: what the model's own processor makes.
+        mean: Subtracted from each channel of an image in 0 to 1. Default None: the processor's.
+        std: Divides what is left. Default None: the processor's.
+
+    Returns:
+        A processor of transformers. Saved beside an adapter, it makes a pipeline see what training saw.
+
+    Raises:
+        DatasetError: If there is no processor, and the model type has none either.
+    """
+    processor, is_own = _find(source)
+    for name in ("do_resize", "do_rescale", "do_normalize"):
+        setattr(processor, name, True)
+    height, width = (image_size, image_size) if image_size else _size(processor, source, is_own)
+    processor.do_center_crop = False
+    processor.size, processor.resample = {"height": height, "width": width}, _BICUBIC
+    for name, values in (("image_mean", mean), ("image_std", std)):
+        if values is not None:
+            if len(values) != 3:
+                raise DatasetError(
+                    f"`--{name.removeprefix('image_')}` needs 3 numbers, one a channel, not {len(values)}."
+                )
+            setattr(processor, name, [float(value) for value in values])
+    if not is_own and (mean is None or std is None):
+        warnings.warn(
+            f"`{source}` has no image processor. Taken is the default of its model type, {type(processor).__name__}: "
+            f"mean {_numbers(processor.image_mean)}, std {_numbers(processor.image_std)}. If the model was "
+            "trained with others, give them: `--mean`, `--std`.",
+            ProcessorWarning,
+            stacklevel=2,
+        )
+    return processor
+
+
+def size_of(processor: Any) -> tuple[int, int]:
+    """Height and width in pixels of what a processor makes.
+
+    Args:
+        processor: From `load_processor`, or any of transformers.
+
+    Raises:
+        DatasetError: If it does not say.
+    """
+    size = _size_made(processor)
+    if size is None:
+        raise DatasetError(f"{type(processor).__name__} does not say which size it makes. Give `--image-size`.")
+    return size
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:.3g}" for value in values)
+
+
+def _find(source: str) -> tuple[Any, bool]:
+    """The processor, and whether it is the model's own."""
+    try:
+        return AutoImageProcessor.from_pretrained(source), True
+    except (OSError, ValueError, ImportError) as error:
+        reason = headline(error)
+    try:
+        kind = AutoConfig.from_pretrained(source).model_type
+    except (OSError, ValueError) as error:
+        raise DatasetError(f"`{source}` has no image processor and no configuration ({headline(error)}).") from error
+    names = IMAGE_PROCESSOR_MAPPING_NAMES.get(kind) or IMAGE_PROCESSOR_MAPPING_NAMES.get(
+        kind.removesuffix("_vision_model")
+    )
+    made = getattr(transformers, names["pil"], None) if isinstance(names, dict) and names.get("pil") else None
+    if made is None:
+        raise DatasetError(
+            f"`{source}` has no image processor ({reason}), and transformers has none for models of type `{kind}`. "
+            "Put a preprocessor_config.json beside its weights."
+        )
+    return made(), False
+
+
+def _size(processor: Any, source: str, is_own: bool) -> tuple[int, int]:
+    """What the model's own processor makes; without one, or if it does not say, what the model was pretrained at."""
+    made = _size_made(processor)
+    if made is not None and is_own:
+        return made
+    config = AutoConfig.from_pretrained(source)
+    size = getattr(getattr(config, "vision_config", config), "image_size", None)
+    if size is None:
+        return size_of(processor)
+    return (int(size), int(size)) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+def _size_made(processor: Any) -> tuple[int, int] | None:
+    crop = getattr(processor, "crop_size", None) if getattr(processor, "do_center_crop", False) else None
+    size = dict(crop or getattr(processor, "size", None) or {})
+    height = size.get("height") or size.get("shortest_edge")
+    width = size.get("width") or size.get("shortest_edge")
+    return (int(height), int(width)) if height and width else None
+
+
+__all__ = ["load_processor", "size_of"]

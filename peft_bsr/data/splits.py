@@ -1,0 +1,125 @@
+"""Splits: validation for epochs, test once at the end. What is missing is put aside from the training images."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+from datasets import Dataset, concatenate_datasets
+
+from peft_bsr.data.images import LabelledImages, labels_of
+from peft_bsr.data.rows import SPLITS, some, split_of
+from peft_bsr.errors import DatasetError
+
+TEST_SIZE, VALIDATION_SIZE = 0.2, 0.1  # of the images that are there to train on
+
+
+def put_aside(
+    data: LabelledImages, test_size: float | None = None, validation_size: float | None = None, seed: int = 0
+) -> LabelledImages:
+    """The same with what training needs: train, and where there are images for it, validation and test.
+
+    A part is drawn from the training images by class, always the same for the same images. A test part takes at least
+    one image of every class that has two, a validation part at least one of every class that has three left.
+
+    Args:
+        data: From `load_images`.
+        test_size: Share of the training images (below 1) or number of them (from 1). Default None: 0.2 if there is
+            neither a test nor a validation split; 0 for none.
+        validation_size: The same of those that are left. Default None: 0.1 if there is no validation split.
+        seed: Of the drawing, default 0.
+
+    Raises:
+        DatasetError: If there is nothing to train on or only one class, if a size cannot be, or if one is given for a
+            split that is there.
+    """
+    for split, size in (("test", test_size), ("validation", validation_size)):
+        if size and split in data.splits:
+            raise DatasetError(f"`--{split}-size {size}`: `{data.name}` has a {split} split of its own.")
+    if "train" not in data.splits:
+        raise DatasetError(f"`{data.name}` has only {some(list(data.splits))}: there are no images to train on.")
+    if test_size is None:
+        test_size = 0 if {"test", "validation"} & set(data.splits) else TEST_SIZE
+    if validation_size is None:
+        validation_size = 0 if "validation" in data.splits else VALIDATION_SIZE
+    if sum(count > 0 for count in data.counts("train").values()) < 2:
+        raise DatasetError(
+            f"`{data.name}` has one class to train on, `{data.labels[0]}`: there is nothing to tell apart. If "
+            "the classes are folders inside of it, give that folder."
+        )
+    for split, size, left in (("test", test_size, 1), ("validation", validation_size, 2)):
+        if size:
+            data = _drawn(data, split, size, left, seed)
+    ordered = {split: data.splits[split] for split in SPLITS if split in data.splits}
+    return replace(data, splits=ordered)
+
+
+def choose(
+    data: LabelledImages,
+    split: str | None = None,
+    test_size: float | None = None,
+    validation_size: float | None = None,
+) -> tuple[str, Dataset, list[str]]:
+    """The images to score: the name of the split, its rows, and notes.
+
+    Args:
+        data: From `load_images`.
+        split: Its name; one that is not there is the part that `put_aside` draws. Default None: the test split, or
+            without one all images.
+        test_size: See `put_aside`.
+        validation_size: See `put_aside`.
+
+    Raises:
+        DatasetError: If there is no such split.
+    """
+    if split is None:
+        if "test" in data.splits:
+            return "test", data.splits["test"], []
+        rows = concatenate_datasets(list(data.splits.values()))
+        return (
+            "all",
+            rows,
+            [f"there is no test split: all {len(rows)} images are scored (`--split test`: those put aside by train)"],
+        )
+    wanted = split_of(split) or split
+    if wanted not in data.splits and wanted in SPLITS and "train" in data.splits:
+        aside = put_aside(data, test_size, validation_size)
+        if wanted in aside.splits:
+            return wanted, aside.splits[wanted], aside.notes[len(data.notes) :]
+    if wanted not in data.splits:
+        raise DatasetError(f"`{data.name}` has no {split} split, only {some(list(data.splits))}.")
+    return wanted, data.splits[wanted], []
+
+
+def _drawn(data: LabelledImages, split: str, size: float, left: int, seed: int) -> LabelledImages:
+    labels = labels_of(data.splits["train"])
+    if not (0 < size < 1 or (size == int(size) and 1 <= size < len(labels))):
+        raise DatasetError(
+            f"`--{split}-size {size}` must be a share below 1, or a number of images below {len(labels)}."
+        )
+    share = size if size < 1 else size / len(labels)
+    generator = np.random.default_rng(seed)
+    drawn, without = np.zeros(len(labels), dtype=bool), []
+    for number, name in enumerate(data.labels):
+        members = np.flatnonzero(labels == number)
+        if len(members) > left:
+            count = min(max(round(share * len(members)), 1), len(members) - left)
+            drawn[generator.permutation(members)[:count]] = True
+        elif len(members):
+            without.append(f"{name} ({len(members)})")
+    notes = [f"{split}: {drawn.sum()} of the {len(labels)} training images are put aside, by class"]
+    if without:
+        notes.append(
+            f"{split}: nothing is put aside of classes with {left} training image{'s or less' if left > 1 else ''}: "
+            + some(without)
+        )
+    if not drawn.any():
+        return replace(data, notes=[*data.notes, notes[-1]])
+    parts = {
+        "train": data.splits["train"].select(np.flatnonzero(~drawn)),
+        split: data.splits["train"].select(np.flatnonzero(drawn)),
+    }
+    return replace(data, splits=data.splits | parts, notes=[*data.notes, *notes])
+
+
+__all__ = ["TEST_SIZE", "VALIDATION_SIZE", "choose", "put_aside"]

@@ -1,0 +1,13 @@
+"""What Trainer is told of predictions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def compute_accuracy(prediction: Any) -> dict[str, float]:
+    """Share of right answers, for Trainer's `compute_metrics`."""
+    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+
+
+__all__ = ["compute_accuracy"]

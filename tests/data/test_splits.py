@@ -1,0 +1,127 @@
+"""What is put aside: by class, always the same, nothing that cannot be spared, and nothing without a word."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from datasets import ClassLabel, Dataset, Features, Value
+
+from peft_bsr import DatasetError
+from peft_bsr.data import LabelledImages, choose, labels_of, put_aside
+
+
+def data_of(*counts, **others):
+    """So many images of classes a, b, ...; the column `image` holds their numbers."""
+    names = [chr(97 + i) for i in range(len(counts))]
+    splits = {}
+    for split, sizes in {"train": counts, **others}.items():
+        labels = [number for number, size in enumerate(sizes) for _ in range(size)]
+        features = Features({"image": Value("int64"), "label": ClassLabel(names=names)})
+        splits[split] = Dataset.from_dict({"image": list(range(len(labels))), "label": labels}, features=features)
+    return LabelledImages("them", splits, names)
+
+
+def sizes(data):
+    return {split: list(data.counts(split).values()) for split in data.splits}
+
+
+@pytest.mark.parametrize(
+    ("counts", "test", "validation"),
+    [
+        ((20, 20), [4, 4], [2, 2]),
+        ((100, 10), [20, 2], [8, 1]),
+        ((2, 2, 2, 2, 2), [1] * 5, None),
+        ((3,) * 200, [1] * 200, None),
+        ((4, 10), [1, 2], [1, 1]),
+        ((1, 10), [0, 2], [0, 1]),
+        ((1, 1), None, None),
+    ],
+    ids=str,
+)
+def test_each_class_gives_what_it_can_spare(counts, test, validation):
+    data = put_aside(data_of(*counts))
+    found = sizes(data)
+    assert (found.get("test"), found.get("validation")) == (test, validation)
+    assert all(found["train"]), "every class has a training image"
+    assert np.add.reduce(list(found.values())).tolist() == list(counts)
+    numbers = [n for rows in data.splits.values() for n in rows["image"]]
+    assert sorted(numbers) == list(range(sum(counts))), "no image is in two splits"
+
+
+def test_it_is_always_the_same():
+    first, second = (put_aside(data_of(50, 50)).test["image"][:] for _ in range(2))
+    assert first == second
+    assert first != put_aside(data_of(50, 50), seed=1).test["image"][:]
+
+
+def test_a_class_with_one_image_is_named():
+    notes = put_aside(data_of(1, 10)).notes
+    assert "test: nothing is put aside of classes with 1 training image: a (1)" in notes
+    assert "test: 2 of the 11 training images are put aside, by class" in notes
+
+
+@pytest.mark.parametrize(
+    ("given", "splits"),
+    [
+        ({"test": (4, 4)}, {"train": [18, 18], "validation": [2, 2], "test": [4, 4]}),
+        ({"validation": (4, 4)}, {"train": [20, 20], "validation": [4, 4]}),
+        ({"validation": (4, 4), "test": (1, 1)}, {"train": [20, 20], "validation": [4, 4], "test": [1, 1]}),
+    ],
+    ids=str,
+)
+def test_splits_that_are_there_stay(given, splits):
+    assert sizes(put_aside(data_of(20, 20, **given))) == splits
+
+
+@pytest.mark.parametrize(
+    ("asked", "splits"),
+    [
+        ({"test_size": 0, "validation_size": 0}, {"train": [20, 20]}),
+        ({"test_size": 10, "validation_size": 0}, {"train": [15, 15], "test": [5, 5]}),
+        ({"test_size": 0.5, "validation_size": 0.5}, {"train": [5, 5], "validation": [5, 5], "test": [10, 10]}),
+    ],
+    ids=str,
+)
+def test_sizes_are_shares_or_numbers(asked, splits):
+    assert sizes(put_aside(data_of(20, 20), **asked)) == splits
+
+
+REFUSED = [
+    (data_of(5, 5, test=(1, 1)), {"test_size": 0.3}, "`--test-size 0.3`: `them` has a test split of its own."),
+    (data_of(5, 5), {"test_size": 1.5}, "must be a share below 1, or a number of images below 10"),
+    (data_of(5, 5), {"validation_size": -1}, "must be a share below 1"),
+    (data_of(5, 5), {"test_size": 10}, "must be a share below 1"),
+    (data_of(5), {}, "has one class to train on, `a`"),
+    (
+        LabelledImages("them", {"test": data_of(5, 5).train}, ["a", "b"]),
+        {},
+        "has only test: there are no images to train",
+    ),
+]
+
+
+@pytest.mark.parametrize(("data", "asked", "message"), REFUSED, ids=[m for _, _, m in REFUSED])
+def test_what_cannot_be(data, asked, message):
+    with pytest.raises(DatasetError) as raised:
+        put_aside(data, **asked)
+    assert message in str(raised.value)
+
+
+def test_what_is_scored():
+    alone, both = data_of(20, 20), data_of(20, 20, validation=(3, 3))
+    split, rows, notes = choose(alone)
+    assert (split, len(rows)) == ("all", 40)
+    assert notes == ["there is no test split: all 40 images are scored (`--split test`: those put aside by train)"]
+    assert len(choose(both)[1]) == 46
+    assert choose(data_of(20, 20, test=(1, 2)))[:1] == ("test",)
+    assert len(choose(both, "val")[1]) == 6
+    aside = put_aside(alone, 0.3)
+    assert choose(alone, "test", 0.3)[1]["image"][:] == aside.test["image"][:], (
+        "those that a training run was scored on"
+    )
+    with pytest.raises(DatasetError, match="has no folds split, only train"):
+        choose(alone, "folds")
+
+
+def test_labels_are_read_without_the_images():
+    assert labels_of(data_of(1, 2).train).tolist() == [0, 1, 1]

@@ -52,7 +52,7 @@ def test_a_run_that_diverged_is_told_its_learning_rate(make_model, tmp_path):
         train(model, tmp_path, data(), learning_rate=1e38, lr_scheduler_type="constant", max_grad_norm=0.0)
 
 
-@pytest.mark.parametrize("is_compiled", [False, True])
+@pytest.mark.parametrize("is_compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_good_run_is_left_alone(is_compiled, make_model, tmp_path):
     model = get_peft_model(make_model(), BSRConfig(trainable_blocks="last:2"))
     train(model, tmp_path, data(), TrainingLoss(), **({"torch_compile_backend": "eager"} if is_compiled else {}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import tempfile
 from collections.abc import Callable, Iterator
@@ -14,7 +15,8 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
 from torch.utils.data import Subset
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
+from transformers import PrinterCallback, ProgressCallback, SchedulerType, Trainer, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from peft_bsr.errors import ConfigError
 from peft_bsr.training.alast_callback import ALaSTCallback
@@ -145,26 +147,14 @@ def _loss_after(
 
 
 def _short(args: TrainingArguments, folder: str, rate: float, steps: int) -> TrainingArguments:
-    """The arguments of a few steps: the same batches and precision; nothing is saved, logged or compiled."""
-    taken = (
-        "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
-        "gradient_checkpointing", "gradient_checkpointing_kwargs", "bf16", "fp16", "use_cpu", "seed", "optim",
-        "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm",
-        "remove_unused_columns", "label_names", "dataloader_pin_memory", "dataloader_num_workers",
-    )  # fmt: skip
-    return TrainingArguments(
-        output_dir=folder,
-        learning_rate=rate,
-        max_steps=steps,
-        lr_scheduler_type="cosine",
-        warmup_steps=WARMUP_SHARE,
-        eval_strategy="no",
-        save_strategy="no",
-        logging_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        **{name: getattr(args, name) for name in taken},
-    )
+    """The same arguments for a few steps; nothing is scored on the way, saved or logged."""
+    short = copy.copy(args)
+    short.output_dir, short.learning_rate, short.max_steps = folder, rate, steps
+    short.lr_scheduler_type, short.warmup_steps = SchedulerType.COSINE, WARMUP_SHARE
+    short.eval_strategy = short.logging_strategy = IntervalStrategy.NO
+    short.save_strategy, short.load_best_model_at_end = SaveStrategy.NO, False
+    short.report_to, short.disable_tqdm, short.push_to_hub = [], True, False
+    return short
 
 
 @contextmanager

@@ -51,7 +51,7 @@ class NonFiniteLossCallback(TrainerCallback):
 
         def watched(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
             result = loss(outputs, labels, num_items_in_batch=num_items_in_batch)
-            if result.requires_grad:
+            if result.requires_grad and self._model is not None:  # in the run itself, not in a sweep before it
                 self._check(result, {**self._inputs, "labels": labels})
             return result
 
@@ -63,8 +63,8 @@ class NonFiniteLossCallback(TrainerCallback):
         model: nn.Module = kwargs["model"]
         self._model, self._state = model, state
         self._handles = [
-            model.register_forward_pre_hook(self._before, with_kwargs=True),
-            model.register_forward_hook(self._after, with_kwargs=True),
+            model.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True),
+            model.register_forward_hook(self._after),
         ]
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -77,13 +77,13 @@ class NonFiniteLossCallback(TrainerCallback):
 
     @torch.compiler.disable
     def _before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        self._inputs = kwargs
+        self._inputs = {name: value for name, value in kwargs.items() if name != "num_items_in_batch"}
 
     @torch.compiler.disable
-    def _after(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+    def _after(self, module: nn.Module, args: Any, output: Any) -> None:
         if module.training and torch.is_grad_enabled() and not self._is_watching:
             value = output.get("loss") if isinstance(output, dict) else None
-            self._check(output["logits"] if value is None else value, kwargs)
+            self._check(output["logits"] if value is None else value, self._inputs)
 
     def _check(self, value: Tensor, batch: dict[str, Any]) -> None:
         if bool(value.detach().isfinite().all()):

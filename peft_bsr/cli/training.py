@@ -40,12 +40,6 @@ _FLAGS = {
     "per_device_train_batch_size": "batch_size",
     "learning_rate": "learning_rate",
     "seed": "seed",
-    "bf16": "precision",
-    "fp16": "precision",
-    "use_cpu": "device",
-    "dataloader_num_workers": "workers",
-    "torch_compile": "compile",
-    "load_best_model_at_end": "keep",
     "label_smoothing_factor": "label_smoothing",
 }
 

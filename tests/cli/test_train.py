@@ -120,7 +120,7 @@ def test_a_cache_trains_the_same(fit, tmp_path):
         (["--method", "full", "--set", "r=4"], "`--method full` has no options, but `--set` gives r."),
         (["--method", "lora", "--set", "rr=4"], "no option of LoraConfig"),
         (["--trainer", "report_to=tensorboard"], "tensorboard"),
-        (["--trainer", "bf16=true"], "it has a flag of its own, `--precision`"),
+        (["--trainer", "label_smoothing_factor=0.1"], "it has a flag of its own, `--label-smoothing`"),
         (["--trainer", "eval_strategy=never"], "`--trainer eval_strategy=never`: invalid choice"),
         (["--trainer", "logging_steps=often"], "`--trainer logging_steps=often`: invalid float value"),
     ],

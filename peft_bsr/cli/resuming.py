@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import signal
-import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -61,17 +61,14 @@ def _known(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_output(folder: Path) -> None:
-    """See that files can be written into a folder, which is made.
+    """See that a folder can be written, before anything is read. Nothing is made.
 
     Raises:
-        UsageError: If they cannot.
+        UsageError: If it cannot.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UsageError(f"`--output {folder}` cannot be written to: {error.strerror}.") from error
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UsageError(f"`--output {folder}` cannot be written: `{existing}` is no folder that takes files.")
 
 
 class RunCallback(TrainerCallback, ExportableState):
@@ -109,7 +106,9 @@ class RunCallback(TrainerCallback, ExportableState):
         stored = state.stateful_callbacks.get(type(self).__name__, {}) if state.global_step else {}
         self.seconds_before = float(stored.get("attributes", {}).get("seconds_before", 0.0))
         if args.should_save:
-            self.settings.write(Path(self.settings.output) / FILE)
+            output = Path(self.settings.output)
+            output.mkdir(parents=True, exist_ok=True)
+            self.settings.write(output / FILE)
         with contextlib.suppress(ValueError):  # not the main thread
             self._handler = signal.signal(signal.SIGINT, self._interrupt)
 

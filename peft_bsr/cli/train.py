@@ -59,7 +59,7 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
         raise UsageError(f"`{settings.model}` is an adapter. Give its base model, or go on with its run by `--resume`.")
     check_output(output)
     data = read_training_data(settings, out)
-    without_validation(arguments, data)
+    without_validation(arguments, settings, data)
     processor = read_processor(
         settings.model, out, image_size=settings.image_size, mean=settings.mean, std=settings.std
     )

@@ -102,7 +102,7 @@ def training_arguments(settings: TrainSettings, *, is_quiet: bool) -> TrainingAr
     return arguments
 
 
-def without_validation(arguments: TrainingArguments, data: LabelledImages) -> None:
+def without_validation(arguments: TrainingArguments, settings: TrainSettings, data: LabelledImages) -> None:
     """Epochs are not scored where there is nothing to score them on.
 
     Raises:
@@ -111,10 +111,8 @@ def without_validation(arguments: TrainingArguments, data: LabelledImages) -> No
     if data.validation:
         return
     if arguments.load_best_model_at_end:
-        raise UsageError(
-            "`--keep best` and `--early-stopping` look at validation images, and there are none. Give more images, or "
-            "`--validation-size`."
-        )
+        name = "load_best_model_at_end" if "load_best_model_at_end" in settings.trainer else "--keep best"
+        raise UsageError(f"`{name}` needs validation images. Give more images, or `--validation-size`.")
     arguments.eval_strategy = IntervalStrategy.NO
 
 

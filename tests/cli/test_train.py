@@ -142,7 +142,7 @@ def test_devices_and_folders_that_are_not_there(fit, tmp_path):
         assert "this machine has none that torch can use" in fit("--device", "cuda", code=2)[1]
         assert "`--precision fp16` needs a GPU" in fit("--precision", "fp16", code=2)[1]
     (tmp_path / "file").write_text("")
-    assert "cannot be written to" in fit(code=2, output=tmp_path / "file" / "below")[1]
+    assert "is no folder that takes files" in fit(code=2, output=tmp_path / "file" / "below")[1]
 
 
 @pytest.mark.parametrize("value", ["no", "steps", "epoch"])

@@ -86,6 +86,10 @@ class TrainabilityError(PeftBsrError, RuntimeError):
     """What was to train does not; the message names it."""
 
 
+class NonFiniteLossError(PeftBsrError, RuntimeError):
+    """A training loss is NaN or infinite; the message names the step and the file that keeps its batch."""
+
+
 class UsageError(PeftBsrError, ValueError):
     """The command line was asked for what cannot be; it ends with exit code 2."""
 

@@ -9,13 +9,13 @@ import argparse
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from peft_bsr.backbones import input_shapes, main_input, probe_column, probe_inputs
+from peft_bsr.backbones import input_shapes, main_input, probe_inputs
 from peft_bsr.cli.findings import FULL, conditions
+from peft_bsr.cli.methods import attach
 from peft_bsr.cli.output import Output
-from peft_bsr.cli.sources import METHODS, find_adapter, make_config, make_model, model_of
+from peft_bsr.cli.sources import METHODS, find_adapter, make_model, model_of
 from peft_bsr.cli.values import read_pairs
 from peft_bsr.cost import compare, cost_rows
 from peft_bsr.errors import PeftBsrError, UsageError, one_line
@@ -76,10 +76,5 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
 
 
 def _attach(source: str, method: str, options: dict[str, Any], args: argparse.Namespace) -> nn.Module:
-    model: Any = make_model(source, args.labels)
-    if method == "lora":
-        heads = [n for n in probe_column(model.eval()).head if isinstance(model.get_submodule(n), nn.Linear)]
-        model = get_peft_model(model, LoraConfig(target_modules="all-linear", modules_to_save=heads))
-    elif method != "full":
-        model = get_peft_model(model, make_config(method, options if method == "bsr" else {}))
+    model: nn.Module = attach(method, make_model(source, args.labels), options if method == "bsr" else {})
     return model.to(args.device).train()

@@ -14,12 +14,13 @@ import torch
 import transformers
 
 from peft_bsr.cli.settings import TrainSettings
-from peft_bsr.cli.sources import load_model
+from peft_bsr.cli.sources import METHODS, load_model
 from peft_bsr.cost import Cost, compare
 from peft_bsr.data import LabelledImages, collate, to_pictures, with_pixels
 from peft_bsr.hub.card import PICTURE
 from peft_bsr.registration import package_version
 from peft_bsr.report import RunRecord
+from peft_bsr.training.groups import trained_parameters
 from peft_bsr.viz import KeptTokens, draw_kept, kept_token_pictures, saved_by_block
 
 FULL = "full fine-tuning"
@@ -39,40 +40,45 @@ class Findings:
     picture: Path | None = None
 
 
-def find_out(
-    model: Any, settings: TrainSettings, data: LabelledImages, processor: Any, output: Path, is_measured: bool
-) -> Findings:
-    """Draw what is kept of some test images, and compare with full fine-tuning on some training images.
+def draw_pictures(found: Findings, model: Any, data: LabelledImages, processor: Any, output: Path) -> None:
+    """Draw what is kept of some test images, if the adapter drops tokens in use.
 
     Args:
+        found: Takes images, titles and the picture.
+        model: The trained one, with an adapter of this package.
+        data: Its images.
+        processor: Its image processor.
+        output: Folder for the picture.
+    """
+    if not reduces_in_use(model):
+        return
+    examples = with_pixels(next(data.splits[s] for s in ("test", "validation", "train") if s in data.splits), processor)
+    shown = collate([examples[i] for i in range(min(_SHOWN, len(examples)))])
+    pixels = shown["pixel_values"].to(model.device)
+    found.images = to_pictures(pixels, processor)
+    found.titles = [data.labels[label] for label in shown["labels"].tolist()]
+    found.kept = kept_token_pictures(model, pixels, found.images)
+    found.picture = draw_kept(found.kept, found.images, output / PICTURE, found.titles)
+
+
+def measure_costs(found: Findings, model: Any, settings: TrainSettings, data: LabelledImages, processor: Any) -> None:
+    """Compare with full fine-tuning on some training images.
+
+    Args:
+        found: Takes costs, bytes by block and conditions.
         model: The trained one.
         settings: Of its run.
         data: Its images.
         processor: Its image processor.
-        output: Folder for the picture.
-        is_measured: Whether to compare.
     """
-    found = Findings()
-    if reduces_in_use(model):
-        examples = with_pixels(
-            next(data.splits[s] for s in ("test", "validation", "train") if s in data.splits), processor
-        )
-        shown = collate([examples[i] for i in range(min(_SHOWN, len(examples)))])
-        pixels = shown["pixel_values"].to(model.device)
-        found.images = to_pictures(pixels, processor)
-        found.titles = [data.labels[label] for label in shown["labels"].tolist()]
-        found.kept = kept_token_pictures(model, pixels, found.images)
-        found.picture = draw_kept(found.kept, found.images, output / PICTURE, found.titles)
-    if is_measured:
-        examples = with_pixels(data.train, processor)
-        batch = collate([examples[i] for i in range(min(_BATCH, len(data.train)))])
-        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        full = load_model(settings.model, data.labels).to(model.device)
-        models = {FULL: full, settings.method.upper(): model}
-        found.costs = compare(models, batch)
-        found.saved = {name: saved_by_block(one, batch) for name, one in models.items()}
-        found.conditions = conditions(batch["pixel_values"])
-    return found
+    examples = with_pixels(data.train, processor)
+    batch = collate([examples[i] for i in range(min(_BATCH, len(data.train)))])
+    batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+    full = load_model(settings.model, data.labels).to(model.device)
+    models = {FULL: full, settings.method.upper(): model}
+    costs = compare(models, batch)
+    saved = {name: saved_by_block(one, batch) for name, one in models.items()}
+    found.costs, found.saved, found.conditions = costs, saved, conditions(batch["pixel_values"])
 
 
 def reduces_in_use(model: Any) -> bool:
@@ -103,20 +109,11 @@ def versions() -> dict[str, str]:
     }
 
 
-def make_record(
-    model: Any,
-    settings: TrainSettings,
-    found: Findings,
-    words: Sequence[str],
-    *,
-    scores: Mapping[str, Mapping[str, float]],
-    seconds: float,
-    log_history: Sequence[Mapping[str, Any]],
-    budgets: Sequence[Any],
-    command: str,
-) -> RunRecord:
-    """Everything for the report."""
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+def headline_of(
+    model: Any, settings: TrainSettings, found: Findings, scores: Mapping[str, Mapping[str, float]], seconds: float
+) -> dict[str, str]:
+    """The few numbers that stand on top, name -> text."""
+    trained = sum(p.numel() for p in trained_parameters(model).values())
     headline = {f"{split} accuracy": f"{of_split['accuracy']:.1%}" for split, of_split in scores.items()}
     headline |= {
         "training": f"{seconds:.0f} s",
@@ -126,10 +123,26 @@ def make_record(
         full, own = found.costs[FULL], found.costs[settings.method.upper()]
         headline["saved activations"] = f"{own.saved_bytes_per_image / full.saved_bytes_per_image:.0%} of full"
         headline["step time"] = f"{own.step_seconds / full.step_seconds:.0%} of full"
+    return headline
+
+
+def make_record(
+    model: Any,
+    settings: TrainSettings,
+    found: Findings,
+    words: Sequence[str],
+    *,
+    headline: Mapping[str, str],
+    log_history: Sequence[Mapping[str, Any]],
+    budgets: Sequence[Any],
+    command: str,
+) -> RunRecord:
+    """Everything for the report."""
+    is_ours = settings.method in METHODS
     return RunRecord(
         title=f"{settings.method.upper()} of {settings.model} on {settings.dataset}",
-        column=model.base_model.column,
-        plan=model.base_model.plan(),
+        column=model.base_model.column if is_ours else None,
+        plan=model.base_model.plan() if is_ours else None,
         words=words,
         headline=headline,
         log_history=log_history,
@@ -146,4 +159,14 @@ def make_record(
     )
 
 
-__all__ = ["FULL", "Findings", "conditions", "find_out", "make_record", "reduces_in_use", "versions"]
+__all__ = [
+    "FULL",
+    "Findings",
+    "conditions",
+    "draw_pictures",
+    "headline_of",
+    "make_record",
+    "measure_costs",
+    "reduces_in_use",
+    "versions",
+]

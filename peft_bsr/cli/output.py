@@ -11,6 +11,7 @@ from typing import Any
 import transformers
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 
 class Output:
@@ -22,7 +23,10 @@ class Output:
     """
 
     def __init__(self, is_json: bool, is_debug: bool) -> None:
-        self.is_json = is_json
+        self.is_json, self.is_debug = is_json, is_debug
+        for stream in (sys.stdout, sys.stderr):  # a terminal that cannot write a class's name shows what it can
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="replace")
         self._screen = Console(highlight=False, soft_wrap=False)
         self._notes = Console(stderr=True, highlight=False)
         if not is_debug:
@@ -31,12 +35,12 @@ class Output:
 
     def note(self, text: str) -> None:
         """A line on what is being done, on stderr."""
-        self._notes.print(text, markup=False)
+        self._notes.print(text, markup=False, soft_wrap=True)
 
     @contextmanager
     def doing(self, text: str) -> Iterator[None]:
         """A spinner beside `text` while the block runs."""
-        with self._notes.status(text):
+        with self._notes.status(Text(text)):
             yield
 
     def say(self, text: str) -> None:
@@ -51,11 +55,11 @@ class Output:
 
     def facts(self, title: str, values: Mapping[str, Any]) -> None:
         """Names and values below a title; not with `--json`."""
-        table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+        table = Table(title=Text(title), title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
         table.add_column(style="dim", no_wrap=True)
         table.add_column(overflow="fold")
         for name, value in values.items():
-            table.add_row(name, str(value))
+            table.add_row(Text(name), Text(str(value)))
         self._table(table)
 
     def table(
@@ -69,11 +73,11 @@ class Output:
             rows: As many texts or numbers each.
             left: Indices of columns that are aligned left; the others are numbers.
         """
-        table = Table(title=title, title_justify="left", header_style="bold")
+        table = Table(title=Text(title), title_justify="left", header_style="bold")
         for index, column in enumerate(columns):
             table.add_column(column, justify="left" if index in left else "right", overflow="fold")
         for row in rows:
-            table.add_row(*(str(cell) for cell in row))
+            table.add_row(*(Text(str(cell)) for cell in row))
         self._table(table)
 
     def write_json(self, result: Mapping[str, Any]) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from math import inf, isfinite
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +12,35 @@ import yaml
 from transformers import TrainingArguments
 
 from peft_bsr.cli.images import DATA_HELP, add_columns, add_sizes
-from peft_bsr.cli.sources import METHODS, check_names
-from peft_bsr.cli.values import Loader, read_fields, read_pairs
+from peft_bsr.cli.methods import ALL_METHODS, CONFIGS
+from peft_bsr.cli.sources import check_names
+from peft_bsr.cli.values import read_fields, read_file, read_pairs
 from peft_bsr.data import DIGITS
 from peft_bsr.errors import UsageError
+from peft_bsr.training import default_learning_rate
 
-LEARNING_RATES = {"bsr": 2e-4, "alast": 2e-4, "synqt": 1e-3}
-_OPTIONAL = ("learning_rate", "image_size", "test_size", "validation_size")
-_NUMBERS = {
-    "epochs": float,
-    "max_steps": int,
-    "batch_size": int,
-    "learning_rate": float,
-    "image_size": int,
-    "test_size": float,
-    "validation_size": float,
-    "seed": int,
+# name -> (type, least, below or at most, whether the end counts); None where there is no value
+_NUMBERS: dict[str, tuple[type, float, float, bool]] = {
+    "epochs": (float, 0, inf, False),
+    "max_steps": (int, -1, inf, True),
+    "batch_size": (int, 1, inf, True),
+    "learning_rate": (float, 0, inf, False),
+    "image_size": (int, 1, inf, True),
+    "test_size": (float, 0, inf, True),
+    "validation_size": (float, 0, inf, True),
+    "seed": (int, 0, 2**32 - 1, True),
+    "label_smoothing": (float, 0, 0.999, True),
+    "layer_decay": (float, 0, 1, False),
+    "ema": (float, 0, 0.999999, True),
+    "early_stopping": (int, 1, inf, True),
+    "workers": (int, 0, 256, True),
+}
+_CACHED = ("bsr", "synqt")  # methods with frozen blocks before the first that trains
+_CHOICES = {
+    "augment": ("none", "light", "strong"),
+    "keep": ("last", "best"),
+    "precision": ("fp32", "bf16", "fp16"),
+    "device": ("cpu", "cuda", "mps"),
 }
 
 
@@ -43,18 +56,35 @@ class TrainSettings:
         test_size: See `peft_bsr.data.put_aside`.
         validation_size: The same.
         skip_bad: Whether to go on without images that cannot be decoded. Default False.
-        method: `"bsr"`, `"alast"` or `"synqt"`. Default bsr.
+        method: `"bsr"`, `"alast"`, `"synqt"`, or to compare with `"lora"`, `"full"`, `"linear"`. Default bsr.
         options: Fields of the method's configuration (`--set`).
         epochs: Default 3.
         max_steps: Stop after so many optimizer steps. Default -1: by epochs.
         batch_size: Images a step. Default 32.
-        learning_rate: At its highest. Default by the method: 2e-4, synqt 1e-3.
+        learning_rate: At its highest, or `"auto"` for a short sweep. Default by the method, see
+            `peft_bsr.training.LEARNING_RATES`.
         image_size: Pixels. Default what the model's own processor makes.
         mean: Of the channels, see `peft_bsr.data.load_processor`. Default the processor's.
         std: The same.
+        augment: `"none"`, `"light"` or `"strong"` (with Mixup and CutMix). Default none.
+        flip: Whether augmentation may flip images. Default True.
+        class_weights: `"balanced"`, or a number for each class. Default None.
+        label_smoothing: Default 0.
+        layer_decay: Factor on the learning rate from one block to the one before it. Default None.
+        ema: Decay of the average of the trained weights. Default None: no average.
+        early_stopping: Epochs without a better validation accuracy after which to stop. Default None.
+        keep: `"last"` or `"best"` epoch, by validation. Default last, with early stopping best.
+        precision: `"fp32"`, `"bf16"` or `"fp16"`. Default fp32.
+        device: `"cpu"`, `"cuda"` or `"mps"`. Default what there is.
+        workers: Processes that load images. Default 0 on a CPU, else up to 4.
+        compile: Whether to compile the model. Default False.
+        cache: Whether to keep what frozen leading blocks give on disk. Default False.
         seed: Of head and order. Default 0.
         output: Folder. Default outputs/train.
         trainer: Further fields of transformers' `TrainingArguments` (`--trainer`).
+
+    Raises:
+        UsageError: If a value cannot be.
     """
 
     model: str
@@ -69,32 +99,62 @@ class TrainSettings:
     epochs: float = 3
     max_steps: int = -1
     batch_size: int = 32
-    learning_rate: float | None = None
+    learning_rate: float | str | None = None
     image_size: int | None = None
     mean: list[float] | None = None
     std: list[float] | None = None
+    augment: str = "none"
+    flip: bool = True
+    class_weights: str | list[float] | None = None
+    label_smoothing: float = 0.0
+    layer_decay: float | None = None
+    ema: float | None = None
+    early_stopping: int | None = None
+    keep: str | None = None
+    precision: str = "fp32"
+    device: str | None = None
+    workers: int | None = None
+    compile: bool = False
+    cache: bool = False
     seed: int = 0
     output: str = "outputs/train"
     trainer: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise UsageError(f"`method: {self.method}` is unknown. Use one of {', '.join(METHODS)}.")
-        for name, kind in _NUMBERS.items():
-            value = getattr(self, name)
-            if value is None and name in _OPTIONAL:
-                continue
-            try:
-                setattr(self, name, kind(value))
-            except (TypeError, ValueError):
-                raise UsageError(f"`{name}: {value}` is no number.") from None
-        if self.learning_rate is None:
-            self.learning_rate = LEARNING_RATES[self.method]
+        if self.method not in ALL_METHODS:
+            raise UsageError(f"`method: {self.method}` is unknown. Use one of {', '.join(ALL_METHODS)}.")
         for name in ("options", "trainer"):
             if not isinstance(getattr(self, name), dict):
                 raise UsageError(f"`{name}: {getattr(self, name)}` must be names and values.")
-        self.options = read_fields(self.options, METHODS[self.method])
+        if self.method in CONFIGS:
+            self.options = read_fields(self.options, CONFIGS[self.method])
         self.trainer = read_fields(self.trainer, TrainingArguments)
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in (None, *choices):
+                raise UsageError(f"`{name}: {getattr(self, name)}` is unknown. Use one of {', '.join(choices)}.")
+        for name in _NUMBERS:
+            if getattr(self, name) is not None and not (name == "learning_rate" and self.learning_rate == "auto"):
+                setattr(self, name, _number(name, getattr(self, name)))
+        if self.max_steps == 0:
+            raise UsageError("`max_steps: 0` trains nothing. Use -1 to train by epochs.")
+        if self.class_weights not in (None, "balanced") and not isinstance(self.class_weights, list):
+            raise UsageError(f"`class_weights: {self.class_weights}` must be `balanced`, or a number for each class.")
+        if self.cache and (self.augment != "none" or self.method not in _CACHED):
+            raise UsageError(
+                "`cache` keeps what frozen blocks make of images that never change: it needs `augment: none` and one "
+                f"of the methods {', '.join(_CACHED)}."
+            )
+        if self.early_stopping and self.keep == "last":
+            raise UsageError("`early_stopping` keeps the best epoch. Leave `keep: last` out.")
+        if self.keep is None:
+            self.keep = "best" if self.early_stopping else "last"
+
+    @property
+    def rate(self) -> float:
+        """The learning rate to begin with: as given, or the method's default."""
+        if isinstance(self.learning_rate, float):
+            return self.learning_rate
+        return default_learning_rate(self.method, self.options)
 
     def write(self, path: Path) -> None:
         """As a YAML file that `--config` reads."""
@@ -103,23 +163,37 @@ class TrainSettings:
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
     """Flags; none has a default, so that a file's values stay."""
-    parser.add_argument("--config", type=Path, help="YAML file with the names below; flags count over it")
-    parser.add_argument("--model", help="Hub id or folder of the base model")
-    parser.add_argument("--dataset", help=DATA_HELP)
+    add = parser.add_argument
+    add("--config", type=Path, help="YAML file with the names below; flags count over it")
+    add("--model", help="Hub id or folder of the base model")
+    add("--dataset", help=DATA_HELP)
     add_columns(parser)
     add_sizes(parser)
-    parser.add_argument("--method", help="bsr (default), alast or synqt")
-    parser.add_argument("--set", action="append", metavar="NAME=VALUE", help="option of the method, may be repeated")
-    parser.add_argument("--epochs", type=float, help="default 3")
-    parser.add_argument("--max-steps", type=int, help="stop after so many steps (default: by epochs)")
-    parser.add_argument("--batch-size", type=int, help="images a step (default 32)")
-    parser.add_argument("--learning-rate", type=float, help="default 2e-4, synqt 1e-3")
-    parser.add_argument("--image-size", type=int, help="pixels (default: what the model's own processor makes)")
-    parser.add_argument("--mean", type=float, nargs=3, help="of the channels (default: the model's own processor's)")
-    parser.add_argument("--std", type=float, nargs=3, help="of the channels (default: the model's own processor's)")
-    parser.add_argument("--seed", type=int, help="default 0")
-    parser.add_argument("--output", help="folder of what is written (default outputs/train)")
-    parser.add_argument("--trainer", action="append", metavar="NAME=VALUE", help="field of TrainingArguments")
+    add("--method", help="bsr (default), alast, synqt; or lora, full, linear, to compare with")
+    add("--set", action="append", metavar="NAME=VALUE", help="option of the method, may be repeated")
+    add("--epochs", help="default 3")
+    add("--max-steps", help="stop after so many steps (default: by epochs)")
+    add("--batch-size", help="images a step (default 32)")
+    add("--learning-rate", help="a number, or auto for a short sweep (default by method: bsr 1e-3, lora 3e-3, ...)")
+    add("--image-size", help="pixels (default: what the model's own processor makes)")
+    add("--mean", type=float, nargs=3, help="of the channels (default: the model's own processor's)")
+    add("--std", type=float, nargs=3, help="of the channels (default: the model's own processor's)")
+    add("--augment", help="none (default), light or strong (with Mixup and CutMix)")
+    add("--no-flip", dest="flip", action="store_const", const=False, help="augment without flips: digits, text")
+    add("--class-weights", help="balanced: all classes count the same")
+    add("--label-smoothing", help="share of a label spread over all classes, such as 0.1")
+    add("--layer-decay", help="factor on the learning rate from block to block, such as 0.75")
+    add("--ema", nargs="?", const=0.999, metavar="DECAY", help="average the trained weights (decay 0.999)")
+    add("--early-stopping", metavar="N", help="stop after N epochs without a better validation score")
+    add("--keep", help="last (default) or best epoch by validation")
+    add("--precision", help="fp32 (default), bf16 or fp16")
+    add("--device", help="cpu, cuda or mps (default: what there is)")
+    add("--workers", help="processes that load images (default: 0 on a CPU, else up to 4)")
+    add("--compile", action="store_const", const=True, help="compile the model")
+    add("--cache", action="store_const", const=True, help="keep what frozen leading blocks give on disk")
+    add("--seed", help="default 0")
+    add("--output", help="folder of what is written (default outputs/train)")
+    add("--trainer", action="append", metavar="NAME=VALUE", help="field of TrainingArguments")
 
 
 def read_settings(args: argparse.Namespace) -> TrainSettings:
@@ -128,7 +202,7 @@ def read_settings(args: argparse.Namespace) -> TrainSettings:
     Raises:
         UsageError: If the file cannot be read, or a name or value is not understood.
     """
-    values = {} if args.config is None else _read_file(args.config)
+    values = {} if args.config is None else read_file(args.config)
     known = [f.name for f in fields(TrainSettings)]
     check_names(values, known, f"setting (in {args.config})")
     given = {name: getattr(args, name) for name in known if getattr(args, name, None) is not None}
@@ -142,16 +216,18 @@ def read_settings(args: argparse.Namespace) -> TrainSettings:
     return TrainSettings(**{name: value for name, value in values.items() if value is not None})
 
 
-def _read_file(path: Path) -> dict[str, Any]:
+def _number(name: str, value: Any) -> Any:
+    kind, low, high, has_end = _NUMBERS[name]
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader)
-    except OSError as error:
-        raise UsageError(f"`--config {path}` cannot be read: {error.strerror}.") from error
-    except yaml.YAMLError as error:
-        raise UsageError(f"`--config {path}` is no YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, Mapping):
-        raise UsageError(f"`--config {path}` must be names and values, such as `model: facebook/dinov2-small`.")
-    return dict(values)
+        number = float(value)
+    except (TypeError, ValueError):
+        raise UsageError(f"`{name}: {value}` is no number.") from None
+    if kind is int and number % 1:
+        raise UsageError(f"`{name}: {value}` must be a whole number.")
+    if not isfinite(number) or not low <= number <= high or (number == low and not has_end):
+        least = f"at least {low:g}" if has_end else f"above {low:g}"
+        raise UsageError(f"`{name}: {value}` must be {least}{'' if high == inf else f' and at most {high:g}'}.")
+    return kind(number)
 
 
 __all__ = ["TrainSettings", "add_settings", "read_settings"]

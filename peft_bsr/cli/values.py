@@ -1,4 +1,4 @@
-"""NAME=VALUE: what is typed is read by the type of the field that it is for."""
+"""Values as they are typed, NAME=VALUE or in a file of YAML: each is read by the type of the field that it is for."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from enum import Enum
+from pathlib import Path
 from types import NoneType
 from typing import Any, ClassVar, get_args, get_type_hints
 
@@ -41,6 +42,23 @@ def read_pairs(pairs: Sequence[str]) -> dict[str, str]:
             raise UsageError(f"`{pair}` must be NAME=VALUE, such as keep_rate=0.7.")
         found[name] = text
     return found
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """Names and values of a YAML file.
+
+    Raises:
+        UsageError: If it cannot be read, or says something else.
+    """
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader)
+    except OSError as error:
+        raise UsageError(f"`--config {path}` cannot be read: {error.strerror}.") from error
+    except yaml.YAMLError as error:
+        raise UsageError(f"`--config {path}` is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, Mapping):
+        raise UsageError(f"`--config {path}` must be names and values, such as `model: facebook/dinov2-small`.")
+    return dict(values)
 
 
 def read_fields(values: Mapping[str, Any], settings: type[Any]) -> dict[str, Any]:
@@ -87,4 +105,4 @@ def _number(name: str, text: str, is_whole: bool) -> float:
     return int(value) if is_whole else value
 
 
-__all__ = ["Loader", "read_fields", "read_pairs"]
+__all__ = ["Loader", "read_fields", "read_file", "read_pairs"]

@@ -136,10 +136,10 @@ def stored(images: Dataset) -> Dataset:
 
 
 def collate(examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-    """A batch: `pixel_values` [B, 3, H, W] and, where there are any, `labels` [B]."""
+    """A batch: `pixel_values` [B, 3, H, W] and, where there are any, `labels` [B] ([B, C] if each is C numbers)."""
     batch = {"pixel_values": torch.stack([example["pixel_values"] for example in examples])}
     if "labels" in examples[0]:
-        batch["labels"] = torch.tensor([example["labels"] for example in examples])
+        batch["labels"] = torch.stack([torch.as_tensor(example["labels"]) for example in examples])
     return batch
 
 

@@ -21,8 +21,8 @@ class RunRecord:
 
     Attributes:
         title: Such as `"BSR on digits"`.
-        column: What the model is.
-        plan: What was done to it.
+        column: What the model is. None: it has no adapter of this package, and the report no plan.
+        plan: What was done to it, or None.
         words: The plan in sentences, see `peft_bsr.hub.plan_in_words`.
         headline: Name -> text of the few numbers that stand on top.
         log_history: Trainer's, `trainer.state.log_history`.
@@ -39,8 +39,8 @@ class RunRecord:
     """
 
     title: str
-    column: Column
-    plan: Plan
+    column: Column | None
+    plan: Plan | None
     words: Sequence[str] = ()
     headline: Mapping[str, str] = field(default_factory=dict)
     log_history: Sequence[Mapping[str, Any]] = ()

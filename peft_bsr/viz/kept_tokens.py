@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -136,7 +137,7 @@ def draw_kept(
     titles_above = ["input", *(f"block {behind.block}: {behind.share:.0%} kept" for behind in kept)]
     for row, image in enumerate(images):
         axes[row, 0].imshow(_coloured(image))
-        axes[row, 0].set_ylabel(titles[row] if titles else "")
+        axes[row, 0].set_ylabel(titles[row] if titles else "", parse_math=False)  # a class may be called "$"
         for axis, behind in zip(axes[row, 1:], kept, strict=True):
             axis.imshow(behind.pictures[row])
             axis.set_xlabel(f"{'fused' if behind.is_fused else 'dropped'}: {behind.dropped_mass[row]:.0%}", fontsize=7)
@@ -145,7 +146,8 @@ def draw_kept(
     for axis in axes.flat:
         axis.set_xticks([])
         axis.set_yticks([])
-    with matplotlib.rc_context({"svg.hashsalt": "peft_bsr"}):
+    with matplotlib.rc_context({"svg.hashsalt": "peft_bsr"}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # letters that no font here has are boxes
         figure.savefig(path, dpi=150)
     return Path(path)
 

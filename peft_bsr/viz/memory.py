@@ -78,7 +78,9 @@ def draw_saved_memory(models: Mapping[str, nn.Module], batch: Mapping[str, Tenso
     axis.set_xlabel("block")
     axis.set_ylabel("kept for backward, MiB an image", fontsize=8)
     axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside upper center", ncols=4, frameon=False, fontsize=8)
+    legend = figure.legend(loc="outside upper center", ncols=4, frameon=False, fontsize=8)
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # a name may hold a "$"
     figure.savefig(path, dpi=150)
     return Path(path)
 

@@ -123,7 +123,9 @@ def test_show(run_json, trained, images, tmp_path):
     image = images / "dark" / "0.png"
     said = run_json("show", image, "--model", trained / "adapter", "--output", picture)
     assert said["images"][0]["label"] in ("dark", "light")
-    assert [round(share, 2) for share in said["kept"].values()] == [0.5, 0.25, 0.12]
+    first, second, third = (round(16 * share) for share in said["kept"].values())
+    assert (first, second) == (8, 4)
+    assert third in (1, 2), "the fused token may be one of the two that stay"
     with Image.open(picture) as drawn:
         assert drawn.width > drawn.height
 

@@ -1,0 +1,67 @@
+"""What `--method` names: the package's adapters, and what they are compared with on the same images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from peft_bsr.backbones import probe_column
+from peft_bsr.cli.sources import METHODS, check_names, make_config
+from peft_bsr.errors import UsageError
+
+BASELINES = {
+    "lora": "PEFT's LoRA, r=8, every Linear",
+    "full": "full fine-tuning",
+    "linear": "the classifier alone",
+}
+"""What is no adapter of this package."""
+
+ALL_METHODS = (*METHODS, *BASELINES)
+CONFIGS: dict[str, type[Any]] = {**METHODS, "lora": LoraConfig}
+"""Whose fields `--set` gives."""
+
+
+def check_method(method: str, options: Mapping[str, Any]) -> None:
+    """See that there is such a method with such options, before anything is read or loaded.
+
+    Raises:
+        UsageError: If there is no such method or option.
+        ConfigError: If an option cannot be.
+    """
+    if method in METHODS:
+        make_config(method, options)
+    elif method == "lora":
+        check_names(options, [field.name for field in fields(LoraConfig) if field.init], "option of LoraConfig")
+    elif method not in BASELINES:
+        raise UsageError(f"`--method {method}` is unknown. Use one of {', '.join(ALL_METHODS)}.")
+    elif options:
+        raise UsageError(f"`--method {method}` has no options, but `--set` gives {', '.join(options)}.")
+
+
+def attach(method: str, base: nn.Module, options: Mapping[str, Any]) -> Any:
+    """The model as the method trains it: an adapter around `base`, or `base` with what trains asking for gradients.
+
+    Args:
+        method: One of `ALL_METHODS`.
+        base: An image classifier of transformers.
+        options: Fields of the method's configuration.
+    """
+    if method in METHODS:
+        return get_peft_model(base, make_config(method, options))
+    if method == "full":
+        return base.requires_grad_(True)
+    head = [name for name in probe_column(base.eval()).head if isinstance(base.get_submodule(name), nn.Linear)]
+    if method == "lora":
+        standard = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear", "modules_to_save": head}
+        return get_peft_model(base, LoraConfig(**(standard | dict(options))))
+    base.requires_grad_(False)
+    for name in head:
+        base.get_submodule(name).requires_grad_(True)
+    return base
+
+
+__all__ = ["ALL_METHODS", "BASELINES", "CONFIGS", "attach", "check_method"]

@@ -1,0 +1,137 @@
+"""Runs that go on: which checkpoint, whether it is the same run, and what is written down on the way."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import get_last_checkpoint
+
+from peft_bsr.cli.settings import TrainSettings
+from peft_bsr.cli.values import read_file
+from peft_bsr.errors import UsageError
+
+FILE = "settings.yaml"
+_MAY_CHANGE = {"epochs", "max_steps", "output", "trainer", "device", "workers", "compile", "early_stopping", "keep"}
+
+
+def take_stored_settings(args: argparse.Namespace) -> None:
+    """`--resume --output OUT` alone goes on with what OUT was made with."""
+    if args.resume and args.config is None and args.output and (Path(args.output) / FILE).is_file():
+        args.config = Path(args.output) / FILE
+
+
+def find_checkpoint(settings: TrainSettings, resume: bool) -> str | None:
+    """The checkpoint to go on from, or None for a new run. Nothing is written.
+
+    Raises:
+        UsageError: If there is none to go on from, one that a new run would overwrite, or one of another run.
+    """
+    folder = Path(settings.output) / "checkpoints"
+    found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    if resume and found is None:
+        raise UsageError(f"`--resume`: there is no checkpoint in `{folder}`.")
+    if found is not None and not resume:
+        raise UsageError(f"`{folder}` has checkpoints of a run. Go on with `--resume`, or give another `--output`.")
+    stored = Path(settings.output) / FILE
+    if found is not None and stored.is_file():
+        before, now = asdict(TrainSettings(**_known(read_file(stored)))), asdict(settings)
+        if not isinstance(settings.learning_rate, float):  # the default or the sweep of that time
+            settings.learning_rate = now["learning_rate"] = before["learning_rate"]
+        different = [name for name in now if name not in _MAY_CHANGE and before[name] != now[name]]
+        if different:
+            pairs = "; ".join(f"{name}: {before[name]!r} there, {now[name]!r} asked for" for name in different)
+            raise UsageError(
+                f"`--resume`: the run in `{settings.output}` was made with other settings ({pairs}). Leave these out "
+                "to go on with it, or give another `--output`."
+            )
+    return found
+
+
+def _known(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name in TrainSettings.__dataclass_fields__}
+
+
+def check_output(folder: Path) -> None:
+    """See that a folder can be written, before anything is read. Nothing is made.
+
+    Raises:
+        UsageError: If it cannot.
+    """
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UsageError(f"`--output {folder}` cannot be written: `{existing}` is no folder that takes files.")
+
+
+class RunCallback(TrainerCallback, ExportableState):
+    """Writes the settings once the checkpoint has loaded, counts seconds over all pieces of a run, ends it in order.
+
+    The first Ctrl-C lets the step end and saves a checkpoint; the second stops at once.
+
+    Args:
+        settings: Of the run.
+
+    Attributes:
+        seconds_before: Of the pieces before this one.
+        is_interrupted: Whether Ctrl-C ended it.
+    """
+
+    def __init__(self, settings: TrainSettings) -> None:
+        self.settings = settings
+        self.seconds_before = 0.0
+        self.is_interrupted = False
+        self._begin = time.perf_counter()
+        self._handler: Any = None
+
+    @property
+    def seconds(self) -> float:
+        """Of training, in all pieces so far."""
+        return self.seconds_before + time.perf_counter() - self._begin
+
+    def state(self) -> dict[str, Any]:
+        """For the checkpoint."""
+        return {"args": {}, "attributes": {"seconds_before": self.seconds}}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """What a checkpoint says has been loaded."""
+        self._begin = time.perf_counter()
+        stored = state.stateful_callbacks.get(type(self).__name__, {}) if state.global_step else {}
+        self.seconds_before = float(stored.get("attributes", {}).get("seconds_before", 0.0))
+        if args.should_save:
+            output = Path(self.settings.output)
+            output.mkdir(parents=True, exist_ok=True)
+            self.settings.write(output / FILE)
+        with contextlib.suppress(ValueError):  # not the main thread
+            self._handler = signal.signal(signal.SIGINT, self._interrupt)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Save and stop, if Ctrl-C was pressed."""
+        if self.is_interrupted:
+            control.should_save = control.should_training_stop = True
+            control.should_evaluate = False
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Ctrl-C is Python's again."""
+        self.release()
+        self.seconds_before, self._begin = self.seconds, time.perf_counter()
+
+    def release(self) -> None:
+        """Ctrl-C is Python's again."""
+        if self._handler is not None:
+            signal.signal(signal.SIGINT, self._handler)
+            self._handler = None
+
+    def _interrupt(self, number: int, frame: Any) -> None:
+        self.release()  # a second one stops at once
+        self.is_interrupted = True
+
+
+__all__ = ["FILE", "RunCallback", "check_output", "find_checkpoint", "take_stored_settings"]

@@ -1,0 +1,222 @@
+"""From settings to a Trainer: arguments, loss, augmentation, optimizer groups, callbacks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
+from transformers.trainer_utils import IntervalStrategy
+
+from peft_bsr.cli.resuming import RunCallback
+from peft_bsr.cli.settings import TrainSettings
+from peft_bsr.cli.sources import METHODS, check_names
+from peft_bsr.data import LabelledImages, collate, labels_of, with_pixels
+from peft_bsr.errors import UsageError, one_line
+from peft_bsr.training import (
+    WARMUP_SHARE,
+    ALaSTCallback,
+    MixupDataset,
+    NonFiniteLossCallback,
+    TrainabilityCallback,
+    TrainedEMA,
+    TrainingLoss,
+    balanced_weights,
+    param_groups,
+)
+from peft_bsr.training.augmentation import Augmentation
+from peft_bsr.training.scores import compute_accuracy
+
+_WEIGHT_DECAY = 0.01  # the benchmark's
+_FLAGS = {
+    "output_dir": "output",
+    "num_train_epochs": "epochs",
+    "max_steps": "max_steps",
+    "per_device_train_batch_size": "batch_size",
+    "learning_rate": "learning_rate",
+    "seed": "seed",
+    "label_smoothing_factor": "label_smoothing",
+}
+
+
+def training_arguments(settings: TrainSettings, *, is_quiet: bool) -> TrainingArguments:
+    """Trainer's arguments, checked before anything is read.
+
+    Args:
+        settings: Of the run.
+        is_quiet: Whether to leave the progress bar out.
+
+    Raises:
+        UsageError: If a field is unknown, has a flag of its own, or does not go with this machine or the others.
+    """
+    for name in settings.trainer:
+        if name in _FLAGS:
+            flag = _FLAGS[name].replace("_", "-")
+            raise UsageError(f"`--trainer {name}=...`: it has a flag of its own, `--{flag}`.")
+    check_names(settings.trainer, list(TrainingArguments.__dataclass_fields__), "field of TrainingArguments")
+    device = find_device(settings.device)
+    if settings.precision == "fp16" and device == "cpu":
+        raise UsageError("`--precision fp16` needs a GPU. On a CPU use bf16 or fp32.")
+    workers = settings.workers
+    if workers is None:
+        workers = 0 if device == "cpu" else min(4, os.cpu_count() or 1)
+    values: dict[str, Any] = {
+        "output_dir": str(Path(settings.output) / "checkpoints"),
+        "num_train_epochs": settings.epochs,
+        "max_steps": settings.max_steps,
+        "per_device_train_batch_size": settings.batch_size,
+        "per_device_eval_batch_size": 64,
+        "learning_rate": settings.rate,
+        "weight_decay": _WEIGHT_DECAY,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": WARMUP_SHARE,
+        "logging_steps": 10,
+        "eval_strategy": "epoch",
+        "save_strategy": "epoch",
+        "save_total_limit": 1,
+        "seed": settings.seed,
+        "report_to": "none",
+        "remove_unused_columns": False,
+        "label_names": ["labels"],
+        "dataloader_pin_memory": device == "cuda",
+        "dataloader_num_workers": workers,
+        "disable_tqdm": is_quiet,
+        "bf16": settings.precision == "bf16",
+        "fp16": settings.precision == "fp16",
+        "use_cpu": device == "cpu",
+        "torch_compile": settings.compile,
+    }
+    if settings.keep == "best":
+        values |= {"load_best_model_at_end": True, "metric_for_best_model": "accuracy", "greater_is_better": True}
+    try:
+        arguments = TrainingArguments(**(values | settings.trainer))
+        for callback in get_reporting_integration_callbacks(arguments.report_to):
+            callback()  # says which package is missing, before anything is loaded
+    except (ValueError, TypeError, ImportError, RuntimeError) as error:
+        raise UsageError(f"Trainer cannot be set up so: {one_line(error)}") from error
+    return arguments
+
+
+def without_validation(arguments: TrainingArguments, settings: TrainSettings, data: LabelledImages) -> None:
+    """Epochs are not scored where there is nothing to score them on.
+
+    Raises:
+        UsageError: If the best epoch is to be found by images that are not there.
+    """
+    if data.validation:
+        return
+    if arguments.load_best_model_at_end:
+        name = "load_best_model_at_end" if "load_best_model_at_end" in settings.trainer else "--keep best"
+        raise UsageError(f"`{name}` needs validation images. Give more images, or `--validation-size`.")
+    arguments.eval_strategy = IntervalStrategy.NO
+
+
+def find_device(asked: str | None) -> str:
+    """`"cpu"`, `"cuda"` or `"mps"`: what was asked for, or what there is.
+
+    Raises:
+        UsageError: If this machine has no such device.
+    """
+    there = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if asked not in (None, "cpu", there):
+        raise UsageError(f"`--device {asked}`: this machine has none that torch can use. Use {there}.")
+    return asked or there
+
+
+def training_loss(settings: TrainSettings, data: LabelledImages) -> TrainingLoss:
+    """The loss that the settings ask for.
+
+    Raises:
+        ConfigError: If it does not fit the labels.
+    """
+    weights: Any = settings.class_weights
+    if weights == "balanced":
+        weights = balanced_weights(labels_of(data.train), len(data.labels))
+    elif weights is not None and len(weights) != len(data.labels):
+        raise UsageError(f"`class_weights` has {len(weights)} numbers, but there are {len(data.labels)} classes.")
+    return TrainingLoss(data.problem_type, class_weights=weights, label_smoothing=settings.label_smoothing)  # type: ignore[arg-type]
+
+
+def training_images(settings: TrainSettings, data: LabelledImages, processor: Any) -> Any:
+    """The training images as the model sees them, augmented."""
+    if settings.augment == "none":
+        return with_pixels(data.train, processor)
+    augment: Any = Augmentation(settings.augment, settings.flip)  # type: ignore[arg-type]
+    images = with_pixels(data.train, processor, augment)
+    is_mixed = settings.augment == "strong" and data.problem_type == "single_label_classification"
+    return MixupDataset(images, len(data.labels)) if is_mixed else images
+
+
+def optimizer_maker(settings: TrainSettings, model: Any, arguments: TrainingArguments) -> Callable[[float], Any] | None:
+    """Learning rate -> optimizer with groups by layer; None where Trainer's own does."""
+    if settings.layer_decay is None:
+        return None
+
+    def make(rate: float) -> torch.optim.Optimizer:
+        groups = param_groups(
+            model, learning_rate=rate, layer_decay=settings.layer_decay, weight_decay=arguments.weight_decay
+        )
+        kind, values = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+        made: torch.optim.Optimizer = kind(groups, **{name: v for name, v in values.items() if name != "lr"})
+        return made
+
+    return make
+
+
+def make_trainer(
+    model: Any,
+    settings: TrainSettings,
+    arguments: TrainingArguments,
+    data: LabelledImages,
+    processor: Any,
+    run: RunCallback,
+) -> Any:
+    """A Trainer with all that the settings ask for.
+
+    Args:
+        model: With what trains asking for gradients.
+        settings: Of the run.
+        arguments: From `training_arguments`.
+        data: With `train`, and `validation` or not.
+        processor: Of the images.
+        run: Writes the settings and counts seconds.
+    """
+    guard = NonFiniteLossCallback(settings.output)
+    callbacks: list[Any] = [run, guard]
+    if settings.method in METHODS:
+        callbacks.append(TrainabilityCallback())
+    if settings.method == "alast":
+        callbacks.append(ALaSTCallback())
+    if settings.early_stopping:
+        callbacks.append(EarlyStoppingCallback(settings.early_stopping))
+    if settings.ema is not None:
+        callbacks.append(TrainedEMA(model, settings.ema))
+    make_optimizer = optimizer_maker(settings, model, arguments)
+    trainer: Any = Trainer(
+        model=model,
+        args=arguments,
+        data_collator=collate,
+        train_dataset=training_images(settings, data, processor),
+        eval_dataset=with_pixels(data.validation, processor) if data.validation else None,
+        compute_metrics=compute_accuracy,
+        compute_loss_func=guard.watch(training_loss(settings, data)),
+        callbacks=callbacks,
+        optimizers=(None if make_optimizer is None else make_optimizer(arguments.learning_rate), None),
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+__all__ = [
+    "find_device",
+    "make_trainer",
+    "optimizer_maker",
+    "training_arguments",
+    "training_images",
+    "training_loss",
+    "without_validation",
+]

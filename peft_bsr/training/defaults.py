@@ -1,0 +1,45 @@
+"""Learning rates that the project's benchmark found, in one place: the command line, plans and documentation read it.
+
+Each is the best of a sweep in half decades for AdamW with a cosine schedule and 10 % warm-up, see docs/benchmarks.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+WARMUP_SHARE = 0.1
+"""Share of all optimizer steps in which the learning rate rises from 0 (`TrainingArguments(warmup_steps=0.1)`)."""
+
+LEARNING_RATES: dict[tuple[str, str | None], float] = {
+    ("bsr", "full"): 1e-3,
+    ("bsr", "lora"): 3e-3,
+    ("alast", "full"): 3e-4,
+    ("alast", "lora"): 1e-3,
+    ("synqt", None): 1e-2,
+    ("lora", None): 3e-3,
+    ("full", None): 3e-4,
+    ("linear", None): 1e-2,
+}
+"""(method, its option `trainable`) -> learning rate at its highest."""
+
+
+def default_learning_rate(method: str, options: Mapping[str, Any] | None = None) -> float:
+    """The learning rate to begin with.
+
+    Args:
+        method: `"bsr"`, `"alast"`, `"synqt"`, `"lora"`, `"full"` (fine-tuning) or `"linear"` (the classifier alone).
+        options: Fields of the method's configuration; `trainable` counts. Default None: the method as it is.
+
+    Raises:
+        KeyError: If there is no such method.
+
+    Examples:
+        >>> default_learning_rate("bsr"), default_learning_rate("bsr", {"trainable": "lora"})
+        (0.001, 0.003)
+    """
+    trainable = (options or {}).get("trainable", "full")
+    return LEARNING_RATES.get((method, trainable)) or LEARNING_RATES[method, None]
+
+
+__all__ = ["LEARNING_RATES", "WARMUP_SHARE", "default_learning_rate"]

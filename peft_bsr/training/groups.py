@@ -1,0 +1,121 @@
+"""Optimizer groups over what trains: no weight decay on norms and biases, smaller steps for earlier blocks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from peft_bsr.backbones import Column, probe_column
+from peft_bsr.errors import ConfigError
+from peft_bsr.training.units import find_units
+from peft_bsr.tuners.routed import find_routers
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Full name -> parameter of what `model` trains.
+
+    With an adapter of peft_bsr, everything that the active adapter means to train: a block that an ALaST schedule did
+    not select for the running step counts. Otherwise, what asks for gradients.
+
+    Args:
+        model: With or without an adapter.
+    """
+    if find_routers(model):
+        return {name: parameter for unit in find_units(model) for name, parameter in unit.parameters.items()}
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def param_groups(
+    model: nn.Module,
+    *,
+    learning_rate: float,
+    layer_decay: float | None = None,
+    head_lr: float | None = None,
+    weight_decay: float = 0.0,
+) -> list[dict[str, Any]]:
+    """Groups for a torch optimizer, of the trained parameters alone.
+
+    Layer decay is that of BEiT (Bao et al. 2022) and timm: the head and the final norm train at `learning_rate`, block
+    `i` of `L` at `learning_rate * layer_decay ** (L - i)`, the embeddings at `learning_rate * layer_decay ** (L + 1)`.
+    `i` counts all blocks of the model, also those that do not train.
+
+    Args:
+        model: A vision transformer, with an adapter of peft_bsr, another adapter of PEFT, or none.
+        learning_rate: Of the layers after the last block.
+        layer_decay: Factor from one block to the one before it, above 0 and at most 1; 0.65 to 0.9 are usual. Default
+            None: one learning rate for all.
+        head_lr: Learning rate of the modules after the last block (final norm and classifier). Default None:
+            `learning_rate`.
+        weight_decay: For weights; norms, biases and other vectors have none. Default 0.
+
+    Returns:
+        One dict a group with `params`, `lr` and `weight_decay`, the head first. Give them to an optimizer, and that to
+        Trainer: `Trainer(..., optimizers=(torch.optim.AdamW(groups), None))`.
+
+    Raises:
+        ConfigError: If a number cannot be, or nothing trains.
+        UnsupportedModelError: If there is no adapter of peft_bsr and the model's blocks cannot be found.
+
+    Examples:
+        >>> import torch
+        >>> from peft import get_peft_model
+        >>> from transformers import ViTConfig, ViTForImageClassification
+        >>> from peft_bsr import BSRConfig
+        >>> tiny = ViTConfig(hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=64)
+        >>> model = get_peft_model(ViTForImageClassification(tiny), BSRConfig(trainable_blocks="last:2"))
+        >>> groups = param_groups(model, learning_rate=1e-3, layer_decay=0.5, weight_decay=0.01)
+        >>> sorted({group["lr"] for group in groups})
+        [0.00025, 0.0005, 0.001]
+        >>> optimizer = torch.optim.AdamW(groups)
+    """
+    _check(learning_rate, layer_decay, head_lr, weight_decay)
+    parameters = trained_parameters(model)
+    if not parameters:
+        raise ConfigError(f"{type(model).__name__}: no parameter asks for gradients, so there is nothing to group.")
+    column = None if layer_decay is None and head_lr is None else _column_of(model)
+    found: dict[tuple[int, float], dict[str, Any]] = {}
+    for name, parameter in parameters.items():
+        below_head = 0 if column is None else _layers_below_head(name, column)
+        rate = learning_rate * (layer_decay or 1.0) ** below_head
+        if head_lr is not None and below_head == 0:
+            rate = head_lr
+        decay = 0.0 if parameter.ndim < 2 or name.endswith("bias") else weight_decay
+        group = found.setdefault((below_head, decay), {"params": [], "lr": rate, "weight_decay": decay})
+        group["params"].append(parameter)
+    return [found[key] for key in sorted(found)]
+
+
+def _check(learning_rate: float, layer_decay: float | None, head_lr: float | None, weight_decay: float) -> None:
+    problems = []
+    for name, rate in (("learning_rate", learning_rate), ("head_lr", head_lr)):
+        if rate is not None and not rate >= 0:
+            problems.append(f"`{name}={rate!r}` must be a number from 0.")
+    if layer_decay is not None and not 0 < layer_decay <= 1:
+        problems.append(f"`layer_decay={layer_decay!r}` must be above 0 and at most 1, such as 0.75.")
+    if not weight_decay >= 0:
+        problems.append(f"`weight_decay={weight_decay!r}` must be a number from 0.")
+    if problems:
+        raise ConfigError.from_problems("param_groups", problems)
+
+
+def _column_of(model: nn.Module) -> Column:
+    routers = find_routers(model)
+    if routers:
+        column: Column = routers[0].column
+        return column
+    base: Any = getattr(model, "get_base_model", lambda: model)()
+    return probe_column(base)
+
+
+def _layers_below_head(name: str, column: Column) -> int:
+    """0 for what comes after the blocks, 1 for the last block, L for the first, L + 1 for what comes before them."""
+    inside = f".{name}"
+    for index, block in enumerate(column.blocks):
+        if f".{block}." in inside:
+            return column.depth - index
+    is_head = any(f".{module}." in inside for module in (*column.head, *column.unread))
+    return 0 if is_head else column.depth + 1
+
+
+__all__ = ["param_groups", "trained_parameters"]

@@ -1,0 +1,113 @@
+"""Stops a run at the first loss that is not finite, and keeps the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from peft_bsr.errors import NonFiniteLossError
+from peft_bsr.training.groups import trained_parameters
+
+
+class NonFiniteLossCallback(TrainerCallback):
+    """Raises at the first training loss that is NaN or infinite; Trainer alone goes on and logs the losses before it.
+
+    The batch is kept in `non_finite_step_N.pt` (`torch.load` gives the model's keywords), and the message says whether
+    the trained weights were finite still: if so, the batch is to be looked at, else the learning rate.
+
+    The loss is what the model returns, or without one its logits are looked at. Where Trainer has a
+    `compute_loss_func`, wrap it by `watch`, so that its result counts. Looking at the loss waits for the device once a
+    step, as Trainer itself does.
+
+    Args:
+        folder: Where the batch is kept; made if missing.
+
+    Examples:
+        >>> callback = NonFiniteLossCallback("out")  # Trainer(..., callbacks=[callback])
+        >>> # Trainer(..., compute_loss_func=callback.watch(TrainingLoss()), callbacks=[callback])
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self._handles: list[Any] = []
+        self._inputs: dict[str, Any] = {}
+        self._is_watching = False
+        self._model: nn.Module | None = None
+        self._state: Any = None
+        self._rate = 0.0
+
+    def watch(self, loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """The same loss function, its results looked at in training.
+
+        Args:
+            loss: For `compute_loss_func`: of (outputs, labels, num_items_in_batch).
+        """
+        self._is_watching = True
+
+        def watched(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+            result = loss(outputs, labels, num_items_in_batch=num_items_in_batch)
+            if result.requires_grad and self._model is not None:  # in the run itself, not in a sweep before it
+                self._check(result, {**self._inputs, "labels": labels})
+            return result
+
+        return watched
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Begin to look at what the model is called with."""
+        self._release()
+        model: nn.Module = kwargs["model"]
+        self._model, self._state = model, state
+        self._handles = [
+            model.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True),
+            model.register_forward_hook(self._after),
+        ]
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Know the learning rate, for the message."""
+        self._rate = float(kwargs["optimizer"].param_groups[0]["lr"])
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Look no longer."""
+        self._release()
+
+    @torch.compiler.disable
+    def _before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        self._inputs = {name: value for name, value in kwargs.items() if name != "num_items_in_batch"}
+
+    @torch.compiler.disable
+    def _after(self, module: nn.Module, args: Any, output: Any) -> None:
+        if module.training and torch.is_grad_enabled() and not self._is_watching:
+            value = output.get("loss") if isinstance(output, dict) else None
+            self._check(output["logits"] if value is None else value, self._inputs)
+
+    def _check(self, value: Tensor, batch: dict[str, Any]) -> None:
+        if bool(value.detach().isfinite().all()):
+            return
+        assert self._model is not None, "hooks and state come together"
+        step = self._state.global_step + 1
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"non_finite_step_{step}.pt"
+        torch.save({name: t.detach().cpu() if isinstance(t, Tensor) else t for name, t in batch.items()}, path)
+        broken = [n for n, p in trained_parameters(self._model).items() if not bool(p.detach().isfinite().all())]
+        reason = (
+            f"{len(broken)} trained tensors are not finite, {broken[0]!r} first: the steps before were too large. "
+            f"Lower the learning rate ({self._rate:.3g} in this step)"
+            if broken
+            else "The trained weights are finite: look at this batch, or lower the learning rate "
+            f"({self._rate:.3g} in this step) if the loss rose before"
+        )
+        self._release()
+        raise NonFiniteLossError(f"the loss of step {step} is not finite. {reason}. The batch is kept in `{path}`.")
+
+    def _release(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._inputs, self._model = [], {}, None
+
+
+__all__ = ["NonFiniteLossCallback"]

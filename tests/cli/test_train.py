@@ -1,0 +1,276 @@
+"""The flags of `peft-bsr train`: each does what it says, and nothing after training can lose its result."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from transformers import AutoModelForImageClassification
+
+import peft_bsr
+from peft_bsr.cli import train
+from peft_bsr.cli.settings import TrainSettings
+from peft_bsr.training import LEARNING_RATES, augmentation, ema, mixup
+
+
+@pytest.fixture
+def fit(run, base, images, tmp_path):
+    """`fit("--ema")`: a short run; its summary, and what was said on stderr."""
+
+    def call(*arguments, code=0, steps=2, output=tmp_path / "run"):
+        command = ["train", "--model", base, "--dataset", images, "--output", output, "--batch-size", "4"]
+        command += ["--max-steps", steps, "--no-measuring", "--json", *arguments]
+        found, out, err = run(*command)
+        assert found == code, err
+        return json.loads(out) if code == 0 else None, err
+
+    return call
+
+
+@pytest.mark.parametrize(("method", "saved"), [("lora", "adapter"), ("full", "model"), ("linear", "model")])
+def test_baselines_train_on_the_same_images(method, saved, fit, tmp_path):
+    summary, err = fit("--method", method)
+    assert f"learning rate {LEARNING_RATES[method, None]:.1e} (default of {method})" in err
+    assert summary["method"] == method
+    assert summary["learning_rate"] == LEARNING_RATES[method, None]
+    assert 0 <= summary["scores"]["test"]["accuracy"] <= 1
+    folder = tmp_path / "run" / saved
+    assert summary[saved] == str(folder)
+    assert (folder / "preprocessor_config.json").exists()
+    if saved == "model":
+        assert AutoModelForImageClassification.from_pretrained(folder).config.id2label == {0: "dark", 1: "light"}
+    else:
+        assert json.loads((folder / "adapter_config.json").read_text())["peft_type"] == "LORA"
+    assert "parameters train." in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_everything_at_once(fit, tmp_path, monkeypatch):
+    """Flags that have nothing to do with each other go together; each leaves its mark."""
+    called = set()
+
+    def seen(name, real):
+        def wrapped(*args, **kwargs):
+            called.add(name)
+            return real(*args, **kwargs)
+
+        return wrapped
+
+    monkeypatch.setattr(augmentation.Augmentation, "__call__", seen("augment", augmentation.Augmentation.__call__))
+    monkeypatch.setattr(mixup.MixupDataset, "__getitems__", seen("mixup", mixup.MixupDataset.__getitems__))
+    monkeypatch.setattr(ema.TrainedEMA, "update", seen("ema", ema.TrainedEMA.update))
+    flags = ["--augment", "strong", "--class-weights", "balanced", "--label-smoothing", "0.1", "--layer-decay", "0.5"]
+    flags += ["--ema", "--early-stopping", "2", "--precision", "bf16", "--device", "cpu", "--workers", "0"]
+    summary, _ = fit(*flags, "--set", "trainable_blocks=last:2")
+    assert called == {"augment", "mixup", "ema"}
+    stored = yaml.safe_load((tmp_path / "run" / "settings.yaml").read_text())
+    assert (stored["ema"], stored["keep"], stored["precision"]) == (0.999, "best", "bf16")
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert (checkpoint / ema.FILE).exists()
+    groups = torch.load(checkpoint / "optimizer.pt")["param_groups"]
+    assert {group["initial_lr"] for group in groups} == {1e-3, 5e-4, 2.5e-4}
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.01}
+    assert summary["kept_step"] == 2
+
+
+@pytest.mark.slow
+def test_learning_rate_auto_is_said_and_kept(fit, tmp_path):
+    summary, err = fit("--learning-rate", "auto", steps=1)
+    assert "sweeping learning rates around 1.0e-03: five at most, 20 steps each" in err
+    assert f"learning rate {summary['learning_rate']:.1e}, by the loss of" in err
+    stored = yaml.safe_load((tmp_path / "run" / "settings.yaml").read_text())
+    assert stored["learning_rate"] == pytest.approx(summary["learning_rate"])
+
+
+@pytest.mark.slow
+def test_a_cache_trains_the_same(fit, tmp_path):
+    fit("--set", "trainable_blocks=last:1", "--set", "reduction_blocks=[]", output=tmp_path / "plain")
+    fit("--set", "trainable_blocks=last:1", "--set", "reduction_blocks=[]", "--cache", output=tmp_path / "cached")
+    assert (tmp_path / "cached" / "cache").is_dir()
+    plain, cached = (peft_bsr.load(tmp_path / name / "adapter").state_dict() for name in ("plain", "cached"))
+    for name, tensor in plain.items():
+        assert torch.allclose(tensor, cached[name], atol=2e-3), name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--epochs", "-1"], "`epochs: -1` must be above 0."),
+        (["--epochs", "nan"], "`epochs: nan` must be"),
+        (["--batch-size", "0"], "`batch_size: 0` must be at least 1."),
+        (["--batch-size", "2.5"], "`batch_size: 2.5` must be a whole number."),
+        (["--learning-rate", "fast"], "`learning_rate: fast` is no number."),
+        (["--learning-rate", "0"], "`learning_rate: 0` must be above 0."),
+        (["--max-steps", "0"], "`max_steps: 0` trains nothing."),
+        (["--label-smoothing", "1"], "`label_smoothing: 1` must be at least 0 and at most 0.999."),
+        (["--layer-decay", "1.5"], "`layer_decay: 1.5` must be above 0 and at most 1."),
+        (["--ema", "2"], "`ema: 2` must be"),
+        (["--early-stopping", "0"], "`early_stopping: 0` must be at least 1."),
+        (["--augment", "heavy"], "`augment: heavy` is unknown. Use one of none, light, strong."),
+        (["--precision", "int4"], "`precision: int4` is unknown."),
+        (["--class-weights", "heavy"], "must be `balanced`"),
+        (["--cache", "--augment", "light"], "it needs `augment: none`"),
+        (["--cache", "--method", "alast"], "one of the methods bsr, synqt"),
+        (["--early-stopping", "2", "--keep", "last"], "`early_stopping` keeps the best epoch"),
+        (["--method", "full", "--set", "r=4"], "`--method full` has no options, but `--set` gives r."),
+        (["--method", "lora", "--set", "rr=4"], "no option of LoraConfig"),
+        (["--trainer", "report_to=tensorboard"], "tensorboard"),
+        (["--trainer", "label_smoothing_factor=0.1"], "it has a flag of its own, `--label-smoothing`"),
+        (["--trainer", "eval_strategy=never"], "`--trainer eval_strategy=never`: invalid choice"),
+        (["--trainer", "logging_steps=often"], "`--trainer logging_steps=often`: invalid float value"),
+    ],
+)
+def test_what_cannot_be_is_told_before_anything_is_read(arguments, message, run, base, tmp_path, monkeypatch):
+    if "report_to=tensorboard" in arguments:
+        from transformers.integrations import integration_utils
+
+        monkeypatch.setattr(integration_utils, "is_tensorboard_available", lambda: False)
+    command = ["train", "--model", base, "--dataset", "nowhere", "--output", tmp_path / "new", *arguments]
+    code, _, err = run(*command)
+    assert code == 2, err
+    assert message in err.splitlines()[-1]
+    assert not (tmp_path / "new").exists()
+
+
+def test_devices_and_folders_that_are_not_there(fit, tmp_path):
+    if not torch.cuda.is_available():
+        assert "this machine has none that torch can use" in fit("--device", "cuda", code=2)[1]
+        assert "`--precision fp16` needs a GPU" in fit("--precision", "fp16", code=2)[1]
+    (tmp_path / "file").write_text("")
+    assert "is no folder that takes files" in fit(code=2, output=tmp_path / "file" / "below")[1]
+
+
+@pytest.mark.parametrize("value", ["no", "steps", "epoch"])
+def test_fields_of_trainer_are_read_by_their_types(value, tmp_path):
+    from peft_bsr.cli.training import training_arguments
+    from peft_bsr.cli.values import Loader, read_pairs
+
+    pairs = read_pairs([f"eval_strategy={value}", f"save_strategy={value}", "weight_decay=1e-2", "tf32=no"])
+    from_file = yaml.load(f"eval_strategy: {value}\nsave_strategy: {value}\nweight_decay: 1e-2\ntf32: no", Loader)
+    for trainer in (pairs, from_file):
+        settings = TrainSettings("model", output=str(tmp_path), trainer={**trainer, "eval_steps": "5"})
+        arguments = training_arguments(settings, is_quiet=True)
+        assert arguments.eval_strategy == arguments.save_strategy == value
+        assert (arguments.weight_decay, arguments.tf32, arguments.eval_steps) == (0.01, False, 5)
+        assert arguments.warmup_steps == 0.1
+
+
+def test_the_best_epoch_is_kept_and_said(fit, run_json, images, tmp_path):
+    summary, _ = fit("--keep", "best", "--trainer", "greater_is_better=false", "--learning-rate", "3e-2", steps=9)
+    state = json.loads(next((tmp_path / "run" / "checkpoints").glob("*/trainer_state.json")).read_text())
+    assert summary["kept_step"] == state["best_global_step"]
+    scored = {e["step"]: e["eval_accuracy"] for e in state["log_history"] if "eval_accuracy" in e}
+    assert summary["scores"]["validation"]["accuracy"] == pytest.approx(scored[summary["kept_step"]])
+    said = run_json("evaluate", tmp_path / "run" / "adapter", "--dataset", images, "--split", "test")
+    assert said["accuracy"] == summary["accuracy"]
+    assert said["loss"] == pytest.approx(summary["loss"], abs=1e-5)
+
+
+def test_nothing_after_training_loses_the_adapter(run, base, images, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+        raise RuntimeError("no ink")
+
+    parts = ("draw_pictures", "measure_costs", "write_adapter_card", "write_report")
+    for part in parts:
+        monkeypatch.setattr(train, part, fail)
+    command = ["train", "--model", base, "--dataset", images, "--output", tmp_path, "--batch-size", "4"]
+    code, out, err = run(*command, "--max-steps", "1", "--json")
+    assert code == 0, err
+    for what in ("pictures", "costs", "model card", "report"):
+        assert f"warning: no {what} (RuntimeError: no ink). The trained model is saved." in err
+    assert json.loads(out)["scores"] and json.loads(out)["report"] is None
+    assert json.loads((tmp_path / "summary.json").read_text()) == json.loads(out)
+    assert peft_bsr.load(tmp_path / "adapter").config.id2label == {0: "dark", 1: "light"}
+
+
+NAMES = {"$", "$$", "$\\frac{", "a_b^{c}", "薔薇", "été [bold]", "<b>&", "%s {0}"}
+
+
+def test_class_names_of_any_kind(run, base, tmp_path):
+    rng = np.random.default_rng(0)
+    for name in NAMES:
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i in range(4):
+            pixels = rng.integers(0, 255, (20, 20, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "data" / name / f"{i}.png")
+    command = ["train", "--model", base, "--dataset", tmp_path / "data", "--output", tmp_path / "run"]
+    code, _, err = run(*command, "--max-steps", "1", "--batch-size", "4", "--no-measuring")
+    assert code == 0, err
+    assert "warning" not in err
+    assert (tmp_path / "run" / "adapter" / "kept_tokens.png").exists()
+    assert set(peft_bsr.load(tmp_path / "run" / "adapter").config.id2label.values()) == NAMES
+
+
+def test_a_run_that_diverges_says_so(fit, tmp_path):
+    _, err = fit("--learning-rate", "1e38", "--trainer", "max_grad_norm=0", code=1, steps=5)
+    assert "is not finite" in err and "Lower the learning rate" in err
+    (kept,) = (tmp_path / "run").glob("non_finite_step_*.pt")
+    assert set(torch.load(kept)) == {"pixel_values", "labels"}
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_resuming_with_other_settings_changes_nothing(fit, run, tmp_path):
+    fit("--set", "trainable_blocks=last:2")
+    stored = (tmp_path / "run" / "settings.yaml").read_text()
+    _, err = fit("--set", "trainable_blocks=last:1", "--ema", "--resume", code=2, steps=3)
+    assert "made with other settings" in err and "options: {'trainable_blocks': 'last:2'} there" in err
+    assert "ema: None there, 0.999 asked for" in err
+    assert (tmp_path / "run" / "settings.yaml").read_text() == stored
+
+    path = tmp_path / "run" / "checkpoints" / "checkpoint-2" / "trainer_state.json"
+    state = json.loads(path.read_text())
+    assert state["stateful_callbacks"]["RunCallback"]["attributes"]["seconds_before"] > 0
+    state["stateful_callbacks"]["RunCallback"]["attributes"]["seconds_before"] = 1000.0
+    path.write_text(json.dumps(state))
+    code, out, err = run(
+        "train", "--output", tmp_path / "run", "--resume", "--max-steps", "3", "--no-measuring", "--json"
+    )
+    assert code == 0, err
+    assert json.loads(out)["steps"] == 3
+    assert 1000 < json.loads(out)["seconds"] < 1100, "of both pieces"
+    assert "<dt>training</dt><dd>100" in (tmp_path / "run" / "report.html").read_text()
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_cannot_be_loaded_leaves_the_settings(fit, tmp_path):
+    fit("--set", "trainable_blocks=last:2")
+    stored = (tmp_path / "run" / "settings.yaml").read_text()
+    (tmp_path / "run" / "checkpoints" / "checkpoint-2" / "adapter_model.safetensors").write_bytes(b"damaged")
+    fit("--set", "trainable_blocks=last:2", "--resume", "--epochs", "7", code=1, steps=3)
+    assert (tmp_path / "run" / "settings.yaml").read_text() == stored
+
+
+def test_an_interrupted_run_is_saved_and_says_how_it_goes_on(run, base, images, tmp_path, monkeypatch):
+    real = train.make_trainer
+
+    def with_interrupt(*args, **kwargs):
+        trainer = real(*args, **kwargs)
+        step = trainer.training_step
+
+        def training_step(*a, **k):
+            if trainer.state.global_step == 1:
+                signal.raise_signal(signal.SIGINT)
+            return step(*a, **k)
+
+        trainer.training_step = training_step
+        return trainer
+
+    assert threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(train, "make_trainer", with_interrupt)
+    command = ["train", "--model", base, "--dataset", images, "--output", tmp_path, "--batch-size", "4"]
+    code, _, err = run(*command, "--max-steps", "6", "--no-measuring", "--json")
+    assert code == 130
+    assert f"saved after step 2; go on: peft-bsr train --output {tmp_path} --resume" in err
+    assert signal.getsignal(signal.SIGINT) is before
+    assert (tmp_path / "checkpoints" / "checkpoint-2").is_dir() and not (tmp_path / "adapter").exists()
+    monkeypatch.setattr(train, "make_trainer", real)
+    code, out, err = run("train", "--output", tmp_path, "--resume", "--no-measuring", "--json")
+    assert code == 0, err
+    assert json.loads(out)["steps"] == 6

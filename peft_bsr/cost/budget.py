@@ -6,7 +6,6 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from peft_bsr.cost.estimation import Estimate, estimate
@@ -24,7 +23,15 @@ _WORTH = 0.05  # of the peak: what spares less is declined
 _COMPILED = 0.75  # the least that compiled plans were seen to take of what eager ones do
 _CHECKPOINTING = {False: "", True: " + gradient checkpointing", "offload": " + gradient checkpointing, offloaded"}
 _DEFAULT = Setup()
-_SHOWN = ("trainable_blocks", "reduction_blocks", "keep_rate", "trainable", "lean", "saved_activations", "frozen_weights")
+_SHOWN = (
+    "trainable_blocks",
+    "reduction_blocks",
+    "keep_rate",
+    "trainable",
+    "lean",
+    "saved_activations",
+    "frozen_weights",
+)
 
 
 @dataclass(frozen=True)

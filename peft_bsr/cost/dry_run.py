@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -83,11 +83,9 @@ class HostMemory:
         return back
 
 
-@contextmanager
-def no_memory() -> Iterator[None]:
-    """Tensors made inside have no memory."""
-    with FakeTensorMode(allow_non_fake_inputs=True):  # constants of a compiled graph are real
-        yield
+def no_memory() -> AbstractContextManager[Any]:
+    """A context in which tensors have no memory. All that meets comes from the same one, which may be entered again."""
+    return FakeTensorMode(allow_non_fake_inputs=True)  # constants of a compiled graph are real
 
 
 def without_memory(model: nn.Module, device: str | torch.device) -> nn.Module:

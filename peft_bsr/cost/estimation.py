@@ -18,6 +18,7 @@ from peft_bsr.cost.twin import attach_settled, on_meta, settle
 from peft_bsr.engine import Parking, Plan
 from peft_bsr.errors import ConfigError
 from peft_bsr.tuners.alast.config import ALaSTConfig
+from peft_bsr.tuners.bsr.config import BSRConfig
 from peft_bsr.tuners.bsr.layer import BSRWeights
 from peft_bsr.tuners.saved import SavedConfig
 
@@ -105,6 +106,8 @@ def estimate(
         '18.3 MiB an image are kept for backward'
     """
     setup = replace(setup, **settings)
+    if setup.compile and isinstance(config, BSRConfig):  # 8 bits step aside there
+        config = replace(config, saved_activations="full")
     bare = on_meta(model, setup.image_size, setup.dtype)
     adapted: nn.Module = bare
     plan = None
@@ -121,7 +124,8 @@ def estimate(
         enable: Any = getattr(bare, "activation_checkpointing_enable", None) or bare.gradient_checkpointing_enable
         enable(arguments)
     device = setup.device if _is_there(setup.kind) else "cpu"
-    with no_memory():
+    nowhere = no_memory()
+    with nowhere:
         trained = without_memory(adapted, device).train()
         if setup.gradient_checkpointing == "offload":
             host.take_inputs_of_checkpoints(trained)
@@ -132,7 +136,7 @@ def estimate(
             output = called(**inputs)
         return _loss(output)
 
-    with no_memory():
+    with nowhere:
         run = dry_run(trained, inputs.values(), forward)
     if setup.compile and not isinstance(config, ALaSTConfig):  # whose blocks no compiler traces in training
         run = run.scaled(kept_when_compiled(trained, forward))

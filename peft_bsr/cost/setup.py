@@ -69,11 +69,15 @@ class Setup:
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1)
         ]
         if self.optimizer not in OPTIMIZERS:
-            problems.append(f"`optimizer={self.optimizer!r}` is unknown. Use one of {', '.join(map(repr, OPTIMIZERS))}.")
+            problems.append(
+                f"`optimizer={self.optimizer!r}` is unknown. Use one of {', '.join(map(repr, OPTIMIZERS))}."
+            )
         if self.autocast not in _AUTOCASTS:
             problems.append(f"`autocast={self.autocast}` must be torch.bfloat16, torch.float16 or None.")
         if self.gradient_checkpointing not in (False, True, "offload"):
-            problems.append(f'`gradient_checkpointing={self.gradient_checkpointing!r}` must be False, True or "offload".')
+            problems.append(
+                f'`gradient_checkpointing={self.gradient_checkpointing!r}` must be False, True or "offload".'
+            )
         try:
             kind = torch.device(self.device).type
         except (RuntimeError, TypeError):
@@ -119,7 +123,7 @@ def optimizer_bytes(optimizer: str, trained: Iterable[nn.Parameter]) -> tuple[in
 
 
 def update_bytes(optimizer: str, kind: str, trained: list[nn.Parameter]) -> int:
-    """What an optimizer takes while it updates: AdamW copies one tensor at a time on the CPU, elsewhere all (foreach)."""
+    """What an optimizer takes while it updates: AdamW copies one tensor at a time on the CPU, elsewhere all of them."""
     if optimizer != "adamw":
         return 0
     return sum(p.nbytes for p in trained) if kind != "cpu" else 2 * max(p.nbytes for p in trained)

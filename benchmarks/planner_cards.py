@@ -10,16 +10,19 @@ are used (CUDA's own memory, gaps between tensors), of a laptop's 16 GB ten, and
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 import transformers
-from planner_models import MODELS
+from torch import nn
 from tqdm.auto import tqdm
+from transformers import Dinov2Config, Dinov2ForImageClassification, ViTConfig, ViTForImageClassification
 
 from peft_bsr import BSRConfig
 from peft_bsr.cost import Setup, estimate
 
+LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
 GB = 10**9
 CARDS = {  # name -> bytes to use, whether it is a GPU, what cuBLAS takes more than is predicted
     "RTX 4060, 8 GB": (0.9 * 8 * GB, True, 0),
@@ -30,10 +33,16 @@ CARDS = {  # name -> bytes to use, whether it is a GPU, what cuBLAS takes more t
     "H100, 80 GB": (0.9 * 80 * GB, True, 2 * 24 * 2**20),
     "laptop, 16 GB, CPU": (10 * GB, False, 0),
 }
-PLANS = {
+PLANS: dict[str, BSRConfig | None] = {
     "full": None,
     "BSR": BSRConfig(),
     "last 3": BSRConfig(trainable_blocks="last:3", keep_rate=0.5),
+}
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "ViT-B/16": lambda: ViTForImageClassification(ViTConfig(num_labels=100)),
+    "ViT-B/16, 512 px": lambda: ViTForImageClassification(ViTConfig(num_labels=100, image_size=512)),
+    "ViT-L/16": lambda: ViTForImageClassification(ViTConfig(num_labels=100, intermediate_size=4096, **LARGE)),
+    "DINOv2-L/14": lambda: Dinov2ForImageClassification(Dinov2Config(num_labels=100, image_size=224, **LARGE)),
 }
 BATCHES = (16, 256)
 MARGIN = 1.05

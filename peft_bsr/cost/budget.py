@@ -81,8 +81,8 @@ def plan_for_budget(
     For every choice of trained blocks and tokens there is at most one, the one of fewest FLOPs among those that fit
     (lean blocks, checkpointing, 8 bits; on accelerators also checkpoints that wait on the CPU). Under bfloat16 autocast
     frozen weights are held in bfloat16, which is the same step. What of `setup` does not pay is left out of a plan, and
-    `BudgetPlan.declined` says why. With `compile`, each plan that is given takes 10 to 30 seconds. The order is by how much trains and how many tokens stay, not by accuracy:
-    which of two is better on your images, only a run can say.
+    `BudgetPlan.declined` says why. With `compile`, each plan that is given takes 10 to 30 seconds. The order is by how
+    much trains and how many tokens stay, not by accuracy: which of two is better on your images, only a run can say.
 
     Args:
         model: See `estimate`; best without weights, on the meta device.

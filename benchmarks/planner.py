@@ -1,6 +1,7 @@
 """The planner's predictions beside what is measured, on models and plans of real size.
 
     python benchmarks/planner.py [--batch-size 8] [--only ViT-B]
+    python benchmarks/planner_cards.py   # which batch fits which card; nothing is measured there
 
 Saved activations against the counter on the real model, the peak against the resident set of a process of its own
 that trains two steps (see `PeakMemory`), both with random weights. glibc is told there to give freed tensors back at

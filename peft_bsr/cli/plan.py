@@ -10,14 +10,23 @@ from typing import Any
 import torch
 
 from peft_bsr.cli.output import Output
+from peft_bsr.cli.settings import LEARNING_RATES
 from peft_bsr.cli.sources import changed, find_adapter, make_model, model_of
-from peft_bsr.cost import BudgetPlan, plan_for_budget
+from peft_bsr.cost import BudgetPlan, Setup, plan_for_budget
 
 EXAMPLES = """\
 examples:
   peft-bsr plan google/vit-base-patch16-224 --memory 2GB
-  peft-bsr plan google/vit-large-patch16-224 --memory 6GiB --batch-size 64 --dtype bfloat16 --json
+  peft-bsr plan google/vit-large-patch16-224 --memory 8GB --device cuda --precision bf16 --optimizer adamw_8bit --json
 """
+_PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+_OPTIMIZERS = {  # as Trainer calls them
+    "adamw_fused": ("optim=adamw_torch_fused",),
+    "adamw": ("optim=adamw_torch",),
+    "adamw_8bit": ("optim=adamw_torch_8bit",),  # torchao's
+    "sgd_momentum": ("optim=sgd", "optim_args=momentum=0.9"),
+    "sgd": ("optim=sgd",),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,8 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--memory", required=True, help='budget, such as "2GB" (10^9) or "1.5GiB" (2^30)')
     parser.add_argument("--batch-size", type=int, default=32, help="images a step (default 32)")
     parser.add_argument("--image-size", type=int, help="pixels (default: the model's)")
-    parser.add_argument("--optimizer", default="adamw", help="adamw, sgd_momentum or sgd (default adamw)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the model's")
+    names = f"{', '.join(_OPTIMIZERS)} (default adamw_fused)"
+    parser.add_argument("--optimizer", default="adamw_fused", choices=_OPTIMIZERS, metavar="NAME", help=names)
+    parser.add_argument("--precision", default="fp32", choices=_PRECISIONS, help="bf16, fp16: autocast (default fp32)")
+    parser.add_argument("--compile", action="store_true", help="torch.compile; 10 to 30 seconds a plan")
     parser.add_argument("--labels", type=int, default=10, help="classes of the head (default 10)")
     parser.add_argument("--limit", type=int, help="stop after so many ways (default: all)")
     parser.add_argument("--device", default="cpu", help="whose operations are counted (default cpu)")
@@ -37,17 +48,16 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
     """Run the command."""
     source = model_of(find_adapter(args.model), args.model)
     model = make_model(source, args.labels, "meta")
+    setup = Setup(
+        batch_size=args.batch_size,
+        image_size=args.image_size,
+        optimizer=args.optimizer,
+        device=args.device,
+        autocast=_PRECISIONS[args.precision],
+        compile=args.compile,
+    )
     with out.doing("running steps without memory"):
-        plans = plan_for_budget(
-            model,
-            args.memory,
-            batch_size=args.batch_size,
-            image_size=args.image_size,
-            optimizer=args.optimizer,
-            dtype=getattr(torch, args.dtype) if args.dtype else None,
-            device=args.device,
-            limit=args.limit,
-        )
+        plans = plan_for_budget(model, args.memory, setup, limit=args.limit)
     rows = [
         (
             str(number),
@@ -60,31 +70,57 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
     ]
     columns = ("", "peak, MiB", "GFLOPs an image", "trained, M", "gives up")
     out.table(f"{source}, {args.memory}, batch {args.batch_size}: what gives up least first", columns, rows, (0, 4))
-    train = f"peft-bsr train --model {shlex.quote(source)} --batch-size {args.batch_size}"
     for number, plan in enumerate(plans, 1):
-        command = "Trainer without an adapter" if plan.config is None else train  # which trains adapters only
-        out.line(f"{number:>2}  {' '.join([command, *_flags(plan)])}")
+        out.line(f"{number:>2}  {command_of(plan, source)}")
+        for reason in plan.declined:
+            out.line(f"    declined: {reason}")
     out.say("Python and torch come on top (about 0.4 GB on the CPU). Which plan is best on your images, a run can say.")
-    return {"model": source, "memory": args.memory, "batch_size": args.batch_size, "plans": [_row(p) for p in plans]}
+    return {
+        "model": source,
+        "memory": args.memory,
+        "batch_size": args.batch_size,
+        "plans": [_row(p, source) for p in plans],
+    }
 
 
-def _row(plan: BudgetPlan) -> dict[str, Any]:
+def _row(plan: BudgetPlan, source: str) -> dict[str, Any]:
     estimate = plan.estimate
     return {
         "method": "full" if plan.config is None else "bsr",
         "options": {} if plan.config is None else changed(plan.config),
-        "gradient_checkpointing": plan.gradient_checkpointing,
+        "optimizer": plan.setup.optimizer,
+        "gradient_checkpointing": plan.setup.gradient_checkpointing,
         "gives_up": plan.gives_up,
+        "declined": list(plan.declined),
+        "command": command_of(plan, source),
         "peak_bytes": estimate.total_bytes,
         "saved_bytes": estimate.saved_bytes,
+        "host_bytes": estimate.host_bytes,
         "training_flops": estimate.training_flops,
         "trainable_parameters": estimate.trainable_parameters,
     }
 
 
-def _flags(plan: BudgetPlan) -> list[str]:
-    """What `peft-bsr train` is told to run a plan."""
+def command_of(plan: BudgetPlan, source: str) -> str:
+    """What runs a plan as it was planned: `peft-bsr train`, or the same of Trainer for full fine-tuning."""
+    setup = plan.setup
+    pairs = [*_OPTIMIZERS[setup.optimizer]]
+    pairs += [f"{name}=true" for name, dtype in _PRECISIONS.items() if dtype and dtype is setup.autocast]
+    pairs += ["torch_compile=true"] if setup.compile else []
+    if setup.gradient_checkpointing:
+        offload = ', "offload": true' if setup.gradient_checkpointing == "offload" else ""
+        pairs += ["gradient_checkpointing=true", f'gradient_checkpointing_kwargs={{"use_reentrant": false{offload}}}']
+    trainer = [word for pair in pairs for word in ("--trainer", shlex.quote(pair))]
+    size = ["--image-size", str(setup.image_size)] if setup.image_size else []
+    words = ["--batch-size", str(setup.batch_size), *size, *trainer]
+    if plan.config is None:  # `peft-bsr train` trains adapters only
+        return " ".join(["Trainer without an adapter:", *words])
+    rate = ["--learning-rate", str(LEARNING_RATES["bsr"])]
+    return " ".join(["peft-bsr train --model", shlex.quote(source), *_options(plan), *rate, *words])
+
+
+def _options(plan: BudgetPlan) -> list[str]:
     flags = []
-    for name, value in changed(plan.config).items() if plan.config else ():
+    for name, value in changed(plan.config).items():
         flags += ["--set", shlex.quote(f"{name}={value if isinstance(value, str) else json.dumps(value)}")]
-    return flags + (["--trainer", "gradient_checkpointing=true"] if plan.gradient_checkpointing else [])
+    return flags

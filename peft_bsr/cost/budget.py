@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from peft_bsr.cost.estimation import Estimate, estimate
+from peft_bsr.cost.setup import SAVING, Setup
 from peft_bsr.cost.twin import on_meta, settle
+from peft_bsr.cost.ways import Way, settings_of, ways_of
 from peft_bsr.errors import ConfigError
 from peft_bsr.tuners.bsr.config import BSRConfig
 
@@ -19,15 +19,19 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "M
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?i?B?)\s*", re.IGNORECASE)
 
 _MARGIN = 1.05  # what kernels and the allocator take by themselves; up to 3 % was measured
-_HALVES = "half of the tokens go, 3 times"
-# how it is run, the fewest FLOPs first
-_LEVELS: tuple[tuple[dict[str, Any], bool, str], ...] = (
-    ({"lean": "exact"}, False, ""),
-    ({"lean": "max"}, False, "first products are computed twice"),
-    ({"lean": "max", "saved_activations": "int8"}, False, "first products are computed twice; gradients off by 1 %"),
-    ({"lean": "off"}, True, "blocks that gradients reach run twice"),
+_WORTH = 0.05  # of the peak: what spares less is declined
+_COMPILED = 0.75  # the least that compiled plans were seen to take of what eager ones do
+_CHECKPOINTING = {False: "", True: " + gradient checkpointing", "offload": " + gradient checkpointing, offloaded"}
+_DEFAULT = Setup()
+_SHOWN = (
+    "trainable_blocks",
+    "reduction_blocks",
+    "keep_rate",
+    "trainable",
+    "lean",
+    "saved_activations",
+    "frozen_weights",
 )
-_SHOWN = ("trainable_blocks", "reduction_blocks", "keep_rate", "trainable", "lean", "saved_activations")
 
 
 @dataclass(frozen=True)
@@ -36,18 +40,20 @@ class BudgetPlan:
 
     Attributes:
         config: For `get_peft_model`, or None for full fine-tuning.
-        gradient_checkpointing: Whether to switch it on (not reentrant).
+        setup: How to train; may differ from what was asked, see `declined`.
         estimate: What it takes.
         gives_up: What it gives up against full fine-tuning as it is.
+        declined: What was left out because it does not pay here, each with the reason.
     """
 
     config: BSRConfig | None
-    gradient_checkpointing: bool
+    setup: Setup
     estimate: Estimate
     gives_up: str
+    declined: tuple[str, ...] = ()
 
     def describe(self) -> str:
-        """One line."""
+        """One line, and one for each thing that was declined."""
         if self.config is None:
             what = "full fine-tuning"
         else:
@@ -56,38 +62,35 @@ class BudgetPlan:
                 f"{n}={getattr(self.config, n)!r}" for n in _SHOWN if getattr(self.config, n) != getattr(defaults, n)
             ]
             what = f"BSRConfig({', '.join(given)})"
-        what += " + gradient checkpointing" if self.gradient_checkpointing else ""
+        what += _CHECKPOINTING[self.setup.gradient_checkpointing]
         size, flops = self.estimate.total_bytes / 2**20, self.estimate.training_flops / self.estimate.batch_size / 1e9
-        return f"{size:8.0f} MiB  {flops:6.1f} GFLOPs an image  {what}  (gives up: {self.gives_up})"
+        line = f"{size:8.0f} MiB  {flops:6.1f} GFLOPs an image  {what}  (gives up: {self.gives_up})"
+        return "\n".join([line, *(f"{'':14}declined: {reason}" for reason in self.declined)])
 
 
 def plan_for_budget(
     model: nn.Module,
     memory: str | int,
+    setup: Setup = _DEFAULT,
     *,
-    batch_size: int = 32,
-    image_size: int | None = None,
-    optimizer: str = "adamw",
-    dtype: torch.dtype | None = None,
-    device: str | torch.device = "cpu",
     limit: int | None = None,
+    **settings: Any,
 ) -> list[BudgetPlan]:
     """Ways to train `model` whose predicted peak and 5 % more fit, the one that gives up least first.
 
     For every choice of trained blocks and tokens there is at most one, the one of fewest FLOPs among those that fit
-    (lean blocks, checkpointing, 8 bits). The order is by how much trains and how many tokens stay, not by accuracy:
-    which of two is better on your images, only a run can say.
+    (lean blocks, checkpointing, 8 bits; on accelerators also checkpoints that wait on the CPU). Under bfloat16 autocast
+    frozen weights are held in bfloat16, which is the same step. What of `setup` does not pay is left out of a plan, and
+    `BudgetPlan.declined` says why. With `compile`, each plan that is given takes 10 to 30 seconds. The order is by how
+    much trains and how many tokens stay, not by accuracy: which of two is better on your images, only a run can say.
 
     Args:
         model: See `estimate`; best without weights, on the meta device.
         memory: Bytes, or a text such as `"2GB"` (10^9) or `"1.5GiB"` (2^30). For weights, optimizer, gradients and
             activations; Python and torch (about 0.4 GB on the CPU) come on top.
-        batch_size: See `estimate`.
-        image_size: See `estimate`.
-        optimizer: See `estimate`.
-        dtype: See `estimate`.
-        device: See `estimate`.
+        setup: How it is trained. Default `Setup()`. Gradient checkpointing is the planner's choice.
         limit: Stop after so many. Default all.
+        settings: Fields of `Setup` that count over it, such as `batch_size=8`.
 
     Returns:
         At least one.
@@ -104,23 +107,21 @@ def plan_for_budget(
         'nothing but low-rank updates of the blocks trains; first products are computed twice'
     """
     budget = parse_size(memory)
+    setup = replace(setup, **settings)
     model = on_meta(model).requires_grad_(True)  # also of one that an adapter has frozen: full fine-tuning is a plan
-    settings: dict[str, Any] = {
-        "batch_size": batch_size,
-        "image_size": image_size,
-        "optimizer": optimizer,
-        "dtype": dtype,
-        "device": device,
-    }
+    dtype = setup.dtype or next(p.dtype for p in model.parameters() if p.is_floating_point())
     found: list[BudgetPlan] = []
     smallest: BudgetPlan | None = None
-    for setting, gives_up in _settings(depth=len(settle(model, BSRConfig()).column.blocks)):
-        for config, checkpointing, price in _ways(setting):
-            cost = estimate(model, config, gradient_checkpointing=checkpointing, **settings)
-            plan = BudgetPlan(config, checkpointing, cost, "; ".join(filter(None, (gives_up, price))))
-            if smallest is None or cost.total_bytes < smallest.estimate.total_bytes:
+    for setting in settings_of(depth=len(settle(model, BSRConfig()).column.blocks)):
+        declined: list[str] = []
+        for way in ways_of(setting, replace(setup, gradient_checkpointing=False), dtype):
+            if isinstance(way, str):
+                declined.append(way)
+                continue
+            plan = _plan(model, way, budget, [*declined, *_unused(setup, way)])
+            if smallest is None or plan.estimate.total_bytes < smallest.estimate.total_bytes:
                 smallest = plan
-            if cost.total_bytes * _MARGIN <= budget:
+            if _fits(plan.estimate, budget):
                 found.append(plan)
                 break  # the others take more FLOPs
         if limit is not None and len(found) >= limit:
@@ -129,11 +130,40 @@ def plan_for_budget(
         assert smallest is not None, "something was tried"
         least = smallest.estimate
         raise ConfigError(
-            f"`memory={memory!r}` is too little for {type(model).__name__} at `batch_size={batch_size}`. The smallest "
-            f"plan takes {least.total_bytes / 2**20:.0f} MiB, of which weights {least.weights_bytes / 2**20:.0f} MiB:\n"
-            f"{smallest.describe()}\nUse a smaller batch, half precision or a smaller model."
+            f"`memory={memory!r}` is too little for {type(model).__name__} at `batch_size={setup.batch_size}`. The "
+            f"smallest plan takes {least.total_bytes / 2**20:.0f} MiB, of which weights "
+            f"{least.weights_bytes / 2**20:.0f} MiB:\n{smallest.describe()}\n"
+            "Use a smaller batch, half precision or a smaller model."
         )
     return found
+
+
+def _plan(model: nn.Module, way: Way, budget: int, declined: list[str]) -> BudgetPlan:
+    """What a way takes, with the optimizer that pays. Compiled only where it may fit: that takes its time."""
+    eager = replace(way.setup, compile=False)
+    cost = estimate(model, way.config, eager)
+    reasons = list(declined)
+    if eager.optimizer in SAVING:
+        plain = estimate(model, way.config, replace(eager, optimizer="adamw_fused"))
+        share = plain.optimizer_bytes / plain.total_bytes
+        if share < _WORTH and _fits(plain, budget):
+            reasons.append(f"{eager.optimizer}: AdamW's state is {share:.1%} of the peak; adamw_fused instead")
+            cost, eager = plain, replace(eager, optimizer="adamw_fused")
+    setup = replace(eager, compile=way.setup.compile)
+    if setup.compile and _fits(cost, budget / _COMPILED):
+        cost = estimate(model, way.config, setup)
+    return BudgetPlan(way.config, setup, cost, way.gives_up, tuple(reasons))
+
+
+def _unused(asked: Setup, way: Way) -> list[str]:
+    if asked.gradient_checkpointing in (False, way.setup.gradient_checkpointing):
+        return []
+    what = "offloaded checkpointing" if asked.gradient_checkpointing == "offload" else "gradient checkpointing"
+    return [f"{what}: it fits with {'the inputs on the device' if way.setup.gradient_checkpointing else 'none'}"]
+
+
+def _fits(cost: Estimate, budget: float) -> bool:
+    return cost.total_bytes * _MARGIN <= budget
 
 
 def parse_size(memory: str | int) -> int:
@@ -152,41 +182,6 @@ def parse_size(memory: str | int) -> int:
     if match is None or match[2].upper() not in _UNITS:
         raise ConfigError(f'`memory={memory!r}` is not understood. Use bytes, or a text such as "2GB" or "1.5GiB".')
     return int(float(match[1]) * _UNITS[match[2].upper()])
-
-
-def _settings(depth: int) -> tuple[tuple[dict[str, Any] | None, str], ...]:
-    """What trains and how many tokens stay, what gives up least first."""
-    late = 2 * depth // 3
-    return (
-        (None, "nothing: every weight trains on every token"),
-        ({"trainable_blocks": "every:1", "reduction_blocks": []}, "the embeddings stay frozen"),
-        (
-            {"trainable_blocks": "every:1", "reduction_blocks": [], "trainable": "lora"},
-            "nothing but low-rank updates of the blocks trains",
-        ),
-        ({"trainable_blocks": "every:4", "reduction_blocks": []}, "3 blocks of 4 stay frozen"),
-        (
-            {"trainable_blocks": "last:3", "reduction_blocks": [late]},
-            f"all but the last 3 blocks stay frozen; half of the tokens go, at block {late}",
-        ),
-        ({"trainable_blocks": "every:4", "keep_rate": 0.7}, "3 blocks of 4 stay frozen; 3 tokens of 10 go, 3 times"),
-        ({"trainable_blocks": "every:4", "keep_rate": 0.5}, f"3 blocks of 4 stay frozen; {_HALVES}"),
-        ({"trainable_blocks": "last:3", "keep_rate": 0.5}, f"all but the last 3 blocks stay frozen; {_HALVES}"),
-        ({"trainable_blocks": "last:1", "keep_rate": 0.5}, f"all but the last block stay frozen; {_HALVES}"),
-        (
-            {"trainable_blocks": "last:1", "keep_rate": 0.5, "trainable": "lora"},
-            f"nothing but a low-rank update of the last block trains; {_HALVES}",
-        ),
-    )
-
-
-def _ways(setting: dict[str, Any] | None) -> Iterator[tuple[BSRConfig | None, bool, str]]:
-    if setting is None:
-        yield None, False, ""
-        yield None, True, "every block runs twice"
-        return
-    for level, checkpointing, price in _LEVELS:
-        yield BSRConfig(**setting, **level), checkpointing, price
 
 
 __all__ = ["BudgetPlan", "parse_size", "plan_for_budget"]

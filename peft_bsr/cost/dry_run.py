@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,12 +43,49 @@ class DryRun:
     saved_bytes: int
     flops: int
 
+    def scaled(self, saved_bytes: int) -> DryRun:
+        """The same step if it keeps `saved_bytes` for backward: what is alive at the peak is as much less or more."""
+        activations = round(self.activation_bytes * saved_bytes / max(1, self.saved_bytes))
+        peak = self.peak_bytes - self.activation_bytes + activations
+        return replace(self, peak_bytes=peak, activation_bytes=activations, saved_bytes=saved_bytes)
 
-@contextmanager
-def no_memory() -> Iterator[None]:
-    """Tensors made inside have no memory."""
-    with FakeTensorMode():
-        yield
+
+class HostMemory:
+    """Where inputs of checkpointed blocks wait for backward, off the device.
+
+    Attributes:
+        most_bytes: That were there at a time.
+    """
+
+    def __init__(self) -> None:
+        self.most_bytes = self._bytes = 0
+
+    def take_inputs_of_checkpoints(self, model: nn.Module) -> None:
+        """As transformers does with `offload`: saved-tensor hooks around the checkpoint of every block."""
+        for module in model.modules():
+            checkpoint = getattr(module, "_gradient_checkpointing_func", None)
+            if checkpoint is not None:
+                module._gradient_checkpointing_func = partial(self._call, checkpoint)  # type: ignore[assignment]
+
+    def _call(self, checkpoint: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with torch.autograd.graph.saved_tensors_hooks(self._take, self._give):
+            return checkpoint(*args, **kwargs)
+
+    def _take(self, tensor: Tensor) -> Any:
+        self._bytes += tensor.nbytes
+        self.most_bytes = max(self.most_bytes, self._bytes)
+        return tensor.shape, tensor.dtype, tensor.device
+
+    def _give(self, kept: Any) -> Tensor:
+        shape, dtype, device = kept
+        back = torch.empty(shape, dtype=dtype, device=device)
+        self._bytes -= back.nbytes
+        return back
+
+
+def no_memory() -> AbstractContextManager[Any]:
+    """A context in which tensors have no memory. All that meets comes from the same one, which may be entered again."""
+    return FakeTensorMode(allow_non_fake_inputs=True)  # constants of a compiled graph are real
 
 
 def without_memory(model: nn.Module, device: str | torch.device) -> nn.Module:

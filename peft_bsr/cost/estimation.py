@@ -11,14 +11,18 @@ from peft import PeftConfig, get_peft_model
 from torch import Tensor, nn
 
 from peft_bsr.backbones import input_shapes, probe_inputs, tensors_of
-from peft_bsr.cost.dry_run import DryRun, dry_run, no_memory, without_memory
+from peft_bsr.cost.compiled import kept_when_compiled
+from peft_bsr.cost.dry_run import DryRun, HostMemory, dry_run, no_memory, without_memory
+from peft_bsr.cost.setup import Setup, library_bytes, optimizer_bytes, update_bytes
 from peft_bsr.cost.twin import attach_settled, on_meta, settle
 from peft_bsr.engine import Parking, Plan
 from peft_bsr.errors import ConfigError
+from peft_bsr.tuners.alast.config import ALaSTConfig
+from peft_bsr.tuners.bsr.config import BSRConfig
 from peft_bsr.tuners.bsr.layer import BSRWeights
 from peft_bsr.tuners.saved import SavedConfig
 
-OPTIMIZER_STATES = {"adamw": 2, "sgd_momentum": 1, "sgd": 0}  # tensors kept for each trained one
+_DEFAULT = Setup()
 
 
 @dataclass(frozen=True)
@@ -31,11 +35,13 @@ class Estimate:
         gradients_bytes: Gradients of parameters alive at the peak.
         activations_bytes: Kept for backward and alive at the peak.
         workspace_bytes: The batch, and what operations hold while they run, at the peak.
+        library_bytes: Workspaces of cuBLAS, on CUDA.
         saved_bytes: Kept for backward at the end of the forward, the whole batch; see `saved_activations`.
         training_flops: Of forward and backward, the whole batch.
         batch_size: Images.
         trainable_parameters: Number of values that train.
         plan: What is done to each block, or None without one of our adapters.
+        host_bytes: What waits in the CPU's memory instead of the device's: inputs of blocks, states of the optimizer.
     """
 
     weights_bytes: int
@@ -43,15 +49,17 @@ class Estimate:
     gradients_bytes: int
     activations_bytes: int
     workspace_bytes: int
+    library_bytes: int
     saved_bytes: int
     training_flops: int
     batch_size: int
     trainable_parameters: int
     plan: Plan | None = None
+    host_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
-        """The peak: the sum of the first five."""
+        """The peak: the sum of the first six."""
         return sum(getattr(self, name) for name in self._parts())
 
     def describe(self) -> str:
@@ -61,20 +69,15 @@ class Estimate:
 
     @classmethod
     def _parts(cls) -> list[str]:
-        return [field.name for field in fields(cls)][:5]
+        return [field.name for field in fields(cls)][:6]
 
 
 @torch.inference_mode(False)  # the step that it goes through needs gradients, whatever the caller has switched off
 def estimate(
     model: nn.Module,
     config: PeftConfig | None = None,
-    *,
-    batch_size: int = 32,
-    image_size: int | None = None,
-    optimizer: str = "adamw",
-    dtype: torch.dtype | None = None,
-    device: str | torch.device = "cpu",
-    gradient_checkpointing: bool = False,
+    setup: Setup = _DEFAULT,
+    **settings: Any,
 ) -> Estimate:
     """Predict what training `model` with an adapter will take, by running a step on tensors without memory.
 
@@ -83,13 +86,8 @@ def estimate(
             of its parameters ask for gradients counts where `config` is None. It is not changed.
         config: A `BSRConfig`, an `ALaSTConfig` (its first step is taken), a `SynQTConfig`, or any other of PEFT's; None
             = train what asks for gradients (full fine-tuning). `frozen_weights="int8"` is counted without torchao.
-        batch_size: Images a step. Default 32.
-        image_size: Pixels. Default the model's.
-        optimizer: `"adamw"`, `"sgd_momentum"` or `"sgd"`. Default `"adamw"`.
-        dtype: Of weights and activations. Default the model's.
-        device: Whose operations are counted. Where there is none, the CPU's stand in: the same tensors are kept, what
-            kernels hold while they run differs a little. Default `"cpu"`.
-        gradient_checkpointing: transformers' own (not reentrant), of every block that gradients reach.
+        setup: How it is trained. Default `Setup()`.
+        settings: Fields of `Setup` that count over it, such as `batch_size=8`.
 
     Returns:
         An `Estimate`.
@@ -107,20 +105,10 @@ def estimate(
         >>> f"{found.saved_bytes / 8 / 2**20:.1f} MiB an image are kept for backward"
         '18.3 MiB an image are kept for backward'
     """
-    problems = [
-        f"`{name}={value!r}` must be a whole number of at least 1."
-        for name, value in (("batch_size", batch_size), ("image_size", image_size))
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1)
-    ]
-    try:
-        kind = torch.device(device).type
-    except (RuntimeError, TypeError):
-        problems.append(f'`device={device!r}` is no device of torch. Use `"cpu"` or `"cuda"`.')
-    if optimizer not in OPTIMIZER_STATES:
-        problems.append(f"`optimizer={optimizer!r}` is unknown. Use one of {', '.join(map(repr, OPTIMIZER_STATES))}.")
-    if problems:
-        raise ConfigError.from_problems("estimate", problems)
-    bare = on_meta(model, image_size, dtype)
+    setup = replace(setup, **settings)
+    if setup.compile and isinstance(config, BSRConfig):  # 8 bits step aside there
+        config = replace(config, saved_activations="full")
+    bare = on_meta(model, setup.image_size, setup.dtype)
     adapted: nn.Module = bare
     plan = None
     spared = made_anew = 0
@@ -130,17 +118,37 @@ def estimate(
         plan, (spared, made_anew) = settled.plan, _eight_bits(bare, in_8_bits)
     elif config is not None:
         adapted = get_peft_model(bare, copy.deepcopy(config))
-    if gradient_checkpointing:
-        settings = {"use_reentrant": False, "preserve_rng_state": False}
-        bare.gradient_checkpointing_enable(settings)  # type: ignore[operator]
-    with no_memory():
-        trained = without_memory(adapted, device if _is_there(kind) else "cpu").train()
-        inputs = probe_inputs(_innermost(trained), batch_size, input_shapes(bare)[-1])
-        weights = [p for p in trained.parameters() if p.requires_grad]
-        run = dry_run(trained, inputs.values(), lambda: _loss(trained(**inputs)))
-        batch_bytes = sum(tensor.nbytes for tensor in inputs.values())
-        found = _summarize(trained, weights, run, batch_bytes, batch_size, optimizer, kind, plan)
-    return replace(found, weights_bytes=found.weights_bytes - spared, workspace_bytes=found.workspace_bytes + made_anew)
+    host = HostMemory()
+    if setup.gradient_checkpointing:
+        arguments = {"use_reentrant": False, "preserve_rng_state": False}
+        enable: Any = getattr(bare, "activation_checkpointing_enable", None) or bare.gradient_checkpointing_enable
+        enable(arguments)
+    device = setup.device if _is_there(setup.kind) else "cpu"
+    nowhere = no_memory()
+    with nowhere:
+        trained = without_memory(adapted, device).train()
+        if setup.gradient_checkpointing == "offload":
+            host.take_inputs_of_checkpoints(trained)
+        inputs = probe_inputs(_innermost(trained), setup.batch_size, input_shapes(bare)[-1])
+        weights = [p for p in trained.parameters() if p.requires_grad]  # all that may: a step may choose among them
+
+    def forward(called: Any = trained) -> Tensor:
+        with torch.autocast(torch.device(device).type, setup.autocast, enabled=setup.autocast is not None):
+            output = called(**inputs)
+        return _loss(output)
+
+    with nowhere:
+        run = dry_run(trained, inputs.values(), forward)
+    if setup.compile and not isinstance(config, ALaSTConfig):  # whose blocks no compiler traces in training
+        run = run.scaled(kept_when_compiled(trained, forward))
+    batch_bytes = sum(tensor.nbytes for tensor in inputs.values())
+    found = _summarize(trained, weights, run, batch_bytes, setup, plan)
+    return replace(
+        found,
+        weights_bytes=found.weights_bytes - spared,
+        workspace_bytes=found.workspace_bytes + made_anew,
+        host_bytes=found.host_bytes + host.most_bytes,
+    )
 
 
 def _eight_bits(model: nn.Module, names: list[str]) -> tuple[int, int]:
@@ -169,32 +177,26 @@ def _loss(output: Any) -> Tensor:
 
 
 def _summarize(
-    model: nn.Module,
-    trained: list[nn.Parameter],
-    run: DryRun,
-    batch_bytes: int,
-    batch_size: int,
-    optimizer: str,
-    kind: str,
-    plan: Plan | None,
+    model: nn.Module, trained: list[nn.Parameter], run: DryRun, batch_bytes: int, setup: Setup, plan: Plan | None
 ) -> Estimate:
-    trained_bytes = sum(p.nbytes for p in trained)
     layers = (module for module in model.modules() if isinstance(module, BSRWeights))
     parked = sum(p.nbytes for layer in layers if layer.parks_base for p in Parking.takes(layer.base_layer))
     parts = (run.gradient_bytes, run.activation_bytes, run.workspace_bytes)
-    # AdamW makes a copy or two of what it updates: of one tensor on the CPU, of all on accelerators (foreach)
-    updated = trained_bytes if kind != "cpu" else 2 * max(p.nbytes for p in trained)
-    update = (trained_bytes, 0, batch_bytes + (updated if optimizer == "adamw" else 0))
+    copied = update_bytes(setup.optimizer, setup.kind, trained)
+    update = (sum(p.nbytes for p in trained), 0, batch_bytes + copied)
+    held, offloaded = optimizer_bytes(setup.optimizer, trained)
     return Estimate(
         sum(t.nbytes for t in (*model.parameters(), *model.buffers())) - parked,
-        OPTIMIZER_STATES[optimizer] * trained_bytes,
+        held,
         *max(parts, update, key=sum),
+        library_bytes=library_bytes(setup.kind),
         saved_bytes=run.saved_bytes,
         training_flops=run.flops,
-        batch_size=batch_size,
+        batch_size=setup.batch_size,
         trainable_parameters=sum(p.numel() for p in trained),
         plan=plan,
+        host_bytes=offloaded,
     )
 
 
-__all__ = ["OPTIMIZER_STATES", "Estimate", "estimate"]
+__all__ = ["Estimate", "estimate"]

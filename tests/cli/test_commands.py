@@ -48,19 +48,48 @@ def test_plan(run_json, base):
     (plan,) = said["plans"]
     assert plan["method"] == "full"
     assert 0 < plan["peak_bytes"] < 10e6
+    assert plan["command"] == "Trainer without an adapter: --batch-size 2 --trainer optim=adamw_torch_fused"
 
 
-def test_the_flags_of_a_plan_are_those_of_train():
-    from peft_bsr.cli.plan import _flags
+def test_plan_says_what_it_declines(run, run_json, base):
+    asked = ["plan", base, "--memory", "10MB", "--batch-size", "2", "--limit", "3", "--precision", "bf16"]
+    asked += ["--image-size", "32", "--optimizer", "adamw_8bit"]
+    plans = run_json(*asked)["plans"]
+    assert plans[1]["declined"] == ["frozen weights in bfloat16: every block trains"]
+    assert "--image-size 32 --trainer optim=adamw_torch" in plans[1]["command"]
+    assert "--trainer bf16=true" in plans[1]["command"]
+    assert "declined: frozen weights in bfloat16: every block trains" in run(*asked)[1]
+
+
+def test_the_command_of_a_plan_trains_what_was_planned():
+    import argparse
+
+    import torch
+    from transformers import TrainingArguments
+
+    from peft_bsr.cli import train
+    from peft_bsr.cli.plan import command_of
+    from peft_bsr.cli.settings import read_settings
     from peft_bsr.cli.sources import make_config
-    from peft_bsr.cli.values import read_pairs
-    from peft_bsr.cost import BudgetPlan
+    from peft_bsr.cost import BudgetPlan, Setup
 
     config = peft_bsr.BSRConfig(trainable_blocks="last:3", reduction_blocks=[], lean="max")
-    flags = _flags(BudgetPlan(config, True, None, ""))
-    assert flags[-2:] == ["--trainer", "gradient_checkpointing=true"]
-    typed = [word for word in shlex.split(" ".join(flags[:-2])) if word != "--set"]
-    assert make_config("bsr", read_pairs(typed)) == config
+    setup = Setup(8, 384, "adamw_8bit", device="cuda", autocast=torch.bfloat16, gradient_checkpointing="offload")
+    typed = shlex.split(command_of(BudgetPlan(config, setup, None, ""), "some/model"))
+    assert typed[:2] == ["peft-bsr", "train"]
+    parser = argparse.ArgumentParser()
+    train.add_arguments(parser)
+    settings = read_settings(parser.parse_args(typed[2:]))
+    assert make_config("bsr", settings.options) == config
+    assert (settings.model, settings.batch_size, settings.image_size) == ("some/model", 8, 384)
+    assert settings.learning_rate == 2e-4
+    assert settings.trainer == {
+        "optim": "adamw_torch_8bit",
+        "bf16": True,
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False, "offload": True},
+    }
+    assert set(settings.trainer) <= set(TrainingArguments.__dataclass_fields__)
 
 
 def test_train_writes_all_it_says(trained, base, images):

@@ -12,8 +12,8 @@ from peft import get_peft_model
 from transformers import ViTConfig, ViTForImageClassification
 
 from peft_bsr import BSRConfig, ConfigError
-from peft_bsr.cost import BudgetPlan, estimate, parse_size, plan_for_budget
-from peft_bsr.cost.budget import _ways
+from peft_bsr.cost import BudgetPlan, Setup, estimate, parse_size, plan_for_budget
+from peft_bsr.cost.ways import Way, ways_of
 
 VIT = {"num_hidden_layers": 4, "hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 1024}
 BATCH = 16
@@ -77,7 +77,7 @@ def measured_rise(plan: BudgetPlan) -> int:
             for name in ("trainable_blocks", "reduction_blocks", "keep_rate", "trainable", "lean", "saved_activations")
         }
     )
-    question = {"vit": VIT, "config": config, "checkpointing": plan.gradient_checkpointing, "batch": BATCH}
+    question = {"vit": VIT, "config": config, "checkpointing": plan.setup.gradient_checkpointing, "batch": BATCH}
     result = subprocess.run(
         [sys.executable, "-c", RUN, json.dumps(question)],
         capture_output=True,
@@ -102,7 +102,7 @@ def test_what_is_chosen_fits_when_it_is_run(memory):
 
 def test_more_memory_gives_up_less():
     plans = plan_for_budget(vit(), "10GB", batch_size=BATCH)
-    assert plans[0].config is None and not plans[0].gradient_checkpointing
+    assert plans[0].config is None and not plans[0].setup.gradient_checkpointing
     assert all(plan.estimate.total_bytes <= 10**10 for plan in plans)
     assert len({plan.gives_up for plan in plans}) == len(plans) == 10
     small = plan_for_budget(vit(), 10**8, batch_size=BATCH)
@@ -142,12 +142,11 @@ def test_sizes():
     ],
 )
 def test_ways_are_tried_by_flops(setting):
-    """The first that fits is taken, so none behind it may take fewer."""
+    """The first that fits is taken, so none after it may take fewer."""
     with torch.device("meta"):
         model = ViTForImageClassification(ViTConfig(num_hidden_layers=4))
-    flops = [
-        estimate(model, config, batch_size=2, gradient_checkpointing=checkpointing).training_flops
-        for config, checkpointing, _ in _ways(setting)
-    ]
+    ways = list(ways_of((setting, ""), Setup(batch_size=2), torch.float32))
+    assert all(isinstance(way, Way) for way in ways)
+    flops = [estimate(model, way.config, way.setup).training_flops for way in ways]
     assert flops == sorted(flops)
     assert flops[-1] > flops[0]

@@ -164,7 +164,7 @@ def test_bad_questions_are_answered_in_words():
     model = on_meta(MODELS["vit"])
     with pytest.raises(ConfigError, match="`batch_size=0` must be a whole number"):
         estimate(model, batch_size=0)
-    with pytest.raises(ConfigError, match=r"`optimizer='lion'` is unknown. Use one of 'adamw', 'sgd_momentum', 'sgd'"):
+    with pytest.raises(ConfigError, match=r"`optimizer='lion'` is unknown. Use one of 'adamw', 'adamw_fused', "):
         estimate(model, optimizer="lion")
     with pytest.raises(ConfigError, match="asks for block 11, but this model has 4 blocks"):
         estimate(model, BSRConfig(trainable_blocks=[11]))

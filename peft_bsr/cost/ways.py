@@ -1,0 +1,120 @@
+"""The ways to train that a plan may take: what trains on which tokens, and how it is run."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from peft_bsr.cost.setup import Setup
+from peft_bsr.tuners.bsr.config import BSRConfig
+
+_HALVES = "half of the tokens go, 3 times"
+_AGAIN = "first products are computed twice"
+_EVERY = {"trainable_blocks": "every:1", "reduction_blocks": []}
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way.
+
+    Attributes:
+        config: For `get_peft_model`, or None for full fine-tuning.
+        setup: How it is trained.
+        gives_up: What it gives up against full fine-tuning as it is.
+    """
+
+    config: BSRConfig | None
+    setup: Setup
+    gives_up: str
+
+
+def settings_of(depth: int) -> tuple[tuple[dict[str, Any] | None, str], ...]:
+    """What trains and how many tokens stay (fields of `BSRConfig`, None = everything), and what that gives up.
+
+    Args:
+        depth: Blocks of the model.
+
+    Returns:
+        What gives up least first.
+    """
+    late = 2 * depth // 3
+    return (
+        (None, "nothing: every weight trains on every token"),
+        (_EVERY, "the embeddings stay frozen"),
+        (_EVERY | {"trainable": "lora"}, "nothing but low-rank updates of the blocks trains"),
+        ({"trainable_blocks": "every:4", "reduction_blocks": []}, "3 blocks of 4 stay frozen"),
+        (
+            {"trainable_blocks": "last:3", "reduction_blocks": [late]},
+            f"all but the last 3 blocks stay frozen; half of the tokens go, at block {late}",
+        ),
+        ({"trainable_blocks": "every:4", "keep_rate": 0.7}, "3 blocks of 4 stay frozen; 3 tokens of 10 go, 3 times"),
+        ({"trainable_blocks": "every:4", "keep_rate": 0.5}, f"3 blocks of 4 stay frozen; {_HALVES}"),
+        ({"trainable_blocks": "last:3", "keep_rate": 0.5}, f"all but the last 3 blocks stay frozen; {_HALVES}"),
+        ({"trainable_blocks": "last:1", "keep_rate": 0.5}, f"all but the last block stay frozen; {_HALVES}"),
+        (
+            {"trainable_blocks": "last:1", "keep_rate": 0.5, "trainable": "lora"},
+            f"nothing but a low-rank update of the last block trains; {_HALVES}",
+        ),
+    )
+
+
+def ways_of(setting: tuple[dict[str, Any] | None, str], setup: Setup, dtype: torch.dtype) -> Iterator[Way | str]:
+    """How a setting can be run, the fewest FLOPs first; in the place of a way that does not pay, the reason.
+
+    Args:
+        setting: Of `settings_of`.
+        setup: How it is trained; gradient checkpointing is chosen here.
+        dtype: Of the model's weights.
+    """
+    fields, given_up = setting
+    frozen, reason = _frozen_weights(fields, setup, dtype)
+    if reason:
+        yield reason
+
+    def way(level: dict[str, Any], price: str, checkpointing: Any = False) -> Way:
+        config = None if fields is None else BSRConfig(**fields, **level, **frozen)
+        prices = (given_up, "frozen weights are in bfloat16" if frozen else "", price)
+        return Way(config, replace(setup, gradient_checkpointing=checkpointing), "; ".join(filter(None, prices)))
+
+    if fields is None:
+        yield way({}, "")
+    else:
+        yield way({"lean": "exact"}, "")
+        yield way({"lean": "max"}, _AGAIN)
+        if setup.compile:
+            yield "saved activations in int8: they step aside under torch.compile"
+        else:
+            yield way({"lean": "max", "saved_activations": "int8"}, f"{_AGAIN}; gradients off by 1 %")
+    stock = {} if fields is None else {"lean": "off"}
+    twice = "every block runs twice" if fields is None else "blocks that gradients reach run twice"
+    yield way(stock, twice, True)
+    if setup.kind != "cpu":
+        yield _why_not_offloaded(setup) or way(stock, f"{twice}, their inputs wait on the CPU", "offload")
+
+
+def _frozen_weights(fields: dict[str, Any] | None, setup: Setup, dtype: torch.dtype) -> tuple[dict[str, Any], str]:
+    """The field that halves frozen weights where that changes nothing, or else why not."""
+    if fields is None or setup.autocast is None or dtype is not torch.float32:
+        return {}, ""
+    if setup.autocast is not torch.bfloat16:
+        return {}, "frozen weights in bfloat16: the step is the same under bfloat16 autocast only"
+    if fields["trainable_blocks"] == "every:1":
+        return {}, "frozen weights in bfloat16: every block trains"
+    return {"frozen_weights": "bfloat16"}, ""
+
+
+def _why_not_offloaded(setup: Setup) -> str:
+    if setup.compile:
+        return "offloaded checkpointing: what it keeps under torch.compile is not predicted"
+    enable = getattr(PreTrainedModel, "activation_checkpointing_enable", PreTrainedModel.gradient_checkpointing_enable)
+    if "offload" not in inspect.signature(enable).parameters:
+        return "offloaded checkpointing: this version of transformers has none"
+    return ""
+
+
+__all__ = ["Way", "settings_of", "ways_of"]

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from peft_bsr.cli.output import Output
-from peft_bsr.cli.settings import LEARNING_RATES
 from peft_bsr.cli.sources import changed, find_adapter, make_model, model_of
 from peft_bsr.cost import BudgetPlan, Setup, plan_for_budget
+from peft_bsr.training import default_learning_rate
 
 EXAMPLES = """\
 examples:
@@ -102,25 +102,23 @@ def _row(plan: BudgetPlan, source: str) -> dict[str, Any]:
 
 
 def command_of(plan: BudgetPlan, source: str) -> str:
-    """What runs a plan as it was planned: `peft-bsr train`, or the same of Trainer for full fine-tuning."""
-    setup = plan.setup
+    """The command that runs a plan as it was planned."""
+    setup, options = plan.setup, {} if plan.config is None else changed(plan.config)
+    method = "full" if plan.config is None else "bsr"
+    words = ["peft-bsr", "train", "--model", source, *(["--method", method] if method != "bsr" else [])]
+    for name, value in options.items():
+        words += ["--set", f"{name}={value if isinstance(value, str) else json.dumps(value)}"]
+    words += ["--learning-rate", f"{default_learning_rate(method, options):g}", "--batch-size", str(setup.batch_size)]
+    words += ["--image-size", str(setup.image_size)] if setup.image_size else []
+    words += [
+        word
+        for name, dtype in _PRECISIONS.items()
+        if dtype and dtype is setup.autocast
+        for word in ("--precision", name)
+    ]
+    words += ["--compile"] if setup.compile else []
     pairs = [*_OPTIMIZERS[setup.optimizer]]
-    pairs += [f"{name}=true" for name, dtype in _PRECISIONS.items() if dtype and dtype is setup.autocast]
-    pairs += ["torch_compile=true"] if setup.compile else []
     if setup.gradient_checkpointing:
         offload = ', "offload": true' if setup.gradient_checkpointing == "offload" else ""
         pairs += ["gradient_checkpointing=true", f'gradient_checkpointing_kwargs={{"use_reentrant": false{offload}}}']
-    trainer = [word for pair in pairs for word in ("--trainer", shlex.quote(pair))]
-    size = ["--image-size", str(setup.image_size)] if setup.image_size else []
-    words = ["--batch-size", str(setup.batch_size), *size, *trainer]
-    if plan.config is None:  # `peft-bsr train` trains adapters only
-        return " ".join(["Trainer without an adapter:", *words])
-    rate = ["--learning-rate", str(LEARNING_RATES["bsr"])]
-    return " ".join(["peft-bsr train --model", shlex.quote(source), *_options(plan), *rate, *words])
-
-
-def _options(plan: BudgetPlan) -> list[str]:
-    flags = []
-    for name, value in changed(plan.config).items():
-        flags += ["--set", shlex.quote(f"{name}={value if isinstance(value, str) else json.dumps(value)}")]
-    return flags
+    return shlex.join([*words, *(word for pair in pairs for word in ("--trainer", pair))])

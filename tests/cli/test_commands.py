@@ -48,7 +48,8 @@ def test_plan(run_json, base):
     (plan,) = said["plans"]
     assert plan["method"] == "full"
     assert 0 < plan["peak_bytes"] < 10e6
-    assert plan["command"] == "Trainer without an adapter: --batch-size 2 --trainer optim=adamw_torch_fused"
+    rest = "--method full --learning-rate 0.0003 --batch-size 2 --trainer optim=adamw_torch_fused"
+    assert plan["command"] == f"peft-bsr train --model {base} {rest}"
 
 
 def test_plan_says_what_it_declines(run, run_json, base):
@@ -57,7 +58,7 @@ def test_plan_says_what_it_declines(run, run_json, base):
     plans = run_json(*asked)["plans"]
     assert plans[1]["declined"] == ["frozen weights in bfloat16: every block trains"]
     assert "--image-size 32 --trainer optim=adamw_torch" in plans[1]["command"]
-    assert "--trainer bf16=true" in plans[1]["command"]
+    assert "--precision bf16" in plans[1]["command"]
     assert "declined: frozen weights in bfloat16: every block trains" in run(*asked)[1]
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from peft_bsr.cli import main
+from peft_bsr_cli import main
 
 BEST = ["load_best_model_at_end=true", "metric_for_best_model=loss", "greater_is_better=true", "save_total_limit=2"]
 

@@ -57,8 +57,7 @@ def test_plan_says_what_it_declines(run, run_json, base):
     asked += ["--image-size", "32", "--optimizer", "adamw_8bit"]
     plans = run_json(*asked)["plans"]
     assert plans[1]["declined"] == ["frozen weights in bfloat16: every block trains"]
-    assert "--image-size 32 --trainer optim=adamw_torch" in plans[1]["command"]
-    assert "--precision bf16" in plans[1]["command"]
+    assert "--image-size 32 --precision bf16 --trainer optim=adamw_torch" in plans[1]["command"]
     assert "declined: frozen weights in bfloat16: every block trains" in run(*asked)[1]
 
 
@@ -83,10 +82,9 @@ def test_the_command_of_a_plan_trains_what_was_planned():
     settings = read_settings(parser.parse_args(typed[2:]))
     assert make_config("bsr", settings.options) == config
     assert (settings.model, settings.batch_size, settings.image_size) == ("some/model", 8, 384)
-    assert settings.learning_rate == 2e-4
+    assert (settings.learning_rate, settings.precision) == (1e-3, "bf16")
     assert settings.trainer == {
         "optim": "adamw_torch_8bit",
-        "bf16": True,
         "gradient_checkpointing": True,
         "gradient_checkpointing_kwargs": {"use_reentrant": False, "offload": True},
     }

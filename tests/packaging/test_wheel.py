@@ -23,7 +23,7 @@ def wheel(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     for name in ("peft_bsr", "tests", "benchmarks", "examples"):
         shutil.copytree(ROOT / name, folder / "source" / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "peft_bsr_cli.py"):
         shutil.copy(ROOT / name, folder / "source")
     pytest.importorskip("setuptools", minversion="77", reason="building needs setuptools >= 77")
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
@@ -36,7 +36,9 @@ def test_contents(wheel):
     assert wheel.name == f"peft_bsr-{peft_bsr.__version__}-py3-none-any.whl"
     names = set(zipfile.ZipFile(wheel).namelist())
     info = f"peft_bsr-{peft_bsr.__version__}.dist-info"
-    assert {name.split("/")[0] for name in names} == {"peft_bsr", info}, "no tests, no benchmarks, no examples"
+    assert {name.split("/")[0] for name in names} == {"peft_bsr", "peft_bsr_cli.py", info}, (
+        "no tests, no benchmarks, no examples"
+    )
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "peft_bsr").rglob("*.py")}
     assert sources <= names
     assert {"peft_bsr/py.typed", f"{info}/licenses/LICENSE", f"{info}/METADATA"} <= names

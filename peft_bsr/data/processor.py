@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -10,6 +11,7 @@ import transformers
 from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, MODEL_MAPPING
 
 from peft_bsr.errors import DatasetError, ProcessorWarning, headline
 
@@ -28,7 +30,8 @@ def load_processor(
     Args:
         source: Folder or Hub id of the model. If it has no processor, the default one of its model type is taken, with
             a `ProcessorWarning` that names mean and std.
-        image_size: Pixels of a side. Default None: what the model's own processor makes.
+        image_size: Pixels of a side. Default None: what the model's own processor makes (DINOv2: 224); of a model that
+            takes one size only (ViT, CLIP), that size.
         mean: Subtracted from each channel of an image in 0 to 1. Default None: the processor's.
         std: Divides what is left. Default None: the processor's.
 
@@ -104,15 +107,29 @@ def _find(source: str) -> tuple[Any, bool]:
 
 
 def _size(processor: Any, source: str, is_own: bool) -> tuple[int, int]:
-    """What the model's own processor makes; without one, or if it does not say, what the model was pretrained at."""
+    """What the model's own processor makes, if the model takes it; else what the model was pretrained at."""
     made = _size_made(processor)
-    if made is not None and is_own:
-        return made
-    config = AutoConfig.from_pretrained(source)
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError):  # a processor by itself
+        return size_of(processor)
     size = getattr(getattr(config, "vision_config", config), "image_size", None)
-    if size is None:
+    if size is None or (made is not None and is_own and not _is_fixed(config)):
         return size_of(processor)
     return (int(size), int(size)) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+def _is_fixed(config: Any) -> bool:
+    """Whether the model takes images of one size, unless it is asked to interpolate its positions."""
+    parts = (config, getattr(config, "vision_config", config))
+    classes = [
+        mapping[type(part)]
+        for part in parts
+        for mapping in (MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, MODEL_MAPPING)
+        if type(part) in mapping
+    ]
+    flat = [one for kinds in classes for one in (kinds if isinstance(kinds, tuple) else (kinds,))]
+    return any("interpolate_pos_encoding" in inspect.signature(one.forward).parameters for one in flat)
 
 
 def _size_made(processor: Any) -> tuple[int, int] | None:

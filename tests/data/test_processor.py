@@ -19,6 +19,15 @@ def test_the_size_is_that_of_the_crop(tmp_path):
     assert size_of(load_processor(str(tmp_path), 98)) == (98, 98)
 
 
+@pytest.mark.parametrize(
+    "config", [ViTConfig(image_size=64), CLIPVisionConfig(image_size=64)], ids=lambda c: c.model_type
+)
+def test_a_model_of_one_size_gets_that_size(tmp_path, config):
+    config.save_pretrained(tmp_path)
+    ViTImageProcessorPil().save_pretrained(tmp_path)  # of 224, as it comes
+    assert size_of(load_processor(str(tmp_path))) == (64, 64)
+
+
 def test_sizes_that_are_no_square(tmp_path):
     ViTImageProcessorPil(size={"height": 32, "width": 64}).save_pretrained(tmp_path)
     assert size_of(load_processor(str(tmp_path))) == (32, 64)

@@ -19,5 +19,5 @@ def test_the_example_on_a_tiny_model_twice(make_model, tmp_path):
         result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
         assert result.returncode == 0, result.stderr
         assert "from the cache" in result.stdout
-    assert "Feature cache: 1437 samples of" not in result.stderr
+    assert "Feature cache: 1438 samples of" not in result.stderr
     assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").exists()

@@ -18,5 +18,5 @@ def test_the_example_on_a_tiny_model(make_model, tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
     assert result.returncode == 0, result.stderr
     assert "MiB an image for backward" in result.stdout and "epochs from the cache" in result.stdout
-    assert "Feature cache: 1437 samples of" in result.stderr
+    assert "Feature cache: 1438 samples of" in result.stderr
     assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").exists()

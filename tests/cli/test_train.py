@@ -121,8 +121,8 @@ def test_a_cache_trains_the_same(fit, tmp_path):
         (["--method", "lora", "--set", "rr=4"], "no option of LoraConfig"),
         (["--trainer", "report_to=tensorboard"], "tensorboard"),
         (["--trainer", "label_smoothing_factor=0.1"], "it has a flag of its own, `--label-smoothing`"),
-        (["--trainer", "eval_strategy=never"], "`--trainer eval_strategy=never`: invalid choice"),
-        (["--trainer", "logging_steps=often"], "`--trainer logging_steps=often`: invalid float value"),
+        (["--trainer", "eval_strategy=never"], "Trainer cannot be set up so: never is not a valid IntervalStrategy"),
+        (["--trainer", "logging_steps=often"], "`logging_steps=often` must be a number"),
     ],
 )
 def test_what_cannot_be_is_told_before_anything_is_read(arguments, message, run, base, tmp_path, monkeypatch):

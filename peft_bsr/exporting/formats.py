@@ -75,7 +75,11 @@ def _write_onnx(model: ImageFunction, sample: Tensor, path: Path, is_any_batch: 
     with torch.no_grad(), _quiet():
         outputs = list(model.named_outputs(sample))
         program: Any = torch.onnx.export(
-            trace(model, sample, is_any_batch), input_names=[model.input_name], output_names=outputs, verbose=False
+            trace(model, sample, is_any_batch),
+            input_names=[model.input_name],
+            output_names=outputs,
+            dynamic_shapes=({0: "batch"},) if is_any_batch else None,  # the graph is there, they name its axes
+            verbose=False,
         )
     for node in program.model.graph.all_nodes():
         node.metadata_props.clear()  # stack traces with the paths of this machine, a third of the graph

@@ -2,7 +2,7 @@
 
 from peft_bsr.hub.card import model_card, write_card
 from peft_bsr.hub.facts import Facts, add_facts, facts_of
-from peft_bsr.hub.loading import load, load_base, load_image_processor, pipeline, read_config
+from peft_bsr.hub.loading import find_image_processor, load, load_base, load_image_processor, pipeline, read_config
 from peft_bsr.hub.push import push_to_hub
 from peft_bsr.hub.words import plan_in_words
 from peft_bsr.tuners.saved import AFTER_SAVE
@@ -14,6 +14,7 @@ __all__ = [
     "Facts",
     "add_facts",
     "facts_of",
+    "find_image_processor",
     "load",
     "load_base",
     "load_image_processor",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -35,6 +36,26 @@ def add_sizes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--test-size", type=float, help="share or number of training images, 0 for none (default 0.2)")
     parser.add_argument("--validation-size", type=float, help="the same of those left (default 0.1)")
     parser.add_argument("--skip-bad", action="store_true", default=None, help="go on without undecodable images")
+
+
+def add_predicting(parser: argparse.ArgumentParser) -> None:
+    """How a model is run over images."""
+    parser.add_argument("--base", help="base model, where the adapter does not name one that can be read")
+    parser.add_argument("--batch-size", type=at_least(1), default=32, help="default 32")
+    parser.add_argument("--device", help="cpu, cuda or mps (default: what there is)")
+    parser.add_argument("--workers", type=at_least(0), help="processes that read images (default: 0 on a CPU, else 4)")
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """For `type=`: a whole number that is not less."""
+
+    def read(text: str) -> int:
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, not {text}")
+        return int(text)
+
+    read.__name__ = "int"  # argparse names it in its own errors
+    return read
 
 
 def read_training_data(settings: Any, out: Output) -> LabelledImages:
@@ -104,7 +125,9 @@ def _checked(data: LabelledImages, out: Output, skip_bad: bool | None) -> Labell
 __all__ = [
     "DATA_HELP",
     "add_columns",
+    "add_predicting",
     "add_sizes",
+    "at_least",
     "read_processor",
     "read_scored_data",
     "read_training_data",

@@ -7,7 +7,7 @@ import importlib.util
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,13 +87,23 @@ def _write_onnx(model: ImageFunction, sample: Tensor, path: Path, is_any_batch: 
 
 
 def _load_onnx(path: Path) -> Run:
+    session = open_onnx(path)
+    (images_in,) = session.get_inputs()
+    return lambda images: [torch.from_numpy(o) for o in session.run(None, {images_in.name: images.numpy()})]
+
+
+def open_onnx(path: Path, providers: Sequence[str] = ("CPUExecutionProvider",)) -> Any:
+    """A session of onnxruntime, on as many threads as torch.
+
+    Args:
+        path: An ONNX file.
+        providers: Names of what computes, first choice first.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    (images_in,) = session.get_inputs()
-    return lambda images: [torch.from_numpy(o) for o in session.run(None, {images_in.name: images.numpy()})]
+    return onnxruntime.InferenceSession(path, options, providers=list(providers))
 
 
 def quantize_onnx(path: Path, to: Path) -> None:
@@ -186,4 +196,4 @@ FORMATS = {
     ),
 }
 
-__all__ = ["FORMATS", "Format", "Run", "quantize_onnx", "trace"]
+__all__ = ["FORMATS", "Format", "Run", "open_onnx", "quantize_onnx", "trace"]

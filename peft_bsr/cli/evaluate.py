@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from peft_bsr.cli.images import DATA_HELP, add_columns, add_predicting, add_sizes, read_scored_data
+from peft_bsr.cli.images import DATA_HELP, add_columns, add_predicting, add_sizes, check_at_least, read_scored_data
 from peft_bsr.cli.output import Output
 from peft_bsr.data import DIGITS
 from peft_bsr.prediction import open_predictor
@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
     """Run the command."""
+    check_at_least(args, batch_size=1, workers=0)
     predictor = open_predictor(args.model, base=args.base, device=args.device)
     check_scorable(predictor)
     split, images = read_scored_data(args, predictor.labels, out)

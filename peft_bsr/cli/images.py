@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import warnings
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +20,7 @@ from peft_bsr.data import (
     put_aside,
     refuse_bad,
 )
+from peft_bsr.errors import UsageError
 
 DATA_HELP = "digits (default), a folder by class, a .csv, .jsonl or .parquet file, or a Hub id"
 
@@ -41,21 +41,25 @@ def add_sizes(parser: argparse.ArgumentParser) -> None:
 def add_predicting(parser: argparse.ArgumentParser) -> None:
     """How a model is run over images."""
     parser.add_argument("--base", help="base model, where the adapter does not name one that can be read")
-    parser.add_argument("--batch-size", type=at_least(1), default=32, help="default 32")
+    parser.add_argument("--batch-size", type=int, default=32, help="default 32")
     parser.add_argument("--device", help="cpu, cuda or mps (default: what there is)")
-    parser.add_argument("--workers", type=at_least(0), help="processes that read images (default: 0 on a CPU, else 4)")
+    parser.add_argument("--workers", type=int, help="processes that read images (default: 0 on a CPU, else 4)")
 
 
-def at_least(least: int) -> Callable[[str], int]:
-    """For `type=`: a whole number that is not less."""
+def check_at_least(args: argparse.Namespace, **least: int) -> None:
+    """Refuse numbers that are too small, before anything is read.
 
-    def read(text: str) -> int:
-        if int(text) < least:
-            raise argparse.ArgumentTypeError(f"must be at least {least}, not {text}")
-        return int(text)
+    Args:
+        args: What was typed.
+        least: Option -> its smallest value.
 
-    read.__name__ = "int"  # argparse names it in its own errors
-    return read
+    Raises:
+        UsageError: Naming the first of them.
+    """
+    for name, value in least.items():
+        given = getattr(args, name)
+        if given is not None and given < value:
+            raise UsageError(f"`--{name.replace('_', '-')} {given}` must be at least {value}.")
 
 
 def read_training_data(settings: Any, out: Output) -> LabelledImages:
@@ -127,7 +131,7 @@ __all__ = [
     "add_columns",
     "add_predicting",
     "add_sizes",
-    "at_least",
+    "check_at_least",
     "read_processor",
     "read_scored_data",
     "read_training_data",

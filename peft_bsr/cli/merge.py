@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_bsr.cli.findings import reduces_in_use
-from peft_bsr.cli.images import DATA_HELP, add_columns, add_predicting, add_sizes, read_scored_data
+from peft_bsr.cli.images import DATA_HELP, add_columns, add_predicting, add_sizes, check_at_least, read_scored_data
 from peft_bsr.cli.output import Output
 from peft_bsr.cli.sources import find_adapter
 from peft_bsr.errors import ReductionNotMergedWarning, UsageError
@@ -42,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
     """Run the command."""
+    check_at_least(args, batch_size=1, workers=0)
     if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
         raise UsageError(f"`{args.output}` exists and is not empty. Give another folder.")
     if find_adapter(args.model) is None:

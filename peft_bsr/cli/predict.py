@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from peft_bsr.cli.images import add_predicting, at_least
+from peft_bsr.cli.images import add_predicting, check_at_least
 from peft_bsr.cli.output import Output
 from peft_bsr.cli.prediction_table import PredictionTable, write_csv
 from peft_bsr.errors import DatasetError, UsageError
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, metavar="CSV", help="file to write (default: a table on the screen)")
     parser.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
     shown = parser.add_mutually_exclusive_group()
-    shown.add_argument("--top-k", type=at_least(1), metavar="K", help="the K most probable classes (default 1)")
+    shown.add_argument("--top-k", type=int, metavar="K", help="the K most probable classes (default 1)")
     shown.add_argument("--all", action="store_true", help="probabilities of all classes")
     parser.add_argument("--threshold", type=float, help=f"of a multi-label model (default {THRESHOLD})")
     parser.add_argument("--image-column", metavar="NAME", help="column of images or paths (default: the one there is)")
@@ -77,6 +77,7 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
 
 def _check(args: argparse.Namespace) -> None:
     """Refuse what cannot be, before anything is read."""
+    check_at_least(args, top_k=1, batch_size=1, workers=0)
     if args.threshold is not None and not 0 <= args.threshold <= 1:
         raise UsageError(f"`--threshold {args.threshold}` must be a probability, from 0 to 1.")
     if args.output is None:

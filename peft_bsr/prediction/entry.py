@@ -11,6 +11,8 @@ from peft_bsr.hub import find_image_processor
 from peft_bsr.prediction.answers import THRESHOLD, Prediction, to_prediction
 from peft_bsr.prediction.predictor import Predictor, open_predictor, to_predictor
 
+_NAMED = 10  # files in a message
+
 
 def predict(
     model: Any,
@@ -74,11 +76,13 @@ def predict(
         for index, one in enumerate(outputs)
     ]
     bad = [one for one in found if one.error is not None]
-    said = f"{len(bad)} of {len(found)} images cannot be read: " + "; ".join(f"{b.file} ({b.error})" for b in bad[:10])
-    if len(bad) == len(found):
-        raise DatasetError(said)
     if bad:
-        warnings.warn(said + (", ..." if len(bad) > 10 else ""), UnreadableImageWarning, stacklevel=2)
+        named = "; ".join(f"{one.file} ({one.error})" for one in bad[:_NAMED]) + "; ..." * (len(bad) > _NAMED)
+        if len(bad) == len(found):
+            raise DatasetError(f"None of the {len(found)} images can be read: {named}")
+        warnings.warn(
+            f"{len(bad)} of {len(found)} images cannot be read: {named}", UnreadableImageWarning, stacklevel=2
+        )
     return found
 
 

@@ -231,8 +231,9 @@ def test_merge(run, run_json, adapter, images, tmp_path):
     ("arguments", "message"),
     [
         (["{images}", "--model", "{adapter}", "--threshold", "0.5"], "several labels an image"),
-        (["{images}", "--model", "{adapter}", "--top-k", "0"], "must be at least 1, not 0"),
+        (["{images}", "--model", "{adapter}", "--top-k", "0"], "`--top-k 0` must be at least 1"),
         (["{images}", "--model", "{adapter}", "--top-k", "1", "--all"], "not allowed with"),
+        (["{images}", "--model", "{adapter}", "--workers", "-1"], "`--workers -1` must be at least 0"),
         (["{images}", "--model", "nowhere.onnx"], "There is no file `nowhere.onnx`"),
         (["{images}", "--model", "{images}"], "no model and no adapter"),
         (["nowhere.jpg", "--model", "{adapter}"], "there is no file `nowhere.jpg`"),

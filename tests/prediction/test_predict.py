@@ -100,7 +100,7 @@ def test_what_cannot_be_read_is_told(make_adapter, pictures, tmp_path):
         bad, good = peft_bsr.predict(adapter, [tmp_path / "bad.jpg", tmp_path / "good.png"])
     assert (bad.error, bad.labels, bad.probability) == ("is no image", (), None)
     assert good.error is None and good.label is not None
-    with pytest.raises(DatasetError, match="None of the 1 images can be read: .*bad.jpg"):
+    with pytest.raises(DatasetError, match=r"None of the 1 images can be read: .*bad\.jpg"):
         peft_bsr.predict(adapter, tmp_path / "bad.jpg")
 
 

@@ -117,7 +117,7 @@ def find_device(asked: str | None) -> str:
     """
     there = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if asked not in (None, "cpu", there):
-        raise UsageError(f"`device {asked}`: torch has none on this machine. Use {there}.")
+        raise UsageError(f"`device {asked}`: this machine has none that torch can use. Use {there}.")
     return asked or there
 
 

@@ -237,7 +237,7 @@ def test_merge(run, run_json, adapter, images, tmp_path):
         (["{images}", "--model", "nowhere.onnx"], "There is no file `nowhere.onnx`"),
         (["{images}", "--model", "{images}"], "no model and no adapter"),
         (["nowhere.jpg", "--model", "{adapter}"], "there is no file `nowhere.jpg`"),
-        (["{images}", "--model", "{adapter}", "--device", "warp"], "torch has none on this machine"),
+        (["{images}", "--model", "{adapter}", "--device", "warp"], "this machine has none that torch can use"),
     ],
 )
 def test_refusals(run, adapter, images, arguments, message):

@@ -18,9 +18,11 @@ COMMANDS = {
     "plan": "ways to train that fit into a memory budget, before anything runs",
     "check": "what is in a data set, before anything trains on it",
     "train": "fine-tune, keep an adapter, write a report",
-    "evaluate": "accuracy of an adapter on a data set",
+    "evaluate": "accuracy of an adapter, a model or an ONNX file on a data set",
+    "predict": "classes of images, as CSV",
     "show": "which patches of images an adapter keeps",
     "export": "one file that runs elsewhere, token reduction included",
+    "merge": "a plain transformers model of an adapter, for people without this package",
     "compare": "methods side by side on a model, measured here",
 }
 _EPILOG = """\

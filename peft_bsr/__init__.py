@@ -38,6 +38,7 @@ from peft_bsr.errors import (  # noqa: E402
     ProcessorWarning,
     ReductionNotMergedWarning,
     TrainabilityError,
+    UnreadableImageWarning,
     UnsupportedModelError,
     UnsupportedPeftError,
     UsageError,
@@ -45,6 +46,7 @@ from peft_bsr.errors import (  # noqa: E402
 from peft_bsr.exporting import ExportReport, export  # noqa: E402
 from peft_bsr.hub import add_facts, load, load_image_processor, pipeline, push_to_hub  # noqa: E402
 from peft_bsr.multitask import MoEConfig, MultitaskOutput, TaskConfig, record_usage  # noqa: E402
+from peft_bsr.prediction import Prediction, predict  # noqa: E402
 from peft_bsr.training import FeatureCache, TrainabilityCallback, compile, verify_trainability  # noqa: E402
 from peft_bsr.tuners import ALaSTConfig, ALaSTModel, BSRConfig, BSRModel, SynQTConfig, SynQTModel  # noqa: E402
 from peft_bsr.tuners.bsr import add_task, export_task  # noqa: E402
@@ -81,6 +83,7 @@ __all__ = [
     "PeftBsrError",
     "PeftBsrWarning",
     "Plan",
+    "Prediction",
     "ProcessorWarning",
     "Reduction",
     "ReductionNotMergedWarning",
@@ -90,6 +93,7 @@ __all__ = [
     "TaskConfig",
     "TrainabilityCallback",
     "TrainabilityError",
+    "UnreadableImageWarning",
     "UnsupportedModelError",
     "UnsupportedPeftError",
     "UsageError",
@@ -102,6 +106,7 @@ __all__ = [
     "load",
     "load_image_processor",
     "pipeline",
+    "predict",
     "probe_column",
     "push_to_hub",
     "record_routes",

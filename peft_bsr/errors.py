@@ -75,7 +75,7 @@ class DatasetError(PeftBsrError, ValueError):
 
 
 class HubError(PeftBsrError, ValueError):
-    """An adapter or its base model cannot be found or does not fit; the message says where it was looked for."""
+    """A model, an adapter or its base model cannot be found, read, or used for this; the message says why."""
 
 
 class ExportError(PeftBsrError, ValueError):
@@ -112,6 +112,10 @@ class ReductionNotMergedWarning(PeftBsrWarning):
 
 class ProcessorWarning(PeftBsrWarning):
     """A model has no image processor, and the default one of its type was taken."""
+
+
+class UnreadableImageWarning(PeftBsrWarning):
+    """Some of the images to predict cannot be read; the message counts and names them."""
 
 
 class LeanBlockWarning(PeftBsrWarning):

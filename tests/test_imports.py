@@ -29,7 +29,7 @@ LAYERS = [
     "viz",
     "hub",
 ]
-LAYERS += ["report", "exporting", "cli"]  # what a user looks at
+LAYERS += ["report", "exporting", "prediction", "cli"]  # what a user looks at
 OUTSIDE = {
     "core": {"torch"},
     "ops": {"torch"},

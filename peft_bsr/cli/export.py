@@ -9,6 +9,7 @@ from typing import Any
 
 from peft_bsr.cli.output import Output
 from peft_bsr.cli.sources import find_adapter
+from peft_bsr.data import size_of
 from peft_bsr.errors import UsageError
 from peft_bsr.exporting import export
 from peft_bsr.hub import load, load_image_processor
@@ -38,7 +39,7 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
     if find_adapter(args.model) is None:
         raise UsageError(f"`{args.model}` is a model, no adapter: transformers and optimum export it as it is.")
     model = load(args.model, base=args.base)
-    size = args.image_size or load_image_processor(args.model, base=args.base).size.get("height")
+    processor = load_image_processor(args.model, base=args.base)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     with out.doing(f"exporting to {args.output}"):
         report = export(
@@ -46,8 +47,9 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
             args.format,
             args.output,
             batch_size=args.batch_size,
-            image_size=size,
+            image_size=args.image_size or size_of(processor),
             quantize=args.quantize,
+            image_processor=processor,
             check=not args.no_check,
         )
     out.say(report.describe())

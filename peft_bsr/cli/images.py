@@ -20,6 +20,7 @@ from peft_bsr.data import (
     put_aside,
     refuse_bad,
 )
+from peft_bsr.errors import UsageError
 
 DATA_HELP = "digits (default), a folder by class, a .csv, .jsonl or .parquet file, or a Hub id"
 
@@ -35,6 +36,30 @@ def add_sizes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--test-size", type=float, help="share or number of training images, 0 for none (default 0.2)")
     parser.add_argument("--validation-size", type=float, help="the same of those left (default 0.1)")
     parser.add_argument("--skip-bad", action="store_true", default=None, help="go on without undecodable images")
+
+
+def add_predicting(parser: argparse.ArgumentParser) -> None:
+    """How a model is run over images."""
+    parser.add_argument("--base", help="base model, where the adapter does not name one that can be read")
+    parser.add_argument("--batch-size", type=int, default=32, help="default 32")
+    parser.add_argument("--device", help="cpu, cuda or mps (default: what there is)")
+    parser.add_argument("--workers", type=int, help="processes that read images (default: 0 on a CPU, else 4)")
+
+
+def check_at_least(args: argparse.Namespace, **least: int) -> None:
+    """Refuse numbers that are too small, before anything is read.
+
+    Args:
+        args: What was typed.
+        least: Option -> its smallest value.
+
+    Raises:
+        UsageError: Naming the first of them.
+    """
+    for name, value in least.items():
+        given = getattr(args, name)
+        if given is not None and given < value:
+            raise UsageError(f"`--{name.replace('_', '-')} {given}` must be at least {value}.")
 
 
 def read_training_data(settings: Any, out: Output) -> LabelledImages:
@@ -104,7 +129,9 @@ def _checked(data: LabelledImages, out: Output, skip_bad: bool | None) -> Labell
 __all__ = [
     "DATA_HELP",
     "add_columns",
+    "add_predicting",
     "add_sizes",
+    "check_at_least",
     "read_processor",
     "read_scored_data",
     "read_training_data",

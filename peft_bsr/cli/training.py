@@ -17,6 +17,7 @@ from peft_bsr.cli.settings import TrainSettings
 from peft_bsr.cli.sources import METHODS, check_names
 from peft_bsr.data import LabelledImages, collate, labels_of, with_pixels
 from peft_bsr.errors import UsageError, one_line
+from peft_bsr.prediction import find_device
 from peft_bsr.training import (
     WARMUP_SHARE,
     ALaSTCallback,
@@ -115,18 +116,6 @@ def without_validation(arguments: TrainingArguments, settings: TrainSettings, da
     arguments.eval_strategy = IntervalStrategy.NO
 
 
-def find_device(asked: str | None) -> str:
-    """`"cpu"`, `"cuda"` or `"mps"`: what was asked for, or what there is.
-
-    Raises:
-        UsageError: If this machine has no such device.
-    """
-    there = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if asked not in (None, "cpu", there):
-        raise UsageError(f"`--device {asked}`: this machine has none that torch can use. Use {there}.")
-    return asked or there
-
-
 def training_loss(settings: TrainSettings, data: LabelledImages) -> TrainingLoss:
     """The loss that the settings ask for.
 
@@ -212,7 +201,6 @@ def make_trainer(
 
 
 __all__ = [
-    "find_device",
     "make_trainer",
     "optimizer_maker",
     "training_arguments",

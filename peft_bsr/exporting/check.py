@@ -32,6 +32,7 @@ class ExportReport:
         input_shape: Of the images, None where any batch runs.
         token_counts: (tokens in the attention, tokens in the MLP) of every block.
         versions: Of Python, torch and what runs the file.
+        image_processor: Where the image processor that the file describes is from; None where it describes none.
         max_difference: Largest absolute difference of its outputs from PyTorch's; None where it was not checked.
         batch_size: Images in the timed batch.
         threads: That computed it; None where the runtime chooses.
@@ -48,6 +49,7 @@ class ExportReport:
     input_shape: tuple[int | None, ...]
     token_counts: list[tuple[int, int]]
     versions: dict[str, str]
+    image_processor: str | None = None
     max_difference: float | None = None
     batch_size: int | None = None
     threads: int | None = None
@@ -70,6 +72,10 @@ class ExportReport:
             f"{self.format}, {kind}: {self.path}, {self.file_bytes / 1e6:.1f} MB, "
             f"{self.input_name} [{', '.join(shape)}], {first} tokens into the first block, {last} out of the last",
         ]
+        if self.image_processor is not None:
+            lines.append(f"preprocessing: written into it, {self.image_processor}")
+        elif self.format == "onnx":
+            lines.append("preprocessing: not in it, so that `predict` cannot read it; give `image_processor`")
         if self.max_difference is not None:
             lines.append(f"outputs: within {self.max_difference:.1e} of PyTorch's in fp32")
         if self.seconds is not None:

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from peft_bsr.errors import ExportError, headline
 from peft_bsr.exporting.check import TOLERANCE, ExportReport, largest_difference, median_seconds, versions_of
+from peft_bsr.exporting.description import add_description, describe_model, fit_processor
 from peft_bsr.exporting.formats import FORMATS, Run, quantize_onnx
 from peft_bsr.exporting.prepare import ImageFunction, to_image_function
+from peft_bsr.hub import find_image_processor
 
 FormatName = Literal["onnx", "torch.export", "executorch"]
 _TIMED_BATCH = 8  # where a file takes any batch
@@ -27,6 +29,7 @@ def export(
     batch_size: int | None = None,
     image_size: int | tuple[int, int] | None = None,
     quantize: Literal["int8"] | None = None,
+    image_processor: Any = None,
     check: bool = True,
 ) -> ExportReport:
     """Write a model as a file that runs without this package: weights merged, token reduction kept, fp32, for the CPU.
@@ -41,6 +44,9 @@ def export(
         image_size: Pixels, one number or (height, width); default what the model's config says.
         quantize: `"int8"`: weights of Linear modules in 8 bits, but for the MLPs' second; about half of the size; ONNX
             only. Outputs are close, not equal: check the accuracy on images of your own.
+        image_processor: Of transformers; an ONNX file says how its images are made, so that `peft-bsr predict` and
+            `evaluate` need nothing else. Default None: the one beside the adapter that `peft_bsr.load` read, or else
+            the base model's own, where its files are on this machine. The report says which.
         check: Run the file beside PyTorch, and time it beside the unreduced model (which takes another export).
 
     Returns:
@@ -75,8 +81,11 @@ def export(
     function = to_image_function(model)
     # a batch of one would be taken for a constant
     sample = function.sample(batch_size or 2, image_size)
+    description, origin = _describe(model, function, sample, image_processor) if format == "onnx" else ({}, None)
     _write(function, format, path, sample, batch_size is None, quantize)
-    report = _report(model, function, format, path, quantize, sample, batch_size)
+    if format == "onnx":
+        add_description(path, description)
+    report = _report(model, function, format, path, quantize, sample, batch_size, origin)
     return _checked(report, model, function, image_size) if check else report
 
 
@@ -96,6 +105,19 @@ def _write(
         raise ExportError(f"{format} cannot take {type(function.model).__name__}: {headline(error)}") from error
 
 
+def _describe(model: Any, function: ImageFunction, sample: Tensor, given: Any) -> tuple[dict[str, str], str | None]:
+    """What the file says of itself, and where its image processor is from."""
+    processor, origin = (given, "as it was given") if given is not None else find_image_processor(model)
+    fitting = None if processor is None else fit_processor(processor, sample.shape[1:])
+    if given is not None and fitting is None:
+        raise ExportError(
+            f"`image_processor`: {type(given).__name__} does not make images of {list(sample.shape[1:])}, which the "
+            "file takes. Give another one, or another `image_size`."
+        )
+    description = describe_model(function.model, sample.shape[1:], fitting)
+    return description, None if fitting is None else origin
+
+
 def _report(
     model: Any,
     function: ImageFunction,
@@ -104,6 +126,7 @@ def _report(
     quantize: str | None,
     sample: Tensor,
     batch_size: int | None,
+    image_processor: str | None,
 ) -> ExportReport:
     column = model.base_model.column
     with torch.no_grad():
@@ -116,6 +139,7 @@ def _report(
         quantize=quantize,
         input_name=function.input_name,
         input_shape=(batch_size, *sample.shape[1:]),
+        image_processor=image_processor,
         token_counts=function.plan.token_counts(num_tokens, column.num_special),
         versions=versions_of(FORMATS[format].packages),
     )

@@ -7,7 +7,7 @@ import importlib.util
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,11 @@ def _write_onnx(model: ImageFunction, sample: Tensor, path: Path, is_any_batch: 
     with torch.no_grad(), _quiet():
         outputs = list(model.named_outputs(sample))
         program: Any = torch.onnx.export(
-            trace(model, sample, is_any_batch), input_names=[model.input_name], output_names=outputs, verbose=False
+            trace(model, sample, is_any_batch),
+            input_names=[model.input_name],
+            output_names=outputs,
+            dynamic_shapes=({0: "batch"},) if is_any_batch else None,  # the graph is there, they name its axes
+            verbose=False,
         )
     for node in program.model.graph.all_nodes():
         node.metadata_props.clear()  # stack traces with the paths of this machine, a third of the graph
@@ -83,13 +87,23 @@ def _write_onnx(model: ImageFunction, sample: Tensor, path: Path, is_any_batch: 
 
 
 def _load_onnx(path: Path) -> Run:
+    session = open_onnx(path)
+    (images_in,) = session.get_inputs()
+    return lambda images: [torch.from_numpy(o) for o in session.run(None, {images_in.name: images.numpy()})]
+
+
+def open_onnx(path: Path, providers: Sequence[str] = ("CPUExecutionProvider",)) -> Any:
+    """A session of onnxruntime, on as many threads as torch.
+
+    Args:
+        path: An ONNX file.
+        providers: Names of what computes, first choice first.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    (images_in,) = session.get_inputs()
-    return lambda images: [torch.from_numpy(o) for o in session.run(None, {images_in.name: images.numpy()})]
+    return onnxruntime.InferenceSession(path, options, providers=list(providers))
 
 
 def quantize_onnx(path: Path, to: Path) -> None:
@@ -182,4 +196,4 @@ FORMATS = {
     ),
 }
 
-__all__ = ["FORMATS", "Format", "Run", "quantize_onnx", "trace"]
+__all__ = ["FORMATS", "Format", "Run", "open_onnx", "quantize_onnx", "trace"]

@@ -2,8 +2,9 @@
 
 from peft_bsr.hub.card import model_card, write_card
 from peft_bsr.hub.facts import Facts, add_facts, facts_of
-from peft_bsr.hub.loading import load, load_base, load_image_processor, pipeline, read_config
+from peft_bsr.hub.loading import find_image_processor, load, load_base, load_image_processor, pipeline, read_config
 from peft_bsr.hub.push import push_to_hub
+from peft_bsr.hub.task import Task, task_of
 from peft_bsr.hub.words import plan_in_words
 from peft_bsr.tuners.saved import AFTER_SAVE
 
@@ -12,8 +13,10 @@ if write_card not in AFTER_SAVE:
 
 __all__ = [
     "Facts",
+    "Task",
     "add_facts",
     "facts_of",
+    "find_image_processor",
     "load",
     "load_base",
     "load_image_processor",
@@ -22,5 +25,6 @@ __all__ = [
     "plan_in_words",
     "push_to_hub",
     "read_config",
+    "task_of",
     "write_card",
 ]

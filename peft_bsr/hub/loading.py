@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,7 @@ def load(
             f"The adapter `{name}` does not fit {type(model).__name__} of `{base or config.base_model_name_or_path}`: "
             f"{' '.join(str(error).split())[:300]}. Give the base model it was trained on as `base=`."
         ) from error
+    loaded.peft_config[loaded.active_adapter].place = _place(name)
     return loaded if is_trainable else loaded.eval()
 
 
@@ -162,6 +163,27 @@ def load_image_processor(
         HubError: If neither has one.
     """
     return _load_processor(AutoImageProcessor, "an image processor", name, base, revision, token)
+
+
+def find_image_processor(model: Any) -> tuple[Any, str] | tuple[None, None]:
+    """The image processor of a loaded model, and where it is from in words. The Hub is not asked.
+
+    Args:
+        model: A `PeftModel`: the processor beside its active adapter, if `load` read it, or else its base model's.
+
+    Returns:
+        (None, None) where there is none on this machine.
+    """
+    config = model.peft_config[model.active_adapter]
+    sources = {
+        "from beside the adapter": getattr(config, "place", None),
+        "the base model's own": getattr(model.config, "_name_or_path", None),
+    }
+    for words, source in sources.items():
+        if source:
+            with suppress(OSError, ValueError):
+                return AutoImageProcessor.from_pretrained(source, local_files_only=True), f"{words}: {source}"
+    return None, None
 
 
 def pipeline(
@@ -287,4 +309,4 @@ def _quiet() -> Iterator[None]:
         transformers.logging.set_verbosity(level)
 
 
-__all__ = ["load", "load_base", "load_image_processor", "pipeline", "read_config"]
+__all__ = ["find_image_processor", "load", "load_base", "load_image_processor", "pipeline", "read_config"]

@@ -66,6 +66,7 @@ class SavedConfig(AdapterFiles, PeftConfig):
     )
 
     attachment = None  # an Attachment; not annotated, because it is no field and not saved
+    place = None  # where `peft_bsr.load` read it from
     facts = None  # what was measured, see `peft_bsr.hub.Facts`
 
     def __post_init__(self) -> None:

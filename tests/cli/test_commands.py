@@ -181,7 +181,7 @@ def test_export_hands_over_what_was_asked(run_json, trained, tmp_path, monkeypat
     monkeypatch.delitem(sys.modules, "peft_bsr.cli.export", raising=False)
     said = run_json("export", trained / "adapter", "--output", tmp_path / "model.onnx", "--quantize", "int8")
     assert (said["max_difference"], said["speedup"]) == (0.0, 2.0)
-    assert asked["image_size"] == 32, "what the adapter was trained at"
+    assert asked["image_size"] == (32, 32), "what the adapter was trained at"
     assert (asked["format"], asked["quantize"], asked["check"], asked["batch_size"]) == ("onnx", "int8", True, None)
     assert asked["model"].peft_config["default"].labels == ["dark", "light"]
     monkeypatch.delitem(sys.modules, "peft_bsr.cli.export", raising=False)

@@ -38,7 +38,7 @@ from peft_bsr_cli import COMMANDS
         (["train", "--model", "{base}", "--resume", "--output", "nowhere"], "there is no checkpoint in `nowhere"),
         (["train", "--model", "{base}", "--dataset", "./nowhere"], "`./nowhere` cannot be read"),
         (["train", "--model", "{adapter}", "--dataset", "digits", "--output", "new"], "is an adapter"),
-        (["evaluate", "{base}"], "is a model, no adapter"),
+        (["merge", "{base}", "--output", "merged"], "is a model, no adapter"),
         (["show", "nowhere.png", "--model", "{adapter}"], "there is no file `nowhere.png`."),
         (["show", "{adapter}/README.md", "--model", "{adapter}"], "README.md` is no image."),
         (["compare", "{base}", "--repeats", "0"], "must be at least 1"),

@@ -1,0 +1,96 @@
+"""Write an adapter and its base model as one plain model of transformers, which needs neither PEFT nor this package.
+
+Token reduction is not in the weights: the merged model runs on all tokens, and its answers differ a little. With
+`--dataset` the accuracy of both is measured. `peft-bsr export` keeps the reduction.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+from peft_bsr.cli.findings import reduces_in_use
+from peft_bsr.cli.images import DATA_HELP, add_columns, add_predicting, add_sizes, check_at_least, read_scored_data
+from peft_bsr.cli.output import Output
+from peft_bsr.cli.sources import find_adapter
+from peft_bsr.errors import ReductionNotMergedWarning, UsageError
+from peft_bsr.hub import load, load_image_processor
+from peft_bsr.prediction import open_predictor, to_predictor
+from peft_bsr.prediction.scoring import check_scorable, score
+
+EXAMPLES = """\
+examples:
+  peft-bsr merge outputs/train/adapter --output outputs/plain
+  peft-bsr merge outputs/train/adapter --output outputs/plain2 --dataset beans
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the command takes."""
+    parser.add_argument("model", metavar="ADAPTER", help="Hub id or folder of an adapter")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write; it must be new or empty")
+    parser.add_argument("--dataset", help=f"measure the accuracy of both on {DATA_HELP}")
+    parser.add_argument("--split", help="train, validation or test (default: test, or without one all images)")
+    add_columns(parser)
+    add_sizes(parser)
+    add_predicting(parser)
+
+
+def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
+    """Run the command."""
+    check_at_least(args, batch_size=1, workers=0)
+    if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
+        raise UsageError(f"`{args.output}` exists and is not empty. Give another folder.")
+    if find_adapter(args.model) is None:
+        raise UsageError(f"`{args.model}` is a model, no adapter: there is nothing to merge.")
+    model: Any = load(args.model, base=args.base)
+    reduces = reduces_in_use(model)
+    processor = load_image_processor(args.model, base=args.base)
+    images = None
+    if args.dataset is not None:
+        predictor = to_predictor(model, processor, name=args.model)
+        check_scorable(predictor)
+        _, images = read_scored_data(args, predictor.labels, out)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ReductionNotMergedWarning)  # said below, in numbers where there are images
+        plain = model.merge_and_unload()
+    _write(plain, processor, args.output)
+    out.say(f"{type(plain).__name__}: {args.output}")
+    if reduces:
+        out.note("It runs on all tokens: token reduction is not in the weights, so that its answers differ a little.")
+    accuracy = {}
+    if images is not None:
+        for name, source in (("adapter", args.model), ("merged", args.output)):
+            accuracy[name] = _accuracy(source, images, args, out)
+        rows = [("adapter" + ", tokens reduced" * reduces, f"{accuracy['adapter']:.4f}")]
+        rows.append(("merged, all tokens", f"{accuracy['merged']:.4f}"))
+        out.table(f"{len(images)} images of {args.dataset}", ("", "accuracy"), rows)
+    return {
+        "model": args.model,
+        "output": args.output,
+        "class": type(plain).__name__,
+        "reduces": reduces,
+        "images": None if images is None else len(images),
+        "accuracy": accuracy,
+    }
+
+
+def _accuracy(source: str | Path, images: Any, args: argparse.Namespace, out: Output) -> float:
+    """As its files give it."""
+    predictor = open_predictor(source, base=args.base, device=args.device)
+    settings = {"batch_size": args.batch_size, "workers": args.workers, "progress": not out.is_json}
+    return score(predictor, images, **settings).accuracy
+
+
+def _write(model: Any, processor: Any, folder: Path) -> None:
+    """Weights, configuration and image processor; the folder is there when all of them are."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as draft:
+        made = Path(draft) / "model"
+        model.save_pretrained(made)
+        processor.save_pretrained(made)
+        os.replace(made, folder)

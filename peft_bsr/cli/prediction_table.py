@@ -1,0 +1,89 @@
+"""Predictions as rows of a CSV file."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft_bsr.prediction import Prediction, Predictor
+from peft_bsr.prediction.answers import MULTI_LABEL, REGRESSION
+
+
+@dataclass(frozen=True)
+class PredictionTable:
+    """Columns of predictions, and their rows.
+
+    `file, label, probability`, and for more classes `label_2, probability_2, ...`; with all classes
+    `probability_<class>` of each. Several labels of an image are one cell, `cat|dog`. Of a regression `file, value`, or
+    `value_<name>` of each.
+
+    Attributes:
+        predictor: That makes them.
+        top_k: See `to_prediction`: None for all.
+    """
+
+    predictor: Predictor
+    top_k: int | None
+
+    @property
+    def header(self) -> list[str]:
+        """Names of the columns."""
+        labels = self.predictor.labels
+        if self.predictor.problem_type == REGRESSION:
+            return ["file", *(["value"] if len(labels) == 1 else [f"value_{label}" for label in labels])]
+        header = ["file", "label", "probability"]
+        if self.top_k is None:
+            return header + [f"probability_{label}" for label in labels]
+        for number in range(2, min(self.top_k, len(labels)) + 1):
+            header += [f"label_{number}", f"probability_{number}"]
+        return header
+
+    def row(self, one: Prediction) -> list[str]:
+        """A row; numbers have six digits.
+
+        Args:
+            one: With no error.
+        """
+        if self.predictor.problem_type == REGRESSION:
+            return [one.file, *map(_number, one.values)]
+        chances = list(map(_number, one.probabilities))
+        if self.top_k is None:
+            by_class = dict(zip(one.classes, chances, strict=True))
+            return [one.file, one.labels[0], chances[0], *(by_class[c] for c in sorted(by_class))]
+        if self.predictor.problem_type == MULTI_LABEL:
+            return [one.file, "|".join(one.labels), "|".join(chances)]
+        return [one.file, *(cell for pair in zip(one.labels, chances, strict=True) for cell in pair)]
+
+
+@contextmanager
+def write_csv(path: Path | None, header: Sequence[str]) -> Iterator[Callable[[Sequence[Any]], Any]]:
+    """A function that writes a row. The file takes its place when all rows are there; if one fails, it never does.
+
+    Args:
+        path: The file. None: nothing is written.
+        header: The first row.
+    """
+    if path is None:
+        yield lambda row: None
+        return
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with draft.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(header)
+            yield writer.writerow
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _number(value: float) -> str:
+    return f"{value:.6g}"
+
+
+__all__ = ["PredictionTable", "write_csv"]

@@ -1,0 +1,129 @@
+"""What an ONNX file says of itself: names of the classes, and how its images are made."""
+
+from __future__ import annotations
+
+import copy
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoImageProcessor
+
+from peft_bsr.errors import ExportError, headline
+
+_PROCESSOR = "preprocessor_config"  # transformers' own file of that name
+
+
+def describe_model(model: Any, shape: Sequence[int], processor: Any = None) -> dict[str, str]:
+    """What is written into the file: texts by name; what is no text is JSON.
+
+    Args:
+        model: The base model.
+        shape: Of an image, (channels, height, width).
+        processor: From `fit_processor`. Default None: unknown.
+
+    Returns:
+        `labels` and `problem_type` of a model with classes; `image_size` [height, width]; and with a processor
+        `image_mean`, `image_std`, `rescale_factor`, `resample` (`"bicubic"`, ...) and `preprocessor_config`,
+        transformers' own file.
+    """
+    found: dict[str, Any] = {}
+    named = getattr(model.config, "id2label", None)
+    if named and getattr(model.config, "num_labels", None) == len(named):
+        found["labels"] = [str(named[index]) for index in sorted(named)]
+        found["problem_type"] = problem_type_of(model.config)
+    if len(shape) == 3:
+        found["image_size"] = list(shape[1:])
+    if processor is not None:
+        found |= _describe_processor(processor)
+    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in found.items()}
+
+
+def fit_processor(processor: Any, shape: Sequence[int]) -> Any | None:
+    """The processor, if it makes images of that shape, or else a copy that squeezes whole images into its size.
+
+    Args:
+        processor: Of transformers. It is not changed.
+        shape: (channels, height, width).
+
+    Returns:
+        None if it does not make images of that shape, whatever their size.
+    """
+    if _made_by(processor) == tuple(shape):
+        return processor
+    squeezing = copy.deepcopy(processor)
+    squeezing.do_resize, squeezing.do_center_crop = True, False
+    squeezing.size = {"height": int(shape[-2]), "width": int(shape[-1])}
+    return squeezing if _made_by(squeezing) == tuple(shape) else None
+
+
+def problem_type_of(config: Any) -> str:
+    """`"single_label_classification"`, `"multi_label_classification"` or `"regression"`.
+
+    Args:
+        config: Of a model with classes. Without a `problem_type`, one output is a regression, as in transformers.
+    """
+    default = "regression" if config.num_labels == 1 else "single_label_classification"
+    return str(getattr(config, "problem_type", None) or default)
+
+
+def processor_of(description: Mapping[str, str]) -> Any | None:
+    """The image processor that a file describes, or None.
+
+    Args:
+        description: From `describe_model`.
+
+    Raises:
+        ExportError: If transformers cannot make it.
+    """
+    if _PROCESSOR not in description:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "preprocessor_config.json").write_text(description[_PROCESSOR], encoding="utf-8")
+        try:
+            return AutoImageProcessor.from_pretrained(folder)
+        except (OSError, ValueError, TypeError, ImportError) as error:
+            raise ExportError(f"The file's `{_PROCESSOR}` cannot be read ({headline(error)}).") from error
+
+
+def add_description(path: Path, description: Mapping[str, str]) -> None:
+    """Write texts into an ONNX file, whose weights stay as and where they are.
+
+    Args:
+        path: The file.
+        description: From `describe_model`.
+    """
+    import onnx
+
+    model = onnx.load(path, load_external_data=False)
+    onnx.helper.set_model_props(model, dict(description))
+    onnx.save(model, path)
+
+
+def _describe_processor(processor: Any) -> dict[str, Any]:
+    from PIL.Image import Resampling  # Pillow is no dependency of the package
+
+    scale = processor.rescale_factor if getattr(processor, "do_rescale", True) else 1.0
+    normalizes = getattr(processor, "do_normalize", True)
+    return {
+        "image_mean": list(processor.image_mean) if normalizes else [0.0] * 3,
+        "image_std": list(processor.image_std) if normalizes else [1.0] * 3,
+        "rescale_factor": scale,
+        "resample": Resampling(int(processor.resample)).name.lower(),
+        _PROCESSOR: processor.to_json_string(),
+    }
+
+
+def _made_by(processor: Any) -> tuple[int, ...]:
+    """Shape of what a processor makes of a photograph in landscape format; empty if it makes none."""
+    from PIL import Image
+
+    try:
+        return tuple(processor(Image.new("RGB", (60, 40)), return_tensors="pt")["pixel_values"].shape[1:])
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return ()
+
+
+__all__ = ["add_description", "describe_model", "fit_processor", "problem_type_of", "processor_of"]

@@ -1,0 +1,7 @@
+"""Predictions of adapters, of plain models of transformers and of ONNX files: one path from an image to an answer."""
+
+from peft_bsr.prediction.answers import Prediction, to_prediction
+from peft_bsr.prediction.entry import predict
+from peft_bsr.prediction.predictor import Predictor, find_device, open_predictor, to_predictor
+
+__all__ = ["Prediction", "Predictor", "find_device", "open_predictor", "predict", "to_prediction", "to_predictor"]

@@ -1,0 +1,157 @@
+"""A model that answers: an adapter, a plain model of transformers, or an ONNX file, by the same few attributes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+from peft_bsr.backbones import in_mode
+from peft_bsr.errors import HubError, MissingDependencyError, UsageError, headline
+from peft_bsr.exporting import open_onnx, problem_type_of, processor_of
+from peft_bsr.hub import load, load_image_processor, task_of
+from peft_bsr.hub.files import ADAPTER, MODEL, list_files
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A model that answers.
+
+    Attributes:
+        name: What it was asked for by.
+        labels: Names of its classes, or of its values, by number.
+        problem_type: `"single_label_classification"`, `"multi_label_classification"` or `"regression"`.
+        processor: Of transformers, makes an image what the model sees.
+        run: Pixels [B, 3, H, W] -> logits or values [B, C], fp32, on the CPU.
+        batch_size: The only one that it takes, or None for any.
+    """
+
+    name: str
+    labels: list[str]
+    problem_type: str
+    processor: Any
+    run: Callable[[Tensor], Tensor]
+    batch_size: int | None = None
+
+
+def open_predictor(name: str | Path, *, base: str | Path | None = None, device: str | None = None) -> Predictor:
+    """Read a model that answers.
+
+    Args:
+        name: Folder or Hub id of an adapter or of a model of transformers, or an `.onnx` file of `peft_bsr.export`.
+        base: Of an adapter, see `peft_bsr.load`.
+        device: `"cpu"`, `"cuda"`, `"mps"`. Default None: cuda, or else mps, or else cpu, whichever is there; for an
+            ONNX file cuda where onnxruntime has it, or else cpu.
+
+    Raises:
+        HubError: If there is no such model, if it does not tell classes apart or give values, or if it does not say
+            how its images are made.
+        MissingDependencyError: If onnxruntime is needed and not installed.
+        UsageError: If there is no such device.
+    """
+    if Path(name).suffix.lower() == ".onnx":
+        return _open_onnx(Path(name).expanduser(), device)
+    device = find_device(device)
+    files = list_files(name)
+    if ADAPTER in files:
+        adapted: Any = load(name, base=base)
+        return to_predictor(adapted.to(device), load_image_processor(name, base=base), name=str(name))
+    if MODEL not in files:
+        raise HubError(f"`{name}` has neither {MODEL} nor {ADAPTER}: it is no model and no adapter.")
+    place = str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else str(name)
+    try:
+        model, report = AutoModelForImageClassification.from_pretrained(place, output_loading_info=True)
+        processor = AutoImageProcessor.from_pretrained(place)
+    except (OSError, ValueError) as error:
+        raise HubError(f"`{name}` cannot be read as an image classifier ({headline(error)}).") from error
+    if report["missing_keys"]:
+        raise HubError(
+            f"`{name}` lacks weights of {type(model).__name__}, such as {sorted(report['missing_keys'])[0]}: it has "
+            "not been trained to tell classes apart. Give an adapter, or a model that has."
+        )
+    return to_predictor(model.to(device), processor, name=str(name))
+
+
+def to_predictor(model: Any, processor: Any, *, name: str | None = None) -> Predictor:
+    """A model in memory that answers, in evaluation mode, on the device where it is.
+
+    Args:
+        model: A `PeftModel` or a model of transformers, with classes or values.
+        processor: Of transformers.
+        name: For messages. Default None: its class.
+
+    Raises:
+        HubError: If it does not tell classes apart or give values.
+    """
+    name = name or type(model).__name__
+    config: Any = getattr(model, "peft_config", {}).get(getattr(model, "active_adapter", None))
+    if getattr(config, "attachment", None) is not None:
+        task = task_of(config)
+        if task.pipeline != "image-classification":
+            raise HubError(f"`{name}` gives no classes or values of images to predict. {task.words}")
+
+    def run(pixels: Tensor) -> Tensor:
+        with in_mode(False, model), torch.no_grad():
+            logits: Tensor = model(pixel_values=pixels.to(model.device, model.dtype)).logits
+        return logits.float().cpu()
+
+    settings = model.config
+    labels = [str(settings.id2label[index]) for index in range(settings.num_labels)]
+    return Predictor(name, labels, problem_type_of(settings), processor, run)
+
+
+def find_device(asked: str | None) -> str:
+    """What was asked for, or what there is: cuda, mps or cpu.
+
+    Args:
+        asked: Default None.
+
+    Raises:
+        UsageError: If this machine has no such device.
+    """
+    there = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if asked not in (None, "cpu", there):
+        raise UsageError(f"`device {asked}`: this machine has none that torch can use. Use {there}.")
+    return asked or there
+
+
+def _open_onnx(path: Path, device: str | None) -> Predictor:
+    if not path.is_file():
+        raise HubError(f"There is no file `{path}`.")
+    try:
+        import onnxruntime
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError("ONNX files need onnxruntime. Run `pip install 'peft-bsr[export]'`.") from error
+    providers = ["CPUExecutionProvider"]
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers() and device in (None, "cuda"):
+        providers = ["CUDAExecutionProvider", *providers]
+    elif device not in (None, "cpu"):
+        raise UsageError(f"`device {device}`: this onnxruntime has the CPU only; `onnxruntime-gpu` has cuda.")
+    try:
+        session = open_onnx(path, providers)
+    except Exception as error:  # of onnxruntime, no common class
+        raise HubError(f"`{path}` cannot be read by onnxruntime ({headline(error)}).") from error
+    said = session.get_modelmeta().custom_metadata_map
+    processor = processor_of(said)
+    missing = [words for words, found in (("its classes", said.get("labels")), ("its images", processor)) if not found]
+    if missing:
+        raise HubError(
+            f"`{path}` does not describe {' and '.join(missing)}. Write it again: `peft-bsr export ADAPTER`, or "
+            "`peft_bsr.export(model, ..., image_processor=...)` of a model with classes."
+        )
+    (images,) = session.get_inputs()
+    fixed = images.shape[0] if isinstance(images.shape[0], int) else None
+
+    def run(pixels: Tensor) -> Tensor:
+        return torch.from_numpy(session.run(["logits"], {images.name: pixels.numpy()})[0])
+
+    return Predictor(str(path), json.loads(said["labels"]), said["problem_type"], processor, run, fixed)
+
+
+__all__ = ["Predictor", "find_device", "open_predictor", "to_predictor"]

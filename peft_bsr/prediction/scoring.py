@@ -1,0 +1,84 @@
+"""Accuracy and loss of what a model answers on labelled images."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from peft_bsr.data import labels_of
+from peft_bsr.errors import DatasetError, UsageError
+from peft_bsr.prediction.answers import SINGLE_LABEL
+from peft_bsr.prediction.images import outputs_of, read_rows
+from peft_bsr.prediction.predictor import Predictor
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a model answered on labelled images.
+
+    Attributes:
+        logits: [N, C].
+        labels: [N], the right classes.
+        images_per_second: Reading them included.
+    """
+
+    logits: Tensor
+    labels: np.ndarray
+    images_per_second: float
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right answers."""
+        return float((self.logits.argmax(-1).numpy() == self.labels).mean())
+
+    @property
+    def loss(self) -> float:
+        """Mean cross-entropy."""
+        return float(cross_entropy(self.logits, torch.from_numpy(self.labels)))
+
+
+def check_scorable(predictor: Predictor) -> None:
+    """Refuse models whose answers are not one class an image.
+
+    Raises:
+        UsageError: Naming what it is.
+    """
+    if predictor.problem_type != SINGLE_LABEL:
+        kind = predictor.problem_type.replace("_", " ")
+        raise UsageError(f"`{predictor.name}` is a model for {kind}: accuracy is of models with one class an image.")
+
+
+def score(
+    predictor: Predictor, images: Any, *, batch_size: int = 32, workers: int | None = None, progress: bool = True
+) -> Score:
+    """Let a model answer on labelled images.
+
+    Args:
+        predictor: With one class an image.
+        images: A `datasets.Dataset` with the columns `image` and `label`, the number of the class in the model.
+        batch_size: Images a call.
+        workers: See `outputs_of`.
+        progress: Whether to show a bar.
+
+    Raises:
+        DatasetError: If an image cannot be read.
+        UsageError: See `check_scorable`.
+    """
+    check_scorable(predictor)
+    begin = time.perf_counter()
+    logits: list[Tensor] = []
+    for one in outputs_of(predictor, read_rows(images), batch_size=batch_size, workers=workers, progress=progress):
+        if isinstance(one, str):
+            raise DatasetError(f"image {len(logits)}: {one}.")
+        logits.append(one)
+    seconds = time.perf_counter() - begin
+    return Score(torch.stack(logits), labels_of(images), len(logits) / seconds)
+
+
+__all__ = ["Score", "check_scorable", "score"]

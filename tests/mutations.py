@@ -65,6 +65,7 @@ TESTS: dict[str, list[str]] = {
     "core/budgets.py": ["tests/core"],
     "core/queries.py": ["tests/core", "tests/engine/test_query_path.py"],
     "core/experts.py": ["tests/core", "tests/multitask/test_mixture.py"],
+    "core/grouped.py": ["tests/core", "tests/multitask/test_mixture.py"],
     **{
         f"ops/{name}.py": ["tests/engine/test_lean.py", "tests/engine/test_living.py"]
         for name in ("linear", "norm", "activation", "half", "mlp", "projections", "recompute", "dropout")
@@ -221,6 +222,17 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
             "padding is what the last token does not see",
         ),
     ],
+    "core/grouped.py": [
+        ("[0] - 1, seen", "[0], seen", "rows begin at the second place of a group"),
+        ("starts[chosen] + ranks", "starts[chosen.flip(0)] + ranks", "tokens are in other experts' groups"),
+        ("if (share + 1) * top_k < share * num_experts:", "if True:", "more blocks than all experts on all tokens"),
+        ("(counts + size - 1) // size", "counts // size", "an expert's last block is the next one's"),
+        ("(blocks >= ends)", "(blocks > ends)", "the first block of an expert has the weights of the one before"),
+        ("if len(part)]", "]", "an expert without tokens runs"),
+        ("apply(in_dtype(inputs, dtype)", "apply(inputs", "autocast does not reach the products"),
+        ("ctx.save_for_backward(inputs, weight", "ctx.save_for_backward(inputs, weight * 1", "weights are kept twice"),
+        ("gradient.sum(dim=1, dtype=ctx.bias_dtype)", "gradient.mean(dim=1, dtype=ctx.bias_dtype)", "biases' gradients"),
+    ],
     "core/experts.py": [
         (
             "scatter_add(0, chosen, torch.ones_like(chosen))",
@@ -235,15 +247,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
             "torch.bmm(tokens, gates[tasks.flip(0)].transpose(1, 2))",
             "images have each other's gates",
         ),
-        ("order // choice.experts.shape[1]", "order % tokens.shape[0]", "experts compute other tokens"),
-        ("choice.weights.flatten()[order]", "choice.weights.flatten()", "weights are other tokens'"),
-        ("if len(part)]", "]", "an expert without tokens runs"),
-        (
-            "choice.weights)\n    outputs",
-            "choice.weights.detach())\n    outputs",
-            "no gradient to the gate under a compiler",
-        ),
-        ("weights[:, i, None]", "weights[:, 0, None]", "every expert has the first one's weight under a compiler"),
+        ("choice.weights.to(outputs.dtype)", "choice.weights.detach().to(outputs.dtype)", "no gradient to the gate"),
         ("_squared_variation(importance) +", "_squared_variation(importance.detach()) +", "balance has no gradient"),
         (" + _squared_variation(choice.counts().to(importance.dtype))", "", "load does not count"),
         ("correction=1", "correction=0", "variance of another kind"),

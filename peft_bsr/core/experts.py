@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from peft_bsr.core.grouped import Groups, Product
 from peft_bsr.core.reduction import is_traced
 
 
@@ -71,41 +72,30 @@ def gate_logits(tokens: Tensor, gates: Tensor, tasks: int | Tensor) -> Tensor:
     return torch.bmm(tokens, gates[tasks].transpose(1, 2))
 
 
-def run_experts(tokens: Tensor, choice: Choice, run_expert: Callable[[int, Tensor], Tensor]) -> Tensor:
-    """Sum over the chosen experts of weight times output, each expert run once on all of its tokens.
+def run_experts(tokens: Tensor, choice: Choice, run: Callable[[Tensor, Product], Tensor]) -> Tensor:
+    """Sum over the chosen experts of weight times output, each token computed by these alone: the cost follows k.
 
-    The cost follows k: tokens are sorted by expert, an expert without tokens does not run. Shapes depend on the data
-    then, which a graph cannot have: while one is made (`torch.compile`, `torch.export`, ONNX), every expert runs on
-    every token, those that were not chosen with a weight of 0.
+    On the CPU each expert's tokens are one group of their own size. On other devices, for which the host would have to
+    wait, and while a graph is made (`torch.compile`, `torch.export`, ONNX), groups are padded, see `Groups`.
 
     Args:
         tokens: [n, D].
         choice: Of these tokens.
-        run_expert: (index of the expert, its tokens [m, D]) -> [m, any width].
+        run: (tokens grouped by expert, product with stacked weights, see `Groups.product`) -> outputs of any width.
+            The last axis is the width; everything but the products is row by row.
 
     Returns:
-        [n, that width], in the dtype of the experts' outputs.
+        [n, that width], in the dtype of the outputs.
 
     Examples:
-        >>> choice = choose_experts(torch.randn(5, 3), top_k=2)
-        >>> run_experts(torch.randn(5, 4), choice, lambda expert, part: part * expert).shape
-        torch.Size([5, 4])
+        >>> choice, weights = choose_experts(torch.randn(5, 3), top_k=2), torch.randn(3, 6, 4)
+        >>> run_experts(torch.randn(5, 4), choice, lambda part, product: product(part, weights, None)).shape
+        torch.Size([5, 6])
     """
-    if is_traced():
-        return _run_all_experts(tokens, choice, run_expert)
-    order = choice.experts.flatten().argsort(stable=True)
-    rows = order // choice.experts.shape[1]
-    sizes: list[int] = choice.counts().tolist()
-    parts = tokens.index_select(0, rows).split(sizes)
-    outputs = torch.cat([run_expert(expert, part) for expert, part in enumerate(parts) if len(part)])
-    weighted = outputs * choice.weights.flatten()[order].to(outputs.dtype)[:, None]
-    return weighted.new_zeros(tokens.shape[0], outputs.shape[1]).index_add(0, rows, weighted)
-
-
-def _run_all_experts(tokens: Tensor, choice: Choice, run_expert: Callable[[int, Tensor], Tensor]) -> Tensor:
-    weights = torch.zeros_like(choice.probabilities).scatter(1, choice.experts, choice.weights)
-    outputs = [run_expert(expert, tokens) for expert in range(weights.shape[1])]
-    return torch.stack([out * weights[:, i, None].to(out.dtype) for i, out in enumerate(outputs)]).sum(dim=0)
+    groups = Groups(choice.experts, choice.probabilities.shape[1], is_traced() or tokens.device.type != "cpu")
+    outputs = run(tokens.index_select(0, groups.rows).unflatten(0, groups.shape), groups.product)
+    chosen = outputs.flatten(0, -2).index_select(0, groups.places).unflatten(0, choice.experts.shape)
+    return (chosen * choice.weights.to(outputs.dtype)[:, :, None]).sum(dim=1)
 
 
 def balance_loss(choice: Choice) -> Tensor:

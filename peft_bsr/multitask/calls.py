@@ -22,28 +22,29 @@ class ImageCall(TaskCall):
     """A call on images.
 
     Attributes:
-        rows: Index of each task in the batch -> its images, [b] int64 on the CPU; None = all of them.
+        rows: Index of each task in the batch -> its images, [b] int64 on the images' device; None = all of them.
+        places: The same as Python numbers.
         labels: As they were given.
         num_items: What the Trainer counts in the labels of all batches of an accumulated step, if it told.
         grid: (rows, columns) of the images' patches, where the model has such a grid.
     """
 
     rows: dict[int, Tensor | None] = field(default_factory=dict)
+    places: dict[int, list[int]] = field(default_factory=dict)
     labels: Any = None
     num_items: Any = None
     grid: tuple[int, int] | None = None
 
-    def labels_of(self, task: TaskConfig, rows: Tensor | None) -> Any:
-        """One task's labels, None where there are none."""
-        labels = self.labels
+    def labels_of(self, task: TaskConfig, index: int) -> Any:
+        """Labels of one task, at that index among the adapter's; None where there are none."""
+        labels, rows = self.labels, self.rows[index]
         if isinstance(labels, dict):
             return labels.get(task.name)
         if labels is None or rows is None:
             return labels
-        if isinstance(labels, Tensor):
-            return labels[rows.to(labels.device)]
-        picked = [torch.as_tensor(labels[row]) for row in rows.tolist()]
-        return torch.stack(picked)
+        if isinstance(labels, Tensor) and labels.device == rows.device:
+            return labels.index_select(0, rows)
+        return torch.stack([torch.as_tensor(labels[place]) for place in self.places[index]])
 
     def num_images(self, batch: int) -> Any:
         """Images to take the mean over: those of the batch, or of all batches of an accumulated step."""
@@ -85,9 +86,11 @@ def read_call(
     if len(set(asked)) == 1:
         call = ImageCall(asked[0], rows={asked[0]: None})
     else:
-        ids = torch.tensor(asked)
-        rows: dict[int, Tensor | None] = {i: (ids == i).nonzero().flatten() for i in sorted(set(asked))}
-        call = ImageCall(ids.to(images.device), rows=rows)
+        places = {i: [place for place, task in enumerate(asked) if task == i] for i in sorted(set(asked))}
+        numbers = torch.tensor([asked, [place for own in places.values() for place in own]])
+        ids, order = numbers.to(images.device, non_blocking=True).unbind()  # one copy, for which nothing waits
+        rows = order.split([len(own) for own in places.values()])
+        call = ImageCall(ids, rows=dict(zip(places, rows, strict=True)), places=places)
     call.labels, call.num_items = kwargs.get("labels"), kwargs.get("num_items_in_batch")
     call.keeps_tokens = any(tasks[index].is_dense for index in call.rows)
     if column.grid is not None and len(column.grid) == 2 and images.ndim == 4:

@@ -81,7 +81,7 @@ class TaskHeads(nn.Module):
             task, head = self.tasks[index], self.heads[index]
             source = call.tokens if task.is_dense else pooled
             assert source is not None, "the last block leaves its tokens where a task is dense"
-            part = source if rows is None else source[rows.to(source.device)]
+            part = source if rows is None else source.index_select(0, rows.to(source.device))
             outputs[task.name] = head(part, call.grid) if task.is_dense else head(part)
         if torch.is_grad_enabled() and self.training:
             if all(self.tasks[index].is_dense for index in call.rows):
@@ -128,7 +128,7 @@ def task_loss(task: TaskConfig, output: Tensor, labels: Any) -> Tensor:
     Raises:
         AdapterError: If there is not one label for each image.
     """
-    labels = torch.as_tensor(labels).to(output.device)
+    labels = torch.as_tensor(labels).to(output.device, non_blocking=True)
     if labels.ndim == 0 or len(labels) != len(output):
         raise AdapterError(
             f"Task {task.name!r} has {len(output)} images in this batch, but `labels` for it have the shape "
@@ -144,7 +144,8 @@ def task_loss(task: TaskConfig, output: Tensor, labels: Any) -> Tensor:
         return loss / (labels != ignored).sum().clamp_min(1)
     target = labels.to(output.dtype).reshape(output.shape)
     valid = target.isfinite()
-    return mse_loss(output[valid], target[valid], reduction="sum") / valid.sum().clamp_min(1)
+    target = torch.where(valid, target, output.detach())  # no error; picking the valid ones would make the host wait
+    return mse_loss(output, target, reduction="sum") / valid.sum().clamp_min(1)
 
 
 __all__ = ["IGNORED_CLASS", "DenseHead", "TaskHeads", "new_head", "new_linear", "task_loss"]

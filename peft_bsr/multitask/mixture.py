@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import dropout, linear
+from torch.nn.functional import dropout
 
-from peft_bsr.core import Choice, TaskCall, balance_loss, choose_experts, gate_logits, run_experts
+from peft_bsr.core import Choice, Product, TaskCall, balance_loss, choose_experts, gate_logits, run_experts
 from peft_bsr.multitask.config import MoEConfig
 
 
@@ -53,15 +53,10 @@ class FullExperts(nn.Module):
 
     def forward(self, tokens: Tensor, choice: Choice, mlp: PlainMLP) -> Tensor:
         """Tokens [n, D] -> [n, D]."""
-        # unbound once: a gradient per expert, stacked, where indexing would add up E tensors of the full size
-        names = ("first_weight", "first_bias", "second_weight", "second_bias")
-        stacks = [getattr(self, name) for name in names]
-        experts = list(zip(*(_unbound(stack, len(stacks[0])) for stack in stacks), strict=True))
 
-        def run(expert: int, part: Tensor) -> Tensor:
-            first_weight, first_bias, second_weight, second_bias = experts[expert]
-            hidden = mlp.activation(linear(part, first_weight, first_bias))
-            return linear(dropout(hidden, self.rate, self.training), second_weight, second_bias)
+        def run(part: Tensor, product: Product) -> Tensor:
+            hidden = mlp.activation(product(part, self.first_weight, self.first_bias))
+            return product(dropout(hidden, self.rate, self.training), self.second_weight, self.second_bias)
 
         return run_experts(tokens, choice, run)
 
@@ -92,15 +87,13 @@ class LowRankExperts(nn.Module):
         """Tokens [n, D] -> [n, D]."""
         shared = mlp.first(tokens)
         shared = shared.to(tokens.dtype) if not torch.is_autocast_enabled(tokens.device.type) else shared
-        names = ("first_lora_A", "first_lora_B", "second_lora_A", "second_lora_B")
-        experts = list(zip(*(getattr(self, name).unbind() for name in names), strict=True))
 
-        def run(expert: int, part: Tensor) -> Tensor:
-            first_down, first_up, second_down, second_up = experts[expert]
-            own, product = part.split([self.width, part.shape[1] - self.width], dim=1)
-            update = linear(linear(own, first_down), first_up) * self.scaling
-            hidden = dropout(mlp.activation(product + update), self.rate, self.training)
-            return torch.cat([hidden, linear(linear(hidden, second_down), second_up) * self.scaling], dim=1)
+        def run(part: Tensor, product: Product) -> Tensor:
+            own, shared = part.split([self.width, part.shape[-1] - self.width], dim=-1)
+            update = product(product(own, self.first_lora_A, None), self.first_lora_B, None) * self.scaling
+            hidden = dropout(mlp.activation(shared + update), self.rate, self.training)
+            update = product(product(hidden, self.second_lora_A, None), self.second_lora_B, None) * self.scaling
+            return torch.cat([hidden, update], dim=-1)
 
         both = run_experts(torch.cat([tokens, shared.to(tokens.dtype)], dim=1), choice, run)
         hidden, update = both.split([both.shape[1] - self.width, self.width], dim=1)
@@ -159,18 +152,15 @@ def new_gates(num_tasks: int, num_experts: int, width: int, like: Tensor) -> Ten
     return nn.init.uniform_(gates, -(width**-0.5), width**-0.5)
 
 
-def _unbound(stack: Tensor | None, count: int) -> tuple[Tensor | None, ...]:
-    return (None,) * count if stack is None else stack.unbind()
-
-
 def _usage(choice: Choice, tasks: int | Tensor, shape: torch.Size, num_tasks: int) -> Tensor:
     """Tokens of each task and expert, [T, E] int64."""
     batch, length, _ = shape
-    of_images = torch.full((batch,), tasks) if isinstance(tasks, int) else tasks
-    of_tokens = of_images.to(choice.experts.device).repeat_interleave(length)[:, None]
-    num_experts = choice.probabilities.shape[1]
+    num_experts, device = choice.probabilities.shape[1], choice.experts.device
+    of_images = torch.full((batch,), tasks, device=device) if isinstance(tasks, int) else tasks
+    of_tokens = of_images[:, None].expand(batch, length).reshape(-1, 1)
     places = (of_tokens * num_experts + choice.experts).flatten()
-    return torch.bincount(places, minlength=num_tasks * num_experts).view(num_tasks, num_experts)
+    counts = places.new_zeros(num_tasks * num_experts)  # bincount would make the host wait
+    return counts.scatter_add(0, places, torch.ones_like(places)).view(num_tasks, num_experts)
 
 
 __all__ = ["FullExperts", "LowRankExperts", "Mixture", "PlainMLP", "new_gates"]

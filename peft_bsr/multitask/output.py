@@ -80,8 +80,8 @@ def _losses(tasks: Sequence[TaskConfig], call: ImageCall, outputs: dict[str, Ten
     if call.labels is None:
         return {}
     losses, missing = {}, []
-    for index, rows in call.rows.items():
-        labels = call.labels_of(tasks[index], rows)
+    for index in call.rows:
+        labels = call.labels_of(tasks[index], index)
         if labels is None:
             missing.append(tasks[index].name)
         else:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 
@@ -31,25 +33,95 @@ def test_half_precision_logits_are_weighed_in_fp32(logits):
     assert choose_experts(logits.bfloat16(), 2).weights.dtype == torch.float32
 
 
-def test_equal_experts_are_one_mlp(logits):
-    tokens = torch.randn(40, 5)
-    output = run_experts(tokens, choose_experts(logits, 4), lambda _, part: torch.tanh(part))
-    torch.testing.assert_close(output, torch.tanh(tokens), atol=1e-6, rtol=1e-6)
+def literal(tokens, choice, weight, bias):
+    """Every expert on every token, those that were not chosen weighted by 0."""
+    weights = torch.zeros_like(choice.probabilities).scatter(1, choice.experts, choice.weights)
+    outputs = torch.einsum("nd,efd->nef", tokens, weight)
+    outputs = outputs if bias is None else outputs + bias
+    return (torch.tanh(outputs) * weights.to(outputs.dtype)[:, :, None]).sum(dim=1)
 
 
-def test_unused_experts_do_not_run_and_used_ones_run_once(logits):
+@pytest.fixture
+def by_block(monkeypatch):
+    """The layout of devices that are not the CPU, here."""
+    monkeypatch.setattr("peft_bsr.core.experts.is_traced", lambda: True)
+
+
+@pytest.mark.parametrize("device", ["by size", "by block"])
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("favourite", [None, 0, 4])
+@pytest.mark.parametrize(("num_experts", "k", "n"), [(6, 1, 400), (6, 2, 401), (6, 6, 40), (5, 3, 7), (2, 1, 1)])
+def test_both_layouts_give_the_literal_sum_and_its_gradients(request, device, with_bias, favourite, num_experts, k, n):
+    if device == "by block":
+        request.getfixturevalue("by_block")
+    torch.manual_seed(0)
+    logits = torch.randn(n, num_experts, dtype=torch.float64)
+    if favourite is not None:  # one expert has all of the tokens
+        logits[:, favourite % num_experts] += 100
+    logits.requires_grad_()
+    tokens = torch.randn(n, 5, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(num_experts, 4, 5, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(num_experts, 4, dtype=torch.float64, requires_grad=True) if with_bias else None
+    choice = choose_experts(logits, k)
+    found = run_experts(tokens, choice, lambda part, product: torch.tanh(product(part, weight, bias)))
+    expected = literal(tokens, choice, weight, bias)
+    torch.testing.assert_close(found, expected, atol=1e-9, rtol=0)
+    sources = [t for t in (tokens, logits, weight, bias) if t is not None]
+    goal = torch.randn_like(found)
+    gradients = [torch.autograd.grad((o * goal).sum(), sources, retain_graph=True) for o in (found, expected)]
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-9, rtol=0)
+
+
+def test_blocks_under_autocast_have_its_dtype_and_gradients_that_of_the_weights(by_block, logits):
+    tokens, weight = torch.randn(40, 8, requires_grad=True), torch.randn(6, 8, 8, requires_grad=True)
+    bias = torch.randn(6, 8, requires_grad=True)
+    choice, seen = choose_experts(logits, 2), []
+    with torch.autocast("cpu", torch.bfloat16):
+        run = run_experts(tokens, choice, lambda part, product: seen.append(product(part, weight, bias)) or seen[0])
+    run.sum().backward()
+    assert seen[0].dtype == torch.bfloat16
+    assert {t.grad.dtype for t in (tokens, weight, bias)} == {torch.float32}
+
+
+def test_blocks_keep_inputs_and_no_copies_of_weights(by_block):
+    logits, weight = torch.randn(64, 6), torch.randn(6, 32, 32, requires_grad=True)
+    choice, tokens, kept = choose_experts(logits, 1), torch.randn(64, 32), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        run_experts(tokens, choice, lambda part, product: product(part, weight, None))
+    assert any(t is weight for t in kept)
+    assert all(t is weight or t.shape[-2:] != weight.shape[-2:] for t in kept)
+
+
+def test_second_derivatives(by_block):
+    logits, tokens = torch.randn(9, 4, dtype=torch.float64), torch.randn(9, 3, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(4, 3, 3, dtype=torch.float64, requires_grad=True)
+    choice = choose_experts(logits, 1)
+    inputs = (tokens, weight)
+    assert torch.autograd.gradgradcheck(
+        lambda t, w: run_experts(t, choice, lambda part, product: torch.tanh(product(part, w, None))), inputs
+    )
+
+
+@pytest.mark.parametrize(("device", "most"), [("by size", 1.0), ("by block", 1.3)])
+def test_cost_follows_top_k(request, device, most):
+    if device == "by block":
+        request.getfixturevalue("by_block")
+    weight, tokens = torch.randn(6, 5, 5), torch.randn(4000, 5)
+    for k in (1, 2, 5, 6):
+        choice = choose_experts(torch.randn(4000, 6), k)
+        flops = count_flops(lambda c=choice: run_experts(tokens, c, lambda part, p: p(part, weight, None)))
+        assert k <= flops / (2 * 4000 * 25) <= min(most * k, 6)
+
+
+def test_an_unused_expert_does_not_run_on_the_cpu(logits):
     logits = logits.clone()
     logits[:, [1, 4]] = -1e9
-    ran = []
-    run_experts(torch.randn(40, 5), choose_experts(logits, 2), lambda e, part: ran.append(e) or part)
-    assert ran == [0, 2, 3, 5]
-
-
-def test_cost_follows_top_k(logits):
-    weight, tokens = torch.randn(6, 5, 5), torch.randn(40, 5)
-    for k in (1, 2, 6):
-        choice = choose_experts(logits, k)
-        assert count_flops(lambda c=choice: run_experts(tokens, c, lambda e, t: t @ weight[e])) == 2 * 40 * k * 25
+    weight, products = torch.randn(6, 5, 5), []
+    choice = choose_experts(logits, 2)
+    with mock.patch("peft_bsr.core.grouped.linear", lambda *a: products.append(a) or torch.nn.functional.linear(*a)):
+        run_experts(torch.randn(40, 5), choice, lambda part, product: product(part, weight, None))
+    assert len(products) == 4
 
 
 def test_a_mixed_batch_is_gated_like_its_tasks_alone():

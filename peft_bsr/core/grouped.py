@@ -78,7 +78,8 @@ class Groups:
         self.product: Product = product
         self.places = starts[chosen] + ranks
         tokens = torch.arange(num_tokens, device=device)[:, None].expand(num_tokens, top_k).flatten()
-        self.rows = (torch.arange(math.prod(self.shape), device=device) % num_tokens).scatter(0, self.places, tokens)
+        padding = torch.arange(math.prod(self.shape), device=device) % counts.new_full((), num_tokens)  # not all the same
+        self.rows = padding.scatter(0, self.places, tokens)
 
 
 class _BlockProduct(torch.autograd.Function):

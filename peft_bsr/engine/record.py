@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 from torch import nn
 
-from peft_bsr.core import Forward, ForwardContext, Route
+from peft_bsr.core import Forward, ForwardContext, Route, outliving
 from peft_bsr.errors import AdapterError
 
 
@@ -19,7 +20,7 @@ def record_routes(model: nn.Module) -> Iterator[list[tuple[int, Route]]]:
         model: A model with one of our adapters.
 
     Yields:
-        The list, filled as forwards run.
+        The list, filled as forwards run. Routes share no memory with the forward, and do not keep what it was asked.
 
     Raises:
         AdapterError: If the model carries none of our adapters.
@@ -33,7 +34,8 @@ def record_routes(model: nn.Module) -> Iterator[list[tuple[int, Route]]]:
     log: list[tuple[int, Route]] = []
 
     def record(index: int, route: Route) -> None:
-        log.append((index, route))
+        assert route.origins is not None, "a recorder is called after a reduction"
+        log.append((index, replace(route, origins=outliving(route.origins), call=None)))
 
     now.recorders.append(record)
     try:

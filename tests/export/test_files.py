@@ -28,7 +28,7 @@ CONFIGS = {
     "alast": ALaSTConfig(init_weights=False),
     "synqt": SynQTConfig(reduction_blocks=[0], keep_rate=0.5, num_queries=2),
     "task": BSRConfig(trainable_blocks=[1], tasks={"digits": 4}, **KEEPING),
-    "experts": BSRConfig(trainable_blocks=[1], tasks={"digits": 4}, moe=MoEConfig(num_experts=3, top_k=2), **KEEPING),
+    "experts": BSRConfig(trainable_blocks=[1], tasks={"digits": 4}, moe=MoEConfig(num_experts=5, top_k=2), **KEEPING),
 }
 
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from peft_bsr.core import block_change, reduced_delta, select_blocks, update_budgets
+from peft_bsr.core import block_change, outliving, reduced_delta, select_blocks, update_budgets
 from peft_bsr.engine import Plan
 from peft_bsr.errors import ConfigError, TrainabilityError
 from peft_bsr.tuners.alast.config import ALaSTConfig, budgeted
@@ -104,7 +104,7 @@ class ALaSTSchedule:
         if len(self._changes) == len(self.budgets):
             images = self._changes[0].new_tensor(float(before.shape[0]))
             total = torch.stack([*self._changes, images])
-            self._total = total if self._total is None else self._total.to(total.device) + total
+            self._total = outliving(total if self._total is None else self._total.to(total.device) + total)
             self._changes = []
 
     def pack(self) -> Tensor:

@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from peft_bsr.backbones import Column, FamilyRule, remove_hooks
-from peft_bsr.core import ForwardContext, TaskCall
+from peft_bsr.core import ForwardContext, TaskCall, outliving
 from peft_bsr.engine import Parking, plain_mlp
 from peft_bsr.errors import ForwardError
 from peft_bsr.multitask import (
@@ -197,7 +197,7 @@ class BSRRouter(AdapterRouter):
         call.is_open = False
         if totals is not None:
             for index, counts in (call.usage or {}).items():
-                totals[index] = totals[index] + counts if index in totals else counts
+                totals[index] = outliving(totals[index] + counts if index in totals else counts)
         return collect_output(settings.tasks, settings.weights, settings.balance_weight, call, output)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

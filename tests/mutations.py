@@ -225,7 +225,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
     "core/grouped.py": [
         ("[0] - 1, seen", "[0], seen", "rows begin at the second place of a group"),
         ("starts[chosen] + ranks", "starts[chosen.flip(0)] + ranks", "tokens are in other experts' groups"),
-        ("if (share + 1) * top_k < share * num_experts:", "if True:", "more blocks than all experts on all tokens"),
+        ("and (_BLOCKS + 1) * top_k < _BLOCKS * num_experts:", "and True:", "more blocks than all experts on all tokens"),
         ("(counts + size - 1) // size", "counts // size", "an expert's last block is the next one's"),
         ("(blocks >= ends)", "(blocks > ends)", "the first block of an expert has the weights of the one before"),
         ("if len(part)]", "]", "an expert without tokens runs"),

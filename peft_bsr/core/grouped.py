@@ -30,9 +30,8 @@ class Groups:
     Args:
         experts: [n, k] int64, those chosen for each token, no expert twice for one token.
         num_experts: E.
-        by_block: Layout by blocks: the products cost 5/4 of those by size (in a graph to export, where weights that
-            are read more often cost more than products of few images, up to 2), at most those of all experts on all
-            tokens. False: by size.
+        by_block: Layout by blocks: the products cost 5/4 of those by size, at most those of all experts on all tokens.
+            They cost the latter in a graph to export, whose batch has any size. False: by size.
 
     Attributes:
         shape: (R,), or (blocks, rows of a block).
@@ -50,11 +49,11 @@ class Groups:
         seen = (chosen == torch.arange(num_experts, device=device)[:, None]).cumsum(dim=1)  # [E, n k]
         ranks, counts = seen.gather(0, chosen[None])[0] - 1, seen[:, -1]
         if by_block:
-            share = 1 if torch.jit.is_tracing() or torch.compiler.is_exporting() else _BLOCKS
             size, num_blocks = num_tokens, num_experts  # no expert has more rows than there are tokens
-            if (share + 1) * top_k < share * num_experts:
-                size = -(-num_tokens * top_k // (share * num_experts * _ALIGNED)) * _ALIGNED
-                num_blocks = (share + 1) * num_experts
+            is_exported = torch.jit.is_tracing() or torch.compiler.is_exporting()
+            if not is_exported and (_BLOCKS + 1) * top_k < _BLOCKS * num_experts:
+                size = -(-num_tokens * top_k // (_BLOCKS * num_experts * _ALIGNED)) * _ALIGNED
+                num_blocks = (_BLOCKS + 1) * num_experts
             ends = ((counts + size - 1) // size).cumsum(dim=0)
             blocks = torch.arange(num_blocks, device=device)[:, None]
             owners = (blocks >= ends).sum(dim=1).clamp_max(num_experts - 1)

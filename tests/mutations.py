@@ -225,13 +225,21 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
     "core/grouped.py": [
         ("[0] - 1, seen", "[0], seen", "rows begin at the second place of a group"),
         ("starts[chosen] + ranks", "starts[chosen.flip(0)] + ranks", "tokens are in other experts' groups"),
-        ("and (_BLOCKS + 1) * top_k < _BLOCKS * num_experts:", "and True:", "more blocks than all experts on all tokens"),
+        (
+            "and (_BLOCKS + 1) * top_k < _BLOCKS * num_experts:",
+            "and True:",
+            "more blocks than all experts on all tokens",
+        ),
         ("(counts + size - 1) // size", "counts // size", "an expert's last block is the next one's"),
         ("(blocks >= ends)", "(blocks > ends)", "the first block of an expert has the weights of the one before"),
         ("if len(part)]", "]", "an expert without tokens runs"),
         ("apply(in_dtype(inputs, dtype)", "apply(inputs", "autocast does not reach the products"),
         ("ctx.save_for_backward(inputs, weight", "ctx.save_for_backward(inputs, weight * 1", "weights are kept twice"),
-        ("gradient.sum(dim=1, dtype=ctx.bias_dtype)", "gradient.mean(dim=1, dtype=ctx.bias_dtype)", "biases' gradients"),
+        (
+            "gradient.sum(dim=1, dtype=ctx.bias_dtype)",
+            "gradient.mean(dim=1, dtype=ctx.bias_dtype)",
+            "biases' gradients",
+        ),
     ],
     "core/experts.py": [
         (

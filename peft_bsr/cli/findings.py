@@ -16,6 +16,7 @@ import transformers
 from peft_bsr.cli.settings import TrainSettings
 from peft_bsr.cli.sources import load_model
 from peft_bsr.cost import Cost, compare
+from peft_bsr.cost.comparison import device_name
 from peft_bsr.hub.card import PICTURE
 from peft_bsr.registration import package_version
 from peft_bsr.report import RunRecord
@@ -84,10 +85,10 @@ def conditions(images: torch.Tensor) -> str:
     Args:
         images: [B, C, H, W], of the measured batch.
     """
-    device = torch.cuda.get_device_name(images.device) if images.is_cuda else f"CPU, {torch.get_num_threads()} threads"
     size = " x ".join(str(side) for side in images.shape[2:])
     named = ", ".join(f"{name} {version}" for name, version in versions().items())
-    return f"{device}, {str(images.dtype).removeprefix('torch.')}, batch {len(images)}, {size} px; {named}."
+    dtype = str(images.dtype).removeprefix("torch.")
+    return f"{device_name(images.device)}, {dtype}, batch {len(images)}, {size} px; {named}."
 
 
 def versions() -> dict[str, str]:

@@ -1,8 +1,8 @@
 """Tokens grouped by the expert that computes them, and the product of each group with its expert's weights.
 
-Two layouts. By size: groups one after the other, which needs their sizes in Python. By block: groups padded to blocks of
-one size, whose number is known in advance, so that no shape depends on the data: a GPU is never waited for, and graphs
-(`torch.compile`, `torch.export`, ONNX, CUDA graphs) can have it. No token is ever dropped.
+Two layouts. By size: groups one after the other, which needs their sizes in Python. By block: groups padded to blocks
+of one size, whose number is known in advance, so that no shape depends on the data: a GPU is never waited for, and
+graphs (`torch.compile`, `torch.export`, ONNX, CUDA graphs) can have it. No token is ever dropped.
 
 Shapes: n tokens, E experts, k of them chosen for each token, R rows of all groups, D inputs, F outputs of a product.
 """
@@ -72,12 +72,13 @@ class Groups:
                 # unbound once: a gradient per expert, stacked, where indexing would add up E tensors of the full size
                 biases = (None,) * len(sizes) if bias is None else bias.unbind()
                 parts = zip(inputs.split(sizes), weight.unbind(), biases, strict=True)
-                return torch.cat([linear(part, *own) for part, *own in parts if len(part)])
+                return torch.cat([linear(part, own, shift) for part, own, shift in parts if len(part)])
 
         self.product: Product = product
         self.places = starts[chosen] + ranks
         tokens = torch.arange(num_tokens, device=device)[:, None].expand(num_tokens, top_k).flatten()
-        padding = torch.arange(math.prod(self.shape), device=device) % counts.new_full((), num_tokens)  # not all the same
+        # rows that pad are many tokens, none of them often: their gradients of zero are added one by one
+        padding = torch.arange(math.prod(self.shape), device=device) % counts.new_full((), num_tokens)
         self.rows = padding.scatter(0, self.places, tokens)
 
 

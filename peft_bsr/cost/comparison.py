@@ -116,7 +116,7 @@ def cost_table(costs: Mapping[str, Cost], batch: Mapping[str, Tensor]) -> str:
             f"| {cost.step_seconds:.2f} | {cost.step_seconds / first.step_seconds:.2f} |"
         )
     images = next(value for value in batch.values() if value.ndim > 1)
-    device = torch.cuda.get_device_name(images.device) if images.is_cuda else f"CPU, {torch.get_num_threads()} threads"
+    device = device_name(images.device)
     lines.append(
         "\nTrained: parameters. Saved: activations kept for backward, per image. Forward and training (forward and "
         "backward): per image. Step: forward, backward and SGD update, median; its ratio to the first row.\n"
@@ -124,6 +124,13 @@ def cost_table(costs: Mapping[str, Cost], batch: Mapping[str, Tensor]) -> str:
         f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}."
     )
     return "\n".join(lines)
+
+
+def device_name(device: torch.device) -> str:
+    """What a measurement ran on, for people."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return "Apple GPU (MPS)" if device.type == "mps" else f"CPU, {torch.get_num_threads()} threads"
 
 
 class TrainingStep:
@@ -158,11 +165,11 @@ class TrainingStep:
 
     def seconds(self) -> float:
         """Run the step and time it."""
-        is_cuda = any(value.is_cuda for value in self.batch.values())
-        if is_cuda:
-            torch.cuda.synchronize()
+        is_accelerated = any(value.device.type in ("cuda", "mps") for value in self.batch.values())
+        if is_accelerated:
+            torch.accelerator.synchronize()
         start = time.perf_counter()
         self()
-        if is_cuda:
-            torch.cuda.synchronize()
+        if is_accelerated:
+            torch.accelerator.synchronize()
         return time.perf_counter() - start

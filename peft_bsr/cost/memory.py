@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import gc
-from collections.abc import Iterable
+import threading
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,11 +65,12 @@ def model_memory(model: nn.Module, optimizer: torch.optim.Optimizer | None = Non
 class PeakMemory:
     """The most memory in use while it is open.
 
-    On CUDA what torch has allocated on the device; on the CPU the resident set of this process (Linux only), Python,
+    On CUDA what torch has allocated on the device; on MPS the same, but looked up every millisecond, as torch counts no
+    peak there, so that a shorter one can be missed; on the CPU the resident set of this process (Linux only), Python,
     libraries and what the allocator keeps for later included, so `added_bytes` says more than `peak_bytes`.
 
     Args:
-        device: `"cpu"` or a CUDA device. Default `"cpu"`.
+        device: `"cpu"`, `"mps"` or a CUDA device. Default `"cpu"`.
 
     Attributes:
         start_bytes: In use when it was opened.
@@ -87,8 +89,9 @@ class PeakMemory:
     def __init__(self, device: str | torch.device = "cpu") -> None:
         self.device = torch.device(device)
         self.start_bytes = self.peak_bytes = 0
-        if self.device.type not in ("cpu", "cuda"):
-            raise PeftBsrError(f"`device={device!r}`: peaks are measured on CUDA and on the CPU only.")
+        self._samples: _Samples | None = None
+        if self.device.type not in ("cpu", "cuda", "mps"):
+            raise PeftBsrError(f"`device={device!r}`: peaks are measured on CUDA, on MPS and on the CPU only.")
 
     @property
     def added_bytes(self) -> int:
@@ -101,6 +104,10 @@ class PeakMemory:
             torch.cuda.synchronize(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
             self.start_bytes = torch.cuda.memory_allocated(self.device)
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
+            self._samples = _Samples(torch.mps.current_allocated_memory)
+            self.start_bytes = self._samples.most
         else:
             with suppress(OSError, AttributeError):
                 ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed before must not count
@@ -118,8 +125,29 @@ class PeakMemory:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             self.peak_bytes = torch.cuda.max_memory_allocated(self.device)
+        elif self._samples is not None:
+            torch.mps.synchronize()
+            self.peak_bytes = self._samples.close()
         else:
             self.peak_bytes = _resident("VmHWM")
+
+
+class _Samples:
+    """The most that a function gave, called every millisecond in a thread until it is closed."""
+
+    def __init__(self, read: Callable[[], int]) -> None:
+        self._read, self.most, self._end = read, read(), threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._end.wait(0.001):
+            self.most = max(self.most, self._read())
+
+    def close(self) -> int:
+        self._end.set()
+        self._thread.join()
+        return max(self.most, self._read())
 
 
 def _resident(key: str) -> int:

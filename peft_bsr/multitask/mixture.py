@@ -41,6 +41,11 @@ class FullExperts(nn.Module):
         config: Of the mixture.
     """
 
+    first_weight: Tensor
+    first_bias: Tensor | None
+    second_weight: Tensor
+    second_bias: Tensor | None
+
     def __init__(
         self, first: tuple[Tensor, Tensor | None], second: tuple[Tensor, Tensor | None], config: MoEConfig
     ) -> None:
@@ -72,6 +77,11 @@ class LowRankExperts(nn.Module):
         config: Of the mixture.
         like: A tensor whose dtype and device the experts get.
     """
+
+    first_lora_A: Tensor  # noqa: N815
+    first_lora_B: Tensor  # noqa: N815
+    second_lora_A: Tensor  # noqa: N815
+    second_lora_B: Tensor  # noqa: N815
 
     def __init__(self, width: int, hidden_width: int, config: MoEConfig, like: Tensor) -> None:
         super().__init__()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gc
+import time
 
 import pytest
 import torch
@@ -178,5 +179,16 @@ def test_peak_memory_sees_what_is_freed_before_the_end():
 
 
 def test_peaks_of_other_devices_are_refused():
-    with pytest.raises(PeftBsrError, match=r"`device='meta'`: peaks are measured on CUDA and on the CPU only"):
+    with pytest.raises(PeftBsrError, match=r"`device='meta'`: peaks are measured on CUDA, on MPS and on the CPU only"):
         PeakMemory("meta")
+
+
+def test_the_peak_on_mps_is_the_most_of_many_looks(monkeypatch):
+    allocated = [100]
+    monkeypatch.setattr(torch.mps, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.mps, "current_allocated_memory", lambda: allocated[0])
+    with PeakMemory("mps") as memory:
+        allocated[0] = 700
+        time.sleep(0.2)
+        allocated[0] = 150
+    assert (memory.start_bytes, memory.peak_bytes, memory.added_bytes) == (100, 700, 600)

@@ -1,4 +1,4 @@
-"""What tests on a device share. `PEFT_BSR_TEST_DEVICE=cpu` runs them where no card is at hand, to see that they would."""
+"""What tests on a card share. `PEFT_BSR_TEST_DEVICE=cpu` runs them, smaller, where none is: to see that they would."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ ON_A_CARD = [
     pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(), reason="no CUDA device"),
 ]
 ONLY_CUDA = pytest.mark.skipif(DEVICE != "cuda", reason="about CUDA alone")
-SIZES = {"hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 3, "intermediate_size": 768}
-SIZES |= {"image_size": 112, "patch_size": 8, "num_labels": 5}  # 197 tokens
+WIDTH, PIXELS = (192, 112) if DEVICE == "cuda" else (48, 32)  # 197 or 17 tokens
+SIZES = {"hidden_size": WIDTH, "num_hidden_layers": 4, "num_attention_heads": 3, "intermediate_size": 4 * WIDTH}
+SIZES |= {"image_size": PIXELS, "patch_size": 8, "num_labels": 5}
 REDUCED = {"trainable_blocks": [1, 3], "reduction_blocks": [1], "keep_rate": 0.6}
 LEVELS = [
     {"lean": "exact"},
@@ -41,7 +42,7 @@ METHODS = {
 
 def batch(size: int = 8, seed: int = 1, method: str = "") -> dict[str, Any]:
     generator = torch.Generator().manual_seed(seed)
-    images, labels = torch.randn(size, 3, 112, 112, generator=generator), torch.arange(size) % 5
+    images, labels = torch.randn(size, 3, PIXELS, PIXELS, generator=generator), torch.arange(size) % 5
     tasks = {"task_ids": [place % 2 for place in range(size)]} if method == "experts" else {}
     return {"pixel_values": images.to(DEVICE), "labels": labels.to(DEVICE), **tasks}
 
@@ -58,7 +59,7 @@ def autocast(dtype: torch.dtype | None) -> Any:
 def gradients(model: Any, run: Any = None, dtype: torch.dtype | None = None, **inputs: Any) -> dict[str, torch.Tensor]:
     model.zero_grad()
     with autocast(dtype):
-        loss = (run or model)(**inputs or batch()).loss
+        loss = (model if run is None else run)(**inputs or batch()).loss
     loss.backward()
     return {name: p.grad.float() for name, p in model.named_parameters() if p.grad is not None}
 

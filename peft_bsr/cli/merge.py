@@ -21,6 +21,7 @@ from peft_bsr.errors import ReductionNotMergedWarning, UsageError
 from peft_bsr.hub import load, load_image_processor
 from peft_bsr.prediction import open_predictor, to_predictor
 from peft_bsr.prediction.scoring import check_scorable, score
+from peft_bsr.tuners.routed import RoutedTuner
 
 EXAMPLES = """\
 examples:
@@ -48,7 +49,7 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
     if find_adapter(args.model) is None:
         raise UsageError(f"`{args.model}` is a model, no adapter: there is nothing to merge.")
     model: Any = load(args.model, base=args.base)
-    reduces = reduces_in_use(model)
+    reduces = isinstance(model.base_model, RoutedTuner) and reduces_in_use(model)  # PEFT's own methods: LoRA
     processor = load_image_processor(args.model, base=args.base)
     images = None
     if args.dataset is not None:

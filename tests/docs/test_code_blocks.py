@@ -92,9 +92,10 @@ def test_the_blocks_run(page: Path, names: dict[str, Any], tmp_path: Path, monke
             torch.distributed.destroy_process_group()
 
 
-def with_adapter(names: dict[str, Any], *_: Any) -> None:
-    """A model with an adapter."""
-    names["model"] = get_peft_model(make_vit(), BSRConfig())
+def with_adapter(names: dict[str, Any], folder: Path, *_: Any) -> None:
+    """A model with an adapter, from files that have an image processor, and a photograph."""
+    names["model"] = get_peft_model(ViTForImageClassification.from_pretrained(folder / "model"), BSRConfig())
+    PILImage.new("RGB", (48, 36), (200, 100, 50)).save(folder / "photo.jpg")
 
 
 def with_hub(names: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,7 +116,14 @@ def with_one_process(names: dict[str, Any], folder: Path, monkeypatch: pytest.Mo
         monkeypatch.setenv(name, str(value))
 
 
-PREPARED = {"export": with_adapter, "hub": with_hub, "distributed": with_one_process}
+def with_photos(names: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The adapter of the page, and two photographs."""
+    with_hub(names, folder, monkeypatch)
+    for number, name in enumerate(("cat", "dog")):
+        PILImage.new("RGB", (48, 36), (200 * number, 100, 50)).save(folder / f"{name}.jpg")
+
+
+PREPARED = {"export": with_adapter, "predict": with_photos, "hub": with_hub, "distributed": with_one_process}
 
 
 def test_no_block_is_missed():

@@ -19,7 +19,7 @@ from peft_bsr.core.budgets import (
 from peft_bsr.core.context import BLOCKS, BlockCall, Forward, ForwardContext
 from peft_bsr.core.experts import Choice, balance_loss, choose_experts, gate_logits, run_experts
 from peft_bsr.core.grouped import Product
-from peft_bsr.core.outliving import outliving
+from peft_bsr.core.lifetime import outliving
 from peft_bsr.core.quantized import as_plain, in_dtype, is_quantized, kept_bytes
 from peft_bsr.core.queries import absorb_key, apply_value, attend_plain, hidden_tokens, pooling_weights
 from peft_bsr.core.reduction import (

@@ -103,6 +103,18 @@ def norm_of(request):
     return norm
 
 
+@pytest.mark.parametrize("save_products", [True, False])
+def test_what_the_mlp_keeps(parts, save_products):
+    norm, first, second, _ = parts
+    tokens, kept = torch.randn(2, 7, WIDTH, requires_grad=True), []
+    tensors, scalings = tensors_of_parts(norm, (first, second), (None, None))
+    op = MLPOp(LayerNormOp, norm.eps, scalings, Activation.of(ACT2FN["gelu"]))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        op(tokens, tensors, save_products)
+    own = [tuple(t.shape) for t in kept if not isinstance(t, nn.Parameter)]
+    assert own == [tuple(tokens.shape), *([(14, first.out_features)] if save_products else [])]
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("save_products", [True, False])
 @pytest.mark.parametrize("name", ["gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "quick_gelu", "silu", "relu"])

@@ -13,10 +13,13 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from peft_bsr.cli.findings import reduces_in_use
 from peft_bsr.cli.images import DATA_HELP, add_columns, add_predicting, add_sizes, check_at_least, read_scored_data
 from peft_bsr.cli.output import Output
 from peft_bsr.cli.sources import find_adapter
+from peft_bsr.core import as_plain
 from peft_bsr.errors import ReductionNotMergedWarning, UsageError
 from peft_bsr.hub import load, load_image_processor
 from peft_bsr.prediction import open_predictor, to_predictor
@@ -87,11 +90,19 @@ def _accuracy(source: str | Path, images: Any, args: argparse.Namespace, out: Ou
     return score(predictor, images, **settings).accuracy
 
 
+def _in_one_dtype(model: Any) -> dict[str, Tensor]:
+    """The weights in the widest of their dtypes: `frozen_weights` rounds some of them."""
+    weights = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    dtype = max((t.dtype for t in weights.values() if t.is_floating_point()), key=lambda one: one.itemsize)
+    model.config.dtype = dtype
+    return {name: as_plain(t, dtype) if t.is_floating_point() else t for name, t in weights.items()}
+
+
 def _write(model: Any, processor: Any, folder: Path) -> None:
     """Weights, configuration and image processor; the folder is there when all of them are."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as draft:
         made = Path(draft) / "model"
-        model.save_pretrained(made)
+        model.save_pretrained(made, state_dict=_in_one_dtype(model))
         processor.save_pretrained(made)
         os.replace(made, folder)

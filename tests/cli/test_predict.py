@@ -227,6 +227,20 @@ def test_merge(run, run_json, adapter, images, tmp_path):
     assert "exists and is not empty" in err
 
 
+@pytest.mark.parametrize("kept_in", ["int8", "bfloat16"])
+def test_merged_weights_are_the_rounded_ones_in_one_dtype(run, adapter, images, tmp_path, kept_in):
+    model = ViTForImageClassification.from_pretrained(adapter.parent / "base")
+    model = get_peft_model(model, BSRConfig(trainable_blocks=[1], reduction_blocks=[], frozen_weights=kept_in)).eval()
+    model.save_pretrained(tmp_path / "rounded")
+    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "rounded")
+    assert run("merge", tmp_path / "rounded", "--output", tmp_path / "plain")[0] == 0
+    plain = AutoModelForImageClassification.from_pretrained(tmp_path / "plain")
+    assert {parameter.dtype for parameter in plain.parameters()} == {torch.float32}
+    pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=kept_in == "bfloat16"):
+        torch.testing.assert_close(plain(pixels).logits, model(pixels).logits, atol=2e-2, rtol=0)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -331,13 +331,13 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     (
         {"trainable_blocks": [2], "modules_to_save": ["patch_embeddings"]},
         [
-            "`modules_to_save` names 'patch_embeddings', that is ['vit.embeddings.patch_embeddings'], but the gradient "
-            "is cut before block 2"
+            "`modules_to_save='patch_embeddings'` means 'vit.embeddings.patch_embeddings', which no gradient reaches: it "
+            "runs before block 2"
         ],
     ),
     (
         {"trainable_blocks": [2], "target_modules": ["wrong"], "modules_to_save": ["layers.0"]},
-        ["`modules_to_save` names 'layers.0', that is ['vit.layers.0']"],
+        ["`modules_to_save='layers.0'` means 'vit.layers.0', which no gradient reaches"],
     ),
 ]
 

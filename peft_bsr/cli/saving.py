@@ -43,6 +43,8 @@ def save_model(model: Any, processor: Any, output: Path) -> Path:
     """The adapter below `adapter/`, or a whole model below `model/`, with its image processor; the folder."""
     folder = output / ("adapter" if isinstance(model, PeftModel) else "model")
     model.save_pretrained(folder)
+    if isinstance(model, PeftModel) and not hasattr(model.active_peft_config, "labels"):
+        model.get_base_model().config.save_pretrained(folder)  # names the classes, which PEFT's own adapters do not
     processor.save_pretrained(folder)
     return folder
 

@@ -83,12 +83,17 @@ def read_config(name: str | Path, *, revision: str | None = None, token: str | b
     Raises:
         HubError: If there is none.
     """
-    if ADAPTER not in list_files(name, revision=revision, token=token):
+    files = list_files(name, revision=revision, token=token)
+    if ADAPTER not in files:
         raise HubError(_no_adapter(name, f"it has no {ADAPTER}"))
     try:
-        return PeftConfig.from_pretrained(_place(name), revision=revision, token=token)
+        config = PeftConfig.from_pretrained(_place(name), revision=revision, token=token)
+        if not hasattr(config, "labels") and "config.json" in files:  # of PEFT's own methods
+            labels = AutoConfig.from_pretrained(_place(name), revision=revision, token=token).id2label
+            config.labels = [labels[index] for index in sorted(labels)]
     except Exception as error:  # ValueError, or the Hub's and the HTTP library's own errors
         raise HubError(_no_adapter(name, headline(error))) from error
+    return config
 
 
 def _no_adapter(name: str | Path, why: str) -> str:

@@ -34,7 +34,7 @@ def fit(run, base, images, tmp_path):
 
 
 @pytest.mark.parametrize(("method", "saved"), [("lora", "adapter"), ("full", "model"), ("linear", "model")])
-def test_baselines_train_on_the_same_images(method, saved, fit, tmp_path):
+def test_baselines_train_on_the_same_images(method, saved, fit, run_json, images, tmp_path):
     summary, err = fit("--method", method)
     assert f"learning rate {LEARNING_RATES[method, None]:.1e} (default of {method})" in err
     assert summary["method"] == method
@@ -47,6 +47,8 @@ def test_baselines_train_on_the_same_images(method, saved, fit, tmp_path):
         assert AutoModelForImageClassification.from_pretrained(folder).config.id2label == {0: "dark", 1: "light"}
     else:
         assert json.loads((folder / "adapter_config.json").read_text())["peft_type"] == "LORA"
+    said = run_json("evaluate", folder, "--dataset", images, "--split", "test")
+    assert said["accuracy"] == summary["scores"]["test"]["accuracy"]
     assert "parameters train." in (tmp_path / "run" / "report.html").read_text()
 
 

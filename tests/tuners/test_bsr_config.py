@@ -331,8 +331,8 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     (
         {"trainable_blocks": [2], "modules_to_save": ["patch_embeddings"]},
         [
-            "`modules_to_save='patch_embeddings'` means 'vit.embeddings.patch_embeddings', which no gradient reaches: it "
-            "runs before block 2"
+            "`modules_to_save='patch_embeddings'` means 'vit.embeddings.patch_embeddings', which no gradient reaches: "
+            "it runs before block 2"
         ],
     ),
     (

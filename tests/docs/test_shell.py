@@ -79,7 +79,7 @@ def as_here(arguments: list[str], folder: Path) -> list[str]:
             word = "dinov2"
         elif re.match(r"me/|ADAPTER$", word):
             word = "adapter"
-        elif word in ("DATA", "beans", "photos") or word.endswith(".parquet"):
+        elif word in ("DATA", "beans", "photos", "new_photos") or word.endswith(".parquet"):
             word = "images"
         elif re.search(r"\.(jpg|png)$|^IMAGE$", word) and before != "--output":
             word = str(next((folder / "images" / "dark").iterdir()))

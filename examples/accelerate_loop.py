@@ -21,6 +21,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 from peft_bsr import BSRConfig, verify_trainability
 from peft_bsr.data import collate, load_images, load_processor, put_aside, with_pixels
+from peft_bsr.training import WARMUP_SHARE
 
 sys.path.insert(0, str(Path(__file__).parent))
 from quickstart import find_model, load_base, make_parser, size_of
@@ -54,7 +55,9 @@ def main() -> None:
     )
     model, optimizer, train, test = accelerator.prepare(model, optimizer, train, test)
     total = args.max_steps or args.epochs * len(train)
-    scheduler = get_cosine_schedule_with_warmup(optimizer, num_warmup_steps=min(20, total), num_training_steps=total)
+    scheduler = get_cosine_schedule_with_warmup(
+        optimizer, num_warmup_steps=round(WARMUP_SHARE * total), num_training_steps=total
+    )
 
     step = 0
     for epoch in range(args.epochs):

@@ -28,7 +28,7 @@ from quickstart import find_model, load_base, make_parser, size_of, training_arg
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = make_parser(__doc__)
+    parser = make_parser(__doc__, "alast")
     parser.add_argument("--epochs", type=float, default=4, help="default 4")
     parser.add_argument("--max-steps", type=int, default=-1, help="stop after so many steps (default: by epochs)")
     parser.add_argument("--output", type=Path, default=Path("outputs/alast"), help="default outputs/alast")

@@ -54,6 +54,7 @@ class Progress:
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = make_parser(__doc__)
+    parser.set_defaults(learning_rate=2e-4)  # of the runs in docs/multitask.md
     parser.add_argument("--task", action="append", default=[], help="NAME=DATASET, or NAME=train.parquet,test.parquet")
     parser.add_argument("--train-images", type=int, help="at most so many of each task")
     parser.add_argument("--test-images", type=int, help="at most so many of each task")

@@ -24,6 +24,7 @@ from transformers import AutoModelForImageClassification, Trainer, TrainingArgum
 from peft_bsr import BSRConfig, DatasetError, TrainabilityCallback
 from peft_bsr.cost import compare, cost_table
 from peft_bsr.data import collate, load_images, load_processor, put_aside, to_pictures, with_pixels
+from peft_bsr.training import WARMUP_SHARE, default_learning_rate
 from peft_bsr.training.scores import compute_accuracy
 from peft_bsr.viz import draw_kept_tokens
 
@@ -34,8 +35,8 @@ HUB_MODEL = "facebook/dinov2-small"
 console = Console()
 
 
-def make_parser(description: str | None) -> argparse.ArgumentParser:
-    """The command line as far as the examples share it."""
+def make_parser(description: str | None, method: str = "bsr") -> argparse.ArgumentParser:
+    """The command line as far as the examples share it; the method says which learning rate."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="Hub id or folder of an image model (default: DINOv2-small or its stand-in)")
     parser.add_argument(
@@ -43,7 +44,8 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     )
     parser.add_argument("--image-size", type=int, help="pixels (default: 112 for the default model, else the model's)")
     parser.add_argument("--batch-size", type=int, default=32, help="images a step (default 32)")
-    parser.add_argument("--learning-rate", type=float, default=2e-4, help="default 2e-4")
+    rate = default_learning_rate(method)
+    parser.add_argument("--learning-rate", type=float, default=rate, help="default %(default)s")
     return parser
 
 
@@ -88,6 +90,7 @@ def training_arguments(args: argparse.Namespace, **settings: object) -> Training
         per_device_eval_batch_size=64,
         learning_rate=args.learning_rate,
         lr_scheduler_type="cosine",
+        warmup_steps=WARMUP_SHARE,
         report_to="none",
         remove_unused_columns=False,  # pixels are made when they are asked for
         label_names=["labels"],  # a PeftModel does not tell them
@@ -126,7 +129,7 @@ def main() -> None:
 
     trainer = Trainer(
         model=model,
-        args=training_arguments(args, warmup_steps=20, logging_steps=10, save_strategy="no"),
+        args=training_arguments(args, logging_steps=10, save_strategy="no"),
         train_dataset=train,
         eval_dataset=test,
         data_collator=collate,

@@ -32,14 +32,13 @@ console = Console()
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = make_parser(__doc__)
+    parser = make_parser(__doc__, "synqt")
     parser.add_argument("--num-queries", type=int, default=4, help="learned prompts a layer (default 4)")
     parser.add_argument(
         "--keep-rate", type=float, default=1.0, help="share of tokens kept at a reduction (default 1.0)"
     )
     parser.add_argument("--epochs", type=float, default=2, help="default 2")
     parser.add_argument("--output", type=Path, default=Path("outputs/synqt"), help="folder of what is written")
-    parser.set_defaults(learning_rate=1e-3)
     return parser.parse_args()
 
 

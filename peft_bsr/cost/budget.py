@@ -100,6 +100,7 @@ def plan_for_budget(
         UnsupportedModelError: See `estimate`.
 
     Examples:
+        >>> import torch
         >>> from transformers import ViTConfig, ViTForImageClassification
         >>> with torch.device("meta"):
         ...     vit = ViTForImageClassification(ViTConfig(num_labels=10))

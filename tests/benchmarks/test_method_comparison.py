@@ -61,6 +61,7 @@ def run(script: str, sources: dict[str, Path], *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_every_experiment_trains_what_it_says(sources):
     from experiment import Experiment, load_base
 

@@ -100,6 +100,7 @@ def test_what_is_chosen_fits_when_it_is_run(memory):
     assert found == pytest.approx(predicted, rel=0.1, abs=8e6), plan.describe()
 
 
+@pytest.mark.slow
 def test_more_memory_gives_up_less():
     plans = plan_for_budget(vit(), "10GB", batch_size=BATCH)
     assert plans[0].config is None and not plans[0].setup.gradient_checkpointing
@@ -116,6 +117,7 @@ def test_a_model_that_an_adapter_froze_can_be_planned_for():
     assert found.estimate == expected.estimate and found.config is None
 
 
+@pytest.mark.slow
 def test_too_little_names_the_smallest():
     with pytest.raises(ConfigError, match=r"`memory='10MB'` is too little .* The smallest plan takes \d+ MiB") as error:
         plan_for_budget(vit(), "10MB", batch_size=4)

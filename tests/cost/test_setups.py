@@ -53,12 +53,10 @@ def test_saved_activations_under_autocast(name):
     assert found.saved_bytes < estimate(bare(), CONFIGS[name](), batch_size=2).saved_bytes
 
 
-@pytest.mark.parametrize("name", ["exact", pytest.param("full", marks=pytest.mark.slow),
-                                  pytest.param("lora", marks=pytest.mark.slow),
-                                  pytest.param("max", marks=pytest.mark.slow),
-                                  pytest.param("int8", marks=pytest.mark.slow)])  # fmt: skip
+@pytest.mark.parametrize("name", ["exact", "full", "lora", "max", "int8"])
 @pytest.mark.filterwarnings("ignore::peft_bsr.errors.LeanBlockWarning")  # int8 steps aside
-@pytest.mark.parametrize("autocast", [BF16, pytest.param(None, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("autocast", [BF16, None])
+@pytest.mark.slow
 def test_kept_bytes_of_a_compiled_model(name, autocast):
     """Counted on the graph of a real model, by the sizes of what its only node holds."""
     torch._dynamo.reset()

@@ -24,6 +24,7 @@ from peft_bsr import BSRConfig
 from peft_bsr_cli import COMMANDS, main
 from tests.docs.test_code_blocks import PAGES
 
+SLOW = {"index", "planner"}  # the README has the commands of the first, tests/cli those of the second
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 TRAIN_FIRST = sorted(COMMANDS, key=lambda command: command not in ("train", "export"))  # the others use what it writes
 
@@ -86,7 +87,9 @@ def as_here(arguments: list[str], folder: Path) -> list[str]:
         found.append(word)
     if arguments[0] == "train":
         steps = 4 if "--resume" in arguments else 2
-        found += ["--max-steps", str(steps), "--batch-size", "4"]
+        found += ["--max-steps", str(steps), "--batch-size", "4", "--no-measuring"]
+    if arguments[0] == "plan" and "--limit" not in arguments:
+        found += ["--limit", "2"]
     if arguments[0] == "export":
         found.append("--no-check")  # that is another export, of all tokens
     return found
@@ -101,7 +104,14 @@ def run_all(commands: list[list[str]], folder: Path, capsys: pytest.CaptureFixtu
         assert code == 0, f"peft-bsr {shlex.join(command)}\n{capsys.readouterr().err}"
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if commands_in(p.read_text())], ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, id=page.stem, marks=pytest.mark.slow if page.stem in SLOW else ())
+        for page in PAGES
+        if commands_in(page.read_text())
+    ],
+)
 def test_the_commands_of_a_page_run(page: Path, folder: Path, capsys: pytest.CaptureFixture[str]):
     text = page.read_text()
     for language, block in FENCE.findall(text):

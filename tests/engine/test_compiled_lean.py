@@ -156,6 +156,7 @@ def test_the_last_block_gives_all_tokens_to_a_hook():
     assert len(shapes) == 2 and shapes[0] == shapes[1] > 1
 
 
+@pytest.mark.slow
 def test_another_adapter_is_another_plan():
     model = make(PLANS["exact"][0])
     model.add_adapter("other", BSRConfig(**PLANS["every block exact"][0], init_weights=False))

@@ -71,6 +71,7 @@ def test_plan_for_budget(run):
     assert "ways fit into 3MB, the one that gives up least first" in printed
 
 
+@pytest.mark.slow
 def test_export_onnx(run, tmp_path):
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")

@@ -34,7 +34,7 @@ def clean_dynamo():
     torch._dynamo.reset()
 
 
-@pytest.fixture(params=["full", "lora"])
+@pytest.fixture(params=["full", pytest.param("lora", marks=pytest.mark.slow)])
 def model(request: pytest.FixtureRequest) -> PeftModel:
     torch.manual_seed(0)
     base = ViTForImageClassification(ViTConfig(num_hidden_layers=3, num_labels=3, **TINY))

@@ -87,7 +87,7 @@ def test_checkpointing(method, reentrant):
 
 
 @pytest.mark.parametrize("reentrant", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("method", SLOW)
+@pytest.mark.parametrize("method", [pytest.param(m, marks=() if m == "bsr" else pytest.mark.slow) for m in CONFIGS])
 def test_checkpointing_and_compiled(method, reentrant):
     assert train(method, compiled=True, reentrant=reentrant) == pytest.approx(expected(method), rel=1e-4)
 

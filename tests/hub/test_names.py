@@ -63,5 +63,6 @@ def test_a_damaged_adapter_beside_a_model_is_no_model(monkeypatch):
     """A repository with both files: what cannot be read is said, not taken for its base model."""
     files = [SimpleNamespace(rfilename=name) for name in ("config.json", "adapter_config.json")]
     monkeypatch.setattr(HfApi, "model_info", lambda *_, **__: SimpleNamespace(siblings=files))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # else it asks again for 20 s
     with pytest.raises(HubError, match="`me/both` is no adapter"):
         find_adapter("me/both")

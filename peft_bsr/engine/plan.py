@@ -36,6 +36,11 @@ class Reduction:
     of_all: bool = False
     share: float | None = None
     multiple: int = 1
+    _rate: str = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        # a number that is another one in a later compilation becomes a symbol for torch.compile; a text never does
+        object.__setattr__(self, "_rate", repr(float(self.keep_rate)))
 
     def keep(self, competing: int, num_special: int, at_start: int) -> int:
         """K, tokens that stay of those that are not special.
@@ -49,8 +54,8 @@ class Reduction:
             length = self.multiple * round(self.share * int(at_start) / self.multiple)
             return min(competing, max(1, length - num_special))
         if self.of_all:
-            return min(competing, max(1, math.floor(round(self.keep_rate * int(competing + num_special), 6))))
-        return num_kept(self.keep_rate, competing)
+            return min(competing, max(1, math.floor(round(float(self._rate) * int(competing + num_special), 6))))
+        return num_kept(float(self._rate), competing)
 
     def count_after(self, num_tokens: int, num_special: int, at_start: int | None = None) -> int:
         """Tokens left of `num_tokens`, special and fused ones included; the first block got `at_start` (or these)."""

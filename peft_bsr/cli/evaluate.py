@@ -11,6 +11,7 @@ from peft_bsr.data import DIGITS
 from peft_bsr.prediction import open_predictor
 from peft_bsr.prediction.scoring import check_scorable, score
 
+_KEYS, _SHOWN = ("precision", "recall", "f1"), 20
 EXAMPLES = """\
 examples:
   peft-bsr evaluate outputs/train/adapter --dataset beans
@@ -43,8 +44,15 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
         "split": split,
         "images": len(images),
         "accuracy": found.accuracy,
+        "balanced_accuracy": found.balanced_accuracy(),
+        **({"top5_accuracy": found.top_accuracy(5)} if len(predictor.labels) > 5 else {}),
         "loss": found.loss,
         "images_per_second": found.images_per_second,
     }
     out.facts(f"{args.model} on {args.dataset}", result)
-    return result
+    classes = found.by_class(predictor.labels)
+    worst = sorted(classes.items(), key=lambda item: item[1]["f1"])[:_SHOWN]
+    rows = [(name, *(f"{own[key]:.3f}" for key in _KEYS), f"{own['images']:.0f}") for name, own in worst]
+    title = "By class" if len(classes) <= _SHOWN else f"By class, the {_SHOWN} with the lowest F1 of {len(classes)}"
+    out.table(title, ("class", "precision", "recall", "F1", "images"), rows)
+    return result | {"classes": classes, "labels": predictor.labels, "confusion": found.confusion()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +42,37 @@ class Score:
     def loss(self) -> float:
         """Mean cross-entropy."""
         return float(cross_entropy(self.logits, torch.from_numpy(self.labels)))
+
+    def top_accuracy(self, k: int) -> float:
+        """Share of images whose class is among the k most probable ones."""
+        best = self.logits.topk(min(k, self.logits.shape[1]), dim=-1).indices.numpy()
+        return float((best == self.labels[:, None]).any(axis=1).mean())
+
+    def by_class(self, names: Sequence[str]) -> dict[str, dict[str, float]]:
+        """Class -> `precision`, `recall`, `f1` (0 where there is nothing to divide by), `images`.
+
+        Args:
+            names: All classes of the model, by number. Those without images here are left out.
+        """
+        from sklearn.metrics import precision_recall_fscore_support
+
+        answers, there = self.logits.argmax(-1).numpy(), np.unique(self.labels)
+        columns = precision_recall_fscore_support(self.labels, answers, labels=there, zero_division=0.0)
+        keys = ("precision", "recall", "f1", "images")
+        rows = zip(*(column.tolist() for column in columns), strict=True)
+        return {names[label]: dict(zip(keys, row, strict=True)) for label, row in zip(there, rows, strict=True)}
+
+    def balanced_accuracy(self) -> float:
+        """Mean over the classes that have images of their share of right answers."""
+        right = self.logits.argmax(-1).numpy() == self.labels
+        return float(np.mean([right[self.labels == label].mean() for label in np.unique(self.labels)]))
+
+    def confusion(self) -> list[list[int]]:
+        """[C][C], images of the class of the row that were taken for the class of the column."""
+        counts = np.zeros((self.logits.shape[1],) * 2, dtype=np.int64)
+        np.add.at(counts, (self.labels, self.logits.argmax(-1).numpy()), 1)
+        found: list[list[int]] = counts.tolist()
+        return found
 
 
 def check_scorable(predictor: Predictor) -> None:

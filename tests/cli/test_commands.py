@@ -140,6 +140,9 @@ def test_evaluate(run, run_json, trained, images):
     assert (said["split"], said["images"]) == ("test", 4)
     assert said["accuracy"] == summary["accuracy"] == summary["scores"]["test"]["accuracy"]
     assert said["loss"] == pytest.approx(summary["loss"], abs=1e-5)
+    assert set(said["classes"]) == set(said["labels"]) == {"dark", "light"}
+    assert sum(map(sum, said["confusion"])) == 4
+    assert sum(said["confusion"][i][i] for i in range(2)) == 4 * said["accuracy"]
     assert run_json("evaluate", trained / "adapter", "--dataset", images)["images"] == 20
     code, _, err = run("evaluate", trained / "adapter")
     assert code == 2

@@ -20,7 +20,7 @@ from peft_bsr.cli.saving import budgets_of, kept_step, may_fail, save_model, sco
 from peft_bsr.cli.settings import TrainSettings, add_settings, read_settings
 from peft_bsr.cli.sources import METHODS, find_adapter, load_model
 from peft_bsr.cli.training import make_trainer, optimizer_maker, training_arguments, without_validation
-from peft_bsr.data import size_of
+from peft_bsr.data import fixed_size, size_of
 from peft_bsr.errors import UsageError
 from peft_bsr.hub import plan_in_words
 from peft_bsr.report import write_report
@@ -57,6 +57,7 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
     arguments = training_arguments(settings, is_quiet=out.is_json)
     if find_adapter(settings.model) is not None:
         raise UsageError(f"`{settings.model}` is an adapter. Give its base model, or go on with its run by `--resume`.")
+    _check_image_size(settings)
     check_output(output)
     data = read_training_data(settings, out)
     without_validation(arguments, settings, data)
@@ -136,6 +137,16 @@ def _set_learning_rate(trainer: Any, settings: TrainSettings, out: Output) -> No
             + ("" if settings.learning_rate else f" (default of {settings.method})")
         )
     settings.learning_rate = trainer.args.learning_rate
+
+
+def _check_image_size(settings: TrainSettings) -> None:
+    """Refuse a size that the model does not take, before anything is read."""
+    size, only = settings.image_size, fixed_size(settings.model)
+    if size is not None and only is not None and only != (size, size):
+        raise UsageError(
+            f"`--image-size {size}`: `{settings.model}` takes images of {only[0]} x {only[1]} px alone. Leave it out, "
+            "or take a model that takes any size, such as DINOv2."
+        )
 
 
 def _in_words(model: Any, settings: TrainSettings) -> list[str]:

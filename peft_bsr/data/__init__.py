@@ -20,7 +20,7 @@ from peft_bsr.data.pixels import (
     to_rgb,
     with_pixels,
 )
-from peft_bsr.data.processor import load_processor, size_of
+from peft_bsr.data.processor import fixed_size, load_processor, size_of
 from peft_bsr.data.rows import DIGITS, SPLITS
 from peft_bsr.data.splits import choose, put_aside
 
@@ -34,6 +34,7 @@ __all__ = [
     "check_images",
     "choose",
     "collate",
+    "fixed_size",
     "image_name",
     "labels_of",
     "load_images",

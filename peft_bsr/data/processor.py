@@ -106,6 +106,22 @@ def _find(source: str) -> tuple[Any, bool]:
     return made(), False
 
 
+def fixed_size(source: str) -> tuple[int, int] | None:
+    """Height and width of the images of a model that takes one size only; None of one that takes any.
+
+    Args:
+        source: Folder or Hub id of the model.
+    """
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError):  # said where the model is loaded
+        return None
+    size = getattr(getattr(config, "vision_config", config), "image_size", None)
+    if size is None or not _is_fixed(config):
+        return None
+    return (int(size), int(size)) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
 def _size(processor: Any, source: str, is_own: bool) -> tuple[int, int]:
     """What the model's own processor makes, if the model takes it; else what the model was pretrained at."""
     made = _size_made(processor)
@@ -140,4 +156,4 @@ def _size_made(processor: Any) -> tuple[int, int] | None:
     return (int(height), int(width)) if height and width else None
 
 
-__all__ = ["load_processor", "size_of"]
+__all__ = ["fixed_size", "load_processor", "size_of"]

@@ -89,7 +89,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
             "is_kept = True",
             "nothing but products is computed again",
         ),
-        ("if budget < 1 and", "if budget > 1 and", "nothing is said of wrong gradients"),
+        ("if budget >= 1:", "if budget <= 1:", "nothing is said of wrong gradients"),
     ],
     "core/reduction.py": [
         ("math.ceil(", "math.floor(", "one token less survives"),

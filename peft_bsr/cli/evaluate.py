@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from peft_bsr.cli.images import DATA_HELP, add_columns, add_predicting, add_sizes, check_at_least, read_scored_data
+from peft_bsr.cli.images import DATA_HELP, add_scoring, check_at_least, read_scored_data
 from peft_bsr.cli.output import Output
 from peft_bsr.data import DIGITS
 from peft_bsr.prediction import open_predictor
@@ -25,10 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What the command takes."""
     parser.add_argument("model", metavar="MODEL", help="adapter, model, or .onnx file of `peft-bsr export`")
     parser.add_argument("--dataset", default=DIGITS, help=DATA_HELP)
-    parser.add_argument("--split", help="train, validation or test (default: test, or without one all images)")
-    add_columns(parser)
-    add_sizes(parser)
-    add_predicting(parser)
+    add_scoring(parser)
 
 
 def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:

@@ -46,6 +46,14 @@ def add_predicting(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, help="processes that read images (default: 0 on a CPU, else 4)")
 
 
+def add_scoring(parser: argparse.ArgumentParser) -> None:
+    """Which images of DATA a model is scored on, and how it is run over them."""
+    parser.add_argument("--split", help="train, validation or test (default: test, or without one all images)")
+    add_columns(parser)
+    add_sizes(parser)
+    add_predicting(parser)
+
+
 def check_at_least(args: argparse.Namespace, **least: int) -> None:
     """Refuse numbers that are too small, before anything is read.
 
@@ -81,7 +89,7 @@ def read_scored_data(args: argparse.Namespace, labels: list[str], out: Output) -
     """The name and the images of the split to score; what is in it is said.
 
     Args:
-        args: With the options of `add_columns` and `add_sizes`, and `--split`.
+        args: With `--dataset` and the options of `add_scoring`.
         labels: The model's.
         out: The screen.
 
@@ -130,6 +138,7 @@ __all__ = [
     "DATA_HELP",
     "add_columns",
     "add_predicting",
+    "add_scoring",
     "add_sizes",
     "check_at_least",
     "read_processor",

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from peft_bsr.cli.findings import reduces_in_use
-from peft_bsr.cli.images import DATA_HELP, add_columns, add_predicting, add_sizes, check_at_least, read_scored_data
+from peft_bsr.cli.images import DATA_HELP, add_scoring, check_at_least, read_scored_data
 from peft_bsr.cli.output import Output
 from peft_bsr.cli.sources import find_adapter
 from peft_bsr.core import as_plain
@@ -38,10 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="ADAPTER", help="Hub id or folder of an adapter")
     parser.add_argument("--output", type=Path, required=True, help="folder to write; it must be new or empty")
     parser.add_argument("--dataset", help=f"measure the accuracy of both on {DATA_HELP}")
-    parser.add_argument("--split", help="train, validation or test (default: test, or without one all images)")
-    add_columns(parser)
-    add_sizes(parser)
-    add_predicting(parser)
+    add_scoring(parser)
 
 
 def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:

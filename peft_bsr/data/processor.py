@@ -112,27 +112,28 @@ def fixed_size(source: str) -> tuple[int, int] | None:
     Args:
         source: Folder or Hub id of the model.
     """
-    try:
-        config = AutoConfig.from_pretrained(source)
-    except (OSError, ValueError):  # said where the model is loaded
-        return None
-    size = getattr(getattr(config, "vision_config", config), "image_size", None)
-    if size is None or not _is_fixed(config):
-        return None
-    return (int(size), int(size)) if isinstance(size, int) else (int(size[0]), int(size[1]))
+    size, is_fixed = _pretrained(source)
+    return size if is_fixed else None
 
 
 def _size(processor: Any, source: str, is_own: bool) -> tuple[int, int]:
     """What the model's own processor makes, if the model takes it; else what the model was pretrained at."""
-    made = _size_made(processor)
+    size, is_fixed = _pretrained(source)
+    takes_made = is_own and not is_fixed and _size_made(processor) is not None
+    return size_of(processor) if size is None or takes_made else size
+
+
+def _pretrained(source: str) -> tuple[tuple[int, int] | None, bool]:
+    """Size of the images that the model was pretrained at, if its configuration says so; whether it takes no other."""
     try:
         config = AutoConfig.from_pretrained(source)
-    except (OSError, ValueError):  # a processor by itself
-        return size_of(processor)
+    except (OSError, ValueError):  # a processor by itself; a missing model is told where it is loaded
+        return None, False
     size = getattr(getattr(config, "vision_config", config), "image_size", None)
-    if size is None or (made is not None and is_own and not _is_fixed(config)):
-        return size_of(processor)
-    return (int(size), int(size)) if isinstance(size, int) else (int(size[0]), int(size[1]))
+    if size is None:
+        return None, False
+    height, width = (size, size) if isinstance(size, int) else size[:2]
+    return (int(height), int(width)), _is_fixed(config)
 
 
 def _is_fixed(config: Any) -> bool:

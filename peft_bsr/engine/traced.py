@@ -155,8 +155,10 @@ def warn_of_budget(module: nn.Module) -> None:
         module: What is compiled; parts that draw nothing now (rates of 0, evaluation mode) do not count.
     """
     budget = torch._functorch.config.activation_memory_budget
+    if budget >= 1:
+        return
     drawing = next((name for name, part in module.named_modules() if part.training and _draws(part)), None)
-    if budget < 1 and drawing is not None:
+    if drawing is not None:
         warnings.warn(
             f"`{drawing}` draws random numbers in training, and torch._functorch.config.activation_memory_budget is "
             f"{budget:g}: below 1, torch gives wrong gradients then (pytorch issue 190758). Set the budget to 1, or "

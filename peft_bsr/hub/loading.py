@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoConfig, AutoFeatureExtractor, AutoImageProcessor, AutoModelForImageClassification
 
 from peft_bsr.errors import HubError, headline
-from peft_bsr.hub.files import ADAPTER, list_files
+from peft_bsr.hub.files import ADAPTER, MODEL, list_files
 from peft_bsr.hub.task import task_of
 from peft_bsr.tuners.base_model import with_settings
 
@@ -88,7 +88,7 @@ def read_config(name: str | Path, *, revision: str | None = None, token: str | b
         raise HubError(_no_adapter(name, f"it has no {ADAPTER}"))
     try:
         config = PeftConfig.from_pretrained(_place(name), revision=revision, token=token)
-        if not hasattr(config, "labels") and "config.json" in files:  # of PEFT's own methods
+        if not hasattr(config, "labels") and MODEL in files:  # of PEFT's own methods
             labels = AutoConfig.from_pretrained(_place(name), revision=revision, token=token).id2label
             config.labels = [labels[index] for index in sorted(labels)]
     except Exception as error:  # ValueError, or the Hub's and the HTTP library's own errors

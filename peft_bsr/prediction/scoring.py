@@ -34,9 +34,15 @@ class Score:
     images_per_second: float
 
     @property
+    def answers(self) -> np.ndarray:
+        """[N], the most probable classes."""
+        found: np.ndarray = self.logits.argmax(-1).numpy()
+        return found
+
+    @property
     def accuracy(self) -> float:
         """Share of right answers."""
-        return float((self.logits.argmax(-1).numpy() == self.labels).mean())
+        return float((self.answers == self.labels).mean())
 
     @property
     def loss(self) -> float:
@@ -56,23 +62,26 @@ class Score:
         """
         from sklearn.metrics import precision_recall_fscore_support
 
-        answers, there = self.logits.argmax(-1).numpy(), np.unique(self.labels)
-        columns = precision_recall_fscore_support(self.labels, answers, labels=there, zero_division=0.0)
+        there = np.unique(self.labels)
+        columns = precision_recall_fscore_support(self.labels, self.answers, labels=there, zero_division=0.0)
         keys = ("precision", "recall", "f1", "images")
         rows = zip(*(column.tolist() for column in columns), strict=True)
         return {names[label]: dict(zip(keys, row, strict=True)) for label, row in zip(there, rows, strict=True)}
 
     def balanced_accuracy(self) -> float:
         """Mean over the classes that have images of their share of right answers."""
-        right = self.logits.argmax(-1).numpy() == self.labels
-        return float(np.mean([right[self.labels == label].mean() for label in np.unique(self.labels)]))
+        from sklearn.metrics import recall_score
+
+        return float(recall_score(self.labels, self.answers, labels=np.unique(self.labels), average="macro"))
 
     def confusion(self) -> list[list[int]]:
         """[C][C], images of the class of the row that were taken for the class of the column."""
-        counts = np.zeros((self.logits.shape[1],) * 2, dtype=np.int64)
-        np.add.at(counts, (self.labels, self.logits.argmax(-1).numpy()), 1)
-        found: list[list[int]] = counts.tolist()
-        return found
+        from sklearn.metrics import confusion_matrix
+
+        counts: list[list[int]] = confusion_matrix(
+            self.labels, self.answers, labels=range(self.logits.shape[1])
+        ).tolist()
+        return counts
 
 
 def check_scorable(predictor: Predictor) -> None:

@@ -8,9 +8,7 @@ from typing import Any
 def compute_accuracy(prediction: Any) -> dict[str, float]:
     """Share of right answers, for Trainer's `compute_metrics`."""
     predictions = prediction.predictions
-    logits = (
-        predictions[0] if isinstance(predictions, tuple) else predictions
-    )  # a distilled DeiT gives more beside them
+    logits = predictions[0] if isinstance(predictions, tuple) else predictions  # some models give more than logits
     return {"accuracy": float((logits.argmax(-1) == prediction.label_ids).mean())}
 
 

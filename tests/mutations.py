@@ -73,7 +73,11 @@ TESTS: dict[str, list[str]] = {
     "ops/reduce.py": ["tests/core", "tests/engine/test_exactness.py", "tests/engine/test_gradients.py"],
     "ops/int8.py": ["tests/engine/test_int8.py"],
     "engine/int8.py": ["tests/engine/test_int8.py", "tests/engine/test_living.py"],
-    "engine/bound.py": ["tests/engine/test_hooks.py", "tests/engine/test_lean.py"],
+    "engine/bound.py": [
+        "tests/engine/test_hooks.py",
+        "tests/engine/test_lean.py",
+        "tests/engine/test_hooks_everywhere.py",
+    ],
     "engine/watch.py": ["tests/engine/test_hooks.py"],
     "engine/traced.py": ["tests/engine/test_compiled_lean.py"],
 }

@@ -136,11 +136,14 @@ def test_with_gradient_checkpointing():
     assert found[0] < 0.5 * expected[0]
 
 
-def test_a_hook_sees_the_half_that_runs_as_stock_modules():
+@pytest.mark.parametrize("part", ["attention", "mlp"])
+def test_a_hook_sees_the_half_that_runs_as_stock_modules(part):
     model = make(PLANS["exact"][0])
     expected, sums = step(model, model), []
-    mlp = model.get_base_model().vit.layers[3].mlp
-    mlp.register_forward_hook(lambda module, args, output: sums.append(output.sum()))
+    half = getattr(model.get_base_model().vit.layers[3], part)
+    half.register_forward_hook(
+        lambda module, args, output: sums.append((output[0] if isinstance(output, tuple) else output).sum())
+    )
     found = step(model, torch.compile(model, backend=PARTITIONED, fullgraph=True))
     assert_same(found, expected)
     assert len(sums) == 1

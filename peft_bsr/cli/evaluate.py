@@ -11,7 +11,6 @@ from peft_bsr.data import DIGITS
 from peft_bsr.prediction import open_predictor
 from peft_bsr.prediction.scoring import check_scorable, score
 
-_KEYS, _SHOWN = ("precision", "recall", "f1"), 20
 EXAMPLES = """\
 examples:
   peft-bsr evaluate outputs/train/adapter --dataset beans
@@ -40,16 +39,11 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
         "dataset": args.dataset,
         "split": split,
         "images": len(images),
-        "accuracy": found.accuracy,
-        "balanced_accuracy": found.balanced_accuracy(),
-        **({"top5_accuracy": found.top_accuracy(5)} if len(predictor.labels) > 5 else {}),
-        "loss": found.loss,
+        **found.figures(),
         "images_per_second": found.images_per_second,
     }
-    out.facts(f"{args.model} on {args.dataset}", result)
-    classes = found.by_class(predictor.labels)
-    worst = sorted(classes.items(), key=lambda item: item[1]["f1"])[:_SHOWN]
-    rows = [(name, *(f"{own[key]:.3f}" for key in _KEYS), f"{own['images']:.0f}") for name, own in worst]
-    title = "By class" if len(classes) <= _SHOWN else f"By class, the {_SHOWN} with the lowest F1 of {len(classes)}"
-    out.table(title, ("class", "precision", "recall", "F1", "images"), rows)
-    return result | {"classes": classes, "labels": predictor.labels, "confusion": found.confusion()}
+    shown = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in result.items()}
+    out.facts(f"{args.model} on {args.dataset}", shown)
+    for table in found.tables():
+        out.table(*table)
+    return result | found.details()

@@ -12,20 +12,30 @@ import numpy as np
 import peft
 import torch
 import transformers
+from PIL import Image
 
+from peft_bsr.cli.memory import Peak
 from peft_bsr.cli.settings import TrainSettings
 from peft_bsr.cli.sources import METHODS, load_model
 from peft_bsr.cost import Cost, compare
 from peft_bsr.cost.comparison import device_name
-from peft_bsr.data import LabelledImages, collate, to_pictures, with_pixels
+from peft_bsr.data import LabelledImages, collate, open_image, to_pictures, to_rgb, with_pixels
+from peft_bsr.errors import InputError
 from peft_bsr.hub.card import PICTURE
+from peft_bsr.prediction.scoring import Score
 from peft_bsr.registration import package_version
-from peft_bsr.report import RunRecord
+from peft_bsr.report import Results, RunRecord
 from peft_bsr.training.groups import trained_parameters
-from peft_bsr.viz import KeptTokens, draw_kept, kept_token_pictures, saved_by_block
+from peft_bsr.viz import KeptTokens, draw_confusion, draw_kept, kept_token_pictures, saved_by_block
 
 FULL = "full fine-tuning"
-_BATCH, _SHOWN = 8, 4  # images that are measured on, and that are drawn
+_BATCH, _SHOWN, _WORST = 8, 4, 12  # images that are measured on, that are drawn, that were answered worst
+_SIDE = 192  # pixels of those
+_PEAK = "Predicted by the planner for a training step: weights, optimizer, gradients, activations. Measured: "
+_PEAK_NOTES = {
+    "cpu": _PEAK + "how much this process grew while it loaded the model and trained, images and libraries included.",
+    "cuda": _PEAK + "what torch held on the device at most while it trained and scored epochs.",
+}
 
 
 @dataclass
@@ -39,6 +49,10 @@ class Findings:
     titles: list[str] = field(default_factory=list)
     kept: list[KeptTokens] = field(default_factory=list)
     picture: Path | None = None
+    confusion: Path | None = None
+    confusion_note: str = ""
+    worst: list[tuple[Image.Image, str]] = field(default_factory=list)
+    peak: Peak = field(default_factory=Peak)
 
 
 def draw_pictures(found: Findings, model: Any, data: LabelledImages, processor: Any, output: Path) -> None:
@@ -60,6 +74,38 @@ def draw_pictures(found: Findings, model: Any, data: LabelledImages, processor: 
     found.titles = [data.labels[label] for label in shown["labels"].tolist()]
     found.kept = kept_token_pictures(model, pixels, found.images)
     found.picture = draw_kept(found.kept, found.images, output / PICTURE, found.titles)
+
+
+def draw_confusion_matrix(found: Findings, score: Score, path: Path) -> None:
+    """Draw the confusion matrix, if the model has one that can be read as a picture.
+
+    Args:
+        found: Takes the file, or the reason why there is none.
+        score: Of the trained model.
+        path: File to write.
+    """
+    details = score.details()
+    if "confusion" not in details:
+        return
+    try:
+        found.confusion = draw_confusion(details["confusion"], details["labels"], path)
+    except InputError as error:
+        found.confusion_note = f"{error} scores.json has all of it."
+
+
+def show_worst(found: Findings, score: Score) -> None:
+    """Open the images with the highest loss.
+
+    Args:
+        found: Takes them, with what was answered.
+        score: Of the trained model.
+    """
+    for one in score.details().get("worst", [])[:_WORST]:
+        image = to_rgb(open_image(score.rows[one["row"]]["image"]))
+        image.thumbnail((_SIDE, _SIDE))
+        words = {name: f"{value:.3g}" if isinstance(value, float) else value for name, value in one.items()}
+        words["file"] = Path(one["file"]).name
+        found.worst.append((image, "\n".join(f"{name}: {value}" for name, value in words.items() if name != "row")))
 
 
 def measure_costs(found: Findings, model: Any, settings: TrainSettings, data: LabelledImages, processor: Any) -> None:
@@ -111,20 +157,27 @@ def versions() -> dict[str, str]:
 
 
 def headline_of(
-    model: Any, settings: TrainSettings, found: Findings, scores: Mapping[str, Mapping[str, float]], seconds: float
+    model: Any, settings: TrainSettings, found: Findings, scores: Mapping[str, Score], *, seconds: float, kept: str
 ) -> dict[str, str]:
     """The few numbers that stand on top, name -> text."""
     trained = sum(p.numel() for p in trained_parameters(model).values())
-    headline = {f"{split} accuracy": f"{of_split['accuracy']:.1%}" for split, of_split in scores.items()}
-    headline |= {
-        "training": f"{seconds:.0f} s",
-        "parameters trained": f"{trained / 1e6:.2f} M",
-    }
+    headline = {}
+    for split, score in scores.items():
+        name, value = next(iter(score.figures().items()))
+        headline[f"{split} {name}"] = in_words(name, value)
+    headline |= {"kept": kept, "training": f"{seconds:.0f} s", "parameters trained": f"{trained / 1e6:.2f} M"}
+    if str(found.peak):
+        headline["peak memory"] = str(found.peak)
     if found.costs:
         full, own = found.costs[FULL], found.costs[settings.method.upper()]
         headline["saved activations"] = f"{own.saved_bytes_per_image / full.saved_bytes_per_image:.0%} of full"
         headline["step time"] = f"{own.step_seconds / full.step_seconds:.0%} of full"
     return headline
+
+
+def in_words(name: str, value: float) -> str:
+    """A figure as text: accuracies in percent."""
+    return f"{value:.1%}" if name.endswith("accuracy") else f"{value:.4g}"
 
 
 def make_record(
@@ -134,6 +187,8 @@ def make_record(
     words: Sequence[str],
     *,
     headline: Mapping[str, str],
+    scores: Mapping[str, Score],
+    kept_step: int,
     log_history: Sequence[Mapping[str, Any]],
     budgets: Sequence[Any],
     command: str,
@@ -147,6 +202,10 @@ def make_record(
         words=words,
         headline=headline,
         log_history=log_history,
+        kept_step=kept_step,
+        results=_results(scores, found),
+        memory=_memory(found.peak),
+        memory_note=_PEAK_NOTES.get(found.peak.device, _PEAK_NOTES["cuda"]),
         saved_by_block=found.saved,
         costs=found.costs,
         conditions=found.conditions,
@@ -160,14 +219,33 @@ def make_record(
     )
 
 
+def _results(scores: Mapping[str, Score], found: Findings) -> Results | None:
+    """Of test, or else of validation images."""
+    if not scores:
+        return None
+    split, score = list(scores.items())[-1]
+    figures = [(name.replace("_", " "), in_words(name, value)) for name, value in score.figures().items()]
+    tables = [("All images", ("", ""), figures), *((t.title, t.columns, t.rows) for t in score.tables())]
+    title = f"Results on {len(score.rows)} {split} images"
+    return Results(title, tables, found.confusion, found.confusion_note, found.worst)
+
+
+def _memory(peak: Peak) -> dict[str, int]:
+    sizes = {} if peak.predicted is None else {"predicted": peak.predicted.total_bytes}
+    return sizes if peak.measured_bytes is None else {**sizes, "measured": peak.measured_bytes}
+
+
 __all__ = [
     "FULL",
     "Findings",
     "conditions",
+    "draw_confusion_matrix",
     "draw_pictures",
     "headline_of",
+    "in_words",
     "make_record",
     "measure_costs",
     "reduces_in_use",
+    "show_worst",
     "versions",
 ]

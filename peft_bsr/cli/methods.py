@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import nn
 
 from peft_bsr.backbones import probe_column
@@ -42,6 +42,23 @@ def check_method(method: str, options: Mapping[str, Any]) -> None:
         raise UsageError(f"`--method {method}` has no options, but `--set` gives {', '.join(options)}.")
 
 
+def config_of(method: str, base: nn.Module, options: Mapping[str, Any]) -> PeftConfig | None:
+    """The adapter's configuration, or None where the method has no adapter.
+
+    Args:
+        method: One of `ALL_METHODS`.
+        base: An image classifier of transformers.
+        options: Fields of the method's configuration.
+    """
+    if method in METHODS:
+        config: PeftConfig = make_config(method, options)
+        return config
+    if method != "lora":
+        return None
+    standard = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear", "modules_to_save": _head(base)}
+    return LoraConfig(**(standard | dict(options)))
+
+
 def attach(method: str, base: nn.Module, options: Mapping[str, Any]) -> Any:
     """The model as the method trains it: an adapter around `base`, or `base` with what trains asking for gradients.
 
@@ -50,18 +67,18 @@ def attach(method: str, base: nn.Module, options: Mapping[str, Any]) -> Any:
         base: An image classifier of transformers.
         options: Fields of the method's configuration.
     """
-    if method in METHODS:
-        return get_peft_model(base, make_config(method, options))
-    if method == "full":
-        return base.requires_grad_(True)
-    head = [name for name in probe_column(base.eval()).head if isinstance(base.get_submodule(name), nn.Linear)]
-    if method == "lora":
-        standard = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear", "modules_to_save": head}
-        return get_peft_model(base, LoraConfig(**(standard | dict(options))))
-    base.requires_grad_(False)
-    for name in head:
+    config = config_of(method, base, options)
+    if config is not None:
+        return get_peft_model(base, config)
+    base.requires_grad_(method == "full")
+    for name in _head(base) if method == "linear" else ():
         base.get_submodule(name).requires_grad_(True)
     return base
 
 
-__all__ = ["ALL_METHODS", "BASELINES", "CONFIGS", "attach", "check_method"]
+def _head(base: nn.Module) -> list[str]:
+    """Names of the Linear modules after the last block."""
+    return [name for name in probe_column(base.eval()).head if isinstance(base.get_submodule(name), nn.Linear)]
+
+
+__all__ = ["ALL_METHODS", "BASELINES", "CONFIGS", "attach", "check_method", "config_of"]

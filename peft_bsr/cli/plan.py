@@ -7,8 +7,7 @@ import json
 import shlex
 from typing import Any
 
-import torch
-
+from peft_bsr.cli.memory import OPTIMIZERS, PRECISIONS
 from peft_bsr.cli.output import Output
 from peft_bsr.cli.sources import changed, find_adapter, make_model, model_of
 from peft_bsr.cost import BudgetPlan, Setup, plan_for_budget
@@ -19,14 +18,6 @@ examples:
   peft-bsr plan google/vit-base-patch16-224 --memory 2GB
   peft-bsr plan google/vit-large-patch16-224 --memory 8GB --device cuda --precision bf16 --optimizer adamw_8bit --json
 """
-_PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-_OPTIMIZERS = {  # as Trainer calls them
-    "adamw_fused": ("optim=adamw_torch_fused",),
-    "adamw": ("optim=adamw_torch",),
-    "adamw_8bit": ("optim=adamw_torch_8bit",),  # torchao's
-    "sgd_momentum": ("optim=sgd", "optim_args=momentum=0.9"),
-    "sgd": ("optim=sgd",),
-}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,9 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--memory", required=True, help='budget, such as "2GB" (10^9) or "1.5GiB" (2^30)')
     parser.add_argument("--batch-size", type=int, default=32, help="images a step (default 32)")
     parser.add_argument("--image-size", type=int, help="pixels (default: the model's)")
-    names = f"{', '.join(_OPTIMIZERS)} (default adamw_fused)"
-    parser.add_argument("--optimizer", default="adamw_fused", choices=_OPTIMIZERS, metavar="NAME", help=names)
-    parser.add_argument("--precision", default="fp32", choices=_PRECISIONS, help="bf16, fp16: autocast (default fp32)")
+    names = f"{', '.join(OPTIMIZERS)} (default adamw_fused)"
+    parser.add_argument("--optimizer", default="adamw_fused", choices=OPTIMIZERS, metavar="NAME", help=names)
+    parser.add_argument("--precision", default="fp32", choices=PRECISIONS, help="bf16, fp16: autocast (default fp32)")
     parser.add_argument("--compile", action="store_true", help="torch.compile; 10 to 30 seconds a plan")
     parser.add_argument("--labels", type=int, default=10, help="classes of the head (default 10)")
     parser.add_argument("--limit", type=int, help="stop after so many ways (default: all)")
@@ -53,7 +44,7 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
         image_size=args.image_size,
         optimizer=args.optimizer,
         device=args.device,
-        autocast=_PRECISIONS[args.precision],
+        autocast=PRECISIONS[args.precision],
         compile=args.compile,
     )
     with out.doing("running steps without memory"):
@@ -112,12 +103,12 @@ def command_of(plan: BudgetPlan, source: str) -> str:
     words += ["--image-size", str(setup.image_size)] if setup.image_size else []
     words += [
         word
-        for name, dtype in _PRECISIONS.items()
+        for name, dtype in PRECISIONS.items()
         if dtype and dtype is setup.autocast
         for word in ("--precision", name)
     ]
     words += ["--compile"] if setup.compile else []
-    pairs = [*_OPTIMIZERS[setup.optimizer]]
+    pairs = [*OPTIMIZERS[setup.optimizer]]
     if setup.gradient_checkpointing:
         offload = ', "offload": true' if setup.gradient_checkpointing == "offload" else ""
         pairs += ["gradient_checkpointing=true", f'gradient_checkpointing_kwargs={{"use_reentrant": false{offload}}}']

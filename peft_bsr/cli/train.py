@@ -11,12 +11,33 @@ from typing import Any
 import transformers
 from torch.utils.data import default_collate
 
-from peft_bsr.cli.findings import Findings, draw_pictures, headline_of, make_record, measure_costs
+from peft_bsr.cli.findings import (
+    Findings,
+    draw_confusion_matrix,
+    draw_pictures,
+    headline_of,
+    make_record,
+    measure_costs,
+    show_worst,
+)
 from peft_bsr.cli.images import read_processor, read_training_data
+from peft_bsr.cli.memory import predict_peak, watch_peak
 from peft_bsr.cli.methods import BASELINES, attach, check_method
 from peft_bsr.cli.output import Output
 from peft_bsr.cli.resuming import RunCallback, check_output, find_checkpoint, take_stored_settings
-from peft_bsr.cli.saving import budgets_of, kept_step, may_fail, save_model, score, write_adapter_card, write_summary
+from peft_bsr.cli.saving import (
+    budgets_of,
+    kept_in_words,
+    kept_step,
+    last_of,
+    may_fail,
+    save_model,
+    score_all,
+    trained_model,
+    write_adapter_card,
+    write_scores,
+    write_summary,
+)
 from peft_bsr.cli.settings import TrainSettings, add_settings, read_settings
 from peft_bsr.cli.sources import METHODS, find_adapter, load_model
 from peft_bsr.cli.training import make_trainer, optimizer_maker, training_arguments, without_validation
@@ -36,7 +57,8 @@ examples:
   peft-bsr train --output outputs/train --resume
 
 written below --output: adapter/ (weights, model card, image processor; model/ with --method full and linear),
-report.html, summary.json, settings.yaml, checkpoints/ (one an epoch, the last is kept, and the best with --keep best).
+report.html, summary.json, scores.json (classes, confusion matrix, worst images), confusion.png, settings.yaml,
+checkpoints/ (one an epoch, the last is kept, and the best with --keep best).
 """
 
 
@@ -44,7 +66,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What the command takes."""
     add_settings(parser)
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output")
-    parser.add_argument("--no-measuring", action="store_true", help="do not compare with full fine-tuning afterwards")
+    parser.add_argument(
+        "--no-measuring", action="store_true", help="leave out peak memory, and the comparison with full fine-tuning"
+    )
 
 
 def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
@@ -65,15 +89,23 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
         settings.model, out, image_size=settings.image_size, mean=settings.mean, std=settings.std
     )
     transformers.set_seed(settings.seed)
-    model = attach(settings.method, load_model(settings.model, data.labels), settings.options)
-    words = _in_words(model, settings)
-    counts = ", ".join(f"{len(rows)} {split}" for split, rows in data.splits.items())
-    out.note(f"{settings.model}: {counts} images; {_size_in_words(processor, model)}")
-    out.note("\n".join(words))
-
-    clock = RunCallback(settings)
-    trainer = make_trainer(model, settings, arguments, data, processor, clock)
+    found, report = Findings(), None
     with ExitStack() as stack:
+        if not args.no_measuring:
+            found.peak = stack.enter_context(watch_peak(arguments.device))
+        base = load_model(settings.model, data.labels)
+        if not args.no_measuring:
+            with may_fail("prediction of peak memory", out, "The run goes on."):
+                found.peak.predicted = predict_peak(settings, arguments, base, processor)
+        model = attach(settings.method, base, settings.options)
+        words = _in_words(model, settings)
+        counts = ", ".join(f"{len(rows)} {split}" for split, rows in data.splits.items())
+        out.note(f"{settings.model}: {counts} images; {_size_in_words(processor, model)}")
+        out.note("\n".join(words))
+        if found.peak.predicted is not None:
+            out.note(f"peak memory of a step: {found.peak}; Python and torch come on top")
+        clock = RunCallback(settings)
+        trainer = make_trainer(model, settings, arguments, data, processor, clock)
         stack.callback(clock.release)
         if settings.cache:
             cache = FeatureCache.build(
@@ -87,27 +119,45 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
         out.note(f"saved after step {trainer.state.global_step}; go on: {_resume_command(settings)}")
         raise KeyboardInterrupt
 
-    folder = save_model(trainer.model, processor, output)
-    scores = score(trainer, data, processor)
-    found, report = Findings(), None
+    model = trained_model(trainer)
+    folder = save_model(model, processor, output)
+    scores = score_all(
+        model,
+        data,
+        processor,
+        batch_size=arguments.per_device_eval_batch_size,
+        workers=settings.workers,
+        progress=not out.is_json,
+    )
     seconds = clock.seconds_before
     write_summary(trainer, settings, scores, found, seconds=seconds, folder=folder, report=None)
+    last = scores.get(last_of(scores) or "")
+    with may_fail("scores.json", out):
+        write_scores(scores, output / "scores.json")
+    if last is not None:
+        with may_fail("confusion matrix", out):
+            draw_confusion_matrix(found, last, output / "confusion.png")
+        with may_fail("images with the highest loss", out):
+            show_worst(found, last)
     if settings.method in METHODS:
         with may_fail("pictures", out):
-            draw_pictures(found, trainer.model, data, processor, output)
+            draw_pictures(found, model, data, processor, output)
     if not args.no_measuring and settings.method != "full":
         with may_fail("costs", out), out.doing("measuring against full fine-tuning on the same batch"):
-            measure_costs(found, trainer.model, settings, data, processor)
+            measure_costs(found, model, settings, data, processor)
     with may_fail("model card", out):
-        write_adapter_card(trainer.model, settings, scores, found, folder)
-    headline = headline_of(trainer.model, settings, found, scores, seconds)
+        write_adapter_card(model, settings, scores, found, folder)
+    kept = kept_in_words(trainer)
+    headline = headline_of(model, settings, found, scores, seconds=seconds, kept=kept)
     with may_fail("report", out):
         record = make_record(
-            trainer.model,
+            model,
             settings,
             found,
             words,
             headline=headline,
+            scores=scores,
+            kept_step=kept_step(trainer),
             log_history=trainer.state.log_history,
             budgets=budgets_of(trainer),
             command=shlex.join(["peft-bsr", *args.typed]),
@@ -116,7 +166,7 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
     summary = write_summary(trainer, settings, scores, found, seconds=seconds, folder=folder, report=report)
     out.facts("Trained", headline)
     if arguments.load_best_model_at_end:
-        out.say(f"kept: step {kept_step(trainer)} of {trainer.state.global_step}, the best by validation")
+        out.say(f"kept: {kept}, the best by validation")
     out.say(f"{folder.name}: {folder}" + (f"\nreport: {report}" if report else ""))
     return summary
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +69,9 @@ def model_card(config: SavedConfig, facts: Facts, base: str | None = None) -> st
     ]
     if facts.metrics or facts.dataset:
         on = f" on {_hub_id(facts.dataset) or _folder(facts.dataset)}" if facts.dataset else ""
-        scores = [f"- {name}{on}: {value:.4g}" for name, value in facts.metrics.items()]
+        scores = [f"- {name.replace('_', ' ')}{on}: {value:.4g}" for name, value in facts.metrics.items()]
         parts.append("## Results\n\n" + ("\n".join(scores) or f"Trained{on}; nothing was scored."))
+        parts += [f"### {title}\n\n{_table(head, rows)}" for title, head, rows, *_ in facts.tables]
     if facts.costs:
         parts.append("## Measured\n\n" + _cost_table(facts))
     if facts.picture is not None:
@@ -92,6 +95,14 @@ def _snippet(task: Task, repo_id: str | None) -> str:
         lines += ["predict = peft_bsr.pipeline(adapter)  # the same in a pipeline of transformers"]
         lines += [f'predict("{task.example}")' + ("  # `score` is the value" if task.is_regression else "")]
     return "\n".join(["```python", "import peft_bsr", "", *lines, "```"])
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """In Markdown; a class may be called `|` or `<b>`."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(
+        f"| {' | '.join(escape(cell, quote=False).replace('|', '&#124;') for cell in row)} |" for row in lines
+    )
 
 
 def _cost_table(facts: Facts) -> str:

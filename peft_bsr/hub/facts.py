@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,9 @@ class Facts:
 
     Attributes:
         dataset: Hub id or name of what it was trained on.
-        metrics: Name -> value, for example `{"test accuracy": 0.95}`: the split, if it is told, and the metric.
+        metrics: Name -> value, for example `{"test accuracy": 0.95}`: the split, if it is told, and the metric, in one
+            word (`"test balanced_accuracy"`).
+        tables: Title, headings and rows of tables below them, such as figures by class.
         costs: Name -> `Cost` of this adapter and of what it is compared with, from `peft_bsr.cost.compare`; the first
             is the reference.
         conditions: Under which the costs were measured (device, dtype, batch, versions).
@@ -30,6 +32,7 @@ class Facts:
 
     dataset: str | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
+    tables: Sequence[tuple[str, Sequence[str], Sequence[Sequence[str]]]] = ()
     costs: Mapping[str, Cost] = field(default_factory=dict)
     conditions: str | None = None
     picture: str | Path | None = None

@@ -13,13 +13,14 @@ _WIDTH, _LEFT, _RIGHT, _TOP, _BOTTOM = 420, 46, 8, 8, 38
 _Points = Sequence[tuple[float, float]]
 
 
-def line_chart(series: Mapping[str, _Points], x_label: str, y_label: str) -> str:
+def line_chart(series: Mapping[str, _Points], x_label: str, y_label: str, mark: float | None = None) -> str:
     """Lines over a common axis.
 
     Args:
         series: Name -> (x, y), ascending in x. A single point is drawn as a dot.
         x_label: Below.
         y_label: Above.
+        mark: x of a vertical line. Default None: no line.
     """
     xs = [x for points in series.values() for x, _ in points]
     ys = [y for points in series.values() for _, y in points]
@@ -32,6 +33,9 @@ def line_chart(series: Mapping[str, _Points], x_label: str, y_label: str) -> str
         return _x(share), _y((y - low) / ((top - low) or 1), height)
 
     marks = []
+    if mark is not None:
+        x, _ = at(min(max(mark, first), last), low)
+        marks.append(f'<path class="mark" d="M{x:.1f} {_y(0, height):.1f}V{_y(1, height):.1f}"/>')
     for number, (name, points) in enumerate(series.items()):
         places = [at(x, y) for x, y in points]
         path = " ".join(f"{'L' if i else 'M'}{x:.1f} {y:.1f}" for i, (x, y) in enumerate(places))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,11 @@ from PIL import Image
 
 from peft_bsr.cost import cost_rows
 from peft_bsr.report.charts import bar_chart, heat_map, line_chart
-from peft_bsr.report.record import RunRecord
+from peft_bsr.report.record import Results, RunRecord
 from peft_bsr.report.style import STYLE
 
 _SIDE = 224  # pixels of a picture on the page, at most
+_NOT_ALONE = {"eval_loss", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}
 
 
 def write_report(record: RunRecord, path: str | Path) -> Path:
@@ -30,8 +31,8 @@ def write_report(record: RunRecord, path: str | Path) -> Path:
     Returns:
         `path`.
     """
-    sections = [_plan(record), _curves(record), _memory(record), _costs(record), _kept(record), _budgets(record)]
-    sections.append(_settings(record))
+    sections = [_plan(record), _curves(record), *_results(record.results), _peak(record), _memory(record)]
+    sections += [_costs(record), _kept(record), _budgets(record), _settings(record)]
     headline = "".join(f"<div><dt>{escape(n)}</dt><dd>{escape(v)}</dd></div>" for n, v in record.headline.items())
     page = (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -62,17 +63,44 @@ def _plan(record: RunRecord) -> str:
 
 def _curves(record: RunRecord) -> str:
     charts = []
-    loss = {
-        name: [(entry["step"], entry[key]) for entry in record.log_history if key in entry]
-        for name, key in (("training", "loss"), ("validation", "eval_loss"))
-    }
-    scores = [(entry["step"], entry["eval_accuracy"]) for entry in record.log_history if "eval_accuracy" in entry]
-    for series, label in ((loss, "loss"), ({"validation": scores}, "accuracy")):
-        shown = {name: points for name, points in series.items() if points}
+
+    def points(key: str) -> list[tuple[float, float]]:
+        return [(entry["step"], entry[key]) for entry in record.log_history if key in entry]
+
+    scored = sorted({key for entry in record.log_history for key in entry if key.startswith("eval_")} - _NOT_ALONE)
+    kept = record.kept_step if any(step == record.kept_step for step, _ in points("eval_loss")) else None
+    kinds = {"loss": {"training": "loss", "validation": "eval_loss"}}
+    kinds |= {key.removeprefix("eval_").replace("_", " "): {"validation": key} for key in scored}
+    for label, keys in (kinds | {"learning rate": {"": "learning_rate"}}).items():
+        shown = {name: points(key) for name, key in keys.items() if points(key)}
         if shown:
-            key = _key({f"s{number}": name for number, name in enumerate(shown)})
-            charts.append(f"<div>{line_chart(shown, 'optimizer step', label)}{key}</div>")
+            key = {f"s{number}": name for number, name in enumerate(shown) if name}
+            key |= {"mark": f"kept: step {kept}"} if kept is not None else {}
+            charts.append(f"<div>{line_chart(shown, 'optimizer step', label, kept)}{_key(key)}</div>")
     return _section("Training", f'<div class="stack">{"".join(charts)}</div>') if charts else ""
+
+
+def _results(results: Results | None) -> list[str]:
+    if results is None:
+        return []
+    parts = [f"<h3>{escape(title)}</h3>{_table(head, rows)}" for title, head, rows in results.tables]
+    sections = [_section(results.title, "".join(parts))] if parts else []
+    if results.confusion is not None:
+        source = f"data:image/png;base64,{base64.b64encode(results.confusion.read_bytes()).decode()}"
+        sections.append(_section("Confusion matrix", f'<img class="chart" src="{source}" alt="confusion matrix">'))
+    elif results.note:
+        sections.append(_section("Confusion matrix", f'<p class="quiet">{escape(results.note)}</p>'))
+    if results.worst:
+        figures = "".join(_figure(image, text) for image, text in results.worst)
+        sections.append(_section("Images with the highest loss", f'<div class="gallery">{figures}</div>', True))
+    return sections
+
+
+def _peak(record: RunRecord) -> str:
+    if not record.memory:
+        return ""
+    rows = [(name, f"{size / 2**20:.0f}") for name, size in record.memory.items()]
+    return _section("Peak memory", f'{_table(("", "MiB"), rows)}<p class="quiet">{escape(record.memory_note)}</p>')
 
 
 def _memory(record: RunRecord) -> str:
@@ -92,12 +120,8 @@ def _memory(record: RunRecord) -> str:
 def _costs(record: RunRecord) -> str:
     if not record.costs:
         return ""
-    head, rows = cost_rows(record.costs)
-    cells = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    titles = "".join(f"<th>{escape(title)}</th>" for title in head)
-    table = f'<div class="scroll"><table><thead><tr>{titles}</tr></thead><tbody>{cells}</tbody></table></div>'
     note = "Saved activations and FLOPs of a step are those of one image; the ratio is of times, to the first row."
-    text = f'{table}<p class="quiet">{note} {escape(record.conditions)}</p>'
+    text = f'{_table(*cost_rows(record.costs))}<p class="quiet">{note} {escape(record.conditions)}</p>'
     return _section("Against full fine-tuning", text, True)
 
 
@@ -107,8 +131,9 @@ def _kept(record: RunRecord) -> str:
     figures = []
     for row, image in enumerate(record.images):
         title = record.titles[row] if record.titles else "input"
-        figures.append(_figure(image, title))
-        figures += [_figure(k.pictures[row], f"block {k.block}: {k.share:.0%}", is_named=row == 0) for k in record.kept]
+        figures.append(_figure(_picture(image), title))
+        for k in record.kept:
+            figures.append(_figure(_picture(k.pictures[row]), f"block {k.block}: {k.share:.0%}", is_named=row == 0))
     columns = f"grid-template-columns: repeat({len(record.kept) + 1}, minmax(0, 1fr))"
     note = '<p class="quiet">Which patches are left behind each reduction; dropped ones are veiled.</p>'
     return _section("Kept tokens", f'{note}<div class="kept" style="{columns}">{"".join(figures)}</div>', True)
@@ -161,8 +186,18 @@ def _key(names: Mapping[str, str]) -> str:
     return f'<ul class="key">{items}</ul>'
 
 
-def _figure(image: np.ndarray, caption: str, is_named: bool = True) -> str:
-    picture = Image.fromarray((image * 255).round().astype(np.uint8))
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    cells = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    titles = "".join(f"<th>{escape(title)}</th>" for title in head)
+    return f'<div class="scroll"><table><thead><tr>{titles}</tr></thead><tbody>{cells}</tbody></table></div>'
+
+
+def _picture(pixels: np.ndarray) -> Image.Image:
+    return Image.fromarray((pixels * 255).round().astype(np.uint8))
+
+
+def _figure(image: Image.Image, caption: str, is_named: bool = True) -> str:
+    picture = image.copy()
     picture.thumbnail((_SIDE, _SIDE))
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")

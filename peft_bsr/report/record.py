@@ -4,15 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL.Image import Image
 
 from peft_bsr.backbones import Column
 from peft_bsr.cost import Cost
 from peft_bsr.engine import Plan
 from peft_bsr.training import BudgetRecord
 from peft_bsr.viz import KeptTokens
+
+
+@dataclass(frozen=True)
+class Results:
+    """What the trained model answered on images that it was not trained on. What is empty has no place on the page.
+
+    Attributes:
+        title: Such as `"Results on 400 test images"`.
+        tables: Title, headings and rows of each.
+        confusion: PNG file, or None.
+        note: Stands in the place of `confusion` where there is none.
+        worst: The images with the highest loss and what to say of each.
+    """
+
+    title: str
+    tables: Sequence[tuple[str, Sequence[str], Sequence[Sequence[str]]]] = ()
+    confusion: Path | None = None
+    note: str = ""
+    worst: Sequence[tuple[Image, str]] = ()
 
 
 @dataclass(frozen=True)
@@ -26,6 +47,10 @@ class RunRecord:
         words: The plan in sentences, see `peft_bsr.hub.plan_in_words`.
         headline: Name -> text of the few numbers that stand on top.
         log_history: Trainer's, `trainer.state.log_history`.
+        kept_step: Step whose weights were kept, marked in the curves; None: it is not marked.
+        results: On test or validation images, or None.
+        memory: Name -> bytes, such as the peak that was predicted and the one that was measured.
+        memory_note: What the measured one is of.
         saved_by_block: Name -> bytes an image that each part keeps for backward, from `peft_bsr.viz.saved_by_block`.
         costs: Name -> `Cost`; the first is the reference.
         conditions: Under which memory and costs were measured.
@@ -44,6 +69,10 @@ class RunRecord:
     words: Sequence[str] = ()
     headline: Mapping[str, str] = field(default_factory=dict)
     log_history: Sequence[Mapping[str, Any]] = ()
+    kept_step: int | None = None
+    results: Results | None = None
+    memory: Mapping[str, int] = field(default_factory=dict)
+    memory_note: str = ""
     saved_by_block: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     costs: Mapping[str, Cost] = field(default_factory=dict)
     conditions: str = ""
@@ -56,4 +85,4 @@ class RunRecord:
     command: str = ""
 
 
-__all__ = ["RunRecord"]
+__all__ = ["Results", "RunRecord"]

@@ -14,6 +14,7 @@ body { margin: 0 auto; max-width: 1120px; padding: 24px 20px 40px; background: v
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
 h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 12px; overflow-wrap: anywhere; }
 h2 { font-size: 1.1rem; margin: 0 0 10px; }
+h3 { font-size: 1rem; margin: 14px 0 4px; } h2 + h3 { margin-top: 0; }
 p, ul { margin: 0 0 10px; } ul { padding-left: 20px; }
 .quiet, figcaption { color: var(--quiet); font-size: .875rem; }
 .headline { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; margin: 0 0 16px; }
@@ -27,9 +28,11 @@ section.wide { grid-column: 1 / -1; }
 svg { display: block; width: 100%; max-width: 560px; height: auto; }
 svg text { font-size: 12px; fill: var(--quiet); }
 svg .grid { stroke: var(--rule); stroke-width: 1; }
+svg .mark { stroke: var(--quiet); stroke-width: 1.5; stroke-dasharray: 4 4; } .mark { --c: var(--quiet); }
 svg .line { fill: none; stroke-width: 2; stroke-linejoin: round; }
 .s0 { --c: var(--c0); } .s1 { --c: var(--c1); } .s2 { --c: var(--c2); } .s3 { --c: var(--c3); } .s4 { --c: var(--c4); }
 .frozen { --c: var(--rest); }
+svg .mark { stroke: var(--quiet); stroke-width: 1.5; stroke-dasharray: 4 4; } .mark { --c: var(--quiet); }
 svg .line { stroke: var(--c); } svg .bar, svg .dot { fill: var(--c); }
 .key { display: flex; flex-wrap: wrap; gap: 4px 16px; margin: 6px 0 0; padding: 0; list-style: none;
   color: var(--quiet); font-size: .875rem; }
@@ -45,6 +48,11 @@ th { color: var(--quiet); font-weight: 600; }
 .kept { display: grid; gap: 6px; max-width: 760px; }
 .kept figure { margin: 0; min-width: 0; } .kept img { display: block; width: 100%; border-radius: 4px; }
 .kept figcaption { line-height: 1.25; margin-bottom: 4px; }
+.gallery { display: grid; gap: 12px; grid-template-columns: repeat(auto-fill, minmax(130px, 1fr)); }
+.gallery figure { margin: 0; min-width: 0; display: flex; flex-direction: column-reverse; justify-content: flex-end; }
+.gallery img { display: block; width: 100%; aspect-ratio: 1; object-fit: contain; border-radius: 4px; }
+.gallery figcaption { line-height: 1.3; margin-top: 4px; overflow-wrap: anywhere; white-space: pre-line; }
+img.chart { display: block; width: 100%; max-width: 720px; border-radius: 4px; background: #ffffff; }
 pre { margin: 0 0 12px; white-space: pre-wrap; overflow-wrap: anywhere;
   font: .8125rem/1.5 ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
 @media (max-width: 480px) { body { padding: 16px 12px 32px; } section { padding: 12px; }

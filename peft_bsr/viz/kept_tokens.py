@@ -20,6 +20,7 @@ from peft_bsr.core import Route
 from peft_bsr.engine import BlockScores, record_routes, record_scores
 from peft_bsr.errors import AdapterError
 from peft_bsr.tuners.routed import find_routers
+from peft_bsr.viz.fonts import families_for
 
 _VEIL = np.array([0.30, 0.42, 0.62])  # a blue that neither black nor white backgrounds have
 _OPACITY = 0.8  # how much of a dropped patch the veil hides
@@ -134,10 +135,12 @@ def draw_kept(
     # a Figure of its own, not pyplot: no global state, no window
     figure = Figure(figsize=(1.6 * (len(kept) + 1), 1.6 * rows + 0.5), layout="constrained")
     axes = figure.subplots(rows, len(kept) + 1, squeeze=False)
+    families, _ = families_for(titles or ())
     titles_above = ["input", *(f"block {behind.block}: {behind.share:.0%} kept" for behind in kept)]
     for row, image in enumerate(images):
         axes[row, 0].imshow(_coloured(image))
-        axes[row, 0].set_ylabel(titles[row] if titles else "", parse_math=False)  # a class may be called "$"
+        title = titles[row] if titles else ""
+        axes[row, 0].set_ylabel(title, parse_math=False, fontfamily=families)  # a class may be called "$"
         for axis, behind in zip(axes[row, 1:], kept, strict=True):
             axis.imshow(behind.pictures[row])
             axis.set_xlabel(f"{'fused' if behind.is_fused else 'dropped'}: {behind.dropped_mass[row]:.0%}", fontsize=7)

@@ -1,81 +1,207 @@
-"""Methods side by side on a model: memory, compute and time of a training step, measured here on random images.
+"""Methods side by side on a model: memory, compute and time of a training step; with a data set, accuracy too.
 
-Only the model's configuration is read; weights are random, which changes nothing of what is measured.
+Without a data set only the model's configuration is read; weights and images are random, which changes nothing of what
+is measured. With one, every method is trained for a short time on it.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from peft_bsr.backbones import input_shapes, main_input, probe_inputs
-from peft_bsr.cli.findings import FULL, conditions
-from peft_bsr.cli.methods import attach
+from peft_bsr.backbones import input_shapes, probe_inputs
+from peft_bsr.cli.findings import FULL, conditions, in_words
+from peft_bsr.cli.images import add_columns, add_sizes, check_at_least, read_processor, read_training_data
+from peft_bsr.cli.methods import attach, check_method
 from peft_bsr.cli.output import Output
+from peft_bsr.cli.settings import TrainSettings
 from peft_bsr.cli.sources import METHODS, find_adapter, make_model, model_of
+from peft_bsr.cli.trial import Trial, bounded, run_trial
 from peft_bsr.cli.values import read_pairs
-from peft_bsr.cost import compare, cost_rows
+from peft_bsr.cost import Cost, compare, cost_rows
+from peft_bsr.data import LabelledImages, collate, with_pixels
 from peft_bsr.errors import PeftBsrError, UsageError, one_line
 from peft_bsr.prediction import find_device
 
-_OTHERS = {"full": FULL, "lora": "LoRA r=8, every Linear"}
+_OTHERS = {"full": FULL, "linear": "linear probe", "lora": "LoRA r=8, every Linear"}
+_OF_RANDOM: dict[str, Any] = {"batch_size": 8, "labels": 10}
+_OF_DATA: dict[str, Any] = {"batch_size": 32, "epochs": 3.0, "images": 1000, "seconds": 120.0}
 EXAMPLES = """\
 examples:
   peft-bsr compare google/vit-base-patch16-224
   peft-bsr compare facebook/dinov2-small --methods full bsr --set lean=max --batch-size 4 --json
+  peft-bsr compare google/vit-base-patch16-224-in21k --dataset photos --output comparison.json
+  peft-bsr compare facebook/dinov2-small --dataset beans --methods linear lora bsr --epochs 1 --seconds 60
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What the command takes."""
-    parser.add_argument("model", metavar="MODEL", help="Hub id or folder")
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="Hub id or folder")
+    add("--dataset", metavar="DATA", help="train each method for a short time on these images, and give its accuracy")
+    add_columns(parser)
+    add_sizes(parser)
+    add("--epochs", type=float, help=f"with --dataset, at most (default {_OF_DATA['epochs']:g})")
+    add("--images", type=int, help=f"with --dataset, at most of each split (default {_OF_DATA['images']})")
+    add("--seconds", type=float, help=f"with --dataset, of training of each, about (default {_OF_DATA['seconds']:g})")
     names = [*_OTHERS, *METHODS]
-    parser.add_argument("--methods", nargs="+", choices=names, default=names, help=f"default {' '.join(names)}")
-    parser.add_argument("--set", action="append", metavar="NAME=VALUE", help="option of bsr, may be repeated")
-    parser.add_argument("--batch-size", type=int, default=8, help="images a step (default 8)")
-    parser.add_argument("--repeats", type=int, default=5, help="timed steps of each (default 5)")
-    parser.add_argument("--labels", type=int, default=10, help="classes of the head (default 10)")
-    parser.add_argument("--device", default=find_device(None), help="default: cuda or mps where there is one, else cpu")
+    add("--methods", nargs="+", choices=names, default=names, help=f"default {' '.join(names)}")
+    add("--set", action="append", metavar="NAME=VALUE", help="option of bsr, may be repeated")
+    add("--batch-size", type=int, help="images a step (default 8, with --dataset 32)")
+    add("--repeats", type=int, default=5, help="timed steps of each (default 5)")
+    add("--labels", type=int, help="without --dataset, classes of the head (default 10)")
+    add("--device", default=find_device(None), help="default: cuda or mps where there is one, else cpu")
+    add("--output", type=Path, metavar="JSON", help="file to write, what --json prints")
 
 
 def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
     """Run the command."""
-    if min(args.batch_size, args.repeats, args.labels) < 1:
-        raise UsageError("`--batch-size`, `--repeats` and `--labels` must be at least 1.")
+    _check(args)
     source = model_of(find_adapter(args.model), args.model)
     options = read_pairs(args.set or [])
-    models: dict[str, nn.Module] = {}
+    if "bsr" in args.methods:
+        check_method("bsr", options)
+    data = processor = None
+    if args.dataset is not None:
+        data = read_training_data(args, out, at_most=args.images)
+        processor = read_processor(source, out)
     refused: dict[str, str] = {}
+    models = _make(source, len(data.labels) if data else args.labels, options, args, refused, out)
+    begin = time.perf_counter()
+    batch = _batch_of(data, processor, args) if data else _random_batch(models, args)
+    seconds_to_load = time.perf_counter() - begin
+    with out.doing(f"measuring {len(models)} models"):
+        costs = compare({_name(method): model for method, model in models.items()}, batch, args.repeats)
+    stands = conditions(next(tensor for tensor in batch.values() if tensor.ndim > 1))
+    methods = list(models)
+    models.clear()  # before others are loaded
+    result: dict[str, Any] = {"model": source}
+    if data is None:
+        out.table(f"A training step of {source}", *cost_rows(costs))
+    else:
+        trials: dict[str, Trial] = {}
+        for method in methods:
+            needed = costs[_name(method)].step_seconds + seconds_to_load
+            settings = bounded(_settings(source, method, options, args), len(data.train), args.seconds, needed)
+            out.note(f"{_name(method)}, {methods.index(method) + 1} of {len(methods)}: {settings.max_steps} steps")
+            try:
+                trials[_name(method)] = run_trial(settings, data, processor, out)
+            except (PeftBsrError, torch.OutOfMemoryError) as error:
+                refused[method] = one_line(error)
+        images = {split: len(rows) for split, rows in data.splits.items()}
+        _show(out, f"{source} on {args.dataset}: trained on {images['train']} images", trials, costs, images)
+        results = {name: trial.to_dict() for name, trial in trials.items()}
+        result |= {"dataset": args.dataset, "images": images, "results": results}
+    for method, why in refused.items():
+        out.say(f"{method} is left out: {why}")
+    out.say(stands)
+    measured = {name: vars(cost) for name, cost in costs.items()}
+    result |= {"costs": measured, "refused": refused, "conditions": stands}
+    if args.output is not None:
+        args.output.write_text(json.dumps(result, indent=2, ensure_ascii=False), encoding="utf-8")
+        out.say(f"written: {args.output}")
+    return result
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse what cannot be, and fill in what was not given, before anything is read."""
+    check_at_least(args, batch_size=1, repeats=1, labels=1, images=2)
+    for name in ("epochs", "seconds"):
+        value = getattr(args, name)
+        if value is not None and not 0 < value < math.inf:
+            raise UsageError(f"`--{name} {value:g}` must be above 0.")
+    here, elsewhere = (_OF_RANDOM, _OF_DATA) if args.dataset is None else (_OF_DATA, _OF_RANDOM)
+    for name in elsewhere.keys() - here.keys():
+        if getattr(args, name) is not None:
+            flag = "--" + name.replace("_", "-")
+            raise UsageError(f"`{flag}` goes {'with' if args.dataset is None else 'without'} `--dataset`.")
+    for name, value in here.items():
+        setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
+    if args.output is not None:
+        if args.output.exists():
+            raise UsageError(f"`{args.output}` exists. Write elsewhere.")
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+
+
+def _name(method: str) -> str:
+    return _OTHERS.get(method, method)
+
+
+def _make(
+    source: str, labels: int, options: dict[str, Any], args: argparse.Namespace, refused: dict[str, str], out: Output
+) -> dict[str, nn.Module]:
+    """Method -> model with random weights; why a method does not take it goes into `refused`."""
+    models: dict[str, nn.Module] = {}
     with out.doing("making the models"):
         for method in args.methods:
             try:
-                models[_OTHERS.get(method, method)] = _attach(source, method, options, args)
+                model: nn.Module = attach(method, make_model(source, labels), options if method == "bsr" else {})
             except PeftBsrError as error:
                 if method == "bsr" or len(args.methods) == 1:  # what was asked for with options
                     raise
                 refused[method] = one_line(error)
+            else:
+                models[method] = model.to(args.device).train()
+    return models
+
+
+def _random_batch(models: Mapping[str, nn.Module], args: argparse.Namespace) -> dict[str, Tensor]:
     first = next(iter(models.values()))
-    inputs = probe_inputs(first, args.batch_size, input_shapes(first)[-1])
-    batch = {name: tensor.to(args.device) for name, tensor in inputs.items()}
-    batch["labels"] = torch.randint(args.labels, (args.batch_size,), device=args.device)
-    with out.doing(f"measuring {len(models)} models"):
-        costs = compare(models, batch, args.repeats)
-    out.table(f"A training step of {source}", *cost_rows(costs))
-    for method, why in refused.items():
-        out.say(f"{method} does not take this model: {why}")
-    stands = conditions(batch[main_input(first)])
-    out.say(stands)
-    return {
-        "model": source,
-        "costs": {name: vars(cost) for name, cost in costs.items()},
-        "refused": refused,
-        "conditions": stands,
-    }
+    batch = probe_inputs(first, args.batch_size, input_shapes(first)[-1])
+    batch["labels"] = torch.randint(args.labels, (args.batch_size,))
+    return {name: tensor.to(args.device) for name, tensor in batch.items()}
 
 
-def _attach(source: str, method: str, options: dict[str, Any], args: argparse.Namespace) -> nn.Module:
-    model: nn.Module = attach(method, make_model(source, args.labels), options if method == "bsr" else {})
-    return model.to(args.device).train()
+def _batch_of(data: LabelledImages, processor: Any, args: argparse.Namespace) -> dict[str, Tensor]:
+    examples = with_pixels(data.train, processor)
+    batch = collate([examples[index] for index in range(min(args.batch_size, len(examples)))])
+    return {name: tensor.to(args.device) for name, tensor in batch.items()}
+
+
+def _settings(source: str, method: str, options: dict[str, Any], args: argparse.Namespace) -> TrainSettings:
+    return TrainSettings(
+        source,
+        method=method,
+        options=options if method == "bsr" else {},
+        epochs=args.epochs,
+        batch_size=args.batch_size,
+        device=args.device,
+    )
+
+
+def _show(
+    out: Output, title: str, trials: Mapping[str, Trial], costs: Mapping[str, Cost], images: Mapping[str, int]
+) -> None:
+    rows = []
+    figure = ""
+    for name, trial in trials.items():
+        figure, value = next(iter(trial.score.figures().items()))
+        peak, cost = trial.peak.to_dict(), costs[name]
+        memory = [peak["predicted_bytes"], peak["measured_bytes"]]
+        rows.append(
+            (
+                name,
+                in_words(figure, value),
+                f"{trial.epochs:.3g}",
+                f"{cost.step_seconds:.3g}",
+                f"{cost.saved_bytes_per_image / 2**20:.3g}",
+                *("" if size is None else f"{size / 2**20:.0f}" for size in memory),
+                f"{cost.trainable_parameters / 1e6:.2f}",
+            )
+        )
+    columns = ("", f"{figure.replace('_', ' ')} on validation", "epochs", "step, s", "saved, MiB an image")
+    out.table(title, (*columns, "peak, MiB, predicted", "peak, MiB, measured", "trained, M"), rows)
+    out.say(
+        f"The {figure.replace('_', ' ')} is that of {images['validation']} validation images after a short run with "
+        "each method's own learning rate; test images were not looked at. Which method is best after a long run, "
+        "`peft-bsr train --method` can say."
+    )

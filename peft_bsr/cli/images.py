@@ -15,6 +15,7 @@ from peft_bsr.data import (
     LabelledImages,
     check_images,
     choose,
+    draw_for_trial,
     load_images,
     load_processor,
     put_aside,
@@ -70,18 +71,21 @@ def check_at_least(args: argparse.Namespace, **least: int) -> None:
             raise UsageError(f"`--{name.replace('_', '-')} {given}` must be at least {value}.")
 
 
-def read_training_data(settings: Any, out: Output) -> LabelledImages:
+def read_training_data(settings: Any, out: Output, at_most: int | None = None) -> LabelledImages:
     """The splits of a training run, every image decoded once; what is in them is said.
 
     Args:
-        settings: `TrainSettings`.
+        settings: `TrainSettings`, or what has the same names.
         out: The screen.
+        at_most: Images of train and validation, without a test split: for a short run. Default None: all of them.
 
     Raises:
         DatasetError: If it cannot be trained on, or if images cannot be decoded.
     """
     data = load_images(settings.dataset, image_column=settings.image_column, label_column=settings.label_column)
     data = put_aside(data, settings.test_size, settings.validation_size)
+    if at_most is not None:
+        data = draw_for_trial(data, at_most)
     return _checked(data, out, settings.skip_bad)
 
 

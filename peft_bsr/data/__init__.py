@@ -22,7 +22,7 @@ from peft_bsr.data.pixels import (
 )
 from peft_bsr.data.processor import fixed_size, load_processor, size_of
 from peft_bsr.data.rows import DIGITS, SPLITS
-from peft_bsr.data.splits import choose, put_aside
+from peft_bsr.data.splits import choose, draw_for_trial, put_aside
 
 __all__ = [
     "DIGITS",
@@ -34,6 +34,7 @@ __all__ = [
     "check_images",
     "choose",
     "collate",
+    "draw_for_trial",
     "fixed_size",
     "image_name",
     "labels_of",

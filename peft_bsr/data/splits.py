@@ -54,6 +54,29 @@ def put_aside(
     return replace(data, splits=ordered)
 
 
+def draw_for_trial(data: LabelledImages, images: int, seed: int = 0) -> LabelledImages:
+    """Training and validation images for a short run, at most so many of each, always the same; test images stay away.
+
+    Args:
+        data: From `put_aside`.
+        images: At most.
+        seed: Of the drawing, default 0.
+
+    Raises:
+        DatasetError: If there are no validation images.
+    """
+    if data.validation is None:
+        raise DatasetError(f"`{data.name}` has no validation images. Give more images, or `--validation-size`.")
+    splits, notes = {}, []
+    for split in ("train", "validation"):
+        rows = splits[split] = data.splits[split]
+        if len(rows) > images:
+            drawn = np.random.default_rng(seed).permutation(len(rows))[:images]
+            splits[split] = rows.select(np.sort(drawn))
+            notes.append(f"{split}: {images} of {len(rows)} images are drawn at random")
+    return replace(data, splits=splits, notes=[*data.notes, *notes])
+
+
 def choose(
     data: LabelledImages,
     split: str | None = None,
@@ -76,11 +99,13 @@ def choose(
         if "test" in data.splits:
             return "test", data.splits["test"], []
         rows = concatenate_datasets(list(data.splits.values()))
-        return (
-            "all",
-            rows,
-            [f"there is no test split: all {len(rows)} images are scored (`--split test`: those put aside by train)"],
-        )
+        note = f"there is no test split: all {len(rows)} images are scored"
+        if "train" in data.splits:
+            note += (
+                ". If the model was trained on this data set, most of them are its training images, and the figures "
+                "are too good: `--split test` scores those that `train` put aside"
+            )
+        return "all", rows, [note]
     wanted = split_of(split) or split
     if wanted not in data.splits and wanted in SPLITS and "train" in data.splits:
         aside = put_aside(data, test_size, validation_size)
@@ -122,4 +147,4 @@ def _drawn(data: LabelledImages, split: str, size: float, left: int, seed: int) 
     return replace(data, splits=data.splits | parts, notes=[*data.notes, *notes])
 
 
-__all__ = ["TEST_SIZE", "VALIDATION_SIZE", "choose", "put_aside"]
+__all__ = ["TEST_SIZE", "VALIDATION_SIZE", "choose", "draw_for_trial", "put_aside"]

@@ -19,7 +19,8 @@ def families_for(texts: Iterable[str]) -> tuple[list[str], bool]:
     missing = {ord(letter) for text in texts for letter in text} - _letters(findfont(FontProperties()))
     if not missing:
         return default, True
-    found = next((font.name for font in fontManager.ttflist if missing <= _letters(font.fname)), None)
+    real = (font for font in fontManager.ttflist if "Last Resort" not in font.name)  # whose every letter is a box
+    found = next((font.name for font in real if missing <= _letters(font.fname)), None)
     return (default, False) if found is None else ([*default, found], True)
 
 

@@ -9,12 +9,14 @@ import torch
 from peft_bsr.prediction.scoring import Score
 
 NAMES = ["cat", "dog", "fox"]
+ROWS = [{"image": f"{number}.png"} for number in range(4)]
 # answers cat, cat, dog, cat; right are cat, cat, cat, dog; there is no fox
-SCORE = Score(torch.tensor([[3.0, 1, 2], [3, 2, 1], [1, 3, 2], [3, 1, 2]]), np.array([0, 0, 0, 1]), 1.0)
+LOGITS = torch.tensor([[3.0, 1, 2], [3, 2, 1], [1, 3, 2], [3, 1, 2]])
+SCORE = Score(LOGITS, np.array([0, 0, 0, 1]), NAMES, ROWS, 1.0)
 
 
 def test_by_class():
-    assert SCORE.by_class(NAMES) == {
+    assert SCORE.by_class() == {
         "cat": {
             "precision": pytest.approx(2 / 3),
             "recall": pytest.approx(2 / 3),
@@ -31,3 +33,28 @@ def test_of_all():
     assert SCORE.top_accuracy(2) == 0.5  # the third image's cat and the fourth's dog come last
     assert SCORE.top_accuracy(9) == 1
     assert SCORE.confusion() == [[2, 1, 0], [1, 0, 0], [0, 0, 0]]
+    assert list(SCORE.figures()) == ["accuracy", "balanced_accuracy", "loss"]
+
+
+def test_the_worst_images_come_first():
+    chances = LOGITS.softmax(-1)
+    found = SCORE.worst(3)
+    assert [one["file"] for one in found] == ["2.png", "3.png", "0.png"]  # 0 and 1 are right, and alike
+    first = {"row": 2, "file": "2.png", "label": "cat", "answer": "dog"}
+    assert first.items() <= found[0].items()
+    assert found[0]["probability"] == pytest.approx(float(chances[2, 1]))
+    assert found[0]["loss"] == pytest.approx(float(-chances[2, 0].log()))
+    assert SCORE.loss == pytest.approx(float(-(2 * chances[0, 0].log() + chances[2, 0].log() + chances[3, 1].log()) / 4))
+
+
+def test_tables_of_many_classes_show_the_worst():
+    labels = np.arange(200)
+    answers = labels.copy()
+    answers[[7, 9]] = 8  # 7 and 9 are taken for 8
+    names = [f"class {number}" for number in labels]
+    found = Score(torch.eye(200)[answers], labels, names, [{"image": "a.png"}] * 200, 1.0)
+    classes, pairs = found.tables()
+    assert classes.title == "By class, the 20 with the lowest F1 of 200"
+    assert [row[0] for row in classes.rows[:3]] == ["class 7", "class 9", "class 8"]
+    assert [tuple(row) for row in pairs.rows] == [("class 7", "class 8", "1"), ("class 9", "class 8", "1")]
+    assert found.figures()["top5_accuracy"] >= found.figures()["accuracy"] == 0.99

@@ -1,0 +1,103 @@
+"""A method trained for a short time on a person's own images, to be compared with others."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from dataclasses import dataclass, replace
+from typing import Any
+
+import transformers
+
+from peft_bsr.cli.memory import Peak, predict_peak, watch_peak
+from peft_bsr.cli.methods import attach
+from peft_bsr.cli.output import Output
+from peft_bsr.cli.resuming import RunCallback
+from peft_bsr.cli.saving import may_fail, trained_model
+from peft_bsr.cli.settings import TrainSettings
+from peft_bsr.cli.sources import load_model
+from peft_bsr.cli.training import make_trainer, training_arguments
+from peft_bsr.data import LabelledImages
+from peft_bsr.prediction import to_predictor
+from peft_bsr.prediction.scoring import Score, score
+
+_QUIET = {"save_strategy": "no", "eval_strategy": "no", "logging_strategy": "no"}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What came of it.
+
+    Attributes:
+        score: On the validation images.
+        steps: Optimizer steps.
+        epochs: Epochs.
+        seconds: Of training.
+        learning_rate: At its highest.
+        peak: Memory.
+    """
+
+    score: Score
+    steps: int
+    epochs: float
+    seconds: float
+    learning_rate: float
+    peak: Peak
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        told = {name: getattr(self, name) for name in ("steps", "epochs", "seconds", "learning_rate")}
+        return {**self.score.figures(), **told, "peak_memory": self.peak.to_dict()}
+
+
+def bounded(settings: TrainSettings, images: int, seconds: float, seconds_a_step: float) -> TrainSettings:
+    """The same, with as many steps as fit into a time: the schedule ends with them.
+
+    Args:
+        settings: With `epochs` and `batch_size`.
+        images: To train on.
+        seconds: Of training.
+        seconds_a_step: As measured.
+    """
+    wanted = math.ceil(settings.epochs * math.ceil(images / settings.batch_size))
+    return replace(settings, max_steps=max(min(wanted, int(seconds / seconds_a_step)), 1))
+
+
+def run_trial(settings: TrainSettings, data: LabelledImages, processor: Any, out: Output) -> Trial:
+    """Train and score; nothing is kept.
+
+    Args:
+        settings: Of the run; `output` is not written to.
+        data: With `train` and `validation`.
+        processor: Of the images.
+        out: The screen.
+
+    Raises:
+        KeyboardInterrupt: If Ctrl-C was pressed.
+        PeftBsrError: If the method does not take the model, or if its loss is not finite.
+    """
+    assert data.validation is not None
+    with tempfile.TemporaryDirectory() as folder:
+        settings = replace(settings, output=folder, trainer=_QUIET)
+        arguments = training_arguments(settings, is_quiet=out.is_json)
+        transformers.set_seed(settings.seed)
+        clock = RunCallback(settings)
+        with watch_peak(arguments.device) as peak:
+            base = load_model(settings.model, data.labels)
+            with may_fail("prediction of peak memory", out, "The run goes on."):
+                peak.predicted = predict_peak(settings, arguments, base, processor)
+            model = attach(settings.method, base, settings.options)
+            trainer = make_trainer(model, settings, arguments, data, processor, clock)
+            try:
+                trainer.train()
+            finally:
+                clock.release()
+    if clock.is_interrupted:
+        raise KeyboardInterrupt
+    predictor = to_predictor(trained_model(trainer), processor)
+    found = score(predictor, data.validation, batch_size=arguments.per_device_eval_batch_size, progress=False)
+    state = trainer.state
+    return Trial(found, state.global_step, float(state.epoch), clock.seconds_before, settings.rate, peak)
+
+
+__all__ = ["Trial", "bounded", "run_trial"]

@@ -185,23 +185,21 @@ def _show(
     figure = ""
     for name, trial in trials.items():
         figure, value = next(iter(trial.score.figures().items()))
-        peak, cost = trial.peak.to_dict(), costs[name]
-        memory = [peak["predicted_bytes"], peak["measured_bytes"]]
+        peak = [size for key, size in trial.peak.to_dict().items() if key != "device"]
         rows.append(
             (
                 name,
                 in_words(figure, value),
                 f"{trial.epochs:.3g}",
-                f"{cost.step_seconds:.3g}",
-                f"{cost.saved_bytes_per_image / 2**20:.3g}",
-                *("" if size is None else f"{size / 2**20:.0f}" for size in memory),
-                f"{cost.trainable_parameters / 1e6:.2f}",
+                f"{costs[name].step_seconds:.3g}",
+                f"{costs[name].saved_bytes_per_image / 2**20:.3g}",
+                " / ".join("-" if size is None else f"{size / 2**20:.0f}" for size in peak),
             )
         )
-    columns = ("", f"{figure.replace('_', ' ')} on validation", "epochs", "step, s", "saved, MiB an image")
-    out.table(title, (*columns, "peak, MiB, predicted", "peak, MiB, measured", "trained, M"), rows)
+    figure = figure.replace("_", " ")
+    out.table(title, ("", figure, "epochs", "step, s", "saved, MiB", "peak, MiB"), rows)
     out.say(
-        f"The {figure.replace('_', ' ')} is that of {images['validation']} validation images after a short run with "
-        "each method's own learning rate; test images were not looked at. Which method is best after a long run, "
-        "`peft-bsr train --method` can say."
+        f"{figure}: on {images['validation']} validation images after a short run at each method's own learning rate; "
+        "test images are not looked at. saved: activations kept for backward, an image. peak: predicted / measured "
+        "(on a CPU how much the process grew, images and libraries included)."
     )

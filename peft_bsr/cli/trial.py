@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import transformers
+from transformers import ProgressCallback
 
 from peft_bsr.cli.memory import Peak, predict_peak, watch_peak
 from peft_bsr.cli.methods import attach
@@ -22,6 +23,13 @@ from peft_bsr.prediction import to_predictor
 from peft_bsr.prediction.scoring import Score, score
 
 _QUIET = {"save_strategy": "no", "eval_strategy": "no", "logging_strategy": "no"}
+
+
+class _Bar(ProgressCallback):
+    """Without what Trainer logs."""
+
+    def on_log(self, *args: Any, **kwargs: Any) -> None:
+        """Say nothing."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +96,9 @@ def run_trial(settings: TrainSettings, data: LabelledImages, processor: Any, out
                 peak.predicted = predict_peak(settings, arguments, base, processor)
             model = attach(settings.method, base, settings.options)
             trainer = make_trainer(model, settings, arguments, data, processor, clock)
+            if not out.is_json:
+                trainer.remove_callback(ProgressCallback)
+                trainer.add_callback(_Bar())
             try:
                 trainer.train()
             finally:

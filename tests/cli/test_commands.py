@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -107,6 +108,30 @@ def test_train_writes_all_it_says(trained, base, images):
     assert f"--model {base}" in page
 
 
+def test_results_people_read(trained):
+    summary = json.loads((trained / "summary.json").read_text())
+    assert (summary["kept_step"], summary["kept_epoch"]) == (2, 0.5)
+    assert summary["peak_memory"]["predicted_bytes"] > 0
+    scores = json.loads((trained / "scores.json").read_text())
+    for split, figures in summary["scores"].items():
+        assert figures.items() <= scores[split].items()
+    classes = scores["test"]["classes"]
+    worst = scores["test"]["worst"]
+    assert [one["loss"] for one in worst] == sorted((one["loss"] for one in worst), reverse=True)
+    assert all(one["file"].endswith(f"{one['label']}/{Path(one['file']).name}") for one in worst)
+    with Image.open(trained / "confusion.png") as picture:
+        assert picture.width > 100
+    page = (trained / "report.html").read_text()
+    for heading in ("Results on 4 test images", "Confusion matrix", "Images with the highest loss", "Peak memory"):
+        assert f"<h2>{heading}</h2>" in page
+    assert "learning rate by optimizer step" in page
+    assert "<dt>kept</dt><dd>epoch 0.5 of 0.5 (step 2 of 2)</dd>" in page
+    assert f"file: {Path(worst[0]['file']).name}\nlabel: {worst[0]['label']}" in page
+    card = (trained / "adapter" / "README.md").read_text()
+    dark = classes["dark"]
+    assert f"| dark | {dark['precision']:.3f} | {dark['recall']:.3f} | {dark['f1']:.3f} | 2 |" in card
+
+
 def test_a_run_goes_on(run, run_json, trained, base, images, tmp_path):
     settings = yaml.safe_load((trained / "settings.yaml").read_text())
     settings |= {"output": str(tmp_path / "run"), "epochs": 1}
@@ -143,7 +168,13 @@ def test_evaluate(run, run_json, trained, images):
     assert set(said["classes"]) == set(said["labels"]) == {"dark", "light"}
     assert sum(map(sum, said["confusion"])) == 4
     assert sum(said["confusion"][i][i] for i in range(2)) == 4 * said["accuracy"]
-    assert run_json("evaluate", trained / "adapter", "--dataset", images)["images"] == 20
+    (scored,) = (one for split, one in json.loads((trained / "scores.json").read_text()).items() if split == "test")
+    assert {name: said[name] for name in ("classes", "labels", "confusion")}.items() <= scored.items()
+    assert [one["file"] for one in said["worst"]] == [one["file"] for one in scored["worst"]]
+    code, out, err = run("evaluate", trained / "adapter", "--dataset", images)
+    assert code == 0
+    assert "all 20 images are scored. If the model was trained on this data set, most of them are its training" in err
+    assert "images             20" in out and "loss               0." in out
     code, _, err = run("evaluate", trained / "adapter")
     assert code == 2
     assert "the model does not know 10 of the 10 classes: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9. " in err
@@ -168,6 +199,53 @@ def test_compare(run_json, base):
     assert list(costs) == ["full fine-tuning", "LoRA r=8, every Linear", "bsr"]
     assert costs["bsr"]["saved_bytes_per_image"] < costs["full fine-tuning"]["saved_bytes_per_image"]
     assert "batch 2, 32 x 32 px" in said["conditions"]
+
+
+def test_compare_trains_on_a_data_set(run, base, images, tmp_path):
+    command = ["compare", base, "--dataset", images, "--methods", "linear", "bsr", "--set", "trainable_blocks=last:1"]
+    command += ["--batch-size", "4", "--repeats", "1", "--validation-size", "6", "--output", tmp_path / "a" / "b.json"]
+    code, out, err = run(*command, "--epochs", "2", "--images", "6")
+    assert code == 0, err
+    assert "train: 6 of 10 images are drawn at random" in err
+    assert "bsr, 2 of 2: 4 steps" in err
+    assert "accuracy: on 6 validation images after a short run" in " ".join(out.split())
+    assert "train_runtime" not in out
+    said = json.loads((tmp_path / "a" / "b.json").read_text())
+    assert said["images"] == {"train": 6, "validation": 6}
+    assert list(said["results"]) == list(said["costs"]) == ["linear probe", "bsr"]
+    for name, rate in (("linear probe", 1e-2), ("bsr", 1e-3)):
+        result = said["results"][name]
+        assert (result["steps"], result["epochs"], result["learning_rate"]) == (4, 2, rate)
+        assert result["accuracy"] in [right / 6 for right in range(7)]
+        assert result["peak_memory"]["predicted_bytes"] > 0
+    code, _, err = run(*command)
+    assert (code, err) == (2, f"peft-bsr: `{tmp_path / 'a' / 'b.json'}` exists. Write elsewhere.\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--epochs", "1"], "`--epochs` goes with `--dataset`."),
+        (["--labels", "3", "--dataset", "{images}"], "`--labels` goes without `--dataset`."),
+        (["--seconds", "0", "--dataset", "{images}"], "`--seconds 0` must be above 0."),
+        (["--dataset", "{images}", "--validation-size", "0"], "has no validation images."),
+        (["--set", "trainable=most"], "trainable"),
+    ],
+)
+def test_compare_refuses_before_it_measures(arguments, message, run, base, images):
+    code, _, err = run("compare", base, *(argument.format(images=images) for argument in arguments))
+    assert code == 2
+    assert message in err.splitlines()[-1]
+
+
+def test_a_time_bounds_the_steps():
+    from peft_bsr.cli.settings import TrainSettings
+    from peft_bsr.cli.trial import bounded
+
+    settings = TrainSettings("model", epochs=3, batch_size=32)
+    assert bounded(settings, 100, 60, 0.1).max_steps == 12
+    assert bounded(settings, 100, 60, 10).max_steps == 6
+    assert bounded(settings, 100, 60, 100).max_steps == 1
 
 
 def test_export_hands_over_what_was_asked(run_json, trained, tmp_path, monkeypatch):

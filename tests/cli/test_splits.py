@@ -30,13 +30,14 @@ def checked(output: Path, said: dict[str, dict]) -> None:
     """What `evaluate` said of each split is what the run reported, and not what its last epoch had."""
     summary = json.loads((output / "summary.json").read_text())
     card = ModelCard.load(output / "adapter" / "README.md")
-    results = {result.dataset_split: (result.metric_type, result.metric_value) for result in card.data.eval_results}
+    results = {(result.dataset_split, result.metric_type): result.metric_value for result in card.data.eval_results}
     for split in ("validation", "test"):
         assert said[split]["accuracy"] == summary["scores"][split]["accuracy"]
         assert said[split]["loss"] == pytest.approx(summary["scores"][split]["loss"], abs=1e-6)
         assert f"- {split} accuracy on " in card.text
         assert f": {said[split]['accuracy']:.4g}" in card.text
-        assert results[split] == ("accuracy", said[split]["accuracy"])
+        for name in ("accuracy", "balanced_accuracy"):
+            assert results[split, name] == said[split][name]
     state = json.loads(max(output.glob("checkpoints/*/trainer_state.json")).read_text())
     losses = [entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry]
     assert losses[0] > losses[-1] + 1e-3, "the last epoch is not the one that was kept"

@@ -52,7 +52,7 @@ def test_baselines_train_on_the_same_images(method, saved, fit, run_json, images
     assert "parameters train." in (tmp_path / "run" / "report.html").read_text()
 
 
-def test_everything_at_once(fit, tmp_path, monkeypatch):
+def test_everything_at_once(fit, run_json, images, tmp_path, monkeypatch):
     """Flags that have nothing to do with each other go together; each leaves its mark."""
     called = set()
 
@@ -78,6 +78,8 @@ def test_everything_at_once(fit, tmp_path, monkeypatch):
     assert {group["initial_lr"] for group in groups} == {1e-3, 5e-4, 2.5e-4}
     assert {group["weight_decay"] for group in groups} == {0.0, 0.01}
     assert summary["kept_step"] == 2
+    said = run_json("evaluate", tmp_path / "run" / "adapter", "--dataset", images, "--split", "test")
+    assert said["loss"] == pytest.approx(summary["loss"], abs=1e-6), "not scored in bf16, but as evaluate does"
 
 
 @pytest.mark.slow
@@ -176,16 +178,20 @@ def test_the_best_epoch_is_kept_and_said(fit, run_json, images, tmp_path):
 
 def test_nothing_after_training_loses_the_adapter(run, base, images, tmp_path, monkeypatch):
     def fail(*args, **kwargs):
-        assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+        is_saved = (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+        assert is_saved or isinstance(args[0], TrainSettings), "only the prediction comes before"
         raise RuntimeError("no ink")
 
-    parts = ("draw_pictures", "measure_costs", "write_adapter_card", "write_report")
+    parts = ("predict_peak", "write_scores", "draw_confusion_matrix", "show_worst", "draw_pictures", "measure_costs")
+    parts += ("write_adapter_card", "write_report")
     for part in parts:
         monkeypatch.setattr(train, part, fail)
     command = ["train", "--model", base, "--dataset", images, "--output", tmp_path, "--batch-size", "4"]
     code, out, err = run(*command, "--max-steps", "1", "--json")
     assert code == 0, err
-    for what in ("pictures", "costs", "model card", "report"):
+    assert "warning: no prediction of peak memory (RuntimeError: no ink). The run goes on." in err
+    parts = ("scores.json", "confusion matrix", "images with the highest loss", "pictures", "costs", "model card")
+    for what in (*parts, "report"):
         assert f"warning: no {what} (RuntimeError: no ink). The trained model is saved." in err
     assert json.loads(out)["scores"] and json.loads(out)["report"] is None
     assert json.loads((tmp_path / "summary.json").read_text()) == json.loads(out)
@@ -207,6 +213,10 @@ def test_class_names_of_any_kind(run, base, tmp_path):
     assert code == 0, err
     assert "warning" not in err
     assert (tmp_path / "run" / "adapter" / "kept_tokens.png").exists()
+    assert (tmp_path / "run" / "confusion.png").exists()
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "<td>été [bold]</td>" in page and "<td>&lt;b&gt;&amp;</td>" in page and "<td>薔薇</td>" in page
+    assert "| &lt;b&gt;&amp; |" in (tmp_path / "run" / "adapter" / "README.md").read_text()
     assert set(peft_bsr.load(tmp_path / "run" / "adapter").config.id2label.values()) == NAMES
 
 

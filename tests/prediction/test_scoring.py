@@ -44,7 +44,9 @@ def test_the_worst_images_come_first():
     assert first.items() <= found[0].items()
     assert found[0]["probability"] == pytest.approx(float(chances[2, 1]))
     assert found[0]["loss"] == pytest.approx(float(-chances[2, 0].log()))
-    assert SCORE.loss == pytest.approx(float(-(2 * chances[0, 0].log() + chances[2, 0].log() + chances[3, 1].log()) / 4))
+    assert SCORE.loss == pytest.approx(
+        float(-(2 * chances[0, 0].log() + chances[2, 0].log() + chances[3, 1].log()) / 4)
+    )
 
 
 def test_tables_of_many_classes_show_the_worst():

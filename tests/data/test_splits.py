@@ -7,7 +7,7 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
 from peft_bsr import DatasetError
-from peft_bsr.data import LabelledImages, choose, labels_of, put_aside
+from peft_bsr.data import LabelledImages, choose, draw_for_trial, labels_of, put_aside
 
 
 def data_of(*counts, **others):
@@ -107,11 +107,25 @@ def test_what_cannot_be(data, asked, message):
     assert message in str(raised.value)
 
 
+def test_a_trial_draws_a_few_and_no_test_images():
+    data = put_aside(data_of(20, 20, test=(1, 2)))
+    few = draw_for_trial(data, 9)
+    assert {split: len(rows) for split, rows in few.splits.items()} == {"train": 9, "validation": 4}
+    assert few.notes[-1] == "train: 9 of 36 images are drawn at random"
+    assert set(few.train["image"]) < set(data.train["image"]), "where validation images are not"
+    assert draw_for_trial(data, 9).train["image"][:] == few.train["image"][:]
+    with pytest.raises(DatasetError, match="has no validation images"):
+        draw_for_trial(put_aside(data_of(20, 20), validation_size=0), 9)
+
+
 def test_what_is_scored():
     alone, both = data_of(20, 20), data_of(20, 20, validation=(3, 3))
     split, rows, notes = choose(alone)
     assert (split, len(rows)) == ("all", 40)
-    assert notes == ["there is no test split: all 40 images are scored (`--split test`: those put aside by train)"]
+    assert notes == [
+        "there is no test split: all 40 images are scored. If the model was trained on this data set, most of them are "
+        "its training images, and the figures are too good: `--split test` scores those that `train` put aside"
+    ]
     assert len(choose(both)[1]) == 46
     assert choose(data_of(20, 20, test=(1, 2)))[:1] == ("test",)
     assert len(choose(both, "val")[1]) == 6

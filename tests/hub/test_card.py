@@ -56,6 +56,18 @@ def test_measured_facts_are_written(make_adapter, tmp_path):
     assert (result.metric_type, result.metric_value) == ("accuracy", 0.9375)
 
 
+def test_several_metrics_and_a_table_of_classes(make_adapter, tmp_path):
+    model = make_adapter()
+    metrics = {"test accuracy": 0.9, "test balanced_accuracy": 0.8}
+    table = ("By class", ("class", "F1"), [("a|b", "0.5"), ("<b>", "1")])
+    add_facts(model, dataset="user/beans", metrics=metrics, tables=[table])
+    card = saved(model, tmp_path / "adapter")
+    assert "- test balanced accuracy on user/beans: 0.8\n\n### By class\n\n| class | F1 |\n| --- | --- |\n" in card.text
+    assert "| a&#124;b | 0.5 |\n| &lt;b&gt; | 1 |" in card.text
+    found = [(one.dataset_split, one.metric_type, one.metric_value) for one in card.data.eval_results]
+    assert found == [("test", "accuracy", 0.9), ("test", "balanced_accuracy", 0.8)]
+
+
 def test_a_base_model_of_the_hub_is_linked(make_adapter, tmp_path):
     model = make_adapter()
     model.peft_config["default"].base_model_name_or_path = "google/vit-base-patch16-224"

@@ -6,11 +6,12 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 from peft import get_peft_model
+from PIL import Image
 
 from peft_bsr import BSRConfig
 from peft_bsr.cost import Cost
 from peft_bsr.hub import plan_in_words
-from peft_bsr.report import RunRecord, write_report
+from peft_bsr.report import Results, RunRecord, write_report
 from peft_bsr.report.charts import _nice, bar_chart, heat_map, line_chart
 from peft_bsr.training import BudgetRecord
 from peft_bsr.viz import kept_token_pictures
@@ -50,7 +51,9 @@ def _parts(*sizes):
 
 
 @pytest.fixture
-def full_record(model, images):
+def full_record(model, images, tmp_path):
+    confusion = tmp_path / "confusion.png"
+    Image.new("RGB", (8, 8)).save(confusion)
     pictures = np.random.default_rng(0).random((2, 32, 32, 3))
     column, plan = model.base_model.column, model.base_model.plan()
     return RunRecord(
@@ -59,7 +62,20 @@ def full_record(model, images):
         plan=plan,
         words=plan_in_words(model.peft_config["default"], column, plan),
         headline={"test accuracy": "50 %"},
-        log_history=[{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0, "eval_loss": 1.5, "eval_accuracy": 0.5}],
+        log_history=[
+            {"step": 1, "loss": 2.0, "learning_rate": 1e-3},
+            {"step": 2, "loss": 1.0, "eval_loss": 1.5, "eval_accuracy": 0.5, "eval_runtime": 3.0},
+            {"step": 4, "eval_loss": 1.6, "eval_accuracy": 0.4, "eval_mean_error": 0.2},
+        ],
+        kept_step=2,
+        results=Results(
+            "Results on 4 test images",
+            tables=[("By class", ("class", "F1"), [("<b>cat", "0.5")])],
+            confusion=confusion,
+            worst=[(Image.new("RGB", (400, 300)), "file: a.png\nlabel: <i>owl")],
+        ),
+        memory={"predicted": 3 * 2**20, "measured": 5 * 2**20},
+        memory_note="Of this process.",
         saved_by_block={"full": _parts(1, 1, 1, 1, 0.5), "BSR": _parts(0, 0.5, 0.25, 0.1, 0.1)},
         costs={"full": Cost(10**6, 2**22, 1e9, 4e9, 2.0), "BSR": Cost(10**5, 2**20, 1e9, 1e9, 0.5)},
         conditions="CPU, batch 2.",
@@ -77,8 +93,9 @@ def test_a_page_has_all_there_is_and_needs_nothing_else(full_record, tmp_path):
     text = write_report(full_record, tmp_path / "report.html").read_text()
     page = Page(text)
     assert page.open == []
-    for heading in ("What trains", "Training", "Memory over the blocks", "Against full fine-tuning", "Kept tokens",
-                    "Budgets", "How it was made"):  # fmt: skip
+    for heading in ("What trains", "Training", "Results on 4 test images", "Confusion matrix",
+                    "Images with the highest loss", "Peak memory", "Memory over the blocks",
+                    "Against full fine-tuning", "Kept tokens", "Budgets", "How it was made"):  # fmt: skip
         assert f"<h2>{heading}</h2>" in text
     sources = [value for _, attributes in page.seen for key, value in attributes.items() if key in ("src", "href")]
     assert sources
@@ -90,7 +107,20 @@ def test_a_page_has_all_there_is_and_needs_nothing_else(full_record, tmp_path):
     assert "<b>" not in text
     assert "cat &amp; dog" in text
     assert "<td>0.25</td>" in text, "a quarter of the first's time"
-    assert sum(tag == "img" for tag, _ in page.seen) == 2 * (1 + 2)
+    assert sum(tag == "img" for tag, _ in page.seen) == 2 * (1 + 2) + 2, "kept tokens, confusion matrix, worst image"
+    charts = [attributes["aria-label"] for tag, attributes in page.seen if tag == "svg"]
+    curves = ["loss", "accuracy", "mean error", "learning rate"]
+    assert charts[1:5] == [f"{name} by optimizer step" for name in curves], "what speaks of speed has no curve"
+    assert text.count('class="mark" d=') == 4 and text.count("kept: step 2") == 4
+    assert "<td>&lt;b&gt;cat</td><td>0.5</td>" in text and "label: &lt;i&gt;owl" in text
+    assert "<td>predicted</td><td>3</td>" in text and "<td>measured</td><td>5</td>" in text
+
+
+def test_a_picture_that_is_not_there_is_explained(model, tmp_path):
+    results = Results("Results", note="200 classes are too many.")
+    text = write_report(RunRecord("bare", None, None, results=results), tmp_path / "report.html").read_text()
+    assert re.findall(r"<h2>(.*?)</h2>", text) == ["Confusion matrix"]
+    assert "200 classes are too many." in text
 
 
 def test_what_is_not_known_has_no_place(model, tmp_path):
@@ -110,6 +140,7 @@ def test_charts_stay_inside_of_themselves():
     charts = (
         line_chart({"a": [(1, 0.0), (50, 3.0)], "b": [(25, 1.0)]}, "step", "loss"),
         line_chart({"a": [(3, 0.7)]}, "step", "accuracy"),
+        line_chart({"a": [(3, 0.7), (4, 0.8)]}, "step", "accuracy", mark=9),
         bar_chart([0.0, 5.0, 2.0], "MiB", last="rest"),
         bar_chart(list(range(1, 49)), "tokens"),
         heat_map([[0.1] * 1000, [1.0] * 1000], lambda value: "red", (1, 1000), "step", "budget"),

@@ -201,5 +201,5 @@ def _show(
     out.say(
         f"{figure}: on {images['validation']} validation images after a short run at each method's own learning rate; "
         "test images are not looked at. saved: activations kept for backward, an image. peak: predicted / measured "
-        "(on a CPU how much the process grew, images and libraries included)."
+        "(on a CPU how much the process grew, with images, libraries and freed memory that it keeps)."
     )

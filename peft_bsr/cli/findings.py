@@ -27,13 +27,16 @@ from peft_bsr.registration import package_version
 from peft_bsr.report import Results, RunRecord
 from peft_bsr.training.groups import trained_parameters
 from peft_bsr.viz import KeptTokens, draw_confusion, draw_kept, kept_token_pictures, saved_by_block
+from peft_bsr.viz.fonts import families_for
 
 FULL = "full fine-tuning"
 _BATCH, _SHOWN, _WORST = 8, 4, 12  # images that are measured on, that are drawn, that were answered worst
 _SIDE = 192  # pixels of those
 _PEAK = "Predicted by the planner for a training step: weights, optimizer, gradients, activations. Measured: "
 _PEAK_NOTES = {
-    "cpu": _PEAK + "how much this process grew while it loaded the model and trained, images and libraries included.",
+    "cpu": _PEAK
+    + "how much this process grew while it loaded the model and trained: images, libraries, and freed memory "
+    "that the C library keeps are in it.",
     "cuda": _PEAK + "what torch held on the device at most while it trained and scored epochs.",
 }
 
@@ -91,6 +94,9 @@ def draw_confusion_matrix(found: Findings, score: Score, path: Path) -> None:
         found.confusion = draw_confusion(details["confusion"], details["labels"], path)
     except InputError as error:
         found.confusion_note = f"{error} scores.json has all of it."
+    else:
+        if not families_for(details["labels"])[1]:  # the picture calls them by their numbers
+            found.confusion_note = ", ".join(f"{number}: {name}" for number, name in enumerate(details["labels"]))
 
 
 def show_worst(found: Findings, score: Score) -> None:

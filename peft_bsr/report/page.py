@@ -85,11 +85,12 @@ def _results(results: Results | None) -> list[str]:
         return []
     parts = [f"<h3>{escape(title)}</h3>{_table(head, rows)}" for title, head, rows in results.tables]
     sections = [_section(results.title, "".join(parts))] if parts else []
+    note = f'<p class="quiet">{escape(results.note)}</p>' if results.note else ""
     if results.confusion is not None:
         source = f"data:image/png;base64,{base64.b64encode(results.confusion.read_bytes()).decode()}"
-        sections.append(_section("Confusion matrix", f'<img class="chart" src="{source}" alt="confusion matrix">'))
-    elif results.note:
-        sections.append(_section("Confusion matrix", f'<p class="quiet">{escape(results.note)}</p>'))
+        note = f'<img class="chart" src="{source}" alt="confusion matrix">{note}'
+    if note:
+        sections.append(_section("Confusion matrix", note))
     if results.worst:
         figures = "".join(_figure(image, text) for image, text in results.worst)
         sections.append(_section("Images with the highest loss", f'<div class="gallery">{figures}</div>', True))

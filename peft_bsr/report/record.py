@@ -25,7 +25,7 @@ class Results:
         title: Such as `"Results on 400 test images"`.
         tables: Title, headings and rows of each.
         confusion: PNG file, or None.
-        note: Stands in the place of `confusion` where there is none.
+        note: Below it: names of the classes by number, or why there is no picture.
         worst: The images with the highest loss and what to say of each.
     """
 

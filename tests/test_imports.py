@@ -15,6 +15,7 @@ import peft_bsr
 ROOT = Path(peft_bsr.__file__).parent
 LAYERS = [
     "errors",
+    "problem_type",
     "core",
     "ops",
     "backbones",

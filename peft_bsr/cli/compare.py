@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from peft_bsr.backbones import input_shapes, probe_inputs
 from peft_bsr.cli.findings import FULL, conditions, in_words
-from peft_bsr.cli.images import add_columns, add_sizes, check_at_least, read_processor, read_training_data
+from peft_bsr.cli.images import add_columns, add_sizes, add_task, check_at_least, read_processor, read_training_data
 from peft_bsr.cli.methods import attach, check_method
 from peft_bsr.cli.output import Output
 from peft_bsr.cli.settings import TrainSettings
@@ -30,6 +30,7 @@ from peft_bsr.cost import Cost, compare, cost_rows
 from peft_bsr.data import LabelledImages, collate, with_pixels
 from peft_bsr.errors import PeftBsrError, UsageError, one_line
 from peft_bsr.prediction import find_device
+from peft_bsr.problem_type import SINGLE_LABEL
 
 _OTHERS = {"full": FULL, "linear": "linear probe", "lora": "LoRA r=8, every Linear"}
 _OF_RANDOM: dict[str, Any] = {"batch_size": 8, "labels": 10}
@@ -49,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("model", metavar="MODEL", help="Hub id or folder")
     add("--dataset", metavar="DATA", help="train each method for a short time on these images, and give its accuracy")
     add_columns(parser)
+    add_task(parser)
     add_sizes(parser)
     add("--epochs", type=float, help=f"with --dataset, at most (default {_OF_DATA['epochs']:g})")
     add("--images", type=int, help=f"with --dataset, at most of each split (default {_OF_DATA['images']})")
@@ -75,7 +77,7 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
         data = read_training_data(args, out, at_most=args.images)
         processor = read_processor(source, out)
     refused: dict[str, str] = {}
-    models = _make(source, len(data.labels) if data else args.labels, options, args, refused, out)
+    models = _make(source, data, options, args, refused, out)
     begin = time.perf_counter()
     batch = _batch_of(data, processor, args) if data else _random_batch(models, args)
     seconds_to_load = time.perf_counter() - begin
@@ -137,14 +139,21 @@ def _name(method: str) -> str:
 
 
 def _make(
-    source: str, labels: int, options: dict[str, Any], args: argparse.Namespace, refused: dict[str, str], out: Output
+    source: str,
+    data: LabelledImages | None,
+    options: dict[str, Any],
+    args: argparse.Namespace,
+    refused: dict[str, str],
+    out: Output,
 ) -> dict[str, nn.Module]:
     """Method -> model with random weights; why a method does not take it goes into `refused`."""
     models: dict[str, nn.Module] = {}
     with out.doing("making the models"):
         for method in args.methods:
             try:
-                model: nn.Module = attach(method, make_model(source, labels), options if method == "bsr" else {})
+                base: Any = make_model(source, len(data.labels) if data else args.labels)
+                base.config.problem_type = data.problem_type if data else SINGLE_LABEL
+                model: nn.Module = attach(method, base, options if method == "bsr" else {})
             except PeftBsrError as error:
                 if method == "bsr" or len(args.methods) == 1:  # what was asked for with options
                     raise

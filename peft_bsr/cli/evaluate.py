@@ -1,4 +1,4 @@
-"""Accuracy of an adapter, a plain model or an ONNX file: on the test images, or on all if there is no test split."""
+"""Figures of an adapter, a plain model or an ONNX file: on the test images, or on all if there is no test split."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from peft_bsr.cli.images import DATA_HELP, add_scoring, check_at_least, read_sco
 from peft_bsr.cli.output import Output
 from peft_bsr.data import DIGITS
 from peft_bsr.prediction import open_predictor
-from peft_bsr.prediction.scoring import check_scorable, score
+from peft_bsr.prediction.scoring import score
 
 EXAMPLES = """\
 examples:
@@ -31,8 +31,7 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
     """Run the command."""
     check_at_least(args, batch_size=1, workers=0)
     predictor = open_predictor(args.model, base=args.base, device=args.device)
-    check_scorable(predictor)
-    split, images = read_scored_data(args, predictor.labels, out)
+    split, images = read_scored_data(args, predictor, out)
     found = score(predictor, images, batch_size=args.batch_size, workers=args.workers, progress=not out.is_json)
     result = {
         "model": args.model,

@@ -74,7 +74,7 @@ def draw_pictures(found: Findings, model: Any, data: LabelledImages, processor: 
     shown = collate([examples[i] for i in range(min(_SHOWN, len(examples)))])
     pixels = shown["pixel_values"].to(model.device)
     found.images = to_pictures(pixels, processor)
-    found.titles = [data.labels[label] for label in shown["labels"].tolist()]
+    found.titles = [data.words(label) for label in shown["labels"].tolist()]
     found.kept = kept_token_pictures(model, pixels, found.images)
     found.picture = draw_kept(found.kept, found.images, output / PICTURE, found.titles)
 
@@ -127,7 +127,7 @@ def measure_costs(found: Findings, model: Any, settings: TrainSettings, data: La
     examples = with_pixels(data.train, processor)
     batch = collate([examples[i] for i in range(min(_BATCH, len(data.train)))])
     batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-    full = load_model(settings.model, data.labels).to(model.device)
+    full = load_model(settings.model, data.labels, data.problem_type).to(model.device)
     models = {FULL: full, settings.method.upper(): model}
     costs = compare(models, batch)
     saved = {name: saved_by_block(one, batch) for name, one in models.items()}
@@ -182,8 +182,8 @@ def headline_of(
 
 
 def in_words(name: str, value: float) -> str:
-    """A figure as text: accuracies in percent."""
-    return f"{value:.1%}" if name.endswith("accuracy") else f"{value:.4g}"
+    """A figure as text: accuracies and the like in percent."""
+    return f"{value:.1%}" if name.endswith(("accuracy", "f1_micro", "f1_macro", "mAP")) else f"{value:.4g}"
 
 
 def make_record(

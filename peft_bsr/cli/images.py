@@ -22,6 +22,8 @@ from peft_bsr.data import (
     refuse_bad,
 )
 from peft_bsr.errors import UsageError
+from peft_bsr.prediction import Predictor
+from peft_bsr.problem_type import REGRESSION, TASKS, ProblemType
 
 DATA_HELP = "digits (default), a folder by class, a .csv, .jsonl or .parquet file, or a Hub id"
 
@@ -29,7 +31,15 @@ DATA_HELP = "digits (default), a folder by class, a .csv, .jsonl or .parquet fil
 def add_columns(parser: argparse.ArgumentParser) -> None:
     """Which columns of a table or a data set are meant."""
     parser.add_argument("--image-column", metavar="NAME", help="column of images or paths (default: the one there is)")
-    parser.add_argument("--label-column", metavar="NAME", help="column of classes (default: the one there is)")
+    parser.add_argument(
+        "--label-column", metavar="NAME", help="of classes, or several: a,b,c (default: the one there is)"
+    )
+
+
+def add_task(parser: argparse.ArgumentParser) -> None:
+    """What the labels are."""
+    words = "default: what lists, texts with a | and fractions in the labels say; whole numbers are classes"
+    parser.add_argument("--task", choices=list(TASKS), help=words)
 
 
 def add_sizes(parser: argparse.ArgumentParser) -> None:
@@ -71,6 +81,23 @@ def check_at_least(args: argparse.Namespace, **least: int) -> None:
             raise UsageError(f"`--{name.replace('_', '-')} {given}` must be at least {value}.")
 
 
+def check_task(settings: Any, problem_type: ProblemType) -> None:
+    """Refuse what does not go with a regression, before images are read.
+
+    Args:
+        settings: `TrainSettings`, or what has the same names.
+        problem_type: Asked for, or found in the labels.
+
+    Raises:
+        UsageError: Naming it.
+    """
+    given = [f"--{name.replace('_', '-')}" for name in ("class_weights", "label_smoothing") if vars(settings).get(name)]
+    given += ["--augment strong"] * (vars(settings).get("augment") == "strong")
+    if problem_type == REGRESSION and given:
+        advice = "Use `--augment light`: it mixes no images." if "strong" in given[0] else "Leave it out."
+        raise UsageError(f"`{given[0]}` is for classes, but the labels are values (regression). {advice}")
+
+
 def read_training_data(settings: Any, out: Output, at_most: int | None = None) -> LabelledImages:
     """The splits of a training run, every image decoded once; what is in them is said.
 
@@ -82,25 +109,28 @@ def read_training_data(settings: Any, out: Output, at_most: int | None = None) -
     Raises:
         DatasetError: If it cannot be trained on, or if images cannot be decoded.
     """
-    data = load_images(settings.dataset, image_column=settings.image_column, label_column=settings.label_column)
+    columns = {"image_column": settings.image_column, "label_column": settings.label_column}
+    data = load_images(settings.dataset, **columns, problem_type=TASKS.get(settings.task))
+    check_task(settings, data.problem_type)
     data = put_aside(data, settings.test_size, settings.validation_size)
     if at_most is not None:
         data = draw_for_trial(data, at_most)
     return _checked(data, out, settings.skip_bad)
 
 
-def read_scored_data(args: argparse.Namespace, labels: list[str], out: Output) -> tuple[str, Dataset]:
+def read_scored_data(args: argparse.Namespace, predictor: Predictor, out: Output) -> tuple[str, Dataset]:
     """The name and the images of the split to score; what is in it is said.
 
     Args:
         args: With `--dataset` and the options of `add_scoring`.
-        labels: The model's.
+        predictor: The model.
         out: The screen.
 
     Raises:
         DatasetError: If there is no such split, or if it has classes the model does not know.
     """
-    data = load_images(args.dataset, image_column=args.image_column, label_column=args.label_column, labels=labels)
+    columns = {"image_column": args.image_column, "label_column": args.label_column}
+    data = load_images(args.dataset, **columns, problem_type=predictor.problem_type, labels=predictor.labels)
     split, rows, notes = choose(data, args.split, args.test_size, args.validation_size)
     return split, _checked(replace(data, splits={split: rows}, notes=data.notes + notes), out, args.skip_bad).splits[
         split
@@ -144,7 +174,9 @@ __all__ = [
     "add_predicting",
     "add_scoring",
     "add_sizes",
+    "add_task",
     "check_at_least",
+    "check_task",
     "read_processor",
     "read_scored_data",
     "read_training_data",

@@ -1,7 +1,8 @@
 """Write an adapter and its base model as one plain model of transformers, which needs neither PEFT nor this package.
 
 Token reduction is not in the weights: the merged model runs on all tokens, and its answers differ a little. With
-`--dataset` the accuracy of both is measured. `peft-bsr export` keeps the reduction.
+`--dataset` the accuracy of both is measured; of several labels micro F1, of a regression the mean absolute error.
+`peft-bsr export` keeps the reduction.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from peft_bsr.core import as_plain
 from peft_bsr.errors import ReductionNotMergedWarning, UsageError
 from peft_bsr.hub import load, load_image_processor
 from peft_bsr.prediction import open_predictor, to_predictor
-from peft_bsr.prediction.scoring import check_scorable, score
+from peft_bsr.prediction.scoring import score
 from peft_bsr.tuners.routed import RoutedTuner
 
 EXAMPLES = """\
@@ -54,8 +55,7 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
     images = None
     if args.dataset is not None:
         predictor = to_predictor(model, processor, name=args.model)
-        check_scorable(predictor)
-        _, images = read_scored_data(args, predictor.labels, out)
+        _, images = read_scored_data(args, predictor, out)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ReductionNotMergedWarning)  # said below, in numbers where there are images
         plain = model.merge_and_unload()
@@ -63,28 +63,28 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
     out.say(f"{type(plain).__name__}: {args.output}")
     if reduces:
         out.note("It runs on all tokens: token reduction is not in the weights, so that its answers differ a little.")
-    accuracy = {}
+    figure, found = "accuracy", {}
     if images is not None:
         for name, source in (("adapter", args.model), ("merged", args.output)):
-            accuracy[name] = _accuracy(source, images, args, out)
-        rows = [("adapter" + ", tokens reduced" * reduces, f"{accuracy['adapter']:.4f}")]
-        rows.append(("merged, all tokens", f"{accuracy['merged']:.4f}"))
-        out.table(f"{len(images)} images of {args.dataset}", ("", "accuracy"), rows)
+            figure, found[name] = _figure(source, images, args, out)
+        rows = [("adapter" + ", tokens reduced" * reduces, f"{found['adapter']:.4f}")]
+        rows.append(("merged, all tokens", f"{found['merged']:.4f}"))
+        out.table(f"{len(images)} images of {args.dataset}", ("", figure), rows)
     return {
         "model": args.model,
         "output": args.output,
         "class": type(plain).__name__,
         "reduces": reduces,
         "images": None if images is None else len(images),
-        "accuracy": accuracy,
+        figure: found,
     }
 
 
-def _accuracy(source: str | Path, images: Any, args: argparse.Namespace, out: Output) -> float:
-    """As its files give it."""
+def _figure(source: str | Path, images: Any, args: argparse.Namespace, out: Output) -> tuple[str, float]:
+    """Accuracy, or what else sums up such a model, as its files give it."""
     predictor = open_predictor(source, base=args.base, device=args.device)
     settings = {"batch_size": args.batch_size, "workers": args.workers, "progress": not out.is_json}
-    return score(predictor, images, **settings).accuracy
+    return next(iter(score(predictor, images, **settings).figures().items()))
 
 
 def _in_one_dtype(model: Any) -> dict[str, Tensor]:

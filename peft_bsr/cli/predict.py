@@ -13,8 +13,9 @@ from peft_bsr.cli.output import Output
 from peft_bsr.cli.prediction_table import PredictionTable, write_csv
 from peft_bsr.errors import DatasetError, UsageError
 from peft_bsr.prediction import Prediction, Predictor, open_predictor, to_prediction
-from peft_bsr.prediction.answers import MULTI_LABEL, REGRESSION, THRESHOLD
+from peft_bsr.prediction.answers import THRESHOLD
 from peft_bsr.prediction.images import outputs_of, read_rows, row_name
+from peft_bsr.problem_type import MULTI_LABEL, REGRESSION
 
 EXAMPLES = """\
 examples:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_bsr.prediction import Prediction, Predictor
-from peft_bsr.prediction.answers import MULTI_LABEL, REGRESSION
+from peft_bsr.problem_type import MULTI_LABEL, REGRESSION
 
 
 @dataclass(frozen=True)

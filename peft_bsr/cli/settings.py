@@ -11,12 +11,13 @@ from typing import Any
 import yaml
 from transformers import TrainingArguments
 
-from peft_bsr.cli.images import DATA_HELP, add_columns, add_sizes
+from peft_bsr.cli.images import DATA_HELP, add_columns, add_sizes, add_task, check_task
 from peft_bsr.cli.methods import ALL_METHODS, CONFIGS
 from peft_bsr.cli.sources import check_names
 from peft_bsr.cli.values import read_fields, read_file, read_pairs
 from peft_bsr.data import DIGITS
 from peft_bsr.errors import UsageError
+from peft_bsr.problem_type import TASKS
 from peft_bsr.training import default_learning_rate
 
 # name -> (type, least, below or at most, whether the end counts); None where there is no value
@@ -41,6 +42,7 @@ _CHOICES = {
     "keep": ("last", "best"),
     "precision": ("fp32", "bf16", "fp16"),
     "device": ("cpu", "cuda", "mps"),
+    "task": tuple(TASKS),
 }
 
 
@@ -52,7 +54,9 @@ class TrainSettings:
         model: Hub id or folder of the base model.
         dataset: See `peft_bsr.data.load_images`. Default digits.
         image_column: See `peft_bsr.data.load_images`.
-        label_column: The same.
+        label_column: The same; several are a list, or `a,b,c`.
+        task: `"classification"`, `"multilabel"` or `"regression"`. Default: what lists, texts with a `|` and fractions
+            in the labels say; whole numbers are classes.
         test_size: See `peft_bsr.data.put_aside`.
         validation_size: The same.
         skip_bad: Whether to go on without images that cannot be decoded. Default False.
@@ -72,8 +76,9 @@ class TrainSettings:
         label_smoothing: Default 0.
         layer_decay: Factor on the learning rate from one block to the one before it. Default None.
         ema: Decay of the average of the trained weights. Default None: no average.
-        early_stopping: Epochs without a better validation accuracy after which to stop. Default None.
-        keep: `"last"` or `"best"` epoch, by validation. Default last, with early stopping best.
+        early_stopping: Epochs without a better validation score after which to stop. Default None.
+        keep: `"last"` or `"best"` epoch, by validation accuracy (several labels: micro F1; a regression: loss). Default
+            last, with early stopping best.
         precision: `"fp32"`, `"bf16"` or `"fp16"`. Default fp32.
         device: `"cpu"`, `"cuda"` or `"mps"`. Default what there is.
         workers: Processes that load images. Default 0 on a CPU, else up to 4.
@@ -90,7 +95,8 @@ class TrainSettings:
     model: str
     dataset: str = DIGITS
     image_column: str | None = None
-    label_column: str | None = None
+    label_column: str | list[str] | None = None
+    task: str | None = None
     test_size: float | None = None
     validation_size: float | None = None
     skip_bad: bool = False
@@ -146,6 +152,8 @@ class TrainSettings:
             )
         if self.early_stopping and self.keep == "last":
             raise UsageError("`early_stopping` keeps the best epoch. Leave `keep: last` out.")
+        if self.task:
+            check_task(self, TASKS[self.task])
         if self.keep is None:
             self.keep = "best" if self.early_stopping else "last"
 
@@ -168,6 +176,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     add("--model", help="Hub id or folder of the base model")
     add("--dataset", help=DATA_HELP)
     add_columns(parser)
+    add_task(parser)
     add_sizes(parser)
     add("--method", help="bsr (default), alast, synqt; or lora, full, linear, to compare with")
     add("--set", action="append", metavar="NAME=VALUE", help="option of the method, may be repeated")

@@ -6,14 +6,14 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from peft_bsr.cli.findings import reduces_in_use
 from peft_bsr.cli.output import Output
+from peft_bsr.cli.prediction_table import PredictionTable
 from peft_bsr.cli.sources import find_adapter
 from peft_bsr.data import image_name, load_unlabelled, open_image, stored, to_pictures, to_pixels
 from peft_bsr.errors import UsageError
 from peft_bsr.hub import load, load_image_processor
+from peft_bsr.prediction import to_prediction, to_predictor
 from peft_bsr.viz import draw_kept, kept_token_pictures
 
 EXAMPLES = """\
@@ -49,21 +49,20 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
         raise UsageError(f"`{args.model}` keeps every token when it is used: there is nothing to show.")
     processor = load_image_processor(args.model, base=args.base)
     pixels = to_pixels(images, processor)
-    with torch.no_grad():
-        chances, classes = model(pixel_values=pixels).logits.softmax(-1).max(-1)
-    labels = [model.config.id2label[index] for index in classes.tolist()]
+    predictor = to_predictor(model, processor, name=args.model)
+    found = [to_prediction(predictor, *one) for one in zip(names, predictor.run(pixels), strict=True)]
+    table = PredictionTable(predictor, top_k=1)
+    seen = [table.row(one) for one in found]
     pictures = to_pictures(pixels, processor)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     behind = kept_token_pictures(model, pixels, pictures)
-    draw_kept(behind, pictures, args.output, labels)
+    draw_kept(behind, pictures, args.output, [row[1] for row in seen])
     kept = {str(one.block): one.share for one in behind}
-    found = [
-        {"image": path, "label": label, "probability": chance}
-        for path, label, chance in zip(names, labels, chances.tolist(), strict=True)
-    ]
-    out.table(
-        "Seen", ("image", "label", "probability"), [(f["image"], f["label"], f"{f['probability']:.3f}") for f in found]
-    )
+    out.table("Seen", table.header, seen, [i for i, name in enumerate(table.header) if name in ("file", "label")])
     out.facts("Patches kept", {f"block {block}": f"{share:.0%}" for block, share in kept.items()})
     out.say(f"picture: {args.output}")
-    return {"model": args.model, "images": found, "kept": kept, "picture": str(args.output)}
+    answers = [
+        {"image": one.file, "label": row[1], "probability": one.probability}
+        for one, row in zip(found, seen, strict=True)
+    ]
+    return {"model": args.model, "images": answers, "kept": kept, "picture": str(args.output)}

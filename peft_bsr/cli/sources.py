@@ -18,6 +18,7 @@ from peft_bsr.cli.values import read_fields
 from peft_bsr.errors import UsageError
 from peft_bsr.hub import read_config
 from peft_bsr.hub.files import ADAPTER, MODEL, list_files
+from peft_bsr.problem_type import SINGLE_LABEL, ProblemType
 from peft_bsr.tuners import ALaSTConfig, BSRConfig, SynQTConfig
 
 METHODS: dict[str, type[Any]] = {"bsr": BSRConfig, "alast": ALaSTConfig, "synqt": SynQTConfig}
@@ -82,14 +83,15 @@ def make_model(name: str, labels: int | None = None, device: str = "cpu") -> nn.
         return transformers.AutoModel.from_config(config)
 
 
-def load_model(name: str, labels: Sequence[str]) -> Any:
-    """A model with its weights and a classifier for `labels`.
+def load_model(name: str, labels: Sequence[str], problem_type: ProblemType = SINGLE_LABEL) -> Any:
+    """A model with its weights and a head for `labels`.
 
     A distilled checkpoint, whose own class takes no labels, becomes the plain classifier of its family.
 
     Args:
         name: MODEL, a model.
-        labels: Names of the classes.
+        labels: Names of the classes, or of the values.
+        problem_type: What they are.
 
     Raises:
         UsageError: If it cannot be loaded, or no classifier of its family takes labels.
@@ -99,6 +101,7 @@ def load_model(name: str, labels: Sequence[str]) -> Any:
             name,
             id2label=dict(enumerate(labels)),
             label2id={label: index for index, label in enumerate(labels)},
+            problem_type=problem_type,
             ignore_mismatched_sizes=True,
         )
     except (OSError, ValueError) as error:

@@ -38,9 +38,10 @@ from peft_bsr.cli.saving import (
     write_scores,
     write_summary,
 )
+from peft_bsr.cli.scaling import find_scale, fold
 from peft_bsr.cli.settings import TrainSettings, add_settings, read_settings
 from peft_bsr.cli.sources import METHODS, find_adapter, load_model
-from peft_bsr.cli.training import make_trainer, optimizer_maker, training_arguments, without_validation
+from peft_bsr.cli.training import fit_to_data, make_trainer, optimizer_maker, training_arguments
 from peft_bsr.data import fixed_size, size_of
 from peft_bsr.errors import UsageError
 from peft_bsr.hub import plan_in_words
@@ -84,7 +85,7 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
     _check_image_size(settings)
     check_output(output)
     data = read_training_data(settings, out)
-    without_validation(arguments, settings, data)
+    fit_to_data(arguments, settings, data)
     processor = read_processor(
         settings.model, out, image_size=settings.image_size, mean=settings.mean, std=settings.std
     )
@@ -93,7 +94,7 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
     with ExitStack() as stack:
         if not args.no_measuring:
             found.peak = stack.enter_context(watch_peak(arguments.device))
-        base = load_model(settings.model, data.labels)
+        base = load_model(settings.model, data.labels, data.problem_type)
         if not args.no_measuring:
             with may_fail("prediction of peak memory", out, "The run goes on."):
                 found.peak.predicted = predict_peak(settings, arguments, base, processor)
@@ -105,7 +106,8 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
         if found.peak.predicted is not None:
             out.note(f"peak memory of a step: {found.peak}; Python and torch come on top")
         clock = RunCallback(settings)
-        trainer = make_trainer(model, settings, arguments, data, processor, clock)
+        scale = find_scale(model, data, processor, out)
+        trainer = make_trainer(model, settings, arguments, data, processor, clock, scale)
         stack.callback(clock.release)
         if settings.cache:
             cache = FeatureCache.build(
@@ -120,6 +122,7 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
         raise KeyboardInterrupt
 
     model = trained_model(trainer)
+    fold(scale, model, data, processor)
     folder = save_model(model, processor, output)
     scores = score_all(
         model,

@@ -18,6 +18,7 @@ from peft_bsr.cli.sources import METHODS, check_names
 from peft_bsr.data import LabelledImages, collate, labels_of, with_pixels
 from peft_bsr.errors import UsageError, one_line
 from peft_bsr.prediction import find_device
+from peft_bsr.problem_type import REGRESSION
 from peft_bsr.training import (
     WARMUP_SHARE,
     ALaSTCallback,
@@ -30,7 +31,8 @@ from peft_bsr.training import (
     param_groups,
 )
 from peft_bsr.training.augmentation import Augmentation
-from peft_bsr.training.scores import compute_accuracy
+from peft_bsr.training.scores import BEST_BY, compute_metrics_of
+from peft_bsr.training.target_scale import TargetScale
 
 _WEIGHT_DECAY = 0.01  # the benchmark's
 _FLAGS = {
@@ -102,13 +104,17 @@ def training_arguments(settings: TrainSettings, *, is_quiet: bool) -> TrainingAr
     return arguments
 
 
-def without_validation(arguments: TrainingArguments, settings: TrainSettings, data: LabelledImages) -> None:
-    """Epochs are not scored where there is nothing to score them on.
+def fit_to_data(arguments: TrainingArguments, settings: TrainSettings, data: LabelledImages) -> None:
+    """The best epoch is found by what sums up such labels; epochs are not scored where there are no images for it.
 
     Raises:
         UsageError: If the best epoch is to be found by images that are not there.
     """
     if data.validation:
+        if settings.keep == "best" and "metric_for_best_model" not in settings.trainer:
+            arguments.metric_for_best_model = BEST_BY[data.problem_type]
+            if "greater_is_better" not in settings.trainer:
+                arguments.greater_is_better = data.problem_type != REGRESSION
         return
     if arguments.load_best_model_at_end:
         name = "load_best_model_at_end" if "load_best_model_at_end" in settings.trainer else "--keep best"
@@ -127,7 +133,7 @@ def training_loss(settings: TrainSettings, data: LabelledImages) -> TrainingLoss
         weights = balanced_weights(labels_of(data.train), len(data.labels))
     elif weights is not None and len(weights) != len(data.labels):
         raise UsageError(f"`class_weights` has {len(weights)} numbers, but there are {len(data.labels)} classes.")
-    return TrainingLoss(data.problem_type, class_weights=weights, label_smoothing=settings.label_smoothing)  # type: ignore[arg-type]
+    return TrainingLoss(data.problem_type, class_weights=weights, label_smoothing=settings.label_smoothing)
 
 
 def training_images(settings: TrainSettings, data: LabelledImages, processor: Any) -> Any:
@@ -136,8 +142,7 @@ def training_images(settings: TrainSettings, data: LabelledImages, processor: An
         return with_pixels(data.train, processor)
     augment: Any = Augmentation(settings.augment, settings.flip)  # type: ignore[arg-type]
     images = with_pixels(data.train, processor, augment)
-    is_mixed = settings.augment == "strong" and data.problem_type == "single_label_classification"
-    return MixupDataset(images, len(data.labels)) if is_mixed else images
+    return MixupDataset(images, len(data.labels)) if settings.augment == "strong" else images
 
 
 def optimizer_maker(settings: TrainSettings, model: Any, arguments: TrainingArguments) -> Callable[[float], Any] | None:
@@ -163,6 +168,7 @@ def make_trainer(
     data: LabelledImages,
     processor: Any,
     run: RunCallback,
+    scale: TargetScale | None = None,
 ) -> Any:
     """A Trainer with all that the settings ask for.
 
@@ -173,6 +179,7 @@ def make_trainer(
         data: With `train`, and `validation` or not.
         processor: Of the images.
         run: Writes the settings and counts seconds.
+        scale: Of a regression, that is trained on scaled values. Default None.
     """
     guard = NonFiniteLossCallback(settings.output)
     callbacks: list[Any] = [run, guard]
@@ -188,10 +195,10 @@ def make_trainer(
     trainer: Any = Trainer(
         model=model,
         args=arguments,
-        data_collator=collate,
+        data_collator=collate if scale is None else scale.collate,
         train_dataset=training_images(settings, data, processor),
         eval_dataset=with_pixels(data.validation, processor) if data.validation else None,
-        compute_metrics=compute_accuracy,
+        compute_metrics=compute_metrics_of(data.problem_type, *([] if scale is None else [scale.restore])),
         compute_loss_func=guard.watch(training_loss(settings, data)),
         callbacks=callbacks,
         optimizers=(None if make_optimizer is None else make_optimizer(arguments.learning_rate), None),
@@ -201,10 +208,10 @@ def make_trainer(
 
 
 __all__ = [
+    "fit_to_data",
     "make_trainer",
     "optimizer_maker",
     "training_arguments",
     "training_images",
     "training_loss",
-    "without_validation",
 ]

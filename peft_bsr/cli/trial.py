@@ -15,6 +15,7 @@ from peft_bsr.cli.methods import attach
 from peft_bsr.cli.output import Output
 from peft_bsr.cli.resuming import RunCallback
 from peft_bsr.cli.saving import may_fail, trained_model
+from peft_bsr.cli.scaling import find_scale, fold
 from peft_bsr.cli.settings import TrainSettings
 from peft_bsr.cli.sources import load_model
 from peft_bsr.cli.training import make_trainer, training_arguments
@@ -91,11 +92,12 @@ def run_trial(settings: TrainSettings, data: LabelledImages, processor: Any, out
         transformers.set_seed(settings.seed)
         clock = RunCallback(settings)
         with watch_peak(arguments.device) as peak:
-            base = load_model(settings.model, data.labels)
+            base = load_model(settings.model, data.labels, data.problem_type)
             with may_fail("prediction of peak memory", out, "The run goes on."):
                 peak.predicted = predict_peak(settings, arguments, base, processor)
             model = attach(settings.method, base, settings.options)
-            trainer = make_trainer(model, settings, arguments, data, processor, clock)
+            scale = find_scale(model, data, processor, out)
+            trainer = make_trainer(model, settings, arguments, data, processor, clock, scale)
             if not out.is_json:
                 trainer.remove_callback(ProgressCallback)
                 trainer.add_callback(_Bar())
@@ -105,7 +107,9 @@ def run_trial(settings: TrainSettings, data: LabelledImages, processor: Any, out
                 clock.release()
     if clock.is_interrupted:
         raise KeyboardInterrupt
-    predictor = to_predictor(trained_model(trainer), processor)
+    trained = trained_model(trainer)
+    fold(scale, trained, data, processor)
+    predictor = to_predictor(trained, processor)
     found = score(predictor, data.validation, batch_size=arguments.per_device_eval_batch_size, progress=False)
     state = trainer.state
     return Trial(found, state.global_step, float(state.epoch), clock.seconds_before, settings.rate, peak)

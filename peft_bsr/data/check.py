@@ -18,10 +18,11 @@ from datasets import Dataset
 from PIL import Image as PILImage
 from tqdm import tqdm
 
-from peft_bsr.data.images import LabelledImages
+from peft_bsr.data.images import LabelledImages, labels_of
 from peft_bsr.data.pixels import image_name, open_image, stored, to_rgb
 from peft_bsr.data.rows import some
 from peft_bsr.errors import DatasetError, one_line
+from peft_bsr.problem_type import REGRESSION
 
 FEW = 5  # images of a class
 _AT_ONCE = 64  # encoded images in memory
@@ -50,7 +51,10 @@ class DataReport:
 
     Attributes:
         name: What it was asked for by.
-        counts: Split -> class -> images that can be decoded.
+        problem_type: As in transformers' configurations.
+        images: Split -> images that can be decoded.
+        counts: Split -> class -> those of them that have it. Empty for a regression.
+        values: Split -> name -> smallest, median and largest value, mean and standard deviation. Of a regression.
         modes: Mode of Pillow -> images.
         widths: Smallest, median and largest, in pixels, upright.
         heights: The same.
@@ -62,7 +66,10 @@ class DataReport:
     """
 
     name: str
+    problem_type: str
+    images: dict[str, int]
     counts: dict[str, dict[str, int]]
+    values: dict[str, dict[str, dict[str, float]]]
     modes: dict[str, int]
     widths: tuple[int, int, int]
     heights: tuple[int, int, int]
@@ -208,20 +215,32 @@ def _batches(rows: Dataset) -> Iterator[list[Any]]:
 def _report(data: LabelledImages, clean: LabelledImages, seen: dict[str, list[Any]], bad: list[BadImage]) -> DataReport:
     looked = [one for found in seen.values() for one in found if isinstance(one, _Seen)]
     counts = {split: clean.counts(split) for split in clean.splits}
-    total = {label: sum(of_split[label] for of_split in counts.values()) for label in clean.labels}
+    classes = [] if clean.problem_type == REGRESSION else clean.labels
+    total = {label: sum(of_split[label] for of_split in counts.values()) for label in classes}
     trained = counts.get("train")
     return DataReport(
         name=data.name,
+        problem_type=clean.problem_type,
+        images={split: len(rows) for split, rows in clean.splits.items()},
         counts=counts,
+        values={split: _values(clean, split) for split in clean.splits if not classes},
         modes=dict(Counter(one.mode for one in looked).most_common()),
         widths=_spread([one.width for one in looked]),
         heights=_spread([one.height for one in looked]),
         bad=bad,
         duplicates=_duplicates(data, seen),
         few={label: count for label, count in total.items() if count < FEW},
-        unseen=[label for label in clean.labels if total[label] and not trained[label]] if trained else [],
+        unseen=[label for label in classes if total[label] and not trained[label]] if trained else [],
         notes=clean.notes,
     )
+
+
+def _values(data: LabelledImages, split: str) -> dict[str, dict[str, float]]:
+    """Name -> what the values of a regression are like."""
+    labels = labels_of(data.splits[split]).astype(np.float64)
+    figures = {"least": labels.min(0), "median": np.median(labels, axis=0), "largest": labels.max(0)}
+    figures |= {"mean": labels.mean(0), "deviation": labels.std(0)}
+    return {name: {key: float(of_all[i]) for key, of_all in figures.items()} for i, name in enumerate(data.labels)}
 
 
 def _spread(values: list[int]) -> tuple[int, int, int]:

@@ -1,4 +1,4 @@
-"""Which column holds the images, and which the labels. Several candidates are named, and never taken without a word."""
+"""Which column holds the images. Several candidates are named, and never taken without a word."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
-from datasets import ClassLabel, Dataset, Image, Value
+from datasets import Dataset, Image, Value
 from PIL import Image as PILImage
 
 from peft_bsr.data.rows import some
 from peft_bsr.errors import DatasetError
 
 IMAGE_NAMES = ("image", "images", "img", "file_name")
-LABEL_NAMES = ("label", "labels", "fine_label")
 _LOOKED_AT = 100  # rows whose values say what a column of texts holds
 
 
@@ -29,27 +28,9 @@ def image_column(rows: Dataset, wanted: str | None = None) -> tuple[str, str | N
         DatasetError: If there is none, or several.
     """
     if wanted is not None:
-        return _asked(rows, wanted, "--image-column"), None
-    found = [name for name in rows.column_names if _may_be_images(rows, name)]
-    return _one(rows, found, IMAGE_NAMES, "images", "--image-column")
-
-
-def label_column(rows: Dataset, images: str, wanted: str | None = None) -> tuple[str, str | None]:
-    """The column of labels, and a note if there were several.
-
-    Args:
-        rows: With labels as `datasets.ClassLabel`, texts or whole numbers.
-        images: The column of images.
-        wanted: `--label-column`. Default None: the only candidate, or the only one of `LABEL_NAMES`.
-
-    Raises:
-        DatasetError: If there is none, or several.
-    """
-    if wanted is not None:
-        return _asked(rows, wanted, "--label-column"), None
-    others = [name for name in rows.column_names if name not in (images, "split")]
-    found = [name for name in others if _may_be_labels(rows, name)]
-    return _one(rows, found, LABEL_NAMES, "class labels", "--label-column")
+        return asked_column(rows, wanted, "--image-column"), None
+    found = [name for name in rows.column_names if may_be_images(rows, name)]
+    return one_column(rows, found, IMAGE_NAMES, "images", "--image-column")
 
 
 def values_of(rows: Dataset, column: str) -> list[Any]:
@@ -81,7 +62,7 @@ def as_images(rows: Dataset, column: str, root: Path | None) -> Dataset:
             rows = rows.cast_column("image", Image())
         except (TypeError, ValueError, NotImplementedError) as error:
             raise DatasetError(
-                f"the column `{column}` holds {_kind(feature)}: no images, and no paths of images."
+                f"the column `{column}` holds {kind_name(feature)}: no images, and no paths of images."
             ) from error
     stored = rows.cast_column("image", Image(decode=False)).with_format("arrow").select_columns(["image"])
     if root is None or not _has_relative_paths(stored):
@@ -108,15 +89,37 @@ def _joined(root: Path | None, path: Any) -> str | None:
     return str((root or Path()) / str(path).replace("\\", "/"))
 
 
-def _asked(rows: Dataset, wanted: str, option: str) -> str:
+def asked_column(rows: Dataset, wanted: str, option: str) -> str:
+    """The column that was asked for.
+
+    Args:
+        rows: The rows.
+        wanted: Its name.
+        option: That it was given by, for the error.
+
+    Raises:
+        DatasetError: If there is none of that name.
+    """
     if wanted not in rows.column_names:
         close = difflib.get_close_matches(wanted, rows.column_names, 3) or rows.column_names
         raise DatasetError(f"`{option} {wanted}`: there is no such column. Did you mean {some(close)}?")
     return wanted
 
 
-def _one(rows: Dataset, found: list[str], names: Sequence[str], what: str, option: str) -> tuple[str, str | None]:
-    columns = some([f"{name} ({_kind(feature)})" for name, feature in rows.features.items()])
+def one_column(rows: Dataset, found: list[str], names: Sequence[str], what: str, option: str) -> tuple[str, str | None]:
+    """The only one of some columns, or the only one that is called as expected; and a note if there were several.
+
+    Args:
+        rows: The rows.
+        found: Candidates.
+        names: Expected names.
+        what: Is in the column, for messages.
+        option: That chooses.
+
+    Raises:
+        DatasetError: If there is none, or several.
+    """
+    columns = some([f"{name} ({kind_name(feature)})" for name, feature in rows.features.items()])
     if not found:
         raise DatasetError(f"the columns are {columns}: none of them holds {what}. Name it by `{option}`.")
     named = [name for name in found if name in names]
@@ -129,7 +132,13 @@ def _one(rows: Dataset, found: list[str], names: Sequence[str], what: str, optio
     return taken, None if taken in names else f"{what} are the column `{taken}`"
 
 
-def _may_be_images(rows: Dataset, name: str) -> bool:
+def may_be_images(rows: Dataset, name: str) -> bool:
+    """Whether a column holds images, bytes, or paths of images.
+
+    Args:
+        rows: The rows.
+        name: Of the column.
+    """
     feature = rows.features[name]
     if isinstance(feature, Image):
         return True
@@ -146,27 +155,27 @@ def _are_paths(values: Sequence[Any]) -> bool:
     return bool(values) and sum(PurePath(v).suffix.lower() in endings for v in values) > len(values) / 2
 
 
-def _may_be_labels(rows: Dataset, name: str) -> bool:
-    feature = rows.features[name]
-    if isinstance(feature, ClassLabel):
-        return True
-    if not isinstance(feature, Value) or _may_be_images(rows, name):
-        return False
-    if feature.dtype.startswith("float"):
-        return all(value == int(value) for value in _first(rows, name))
-    if feature.dtype not in ("bool", "string", "large_string") and not feature.dtype.startswith(("int", "uint")):
-        return False
-    values = values_of(rows, name)
-    return len(set(values)) < len(values) or name in LABEL_NAMES  # as many values as rows: an id, a file name
-
-
 def _first(rows: Dataset, name: str) -> list[Any]:
     values = values_of(rows.select(range(min(_LOOKED_AT, len(rows)))), name)
     return [value for value in values if value not in (None, "") and value == value]
 
 
-def _kind(feature: Any) -> str:
+def kind_name(feature: Any) -> str:
+    """What a column holds, in a word: `int64`, `Image`.
+
+    Args:
+        feature: Of `datasets`.
+    """
     return feature.dtype if isinstance(feature, Value) else type(feature).__name__
 
 
-__all__ = ["IMAGE_NAMES", "LABEL_NAMES", "as_images", "image_column", "label_column", "values_of"]
+__all__ = [
+    "IMAGE_NAMES",
+    "as_images",
+    "asked_column",
+    "image_column",
+    "kind_name",
+    "may_be_images",
+    "one_column",
+    "values_of",
+]

@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from datasets import Dataset, Features, Image, concatenate_datasets
 
-from peft_bsr.data.columns import as_images, image_column, label_column
+from peft_bsr.data.columns import as_images, image_column
 from peft_bsr.data.folders import image_endings, list_images
 from peft_bsr.data.labels import encode
 from peft_bsr.data.rows import DIGITS, read_rows, read_table, some, split_of
+from peft_bsr.data.targets import find_target
+from peft_bsr.data.vectors import encode_vectors
 from peft_bsr.errors import DatasetError
+from peft_bsr.problem_type import MULTI_LABEL, REGRESSION, SINGLE_LABEL, ProblemType
 
 
 @dataclass(frozen=True)
@@ -22,9 +26,10 @@ class LabelledImages:
 
     Attributes:
         name: What it was asked for by.
-        splits: `"train"`, `"validation"`, `"test"`, those that there are -> rows with the columns `image` and `label`.
-            Without splits, all of them are `"train"`.
-        labels: Names of the classes, by number.
+        splits: `"train"`, `"validation"`, `"test"`, those that there are -> rows with the columns `image` and `label`:
+            the number of a class; of several labels a vector of 0 and 1; of a regression a vector of values. Without
+            splits, all of them are `"train"`.
+        labels: Names of the classes, or of the values, by number.
         notes: What was decided and left out when it was read, one sentence each.
         problem_type: As in transformers' configurations.
     """
@@ -33,7 +38,7 @@ class LabelledImages:
     splits: dict[str, Dataset]
     labels: list[str]
     notes: list[str] = field(default_factory=list)
-    problem_type: str = "single_label_classification"
+    problem_type: ProblemType = SINGLE_LABEL
 
     @property
     def train(self) -> Dataset:
@@ -51,19 +56,46 @@ class LabelledImages:
         return self._get("test")
 
     def counts(self, split: str) -> dict[str, int]:
-        """Class -> images of a split.
+        """Class -> images of a split that have it. Empty for a regression.
 
         Args:
             split: One of `splits`.
         """
-        numbers = np.bincount(labels_of(self.splits[split]), minlength=len(self.labels))
+        if self.problem_type == REGRESSION:
+            return {}
+        found = labels_of(self.splits[split])
+        numbers = np.bincount(found, minlength=len(self.labels)) if found.ndim == 1 else found.sum(axis=0).astype(int)
         return dict(zip(self.labels, numbers.tolist(), strict=True))
 
+    def words(self, label: Any) -> str:
+        """A label for people: `daisy`; `cat, dog`; `age 31`.
+
+        Args:
+            label: Of a row.
+        """
+        if self.problem_type == SINGLE_LABEL:
+            return self.labels[int(label)]
+        pairs = [(name, float(value)) for name, value in zip(self.labels, label, strict=True)]
+        if self.problem_type == REGRESSION:
+            return ", ".join(f"{name} {value:.4g}" for name, value in pairs)
+        return ", ".join(name for name, value in pairs if value) or "none"
+
     def describe(self) -> str:
-        """`3 classes: daisy (24), rose (30), tulip (28)`: training images, or else all; 10 classes at most."""
+        """What it is for, from its training images, or else all: 10 classes or values at most.
+
+        `3 classes: daisy (24), rose (30), tulip (28)`; `multi-label, 2 labels: cat (3), dog (5)`;
+        `regression, 1 value: age (1 to 90)`.
+        """
         splits = ["train"] if "train" in self.splits else list(self.splits)
+        if self.problem_type == REGRESSION:
+            values = np.concatenate([labels_of(self.splits[split]) for split in splits])
+            ends = zip(self.labels, values.min(axis=0), values.max(axis=0), strict=True)
+            named = some([f"{name} ({low:.4g} to {high:.4g})" for name, low, high in ends])
+            return f"regression, {len(self.labels)} value{'s' * (len(self.labels) != 1)}: {named}"
         counts = {label: sum(self.counts(split)[label] for split in splits) for label in self.labels}
         named = some([f"{label} ({count})" for label, count in counts.items()])
+        if self.problem_type == MULTI_LABEL:
+            return f"multi-label, {len(counts)} label{'s' * (len(counts) != 1)}: {named}"
         return f"{len(counts)} class{'es' if len(counts) != 1 else ''}: {named}"
 
     def _get(self, split: str) -> Dataset:
@@ -76,7 +108,8 @@ def load_images(
     name: str = DIGITS,
     *,
     image_column: str | None = None,
-    label_column: str | None = None,
+    label_column: str | Sequence[str] | None = None,
+    problem_type: ProblemType | None = None,
     labels: Sequence[str] | None = None,
 ) -> LabelledImages:
     """Images and labels of a data set. Nothing is decoded.
@@ -86,19 +119,21 @@ def load_images(
             `.parquet`) or the id of a data set on the Hub. Folders hold images by class, at any depth below the class;
             or folders train, validation and test of such; or images and a `metadata.csv`.
         image_column: Of a table or a data set. Default None: the one there is.
-        label_column: The same.
-        labels: Names of a model's classes: rows are matched with them by name. Default None: the classes of the data.
+        label_column: The same; or several columns of 0 and 1, or of values, as a list or as `"a,b,c"`.
+        problem_type: One class an image, several labels, or a regression. Default None: what the labels are, see
+            `peft_bsr.data.targets.find_target`; whole numbers are classes.
+        labels: Names of a model's classes or values: they are matched by name. Default None: those of the data.
 
     Raises:
-        DatasetError: If there is none of that name, or if it has no images or no class labels, or if several columns
-            may be meant.
+        DatasetError: If there is none of that name, or if it has no images or no labels, or if several columns may be
+            meant.
     """
     rows = read_rows(name)
     try:
         first = next(iter(rows.splits.values()))
         images, *notes = _image_column(first, image_column)
-        classes, *more = _label_column(first, images, label_column)
-        columns = {images, classes}
+        target = find_target(first, images, label_column, problem_type, labels)
+        columns = {images, *target.columns}
         splits = {
             split: data.select_columns(sorted(columns & set(data.column_names))) for split, data in rows.splits.items()
         }
@@ -106,12 +141,17 @@ def load_images(
             if set(data.column_names) != columns:
                 raise DatasetError(f"the {split} split has no column {some(sorted(columns - set(data.column_names)))}.")
         splits = {split: as_images(data, images, rows.root) for split, data in splits.items()}
-        encoded, names, left = encode(splits, "image" if classes == images else classes, labels)
+        if target.problem_type == SINGLE_LABEL:
+            classes = "image" if target.columns == [images] else target.columns[0]
+            encoded, names, left = encode(splits, classes, labels)
+        else:
+            encoded, names, left = encode_vectors(splits, target, labels)
     except DatasetError as error:
         raise DatasetError(f"`{name}`: {error}") from error
     empty = [split for split in splits if split not in encoded]
     left += [f"the {split} split is left out" for split in empty]
-    return LabelledImages(name, encoded, names, [*rows.notes, *filter(None, notes + more), *left])
+    said = [*rows.notes, *filter(None, notes), *target.notes, *left]
+    return LabelledImages(name, encoded, names, said, target.problem_type)
 
 
 def load_unlabelled(inputs: Sequence[str], *, image_column: str | None = None, split: str | None = None) -> Dataset:
@@ -142,7 +182,7 @@ def load_unlabelled(inputs: Sequence[str], *, image_column: str | None = None, s
 
 
 def labels_of(images: Dataset) -> np.ndarray:
-    """[N] numbers of classes, without decoding an image.
+    """[N] numbers of classes, or [N, C] vectors, without decoding an image.
 
     Args:
         images: With the column `label`.
@@ -166,6 +206,6 @@ def _rows_of(name: str, column: str | None, split: str | None) -> Dataset:
     return as_images(data, _image_column(data, column)[0], rows.root)
 
 
-_image_column, _label_column = image_column, label_column  # arguments are called like the functions
+_image_column = image_column  # an argument is called like the function
 
 __all__ = ["LabelledImages", "labels_of", "load_images", "load_unlabelled"]

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from datasets import ClassLabel, Dataset, Value
 
-from peft_bsr.data.columns import values_of
+from peft_bsr.data.columns import kind_name
 from peft_bsr.data.rows import some
+from peft_bsr.data.targets import cells_of, number_of
 from peft_bsr.errors import DatasetError
-
-_MISSING = ("", "nan", "NaN")
 
 
 def encode(
@@ -42,7 +40,7 @@ def encode(
     if all(isinstance(f, ClassLabel) and f.names == features[0].names for f in features):
         names = [normal(name) for name in features[0].names]
     if known is not None:
-        names, notes = _match(names, found, [normal(name) for name in known])
+        names, notes = match_names(names, found, [normal(name) for name in known])
     index = {name: number for number, name in enumerate(names)}
     encoded = {}
     for split, rows in splits.items():
@@ -75,8 +73,17 @@ def sorted_names(names: set[str]) -> list[str]:
         return sorted(names)
 
 
-def _match(names: list[str], found: list[str], known: list[str]) -> tuple[list[str], list[str]]:
-    """The names by the model's numbers, and how they were matched."""
+def match_names(names: list[str], found: list[str], known: list[str]) -> tuple[list[str], list[str]]:
+    """The names of the data by the model's numbers, and how they were matched.
+
+    Args:
+        names: Of the data's classes, by number.
+        found: Those that there are images of.
+        known: The model's.
+
+    Raises:
+        DatasetError: If the model does not know one of those found.
+    """
     if known == [f"LABEL_{number}" for number in range(len(known))] and not set(found) <= set(known):
         if len(names) != len(known):
             raise DatasetError(
@@ -104,26 +111,23 @@ def _match(names: list[str], found: list[str], known: list[str]) -> tuple[list[s
 
 def _texts(rows: Dataset, column: str) -> list[str | None]:
     """The name of each row's class, or None."""
-    feature, values = rows.features[column], values_of(rows, column)
-    if isinstance(feature, ClassLabel):
-        count = len(feature.names)
-        return [normal(feature.names[v]) if v is not None and 0 <= v < count else None for v in values]
-    if not isinstance(feature, Value) or feature.dtype.startswith(("binary", "timestamp", "date")):
-        kind = feature.dtype if isinstance(feature, Value) else type(feature).__name__
-        raise DatasetError(f"the column `{column}` holds {kind}: a class is a text or a whole number, one a row.")
-    texts = [None if value is None or str(value).strip() in _MISSING else _text(value) for value in values]
-    numbers = [_number(text) for text in texts if text is not None]
-    if numbers and all(number is not None for number in numbers):
-        if any(number != int(number) for number in numbers if number is not None):
+    feature = rows.features[column]
+    if not isinstance(feature, (ClassLabel, Value)) or (
+        isinstance(feature, Value) and feature.dtype.startswith(("binary", "timestamp", "date"))
+    ):
+        raise DatasetError(
+            f"the column `{column}` holds {kind_name(feature)}: a class is a text or a whole number, one a row."
+        )
+    texts = [normal(text) if text else None for text in cells_of(rows, column)]
+    numbers = [number_of(text) for text in texts if text is not None]
+    if isinstance(feature, Value) and numbers and all(number is not None for number in numbers):
+        if any(number % 1 for number in numbers if number is not None):
             raise DatasetError(
-                f"the column `{column}` holds numbers with fractions: a class is a text or a whole number."
+                f"the column `{column}` holds numbers with fractions: a class is a text or a whole number. If they "
+                "are values, add `--task regression`."
             )
-        texts = [None if text is None or _number(text) == -1 else _whole(text) for text in texts]
+        texts = [None if text is None or number_of(text) == -1 else _whole(text) for text in texts]
     return texts
-
-
-def _text(value: Any) -> str:
-    return normal(str(value).strip())
 
 
 def normal(name: str) -> str:
@@ -135,16 +139,9 @@ def normal(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def _number(text: str) -> float | None:
-    try:
-        return float(text) if "_" not in text and np.isfinite(float(text)) else None
-    except ValueError:
-        return None
-
-
 def _whole(text: str) -> str:
     """`1.0` as `1`; `007` as it is."""
     return str(int(float(text))) if "." in text else text
 
 
-__all__ = ["encode", "normal", "sorted_names"]
+__all__ = ["encode", "match_names", "normal", "sorted_names"]

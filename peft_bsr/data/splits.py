@@ -10,6 +10,7 @@ from datasets import Dataset, concatenate_datasets
 from peft_bsr.data.images import LabelledImages, labels_of
 from peft_bsr.data.rows import SPLITS, some, split_of
 from peft_bsr.errors import DatasetError
+from peft_bsr.problem_type import REGRESSION, SINGLE_LABEL
 
 TEST_SIZE, VALIDATION_SIZE = 0.2, 0.1  # of the images that are there to train on
 
@@ -20,7 +21,8 @@ def put_aside(
     """The same with what training needs: train, and where there are images for it, validation and test.
 
     A part is drawn from the training images by class, always the same for the same images. A test part takes at least
-    one image of every class that has two, a validation part at least one of every class that has three left.
+    one image of every class that has two, a validation part at least one of every class that has three left. With
+    several labels an image, and of a regression, it is drawn from all of them.
 
     Args:
         data: From `load_images`.
@@ -30,8 +32,8 @@ def put_aside(
         seed: Of the drawing, default 0.
 
     Raises:
-        DatasetError: If there is nothing to train on or only one class, if a size cannot be, or if one is given for a
-            split that is there.
+        DatasetError: If there is nothing to train on or nothing to tell apart, if a size cannot be, or if one is given
+            for a split that is there.
     """
     for split, size in (("test", test_size), ("validation", validation_size)):
         if size and split in data.splits:
@@ -42,11 +44,7 @@ def put_aside(
         test_size = 0 if {"test", "validation"} & set(data.splits) else TEST_SIZE
     if validation_size is None:
         validation_size = 0 if "validation" in data.splits else VALIDATION_SIZE
-    if sum(count > 0 for count in data.counts("train").values()) < 2:
-        raise DatasetError(
-            f"`{data.name}` has one class to train on, `{data.labels[0]}`: there is nothing to tell apart. If "
-            "the classes are folders inside of it, give that folder."
-        )
+    _check_different(data)
     for split, size, left in (("test", test_size, 1), ("validation", validation_size, 2)):
         if size:
             data = _drawn(data, split, size, left, seed)
@@ -116,6 +114,24 @@ def choose(
     return wanted, data.splits[wanted], []
 
 
+def _check_different(data: LabelledImages) -> None:
+    """Refuse training images that are all alike."""
+    labels = labels_of(data.train)
+    if data.problem_type == SINGLE_LABEL:
+        if len(np.unique(labels)) < 2:
+            raise DatasetError(
+                f"`{data.name}` has one class to train on, `{data.labels[0]}`: there is nothing to tell apart. If "
+                "the classes are folders inside of it, give that folder."
+            )
+        return
+    same = labels.min(axis=0) == labels.max(axis=0)
+    if data.problem_type == REGRESSION and same.any():
+        name, value = data.labels[same.argmax()], labels[0, same.argmax()]
+        raise DatasetError(f"`{data.name}`: `{name}` is {value:.4g} in all {len(labels)} training rows. Leave it out.")
+    if same.all():
+        raise DatasetError(f"`{data.name}`: all {len(labels)} training images have the same labels.")
+
+
 def _drawn(data: LabelledImages, split: str, size: float, left: int, seed: int) -> LabelledImages:
     labels = labels_of(data.splits["train"])
     if not (0 < size < 1 or (size == int(size) and 1 <= size < len(labels))):
@@ -125,14 +141,17 @@ def _drawn(data: LabelledImages, split: str, size: float, left: int, seed: int) 
     share = size if size < 1 else size / len(labels)
     generator = np.random.default_rng(seed)
     drawn, without = np.zeros(len(labels), dtype=bool), []
-    for number, name in enumerate(data.labels):
-        members = np.flatnonzero(labels == number)
+    is_by_class = data.problem_type == SINGLE_LABEL
+    groups = [labels == number for number in range(len(data.labels))] if is_by_class else [np.ones_like(drawn)]
+    for name, group in zip(data.labels if is_by_class else ["all images"], groups, strict=True):
+        members = np.flatnonzero(group)
         if len(members) > left:
             count = min(max(round(share * len(members)), 1), len(members) - left)
             drawn[generator.permutation(members)[:count]] = True
         elif len(members):
             without.append(f"{name} ({len(members)})")
-    notes = [f"{split}: {drawn.sum()} of the {len(labels)} training images are put aside, by class"]
+    how = "by class" if is_by_class else "at random, whatever their labels"
+    notes = [f"{split}: {drawn.sum()} of the {len(labels)} training images are put aside, {how}"]
     if without:
         notes.append(
             f"{split}: nothing is put aside of classes with {left} training image{'s or less' if left > 1 else ''}: "

@@ -12,6 +12,7 @@ from typing import Any
 from transformers import AutoImageProcessor
 
 from peft_bsr.errors import ExportError, headline
+from peft_bsr.problem_type import REGRESSION, SINGLE_LABEL, ProblemType
 
 _PROCESSOR = "preprocessor_config"  # transformers' own file of that name
 
@@ -59,14 +60,14 @@ def fit_processor(processor: Any, shape: Sequence[int]) -> Any | None:
     return squeezing if _made_by(squeezing) == tuple(shape) else None
 
 
-def problem_type_of(config: Any) -> str:
-    """`"single_label_classification"`, `"multi_label_classification"` or `"regression"`.
+def problem_type_of(config: Any) -> ProblemType:
+    """What a model's labels are.
 
     Args:
         config: Of a model with classes. Without a `problem_type`, one output is a regression, as in transformers.
     """
-    default = "regression" if config.num_labels == 1 else "single_label_classification"
-    return str(getattr(config, "problem_type", None) or default)
+    named: ProblemType | None = getattr(config, "problem_type", None)
+    return named or (REGRESSION if config.num_labels == 1 else SINGLE_LABEL)
 
 
 def processor_of(description: Mapping[str, str]) -> Any | None:

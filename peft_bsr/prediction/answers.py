@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from peft_bsr.prediction.predictor import Predictor
+from peft_bsr.problem_type import MULTI_LABEL, REGRESSION
 
-SINGLE_LABEL, MULTI_LABEL = "single_label_classification", "multi_label_classification"
-REGRESSION = "regression"  # as in transformers' configurations
 THRESHOLD = 0.5  # of a probability, for several labels
 
 
@@ -71,4 +70,4 @@ def to_prediction(
     return Prediction(file, tuple(predictor.labels[i] for i in order), tuple(order), tuple(chances[order].tolist()))
 
 
-__all__ = ["MULTI_LABEL", "REGRESSION", "SINGLE_LABEL", "THRESHOLD", "Prediction", "to_prediction"]
+__all__ = ["THRESHOLD", "Prediction", "to_prediction"]

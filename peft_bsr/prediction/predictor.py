@@ -17,6 +17,7 @@ from peft_bsr.errors import HubError, MissingDependencyError, UsageError, headli
 from peft_bsr.exporting import open_onnx, problem_type_of, processor_of
 from peft_bsr.hub import load, load_image_processor, task_of
 from peft_bsr.hub.files import ADAPTER, MODEL, list_files
+from peft_bsr.problem_type import ProblemType
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Predictor:
     Attributes:
         name: What it was asked for by.
         labels: Names of its classes, or of its values, by number.
-        problem_type: `"single_label_classification"`, `"multi_label_classification"` or `"regression"`.
+        problem_type: As in transformers' configurations.
         processor: Of transformers, makes an image what the model sees.
         run: Pixels [B, 3, H, W] -> logits or values [B, C], fp32, on the CPU.
         batch_size: The only one that it takes, or None for any.
@@ -34,7 +35,7 @@ class Predictor:
 
     name: str
     labels: list[str]
-    problem_type: str
+    problem_type: ProblemType
     processor: Any
     run: Callable[[Tensor], Tensor]
     batch_size: int | None = None

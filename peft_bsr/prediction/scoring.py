@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -10,13 +11,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
 
 from peft_bsr.data import labels_of
-from peft_bsr.errors import DatasetError, UsageError
-from peft_bsr.prediction.answers import SINGLE_LABEL
+from peft_bsr.errors import DatasetError
 from peft_bsr.prediction.images import Rows, outputs_of, read_rows, row_name
 from peft_bsr.prediction.predictor import Predictor
+from peft_bsr.problem_type import MULTI_LABEL, REGRESSION, SINGLE_LABEL
+from peft_bsr.training.scores import figures_by_label, label_figures, value_figures
 
 _KEYS, _SHOWN, _PAIRS, _WORST = ("precision", "recall", "f1", "images"), 20, 10, 20
 
@@ -38,15 +40,13 @@ class Table(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Score:
-    """What a model with one class an image answered on labelled images.
-
-    A model of another kind has figures, details and tables of its own; whoever shows them does not ask which.
+class Score(ABC):
+    """What a model answered on labelled images. Whoever shows it does not ask of which kind the model is.
 
     Attributes:
         logits: [N, C].
-        labels: [N], the right classes.
-        names: Of the C classes, by number.
+        labels: What is right: [N] numbers of classes, [N, C] of 0 and 1, or [N, C] values.
+        names: Of the C classes or values, by number.
         rows: The images, `{"image": ...}` each.
         images_per_second: Reading them included.
     """
@@ -56,6 +56,58 @@ class Score:
     names: Sequence[str]
     rows: Rows
     images_per_second: float
+
+    @abstractmethod
+    def figures(self) -> dict[str, float]:
+        """Name -> figure of all images; the first one sums it up, and `loss` is the last."""
+
+    @abstractmethod
+    def details(self) -> dict[str, Any]:
+        """What else there is, for JSON; `worst` images among it."""
+
+    @abstractmethod
+    def tables(self) -> list[Table]:
+        """For people."""
+
+    @property
+    @abstractmethod
+    def losses(self) -> Tensor:
+        """[N], of each image."""
+
+    @property
+    def loss(self) -> float:
+        """Mean of `losses`."""
+        return float(self.losses.mean())
+
+    @abstractmethod
+    def said(self, index: int) -> dict[str, Any]:
+        """What is right for an image, `label`, and what was answered, `answer`, for people.
+
+        Args:
+            index: Of the image.
+        """
+
+    def worst(self, count: int = _WORST) -> list[dict[str, Any]]:
+        """Images with the highest loss: `row`, `file`, `label`, `answer`, `loss`, highest first.
+
+        Args:
+            count: Images at most. Default 20.
+        """
+        losses = self.losses
+        return [
+            {
+                "row": index,
+                "file": row_name(self.rows, index),
+                **self.said(index),
+                "loss": float(losses[index]),
+            }
+            for index in losses.argsort(descending=True, stable=True)[:count].tolist()
+        ]
+
+
+@dataclass(frozen=True)
+class ClassScore(Score):
+    """Of a model with one class an image; `labels` are [N] numbers of classes."""
 
     def figures(self) -> dict[str, float]:
         """`accuracy` (the one that sums it up), `balanced_accuracy`, `top5_accuracy` of more than 5 classes, `loss`."""
@@ -73,11 +125,7 @@ class Score:
 
     def tables(self) -> list[Table]:
         """Classes with their figures, the lowest F1 first; pairs of classes that were taken for each other."""
-        classes = self.by_class()
-        worst = sorted(classes.items(), key=lambda item: item[1]["f1"])[:_SHOWN]
-        rows = [(name, *(f"{own[key]:.3f}" for key in _KEYS[:3]), f"{own['images']:.0f}") for name, own in worst]
-        title = "By class" if len(classes) <= _SHOWN else f"By class, the {_SHOWN} with the lowest F1 of {len(classes)}"
-        tables = [Table(title, ("class", "precision", "recall", "F1", "images"), rows)]
+        tables = [class_table(self.by_class())]
         if pairs := self.confused():
             texts = [(label, answer, str(count)) for label, answer, count in pairs]
             tables.append(Table("Most often confused", ("class", "taken for", "images"), texts, (0, 1)))
@@ -98,11 +146,6 @@ class Score:
     def losses(self) -> Tensor:
         """[N], cross-entropy of each image."""
         return cross_entropy(self.logits, torch.from_numpy(self.labels), reduction="none")
-
-    @property
-    def loss(self) -> float:
-        """Mean cross-entropy."""
-        return float(self.losses.mean())
 
     def top_accuracy(self, k: int) -> float:
         """Share of images whose class is among the k most probable ones."""
@@ -143,35 +186,93 @@ class Score:
         pairs = [(row, column) for row, column in zip(*np.unravel_index(first, wrong.shape), strict=True)]
         return [(self.names[r], self.names[c], int(wrong[r, c])) for r, c in pairs if wrong[r, c]]
 
-    def worst(self, count: int = _WORST) -> list[dict[str, Any]]:
-        """Images with the highest loss: `row`, `file`, `label`, `answer`, its `probability`, and `loss`, highest first.
-
-        Args:
-            count: Images at most. Default 20.
-        """
-        losses, chances, answers = self.losses, self.logits.softmax(-1), self.answers
-        return [
-            {
-                "row": index,
-                "file": row_name(self.rows, index),
-                "label": self.names[self.labels[index]],
-                "answer": self.names[answers[index]],
-                "probability": float(chances[index, answers[index]]),
-                "loss": float(losses[index]),
-            }
-            for index in losses.argsort(descending=True, stable=True)[:count].tolist()
-        ]
+    def said(self, index: int) -> dict[str, Any]:
+        """`label`, `answer`, and its `probability`."""
+        answer = self.answers[index]
+        chance = float(self.logits[index].softmax(-1)[answer])
+        return {"label": self.names[self.labels[index]], "answer": self.names[answer], "probability": chance}
 
 
-def check_scorable(predictor: Predictor) -> None:
-    """Refuse models whose answers are not one class an image.
+@dataclass(frozen=True)
+class LabelScore(Score):
+    """Of a model with several labels an image; `labels` are [N, C] of 0 and 1. A label is given from 0.5 on."""
 
-    Raises:
-        UsageError: Naming what it is.
+    def figures(self) -> dict[str, float]:
+        """`f1_micro` (the one that sums it up), `f1_macro`, `mAP`, see `label_figures`; `loss`."""
+        return {**label_figures(self.logits.numpy(), self.labels), "loss": self.loss}
+
+    def details(self) -> dict[str, Any]:
+        """For JSON: `classes` (figures of each label), `labels`, `worst` images."""
+        return {"classes": self.by_label(), "labels": list(self.names), "worst": self.worst()}
+
+    def tables(self) -> list[Table]:
+        """Labels with their figures, the lowest F1 first."""
+        return [class_table(self.by_label())]
+
+    @property
+    def losses(self) -> Tensor:
+        """[N], mean binary cross-entropy over the labels."""
+        losses = binary_cross_entropy_with_logits(self.logits, torch.from_numpy(self.labels), reduction="none")
+        return losses.mean(-1)
+
+    def by_label(self) -> dict[str, dict[str, float]]:
+        """Label -> `precision`, `recall`, `f1`, `images` with it, `average_precision`; those that images have."""
+        each = zip(self.names, figures_by_label(self.logits.numpy(), self.labels), strict=True)
+        return {name: own for name, own in each if own["images"]}
+
+    def said(self, index: int) -> dict[str, Any]:
+        """`label` and `answer`, names with commas."""
+        both = (self.labels[index] > 0, (self.logits[index] >= 0).numpy())
+        names = [", ".join(name for name, is_there in zip(self.names, one, strict=True) if is_there) for one in both]
+        return {"label": names[0] or "none", "answer": names[1] or "none"}
+
+
+@dataclass(frozen=True)
+class ValueScore(Score):
+    """Of a regression; `labels` are [N, C] values, and so are `logits`."""
+
+    def figures(self) -> dict[str, float]:
+        """`mae` (the one that sums it up), `rmse`, `r2`, see `value_figures`; `loss`."""
+        return {**value_figures(self.logits.numpy(), self.labels), "loss": self.loss}
+
+    def details(self) -> dict[str, Any]:
+        """For JSON: `values` (figures of each), `labels` (their names), `worst` images."""
+        return {"values": self.by_value(), "labels": list(self.names), "worst": self.worst()}
+
+    def tables(self) -> list[Table]:
+        """Figures of each value, if there are several."""
+        if len(self.names) == 1:
+            return []
+        rows = [(name, *(f"{figure:.4g}" for figure in own.values())) for name, own in self.by_value().items()]
+        return [Table("By value", ("value", "MAE", "RMSE", "R2")[: len(rows[0])], rows)]
+
+    @property
+    def losses(self) -> Tensor:
+        """[N], mean squared error over the values."""
+        return mse_loss(self.logits, torch.from_numpy(self.labels), reduction="none").mean(-1)
+
+    def by_value(self) -> dict[str, dict[str, float]]:
+        """Value -> its `mae`, `rmse`, and of two images or more `r2`."""
+        columns = zip(self.names, self.logits.numpy().T, self.labels.T, strict=True)
+        return {name: value_figures(found[:, None], right[:, None]) for name, found, right in columns}
+
+    def said(self, index: int) -> dict[str, Any]:
+        """`label` and `answer`, numbers with commas."""
+        both = (self.labels[index].tolist(), self.logits[index].tolist())
+        label, answer = (", ".join(f"{value:.4g}" for value in one) for one in both)
+        return {"label": label, "answer": answer}
+
+
+def class_table(classes: dict[str, dict[str, float]]) -> Table:
+    """Classes with their figures, the lowest F1 first.
+
+    Args:
+        classes: Class -> `precision`, `recall`, `f1`, `images`.
     """
-    if predictor.problem_type != SINGLE_LABEL:
-        kind = predictor.problem_type.replace("_", " ")
-        raise UsageError(f"`{predictor.name}` is a model for {kind}: accuracy is of models with one class an image.")
+    worst = sorted(classes.items(), key=lambda item: item[1]["f1"])[:_SHOWN]
+    rows = [(name, *(f"{own[key]:.3f}" for key in _KEYS[:3]), f"{own['images']:.0f}") for name, own in worst]
+    title = "By class" if len(classes) <= _SHOWN else f"By class, the {_SHOWN} with the lowest F1 of {len(classes)}"
+    return Table(title, ("class", "precision", "recall", "F1", "images"), rows)
 
 
 def score(
@@ -180,17 +281,15 @@ def score(
     """Let a model answer on labelled images.
 
     Args:
-        predictor: With one class an image.
-        images: A `datasets.Dataset` with the columns `image` and `label`, the number of the class in the model.
+        predictor: The model.
+        images: A `datasets.Dataset` with the columns `image` and `label`, see `peft_bsr.data.LabelledImages`.
         batch_size: Images a call.
         workers: See `outputs_of`.
         progress: Whether to show a bar.
 
     Raises:
         DatasetError: If an image cannot be read.
-        UsageError: See `check_scorable`.
     """
-    check_scorable(predictor)
     begin = time.perf_counter()
     logits: list[Tensor] = []
     rows = read_rows(images)
@@ -199,7 +298,11 @@ def score(
             raise DatasetError(f"image {len(logits)}: {one}.")
         logits.append(one)
     seconds = time.perf_counter() - begin
-    return Score(torch.stack(logits), labels_of(images), predictor.labels, rows, len(logits) / seconds)
+    kind = _KINDS[predictor.problem_type]
+    return kind(torch.stack(logits), labels_of(images), predictor.labels, rows, len(logits) / seconds)
 
 
-__all__ = ["Score", "Table", "check_scorable", "score"]
+_KINDS: dict[str, type[Score]] = {SINGLE_LABEL: ClassScore, MULTI_LABEL: LabelScore, REGRESSION: ValueScore}
+
+
+__all__ = ["ClassScore", "LabelScore", "Score", "Table", "ValueScore", "score"]

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from peft_bsr.errors import ConfigError, InputError
-
-ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]  # transformers' names
+from peft_bsr.problem_type import REGRESSION, SINGLE_LABEL, ProblemType
 
 
 class TrainingLoss:
@@ -40,7 +39,7 @@ class TrainingLoss:
 
     def __init__(
         self,
-        problem_type: ProblemType = "single_label_classification",
+        problem_type: ProblemType = SINGLE_LABEL,
         *,
         class_weights: Sequence[float] | Tensor | None = None,
         label_smoothing: float = 0.0,
@@ -55,7 +54,7 @@ class TrainingLoss:
         weights = None if class_weights is None else torch.as_tensor(class_weights, dtype=torch.float32)
         if weights is not None and not (weights.ndim == 1 and bool((weights >= 0).all() & weights.isfinite().all())):
             problems.append("`class_weights` must be one number from 0 a class.")
-        if problem_type == "regression" and (weights is not None or label_smoothing):
+        if problem_type == REGRESSION and (weights is not None or label_smoothing):
             problems.append("`problem_type='regression'` has no classes to weight or smooth.")
         if problems:
             raise ConfigError.from_problems("TrainingLoss", problems)
@@ -88,7 +87,7 @@ class TrainingLoss:
 
     def _losses(self, logits: Tensor, labels: Tensor, weights: Tensor | None, smoothing: float) -> Tensor:
         """One an image, [B]."""
-        if self.problem_type == "single_label_classification":
+        if self.problem_type == SINGLE_LABEL:
             if labels.is_floating_point() and labels.shape != logits.shape:
                 raise InputError(
                     f"labels {tuple(labels.shape)} of {labels.dtype} with logits {tuple(logits.shape)}: classes are "
@@ -99,7 +98,7 @@ class TrainingLoss:
         if logits.shape != labels.shape:
             raise InputError(f"labels {tuple(labels.shape)} do not fit the logits {tuple(logits.shape)}.")
         targets = labels.float()
-        if self.problem_type == "regression":
+        if self.problem_type == REGRESSION:
             losses = functional.mse_loss(logits, targets, reduction="none")
         else:
             targets = targets * (1 - smoothing) + smoothing / 2
@@ -137,4 +136,4 @@ def balanced_weights(labels: Any, num_classes: int | None = None) -> Tensor:
     return torch.where(counts > 0, len(found) / (counts.clamp(min=1) * (counts > 0).sum()), 1.0)
 
 
-__all__ = ["ProblemType", "TrainingLoss", "balanced_weights"]
+__all__ = ["TrainingLoss", "balanced_weights"]

@@ -26,7 +26,8 @@ class MixupDataset(Dataset):
     `compute_loss_func=TrainingLoss()`.
 
     Args:
-        dataset: Of dicts with `pixel_values` [3, H, W], all of one size, and `labels` (the number of a class).
+        dataset: Of dicts with `pixel_values` [3, H, W], all of one size, and `labels` (the number of a class, or of
+            several labels [C] floats of 0 and 1).
         num_classes: C.
         mixup: Alpha of Mixup's Beta(alpha, alpha); 0 turns it off. Default 0.2.
         cutmix: Alpha of CutMix's. Default 1.
@@ -94,7 +95,9 @@ class MixupDataset(Dataset):
         return mixed
 
     def _softened(self, example: dict[str, Any]) -> dict[str, Any]:
-        return {**example, "labels": one_hot(torch.as_tensor(example["labels"]), self.num_classes).float()}
+        labels = torch.as_tensor(example["labels"])
+        soft = labels if labels.is_floating_point() else one_hot(labels, self.num_classes).float()
+        return {**example, "labels": soft}
 
 
 def _rectangle(height: int, width: int, share: float) -> tuple[slice, slice, float]:

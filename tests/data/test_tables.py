@@ -10,6 +10,7 @@ import pytest
 
 from peft_bsr import DatasetError
 from peft_bsr.data import load_images, load_unlabelled
+from peft_bsr.problem_type import SINGLE_LABEL
 
 
 def write(path, header, rows):
@@ -127,17 +128,22 @@ def test_one_of_several_columns_is_named(parquet, picture):
     path = parquet(many, **kinds, who=datasets.Value("string"))
     data = load_images(path)
     assert data.labels == ["cat", "dog"]
-    assert data.notes == ["class labels are the column `label`, not kind, who (`--label-column` chooses)"]
+    assert data.notes == ["labels are the column `label`, not kind, who (`--label-column` chooses)"]
     assert load_images(path, label_column="who").labels == ["x", "y"]
 
 
 REFUSED = [
-    ({"species": ["a", "a"], "who": ["b", "b"]}, {}, "several columns may hold class labels: species, who."),
+    ({"species": ["a", "a"], "who": ["b", "b"]}, {}, "several columns may hold labels: species, who."),
     ({"label": ["a", "a"], "labels": ["b", "b"]}, {}, "Choose one by `--label-column`."),
     ({"species": ["a", "a"]}, {"label_column": "specie"}, "there is no such column. Did you mean species"),
-    ({"score": [0.5, 1.5]}, {}, "the columns are image (Image), score (float64): none of them holds class labels."),
-    ({"score": [0.5, 1.5]}, {"label_column": "score"}, "holds numbers with fractions"),
-    ({"tags": [["a"], ["a", "b"]]}, {"label_column": "tags"}, "a class is a text or a whole number, one a row"),
+    ({"id": ["x", "y"]}, {}, "the columns are image (Image), id (string): none of them holds labels."),
+    ({"score": [0.5, 1.5], "who": ["b", "b"]}, {}, "several columns may hold labels: score, who."),
+    ({"score": [0.5, 1.5]}, {"label_column": "score", "problem_type": SINGLE_LABEL}, "holds numbers with fractions"),
+    (
+        {"tags": [["a"], ["a", "b"]]},
+        {"label_column": "tags", "problem_type": SINGLE_LABEL},
+        "a class is a text or a whole number, one a row",
+    ),
     ({"label": [-1, -1]}, {}, "none of the 2 rows has a label in the column `label`"),
 ]
 

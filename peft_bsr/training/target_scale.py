@@ -1,0 +1,128 @@
+"""Values of a regression on a scale that trains, and back: the saved head gives them as they are.
+
+Not imported by `peft_bsr` itself: it needs `datasets` (`pip install 'peft-bsr[cli]'`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from peft_bsr.backbones import in_mode
+from peft_bsr.data import collate
+from peft_bsr.errors import UnsupportedModelError
+
+
+@dataclass(frozen=True)
+class TargetScale:
+    """Mean 0 and standard deviation 1 over the training images, for each value.
+
+    A head begins near 0 and moves in steps of the learning rate: prices around 100000 are out of its reach. Train on
+    batches of `collate`, then `fold_into(model, pixels)`: the last layer takes over the scale, and the model gives
+    values as they are.
+
+    Attributes:
+        mean: [C], of the training values.
+        deviation: [C], their standard deviation, above 0.
+
+    Examples:
+        >>> scale = TargetScale.of(labels_of(data.train))  # doctest: +SKIP
+        >>> Trainer(model, arguments, train_dataset=train, data_collator=scale.collate).train()
+        >>> scale.fold_into(model, pixels)
+    """
+
+    mean: np.ndarray
+    deviation: np.ndarray
+
+    @classmethod
+    def of(cls, values: np.ndarray) -> TargetScale:
+        """The scale of some values.
+
+        Args:
+            values: [N, C]. Those that are the same in all rows have the deviation 1.
+        """
+        found = values.astype(np.float64)
+        deviation = found.std(axis=0)
+        return cls(found.mean(axis=0), np.where(deviation > 0, deviation, 1.0))
+
+    def collate(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        """A batch with scaled labels, see `peft_bsr.data.collate`.
+
+        Args:
+            examples: With `labels` [C] each.
+        """
+        batch = collate(examples)
+        values = (batch["labels"].double().numpy() - self.mean) / self.deviation
+        return {**batch, "labels": torch.from_numpy(values).float()}
+
+    def restore(self, values: np.ndarray) -> np.ndarray:
+        """[N, C] values as they are.
+
+        Args:
+            values: [N, C], scaled.
+        """
+        return values * self.deviation + self.mean
+
+    def fold_into(self, model: nn.Module, pixels: Tensor) -> None:
+        """Let a model that was trained on scaled values give them as they are.
+
+        Args:
+            model: The trained one; its last layer is changed in place.
+            pixels: [B, 3, H, W], some images, by which the layer is found.
+
+        Raises:
+            UnsupportedModelError: See `output_layer`.
+        """
+        layer = output_layer(model, pixels)
+        weight, bias = layer.weight.detach(), layer.bias.detach()
+        deviation = torch.from_numpy(self.deviation).to(weight.device)
+        mean = torch.from_numpy(self.mean).to(weight.device)
+        with torch.no_grad():
+            layer.weight.copy_(weight.double() * deviation[:, None])
+            layer.bias.copy_(bias.double() * deviation + mean)
+
+    def describe(self, names: Sequence[str]) -> str:
+        """What is done, for people.
+
+        Args:
+            names: Of the values.
+        """
+        pairs = zip(names, self.mean, self.deviation, strict=True)
+        said = "; ".join(f"{name}: mean {mean:.4g}, deviation {deviation:.4g}" for name, mean, deviation in pairs)
+        return f"trained on values with mean 0 and deviation 1 ({said}); the saved model gives them as they are"
+
+
+def output_layer(model: Any, pixels: Tensor) -> nn.Linear:
+    """The trained Linear module with a bias whose output is the model's `logits`.
+
+    Args:
+        model: With a classifier.
+        pixels: [B, 3, H, W], some images.
+
+    Raises:
+        UnsupportedModelError: If there is none.
+    """
+    seen: list[tuple[nn.Linear, Tensor]] = []
+    trained = [m for m in model.modules() if isinstance(m, nn.Linear) and m.weight.requires_grad and m.bias is not None]
+    handles = [m.register_forward_hook(lambda module, _, output: seen.append((module, output))) for m in trained]
+    try:
+        with in_mode(False, model), torch.no_grad():
+            logits = model(pixel_values=pixels.to(model.device, model.dtype)).logits
+    finally:
+        for handle in handles:
+            handle.remove()
+    found = [m for m, output in seen if output.shape == logits.shape and torch.equal(output.to(logits.dtype), logits)]
+    if not found:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: no trained Linear module with a bias gives its `logits`, so that none can take "
+            "over the scale of the values."
+        )
+    return found[-1]
+
+
+__all__ = ["TargetScale", "output_layer"]

@@ -106,7 +106,9 @@ def asked_column(rows: Dataset, wanted: str, option: str) -> str:
     return wanted
 
 
-def one_column(rows: Dataset, found: list[str], names: Sequence[str], what: str, option: str) -> tuple[str, str | None]:
+def one_column(
+    rows: Dataset, found: list[str], names: Sequence[str], what: str, option: str, otherwise: str = ""
+) -> tuple[str, str | None]:
     """The only one of some columns, or the only one that is called as expected; and a note if there were several.
 
     Args:
@@ -115,6 +117,7 @@ def one_column(rows: Dataset, found: list[str], names: Sequence[str], what: str,
         names: Expected names.
         what: Is in the column, for messages.
         option: That chooses.
+        otherwise: What else can be done if there are several.
 
     Raises:
         DatasetError: If there is none, or several.
@@ -125,7 +128,7 @@ def one_column(rows: Dataset, found: list[str], names: Sequence[str], what: str,
     named = [name for name in found if name in names]
     taken = found[0] if len(found) == 1 else named[0] if len(named) == 1 else None
     if taken is None:
-        raise DatasetError(f"several columns may hold {what}: {some(found)}. Choose one by `{option}`.")
+        raise DatasetError(f"several columns may hold {what}: {some(found)}. Choose one by `{option}`{otherwise}.")
     left = [name for name in found if name != taken]
     if left:
         return taken, f"{what} are the column `{taken}`, not {some(left)} (`{option}` chooses)"

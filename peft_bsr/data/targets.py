@@ -122,9 +122,10 @@ def _columns(
     rows: Dataset, images: str, wanted: str | Sequence[str] | None, problem_type: ProblemType | None
 ) -> tuple[list[str], str | None]:
     if wanted is None:
-        others = [name for name in rows.column_names if name not in (images, "split")]
-        found = [name for name in others if _may_be(rows, name, problem_type)]
-        name, note = one_column(rows, found, LABEL_NAMES, _WHAT[problem_type], _OPTION)
+        names = [name for name in rows.column_names if name not in (images, "split")]
+        found = [name for name in names if _may_be(rows, name, problem_type)]
+        others = "" if problem_type == SINGLE_LABEL else f", or several that hold 0 and 1, or values: `{_OPTION} a,b`"
+        name, note = one_column(rows, found, LABEL_NAMES, _WHAT[problem_type], _OPTION, others)
         return [name], note
     if isinstance(wanted, str):
         wanted = [wanted] if wanted in rows.column_names else [part.strip() for part in wanted.split(",")]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from transformers.pipelines import SUPPORTED_TASKS
 
+from peft_bsr.problem_type import MULTI_LABEL, REGRESSION
 from peft_bsr.tuners.saved import SavedConfig
 
 _TASKS = [f"{kind}-classification" for kind in ("image", "video", "audio")]
@@ -58,12 +59,13 @@ def task_of(config: SavedConfig) -> Task:
         return Task(name, False, f"{name.replace('-', ' ').capitalize()}.")
     kind, labels = name.partition("-")[0], config.labels
     shown = ", ".join(labels[:_NAMED]) + (", ..." if len(labels) > _NAMED else "")
-    if attachment.problem_type == "regression" or len(labels) == 1:
+    if attachment.problem_type == MULTI_LABEL:
+        plural = "s" if len(labels) > 1 else ""
+        words = f"Multi-label {kind} classification, {len(labels)} label{plural}, each by itself (sigmoid): {shown}."
+        return Task(name, False, words)
+    if attachment.problem_type == REGRESSION or len(labels) == 1:
         plural = "s" if len(labels) > 1 else ""
         return Task(name, True, f"{kind.capitalize()} regression, {len(labels)} value{plural}: {shown}.")
-    if attachment.problem_type == "multi_label_classification":
-        words = f"Multi-label {kind} classification, {len(labels)} labels, each by itself (sigmoid): {shown}."
-        return Task(name, False, words)
     return Task(name, False, f"{kind.capitalize()} classification, {len(labels)} classes: {shown}.")
 
 

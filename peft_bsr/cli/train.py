@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,7 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
                 model, trainer.train_dataset, output / "cache", collate=trainer.data_collator, progress=not out.is_json
             )
             stack.enter_context(cache.read_by(model))
-            trainer.train_dataset, trainer.data_collator = cache, default_collate
+            trainer.train_dataset, trainer.data_collator = cache, partial(_collate_either, trainer.data_collator)
         _set_learning_rate(trainer, settings, out)
         trainer.train(resume_from_checkpoint=checkpoint)
     if clock.is_interrupted:
@@ -174,6 +175,11 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
         out.say(f"kept: {kept}, the best by validation")
     out.say(f"{folder.name}: {folder}" + (f"\nreport: {report}" if report else ""))
     return summary
+
+
+def _collate_either(collate_images: Any, examples: list[dict[str, Any]]) -> Any:
+    """Rows of a cache as torch does; images, which validation has, as without a cache."""
+    return collate_images(examples) if "pixel_values" in examples[0] else default_collate(examples)
 
 
 def _set_learning_rate(trainer: Any, settings: TrainSettings, out: Output) -> None:

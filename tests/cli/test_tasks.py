@@ -148,6 +148,18 @@ def test_several_labels_take_weights_smoothing_and_mixing(run_json, base, tables
     assert list(run_json(*command, *flags.split())["scores"]["test"])[:3] == KINDS["multilabel"][2]
 
 
+@pytest.mark.slow  # trains twice
+def test_values_train_from_a_cache(run_json, base, tables, tmp_path):
+    command = ["train", "--model", base, "--dataset", tables / "regression.csv", "--batch-size", "8", "--epochs", "1"]
+    command += ["--no-measuring", "--set", "trainable_blocks=last:1", "--set", "reduction_blocks=[]"]
+    plain, cached = (
+        run_json(*command, "--output", tmp_path / name, *flags)["scores"]
+        for name, flags in (("plain", []), ("cached", ["--cache"]))
+    )
+    for split in ("validation", "test"):
+        assert cached[split]["mae"] == pytest.approx(plain[split]["mae"], rel=1e-2)
+
+
 def _pixels(fitted: tuple[str, Path, str]) -> dict:
     processor = peft_bsr.load_image_processor(fitted[1] / "adapter")
     image = Image.open(Path(fitted[2]).with_name("0.png"))

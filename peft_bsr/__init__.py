@@ -14,7 +14,14 @@ from peft_bsr.registration import check_peft_version
 
 check_peft_version()
 
-from peft_bsr.backbones import Column, FamilyRule, probe_column, register_family, unregister_family  # noqa: E402
+from peft_bsr.backbones import (  # noqa: E402
+    Column,
+    FamilyRule,
+    probe_column,
+    register_family,
+    set_image_size,
+    unregister_family,
+)
 from peft_bsr.core import Route  # noqa: E402
 from peft_bsr.engine import Plan, Reduction, record_routes  # noqa: E402
 from peft_bsr.errors import (  # noqa: E402
@@ -112,6 +119,7 @@ __all__ = [
     "record_routes",
     "record_usage",
     "register_family",
+    "set_image_size",
     "unregister_family",
     "verify_trainability",
 ]

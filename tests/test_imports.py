@@ -43,6 +43,7 @@ STANDARD = {
     "collections",
     "contextlib",
     "contextvars",
+    "copy",
     "dataclasses",
     "functools",
     "gc",

@@ -2,6 +2,7 @@
 
 from peft_bsr.backbones.anatomy import apply_part
 from peft_bsr.backbones.column import Anatomy, Column
+from peft_bsr.backbones.image_size import native_size, resized_tables, set_image_size
 from peft_bsr.backbones.inputs import (
     StockRun,
     default_state,
@@ -60,6 +61,7 @@ __all__ = [
     "input_shapes",
     "is_capture_hook",
     "main_input",
+    "native_size",
     "no_zero_tables",
     "observed_interface",
     "probe",
@@ -69,9 +71,11 @@ __all__ = [
     "register_family",
     "relative_error",
     "remove_hooks",
+    "resized_tables",
     "run_probe",
     "run_scored",
     "run_stock",
+    "set_image_size",
     "tensors_of",
     "tolerance",
     "unregister_family",

@@ -19,7 +19,16 @@ from torch import Tensor, nn
 
 from peft_bsr.backbones import input_shapes, probe_inputs
 from peft_bsr.cli.findings import FULL, conditions, in_words
-from peft_bsr.cli.images import add_columns, add_sizes, add_task, check_at_least, read_processor, read_training_data
+from peft_bsr.cli.images import (
+    SIZE_HELP,
+    add_columns,
+    add_sizes,
+    add_task,
+    check_at_least,
+    default_size,
+    read_processor,
+    read_training_data,
+)
 from peft_bsr.cli.methods import attach, check_method
 from peft_bsr.cli.output import Output
 from peft_bsr.cli.settings import TrainSettings
@@ -59,6 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--methods", nargs="+", choices=names, default=names, help=f"default {' '.join(names)}")
     add("--set", action="append", metavar="NAME=VALUE", help="option of bsr, may be repeated")
     add("--batch-size", type=int, help="images a step (default 8, with --dataset 32)")
+    add("--image-size", type=int, help=SIZE_HELP)
     add("--repeats", type=int, default=5, help="timed steps of each (default 5)")
     add("--labels", type=int, help="without --dataset, classes of the head (default 10)")
     add("--device", default=find_device(None), help="default: cuda or mps where there is one, else cpu")
@@ -72,14 +82,16 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
     options = read_pairs(args.set or [])
     if "bsr" in args.methods:
         check_method("bsr", options)
+    size = args.image_size or default_size(source)
+    make_model(source, device="meta", image_size=size)  # a size that no method takes is no method's fault
     data = processor = None
     if args.dataset is not None:
         data = read_training_data(args, out, at_most=args.images)
-        processor = read_processor(source, out)
+        processor = read_processor(source, out, image_size=args.image_size)
     refused: dict[str, str] = {}
-    models = _make(source, data, options, args, refused, out)
+    models = _make(source, size, data, options, args, refused, out)
     begin = time.perf_counter()
-    batch = _batch_of(data, processor, args) if data else _random_batch(models, args)
+    batch = _batch_of(data, processor, args) if data else _random_batch(models, size, args)
     seconds_to_load = time.perf_counter() - begin
     with out.doing(f"measuring {len(models)} models"):
         costs = compare({_name(method): model for method, model in models.items()}, batch, args.repeats)
@@ -116,7 +128,7 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
 
 def _check(args: argparse.Namespace) -> None:
     """Refuse what cannot be, and fill in what was not given, before anything is read."""
-    check_at_least(args, batch_size=1, repeats=1, labels=1, images=2)
+    check_at_least(args, batch_size=1, image_size=1, repeats=1, labels=1, images=2)
     for name in ("epochs", "seconds"):
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
@@ -140,6 +152,7 @@ def _name(method: str) -> str:
 
 def _make(
     source: str,
+    size: int | None,
     data: LabelledImages | None,
     options: dict[str, Any],
     args: argparse.Namespace,
@@ -151,7 +164,7 @@ def _make(
     with out.doing("making the models"):
         for method in args.methods:
             try:
-                base: Any = make_model(source, len(data.labels) if data else args.labels)
+                base: Any = make_model(source, len(data.labels) if data else args.labels, image_size=size)
                 base.config.problem_type = data.problem_type if data else SINGLE_LABEL
                 model: nn.Module = attach(method, base, options if method == "bsr" else {})
             except PeftBsrError as error:
@@ -163,9 +176,10 @@ def _make(
     return models
 
 
-def _random_batch(models: Mapping[str, nn.Module], args: argparse.Namespace) -> dict[str, Tensor]:
+def _random_batch(models: Mapping[str, nn.Module], size: int | None, args: argparse.Namespace) -> dict[str, Tensor]:
     first = next(iter(models.values()))
-    batch = probe_inputs(first, args.batch_size, input_shapes(first)[-1])
+    shape = input_shapes(first)[-1]
+    batch = probe_inputs(first, args.batch_size, shape if size is None else (*shape[:-2], size, size))
     batch["labels"] = torch.randint(args.labels, (args.batch_size,))
     return {name: tensor.to(args.device) for name, tensor in batch.items()}
 
@@ -183,6 +197,7 @@ def _settings(source: str, method: str, options: dict[str, Any], args: argparse.
         options=options if method == "bsr" else {},
         epochs=args.epochs,
         batch_size=args.batch_size,
+        image_size=args.image_size,
         device=args.device,
     )
 

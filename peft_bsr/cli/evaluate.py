@@ -29,8 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
     """Run the command."""
-    check_at_least(args, batch_size=1, workers=0)
-    predictor = open_predictor(args.model, base=args.base, device=args.device)
+    check_at_least(args, batch_size=1, image_size=1, workers=0)
+    predictor = open_predictor(args.model, base=args.base, device=args.device, image_size=args.image_size)
     split, images = read_scored_data(args, predictor, out)
     found = score(predictor, images, batch_size=args.batch_size, workers=args.workers, progress=not out.is_json)
     result = {

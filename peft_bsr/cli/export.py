@@ -7,6 +7,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from peft_bsr.cli.images import check_at_least
 from peft_bsr.cli.output import Output
 from peft_bsr.cli.sources import find_adapter
 from peft_bsr.data import size_of
@@ -36,9 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
     """Run the command."""
+    check_at_least(args, batch_size=1, image_size=1)
     if find_adapter(args.model) is None:
         raise UsageError(f"`{args.model}` is a model, no adapter: transformers and optimum export it as it is.")
-    model = load(args.model, base=args.base)
+    model = load(args.model, base=args.base, image_size=args.image_size)
     processor = load_image_processor(args.model, base=args.base)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     with out.doing(f"exporting to {args.output}"):

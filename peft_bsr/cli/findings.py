@@ -127,7 +127,7 @@ def measure_costs(found: Findings, model: Any, settings: TrainSettings, data: La
     examples = with_pixels(data.train, processor)
     batch = collate([examples[i] for i in range(min(_BATCH, len(data.train)))])
     batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-    full = load_model(settings.model, data.labels, data.problem_type).to(model.device)
+    full = load_model(settings.model, data.labels, data.problem_type, settings.image_size).to(model.device)
     models = {FULL: full, settings.method.upper(): model}
     costs = compare(models, batch)
     saved = {name: saved_by_block(one, batch) for name, one in models.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import warnings
 from dataclasses import replace
 from typing import Any
@@ -20,11 +21,13 @@ from peft_bsr.data import (
     load_processor,
     put_aside,
     refuse_bad,
+    size_of,
 )
-from peft_bsr.errors import UsageError
+from peft_bsr.errors import DatasetError, ProcessorWarning, UsageError
 from peft_bsr.prediction import Predictor
 from peft_bsr.problem_type import REGRESSION, TASKS, ProblemType
 
+SIZE_HELP = "pixels of a side (default: what the model's own processor makes)"
 DATA_HELP = "digits (default), a folder by class, a .csv, .jsonl or .parquet file, or a Hub id"
 
 
@@ -51,6 +54,7 @@ def add_sizes(parser: argparse.ArgumentParser) -> None:
 
 def add_predicting(parser: argparse.ArgumentParser) -> None:
     """How a model is run over images."""
+    parser.add_argument("--image-size", type=int, help="pixels of a side (default: those it was trained at)")
     parser.add_argument("--base", help="base model, where the adapter does not name one that can be read")
     parser.add_argument("--batch-size", type=int, default=32, help="default 32")
     parser.add_argument("--device", help="cpu, cuda or mps (default: what there is)")
@@ -153,6 +157,19 @@ def read_processor(source: str, out: Output, **settings: Any) -> Any:
     return processor
 
 
+def default_size(source: str) -> int | None:
+    """Pixels of a side that the model's own processor makes, as `train` takes them; None where it does not say.
+
+    Args:
+        source: Folder or Hub id of the model.
+    """
+    with warnings.catch_warnings(), contextlib.suppress(DatasetError):
+        warnings.simplefilter("ignore", ProcessorWarning)  # mean and std do not count here
+        height, width = size_of(load_processor(source))
+        return height if height == width else None
+    return None
+
+
 def say_findings(report: DataReport, out: Output) -> None:
     """Notes and findings, one line each."""
     for text in [*report.notes, *report.findings()]:
@@ -170,6 +187,7 @@ def _checked(data: LabelledImages, out: Output, skip_bad: bool | None) -> Labell
 
 __all__ = [
     "DATA_HELP",
+    "SIZE_HELP",
     "add_columns",
     "add_predicting",
     "add_scoring",
@@ -177,6 +195,7 @@ __all__ = [
     "add_task",
     "check_at_least",
     "check_task",
+    "default_size",
     "read_processor",
     "read_scored_data",
     "read_training_data",

@@ -7,11 +7,12 @@ from typing import Any
 
 from peft import PeftModel, get_peft_model
 
-from peft_bsr.backbones import Column, probe_column
+from peft_bsr.backbones import Column, native_size, probe_column
 from peft_bsr.cli.output import Output
-from peft_bsr.cli.sources import METHODS, find_adapter, make_model, model_of
+from peft_bsr.cli.sources import METHODS, find_adapter, make_model, model_of, read_model_config
 from peft_bsr.errors import PeftBsrError, UnsupportedModelError, one_line
 from peft_bsr.hub import plan_in_words
+from peft_bsr.tuners.base_model import with_settings
 
 EXAMPLES = """\
 examples:
@@ -31,7 +32,9 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
     source = model_of(adapter, args.model)
     labels = getattr(adapter, "labels", None)
     with out.doing(f"probing {source}"):
-        model: Any = make_model(source, len(labels) if labels else None).eval()
+        changes = getattr(adapter, "base_config", None) or {}
+        size = native_size(with_settings(read_model_config(source), changes))
+        model: Any = make_model(source, len(labels) if labels else None, image_size=size).eval()
         column = probe_column(model)
         parameters = sum(p.numel() for p in model.parameters())
         facts = _describe(model, column, parameters)

@@ -23,7 +23,7 @@ from peft_bsr.cli.sources import find_adapter
 from peft_bsr.core import as_plain
 from peft_bsr.errors import ReductionNotMergedWarning, UsageError
 from peft_bsr.hub import load, load_image_processor
-from peft_bsr.prediction import open_predictor, to_predictor
+from peft_bsr.prediction import at_size, open_predictor, to_predictor
 from peft_bsr.prediction.scoring import score
 from peft_bsr.tuners.routed import RoutedTuner
 
@@ -44,14 +44,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
     """Run the command."""
-    check_at_least(args, batch_size=1, workers=0)
+    check_at_least(args, batch_size=1, image_size=1, workers=0)
     if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
         raise UsageError(f"`{args.output}` exists and is not empty. Give another folder.")
     if find_adapter(args.model) is None:
         raise UsageError(f"`{args.model}` is a model, no adapter: there is nothing to merge.")
-    model: Any = load(args.model, base=args.base)
+    model: Any = load(args.model, base=args.base, image_size=args.image_size)
     reduces = isinstance(model.base_model, RoutedTuner) and reduces_in_use(model)  # PEFT's own methods: LoRA
-    processor = load_image_processor(args.model, base=args.base)
+    processor = at_size(load_image_processor(args.model, base=args.base), args.image_size)
     images = None
     if args.dataset is not None:
         predictor = to_predictor(model, processor, name=args.model)
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
 
 def _figure(source: str | Path, images: Any, args: argparse.Namespace, out: Output) -> tuple[str, float]:
     """Accuracy, or what else sums up such a model, as its files give it."""
-    predictor = open_predictor(source, base=args.base, device=args.device)
+    predictor = open_predictor(source, base=args.base, device=args.device, image_size=args.image_size)
     settings = {"batch_size": args.batch_size, "workers": args.workers, "progress": not out.is_json}
     return next(iter(score(predictor, images, **settings).figures().items()))
 

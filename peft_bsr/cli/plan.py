@@ -7,6 +7,8 @@ import json
 import shlex
 from typing import Any
 
+from peft_bsr.backbones import native_size
+from peft_bsr.cli.images import SIZE_HELP, default_size
 from peft_bsr.cli.memory import OPTIMIZERS, PRECISIONS
 from peft_bsr.cli.output import Output
 from peft_bsr.cli.sources import changed, find_adapter, make_model, model_of
@@ -25,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="Hub id or folder")
     parser.add_argument("--memory", required=True, help='budget, such as "2GB" (10^9) or "1.5GiB" (2^30)')
     parser.add_argument("--batch-size", type=int, default=32, help="images a step (default 32)")
-    parser.add_argument("--image-size", type=int, help="pixels (default: the model's)")
+    parser.add_argument("--image-size", type=int, help=SIZE_HELP)
     names = f"{', '.join(OPTIMIZERS)} (default adamw_fused)"
     parser.add_argument("--optimizer", default="adamw_fused", choices=OPTIMIZERS, metavar="NAME", help=names)
     parser.add_argument("--precision", default="fp32", choices=PRECISIONS, help="bf16, fp16: autocast (default fp32)")
@@ -41,7 +43,7 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
     model = make_model(source, args.labels, "meta")
     setup = Setup(
         batch_size=args.batch_size,
-        image_size=args.image_size,
+        image_size=args.image_size or _own_size(model, source),
         optimizer=args.optimizer,
         device=args.device,
         autocast=PRECISIONS[args.precision],
@@ -72,6 +74,12 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
         "batch_size": args.batch_size,
         "plans": [_row(p, source) for p in plans],
     }
+
+
+def _own_size(model: Any, source: str) -> int | None:
+    """What `train` takes where it is not what the configuration says: DINOv2's 224 for 518."""
+    size = default_size(source)
+    return None if size is None or native_size(model.config) in (None, (size, size)) else size
 
 
 def _row(plan: BudgetPlan, source: str) -> dict[str, Any]:

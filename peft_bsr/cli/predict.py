@@ -45,7 +45,7 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
     """Run the command."""
     _check(args)
     rows = read_rows(args.input, image_column=args.image_column, split=args.split)
-    predictor = open_predictor(args.model, base=args.base, device=args.device)
+    predictor = open_predictor(args.model, base=args.base, device=args.device, image_size=args.image_size)
     _check_kind(args, predictor)
     top_k = None if args.all else args.top_k or 1
     threshold = THRESHOLD if args.threshold is None else args.threshold
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
 
 def _check(args: argparse.Namespace) -> None:
     """Refuse what cannot be, before anything is read."""
-    check_at_least(args, top_k=1, batch_size=1, workers=0)
+    check_at_least(args, top_k=1, batch_size=1, image_size=1, workers=0)
     if args.threshold is not None and not 0 <= args.threshold <= 1:
         raise UsageError(f"`--threshold {args.threshold}` must be a probability, from 0 to 1.")
     if args.output is None:

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from transformers import TrainingArguments
 
-from peft_bsr.cli.images import DATA_HELP, add_columns, add_sizes, add_task, check_task
+from peft_bsr.cli.images import DATA_HELP, SIZE_HELP, add_columns, add_sizes, add_task, check_task
 from peft_bsr.cli.methods import ALL_METHODS, CONFIGS
 from peft_bsr.cli.sources import check_names
 from peft_bsr.cli.values import read_fields, read_file, read_pairs
@@ -184,7 +184,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     add("--max-steps", help="stop after so many steps (default: by epochs)")
     add("--batch-size", help="images a step (default 32)")
     add("--learning-rate", help="a number, or auto for a short sweep (default by method: bsr 1e-3, lora 3e-3, ...)")
-    add("--image-size", help="pixels (default: what the model's own processor makes)")
+    add("--image-size", help=SIZE_HELP)
     add("--mean", type=float, nargs=3, help="of the channels (default: the model's own processor's)")
     add("--std", type=float, nargs=3, help="of the channels (default: the model's own processor's)")
     add("--augment", help="none (default), light or strong (with Mixup and CutMix)")

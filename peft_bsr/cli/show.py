@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from peft_bsr.cli.findings import reduces_in_use
+from peft_bsr.cli.images import check_at_least
 from peft_bsr.cli.output import Output
 from peft_bsr.cli.prediction_table import PredictionTable
 from peft_bsr.cli.sources import find_adapter
 from peft_bsr.data import image_name, load_unlabelled, open_image, stored, to_pictures, to_pixels
 from peft_bsr.errors import UsageError
 from peft_bsr.hub import load, load_image_processor
-from peft_bsr.prediction import to_prediction, to_predictor
+from peft_bsr.prediction import at_size, to_prediction, to_predictor
 from peft_bsr.viz import draw_kept, kept_token_pictures
 
 EXAMPLES = """\
@@ -27,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What the command takes."""
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders, or one table or data set")
     parser.add_argument("--model", required=True, metavar="ADAPTER", help="Hub id or folder of an adapter")
+    parser.add_argument("--image-size", type=int, help="pixels of a side (default: those it was trained at)")
     parser.add_argument("--base", help="base model, where the adapter does not name one that can be read")
     parser.add_argument("--split", help="of a data set (default: all of it)")
     parser.add_argument("--image-column", metavar="NAME", help="column of images or paths (default: the one there is)")
@@ -36,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
     """Run the command."""
+    check_at_least(args, image_size=1)
     rows = stored(load_unlabelled(args.images, image_column=args.image_column, split=args.split))
     sources = rows[: args.limit]["image"]
     if len(rows) > len(sources):
@@ -44,10 +47,10 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
     images = [open_image(source) for source in sources]
     if find_adapter(args.model) is None:
         raise UsageError(f"`{args.model}` is a model, no adapter: it keeps every token.")
-    model: Any = load(args.model, base=args.base)
+    model: Any = load(args.model, base=args.base, image_size=args.image_size)
     if not reduces_in_use(model):
         raise UsageError(f"`{args.model}` keeps every token when it is used: there is nothing to show.")
-    processor = load_image_processor(args.model, base=args.base)
+    processor = at_size(load_image_processor(args.model, base=args.base), args.image_size)
     pixels = to_pixels(images, processor)
     predictor = to_predictor(model, processor, name=args.model)
     found = [to_prediction(predictor, *one) for one in zip(names, predictor.run(pixels), strict=True)]

@@ -14,6 +14,7 @@ from peft import PeftConfig
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageClassification
 
+from peft_bsr.backbones import set_image_size
 from peft_bsr.cli.values import read_fields
 from peft_bsr.errors import UsageError
 from peft_bsr.hub import read_config
@@ -63,27 +64,45 @@ def model_of(adapter: PeftConfig | None, name: str) -> str:
     return name if adapter is None else str(adapter.base_model_name_or_path)
 
 
-def make_model(name: str, labels: int | None = None, device: str = "cpu") -> nn.Module:
+def make_model(
+    name: str, labels: int | None = None, device: str = "cpu", image_size: int | tuple[int, int] | None = None
+) -> nn.Module:
     """A model of that configuration with random weights: nothing is downloaded but the configuration.
 
     Args:
         name: MODEL, a model.
         labels: Classes of its head. Default: those of the configuration.
         device: `"meta"` for none at all.
+        image_size: Pixels, see `peft_bsr.set_image_size`. Default: those of the configuration.
     """
     config = read_model_config(name)
     if labels is not None:
         config.num_labels = labels
     with torch.device(device):
-        if type(config) in AutoModelForImageClassification._model_mapping:
-            return AutoModelForImageClassification.from_config(config)
-        named = getattr(transformers, (config.architectures or ["AutoModel"])[0], None)
-        if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
-            return named(config)
-        return transformers.AutoModel.from_config(config)
+        model = _from_config(config)
+    if image_size is not None:
+        set_image_size(model, image_size)
+    return model
 
 
-def load_model(name: str, labels: Sequence[str], problem_type: ProblemType = SINGLE_LABEL) -> Any:
+def _from_config(config: Any) -> nn.Module:
+    own: Any = getattr(transformers, (config.architectures or ["AutoModel"])[0], None)
+    made: nn.Module
+    if type(config) in AutoModelForImageClassification._model_mapping:
+        made = AutoModelForImageClassification.from_config(config)
+    elif isinstance(own, type) and issubclass(own, transformers.PreTrainedModel):
+        made = own(config)
+    else:
+        made = transformers.AutoModel.from_config(config)
+    return made
+
+
+def load_model(
+    name: str,
+    labels: Sequence[str],
+    problem_type: ProblemType = SINGLE_LABEL,
+    image_size: int | tuple[int, int] | None = None,
+) -> Any:
     """A model with its weights and a head for `labels`.
 
     A distilled checkpoint, whose own class takes no labels, becomes the plain classifier of its family.
@@ -92,12 +111,13 @@ def load_model(name: str, labels: Sequence[str], problem_type: ProblemType = SIN
         name: MODEL, a model.
         labels: Names of the classes, or of the values.
         problem_type: What they are.
+        image_size: Pixels, see `peft_bsr.set_image_size`. Default: the model's own.
 
     Raises:
         UsageError: If it cannot be loaded, or no classifier of its family takes labels.
     """
     try:
-        return _trainable_class(name).from_pretrained(
+        model = _trainable_class(name).from_pretrained(
             name,
             id2label=dict(enumerate(labels)),
             label2id={label: index for index, label in enumerate(labels)},
@@ -106,6 +126,9 @@ def load_model(name: str, labels: Sequence[str], problem_type: ProblemType = SIN
         )
     except (OSError, ValueError) as error:
         raise UsageError(f"`{name}` cannot be loaded: {str(error).strip().splitlines()[0][:200]}") from error
+    if image_size is not None:
+        set_image_size(model, image_size)
+    return model
 
 
 def _trainable_class(name: str) -> Any:

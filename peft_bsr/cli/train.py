@@ -41,9 +41,9 @@ from peft_bsr.cli.saving import (
 )
 from peft_bsr.cli.scaling import find_scale, fold
 from peft_bsr.cli.settings import TrainSettings, add_settings, read_settings
-from peft_bsr.cli.sources import METHODS, find_adapter, load_model
+from peft_bsr.cli.sources import METHODS, find_adapter, load_model, make_model
 from peft_bsr.cli.training import fit_to_data, make_trainer, optimizer_maker, training_arguments
-from peft_bsr.data import fixed_size, size_of
+from peft_bsr.data import size_of
 from peft_bsr.errors import UsageError
 from peft_bsr.hub import plan_in_words
 from peft_bsr.report import write_report
@@ -85,7 +85,8 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
     arguments = training_arguments(settings, is_quiet=out.is_json)
     if find_adapter(settings.model) is not None:
         raise UsageError(f"`{settings.model}` is an adapter. Give its base model, or go on with its run by `--resume`.")
-    _check_image_size(settings)
+    if settings.image_size is not None:  # refused before anything is read
+        make_model(settings.model, device="meta", image_size=settings.image_size)
     check_output(output)
     data = read_training_data(settings, out)
     fit_to_data(arguments, settings, data)
@@ -97,7 +98,7 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
     with ExitStack() as stack:
         if not args.no_measuring:
             found.peak = stack.enter_context(watch_peak(arguments.device))
-        base = load_model(settings.model, data.labels, data.problem_type)
+        base = load_model(settings.model, data.labels, data.problem_type, settings.image_size)
         if not args.no_measuring:
             with may_fail("prediction of peak memory", out, "The run goes on."):
                 found.peak.predicted = predict_peak(settings, arguments, base, processor)
@@ -198,16 +199,6 @@ def _set_learning_rate(trainer: Any, settings: TrainSettings, out: Output) -> No
             + ("" if settings.learning_rate else f" (default of {settings.method})")
         )
     settings.learning_rate = trainer.args.learning_rate
-
-
-def _check_image_size(settings: TrainSettings) -> None:
-    """Refuse a size that the model does not take, before anything is read."""
-    size, only = settings.image_size, fixed_size(settings.model)
-    if size is not None and only is not None and only != (size, size):
-        raise UsageError(
-            f"`--image-size {size}`: `{settings.model}` takes images of {only[0]} x {only[1]} px alone. Leave it out, "
-            "or take a model that takes any size, such as DINOv2."
-        )
 
 
 def _in_words(model: Any, settings: TrainSettings) -> list[str]:

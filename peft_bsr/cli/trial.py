@@ -92,7 +92,7 @@ def run_trial(settings: TrainSettings, data: LabelledImages, processor: Any, out
         transformers.set_seed(settings.seed)
         clock = RunCallback(settings)
         with watch_peak(arguments.device) as peak:
-            base = load_model(settings.model, data.labels, data.problem_type)
+            base = load_model(settings.model, data.labels, data.problem_type, settings.image_size)
             with may_fail("prediction of peak memory", out, "The run goes on."):
                 peak.predicted = predict_peak(settings, arguments, base, processor)
             model = attach(settings.method, base, settings.options)

@@ -10,7 +10,7 @@ import torch
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from torch import nn
 
-from peft_bsr.backbones import Column, inner_config
+from peft_bsr.backbones import Column, inner_config, native_size, set_image_size
 from peft_bsr.engine import Plan
 from peft_bsr.errors import PeftBsrError, UnsupportedModelError
 from peft_bsr.tuners.saved import SavedConfig
@@ -42,16 +42,17 @@ def on_meta(model: nn.Module, image_size: int | None = None, dtype: torch.dtype 
         dtype: Of the weights, default the model's.
 
     Raises:
-        UnsupportedModelError: If it cannot be made from its config.
+        ConfigError: If the size is no multiple of the patches'.
+        UnsupportedModelError: If it cannot be made from its config, or takes no images of that size.
     """
     config = _config_of(model)
-    if image_size is not None:
-        vision = inner_config(config)
-        if not hasattr(vision, "image_size"):
-            raise UnsupportedModelError(f"{type(model).__name__} has no `image_size` to change; leave it None.")
-        vision.image_size = image_size
     with torch.device("meta"):
         bare = _make(model, config)
+    if image_size is not None:
+        if native_size(config) is None:
+            raise UnsupportedModelError(f"{type(model).__name__} has no `image_size` to change; leave it None.")
+        set_image_size(bare, image_size)
+        inner_config(bare.config).image_size = image_size  # what inputs follow, also of a model that takes any size
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     for name, parameter in bare.named_parameters():
         parameter.requires_grad_(name not in frozen)

@@ -20,7 +20,7 @@ from peft_bsr.data.pixels import (
     to_rgb,
     with_pixels,
 )
-from peft_bsr.data.processor import fixed_size, load_processor, size_of
+from peft_bsr.data.processor import load_processor, size_of
 from peft_bsr.data.rows import DIGITS, SPLITS
 from peft_bsr.data.splits import choose, draw_for_trial, put_aside
 
@@ -35,7 +35,6 @@ __all__ = [
     "choose",
     "collate",
     "draw_for_trial",
-    "fixed_size",
     "image_name",
     "labels_of",
     "load_images",

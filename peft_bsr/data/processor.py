@@ -30,8 +30,8 @@ def load_processor(
     Args:
         source: Folder or Hub id of the model. If it has no processor, the default one of its model type is taken, with
             a `ProcessorWarning` that names mean and std.
-        image_size: Pixels of a side. Default None: what the model's own processor makes (DINOv2: 224); of a model that
-            takes one size only (ViT, CLIP), that size.
+        image_size: Pixels of a side. Default None: what the model's own processor makes (DINOv2: 224); of a model whose
+            positions are of one size (ViT, CLIP), that size.
         mean: Subtracted from each channel of an image in 0 to 1. Default None: the processor's.
         std: Divides what is left. Default None: the processor's.
 
@@ -106,16 +106,6 @@ def _find(source: str) -> tuple[Any, bool]:
     return made(), False
 
 
-def fixed_size(source: str) -> tuple[int, int] | None:
-    """Height and width of the images of a model that takes one size only; None of one that takes any.
-
-    Args:
-        source: Folder or Hub id of the model.
-    """
-    size, is_fixed = _pretrained(source)
-    return size if is_fixed else None
-
-
 def _size(processor: Any, source: str, is_own: bool) -> tuple[int, int]:
     """What the model's own processor makes, if the model takes it; else what the model was pretrained at."""
     size, is_fixed = _pretrained(source)
@@ -157,4 +147,4 @@ def _size_made(processor: Any) -> tuple[int, int] | None:
     return (int(height), int(width)) if height and width else None
 
 
-__all__ = ["fixed_size", "load_processor", "size_of"]
+__all__ = ["load_processor", "size_of"]

@@ -41,7 +41,8 @@ def export(
         format: `"onnx"`, `"torch.export"` (for `torch.export.load`) or `"executorch"` (for XNNPACK).
         path: The file to write, ending in `.onnx`, `.pt2` or `.pte`.
         batch_size: Images a call; default any number, in ExecuTorch, which plans its memory ahead, 1.
-        image_size: Pixels, one number or (height, width); default what the model's config says.
+        image_size: Pixels, one number or (height, width), see `peft_bsr.set_image_size`; default what the model's
+            config says.
         quantize: `"int8"`: weights of Linear modules in 8 bits, but for the MLPs' second; about half of the size; ONNX
             only. Outputs are close, not equal: check the accuracy on images of your own.
         image_processor: Of transformers; an ONNX file says how its images are made, so that `peft-bsr predict` and
@@ -53,6 +54,8 @@ def export(
         What was written and measured; `print(report.describe())`.
 
     Raises:
+        ConfigError: If `image_size` does not fit the model.
+        UnsupportedModelError: If the model takes no images of `image_size`.
         ExportError: If the format cannot take the model, a package is missing, or with `check`, if outputs are more
             than 1e-4 away from PyTorch's (of the largest output where that is above 1) without `quantize`.
 
@@ -78,7 +81,7 @@ def export(
         raise ExportError(f"There is no folder {str(path.parent)!r} to write {path.name!r} to. Make it first.")
     if batch_size is None and not FORMATS[format].any_batch:
         batch_size = 1
-    function = to_image_function(model)
+    function = to_image_function(model, image_size=image_size)
     # a batch of one would be taken for a constant
     sample = function.sample(batch_size or 2, image_size)
     description, origin = _describe(model, function, sample, image_processor) if format == "onnx" else ({}, None)
@@ -179,7 +182,7 @@ def _checked(
     with tempfile.TemporaryDirectory() as folder:
         if function.plan.reduces:
             unreduced = Path(folder) / report.path.name
-            whole = to_image_function(model, all_tokens=True)
+            whole = to_image_function(model, all_tokens=True, image_size=image_size)
             sample = whole.sample(fixed or 2, image_size)
             _write(whole, report.format, unreduced, sample, fixed is None, report.quantize)
             runs["unreduced"] = FORMATS[report.format].load(unreduced)

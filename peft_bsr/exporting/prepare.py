@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_bsr.backbones import find_rule, input_shapes, main_input
+from peft_bsr.backbones import find_rule, input_shapes, main_input, set_image_size
 from peft_bsr.core import ForwardContext
 from peft_bsr.engine import BlockRouter, Plan, attach_router
 from peft_bsr.errors import ExportError, ReductionNotMergedWarning
@@ -66,7 +66,9 @@ class ImageFunction(nn.Module):
         return torch.randn(batch_size, *shape, generator=torch.Generator().manual_seed(0))
 
 
-def to_image_function(model: Any, all_tokens: bool = False) -> ImageFunction:
+def to_image_function(
+    model: Any, all_tokens: bool = False, image_size: int | tuple[int, int] | None = None
+) -> ImageFunction:
     """A copy of `model` on the CPU in fp32, with its active adapter's weights merged and its reduction in force.
 
     SynQT, heads of tasks and mixtures of experts have nothing to merge into: they stay as they are.
@@ -74,9 +76,12 @@ def to_image_function(model: Any, all_tokens: bool = False) -> ImageFunction:
     Args:
         model: From `get_peft_model` or `PeftModel.from_pretrained`; it is not changed.
         all_tokens: Leave the token reduction out.
+        image_size: Pixels, see `peft_bsr.set_image_size`. Default None: the model's.
 
     Raises:
+        ConfigError: If `image_size` does not fit the model.
         ExportError: If the model has no adapter of ours, or several tasks.
+        UnsupportedModelError: If the model takes no images of `image_size`.
     """
     tuner = getattr(model, "base_model", None)
     if not isinstance(tuner, (BSRModel, SynQTModel)):
@@ -97,16 +102,22 @@ def to_image_function(model: Any, all_tokens: bool = False) -> ImageFunction:
     if tasks or isinstance(tuner, SynQTModel):
         for router in find_routers(copied):
             router.plans[name] = plan
-        return ImageFunction(copied.get_base_model(), plan)
+        return ImageFunction(_at_size(copied.get_base_model(), image_size), plan)
     column = tuner.column
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ReductionNotMergedWarning)  # it is attached again right here
-        merged = copied.merge_and_unload()
+        merged = _at_size(copied.merge_and_unload(), image_size)
     if plan.reduces:
         context = ForwardContext()
         for index in range(column.depth):
             attach_router(merged, BlockRouter(index, column, context, find_rule(merged), plan))
     return ImageFunction(merged.eval(), plan)
+
+
+def _at_size(model: Any, image_size: int | tuple[int, int] | None) -> Any:
+    if image_size is not None:
+        set_image_size(model, image_size)
+    return model
 
 
 __all__ = ["ImageFunction", "to_image_function"]

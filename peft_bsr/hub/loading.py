@@ -14,6 +14,7 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import AutoConfig, AutoFeatureExtractor, AutoImageProcessor, AutoModelForImageClassification
 
+from peft_bsr.backbones import inner_config, native_size, set_image_size
 from peft_bsr.errors import HubError, headline
 from peft_bsr.hub.files import ADAPTER, MODEL, list_files
 from peft_bsr.hub.task import task_of
@@ -30,13 +31,14 @@ def load(
     revision: str | None = None,
     token: str | bool | None = None,
     dtype: torch.dtype | str | None = None,
+    image_size: int | tuple[int, int] | None = None,
     is_trainable: bool = False,
 ) -> PeftModel:
     """Read an adapter and the model it belongs to.
 
     The base model is of the class that the adapter was trained on, with a classifier for the adapter's own labels and
-    with the settings that differed from its own file (`problem_type`, input channels); new weights come from the
-    adapter.
+    with the settings that differed from its own file (`problem_type`, input channels, image size: see
+    `peft_bsr.set_image_size`); new weights come from the adapter.
 
     Args:
         name: Hub id or folder of the adapter.
@@ -44,6 +46,7 @@ def load(
         revision: Of the adapter on the Hub. Default None: its main branch.
         token: For private repositories. Default None: the one of `hf auth login`.
         dtype: Of the base model. Default None: the one it was saved in.
+        image_size: Pixels of a side, or (height, width). Default None: those the adapter was trained at.
         is_trainable: Whether training goes on. Default False: evaluation mode, nothing asks for gradients.
 
     Returns:
@@ -58,7 +61,7 @@ def load(
         'Abyssinian'
     """
     config = read_config(name, revision=revision, token=token)
-    model = load_base(config, base=base, token=token, dtype=dtype)
+    model = load_base(config, base=base, token=token, dtype=dtype, image_size=image_size)
     try:
         loaded: Any = PeftModel.from_pretrained(
             model, _place(name), is_trainable=is_trainable, revision=revision, token=token
@@ -89,8 +92,9 @@ def read_config(name: str | Path, *, revision: str | None = None, token: str | b
     try:
         config = PeftConfig.from_pretrained(_place(name), revision=revision, token=token)
         if not hasattr(config, "labels") and MODEL in files:  # of PEFT's own methods
-            labels = AutoConfig.from_pretrained(_place(name), revision=revision, token=token).id2label
-            config.labels = [labels[index] for index in sorted(labels)]
+            base = AutoConfig.from_pretrained(_place(name), revision=revision, token=token)
+            config.labels = [base.id2label[index] for index in sorted(base.id2label)]
+            config.image_size = native_size(base)
     except Exception as error:  # ValueError, or the Hub's and the HTTP library's own errors
         raise HubError(_no_adapter(name, headline(error))) from error
     return config
@@ -109,6 +113,7 @@ def load_base(
     base: str | Path | None = None,
     token: str | bool | None = None,
     dtype: torch.dtype | str | None = None,
+    image_size: int | tuple[int, int] | None = None,
 ) -> Any:
     """The base model of an adapter, with a classifier for the adapter's labels (of random weights).
 
@@ -117,9 +122,12 @@ def load_base(
         base: See `load`.
         token: See `load`.
         dtype: See `load`.
+        image_size: See `load`.
 
     Raises:
         HubError: If there is none.
+        ConfigError: If `image_size` does not fit it.
+        UnsupportedModelError: The same.
     """
     source = str(base or config.base_model_name_or_path or "")
     if not source:
@@ -135,7 +143,11 @@ def load_base(
     try:
         list_files(source, **place)  # within seconds, also without a network
         with _quiet():  # that the classifier's weights are new is what we want
-            settings = with_settings(config_class.from_pretrained(_place(source), **place, **named), changes or {})
+            own = config_class.from_pretrained(_place(source), **place, **named)
+            settings = with_settings(own, changes or {})
+            size = image_size or getattr(config, "image_size", None) or native_size(settings)
+            if native_size(own) is not None:  # positions are read as they are, and resized then
+                inner_config(settings).image_size = inner_config(own).image_size
             model, report = model_class.from_pretrained(
                 _place(source),
                 config=settings,
@@ -150,6 +162,8 @@ def load_base(
             "Hub id or a folder."
         ) from error
     _check_complete(model, report, config, source)
+    if size is not None:
+        set_image_size(model, size)
     return model
 
 

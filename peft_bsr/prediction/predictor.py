@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from peft_bsr.backbones import in_mode
+from peft_bsr.backbones import in_mode, set_image_size
 from peft_bsr.errors import HubError, MissingDependencyError, UsageError, headline
-from peft_bsr.exporting import open_onnx, problem_type_of, processor_of
+from peft_bsr.exporting import fit_processor, open_onnx, problem_type_of, processor_of
 from peft_bsr.hub import load, load_image_processor, task_of
 from peft_bsr.hub.files import ADAPTER, MODEL, list_files
 from peft_bsr.problem_type import ProblemType
@@ -41,7 +41,9 @@ class Predictor:
     batch_size: int | None = None
 
 
-def open_predictor(name: str | Path, *, base: str | Path | None = None, device: str | None = None) -> Predictor:
+def open_predictor(
+    name: str | Path, *, base: str | Path | None = None, device: str | None = None, image_size: int | None = None
+) -> Predictor:
     """Read a model that answers.
 
     Args:
@@ -49,20 +51,24 @@ def open_predictor(name: str | Path, *, base: str | Path | None = None, device: 
         base: Of an adapter, see `peft_bsr.load`.
         device: `"cpu"`, `"cuda"`, `"mps"`. Default None: cuda, or else mps, or else cpu, whichever is there; for an
             ONNX file cuda where onnxruntime has it, or else cpu.
+        image_size: Pixels of a side, see `peft_bsr.set_image_size`. Default None: those the model was trained at.
 
     Raises:
+        ConfigError: If `image_size` does not fit the model.
+        UnsupportedModelError: The same.
         HubError: If there is no such model, if it does not tell classes apart or give values, or if it does not say
             how its images are made.
         MissingDependencyError: If onnxruntime is needed and not installed.
-        UsageError: If there is no such device.
+        UsageError: If there is no such device, or if an ONNX file is for another size.
     """
     if Path(name).suffix.lower() == ".onnx":
-        return _open_onnx(Path(name).expanduser(), device)
+        return _open_onnx(Path(name).expanduser(), device, image_size)
     device = find_device(device)
     files = list_files(name)
     if ADAPTER in files:
-        adapted: Any = load(name, base=base)
-        return to_predictor(adapted.to(device), load_image_processor(name, base=base), name=str(name))
+        adapted: Any = load(name, base=base, image_size=image_size)
+        processor = at_size(load_image_processor(name, base=base), image_size)
+        return to_predictor(adapted.to(device), processor, name=str(name))
     if MODEL not in files:
         raise HubError(f"`{name}` has neither {MODEL} nor {ADAPTER}: it is no model and no adapter.")
     place = str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else str(name)
@@ -76,7 +82,25 @@ def open_predictor(name: str | Path, *, base: str | Path | None = None, device: 
             f"`{name}` lacks weights of {type(model).__name__}, such as {sorted(report['missing_keys'])[0]}: it has "
             "not been trained to tell classes apart. Give an adapter, or a model that has."
         )
-    return to_predictor(model.to(device), processor, name=str(name))
+    if image_size is not None:
+        set_image_size(model, image_size)
+    return to_predictor(model.to(device), at_size(processor, image_size), name=str(name))
+
+
+def at_size(processor: Any, image_size: int | None) -> Any:
+    """An image processor that makes images of that size.
+
+    Args:
+        processor: Of transformers. It is not changed.
+        image_size: Pixels of a side. None: as it is.
+
+    Raises:
+        HubError: If it makes no images.
+    """
+    fitting = processor if image_size is None else fit_processor(processor, (3, image_size, image_size))
+    if fitting is None:
+        raise HubError(f"{type(processor).__name__} does not make images of {image_size} px. Leave the size out.")
+    return fitting
 
 
 def to_predictor(model: Any, processor: Any, *, name: str | None = None) -> Predictor:
@@ -122,7 +146,7 @@ def find_device(asked: str | None) -> str:
     return asked or there
 
 
-def _open_onnx(path: Path, device: str | None) -> Predictor:
+def _open_onnx(path: Path, device: str | None, image_size: int | None) -> Predictor:
     if not path.is_file():
         raise HubError(f"There is no file `{path}`.")
     try:
@@ -147,6 +171,11 @@ def _open_onnx(path: Path, device: str | None) -> Predictor:
             "`peft_bsr.export(model, ..., image_processor=...)` of a model with classes."
         )
     (images,) = session.get_inputs()
+    if image_size not in (None, *images.shape[-2:]):
+        raise UsageError(
+            f"`image_size {image_size}`: `{path}` takes images of {images.shape[-2]} x {images.shape[-1]} px alone. "
+            f"Write one for that size: `peft-bsr export ADAPTER --image-size {image_size}`."
+        )
     fixed = images.shape[0] if isinstance(images.shape[0], int) else None
 
     def run(pixels: Tensor) -> Tensor:
@@ -155,4 +184,4 @@ def _open_onnx(path: Path, device: str | None) -> Predictor:
     return Predictor(str(path), json.loads(said["labels"]), said["problem_type"], processor, run, fixed)
 
 
-__all__ = ["Predictor", "find_device", "open_predictor", "to_predictor"]
+__all__ = ["Predictor", "at_size", "find_device", "open_predictor", "to_predictor"]

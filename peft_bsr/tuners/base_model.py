@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
+from peft_bsr.backbones import resized_tables
+
 _ABSENT = object()
 _NOT_KEPT = {"architectures", "auto_map", "dtype", "model_type", "quantization_config", "torch_dtype"}
 _NOT_KEPT |= {"transformers_version"}
@@ -70,7 +72,9 @@ def with_settings(own: PreTrainedConfig, changes: Mapping[str, Any]) -> PreTrain
 
 
 def new_weights(model: nn.Module, own: PreTrainedConfig) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Parameters that cannot be from the model's own files: name -> (shape, shape in the files).
+    """Parameters that cannot be made of the model's own files: name -> (shape, shape in the files).
+
+    A position table that `set_image_size` made of the file's is not among them.
 
     Args:
         model: The base model.
@@ -82,7 +86,8 @@ def new_weights(model: nn.Module, own: PreTrainedConfig) -> dict[str, tuple[tupl
     except Exception:  # a class of the user's, which is made another way
         return {}
     shapes = {name: tuple(parameter.shape) for name, parameter in stock.named_parameters()}
-    found = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    resized = resized_tables(model)
+    found = {name: tuple(p.shape) for name, p in model.named_parameters() if name not in resized}
     return {name: (shape, shapes[name]) for name, shape in found.items() if shape != shapes.get(name, shape)}
 
 

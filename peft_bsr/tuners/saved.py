@@ -156,8 +156,8 @@ def _check_new(model: nn.Module, new: dict[str, Any], held: Sequence[str], confi
         f"{type(config).__name__}: `{name}` {list(shape)} is not from the base model, whose own is {list(before)}: it "
         "would stay at random, and the adapter would not have it. New patch embeddings train with "
         "`BSRConfig(trainable_blocks='every:1', modules_to_save=['patch_embeddings'])` or "
-        "`ALaSTConfig(train_embeddings=True)`; for images of another size call the model with "
-        "`interpolate_pos_encoding=True` instead. If the weights are right as they are, save the model with "
+        "`ALaSTConfig(train_embeddings=True)`; for images of another size use "
+        "`peft_bsr.set_image_size(model, pixels)` instead. If the weights are right as they are, save the model with "
         "`save_pretrained(folder)` and load it from there."
     )
 

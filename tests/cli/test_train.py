@@ -127,7 +127,6 @@ def test_a_cache_trains_the_same(fit, tmp_path):
         (["--trainer", "label_smoothing_factor=0.1"], "it has a flag of its own, `--label-smoothing`"),
         (["--trainer", "eval_strategy=never"], "Trainer cannot be set up so: never is not a valid IntervalStrategy"),
         (["--trainer", "logging_steps=often"], "`logging_steps=often` must be a number"),
-        (["--image-size", "48"], "takes images of 32 x 32 px alone. Leave it out"),
     ],
 )
 def test_what_cannot_be_is_told_before_anything_is_read(arguments, message, run, base, tmp_path, monkeypatch):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from checks import assert_same, attach, check_masking, outputs
-from families import SUPPORTED, run_batch
+from families import SUPPORTED, VIT, run_batch
 from torch import nn
+from transformers import SiglipVisionConfig, SiglipVisionModel
 
-from peft_bsr import record_routes
+from peft_bsr import ConfigError, UnsupportedModelError, record_routes, set_image_size
+from peft_bsr.backbones import native_size, resized_tables
 
 INTERPOLATED = {"interpolate_pos_encoding": True}
 SIZES = {  # family -> (height, width), further arguments
@@ -41,6 +45,77 @@ def test_other_image_sizes(family, mode):
     check_masking(family, mode, batch)
     stock = SUPPORTED[family]()
     assert_same(outputs(attach(family, mode, keep_rate=1.0), batch), outputs(stock, batch))
+
+
+RESIZED = ["vit", "vit_bare", "vit_mim", "deit", "deit_teacher", "deit_mim", "vit_msn", "vit_mae", "ijepa", "clip"]
+RESIZED += ["clip_bare", "clip_projection", "metaclip2", "owlvit", "owlv2", "chinese_clip", "siglip", "siglip_pooling"]
+RESIZED += ["blip"]
+ANY_SIZE = ["dinov2", "dinov2_registers", "dinov3", "beit", "beit_no_bias", "data2vec", "pixio", "internvl", "yolos"]
+
+
+@pytest.mark.parametrize("side", [16, 64])
+@pytest.mark.parametrize("family", RESIZED)
+def test_a_resized_model_is_the_stock_one_that_interpolates(family, side):
+    stock, resized = SUPPORTED[family](), SUPPORTED[family]()
+    stock.config = resized.config  # as of models that are made of one configuration
+    set_image_size(resized, side)
+    assert native_size(stock.config) == (32, 32)
+    assert native_size(resized.config) == (side, side)
+    assert sum(name in resized_tables(resized) for name, _ in resized.named_parameters()) == 1
+    batch = {"pixel_values": images(side, side)}
+    assert_same(outputs(resized, batch), outputs(stock, batch | INTERPOLATED))
+    again = type(resized)(resized.config).eval()  # its configuration says what it is
+    again.load_state_dict(resized.state_dict())
+    assert_same(outputs(again, batch), outputs(resized, batch))
+
+
+@pytest.mark.parametrize("family", ANY_SIZE)
+def test_a_model_of_any_size_keeps_its_weights(family):
+    stock, model = SUPPORTED[family](), SUPPORTED[family]()
+    set_image_size(model, 64)
+    assert not resized_tables(model)
+    assert all(torch.equal(a, b) for a, b in zip(stock.parameters(), model.parameters(), strict=True))
+    assert_same(outputs(model, {"pixel_values": images(64, 64)}), outputs(stock, {"pixel_values": images(64, 64)}))
+
+
+@pytest.mark.parametrize(
+    ("family", "size", "error", "message"),
+    [
+        ("vit", 36, ConfigError, "cuts images into patches of 8 px, and this is no multiple of it. Use 32 or 40."),
+        ("vit", 4, ConfigError, "Use 8."),
+        ("clip", (48, 64), UnsupportedModelError, "takes images of 32 x 32 px alone, not of 48 x 64: TypeError"),
+        ("aimv2", 64, UnsupportedModelError, "nothing interpolates its `embeddings.position_embedding.weight`"),
+        ("videomae", 32, UnsupportedModelError, "its forward refuses them"),
+        ("vivit", 32, UnsupportedModelError, "`vivit.embeddings.interpolate_pos_encoding` failed with"),
+    ],
+)
+def test_a_size_that_a_model_does_not_take_changes_nothing(family, size, error, message):
+    model = SUPPORTED[family]()
+    before = [p.clone() for p in model.parameters()]
+    config = model.config.to_dict()
+    with pytest.raises(error, match=re.escape(message)):
+        set_image_size(model, size)
+    assert model.config.to_dict() == config
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_images_that_are_not_square():
+    stock, resized = SUPPORTED["vit"](), SUPPORTED["vit"]()
+    set_image_size(resized, (48, 64))
+    batch = {"pixel_values": images(48, 64)}
+    assert_same(outputs(resized, batch), outputs(stock, batch | INTERPOLATED))
+
+
+def test_a_size_of_its_own_that_patches_do_not_fill_is_kept():
+    config = SiglipVisionConfig(**VIT | {"image_size": 33})  # as google/siglip-so400m-patch14-384 has it
+    model = SiglipVisionModel(config)
+    set_image_size(model, 33)
+    assert model.config.image_size == 33
+
+
+def test_the_size_is_set_before_the_adapter():
+    with pytest.raises(ConfigError, match="has an adapter already"):
+        set_image_size(attach("vit", None), 64)
 
 
 def test_sizes_may_change_from_batch_to_batch():

@@ -26,7 +26,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Vi
 
 from peft_bsr import BSRConfig, SynQTConfig
 from peft_bsr.cost import TrainingStep, model_memory, saved_activations
-from peft_bsr.tuners.frozen_weights import FrozenWeights
+from peft_bsr.tuners.base.frozen_weights import FrozenWeights
 
 METHODS = {
     "BSR": BSRConfig(),

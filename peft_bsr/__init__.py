@@ -57,7 +57,7 @@ from peft_bsr.prediction import Prediction, predict  # noqa: E402
 from peft_bsr.training import FeatureCache, TrainabilityCallback, compile, verify_trainability  # noqa: E402
 from peft_bsr.tuners import ALaSTConfig, ALaSTModel, BSRConfig, BSRModel, SynQTConfig, SynQTModel  # noqa: E402
 from peft_bsr.tuners.bsr import add_task, export_task  # noqa: E402
-from peft_bsr.tuners.files import check_adapter  # noqa: E402
+from peft_bsr.tuners.base.files import check_adapter  # noqa: E402
 
 __version__ = "0.1.0"
 

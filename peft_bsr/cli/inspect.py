@@ -12,7 +12,7 @@ from peft_bsr.cli.output import Output
 from peft_bsr.cli.sources import METHODS, find_adapter, make_model, model_of, read_model_config
 from peft_bsr.errors import PeftBsrError, UnsupportedModelError, one_line
 from peft_bsr.hub import plan_in_words
-from peft_bsr.tuners.base_model import with_settings
+from peft_bsr.tuners.base.base_model import with_settings
 
 EXAMPLES = """\
 examples:

@@ -25,7 +25,7 @@ from peft_bsr.errors import ReductionNotMergedWarning, UsageError
 from peft_bsr.hub import load, load_image_processor
 from peft_bsr.prediction import at_size, open_predictor, to_predictor
 from peft_bsr.prediction.scoring import score
-from peft_bsr.tuners.routed import RoutedTuner
+from peft_bsr.tuners.base.tuner import RoutedTuner
 
 EXAMPLES = """\
 examples:

@@ -19,8 +19,8 @@ from peft_bsr.engine import Parking, Plan
 from peft_bsr.errors import ConfigError
 from peft_bsr.tuners.alast.config import ALaSTConfig
 from peft_bsr.tuners.bsr.config import BSRConfig
-from peft_bsr.tuners.bsr.layer import BSRWeights
-from peft_bsr.tuners.saved import SavedConfig
+from peft_bsr.tuners.blocks.layer import BSRWeights
+from peft_bsr.tuners.base.config import SavedConfig
 
 _DEFAULT = Setup()
 

@@ -13,7 +13,7 @@ from torch import nn
 from peft_bsr.backbones import Column, inner_config, native_size, set_image_size
 from peft_bsr.engine import Plan
 from peft_bsr.errors import PeftBsrError, UnsupportedModelError
-from peft_bsr.tuners.saved import SavedConfig
+from peft_bsr.tuners.base.config import SavedConfig
 
 _HEAD_WIDTH = 8  # of the twin: enough for rotary tables
 

@@ -14,7 +14,7 @@ from peft_bsr.core import ForwardContext
 from peft_bsr.engine import BlockRouter, Plan, attach_router
 from peft_bsr.errors import ExportError, ReductionNotMergedWarning
 from peft_bsr.tuners import ALaSTModel, BSRModel, SynQTModel
-from peft_bsr.tuners.routed import find_routers
+from peft_bsr.tuners.base.tuner import find_routers
 
 
 class ImageFunction(nn.Module):

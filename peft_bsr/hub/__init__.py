@@ -6,7 +6,7 @@ from peft_bsr.hub.loading import find_image_processor, load, load_base, load_ima
 from peft_bsr.hub.push import push_to_hub
 from peft_bsr.hub.task import Task, task_of
 from peft_bsr.hub.words import plan_in_words
-from peft_bsr.tuners.saved import AFTER_SAVE
+from peft_bsr.tuners.base.config import AFTER_SAVE
 
 if write_card not in AFTER_SAVE:
     AFTER_SAVE.append(write_card)

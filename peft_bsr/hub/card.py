@@ -18,7 +18,7 @@ from peft_bsr.hub.facts import Facts
 from peft_bsr.hub.task import Task, task_of
 from peft_bsr.hub.words import plan_in_words
 from peft_bsr.registration import package_version
-from peft_bsr.tuners.saved import SavedConfig
+from peft_bsr.tuners.base.config import SavedConfig
 
 BEGIN, END = "<!-- peft_bsr: written by save_pretrained; edit outside of it -->", "<!-- peft_bsr: end -->"
 PICTURE = "kept_tokens.png"

@@ -11,7 +11,7 @@ from torch import nn
 
 from peft_bsr.cost import Cost
 from peft_bsr.errors import AdapterError
-from peft_bsr.tuners.saved import SavedConfig
+from peft_bsr.tuners.base.config import SavedConfig
 
 
 @dataclass(frozen=True)

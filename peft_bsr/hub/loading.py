@@ -18,7 +18,7 @@ from peft_bsr.backbones import inner_config, native_size, set_image_size
 from peft_bsr.errors import HubError, headline
 from peft_bsr.hub.files import ADAPTER, MODEL, list_files
 from peft_bsr.hub.task import task_of
-from peft_bsr.tuners.base_model import with_settings
+from peft_bsr.tuners.base.base_model import with_settings
 
 _SPARE = 0.01  # share of the weights that a base model's file may lack
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from transformers.pipelines import SUPPORTED_TASKS
 
 from peft_bsr.problem_type import MULTI_LABEL, REGRESSION
-from peft_bsr.tuners.saved import SavedConfig
+from peft_bsr.tuners.base.config import SavedConfig
 
 _TASKS = [f"{kind}-classification" for kind in ("image", "video", "audio")]
 _TASKS += ["image-segmentation", "depth-estimation", "object-detection", "image-feature-extraction"]

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from peft_bsr.core import Entry
 from peft_bsr.engine import Plan
 from peft_bsr.errors import FeatureCacheError
-from peft_bsr.tuners.bsr.layer import BSRWeights
-from peft_bsr.tuners.routed import ROOT, AdapterRouter, find_routers
+from peft_bsr.tuners.blocks.layer import BSRWeights
+from peft_bsr.tuners.base.tuner import ROOT, AdapterRouter, find_routers
 from peft_bsr.tuners.synqt.layer import SynQTRouter
 
 

@@ -23,7 +23,7 @@ from peft_bsr.training.alast_callback import ALaSTCallback
 from peft_bsr.training.defaults import WARMUP_SHARE
 from peft_bsr.training.groups import trained_parameters
 from peft_bsr.training.rehearsal import rehearsal
-from peft_bsr.tuners.routed import find_routers
+from peft_bsr.tuners.base.tuner import find_routers
 
 FACTORS = (0.1, 10**-0.5, 1.0, 10**0.5, 10.0)
 """What the learning rate that a sweep begins at is multiplied by."""

@@ -20,7 +20,7 @@ from peft_bsr import ALaSTConfig, BSRConfig, ConfigError, SynQTConfig, Unsupport
 from peft_bsr.backbones import tensors_of
 from peft_bsr.cost import count_flops, estimate, model_memory, plan_for_budget, saved_activations
 from peft_bsr.engine import Parking
-from peft_bsr.tuners.bsr.layer import BSRWeights
+from peft_bsr.tuners.blocks.layer import BSRWeights
 
 SMALL = {"num_hidden_layers": 4, "hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 768}
 SMALL |= {"image_size": 96, "patch_size": 16}

@@ -27,7 +27,7 @@ from peft_bsr.ops import (
     norm_kind,
     recomputed,
 )
-from peft_bsr.tuners.bsr.layer import LowRankUpdate
+from peft_bsr.tuners.blocks.layer import LowRankUpdate
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "contract"))
 

@@ -17,7 +17,7 @@ from transformers import ViTConfig, ViTForImageClassification
 from peft_bsr import BSRConfig, MoEConfig
 from peft_bsr.engine import ROUTER, Parking
 from peft_bsr.multitask import FullExperts
-from peft_bsr.tuners.bsr.layer import BSRWeights
+from peft_bsr.tuners.blocks.layer import BSRWeights
 
 BATCH = {"pixel_values": torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))}
 MIXTURE = {"tasks": {"only": 2}, "moe": MoEConfig(num_experts=2, top_k=1)}  # one task need not be named

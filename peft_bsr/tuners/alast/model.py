@@ -12,9 +12,9 @@ from peft_bsr.errors import AdapterError, UnsupportedModelError
 from peft_bsr.tuners.alast.config import ALaSTConfig
 from peft_bsr.tuners.alast.layer import STATE, ALaSTRouter
 from peft_bsr.tuners.alast.schedule import ALaSTSchedule
-from peft_bsr.tuners.bsr.layer import BSRWeights
+from peft_bsr.tuners.blocks.layer import BSRWeights
 from peft_bsr.tuners.bsr.model import BSRModel
-from peft_bsr.tuners.routed import find_routers
+from peft_bsr.tuners.base.tuner import find_routers
 
 
 class ALaSTModel(BSRModel):

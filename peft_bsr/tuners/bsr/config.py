@@ -10,8 +10,8 @@ from peft_bsr.engine import Plan
 from peft_bsr.errors import ConfigError
 from peft_bsr.multitask import MoEConfig, TaskConfig, check_weights, read_moe, read_tasks
 from peft_bsr.registration import extend_peft_type
-from peft_bsr.tuners.block_config import BlockConfig, saving_less
-from peft_bsr.tuners.reductions import (
+from peft_bsr.tuners.blocks.config import BlockConfig, saving_less
+from peft_bsr.tuners.base.reductions import (
     as_list,
     check_indices,
     check_reductions,

@@ -20,12 +20,12 @@ from peft_bsr.engine import ROUTER, Plan, attach_router
 from peft_bsr.errors import AdapterError, ReductionNotMergedWarning
 from peft_bsr.multitask import TaskHeads, new_head
 from peft_bsr.selftest import verify_lean, verify_mixture, verify_plan
-from peft_bsr.tuners.block_config import BlockConfig
-from peft_bsr.tuners.bsr.layer import BSRWeights
+from peft_bsr.tuners.blocks.config import BlockConfig
+from peft_bsr.tuners.blocks.layer import BSRWeights
 from peft_bsr.tuners.bsr.router import BSRRouter, TaskSettings
-from peft_bsr.tuners.bsr.targets import is_excluded, resolve_targets
-from peft_bsr.tuners.classifier import find_classifier, find_final_norm, without_layer
-from peft_bsr.tuners.frozen_weights import (
+from peft_bsr.tuners.blocks.targets import is_excluded, resolve_targets
+from peft_bsr.tuners.base.classifier import find_classifier, find_final_norm, without_layer
+from peft_bsr.tuners.base.frozen_weights import (
     check_rounded,
     in_one_dtype,
     linears_to_round,
@@ -33,8 +33,8 @@ from peft_bsr.tuners.frozen_weights import (
     tell_ddp,
     tried_rounding,
 )
-from peft_bsr.tuners.reductions import allowed_modes
-from peft_bsr.tuners.routed import ROOT, RoutedTuner, check_single, detached, find_routers, parameter_of, warn_of_names
+from peft_bsr.tuners.base.reductions import allowed_modes
+from peft_bsr.tuners.base.tuner import ROOT, RoutedTuner, check_single, detached, find_routers, parameter_of, warn_of_names
 
 
 class BSRModel(RoutedTuner):

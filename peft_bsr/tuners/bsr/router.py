@@ -24,9 +24,9 @@ from peft_bsr.multitask import (
     read_call,
     without_tasks,
 )
-from peft_bsr.tuners.bsr.layer import BSRWeights, move_away
-from peft_bsr.tuners.classifier import without_layer
-from peft_bsr.tuners.routed import AdapterRouter, drop_saved_name
+from peft_bsr.tuners.blocks.layer import BSRWeights, move_away
+from peft_bsr.tuners.base.classifier import without_layer
+from peft_bsr.tuners.base.tuner import AdapterRouter, drop_saved_name
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from peft_bsr.errors import AdapterError
 from peft_bsr.multitask import TaskConfig, TaskHeads, new_gates, new_head, read_tasks
-from peft_bsr.tuners.bsr.layer import BSRWeights, move_like
-from peft_bsr.tuners.classifier import find_final_norm
-from peft_bsr.tuners.routed import find_routers
+from peft_bsr.tuners.blocks.layer import BSRWeights, move_like
+from peft_bsr.tuners.base.classifier import find_final_norm
+from peft_bsr.tuners.base.tuner import find_routers
 
 _HEAD = re.compile(r"(.*\.heads\.)(\d+)(\..*)")
 

@@ -18,16 +18,16 @@ from peft_bsr.engine import Plan, QueryPath, attach_router
 from peft_bsr.errors import AdapterError
 from peft_bsr.ops import exact_parameters
 from peft_bsr.selftest import verify_plan, verify_queries
-from peft_bsr.tuners.classifier import find_classifier, find_final_norm
-from peft_bsr.tuners.frozen_weights import (
+from peft_bsr.tuners.base.classifier import find_classifier, find_final_norm
+from peft_bsr.tuners.base.frozen_weights import (
     check_rounded,
     linears_to_round,
     round_weights,
     tell_ddp,
     tried_rounding,
 )
-from peft_bsr.tuners.reductions import allowed_modes, write_down
-from peft_bsr.tuners.routed import ROOT, RoutedTuner, detached, find_routers, parameter_of, warn_of_names
+from peft_bsr.tuners.base.reductions import allowed_modes, write_down
+from peft_bsr.tuners.base.tuner import ROOT, RoutedTuner, detached, find_routers, parameter_of, warn_of_names
 from peft_bsr.tuners.synqt.config import SynQTConfig, build_plan
 from peft_bsr.tuners.synqt.layer import SynQTHead, SynQTRouter
 

@@ -14,7 +14,7 @@ from peft_bsr.backbones import Column, probe_inputs, quiet, run_probe, tensors_o
 from peft_bsr.core import is_quantized, kept_bytes
 from peft_bsr.errors import ConfigError, MissingDependencyError, UnsupportedModelError
 from peft_bsr.ops import FrozenLinear, exact_parameters, freeze_linear
-from peft_bsr.tuners.classifier import without_layer
+from peft_bsr.tuners.base.classifier import without_layer
 
 logger = logging.getLogger(__name__)
 

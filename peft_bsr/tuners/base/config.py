@@ -14,9 +14,9 @@ from torch import nn
 from peft_bsr.backbones import Column
 from peft_bsr.engine import Plan
 from peft_bsr.errors import AdapterFileError, ConfigError
-from peft_bsr.tuners.base_model import changed_settings, new_weights, own_config
-from peft_bsr.tuners.classifier import without_layer
-from peft_bsr.tuners.files import AdapterFiles
+from peft_bsr.tuners.base.base_model import changed_settings, new_weights, own_config
+from peft_bsr.tuners.base.classifier import without_layer
+from peft_bsr.tuners.base.files import AdapterFiles
 
 AFTER_SAVE: list[Callable[[Any, Path], None]] = []
 """Called with an attached adapter's configuration and its folder, each time they are saved: the model card's way in.

@@ -11,9 +11,9 @@ from typing import Any, Literal, get_args
 from peft_bsr.backbones import Column
 from peft_bsr.engine import Lean, Plan
 from peft_bsr.errors import ConfigError
-from peft_bsr.tuners.frozen_weights import FROZEN_WEIGHTS_HELP, FrozenWeights
-from peft_bsr.tuners.reductions import as_list, check_choice, write_down
-from peft_bsr.tuners.saved import SavedConfig
+from peft_bsr.tuners.base.frozen_weights import FROZEN_WEIGHTS_HELP, FrozenWeights
+from peft_bsr.tuners.base.reductions import as_list, check_choice, write_down
+from peft_bsr.tuners.base.config import SavedConfig
 
 Trainable = Literal["full", "lora"]
 LeanLevel = Literal["off", "exact", "max"]

@@ -17,8 +17,8 @@ from peft_bsr.backbones import Column, FamilyRule, main_input
 from peft_bsr.core import ForwardContext
 from peft_bsr.engine import BlockRouter, Plan, attach_router, detach_router, explain_blocks
 from peft_bsr.errors import AdapterError, AdapterFileError, AdapterNameWarning, AdapterSwitchedWarning
-from peft_bsr.tuners.inputs import check_inputs
-from peft_bsr.tuners.loading import check_loaded, take_back
+from peft_bsr.tuners.base.inputs import check_inputs
+from peft_bsr.tuners.base.loading import check_loaded, take_back
 
 ROOT = "base_model.model."
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from peft_bsr.engine import Parking
 from peft_bsr.errors import AdapterError
 from peft_bsr.multitask import TaskHeads
-from peft_bsr.tuners.block_config import BlockConfig
-from peft_bsr.tuners.routed import SingleAdapterLayer, check_single, drop_saved_name
+from peft_bsr.tuners.blocks.config import BlockConfig
+from peft_bsr.tuners.base.tuner import SingleAdapterLayer, check_single, drop_saved_name
 
 
 class LowRankUpdate(nn.Module):

@@ -12,8 +12,8 @@ from torch import nn
 from peft_bsr.backbones import Column
 from peft_bsr.engine import ROUTER, Plan
 from peft_bsr.errors import ConfigError
-from peft_bsr.tuners.block_config import BlockConfig
-from peft_bsr.tuners.bsr.layer import BSRWeights
+from peft_bsr.tuners.blocks.config import BlockConfig
+from peft_bsr.tuners.blocks.layer import BSRWeights
 
 _PEFT_TRANSLATES_KEYS = hasattr(BaseTuner, "_remap_adapter_state_dict_for_load")
 

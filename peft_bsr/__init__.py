@@ -55,8 +55,16 @@ from peft_bsr.hub import add_facts, load, load_image_processor, pipeline, push_t
 from peft_bsr.multitask import MoEConfig, MultitaskOutput, TaskConfig, record_usage  # noqa: E402
 from peft_bsr.prediction import Prediction, predict  # noqa: E402
 from peft_bsr.training import FeatureCache, TrainabilityCallback, compile, verify_trainability  # noqa: E402
-from peft_bsr.tuners import ALaSTConfig, ALaSTModel, BSRConfig, BSRModel, SynQTConfig, SynQTModel  # noqa: E402
-from peft_bsr.tuners.bsr import add_task, export_task  # noqa: E402
+from peft_bsr.tuners import (  # noqa: E402
+    ALaSTConfig,
+    ALaSTModel,
+    BSRConfig,
+    BSRModel,
+    SynQTConfig,
+    SynQTModel,
+    add_task,
+    export_task,
+)
 from peft_bsr.tuners.base.files import check_adapter  # noqa: E402
 
 __version__ = "0.1.0"

@@ -16,6 +16,9 @@ from peft_bsr.errors import UnsupportedPeftError
 OLDEST_PEFT, FIRST_UNTESTED_PEFT = "0.20.0", "0.22.0"
 """Supported: OLDEST_PEFT <= peft < FIRST_UNTESTED_PEFT. A newer one may work; the tests say loudly when it arrives."""
 
+REGISTERED: set[str] = set()
+"""`peft_type` of every method of this package."""
+
 # PEFT asks each model by this old name; a user can change nothing about it
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
@@ -75,6 +78,7 @@ def register_method(name: str, config_cls: type[PeftConfig], model_cls: type[Bas
     )
 
     peft_type = extend_peft_type(name.upper())
+    REGISTERED.add(peft_type.value)
     if peft_type in PEFT_TYPE_TO_TUNER_MAPPING:  # a re-import made new classes: they replace the old ones
         PEFT_TYPE_TO_CONFIG_MAPPING[peft_type] = config_cls
         PEFT_TYPE_TO_TUNER_MAPPING[peft_type] = model_cls

@@ -32,7 +32,7 @@ from peft_bsr.cli.images import (
 from peft_bsr.cli.methods import attach, check_method
 from peft_bsr.cli.output import Output
 from peft_bsr.cli.settings import TrainSettings
-from peft_bsr.cli.sources import METHODS, find_adapter, make_model, model_of
+from peft_bsr.cli.sources import find_adapter, make_model, model_of
 from peft_bsr.cli.trial import Trial, bounded, run_trial
 from peft_bsr.cli.values import read_pairs
 from peft_bsr.cost import Cost, compare, cost_rows
@@ -40,6 +40,7 @@ from peft_bsr.data import LabelledImages, collate, with_pixels
 from peft_bsr.errors import PeftBsrError, UsageError, one_line
 from peft_bsr.prediction import find_device
 from peft_bsr.problem_type import SINGLE_LABEL
+from peft_bsr.tuners import METHODS
 
 _OTHERS = {"full": FULL, "linear": "linear probe", "lora": "LoRA r=8, every Linear"}
 _OF_RANDOM: dict[str, Any] = {"batch_size": 8, "labels": 10}

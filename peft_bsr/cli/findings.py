@@ -16,7 +16,7 @@ from PIL import Image
 
 from peft_bsr.cli.memory import Peak
 from peft_bsr.cli.settings import TrainSettings
-from peft_bsr.cli.sources import METHODS, load_model
+from peft_bsr.cli.sources import load_model
 from peft_bsr.cost import Cost, compare
 from peft_bsr.cost.comparison import device_name
 from peft_bsr.data import LabelledImages, collate, open_image, to_pictures, to_rgb, with_pixels
@@ -26,6 +26,7 @@ from peft_bsr.prediction.scoring import Score
 from peft_bsr.registration import package_version
 from peft_bsr.report import Results, RunRecord
 from peft_bsr.training.groups import trained_parameters
+from peft_bsr.tuners import METHODS
 from peft_bsr.viz import KeptTokens, draw_confusion, draw_kept, kept_token_pictures, saved_by_block
 from peft_bsr.viz.fonts import families_for
 

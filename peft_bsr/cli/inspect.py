@@ -9,9 +9,9 @@ from peft import PeftModel, get_peft_model
 
 from peft_bsr.backbones import Column, native_size, probe_column
 from peft_bsr.cli.output import Output
-from peft_bsr.cli.sources import METHODS, find_adapter, make_model, model_of, read_model_config
+from peft_bsr.cli.sources import find_adapter, make_model, model_of, read_model_config
 from peft_bsr.errors import PeftBsrError, UnsupportedModelError, one_line
-from peft_bsr.hub import plan_in_words
+from peft_bsr.tuners import METHODS, describe_plan
 from peft_bsr.tuners.base.base_model import with_settings
 
 EXAMPLES = """\
@@ -40,14 +40,14 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
         facts = _describe(model, column, parameters)
         result: dict[str, Any] = {"model": source, **facts}
         if adapter is None:
-            result["methods"] = {name: _refusal(model, config()) for name, config in METHODS.items()}
+            result["methods"] = {name: _refusal(model, info.config()) for name, info in METHODS.items()}
         else:
             attached: Any = PeftModel(model, adapter)
             config = attached.peft_config["default"]
             result["adapter"] = {
                 "method": str(adapter.peft_type).rpartition(".")[2].lower(),
                 "labels": labels,
-                "plan": plan_in_words(config, column, attached.base_model.plan()),
+                "plan": describe_plan(config, column, attached.base_model.plan()),
             }
     out.facts(source, facts)
     if adapter is None:

@@ -10,8 +10,9 @@ from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import nn
 
 from peft_bsr.backbones import probe_column
-from peft_bsr.cli.sources import METHODS, check_names, make_config
+from peft_bsr.cli.sources import check_names, make_config
 from peft_bsr.errors import UsageError
+from peft_bsr.tuners import METHODS
 
 BASELINES = {
     "lora": "PEFT's LoRA, r=8, every Linear",
@@ -21,7 +22,7 @@ BASELINES = {
 """What is no adapter of this package."""
 
 ALL_METHODS = (*METHODS, *BASELINES)
-CONFIGS: dict[str, type[Any]] = {**METHODS, "lora": LoraConfig}
+CONFIGS: dict[str, type[Any]] = {**{name: info.config for name, info in METHODS.items()}, "lora": LoraConfig}
 """Whose fields `--set` gives."""
 
 

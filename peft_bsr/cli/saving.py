@@ -14,13 +14,13 @@ from peft import PeftModel
 from peft_bsr.cli.findings import Findings
 from peft_bsr.cli.output import Output
 from peft_bsr.cli.settings import TrainSettings
-from peft_bsr.cli.sources import METHODS
 from peft_bsr.data import LabelledImages
 from peft_bsr.errors import headline
 from peft_bsr.hub import add_facts, write_card
 from peft_bsr.prediction import to_predictor
 from peft_bsr.prediction.scoring import Score, score
-from peft_bsr.training import ALaSTCallback, BudgetRecord
+from peft_bsr.training import BudgetRecord
+from peft_bsr.tuners import METHODS
 
 Scores = dict[str, Score]  # split -> what the trained model answered
 
@@ -164,9 +164,9 @@ def kept_in_words(trainer: Any) -> str:
 
 
 def budgets_of(trainer: Any) -> list[BudgetRecord]:
-    """What an ALaST schedule did since the last `--resume`; nothing with another method."""
+    """What a schedule of budgets did since the last `--resume`; nothing with a method that has none."""
     callbacks = trainer.callback_handler.callbacks
-    return next((callback.history for callback in callbacks if isinstance(callback, ALaSTCallback)), [])
+    return next((callback.history for callback in callbacks if hasattr(callback, "history")), [])
 
 
 __all__ = [

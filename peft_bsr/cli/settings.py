@@ -19,6 +19,7 @@ from peft_bsr.data import DIGITS
 from peft_bsr.errors import UsageError
 from peft_bsr.problem_type import TASKS
 from peft_bsr.training import default_learning_rate
+from peft_bsr.tuners import METHODS
 
 # name -> (type, least, below or at most, whether the end counts); None where there is no value
 _NUMBERS: dict[str, tuple[type, float, float, bool]] = {
@@ -36,7 +37,7 @@ _NUMBERS: dict[str, tuple[type, float, float, bool]] = {
     "early_stopping": (int, 1, inf, True),
     "workers": (int, 0, 256, True),
 }
-_CACHED = ("bsr", "synqt")  # methods with frozen blocks before the first that trains
+_CACHED = [name for name, info in METHODS.items() if not info.is_dynamic]  # frozen blocks are so in every step
 _CHOICES = {
     "augment": ("none", "light", "strong"),
     "keep": ("last", "best"),
@@ -60,7 +61,7 @@ class TrainSettings:
         test_size: See `peft_bsr.data.put_aside`.
         validation_size: The same.
         skip_bad: Whether to go on without images that cannot be decoded. Default False.
-        method: `"bsr"`, `"alast"`, `"synqt"`, or to compare with `"lora"`, `"full"`, `"linear"`. Default bsr.
+        method: One of `peft_bsr.tuners.METHODS`, or to compare with `"lora"`, `"full"`, `"linear"`. Default bsr.
         options: Fields of the method's configuration (`--set`).
         epochs: Default 3.
         max_steps: Stop after so many optimizer steps. Default -1: by epochs.
@@ -178,7 +179,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     add_columns(parser)
     add_task(parser)
     add_sizes(parser)
-    add("--method", help="bsr (default), alast, synqt; or lora, full, linear, to compare with")
+    add("--method", help=f"{', '.join(METHODS)} (default bsr); or {', '.join(BASELINES)}, to compare with")
     add("--set", action="append", metavar="NAME=VALUE", help="option of the method, may be repeated")
     add("--epochs", help="default 3")
     add("--max-steps", help="stop after so many steps (default: by epochs)")

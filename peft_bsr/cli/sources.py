@@ -20,9 +20,7 @@ from peft_bsr.errors import UsageError
 from peft_bsr.hub import read_config
 from peft_bsr.hub.files import ADAPTER, MODEL, list_files
 from peft_bsr.problem_type import SINGLE_LABEL, ProblemType
-from peft_bsr.tuners import ALaSTConfig, BSRConfig, SynQTConfig
-
-METHODS: dict[str, type[Any]] = {"bsr": BSRConfig, "alast": ALaSTConfig, "synqt": SynQTConfig}
+from peft_bsr.tuners import METHODS
 
 
 def find_adapter(name: str) -> PeftConfig | None:
@@ -157,9 +155,10 @@ def make_config(method: str, options: Mapping[str, Any]) -> Any:
     """
     if method not in METHODS:
         raise UsageError(f"`--method {method}` is unknown. Use one of {', '.join(METHODS)}.")
-    known = [field.name for field in fields(METHODS[method]) if field.init]
+    config = METHODS[method].config
+    known = [field.name for field in fields(config) if field.init]
     check_names(options, known, f"option of {method}")
-    return METHODS[method](**read_fields(options, METHODS[method]))
+    return config(**read_fields(options, config))
 
 
 def check_names(given: Mapping[str, Any], known: Sequence[str], kind: str) -> None:
@@ -181,7 +180,6 @@ def changed(config: Any) -> dict[str, Any]:
 
 
 __all__ = [
-    "METHODS",
     "changed",
     "check_names",
     "find_adapter",

@@ -41,13 +41,13 @@ from peft_bsr.cli.saving import (
 )
 from peft_bsr.cli.scaling import find_scale, fold
 from peft_bsr.cli.settings import TrainSettings, add_settings, read_settings
-from peft_bsr.cli.sources import METHODS, find_adapter, load_model, make_model
+from peft_bsr.cli.sources import find_adapter, load_model, make_model
 from peft_bsr.cli.training import fit_to_data, make_trainer, optimizer_maker, training_arguments
 from peft_bsr.data import size_of
 from peft_bsr.errors import UsageError
-from peft_bsr.hub import plan_in_words
 from peft_bsr.report import write_report
 from peft_bsr.training import FeatureCache, find_learning_rate
+from peft_bsr.tuners import METHODS, describe_plan
 
 EXAMPLES = """\
 examples:
@@ -203,7 +203,7 @@ def _set_learning_rate(trainer: Any, settings: TrainSettings, out: Output) -> No
 
 def _in_words(model: Any, settings: TrainSettings) -> list[str]:
     if settings.method in METHODS:
-        return plan_in_words(model.peft_config["default"], model.base_model.column, model.base_model.plan())
+        return describe_plan(model.peft_config["default"], model.base_model.column, model.base_model.plan())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return [f"{BASELINES[settings.method]}: {trained / 1e6:.2f} M parameters train."]
 

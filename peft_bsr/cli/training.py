@@ -14,14 +14,13 @@ from transformers.trainer_utils import IntervalStrategy
 
 from peft_bsr.cli.resuming import RunCallback
 from peft_bsr.cli.settings import TrainSettings
-from peft_bsr.cli.sources import METHODS, check_names
+from peft_bsr.cli.sources import check_names
 from peft_bsr.data import LabelledImages, collate, labels_of, with_pixels
 from peft_bsr.errors import UsageError, one_line
 from peft_bsr.prediction import find_device
 from peft_bsr.problem_type import REGRESSION
 from peft_bsr.training import (
     WARMUP_SHARE,
-    ALaSTCallback,
     MixupDataset,
     NonFiniteLossCallback,
     TrainabilityCallback,
@@ -33,6 +32,7 @@ from peft_bsr.training import (
 from peft_bsr.training.augmentation import Augmentation
 from peft_bsr.training.scores import BEST_BY, compute_metrics_of
 from peft_bsr.training.target_scale import TargetScale
+from peft_bsr.tuners import METHODS
 
 _WEIGHT_DECAY = 0.01  # the benchmark's
 _FLAGS = {
@@ -185,8 +185,8 @@ def make_trainer(
     callbacks: list[Any] = [run, guard]
     if settings.method in METHODS:
         callbacks.append(TrainabilityCallback())
-    if settings.method == "alast":
-        callbacks.append(ALaSTCallback())
+    if settings.method in METHODS:
+        callbacks += METHODS[settings.method].callbacks()
     if settings.early_stopping:
         callbacks.append(EarlyStoppingCallback(settings.early_stopping))
     if settings.ema is not None:

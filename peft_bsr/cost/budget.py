@@ -9,11 +9,11 @@ from typing import Any
 from torch import nn
 
 from peft_bsr.cost.estimation import Estimate, estimate
+from peft_bsr.cost.proxy import on_meta, resolve_narrow
 from peft_bsr.cost.setup import SAVING, Setup
-from peft_bsr.cost.twin import on_meta, settle
 from peft_bsr.cost.ways import Way, settings_of, ways_of
 from peft_bsr.errors import ConfigError
-from peft_bsr.tuners.bsr.config import BSRConfig
+from peft_bsr.tuners import BSRConfig
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?i?B?)\s*", re.IGNORECASE)
@@ -113,7 +113,7 @@ def plan_for_budget(
     dtype = setup.dtype or next(p.dtype for p in model.parameters() if p.is_floating_point())
     found: list[BudgetPlan] = []
     smallest: BudgetPlan | None = None
-    for setting in settings_of(depth=len(settle(model, BSRConfig()).column.blocks)):
+    for setting in settings_of(depth=len(resolve_narrow(model, BSRConfig()).column.blocks)):
         declined: list[str] = []
         for way in ways_of(setting, replace(setup, gradient_checkpointing=False), dtype):
             if isinstance(way, str):

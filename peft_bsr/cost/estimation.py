@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from peft_bsr.backbones import input_shapes, probe_inputs, tensors_of
 from peft_bsr.cost.compiled import kept_when_compiled
 from peft_bsr.cost.dry_run import DryRun, HostMemory, dry_run, no_memory, without_memory
+from peft_bsr.cost.proxy import attach_resolved, on_meta, resolve_narrow
 from peft_bsr.cost.setup import Setup, library_bytes, optimizer_bytes, update_bytes
-from peft_bsr.cost.twin import attach_settled, on_meta, settle
 from peft_bsr.engine import Parking, Plan
 from peft_bsr.errors import ConfigError
-from peft_bsr.tuners.alast.config import ALaSTConfig
-from peft_bsr.tuners.bsr.config import BSRConfig
-from peft_bsr.tuners.blocks.layer import BSRWeights
+from peft_bsr.tuners import method_of
 from peft_bsr.tuners.base.config import SavedConfig
+from peft_bsr.tuners.blocks.config import BlockConfig
+from peft_bsr.tuners.blocks.layer import BlockWeights
 
 _DEFAULT = Setup()
 
@@ -106,16 +106,18 @@ def estimate(
         '18.3 MiB an image are kept for backward'
     """
     setup = replace(setup, **settings)
-    if setup.compile and isinstance(config, BSRConfig):  # 8 bits step aside there
+    method = None if config is None else method_of(config)
+    is_compiled = setup.compile and not (method and method.is_dynamic)  # whose blocks no compiler traces in training
+    if is_compiled and isinstance(config, BlockConfig):  # 8 bits step aside there
         config = replace(config, saved_activations="full")
     bare = on_meta(model, setup.image_size, setup.dtype)
     adapted: nn.Module = bare
     plan = None
     spared = made_anew = 0
     if isinstance(config, SavedConfig):
-        settled = settle(bare, config)
-        adapted, in_8_bits = attach_settled(bare, config, settled)
-        plan, (spared, made_anew) = settled.plan, _eight_bits(bare, in_8_bits)
+        resolution = resolve_narrow(bare, config)
+        adapted, in_8_bits = attach_resolved(bare, config, resolution)
+        plan, (spared, made_anew) = resolution.plan, _eight_bits(bare, in_8_bits)
     elif config is not None:
         adapted = get_peft_model(bare, copy.deepcopy(config))
     host = HostMemory()
@@ -139,7 +141,7 @@ def estimate(
 
     with nowhere:
         run = dry_run(trained, inputs.values(), forward)
-    if setup.compile and not isinstance(config, ALaSTConfig):  # whose blocks no compiler traces in training
+    if is_compiled:
         run = run.scaled(kept_when_compiled(trained, forward))
     batch_bytes = sum(tensor.nbytes for tensor in inputs.values())
     found = _summarize(trained, weights, run, batch_bytes, setup, plan)
@@ -179,7 +181,7 @@ def _loss(output: Any) -> Tensor:
 def _summarize(
     model: nn.Module, trained: list[nn.Parameter], run: DryRun, batch_bytes: int, setup: Setup, plan: Plan | None
 ) -> Estimate:
-    layers = (module for module in model.modules() if isinstance(module, BSRWeights))
+    layers = (module for module in model.modules() if isinstance(module, BlockWeights))
     parked = sum(p.nbytes for layer in layers if layer.parks_base for p in Parking.takes(layer.base_layer))
     parts = (run.gradient_bytes, run.activation_bytes, run.workspace_bytes)
     copied = update_bytes(setup.optimizer, setup.kind, trained)

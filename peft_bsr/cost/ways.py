@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from peft_bsr.cost.setup import Setup
-from peft_bsr.tuners.bsr.config import BSRConfig
+from peft_bsr.tuners import BSRConfig
 
 _HALVES = "half of the tokens go, 3 times"
 _AGAIN = "first products are computed twice"

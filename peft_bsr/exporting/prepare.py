@@ -13,8 +13,7 @@ from peft_bsr.backbones import find_rule, input_shapes, main_input, set_image_si
 from peft_bsr.core import ForwardContext
 from peft_bsr.engine import BlockRouter, Plan, attach_router
 from peft_bsr.errors import ExportError, ReductionNotMergedWarning
-from peft_bsr.tuners import ALaSTModel, BSRModel, SynQTModel
-from peft_bsr.tuners.base.tuner import find_routers
+from peft_bsr.tuners.base.tuner import RoutedTuner, find_routers
 
 
 class ImageFunction(nn.Module):
@@ -71,7 +70,7 @@ def to_image_function(
 ) -> ImageFunction:
     """A copy of `model` on the CPU in fp32, with its active adapter's weights merged and its reduction in force.
 
-    SynQT, heads of tasks and mixtures of experts have nothing to merge into: they stay as they are.
+    What has nothing to merge into (queries, heads of tasks, mixtures of experts) stays as it is.
 
     Args:
         model: From `get_peft_model` or `PeftModel.from_pretrained`; it is not changed.
@@ -84,7 +83,7 @@ def to_image_function(
         UnsupportedModelError: If the model takes no images of `image_size`.
     """
     tuner = getattr(model, "base_model", None)
-    if not isinstance(tuner, (BSRModel, SynQTModel)):
+    if not isinstance(tuner, RoutedTuner):
         raise ExportError(
             f"`export` takes a PeftModel with an adapter of peft_bsr, found {type(model).__name__}. Make one with "
             "`get_peft_model(model, BSRConfig())` or `PeftModel.from_pretrained`."
@@ -96,10 +95,10 @@ def to_image_function(
             f"Adapter {name!r} has the tasks {tasks}; a file answers one. Write one of them as an adapter of its own "
             f"with `export_task(model, {tasks[0]!r}, folder)`, load it and export that."
         )
-    if all_tokens or isinstance(tuner, ALaSTModel):  # ALaST reduces in training only
+    if all_tokens or not tuner.reduces_in_evaluation:
         plan = plan.without_reductions()
     copied = copy.deepcopy(model).to("cpu", torch.float32).eval()
-    if tasks or isinstance(tuner, SynQTModel):
+    if tasks or not tuner.merges:
         for router in find_routers(copied):
             router.plans[name] = plan
         return ImageFunction(_at_size(copied.get_base_model(), image_size), plan)

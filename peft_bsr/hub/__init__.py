@@ -5,7 +5,6 @@ from peft_bsr.hub.facts import Facts, add_facts, facts_of
 from peft_bsr.hub.loading import find_image_processor, load, load_base, load_image_processor, pipeline, read_config
 from peft_bsr.hub.push import push_to_hub
 from peft_bsr.hub.task import Task, task_of
-from peft_bsr.hub.words import plan_in_words
 from peft_bsr.tuners.base.config import AFTER_SAVE
 
 if write_card not in AFTER_SAVE:
@@ -22,7 +21,6 @@ __all__ = [
     "load_image_processor",
     "model_card",
     "pipeline",
-    "plan_in_words",
     "push_to_hub",
     "read_config",
     "task_of",

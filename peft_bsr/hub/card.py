@@ -16,8 +16,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from peft_bsr.cost import Cost
 from peft_bsr.hub.facts import Facts
 from peft_bsr.hub.task import Task, task_of
-from peft_bsr.hub.words import plan_in_words
 from peft_bsr.registration import package_version
+from peft_bsr.tuners import describe_plan
 from peft_bsr.tuners.base.config import SavedConfig
 
 BEGIN, END = "<!-- peft_bsr: written by save_pretrained; edit outside of it -->", "<!-- peft_bsr: end -->"
@@ -65,7 +65,7 @@ def model_card(config: SavedConfig, facts: Facts, base: str | None = None) -> st
         f"{task.words} Made with peft_bsr, method {method} "
         f"([arXiv {_PAPERS[method]}](https://arxiv.org/abs/{_PAPERS[method]})).",
         "## Use\n\n" + _snippet(task, facts.repo_id),
-        "## What it does\n\n" + "\n".join(f"- {sentence}" for sentence in plan_in_words(config, column, plan)),
+        "## What it does\n\n" + "\n".join(f"- {sentence}" for sentence in describe_plan(config, column, plan)),
     ]
     if facts.metrics or facts.dataset:
         on = f" on {_hub_id(facts.dataset) or _folder(facts.dataset)}" if facts.dataset else ""

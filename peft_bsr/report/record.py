@@ -44,7 +44,7 @@ class RunRecord:
         title: Such as `"BSR on digits"`.
         column: What the model is. None: it has no adapter of this package, and the report no plan.
         plan: What was done to it, or None.
-        words: The plan in sentences, see `peft_bsr.hub.plan_in_words`.
+        words: The plan in sentences, see `peft_bsr.tuners.describe_plan`.
         headline: Name -> text of the few numbers that stand on top.
         log_history: Trainer's, `trainer.state.log_history`.
         kept_step: Step whose weights were kept, marked in the curves; None: it is not marked.

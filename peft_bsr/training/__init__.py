@@ -1,6 +1,5 @@
 """Training: pieces that work with transformers' Trainer, and the proof that an adapter trains."""
 
-from peft_bsr.training.alast_callback import ALaSTCallback, BudgetRecord, schedule_of
 from peft_bsr.training.compiling import compile
 from peft_bsr.training.defaults import LEARNING_RATES, WARMUP_SHARE, default_learning_rate
 from peft_bsr.training.ema import TrainedEMA
@@ -12,6 +11,7 @@ from peft_bsr.training.mixup import MixupDataset
 from peft_bsr.training.non_finite import NonFiniteLossCallback
 from peft_bsr.training.task_data import TaskBatchSampler, TaskDataset, collate_tasks
 from peft_bsr.training.trainability import TrainabilityCallback, verify_trainability
+from peft_bsr.tuners import ALaSTCallback, BudgetRecord, schedule_of
 
 __all__ = [
     "LEARNING_RATES",

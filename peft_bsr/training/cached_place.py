@@ -11,13 +11,11 @@ from torch import Tensor, nn
 from peft_bsr.core import Entry
 from peft_bsr.engine import Plan
 from peft_bsr.errors import FeatureCacheError
-from peft_bsr.tuners.blocks.layer import BSRWeights
-from peft_bsr.tuners.base.tuner import ROOT, AdapterRouter, find_routers
-from peft_bsr.tuners.synqt.layer import SynQTRouter
+from peft_bsr.tuners.base.tuner import ROOT, AdapterRouter, SingleAdapterLayer, find_routers
 
 
 class CachedPlace:
-    """In front of the first trained block, or behind all blocks where none trains and queries read them (SynQT).
+    """In front of the first trained block, or behind all blocks where none trains and queries read them.
 
     Args:
         model: With an active adapter of ours.
@@ -47,15 +45,14 @@ class CachedPlace:
             raise FeatureCacheError("the adapter is disabled: the base model has no trained block to begin at.")
         self.model, self.column = model, router.column
         self.plan: Plan = router.plan
-        name = router.carried_adapter
-        self.layers: list[int] = router.layers[name] if isinstance(router, SynQTRouter) and name else []
+        self.layers = router.read_layers
         self.index = router.column.depth if self.layers else self.plan.trained_blocks[0]
 
     def key(self) -> dict[str, Any]:
         """What the tokens depend on beside the images."""
         end = self.layers[-1] + 1 if self.layers else self.index
         modules = {name.removeprefix(ROOT): module for name, module in self.model.named_modules()}
-        trained = [name for name, module in modules.items() if isinstance(module, (BSRWeights, SynQTRouter))]
+        trained = [name for name, module in modules.items() if isinstance(module, SingleAdapterLayer)]
         behind = (*self.column.blocks[end:], *(self.column.head if self.layers else ()))
         others = tuple(f"{name}." for name in (*trained, *behind))
         digest = hashlib.blake2b(digest_size=16)

@@ -8,15 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from peft_bsr.tuners import METHODS
+
 WARMUP_SHARE = 0.1
 """Share of all optimizer steps in which the learning rate rises from 0 (`TrainingArguments(warmup_steps=0.1)`)."""
 
 LEARNING_RATES: dict[tuple[str, str | None], float] = {
-    ("bsr", "full"): 1e-3,
-    ("bsr", "lora"): 3e-3,
-    ("alast", "full"): 3e-4,
-    ("alast", "lora"): 1e-3,
-    ("synqt", None): 1e-2,
+    **{(info.name, way): rate for info in METHODS.values() for way, rate in info.learning_rates.items()},
     ("lora", None): 3e-3,
     ("full", None): 3e-4,
     ("linear", None): 1e-2,

@@ -15,15 +15,14 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
 from torch.utils.data import Subset
-from transformers import PrinterCallback, ProgressCallback, SchedulerType, Trainer, TrainingArguments
+from transformers import PrinterCallback, ProgressCallback, SchedulerType, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from peft_bsr.errors import ConfigError
-from peft_bsr.training.alast_callback import ALaSTCallback
 from peft_bsr.training.defaults import WARMUP_SHARE
 from peft_bsr.training.groups import trained_parameters
 from peft_bsr.training.rehearsal import rehearsal
-from peft_bsr.tuners.base.tuner import find_routers
+from peft_bsr.tuners import method_of
 
 FACTORS = (0.1, 10**-0.5, 1.0, 10**0.5, 10.0)
 """What the learning rate that a sweep begins at is multiplied by."""
@@ -136,7 +135,7 @@ def _loss_after(
             train_dataset=train,
             eval_dataset=held,
             compute_loss_func=trainer.compute_loss_func,
-            callbacks=[ALaSTCallback()] if any(router.is_dynamic for router in find_routers(model)) else None,
+            callbacks=_callbacks(model),
             optimizers=(None if make_optimizer is None else make_optimizer(rate), None),
         )
         for callback in (PrinterCallback, ProgressCallback):
@@ -144,6 +143,13 @@ def _loss_after(
         short.train()
         loss = float(short.evaluate()["eval_loss"])
     return loss if np.isfinite(loss) else float("inf")
+
+
+def _callbacks(model: Any) -> list[TrainerCallback]:
+    """What the active adapter's method needs; nothing for a model without adapters of this package."""
+    config = getattr(model, "peft_config", {}).get(getattr(model, "active_adapter", None))
+    method = None if config is None else method_of(config)
+    return [] if method is None else method.callbacks()
 
 
 def _short(args: TrainingArguments, folder: str, rate: float, steps: int) -> TrainingArguments:

@@ -1,7 +1,35 @@
-"""What PEFT sees: one folder for each method, thin over the engine."""
+"""What PEFT sees: one folder for each method, thin over the engine. Every folder here is found and registered."""
 
-from peft_bsr.tuners.alast import ALaSTConfig, ALaSTModel
-from peft_bsr.tuners.bsr import BSRConfig, BSRModel
+from importlib import import_module
+from pkgutil import iter_modules
+
+import peft_bsr.tuners.bsr  # first: lists of methods begin with it
+from peft_bsr.tuners.alast import ALaSTCallback, ALaSTConfig, ALaSTModel, BudgetRecord, schedule_of
+from peft_bsr.tuners.base.method import METHODS, MethodInfo, describe_plan, method_of, register, resolve
+from peft_bsr.tuners.base.resolution import Resolution
+from peft_bsr.tuners.bsr import BSRConfig, BSRModel, add_task, export_task
 from peft_bsr.tuners.synqt import SynQTConfig, SynQTModel
 
-__all__ = ["ALaSTConfig", "ALaSTModel", "BSRConfig", "BSRModel", "SynQTConfig", "SynQTModel"]
+for _folder in iter_modules(__path__):
+    import_module(f"{__name__}.{_folder.name}")
+
+__all__ = [
+    "METHODS",
+    "ALaSTCallback",
+    "ALaSTConfig",
+    "ALaSTModel",
+    "BSRConfig",
+    "BSRModel",
+    "BudgetRecord",
+    "MethodInfo",
+    "Resolution",
+    "SynQTConfig",
+    "SynQTModel",
+    "add_task",
+    "describe_plan",
+    "export_task",
+    "method_of",
+    "register",
+    "resolve",
+    "schedule_of",
+]

@@ -99,8 +99,8 @@ def test_status(model, method):
     else:
         router = "alast.ALaSTRouter" if method.is_alast else "bsr.BSRRouter"
         leaves = 6 if method.is_lora else 8
-        assert sorted(kinds) == sorted((len(method.blocks) * leaves + 2) * ["bsr.BSRWeights"] + 4 * [router])
-        weights = [layer for layer in layers if layer.module_type == "bsr.BSRWeights"]
+        assert sorted(kinds) == sorted((len(method.blocks) * leaves + 2) * ["bsr.BlockWeights"] + 4 * [router])
+        weights = [layer for layer in layers if layer.module_type == "bsr.BlockWeights"]
         assert all(layer.requires_grad == {"default": True} for layer in weights)
         assert all(layer.devices == {"default": ["cpu"]} for layer in weights)
     for layer in layers:

@@ -20,7 +20,7 @@ from peft_bsr import ALaSTConfig, BSRConfig, ConfigError, SynQTConfig, Unsupport
 from peft_bsr.backbones import tensors_of
 from peft_bsr.cost import count_flops, estimate, model_memory, plan_for_budget, saved_activations
 from peft_bsr.engine import Parking
-from peft_bsr.tuners.blocks.layer import BSRWeights
+from peft_bsr.tuners.blocks.layer import BlockWeights
 
 SMALL = {"num_hidden_layers": 4, "hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 768}
 SMALL |= {"image_size": 96, "patch_size": 16}
@@ -83,7 +83,7 @@ def test_frozen_weights_in_8_bits_are_counted(plain):
     pytest.importorskip("torchao", reason="torchao is not installed")
     model = get_peft_model(MODELS["vit"](), config)
     held = model_memory(model)
-    parked = sum(p.nbytes for layer in model.modules() if isinstance(layer, BSRWeights) and layer.parks_base
+    parked = sum(p.nbytes for layer in model.modules() if isinstance(layer, BlockWeights) and layer.parks_base
                  for p in Parking.takes(layer.base_layer))  # fmt: skip
     assert found.weights_bytes == pytest.approx(held.trainable_bytes + held.frozen_bytes - parked, rel=1e-6)
 
@@ -94,7 +94,7 @@ def test_frozen_weights_in_bfloat16_are_counted(plain):
     found = estimate(on_meta(MODELS["vit"]), config, batch_size=2)
     model = get_peft_model(MODELS["vit"](), config).train()
     held = model_memory(model)
-    parked = sum(p.nbytes for layer in model.modules() if isinstance(layer, BSRWeights) and layer.parks_base
+    parked = sum(p.nbytes for layer in model.modules() if isinstance(layer, BlockWeights) and layer.parks_base
                  for p in Parking.takes(layer.base_layer))  # fmt: skip
     assert found.weights_bytes == pytest.approx(held.trainable_bytes + held.frozen_bytes - parked, rel=1e-6)
     images = torch.randn(2, 3, 96, 96)

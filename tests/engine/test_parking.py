@@ -17,7 +17,7 @@ from transformers import ViTConfig, ViTForImageClassification
 from peft_bsr import BSRConfig, MoEConfig
 from peft_bsr.engine import ROUTER, Parking
 from peft_bsr.multitask import FullExperts
-from peft_bsr.tuners.blocks.layer import BSRWeights
+from peft_bsr.tuners.blocks.layer import BlockWeights
 
 BATCH = {"pixel_values": torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))}
 MIXTURE = {"tasks": {"only": 2}, "moe": MoEConfig(num_experts=2, top_k=1)}  # one task need not be named
@@ -47,7 +47,7 @@ def attach(**settings: object) -> tuple[torch.Tensor, nn.Module]:
 
 
 def base_weights(model: nn.Module) -> list[torch.Tensor]:
-    layers = [module for module in model.modules() if isinstance(module, BSRWeights)]
+    layers = [module for module in model.modules() if isinstance(module, BlockWeights)]
     return [p.data for layer in layers for p in layer.base_layer.parameters() if p.nbytes >= 2**16]
 
 
@@ -100,7 +100,7 @@ def list_leftovers() -> list[str]:
 @linux
 def test_low_rank_updates_need_the_base_weights_in_memory():
     _, model = attach(trainable="lora")
-    is_linear = [isinstance(m.base_layer, nn.Linear) for m in model.modules() if isinstance(m, BSRWeights)]
+    is_linear = [isinstance(m.base_layer, nn.Linear) for m in model.modules() if isinstance(m, BlockWeights)]
     assert any(is_linear) and not any(is_mapped(tensor) for tensor in base_weights(model))
 
 

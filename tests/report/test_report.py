@@ -10,10 +10,10 @@ from PIL import Image
 
 from peft_bsr import BSRConfig
 from peft_bsr.cost import Cost
-from peft_bsr.hub import plan_in_words
 from peft_bsr.report import Results, RunRecord, write_report
 from peft_bsr.report.charts import _nice, bar_chart, heat_map, line_chart
 from peft_bsr.training import BudgetRecord
+from peft_bsr.tuners import describe_plan
 from peft_bsr.viz import kept_token_pictures
 
 
@@ -60,7 +60,7 @@ def full_record(model, images, tmp_path):
         title="BSR of <b>vit</b>",
         column=column,
         plan=plan,
-        words=plan_in_words(model.peft_config["default"], column, plan),
+        words=describe_plan(model.peft_config["default"], column, plan),
         headline={"test accuracy": "50 %"},
         log_history=[
             {"step": 1, "loss": 2.0, "learning_rate": 1e-3},

@@ -1,9 +1,22 @@
 """ALaST, Adaptive Layer Selection (arXiv 2408.08670)."""
 
-from peft_bsr.registration import register_method
+from peft_bsr.tuners.alast.callback import ALaSTCallback, BudgetRecord, schedule_of
 from peft_bsr.tuners.alast.config import ALaSTConfig
+from peft_bsr.tuners.alast.describe import describe
 from peft_bsr.tuners.alast.model import ALaSTModel
+from peft_bsr.tuners.base.method import MethodInfo, register
 
-__all__ = ["ALaSTConfig", "ALaSTModel"]
+register(
+    MethodInfo(
+        name="alast",
+        title="ALaST, Adaptive Layer Selection",
+        paper="arXiv 2408.08670",
+        config=ALaSTConfig,
+        tuner=ALaSTModel,
+        learning_rates={"full": 3e-4, "lora": 1e-3},
+        describe=describe,
+        callbacks=lambda: [ALaSTCallback()],
+    )
+)
 
-register_method("alast", ALaSTConfig, ALaSTModel)
+__all__ = ["ALaSTCallback", "ALaSTConfig", "ALaSTModel", "BudgetRecord", "schedule_of"]

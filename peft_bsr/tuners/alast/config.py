@@ -11,8 +11,8 @@ from peft_bsr.core import DELTA_REDUCTIONS, SELECTIONS
 from peft_bsr.engine import BlockPlan, Plan, Reduction
 from peft_bsr.errors import ConfigError
 from peft_bsr.registration import extend_peft_type
-from peft_bsr.tuners.blocks.config import BlockConfig, saving_less
 from peft_bsr.tuners.base.reductions import as_list, check_choice, check_score, check_ways, resolve_score
+from peft_bsr.tuners.blocks.config import BlockConfig, saving_less
 
 _PRESETS: dict[str | None, dict[str, Any]] = {
     None: {

@@ -14,12 +14,12 @@ from peft_bsr.backbones import Column, FamilyRule
 from peft_bsr.core import ForwardContext
 from peft_bsr.engine import Plan
 from peft_bsr.tuners.alast.schedule import ALaSTSchedule
-from peft_bsr.tuners.bsr.router import BSRRouter
+from peft_bsr.tuners.blocks.router import MergeableRouter
 
 STATE = "bsr_state"
 
 
-class ALaSTRouter(BSRRouter):
+class ALaSTRouter(MergeableRouter):
     """A block's router whose plan the schedule makes, in training; in evaluation the model runs as it is.
 
     The first block's router carries the schedules' state into and out of state dicts, in buffers that only these look

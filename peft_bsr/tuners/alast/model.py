@@ -12,12 +12,12 @@ from peft_bsr.errors import AdapterError, UnsupportedModelError
 from peft_bsr.tuners.alast.config import ALaSTConfig
 from peft_bsr.tuners.alast.layer import STATE, ALaSTRouter
 from peft_bsr.tuners.alast.schedule import ALaSTSchedule
-from peft_bsr.tuners.blocks.layer import BSRWeights
-from peft_bsr.tuners.bsr.model import BSRModel
 from peft_bsr.tuners.base.tuner import find_routers
+from peft_bsr.tuners.blocks.layer import BlockWeights
+from peft_bsr.tuners.blocks.tuner import BlockTuner
 
 
-class ALaSTModel(BSRModel):
+class ALaSTModel(BlockTuner):
     """ALaST on a vision transformer; made by `get_peft_model(model, ALaSTConfig())`.
 
     Args:
@@ -61,19 +61,19 @@ class ALaSTModel(BSRModel):
         """
         return self.schedule(adapter_name).plan or super().plan(adapter_name)
 
-    def _hand_out(self, model: nn.Module, routers: list[Any], adapter_name: str, plan: Plan) -> None:
+    def _assign(self, model: nn.Module, adapter_name: str, given: Any, found: Any) -> None:
         """One schedule for all routers, which knows the adapter's weights in each block."""
-        super()._hand_out(model, routers, adapter_name, plan)
-        column = routers[0].column
+        column, plan = found.column, found.plan
         blocks: list[list[nn.Module]] = [[] for _ in column.blocks]
         others: list[nn.Module] = []
         for name, module in model.named_modules():
-            if isinstance(module, BSRWeights) and adapter_name in module.bsr_params:
+            if isinstance(module, BlockWeights) and adapter_name in module.bsr_params:
                 index = next((i for i, block in enumerate(column.blocks) if name.startswith(f"{block}.")), None)
                 (others if index is None else blocks[index]).append(module.bsr_params[adapter_name])
         schedule = ALaSTSchedule(self.peft_config[adapter_name], plan, blocks, others)
-        for router in routers:
+        for router in self._attached_routers(model, column):
             router.add_schedule(adapter_name, schedule)
+        super()._assign(model, adapter_name, given, found)
 
     @classmethod
     def _get_adapter_state_dict(
@@ -102,11 +102,11 @@ class ALaSTModel(BSRModel):
         renamed = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, weights)
         return renamed | {f"{key}.{adapter_name}": value for key, value in states.items()}
 
-    def _write_down(self, model: nn.Module, column: Column, config: Any, plan: Plan, layout: dict[str, str]) -> Any:
-        written: ALaSTConfig = super()._write_down(model, column, config, plan, layout)
-        if written.train_embeddings:
-            written.modules_to_save = sorted({*(written.modules_to_save or ()), *find_embeddings(model, column)})
-        return written
+    def _record(self, model: nn.Module, config: Any, found: Any) -> Any:
+        own: ALaSTConfig = super()._record(model, config, found)
+        if own.train_embeddings:
+            own.modules_to_save = sorted({*(own.modules_to_save or ()), *find_embeddings(model, found.column)})
+        return own
 
 
 def find_embeddings(model: nn.Module, column: Column) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from peft_bsr.errors import AdapterFileError, ConfigError
 from peft_bsr.tuners.base.base_model import changed_settings, new_weights, own_config
 from peft_bsr.tuners.base.classifier import without_layer
 from peft_bsr.tuners.base.files import AdapterFiles
+from peft_bsr.tuners.base.reductions import write_down
 
 AFTER_SAVE: list[Callable[[Any, Path], None]] = []
 """Called with an attached adapter's configuration and its folder, each time they are saved: the model card's way in.
@@ -65,6 +67,7 @@ class SavedConfig(AdapterFiles, PeftConfig):
         default=None, metadata={"help": "Written at save: settings of the base model that differ from its own file."}
     )
 
+    resolution = None  # what to do to the model, a Resolution, where it is known before the adapter is attached
     attachment = None  # an Attachment; not annotated, because it is no field and not saved
     place = None  # where `peft_bsr.load` read it from
     facts = None  # what was measured, see `peft_bsr.hub.Facts`
@@ -92,7 +95,7 @@ class SavedConfig(AdapterFiles, PeftConfig):
             AdapterFileError: If the adapter is read from a file, and its head tells apart other classes.
             ConfigError: If a weight that the adapter does not have is not from the base model's files.
         """
-        labels = None if getattr(self, "tasks", None) else find_labels(model, column)
+        labels = self._labels(model, column)
         own = own_config(model)
         if self.fills_weights or self.inference_mode:  # transformers' own loader reads the file another way
             _check_labels(self.labels, labels)
@@ -101,6 +104,20 @@ class SavedConfig(AdapterFiles, PeftConfig):
         classes = tuple(cls.__name__ for cls in type(model).__mro__)
         self.attachment = Attachment(column, plan, classes, getattr(model, "config", None), own)
         self.labels = labels
+
+    @property
+    def has_dense_tasks(self) -> bool:
+        """Whether a task needs an output for each patch."""
+        return False
+
+    def recorded(self, resolution: Any) -> Any:
+        """A copy that names what was chosen for the model, see `Resolution`."""
+        config = copy.copy(self)
+        write_down(config, resolution.plan)
+        return config
+
+    def _labels(self, model: nn.Module, column: Column) -> list[str] | None:
+        return find_labels(model, column)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """PEFT's own, and then whoever asked for it.

@@ -15,8 +15,8 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
 from peft_bsr.errors import AdapterFileError, ConfigError, headline
+from peft_bsr.registration import REGISTERED
 
-_METHODS = ("BSR", "ALAST", "SYNQT")
 _AGAIN = "Take another checkpoint, or save or download it again"
 
 
@@ -117,10 +117,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise AdapterFileError(f"{str(path)!r} cannot be read ({headline(error)}). {_AGAIN}.") from error
     peft_type = values.get("peft_type") if isinstance(values, dict) else None
-    if peft_type not in _METHODS:
+    if peft_type not in REGISTERED:
         raise AdapterFileError(
             f"{str(path)!r} is not of an adapter of peft_bsr: its `peft_type` is {peft_type!r}, not one of "
-            f"{', '.join(map(repr, _METHODS))}. {_AGAIN}, or load it as what it is."
+            f"{', '.join(map(repr, sorted(REGISTERED)))}. {_AGAIN}, or load it as what it is."
         )
     return values
 

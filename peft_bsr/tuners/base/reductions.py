@@ -152,7 +152,7 @@ def allowed_modes(config: Any) -> tuple[Mode, ...]:
     """Modes to try, best first."""
     if config.mode is not None:
         return (config.mode,)
-    if getattr(config, "has_dense_tasks", False):
+    if config.has_dense_tasks:
         return ("full_view",)
     return ("compact",) if getattr(config, "fuse_dropped", None) else ("compact", "full_view")
 

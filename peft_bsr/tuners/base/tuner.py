@@ -13,12 +13,14 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from peft_bsr.backbones import Column, FamilyRule, main_input
+from peft_bsr.backbones import Column, FamilyRule, default_state, main_input
 from peft_bsr.core import ForwardContext
 from peft_bsr.engine import BlockRouter, Plan, attach_router, detach_router, explain_blocks
 from peft_bsr.errors import AdapterError, AdapterFileError, AdapterNameWarning, AdapterSwitchedWarning
+from peft_bsr.tuners.base.frozen_weights import round_weights, tell_ddp
 from peft_bsr.tuners.base.inputs import check_inputs
 from peft_bsr.tuners.base.loading import check_loaded, take_back
+from peft_bsr.tuners.base.resolution import Resolution
 
 ROOT = "base_model.model."
 
@@ -87,6 +89,17 @@ class AdapterRouter(BlockRouter, SingleAdapterLayer):
 
     bias = weight
 
+    @property
+    def read_layers(self) -> list[int]:
+        """Blocks whose tokens the active adapter reads beside the model's own forward, ascending."""
+        return []
+
+    def fetch_base(self) -> None:
+        """Have the block's own weights where they run."""
+
+    def clear_base(self) -> None:
+        """Have the block's own weights where they run, for good."""
+
     def _get_available_adapters(self) -> set[str]:
         return set(self.plans)
 
@@ -102,8 +115,9 @@ class RoutedTuner(BaseTuner):
 
     tuner_layer_cls = SingleAdapterLayer
     router_cls: ClassVar[type[AdapterRouter]]
+    reduces_in_evaluation: ClassVar[bool] = True  # tokens are dropped when the model is used, too
+    merges: ClassVar[bool] = True  # the trained weights can take the place of the model's own
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
-    _rounded: dict[str, str]  # Linear modules whose weights the adapter that was settled last wants rounded, and how
 
     def plan(self, adapter_name: str | None = None) -> Plan:
         """The plan of an adapter, default the active one.
@@ -117,16 +131,58 @@ class RoutedTuner(BaseTuner):
             raise AdapterError(f"There is no adapter {name!r}; this model has {sorted(self.peft_config)}.")
         return routers[0].plans[name]
 
+    @classmethod
+    def resolve(cls, model: nn.Module, config: Any) -> Resolution:
+        """What attaching an adapter would do to the model, with all checks run on it. It is left as it was.
+
+        Args:
+            model: A supported vision transformer, with or without adapters of this method.
+            config: Of the adapter.
+
+        Raises:
+            UnsupportedModelError: With the reason that the probe found.
+            ConfigError: Naming everything that this model does not allow.
+        """
+        raise NotImplementedError(f"{cls.__name__} resolves nothing")
+
+    @default_state()
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Attach the adapter, and remember which parameters asked for gradients before the first one came.
+        """Check everything, then attach the adapter; which parameters asked for gradients before the first is kept.
 
         Raises:
             AdapterError: If the model has a tuner around it, or adapters of another method.
+            UnsupportedModelError, ConfigError: See `resolve`.
         """
+        self._check_place(model)
+        warn_of_names(model, list(self.peft_config))
+        for router in find_routers(model):
+            router.fetch_base()  # checks run the base model, and a new adapter goes where its weights are
+        given: Any = self.peft_config[adapter_name]
+        found = given.resolution or self.resolve(model, given)
+        config = self._record(model, given, found)
+        config.attached_to(model, found.column, found.plan, [*found.held, *found.column.unread])
+        config.resolution = found  # PEFT hands the configuration to the methods that it calls back
+        self.peft_config[adapter_name] = config
         if "_asked" not in self.__dict__:
             self._asked = {name: p.requires_grad for name, p in model.named_parameters()}
         self.__dict__.pop("_routers", None)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        config.resolution = None
+        self._assign(model, adapter_name, given, found)
+        round_weights(model, found.rounded)
+        self._set_modes()
+        tell_ddp(model, self._parked(model))
+
+    def _record(self, model: nn.Module, config: Any, found: Any) -> Any:
+        """The adapter's own copy of `config`, which names what was chosen for the model."""
+        return config.recorded(found)
+
+    def _assign(self, model: nn.Module, adapter_name: str, given: Any, found: Any) -> None:
+        """Give routers and layers what they need to follow the adapter's plan; they are in place."""
+
+    def _parked(self, model: nn.Module) -> list[str]:
+        """Names of parameters that are on the CPU while nothing reads them."""
+        return []
 
     @property
     def routers(self) -> list[Any]:
@@ -195,6 +251,7 @@ class RoutedTuner(BaseTuner):
         """Take the routers off for good."""
         self.__dict__.pop("_routers", None)
         for router in find_routers(self.model):
+            router.clear_base()
             block = self.model.get_submodule(router.column.blocks[router.index])
             detach_router(self.model, router)
             block.train(block.training)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from dataclasses import dataclass, field
 from math import inf
@@ -11,9 +10,9 @@ from typing import Any, Literal, get_args
 from peft_bsr.backbones import Column
 from peft_bsr.engine import Lean, Plan
 from peft_bsr.errors import ConfigError
-from peft_bsr.tuners.base.frozen_weights import FROZEN_WEIGHTS_HELP, FrozenWeights
-from peft_bsr.tuners.base.reductions import as_list, check_choice, write_down
 from peft_bsr.tuners.base.config import SavedConfig
+from peft_bsr.tuners.base.frozen_weights import FROZEN_WEIGHTS_HELP, FrozenWeights
+from peft_bsr.tuners.base.reductions import as_list, check_choice
 
 Trainable = Literal["full", "lora"]
 LeanLevel = Literal["off", "exact", "max"]
@@ -66,17 +65,15 @@ class BlockConfig(SavedConfig):
         """
         raise NotImplementedError(f"{type(self).__name__} makes no plan")
 
-    def settled(self, plan: Plan, layout: dict[str, str]) -> Any:
-        """A copy that names what was chosen for the model.
-
-        Args:
-            plan: As it was checked on the model.
-            layout: Canonical place -> module name of what trains.
-        """
-        config = copy.copy(self)
-        write_down(config, plan)
-        config.layout = layout
+    def recorded(self, resolution: Any) -> Any:
+        """A copy that names what was chosen for the model, and where it trains."""
+        config = super().recorded(resolution)
+        config.layout = dict(resolution.layout)
         return config
+
+    def trains(self, role: str) -> bool:
+        """Whether trained blocks have weights of their own for that role's module, such as `"mlp.first"`."""
+        return True
 
     def _problems(self) -> list[str]:
         """Every value that cannot be, and what to use instead."""

@@ -1,4 +1,4 @@
-"""Tuner layers of BSR: trained weights on a block's leaf modules, and heads of several tasks on the classifier."""
+"""The tuner layer of methods that train blocks: trained weights on one leaf module."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from peft_bsr.engine import Parking
 from peft_bsr.errors import AdapterError
-from peft_bsr.multitask import TaskHeads
-from peft_bsr.tuners.blocks.config import BlockConfig
 from peft_bsr.tuners.base.tuner import SingleAdapterLayer, check_single, drop_saved_name
+from peft_bsr.tuners.blocks.config import BlockConfig
 
 
 class LowRankUpdate(nn.Module):
@@ -60,7 +59,7 @@ def _replicated(module: nn.Module) -> Tensor:
     return next(value for m in module.modules() for value in vars(m).values() if isinstance(value, Tensor))
 
 
-class BSRWeights(nn.Module, SingleAdapterLayer):
+class BlockWeights(nn.Module, SingleAdapterLayer):
     """A leaf module whose weights train: one copy of the module, or one low-rank update, per adapter.
 
     While a copy runs, the base module's weights are parked: see `peft_bsr.engine.Parking`.
@@ -80,6 +79,7 @@ class BSRWeights(nn.Module, SingleAdapterLayer):
         self._active_adapter: list[str] = []
         self.merged_adapters: list[str] = []
         self.unmerged_weights: dict[str, Tensor] = {}
+        self.others: set[str] = set()  # adapters that have a module of another kind here
         self.parking = Parking()
         self.adapter_state = object()  # another one after each change of what runs here
         self.saved_as: dict[str, str] = {}  # adapter -> this module's name where the adapter was saved, if another
@@ -89,7 +89,7 @@ class BSRWeights(nn.Module, SingleAdapterLayer):
                 setattr(self, name, getattr(base_layer, name))
 
     def update_layer(
-        self, adapter_name: str, config: BlockConfig, low_rank: bool = False, heads: TaskHeads | None = None
+        self, adapter_name: str, config: BlockConfig, low_rank: bool = False, other: nn.Module | None = None
     ) -> None:
         """Add an adapter that starts as the base module (or away from it, with `init_weights=False`).
 
@@ -97,11 +97,12 @@ class BSRWeights(nn.Module, SingleAdapterLayer):
             adapter_name: Its name.
             config: Its configuration.
             low_rank: Add a low-rank update instead of a copy.
-            heads: Heads of several tasks instead of a copy.
+            other: A module of the method's own instead of a copy.
         """
         module: nn.Module
-        if heads is not None:
-            module = heads
+        if other is not None:
+            module = other
+            self.others.add(adapter_name)
             move_like(module, next(self.base_layer.parameters()), self.device)
         elif low_rank:
             module = LowRankUpdate(self.base_layer, config.r, config.lora_alpha)
@@ -164,7 +165,7 @@ class BSRWeights(nn.Module, SingleAdapterLayer):
         else:
             self.parking.fetch(self.base_layer, self.device)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> BSRWeights:
+    def _apply(self, fn: Any, recurse: bool = True) -> BlockWeights:
         super()._apply(fn, recurse)
         self.place_base()
         return self
@@ -182,7 +183,7 @@ class BSRWeights(nn.Module, SingleAdapterLayer):
         module = self.bsr_params[name]
         if isinstance(module, LowRankUpdate):
             return self.base_layer, module
-        return (None if isinstance(module, TaskHeads) else module), None
+        return (None if name in self.others else module), None
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Put the adapter's weights into the base module, itself (not base + difference); the old ones are kept.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from typing import Literal
+from collections.abc import Callable, Collection
+from typing import Any, Literal
 
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -13,16 +14,17 @@ from peft_bsr.backbones import Column
 from peft_bsr.engine import ROUTER, Plan
 from peft_bsr.errors import ConfigError
 from peft_bsr.tuners.blocks.config import BlockConfig
-from peft_bsr.tuners.blocks.layer import BSRWeights
+from peft_bsr.tuners.blocks.layer import BlockWeights
 
 _PEFT_TRANSLATES_KEYS = hasattr(BaseTuner, "_remap_adapter_state_dict_for_load")
 
 
 Way = Literal["copy", "low_rank", "heads", "mixture"]
+OtherTargets = Callable[[nn.Module, Column, Any, Plan], dict[str, Way]]
 
 
 def resolve_targets(
-    model: nn.Module, column: Column, config: BlockConfig, classifier: str | None = None
+    model: nn.Module, column: Column, config: BlockConfig, others: OtherTargets
 ) -> tuple[Plan, dict[str, Way], dict[str, str]]:
     """The plan, the modules to train (name -> by what) and the layout. Nothing is changed.
 
@@ -30,7 +32,7 @@ def resolve_targets(
         model: The model.
         column: Its column.
         config: Of the adapter.
-        classifier: Name of the module that heads of several tasks take the place of.
+        others: (model, column, config, plan) -> what else the method trains.
 
     Raises:
         ConfigError: Naming everything that this model does not allow.
@@ -38,15 +40,11 @@ def resolve_targets(
     requested = config.plan_for(column)
     if requested.trained_blocks[:1] == [0] and _early(model, column, requested, config):
         requested = requested.without_cuts()
-    if getattr(config, "tasks", None) and classifier is None:
-        raise ConfigError(
-            "What an adapter with `tasks` costs is not predicted without the model's weights. Attach it and measure."
-        )
     targets: dict[str, Way] = {}
     problems = _check_read(column, requested)
-    places = _places(column, requested)
+    other = others(model, column, config, requested)
+    places = _places(column, requested, other)
     in_block: Way = "low_rank" if config.trainable == "lora" else "copy"
-    has_own_mlps = getattr(config, "moe", None) is not None and config.moe.expert_type == "full"
     layout = config.layout or {}
     is_foreign = any(places.get(place) != name for place, name in layout.items())
     if is_foreign:
@@ -55,7 +53,7 @@ def resolve_targets(
         targets = {places[place]: in_block if place.startswith("blocks.") else "copy" for place in known}
     for index in [] if is_foreign else requested.trained_blocks:
         roles = zip(column.roles, column.leaves, strict=True)
-        own = [leaf for role, leaf in roles if not (has_own_mlps and role.startswith("mlp."))]
+        own = [leaf for role, leaf in roles if config.trains(role)]
         leaves = [f"{column.blocks[index]}.{leaf}" for leaf in own]
         chosen = [n for n in leaves if _matches(config.target_modules, n, True) and not is_excluded(config, n)]
         if config.trainable == "lora":
@@ -68,11 +66,7 @@ def resolve_targets(
         targets.update(dict.fromkeys(chosen, in_block))
     if not is_foreign:
         targets.update(dict.fromkeys([name for name in column.head if not is_excluded(config, name)], "copy"))
-    if classifier is not None:
-        targets[classifier] = "heads"
-    for index, block in enumerate(requested.blocks):
-        if block.mixture:
-            targets[f"{column.blocks[index]}.{ROUTER}"] = "mixture"
+    targets |= other
     for name in targets:
         if targets[name] != "mixture" and isinstance(model.get_submodule(name), AuxiliaryTrainingWrapper):
             problems.append(
@@ -85,15 +79,15 @@ def resolve_targets(
     return requested, targets, {place: name for place, name in places.items() if name in targets}
 
 
-def _places(column: Column, plan: Plan) -> dict[str, str]:
+def _places(column: Column, plan: Plan, others: Collection[str]) -> dict[str, str]:
     """Canonical place -> module name of all that this plan may train."""
     places = {
         f"blocks.{index}.{role}": f"{column.blocks[index]}.{leaf}"
         for index in plan.trained_blocks
         for role, leaf in zip(column.roles, column.leaves, strict=True)
     }
-    mixing = [index for index, block in enumerate(plan.blocks) if block.mixture]
-    places |= {f"blocks.{index}.mixture": f"{column.blocks[index]}.{ROUTER}" for index in mixing}
+    routers = {f"blocks.{index}.mixture": f"{block}.{ROUTER}" for index, block in enumerate(column.blocks)}
+    places |= {place: router for place, router in routers.items() if router in others}
     return places | {f"head.{i}": name for i, name in enumerate(column.head)}
 
 
@@ -124,7 +118,7 @@ def is_excluded(config: BlockConfig, name: str) -> bool:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    module = module.base_layer if isinstance(module, BSRWeights) else module
+    module = module.base_layer if isinstance(module, BlockWeights) else module
     return isinstance(module, nn.Linear)
 
 
@@ -144,7 +138,7 @@ def _check_modules_to_save(model: nn.Module, column: Column, plan: Plan, config:
     early = _early(model, column, plan, config)
     for saved in config.modules_to_save or ():
         names = _named(model, saved)
-        if any(isinstance(model.get_submodule(name), BSRWeights) for name in names):
+        if any(isinstance(model.get_submodule(name), BlockWeights) for name in names):
             problems.append(
                 f"`modules_to_save` names {saved!r}, which another adapter trains as part of its own weights. Name it "
                 "in `modules_to_save` of both or of neither."

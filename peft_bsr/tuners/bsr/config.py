@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field, replace
 
+from torch import nn
+
 from peft_bsr.backbones import Column
 from peft_bsr.engine import Plan
 from peft_bsr.errors import ConfigError
 from peft_bsr.multitask import MoEConfig, TaskConfig, check_weights, read_moe, read_tasks
 from peft_bsr.registration import extend_peft_type
-from peft_bsr.tuners.blocks.config import BlockConfig, saving_less
 from peft_bsr.tuners.base.reductions import (
     as_list,
     check_indices,
@@ -19,6 +20,7 @@ from peft_bsr.tuners.base.reductions import (
     is_index_list,
     resolve_reductions,
 )
+from peft_bsr.tuners.blocks.config import BlockConfig, saving_less
 
 _BLOCK_RULE = re.compile(r"(every|last):([1-9]\d*)")
 
@@ -181,6 +183,14 @@ class BSRConfig(BlockConfig):
         else:
             problems += check_indices(self, "trainable_blocks")
         return problems
+
+    def trains(self, role: str) -> bool:
+        """Not the MLPs whose place whole experts take."""
+        return not (self.moe is not None and self.moe.expert_type == "full" and role.startswith("mlp."))
+
+    def _labels(self, model: nn.Module, column: Column) -> list[str] | None:
+        """Several tasks name their classes themselves."""
+        return None if self.tasks else super()._labels(model, column)
 
     def plan_for(self, column: Column) -> Plan:
         """The plan that this config means for the model of `column`.

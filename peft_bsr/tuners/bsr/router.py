@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from peft_bsr.backbones import Column, FamilyRule, remove_hooks
@@ -24,9 +23,10 @@ from peft_bsr.multitask import (
     read_call,
     without_tasks,
 )
-from peft_bsr.tuners.blocks.layer import BSRWeights, move_away
 from peft_bsr.tuners.base.classifier import without_layer
-from peft_bsr.tuners.base.tuner import AdapterRouter, drop_saved_name
+from peft_bsr.tuners.base.tuner import drop_saved_name
+from peft_bsr.tuners.blocks.layer import BlockWeights, move_away
+from peft_bsr.tuners.blocks.router import MergeableRouter
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class TaskSettings:
     balance_weight: float
 
 
-class BSRRouter(AdapterRouter):
+class BSRRouter(MergeableRouter):
     """A block's router with one plan per adapter. Not a weight: token reduction stays in force when weights merge.
 
     Where an adapter has mixtures of experts, its router has the block's; while they run, the weights of the block's own
@@ -79,7 +79,7 @@ class BSRRouter(AdapterRouter):
         first, _, second = self._mlp(block)
         self.parked = self.parked or tuple((without_layer(module), Parking()) for module in (first, second))
         weight = next(without_layer(first).parameters())
-        device = first.device if isinstance(first, BSRWeights) else weight.device
+        device = first.device if isinstance(first, BlockWeights) else weight.device
         like = torch.empty(0, dtype=weight.dtype, device=device)
         experts: FullExperts | LowRankExperts
         if config.moe.expert_type == "full":
@@ -200,19 +200,8 @@ class BSRRouter(AdapterRouter):
                 totals[index] = outliving(totals[index] + counts if index in totals else counts)
         return collect_output(settings.tasks, settings.weights, settings.balance_weight, call, output)
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Token reduction is not in the weights: a merged adapter goes on reducing, its outputs do not change."""
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.plans]
-        self.merged_adapters[:] = names or self.merged_adapters
-
-    def unmerge(self) -> None:
-        """See `merge`."""
-        self.merged_adapters.clear()
-
     def enable_adapters(self, enabled: bool) -> None:
         """Switch adapters on or off."""
-        if not enabled:
-            self.unmerge()
         super().enable_adapters(enabled)
         self.place_base()
 
@@ -224,6 +213,6 @@ def _pretrained(module: Any, device: torch.device) -> tuple[Tensor, Tensor | Non
     """Weight and bias of a Linear, under a tuner layer or not."""
     own: Any = without_layer(module)
     values = {name: parameter.detach() for name, parameter in own.named_parameters()}
-    if isinstance(module, BSRWeights):
+    if isinstance(module, BlockWeights):
         values = {name: module.pretrained(name, value) for name, value in values.items()}
     return values["weight"].to(device), values["bias"].to(device) if "bias" in values else None

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from peft_bsr.errors import AdapterError
 from peft_bsr.multitask import TaskConfig, TaskHeads, new_gates, new_head, read_tasks
-from peft_bsr.tuners.blocks.layer import BSRWeights, move_like
 from peft_bsr.tuners.base.classifier import find_final_norm
 from peft_bsr.tuners.base.tuner import find_routers
+from peft_bsr.tuners.blocks.layer import BlockWeights, move_like
 
 _HEAD = re.compile(r"(.*\.heads\.)(\d+)(\..*)")
 
@@ -118,7 +118,7 @@ def _with_tasks(model: PeftModel, adapter_name: str | None) -> tuple[str, Any]:
 
 
 def _heads_layer(model: nn.Module, adapter: str) -> Any:
-    layers = (m for m in model.modules() if isinstance(m, BSRWeights) and adapter in m.bsr_params)
+    layers = (m for m in model.modules() if isinstance(m, BlockWeights) and adapter in m.bsr_params)
     return next(layer for layer in layers if isinstance(layer.bsr_params[adapter], TaskHeads))
 
 

@@ -1,9 +1,20 @@
 """SynQT, Synthesized Query Tuning (arXiv 2407.06964)."""
 
-from peft_bsr.registration import register_method
+from peft_bsr.tuners.base.method import MethodInfo, register
 from peft_bsr.tuners.synqt.config import SynQTConfig
+from peft_bsr.tuners.synqt.describe import describe
 from peft_bsr.tuners.synqt.model import SynQTModel
 
-__all__ = ["SynQTConfig", "SynQTModel"]
+register(
+    MethodInfo(
+        name="synqt",
+        title="SynQT, Synthesized Query Tuning",
+        paper="arXiv 2407.06964",
+        config=SynQTConfig,
+        tuner=SynQTModel,
+        learning_rates={None: 1e-2},
+        describe=describe,
+    )
+)
 
-register_method("synqt", SynQTConfig, SynQTModel)
+__all__ = ["SynQTConfig", "SynQTModel"]

@@ -10,9 +10,15 @@ from peft_bsr.backbones import Column
 from peft_bsr.engine import BlockPlan, KeptTokens, Plan
 from peft_bsr.errors import ConfigError
 from peft_bsr.registration import extend_peft_type
-from peft_bsr.tuners.base.frozen_weights import FROZEN_WEIGHTS_HELP, FrozenWeights
-from peft_bsr.tuners.base.reductions import check_choice, check_indices, check_reductions, check_within, resolve_reductions
 from peft_bsr.tuners.base.config import SavedConfig
+from peft_bsr.tuners.base.frozen_weights import FROZEN_WEIGHTS_HELP, FrozenWeights
+from peft_bsr.tuners.base.reductions import (
+    check_choice,
+    check_indices,
+    check_reductions,
+    check_within,
+    resolve_reductions,
+)
 
 _SIZES = ("num_queries", "bottleneck", "attention_bottleneck")
 _SCALES = ("feature_scale", "attention_scale", "ffn_scale")

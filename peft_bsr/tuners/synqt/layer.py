@@ -87,6 +87,12 @@ class SynQTRouter(AdapterRouter):
             self.synqt_params[adapter_name] = QuerySynthesis(self.column.width, config, holds_scale)
             self._move_adapter_to_device_of_base_layer(adapter_name)
 
+    @property
+    def read_layers(self) -> list[int]:
+        """The blocks that queries read."""
+        name = self.carried_adapter
+        return [] if name is None else self.layers[name]
+
     def passes(self, block: nn.Module, hidden_states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Read the block, if its turn has come; whether it need not run, because nobody reads what it gives.
 

@@ -2,36 +2,60 @@
 
 from __future__ import annotations
 
-import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 from peft import PeftConfig
 from torch import Tensor, nn
 
-from peft_bsr.backbones import Column, StockRun, default_state, find_rule, probe
+from peft_bsr.backbones import find_rule, probe
 from peft_bsr.core import ForwardContext
-from peft_bsr.engine import Plan, QueryPath, attach_router
+from peft_bsr.engine import QueryPath, attach_router
 from peft_bsr.errors import AdapterError
 from peft_bsr.ops import exact_parameters
 from peft_bsr.selftest import verify_plan, verify_queries
 from peft_bsr.tuners.base.classifier import find_classifier, find_final_norm
-from peft_bsr.tuners.base.frozen_weights import (
-    check_rounded,
-    linears_to_round,
-    round_weights,
-    tell_ddp,
-    tried_rounding,
-)
-from peft_bsr.tuners.base.reductions import allowed_modes, write_down
-from peft_bsr.tuners.base.tuner import ROOT, RoutedTuner, detached, find_routers, parameter_of, warn_of_names
-from peft_bsr.tuners.synqt.config import SynQTConfig, build_plan
+from peft_bsr.tuners.base.frozen_weights import check_rounded, linears_to_round, tried_rounding
+from peft_bsr.tuners.base.reductions import allowed_modes
+from peft_bsr.tuners.base.resolution import Resolution
+from peft_bsr.tuners.base.tuner import ROOT, RoutedTuner, detached, find_routers, parameter_of
+from peft_bsr.tuners.synqt.config import build_plan
 from peft_bsr.tuners.synqt.layer import SynQTHead, SynQTRouter
 
 _ROUTER_PLACE = re.compile(r".*\.(\d+)\.token_router")
+
+
+@dataclass(frozen=True)
+class SynQTResolution(Resolution):
+    """What SynQT will do to a model.
+
+    Attributes:
+        path: How blocks are read.
+        layers: Which of them are, ascending.
+        classifier: Name of the module that its head takes the place of.
+    """
+
+    path: QueryPath
+    layers: tuple[int, ...]
+    classifier: str
+
+    @property
+    def held(self) -> list[str]:
+        """The classifier."""
+        return [self.classifier]
+
+    @property
+    def exact_roles(self) -> Collection[str]:
+        """Keys and values, which are absorbed."""
+        return self.path.exact_roles
+
+    def with_width(self, width: int) -> SynQTResolution:
+        """The same for a model of that width."""
+        found: SynQTResolution = super().with_width(width)
+        return replace(found, path=replace(self.path, column=found.column))
 
 
 class SynQTModel(RoutedTuner):
@@ -60,6 +84,7 @@ class SynQTModel(RoutedTuner):
 
     prefix = "synqt_"
     router_cls = SynQTRouter
+    merges = False
 
     def layers(self, adapter_name: str | None = None) -> list[int]:
         """The blocks that an adapter reads, default the active one.
@@ -71,57 +96,39 @@ class SynQTModel(RoutedTuner):
         layers: list[int] = find_routers(self.model)[0].layers[adapter_name or self.active_adapters[0]]
         return layers
 
-    @default_state()
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Check everything, then give each block its router and the classifier its head."""
-        self._check_place(model)
-        warn_of_names(model, list(self.peft_config))
-        config: SynQTConfig = copy.copy(self.peft_config[adapter_name])
-        self._settled = self._settle(model, config, find_routers(model))
-        write_down(config, self._settled[1])
-        config.attached_to(model, *self._settled[:2], [self._settled[-1], *self._settled[0].unread])
-        self.peft_config[adapter_name] = config
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
-        round_weights(model, self._rounded)
-        tell_ddp(model)
-        self._set_modes()
+    @classmethod
+    def resolve(cls, model: nn.Module, config: Any) -> SynQTResolution:
+        """What attaching an adapter would do to the model, with all checks run on it. It is left as it was.
 
-    def _settle(
-        self, model: nn.Module, config: SynQTConfig, routers: list[SynQTRouter]
-    ) -> tuple[Column, Plan, QueryPath, list[int], str]:
-        """What the model is and what will be done to it, checked on itself; nothing is changed."""
-        stock: StockRun | None = None
+        Args:
+            model: A supported vision transformer with a classifier, with or without adapters of SynQT.
+            config: Of the adapter.
+
+        Raises:
+            UnsupportedModelError: With the reason that was found.
+            ConfigError: Naming everything that this model does not allow.
+        """
+        routers = find_routers(model)
         with _stock(model, routers):
-            if routers:
-                column = routers[0].column
-            else:
-                column, stock = probe(model)
+            column, stock = (routers[0].column, None) if routers else probe(model)
             classifier = find_classifier(model, column, "the head of SynQT takes")
             requested, layers = build_plan(config, column)
-            wanted = QueryPath(column, kept=config.kept_tokens)  # type: ignore[arg-type]
-            path = verify_queries(model, column, layers[0], wanted, stock)
+            path = verify_queries(model, column, layers[0], QueryPath(column, kept=config.kept_tokens), stock)
             plan = verify_plan(model, column, requested, allowed_modes(config), stock)
-            self._rounded = linears_to_round(model, column, config, [], path.exact_roles)
-            check_rounded(model, column, self._rounded, bool(routers))
-            with tried_rounding(model, column, self._rounded):
-                if self._rounded:
+            rounded = linears_to_round(model, column, config, [], path.exact_roles)
+            check_rounded(model, column, rounded, bool(routers))
+            if rounded:
+                with tried_rounding(model, column, rounded):
                     path = verify_queries(model, column, layers[0], path, None)
-        return column, plan, path, layers, classifier
+        return SynQTResolution(column, plan, rounded, path, tuple(layers), classifier)
 
-    def _settle_again(
-        self, model: nn.Module, config: SynQTConfig, column: Column, plan: Plan, path: QueryPath, *rest: Any
-    ) -> tuple[Any, ...]:
-        """For a model without numbers, which cannot be checked: what was settled on its narrow twin."""
-        self._rounded = linears_to_round(model, column, config, [], path.exact_roles)
-        return column, plan, replace(path, column=column), *rest
-
-    def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> bool:
-        column, *_, classifier = self._settled
-        return key in column.blocks or key == classifier
+    def _check_target_module_exists(self, peft_config: Any, key: str) -> bool:
+        found: SynQTResolution = peft_config.resolution
+        return key in found.column.blocks or key == found.classifier
 
     def _create_and_replace(
         self,
-        peft_config: SynQTConfig,
+        peft_config: Any,
         adapter_name: str,
         target: Any,
         target_name: str,
@@ -129,14 +136,15 @@ class SynQTModel(RoutedTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        column, plan, path, layers, classifier = self._settled
+        found: SynQTResolution = peft_config.resolution
+        column = found.column
         routers = {router.index: router for router in find_routers(self.model)}
         context = next(iter(routers.values())).context if routers else ForwardContext()
-        if current_key == classifier:
+        if current_key == found.classifier:
             layer: Any = target if isinstance(target, SynQTHead) else SynQTHead(target, context)
             setattr(parent, target_name, layer)
             final_norm = find_final_norm(self.model, column)
-            layer.update_layer(adapter_name, peft_config, column.width, len(layers), final_norm)
+            layer.update_layer(adapter_name, peft_config, column.width, len(found.layers), final_norm)
         else:
             index = column.blocks.index(current_key)
             if index not in routers:
@@ -144,7 +152,7 @@ class SynQTModel(RoutedTuner):
                 routers[index] = SynQTRouter(index, column, context, find_rule(self.model), like)
                 attach_router(self.model, routers[index])
             layer = routers[index]
-            layer.update_layer(adapter_name, peft_config, plan, path, layers)
+            layer.update_layer(adapter_name, peft_config, found.plan, found.path, list(found.layers))
         layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> NoReturn:

@@ -1,36 +1,21 @@
-"""Stand-ins for a model whose weights are not there: itself on the meta device, and a narrow twin that can run."""
+"""Stand-ins for a model whose weights are not there: itself on the meta device, and a narrow proxy that can run."""
 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from torch import nn
 
-from peft_bsr.backbones import Column, inner_config, native_size, set_image_size
-from peft_bsr.engine import Plan
+from peft_bsr.backbones import inner_config, native_size, set_image_size
 from peft_bsr.errors import PeftBsrError, UnsupportedModelError
+from peft_bsr.tuners import Resolution, resolve
 from peft_bsr.tuners.base.config import SavedConfig
 
-_HEAD_WIDTH = 8  # of the twin: enough for rotary tables
-
-
-@dataclass(frozen=True)
-class Settled:
-    """What an adapter will do to a model.
-
-    Attributes:
-        column: The model's.
-        plan: As the checks on the twin allowed it.
-        rest: What the method's tuner settled besides.
-    """
-
-    column: Column
-    plan: Plan
-    rest: tuple[Any, ...]
+_HEAD_WIDTH = 8  # of the proxy: enough for rotary tables
 
 
 def on_meta(model: nn.Module, image_size: int | None = None, dtype: torch.dtype | None = None) -> nn.Module:
@@ -59,8 +44,8 @@ def on_meta(model: nn.Module, image_size: int | None = None, dtype: torch.dtype 
     return bare.to(dtype or next(p.dtype for p in model.parameters() if p.is_floating_point()))
 
 
-def settle(model: nn.Module, config: SavedConfig) -> Settled:
-    """Attach the adapter to a twin with the same blocks, heads and tokens, but narrow, and see what it does there.
+def resolve_narrow(model: nn.Module, config: SavedConfig) -> Resolution:
+    """What an adapter will do to a model without weights, found on a proxy of the same blocks and tokens, but narrow.
 
     Args:
         model: From `on_meta`.
@@ -82,57 +67,29 @@ def settle(model: nn.Module, config: SavedConfig) -> Settled:
     if hasattr(vision, "intermediate_size"):
         vision.intermediate_size = 2 * vision.hidden_size
     with torch.random.fork_rng(devices=()):
-        twin = _make(model, narrow).eval()
+        proxy = _make(model, narrow).eval()
     whole: Any = replace(config, frozen_weights="full")  # type: ignore[call-arg]  # rounding is not tried there
-    column, plan, *rest = _tuner(config, _Remembering)(twin, whole, "default").found
-    return Settled(replace(column, width=width), plan, tuple(rest))
+    found: Resolution = resolve(proxy, whole).with_width(width)
+    return found
 
 
-def attach_settled(model: nn.Module, config: SavedConfig, settled: Settled) -> tuple[nn.Module, list[str]]:
+def attach_resolved(model: nn.Module, config: SavedConfig, resolution: Resolution) -> tuple[nn.Module, list[str]]:
     """Attach an adapter to a model that cannot be probed, having no numbers.
 
     Args:
         model: The model, changed in place.
         config: Of the adapter.
-        settled: What was found on its twin.
+        resolution: From `resolve_narrow`.
 
     Returns:
-        The model with its adapter, and the names of the Linear modules whose weights the adapter wants in 8 bits: they
-        are left as they are. Those that it wants in bfloat16 are in bfloat16.
+        The model with its adapter, and the names of the Linear modules whose weights the adapter wants in 8 bits, which
+        asks for torchao: they are left as they are. Those that it wants in bfloat16 are in bfloat16.
     """
-    tuner = _tuner(config, _Told)
-    attached = tuner.__new__(tuner)
-    attached.__dict__["found"] = settled  # nn.Module's own __init__ comes later
-    attached.__init__(model, copy.deepcopy(config), "default")
-    return attached, attached.unrounded
-
-
-class _Remembering:
-    """A tuner that remembers what it settled."""
-
-    def _settle(self, *args: Any) -> tuple[Any, ...]:
-        self.__dict__["found"] = found = super()._settle(*args)  # type: ignore[misc]
-        return found
-
-
-class _Told:
-    """A tuner that is told what to settle."""
-
-    _rounded: dict[str, str]
-
-    def _settle(self, model: nn.Module, config: SavedConfig, routers: list[Any]) -> tuple[Any, ...]:
-        settled: Settled = self.__dict__["found"]
-        again: Any = super()
-        found: tuple[Any, ...] = again._settle_again(model, config, settled.column, settled.plan, *settled.rest)
-        self.__dict__["unrounded"] = [name for name, how in self._rounded.items() if how == "int8"]
-        self._rounded = {name: how for name, how in self._rounded.items() if how != "int8"}  # which asks for torchao
-        return found
-
-
-def _tuner(config: SavedConfig, kind: type) -> Any:
-    """The tuner of `config`, of that kind."""
-    tuner = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
-    return type(tuner.__name__, (kind, tuner), {})
+    wanted = resolution.to_round(model, config)
+    own: Any = copy.deepcopy(config)
+    own.resolution = replace(resolution, rounded={name: how for name, how in wanted.items() if how != "int8"})
+    tuner: Any = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
+    return tuner(model, own, "default"), [name for name, how in wanted.items() if how == "int8"]
 
 
 def _config_of(model: nn.Module) -> Any:
@@ -158,4 +115,4 @@ def _make(model: nn.Module, config: Any) -> nn.Module:
         ) from error
 
 
-__all__ = ["Settled", "attach_settled", "on_meta", "settle"]
+__all__ = ["attach_resolved", "on_meta", "resolve_narrow"]

@@ -1,0 +1,103 @@
+"""A method as the rest of the package knows it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft import PeftConfig
+from torch import nn
+from transformers import TrainerCallback
+
+from peft_bsr import registration
+from peft_bsr.backbones import Column
+from peft_bsr.engine import Plan
+from peft_bsr.tuners.base.config import SavedConfig
+from peft_bsr.tuners.base.resolution import Resolution
+from peft_bsr.tuners.base.tuner import RoutedTuner
+
+
+@dataclass(frozen=True)
+class MethodInfo:
+    """One method of fine-tuning. The planner, cards, export and the command line ask this, never a method by its name.
+
+    Attributes:
+        name: Lower case; `--method` takes it, and PEFT's `peft_type` is its upper case.
+        title: For people.
+        paper: Where it is from.
+        config: Its configuration.
+        tuner: Its tuner.
+        learning_rates: `trainable` of its configuration (None where it has none) -> learning rate of AdamW to begin
+            with, at its highest.
+        describe: (configuration, column, plan) -> what an adapter does to its model, one sentence an item.
+        callbacks: Makes what Trainer needs for it.
+    """
+
+    name: str
+    title: str
+    paper: str
+    config: type[SavedConfig]
+    tuner: type[RoutedTuner]
+    learning_rates: Mapping[str | None, float]
+    describe: Callable[[Any, Column, Plan], list[str]]
+    callbacks: Callable[[], list[TrainerCallback]] = field(default=list)
+
+    @property
+    def is_dynamic(self) -> bool:
+        """Whether the plan changes from step to step."""
+        return self.tuner.router_cls.is_dynamic
+
+
+METHODS: dict[str, MethodInfo] = {}
+"""Name -> method, of all that were registered."""
+
+
+def register(info: MethodInfo) -> MethodInfo:
+    """Make a method known to PEFT and to this package. Safe to call again.
+
+    Args:
+        info: The method.
+    """
+    registration.register_method(info.name, info.config, info.tuner)
+    METHODS[info.name] = info
+    return info
+
+
+def method_of(config: PeftConfig) -> MethodInfo | None:
+    """The method that a configuration is of, or None where it is not one of this package's."""
+    return next((info for info in METHODS.values() if isinstance(config, info.config)), None)
+
+
+def describe_plan(config: SavedConfig, column: Column, plan: Plan) -> list[str]:
+    """What an adapter does to its model, one sentence an item. Blocks are counted from 0.
+
+    Args:
+        config: The adapter's configuration.
+        column: What the model is.
+        plan: What is done to it.
+    """
+    return _of_ours(config).describe(config, column, plan)
+
+
+def resolve(model: nn.Module, config: SavedConfig) -> Resolution:
+    """What attaching an adapter would do to the model, with all checks run on it. It is left as it was.
+
+    Args:
+        model: A supported vision transformer.
+        config: Of the adapter.
+
+    Raises:
+        UnsupportedModelError: With the reason that the probe found.
+        ConfigError: Naming everything that this model does not allow.
+    """
+    return _of_ours(config).tuner.resolve(model, config)
+
+
+def _of_ours(config: SavedConfig) -> MethodInfo:
+    info = method_of(config)
+    assert info is not None, f"{type(config).__name__} is of no registered method"
+    return info
+
+
+__all__ = ["METHODS", "MethodInfo", "describe_plan", "method_of", "register", "resolve"]

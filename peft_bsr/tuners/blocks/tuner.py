@@ -1,0 +1,259 @@
+"""The tuner of methods that train copies or low-rank updates of blocks, the way PEFT expects."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from peft.tuners.tuners_utils import _ExcludedModule
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from peft_bsr.backbones import Column, StockRun, find_rule, probe, quiet
+from peft_bsr.core import ForwardContext
+from peft_bsr.engine import Plan, attach_router
+from peft_bsr.errors import AdapterError, ReductionNotMergedWarning
+from peft_bsr.selftest import verify_lean, verify_plan
+from peft_bsr.tuners.base.classifier import without_layer
+from peft_bsr.tuners.base.frozen_weights import (
+    check_rounded,
+    in_one_dtype,
+    linears_to_round,
+    tell_ddp,
+    tried_rounding,
+)
+from peft_bsr.tuners.base.reductions import allowed_modes
+from peft_bsr.tuners.base.resolution import Resolution
+from peft_bsr.tuners.base.tuner import (
+    ROOT,
+    RoutedTuner,
+    SingleAdapterLayer,
+    check_single,
+    detached,
+    find_routers,
+    parameter_of,
+)
+from peft_bsr.tuners.blocks.config import BlockConfig
+from peft_bsr.tuners.blocks.layer import BlockWeights
+from peft_bsr.tuners.blocks.targets import Way, is_excluded, resolve_targets
+
+
+@dataclass(frozen=True)
+class BlockResolution(Resolution):
+    """What a method that trains blocks will do to a model.
+
+    Attributes:
+        targets: Name of each module that trains, or that something takes the place of -> by what.
+        layout: Canonical place -> name of each of them.
+    """
+
+    targets: Mapping[str, Way] = field(default_factory=dict)
+    layout: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def held(self) -> list[str]:
+        """The targets."""
+        return list(self.targets)
+
+
+class BlockTuner(RoutedTuner):
+    """Trains copies or low-rank updates of modules in blocks, and of the final norm and the head."""
+
+    prefix = "bsr_"
+
+    @classmethod
+    def resolve(cls, model: nn.Module, config: Any) -> BlockResolution:
+        """What attaching an adapter would do to the model, with all checks run on it. It is left as it was.
+
+        Args:
+            model: A supported vision transformer, with or without adapters of this method.
+            config: Of the adapter.
+
+        Raises:
+            UnsupportedModelError: With the reason that the probe found.
+            ConfigError: Naming everything that this model does not allow.
+        """
+        routers = find_routers(model)
+        column, stock = (routers[0].column, None) if routers else probe(model)
+        with detached(model, routers), cls._base_head(model):
+            requested, targets, layout = resolve_targets(model, column, config, cls._other_targets)
+            with in_one_dtype(model):
+                cls._verify(model, column, requested, stock)
+                plan = verify_plan(model, column, requested, allowed_modes(config), stock)
+                with _tried_updates(model, config, targets):
+                    plan = verify_lean(model, column, plan, stock)
+                rounded = linears_to_round(model, column, config, plan.trained_blocks)
+                check_rounded(model, column, rounded, bool(routers))
+                with tried_rounding(model, column, rounded):
+                    crossed = [i for i, b in enumerate(plan.blocks) if b.saves_less and not b.trained]
+                    if "int8" in rounded.values() and crossed:  # in bfloat16 they are what autocast makes of them
+                        lean = verify_lean(model, column, plan, index=crossed[0]).blocks
+                        blocks = (lean[i] if i in crossed else b for i, b in enumerate(plan.blocks))
+                        plan = replace(plan, blocks=tuple(blocks))
+        return BlockResolution(column, plan, rounded, targets, layout)
+
+    @classmethod
+    def _base_head(cls, model: nn.Module) -> AbstractContextManager[None]:
+        """The base model's own head runs inside, whatever an adapter has in its place."""
+        return nullcontext()
+
+    @classmethod
+    def _other_targets(cls, model: nn.Module, column: Column, config: Any, plan: Plan) -> dict[str, Way]:
+        """What else an adapter trains, by place; called with the model's own head in place."""
+        return {}
+
+    @classmethod
+    def _verify(cls, model: nn.Module, column: Column, plan: Plan, stock: StockRun | None) -> None:
+        """Check on the model what only this method asks of it."""
+
+    def _assign(self, model: nn.Module, adapter_name: str, given: Any, found: Any) -> None:
+        routers = self._attached_routers(model, found.column)
+        for place, saved_name in (given.layout or {}).items():
+            if (own_name := found.layout.get(place, saved_name)) != saved_name:
+                saved: Any = model.get_submodule(own_name)
+                saved.saved_as[adapter_name] = saved_name
+        for router in routers:
+            router.plans[adapter_name] = found.plan
+            router.set_adapter(self.active_adapters)
+
+    def _parked(self, model: nn.Module) -> list[str]:
+        layers = [(n.removeprefix(ROOT), m) for n, m in model.named_modules() if isinstance(m, BlockWeights)]
+        return [f"{name}.base_layer.{p}" for name, layer in layers for p, _ in layer.base_layer.named_parameters()]
+
+    def _attached_routers(self, model: nn.Module, column: Column) -> list[Any]:
+        """The routers, put on the blocks by the first adapter."""
+        if not find_routers(model):
+            context = ForwardContext()
+            for index in range(column.depth):
+                attach_router(model, self.router_cls(index, column, context, find_rule(model)))
+        return find_routers(model)
+
+    def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:
+        return _ExcludedModule() if is_excluded(peft_config, key) else key in peft_config.resolution.targets
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        layer: Any = target
+        if not isinstance(target, BlockWeights):
+            layer = BlockWeights(target)
+            setattr(parent, target_name, layer)
+        way = peft_config.resolution.targets.get(current_key)
+        other = self._other_module(way, peft_config, layer)
+        layer.update_layer(adapter_name, peft_config, low_rank=way == "low_rank", other=other)
+        layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
+
+    def _other_module(self, way: Way | None, config: Any, layer: Any) -> nn.Module | None:
+        """What the method puts in the place of a target that is neither copied nor updated."""
+        return None
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Put an adapter's weights into the base modules. Token reduction stays in force, so outputs do not change.
+
+        Raises:
+            AdapterError: If several adapters are named, or a weight is not finite (`safe_merge=True`).
+        """
+        self._check_merge(adapter_names, safe_merge)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> list[str]:
+        """Refuse what cannot be merged before the first layer is."""
+        names = list(adapter_names or self.active_adapters)
+        check_single(names, "merge")
+        if unknown := [name for name in names if name not in self.peft_config]:
+            raise AdapterError(f"There is no adapter {unknown[0]!r}; this model has {sorted(self.peft_config)}.")
+        if safe_merge and names:
+            for layer in self.model.modules():
+                if isinstance(layer, BlockWeights):
+                    layer.check_finite(names[0])
+        return names
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge:
+            names = self._check_merge(adapter_names, safe_merge)
+            if names and self.reduces_in_evaluation and self.plan(names[0]).reduces:
+                warnings.warn(
+                    f"The merged model runs on all tokens: the token reduction of adapter {names[0]!r} is not part of "
+                    "the weights. Keep the adapter to keep the reduction.",
+                    ReductionNotMergedWarning,
+                    stacklevel=3,
+                )
+        else:
+            self._restore_base_modules()
+        self._detach_routers()
+        tell_ddp(self.model)
+        layers = [module for module in self.model.modules() if isinstance(module, BlockWeights)]
+        model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        for layer in layers:
+            layer.parking.clear(layer.base_layer, layer.device)
+        return model
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """First to this model's names: the file may be from another layout, or from peft 0.20 (see `layer.py`)."""
+        own = {}
+        for name, layer in model.named_modules():
+            if isinstance(layer, SingleAdapterLayer) and adapter_name in getattr(layer, "bsr_params", ()):
+                saved_name = layer.saved_as.get(adapter_name, name.removeprefix(ROOT))
+                own[f"{ROOT}{saved_name}"] = (f"{ROOT}{name.removeprefix(ROOT)}", layer.bsr_params[adapter_name])
+        renamed = {}
+        for key, tensor in state_dict.items():
+            name, separator, parameter = key.partition(".bsr_params.")
+            if name in own:
+                name, module = own[name]
+                parameter = parameter_of(module, parameter)
+            renamed[f"{name}{separator}{parameter}"] = tensor
+        return cls._load_checked(model, config, adapter_name, renamed)
+
+    def _restore_base_modules(self) -> None:
+        """Unmerge, and take off PEFT's wrappers around `modules_to_save`, which would leave the trained ones behind."""
+        for name, module in list(self.model.named_modules()):
+            if isinstance(module, BlockWeights) and module.merged:
+                module.unmerge()
+            elif isinstance(module, AuxiliaryTrainingWrapper):
+                self.model.set_submodule(name, module.original_module)
+
+
+@contextmanager
+def _tried_updates(model: nn.Module, config: BlockConfig, targets: Mapping[str, Way]) -> Iterator[None]:
+    """Have low-rank updates, away from zero but small beside the weights, where they will be, for a while."""
+    places = {name: model.get_submodule(name) for name, way in targets.items() if way == "low_rank"}
+    with quiet(model):
+        torch.manual_seed(0)
+        for name, module in places.items():
+            layer: Any = BlockWeights(without_layer(module))
+            layer.update_layer("tried", config, low_rank=True)
+            # under PEFT's low_cpu_mem_usage it was made on the meta device
+            update = layer.bsr_params["tried"].to_empty(device=next(layer.base_layer.parameters()).device)
+            nn.init.normal_(update.lora_A, std=layer.in_features**-0.5)
+            nn.init.normal_(update.lora_B, std=0.02)
+            layer.set_adapter("tried")
+            model.set_submodule(name, layer.eval())
+    try:
+        yield
+    finally:
+        for name, module in places.items():
+            model.set_submodule(name, module)
+
+
+__all__ = ["BlockResolution", "BlockTuner"]

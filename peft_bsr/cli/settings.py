@@ -12,7 +12,7 @@ import yaml
 from transformers import TrainingArguments
 
 from peft_bsr.cli.images import DATA_HELP, SIZE_HELP, add_columns, add_sizes, add_task, check_task
-from peft_bsr.cli.methods import ALL_METHODS, CONFIGS
+from peft_bsr.cli.methods import ALL_METHODS, BASELINES, CONFIGS
 from peft_bsr.cli.sources import check_names
 from peft_bsr.cli.values import read_fields, read_file, read_pairs
 from peft_bsr.data import DIGITS

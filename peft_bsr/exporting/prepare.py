@@ -13,7 +13,8 @@ from peft_bsr.backbones import find_rule, input_shapes, main_input, set_image_si
 from peft_bsr.core import ForwardContext
 from peft_bsr.engine import BlockRouter, Plan, attach_router
 from peft_bsr.errors import ExportError, ReductionNotMergedWarning
-from peft_bsr.tuners.base.tuner import RoutedTuner, find_routers
+from peft_bsr.tuners.base.layer import find_routers
+from peft_bsr.tuners.base.tuner import RoutedTuner
 
 
 class ImageFunction(nn.Module):

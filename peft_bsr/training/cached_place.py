@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from peft_bsr.core import Entry
 from peft_bsr.engine import Plan
 from peft_bsr.errors import FeatureCacheError
-from peft_bsr.tuners.base.tuner import ROOT, AdapterRouter, SingleAdapterLayer, find_routers
+from peft_bsr.tuners.base.layer import ROOT, AdapterRouter, SingleAdapterLayer, find_routers
 
 
 class CachedPlace:

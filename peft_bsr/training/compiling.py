@@ -12,7 +12,7 @@ from peft_bsr.backbones import tensors_of
 from peft_bsr.engine import warn_of_budget
 from peft_bsr.errors import AdapterError
 from peft_bsr.training.rehearsal import rehearsal
-from peft_bsr.tuners.base.tuner import find_routers
+from peft_bsr.tuners.base.layer import find_routers
 
 
 def compile(

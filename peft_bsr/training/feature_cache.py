@@ -24,7 +24,7 @@ from peft_bsr.engine import run_from, run_until
 from peft_bsr.errors import FeatureCacheError
 from peft_bsr.training.cache_files import CacheFiles, num_bytes
 from peft_bsr.training.cached_place import CachedPlace
-from peft_bsr.tuners.base.tuner import find_routers
+from peft_bsr.tuners.base.layer import find_routers
 
 _TOKENS, _ORIGINS, _DIGEST = "cached_tokens", "cached_origins", "digest"
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -9,7 +9,7 @@ from torch import nn
 from peft_bsr.backbones import Column, probe_column
 from peft_bsr.errors import ConfigError
 from peft_bsr.training.units import find_units
-from peft_bsr.tuners.base.tuner import find_routers
+from peft_bsr.tuners.base.layer import find_routers
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

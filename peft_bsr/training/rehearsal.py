@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from peft_bsr.backbones import in_mode
 from peft_bsr.core import ForwardContext
-from peft_bsr.tuners.base.tuner import find_routers
+from peft_bsr.tuners.base.layer import find_routers
 
 Owners = dict[int, tuple[torch.optim.Optimizer, dict[str, Any]]]  # id of a parameter -> who steps it, in which group
 

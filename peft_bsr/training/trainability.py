@@ -16,7 +16,7 @@ from peft_bsr.engine import saved_by_module
 from peft_bsr.errors import TrainabilityError
 from peft_bsr.training.rehearsal import Owners, owners_of, rehearsal, would_change
 from peft_bsr.training.units import Unit, find_units, of_adapters
-from peft_bsr.tuners.base.tuner import find_routers
+from peft_bsr.tuners.base.layer import find_routers
 
 _NAMED = 4  # of the tensors that share a problem
 

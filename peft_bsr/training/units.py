@@ -8,7 +8,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from peft_bsr.errors import AdapterError
-from peft_bsr.tuners.base.tuner import adapter_parts, find_routers
+from peft_bsr.tuners.base.layer import adapter_parts, find_routers
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from importlib import import_module
 from pkgutil import iter_modules
 
-import peft_bsr.tuners.bsr  # first: lists of methods begin with it
+import peft_bsr.tuners.bsr  # noqa: F401  # first: lists of methods begin with it
 from peft_bsr.tuners.alast import ALaSTCallback, ALaSTConfig, ALaSTModel, BudgetRecord, schedule_of
 from peft_bsr.tuners.base.method import METHODS, MethodInfo, describe_plan, method_of, register, resolve
 from peft_bsr.tuners.base.resolution import Resolution

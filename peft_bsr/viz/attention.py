@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from peft_bsr.backbones import in_mode, probe_column
 from peft_bsr.engine import BlockScores, record_scores
 from peft_bsr.errors import InputError, UnsupportedModelError
-from peft_bsr.tuners.base.tuner import find_routers
+from peft_bsr.tuners.base.layer import find_routers
 
 _COLUMNS = 7  # pictures side by side at most; a ViT-B's input and 12 blocks fill two lines
 

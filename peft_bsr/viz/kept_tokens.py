@@ -19,7 +19,7 @@ from peft_bsr.backbones import in_mode
 from peft_bsr.core import Route
 from peft_bsr.engine import BlockScores, record_routes, record_scores
 from peft_bsr.errors import AdapterError
-from peft_bsr.tuners.base.tuner import find_routers
+from peft_bsr.tuners.base.layer import find_routers
 from peft_bsr.viz.fonts import families_for
 
 _VEIL = np.array([0.30, 0.42, 0.62])  # a blue that neither black nor white backgrounds have

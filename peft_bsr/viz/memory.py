@@ -14,7 +14,7 @@ from peft_bsr.backbones import probe_column
 from peft_bsr.cost import saved_by_module
 from peft_bsr.errors import InputError
 from peft_bsr.training.rehearsal import rehearsal
-from peft_bsr.tuners.base.tuner import ROOT, find_routers
+from peft_bsr.tuners.base.layer import ROOT, find_routers
 
 
 def saved_by_block(model: Any, batch: Mapping[str, Tensor]) -> dict[str, float]:

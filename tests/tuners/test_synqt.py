@@ -13,7 +13,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTPreTrainedModel
 
 from peft_bsr import BSRConfig, ConfigError, SynQTConfig, UnsupportedModelError, record_routes
-from peft_bsr.tuners.base.tuner import find_routers
+from peft_bsr.tuners.base.layer import find_routers
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "contract"))
 

@@ -13,7 +13,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from peft_bsr import SynQTConfig
 from peft_bsr.cost import saved_activations
-from peft_bsr.tuners.base.tuner import find_routers
+from peft_bsr.tuners.base.layer import find_routers
 from peft_bsr.tuners.synqt.layer import Reading, SynQTHead
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "reference"))

@@ -12,7 +12,7 @@ from peft_bsr.errors import AdapterError, UnsupportedModelError
 from peft_bsr.tuners.alast.config import ALaSTConfig
 from peft_bsr.tuners.alast.layer import STATE, ALaSTRouter
 from peft_bsr.tuners.alast.schedule import ALaSTSchedule
-from peft_bsr.tuners.base.tuner import find_routers
+from peft_bsr.tuners.base.layer import find_routers
 from peft_bsr.tuners.blocks.layer import BlockWeights
 from peft_bsr.tuners.blocks.tuner import BlockTuner
 

@@ -10,9 +10,9 @@ from peft import PeftConfig
 from torch import nn
 from transformers import TrainerCallback
 
-from peft_bsr import registration
 from peft_bsr.backbones import Column
 from peft_bsr.engine import Plan
+from peft_bsr.registration import register_method
 from peft_bsr.tuners.base.config import SavedConfig
 from peft_bsr.tuners.base.resolution import Resolution
 from peft_bsr.tuners.base.tuner import RoutedTuner
@@ -59,7 +59,7 @@ def register(info: MethodInfo) -> MethodInfo:
     Args:
         info: The method.
     """
-    registration.register_method(info.name, info.config, info.tuner)
+    register_method(info.name, info.config, info.tuner)
     METHODS[info.name] = info
     return info
 

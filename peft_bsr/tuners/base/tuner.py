@@ -9,105 +9,17 @@ from contextlib import contextmanager
 from typing import Any, ClassVar
 
 from peft import PeftConfig, PeftModel
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils.other import ModulesToSaveWrapper
+from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
-from peft_bsr.backbones import Column, FamilyRule, default_state, main_input
-from peft_bsr.core import ForwardContext
-from peft_bsr.engine import BlockRouter, Plan, attach_router, detach_router, explain_blocks
+from peft_bsr.backbones import Column, default_state, main_input
+from peft_bsr.engine import Plan, detach_router, explain_blocks
 from peft_bsr.errors import AdapterError, AdapterFileError, AdapterNameWarning, AdapterSwitchedWarning
 from peft_bsr.tuners.base.frozen_weights import round_weights, tell_ddp
 from peft_bsr.tuners.base.inputs import check_inputs
+from peft_bsr.tuners.base.layer import AdapterRouter, SingleAdapterLayer, adapter_parts, check_single, find_routers
 from peft_bsr.tuners.base.loading import check_loaded, take_back
 from peft_bsr.tuners.base.resolution import Resolution
-
-ROOT = "base_model.model."
-
-
-class SingleAdapterLayer(BaseTunerLayer):
-    """What PEFT's calls on adapters (set, delete, status) need from a layer that runs one adapter at a time."""
-
-    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Make one adapter active.
-
-        Raises:
-            AdapterError: If several are named.
-        """
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        check_single(names, "activate")
-        super().set_adapter(names, inference_mode=inference_mode)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Remove the adapter. Which one is active next is the model's choice: a layer may not carry it."""
-        if adapter_name in self.merged_adapters:
-            self.unmerge()
-        for attribute in self.adapter_layer_names + self.other_param_names:
-            if adapter_name in getattr(self, attribute):
-                del getattr(self, attribute)[adapter_name]
-        if adapter_name in self.active_adapters:
-            self.set_adapter([])
-
-    @property
-    def carried_adapter(self) -> str | None:
-        """The active adapter, if this layer is enabled and carries it."""
-        if self._disable_adapters or not self._active_adapter:
-            return None
-        name = self._active_adapter[0]
-        return name if name in self._carried() else None
-
-    def _carried(self) -> Any:
-        """What has a place for each adapter; asked at each forward, so without PEFT's walk over all containers."""
-        return self._modules[self.adapter_layer_names[0]]._modules
-
-
-class AdapterRouter(BlockRouter, SingleAdapterLayer):
-    """A block's router with one plan per adapter. Without a base layer: PEFT's calls on adapters reach it as a layer.
-
-    Args:
-        index, column, context, rule: See `BlockRouter`.
-    """
-
-    other_param_names: tuple[str, ...] = ("plans",)
-
-    def __init__(self, index: int, column: Column, context: ForwardContext, rule: FamilyRule) -> None:
-        super().__init__(index, column, context, rule)
-        self.plans: dict[str, Plan] = {}
-        self._active_adapter: list[str] = []
-        self.merged_adapters: list[str] = []
-
-    @property
-    def plan(self) -> Plan | None:
-        """The active adapter's, or None where adapters are disabled."""
-        name = self.carried_adapter
-        return None if name is None else self.plans[name]
-
-    @property
-    def weight(self) -> Tensor:
-        """There is none; PEFT's own look-up would call itself for ever on a layer without a base."""
-        raise AttributeError("a router has no weight")
-
-    bias = weight
-
-    @property
-    def read_layers(self) -> list[int]:
-        """Blocks whose tokens the active adapter reads beside the model's own forward, ascending."""
-        return []
-
-    def fetch_base(self) -> None:
-        """Have the block's own weights where they run."""
-
-    def clear_base(self) -> None:
-        """Have the block's own weights where they run, for good."""
-
-    def _get_available_adapters(self) -> set[str]:
-        return set(self.plans)
-
-    def _carried(self) -> Any:
-        return self.plans
-
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: Any = None) -> None:
-        pass
 
 
 class RoutedTuner(BaseTuner):
@@ -326,69 +238,6 @@ class RoutedTuner(BaseTuner):
             if routers:
                 routers[0].context.now.clear()
             raise
-
-
-def adapter_parts(model: nn.Module, adapter_name: str) -> list[tuple[str, nn.Module]]:
-    """Full name and module of everything that an adapter has in `model`, its `modules_to_save` included."""
-    parts = []
-    for place, module in model.named_modules():
-        containers: list[str] = []
-        if isinstance(module, SingleAdapterLayer):
-            containers = list(module.adapter_layer_names)
-        elif isinstance(module, ModulesToSaveWrapper):
-            containers = ["modules_to_save"]
-        for container in containers:
-            if adapter_name in (held := getattr(module, container, {})):
-                parts.append((f"{place}.{container}.{adapter_name}".removeprefix("."), held[adapter_name]))
-    return parts
-
-
-def find_routers(model: nn.Module) -> list[Any]:
-    """The routers of `model`, by block; empty without an adapter of ours."""
-    return sorted((m for m in model.modules() if isinstance(m, AdapterRouter)), key=lambda router: router.index)
-
-
-@contextmanager
-def detached(model: nn.Module, routers: list[Any]) -> Iterator[None]:
-    """Take the routers off for a while."""
-    for router in routers:
-        detach_router(model, router)
-    try:
-        yield
-    finally:
-        for router in routers:
-            attach_router(model, router)
-
-
-def check_single(adapter_names: list[str], action: str) -> None:
-    """Refuse several adapters at once.
-
-    Raises:
-        AdapterError: If there are.
-    """
-    if len(adapter_names) > 1:
-        raise AdapterError(
-            f"Cannot {action} {adapter_names} together: each of them holds whole weights and a plan, and two of them "
-            "do not add up. Name one of them."
-        )
-
-
-def drop_saved_name(layer: Any, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-    """A hook: peft 0.20 saves a nested module's key with the adapter's name in it, and puts another in front again."""
-    (container,) = layer.adapter_layer_names
-    adapters = getattr(layer, container)
-    for key in [key for key in state_dict if key.startswith(f"{prefix}{container}.")]:
-        name, _, parameter = key.removeprefix(f"{prefix}{container}.").partition(".")
-        own = parameter_of(adapters[name], parameter) if name in adapters else parameter
-        if own != parameter:
-            state_dict[f"{prefix}{container}.{name}.{own}"] = state_dict.pop(key)
-
-
-def parameter_of(module: nn.Module, parameter: str) -> str:
-    """A parameter's name in `module`, without the adapter's name that peft 0.20 leaves in front of a nested one."""
-    names = {name for name, _ in module.named_parameters()}
-    inner = parameter.partition(".")[2]
-    return inner if parameter not in names and inner in names else parameter
 
 
 def warn_of_names(model: nn.Module, adapter_names: list[str]) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from peft_bsr.engine import Parking
 from peft_bsr.errors import AdapterError
-from peft_bsr.tuners.base.tuner import SingleAdapterLayer, check_single, drop_saved_name
+from peft_bsr.tuners.base.layer import SingleAdapterLayer, check_single, drop_saved_name
 from peft_bsr.tuners.blocks.config import BlockConfig
 
 

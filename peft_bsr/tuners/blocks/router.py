@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from peft.tuners.tuners_utils import check_adapters_to_merge
 
-from peft_bsr.tuners.base.tuner import AdapterRouter
+from peft_bsr.tuners.base.layer import AdapterRouter
 
 
 class MergeableRouter(AdapterRouter):

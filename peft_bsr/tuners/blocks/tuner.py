@@ -27,17 +27,10 @@ from peft_bsr.tuners.base.frozen_weights import (
     tell_ddp,
     tried_rounding,
 )
+from peft_bsr.tuners.base.layer import ROOT, SingleAdapterLayer, check_single, detached, find_routers, parameter_of
 from peft_bsr.tuners.base.reductions import allowed_modes
 from peft_bsr.tuners.base.resolution import Resolution
-from peft_bsr.tuners.base.tuner import (
-    ROOT,
-    RoutedTuner,
-    SingleAdapterLayer,
-    check_single,
-    detached,
-    find_routers,
-    parameter_of,
-)
+from peft_bsr.tuners.base.tuner import RoutedTuner
 from peft_bsr.tuners.blocks.config import BlockConfig
 from peft_bsr.tuners.blocks.layer import BlockWeights
 from peft_bsr.tuners.blocks.targets import Way, is_excluded, resolve_targets

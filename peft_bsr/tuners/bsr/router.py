@@ -24,7 +24,7 @@ from peft_bsr.multitask import (
     without_tasks,
 )
 from peft_bsr.tuners.base.classifier import without_layer
-from peft_bsr.tuners.base.tuner import drop_saved_name
+from peft_bsr.tuners.base.layer import drop_saved_name
 from peft_bsr.tuners.blocks.layer import BlockWeights, move_away
 from peft_bsr.tuners.blocks.router import MergeableRouter
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from peft_bsr.errors import AdapterError
 from peft_bsr.multitask import TaskConfig, TaskHeads, new_gates, new_head, read_tasks
 from peft_bsr.tuners.base.classifier import find_final_norm
-from peft_bsr.tuners.base.tuner import find_routers
+from peft_bsr.tuners.base.layer import find_routers
 from peft_bsr.tuners.blocks.layer import BlockWeights, move_like
 
 _HEAD = re.compile(r"(.*\.heads\.)(\d+)(\..*)")

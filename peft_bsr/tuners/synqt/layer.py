@@ -16,7 +16,7 @@ from peft_bsr.backbones import Column, FamilyRule
 from peft_bsr.core import ForwardContext, hidden_tokens, pick_tokens
 from peft_bsr.engine import Plan, QueryPath, ReachedError, attention_mask
 from peft_bsr.errors import AdapterError, ForwardError
-from peft_bsr.tuners.base.tuner import AdapterRouter, SingleAdapterLayer, drop_saved_name
+from peft_bsr.tuners.base.layer import AdapterRouter, SingleAdapterLayer, drop_saved_name
 from peft_bsr.tuners.synqt.config import SynQTConfig
 from peft_bsr.tuners.synqt.network import FusingHead, QuerySynthesis
 

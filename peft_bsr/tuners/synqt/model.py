@@ -19,9 +19,10 @@ from peft_bsr.ops import exact_parameters
 from peft_bsr.selftest import verify_plan, verify_queries
 from peft_bsr.tuners.base.classifier import find_classifier, find_final_norm
 from peft_bsr.tuners.base.frozen_weights import check_rounded, linears_to_round, tried_rounding
+from peft_bsr.tuners.base.layer import ROOT, detached, find_routers, parameter_of
 from peft_bsr.tuners.base.reductions import allowed_modes
 from peft_bsr.tuners.base.resolution import Resolution
-from peft_bsr.tuners.base.tuner import ROOT, RoutedTuner, detached, find_routers, parameter_of
+from peft_bsr.tuners.base.tuner import RoutedTuner
 from peft_bsr.tuners.synqt.config import build_plan
 from peft_bsr.tuners.synqt.layer import SynQTHead, SynQTRouter
 

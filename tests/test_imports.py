@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import pkgutil
+import re
 from pathlib import Path
 from types import ModuleType
 
@@ -85,6 +86,41 @@ def test_imports_run_inwards(path):
             assert LAYERS.index(parts[1]) <= LAYERS.index(layer), f"{layer} must not import {module}"
         elif layer in OUTSIDE:
             assert parts[0] in OUTSIDE[layer] | STANDARD, f"{layer} must not import {module}"
+
+
+SHARED = {"base", "blocks"}  # of tuners, no methods
+METHODS = {
+    path.name for path in (ROOT / "tuners").iterdir() if path.is_dir() and not path.name.startswith("_")
+} - SHARED
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_methods_are_known_to_nobody_but_themselves(path):
+    """A method's files import no other method; what methods share, and everything above them, imports none."""
+    parts = path.relative_to(ROOT).parts
+    own = parts[1] if parts[0] == "tuners" and len(parts) > 2 else None
+    if parts == ("tuners", "__init__.py"):
+        return  # the list of public names
+    for module in imports_of(path):
+        named = module.removeprefix("peft_bsr.tuners.").partition(".")[0]
+        if module.startswith("peft_bsr.tuners.") and named in METHODS:
+            assert named == own, f"{path} imports {module}: ask `peft_bsr.tuners` or a MethodInfo"
+
+
+def test_no_method_is_asked_for_by_its_name():
+    """Outside of `tuners`, names of methods are in documentation alone."""
+    found = {}
+    for path in FILES:
+        if path.relative_to(ROOT).parts[0] == "tuners":
+            continue
+        tree = ast.parse(path.read_text())
+        names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+        words = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
+        if bad := {name for name in names if re.match("ALaST|SynQT", name)} | (
+            words & {"alast", "synqt", "ALAST", "SYNQT"}
+        ):
+            found[str(path.relative_to(ROOT))] = bad
+    assert not found
 
 
 def test_public_names_are_sorted_and_exist():

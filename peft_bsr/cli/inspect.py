@@ -11,7 +11,7 @@ from peft_bsr.backbones import Column, native_size, probe_column
 from peft_bsr.cli.output import Output
 from peft_bsr.cli.sources import find_adapter, make_model, model_of, read_model_config
 from peft_bsr.errors import PeftBsrError, UnsupportedModelError, one_line
-from peft_bsr.tuners import METHODS, describe_plan
+from peft_bsr.tuners import METHODS, describe_plan, known_method
 from peft_bsr.tuners.base.base_model import with_settings
 
 EXAMPLES = """\
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
             attached: Any = PeftModel(model, adapter)
             config = attached.peft_config["default"]
             result["adapter"] = {
-                "method": str(adapter.peft_type).rpartition(".")[2].lower(),
+                "method": known_method(adapter).name,
                 "labels": labels,
                 "plan": describe_plan(config, column, attached.base_model.plan()),
             }

@@ -7,12 +7,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from torch import nn
 
 from peft_bsr.backbones import inner_config, native_size, set_image_size
 from peft_bsr.errors import PeftBsrError, UnsupportedModelError
-from peft_bsr.tuners import Resolution, resolve
+from peft_bsr.tuners import Resolution, known_method, resolve
 from peft_bsr.tuners.base.config import SavedConfig
 
 _HEAD_WIDTH = 8  # of the proxy: enough for rotary tables
@@ -68,7 +67,8 @@ def resolve_narrow(model: nn.Module, config: SavedConfig) -> Resolution:
         vision.intermediate_size = 2 * vision.hidden_size
     with torch.random.fork_rng(devices=()):
         proxy = _make(model, narrow).eval()
-    whole: Any = replace(config, frozen_weights="full")  # type: ignore[call-arg]  # rounding is not tried there
+    whole = copy.deepcopy(config)
+    whole.frozen_weights = "full"  # rounding is not tried there
     found: Resolution = resolve(proxy, whole).with_width(width)
     return found
 
@@ -88,7 +88,7 @@ def attach_resolved(model: nn.Module, config: SavedConfig, resolution: Resolutio
     wanted = resolution.to_round(model, config)
     own: Any = copy.deepcopy(config)
     own.resolution = replace(resolution, rounded={name: how for name, how in wanted.items() if how != "int8"})
-    tuner: Any = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
+    tuner: Any = known_method(config).tuner
     return tuner(model, own, "default"), [name for name, how in wanted.items() if how == "int8"]
 
 

@@ -17,14 +17,12 @@ from peft_bsr.cost import Cost
 from peft_bsr.hub.facts import Facts
 from peft_bsr.hub.task import Task, task_of
 from peft_bsr.registration import package_version
-from peft_bsr.tuners import describe_plan
+from peft_bsr.tuners import MethodInfo, describe_plan, known_method
 from peft_bsr.tuners.base.config import SavedConfig
 
 BEGIN, END = "<!-- peft_bsr: written by save_pretrained; edit outside of it -->", "<!-- peft_bsr: end -->"
 PICTURE = "kept_tokens.png"
 _TEMPLATE = "[More Information Needed]"  # of PEFT's own card, which says nothing
-_PAPERS = {"BSR": "2405.10951", "ALAST": "2408.08670", "SYNQT": "2407.06964"}
-_NAMES = {"BSR": "Block Selective Reprogramming", "ALAST": "Adaptive Layer Selection", "SYNQT": "Query synthesis"}
 
 
 def write_card(config: SavedConfig, folder: Path) -> None:
@@ -56,14 +54,13 @@ def model_card(config: SavedConfig, facts: Facts, base: str | None = None) -> st
         base: Hub id of the base model, or None where it is none.
     """
     assert config.attachment is not None, "the configuration of an attached adapter"
-    method = str(config.peft_type).rpartition(".")[2]
+    method = known_method(config)
     column, plan = config.attachment.column, config.attachment.plan
     task = task_of(config)
     called = f"[{base}](https://huggingface.co/{base})" if base else f"`{_folder(config.base_model_name_or_path)}`"
     parts = [
-        f"# {_NAMES[method]} adapter of {called}",
-        f"{task.words} Made with peft_bsr, method {method} "
-        f"([arXiv {_PAPERS[method]}](https://arxiv.org/abs/{_PAPERS[method]})).",
+        f"# {method.title} adapter of {called}",
+        f"{task.words} Made with peft_bsr, method {method.name} ({_linked(method.paper)}).",
         "## Use\n\n" + _snippet(task, facts.repo_id),
         "## What it does\n\n" + "\n".join(f"- {sentence}" for sentence in describe_plan(config, column, plan)),
     ]
@@ -83,6 +80,12 @@ def model_card(config: SavedConfig, facts: Facts, base: str | None = None) -> st
         f"torch {torch.__version__}."
     )
     return "\n\n".join(parts)
+
+
+def _linked(paper: str) -> str:
+    """A paper on arXiv as a link; anything else as it is."""
+    server, _, number = paper.partition(" ")
+    return f"[{paper}](https://arxiv.org/abs/{number})" if server == "arXiv" else paper
 
 
 def _snippet(task: Task, repo_id: str | None) -> str:
@@ -117,11 +120,11 @@ def _cost_table(facts: Facts) -> str:
     return "\n".join(rows) + (f"\n\n{facts.conditions}" if facts.conditions else "")
 
 
-def _limits(config: Any, method: str) -> list[str]:
+def _limits(config: Any, method: MethodInfo) -> list[str]:
     limits = ["`import peft_bsr` must come first: without it, PEFT does not know the method."]
-    if method == "BSR":
+    if method.tuner.merges and method.tuner.reduces_in_evaluation:
         limits.append("Token reduction is not in the weights: a merged model runs on all tokens, and differs.")
-    if method == "SYNQT":
+    if not method.tuner.merges:
         limits.append("It cannot be merged into the base model.")
     if _hub_id(config.base_model_name_or_path) is None:
         name = _folder(config.base_model_name_or_path)
@@ -134,7 +137,7 @@ def _limits(config: Any, method: str) -> list[str]:
 
 def _metadata(old: Any, config: SavedConfig, facts: Facts, base: str | None) -> ModelCardData:
     """Ours over what is there; a base model that is a path of some machine is no id, and the Hub would refuse it."""
-    method = str(config.peft_type).rpartition(".")[2].lower()
+    method = known_method(config).name
     kept = {k: v for k, v in old.to_dict().items() if k not in ("model-index", "base_model", "eval_results")}
     tags = {tag for tag in kept.pop("tags", None) or [] if not tag.startswith("base_model:")}
     tags |= {"peft_bsr", method} | ({f"base_model:adapter:{base}"} if base else set())

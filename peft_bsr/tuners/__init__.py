@@ -5,7 +5,7 @@ from pkgutil import iter_modules
 
 import peft_bsr.tuners.bsr  # noqa: F401  # first: lists of methods begin with it
 from peft_bsr.tuners.alast import ALaSTCallback, ALaSTConfig, ALaSTModel, BudgetRecord, schedule_of
-from peft_bsr.tuners.base.method import METHODS, MethodInfo, describe_plan, method_of, register, resolve
+from peft_bsr.tuners.base.method import METHODS, MethodInfo, describe_plan, known_method, method_of, register, resolve
 from peft_bsr.tuners.base.resolution import Resolution
 from peft_bsr.tuners.bsr import BSRConfig, BSRModel, add_task, export_task
 from peft_bsr.tuners.synqt import SynQTConfig, SynQTModel
@@ -28,6 +28,7 @@ __all__ = [
     "add_task",
     "describe_plan",
     "export_task",
+    "known_method",
     "method_of",
     "register",
     "resolve",

@@ -23,7 +23,7 @@ from peft_bsr import BSRConfig
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-ELSEWHERE = {"new_model"}  # in tests/backbones/test_new_model.py, with the model that it is about
+ELSEWHERE = {"new_model", "new_method"}  # in tests/backbones/test_new_model.py, with its model; test_new_method.py
 SLOW = {"planner", "export"}  # what they show runs in tests/cost, tests/export and in docstrings too
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 HUB_MODEL, HUB_ADAPTER = "google/vit-base-patch16-224-in21k", "me/pets-bsr"

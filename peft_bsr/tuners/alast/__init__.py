@@ -9,7 +9,7 @@ from peft_bsr.tuners.base.method import MethodInfo, register
 register(
     MethodInfo(
         name="alast",
-        title="ALaST, Adaptive Layer Selection",
+        title="Adaptive Layer Selection (ALaST)",
         paper="arXiv 2408.08670",
         config=ALaSTConfig,
         tuner=ALaSTModel,

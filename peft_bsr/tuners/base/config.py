@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from peft import PeftConfig
 from torch import nn
@@ -67,6 +67,10 @@ class SavedConfig(AdapterFiles, PeftConfig):
         default=None, metadata={"help": "Written at save: settings of the base model that differ from its own file."}
     )
 
+    target_modules = cast("Any", None)  # PEFT asks for it; methods that take names of modules have a field
+    frozen_weights = (
+        "full"  # how weights of frozen blocks are rounded; a method that offers it has a field of that name
+    )
     resolution = None  # what to do to the model, a Resolution, where it is known before the adapter is attached
     attachment = None  # an Attachment; not annotated, because it is no field and not saved
     place = None  # where `peft_bsr.load` read it from

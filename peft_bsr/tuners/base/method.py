@@ -77,7 +77,7 @@ def describe_plan(config: SavedConfig, column: Column, plan: Plan) -> list[str]:
         column: What the model is.
         plan: What is done to it.
     """
-    return _of_ours(config).describe(config, column, plan)
+    return known_method(config).describe(config, column, plan)
 
 
 def resolve(model: nn.Module, config: SavedConfig) -> Resolution:
@@ -91,13 +91,14 @@ def resolve(model: nn.Module, config: SavedConfig) -> Resolution:
         UnsupportedModelError: With the reason that the probe found.
         ConfigError: Naming everything that this model does not allow.
     """
-    return _of_ours(config).tuner.resolve(model, config)
+    return known_method(config).tuner.resolve(model, config)
 
 
-def _of_ours(config: SavedConfig) -> MethodInfo:
+def known_method(config: SavedConfig) -> MethodInfo:
+    """The method of a configuration of this package."""
     info = method_of(config)
     assert info is not None, f"{type(config).__name__} is of no registered method"
     return info
 
 
-__all__ = ["METHODS", "MethodInfo", "describe_plan", "method_of", "register", "resolve"]
+__all__ = ["METHODS", "MethodInfo", "describe_plan", "known_method", "method_of", "register", "resolve"]

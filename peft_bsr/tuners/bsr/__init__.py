@@ -9,7 +9,7 @@ from peft_bsr.tuners.bsr.words import describe
 register(
     MethodInfo(
         name="bsr",
-        title="BSR, Block Selective Reprogramming",
+        title="Block Selective Reprogramming (BSR)",
         paper="arXiv 2405.10951",
         config=BSRConfig,
         tuner=BSRModel,

@@ -8,7 +8,7 @@ from peft_bsr.tuners.synqt.words import describe
 register(
     MethodInfo(
         name="synqt",
-        title="SynQT, Synthesized Query Tuning",
+        title="Synthesized Query Tuning (SynQT)",
         paper="arXiv 2407.06964",
         config=SynQTConfig,
         tuner=SynQTModel,

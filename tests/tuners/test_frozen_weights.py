@@ -17,7 +17,7 @@ from peft_bsr.core import is_quantized
 from peft_bsr.cost import model_memory, saved_activations
 from peft_bsr.errors import MissingDependencyError
 from peft_bsr.ops import FrozenLinear
-from peft_bsr.tuners import frozen_weights
+from peft_bsr.tuners.base import frozen_weights
 
 LABELS = torch.tensor([0, 1])
 needs_torchao = pytest.mark.usefixtures("torchao")

@@ -16,8 +16,9 @@ from peft import PeftConfig
 from peft.utils import PeftType
 
 import peft_bsr
+from peft_bsr.compat.peft_api import extend_peft_type
 from peft_bsr.errors import UnsupportedPeftError
-from peft_bsr.registration import FIRST_UNTESTED_PEFT, OLDEST_PEFT, check_peft_version, extend_peft_type
+from peft_bsr.registration import FIRST_UNTESTED_PEFT, OLDEST_PEFT, check_peft_version
 
 
 def test_the_member_is_like_any_other():

@@ -18,7 +18,6 @@ from peft_bsr.backbones.inputs import (
     tensors_of,
     tolerance,
 )
-from peft_bsr.backbones.lookup import captured_outputs, function_of, is_capture_hook
 from peft_bsr.backbones.permutation import excess, no_zero_tables
 from peft_bsr.backbones.probe import probe, probe_column
 from peft_bsr.backbones.registry import FamilyRule, find_rule, inner_config, register_family, unregister_family
@@ -33,7 +32,7 @@ from peft_bsr.backbones.scoring import (
     observed_interface,
     run_scored,
 )
-from peft_bsr.backbones.side_inputs import TokenFollower, input_names, remove_hooks
+from peft_bsr.backbones.side_inputs import TokenFollower, input_names
 
 __all__ = [
     "Anatomy",
@@ -46,20 +45,17 @@ __all__ = [
     "TokenFollower",
     "apply_part",
     "attend",
-    "captured_outputs",
     "computes_weights",
     "default_state",
     "excess",
     "explicit_attention",
     "find_rule",
     "first_rows",
-    "function_of",
     "hidden_first",
     "in_mode",
     "inner_config",
     "input_names",
     "input_shapes",
-    "is_capture_hook",
     "main_input",
     "native_size",
     "no_zero_tables",
@@ -70,7 +66,6 @@ __all__ = [
     "quiet",
     "register_family",
     "relative_error",
-    "remove_hooks",
     "resized_tables",
     "run_probe",
     "run_scored",

@@ -24,10 +24,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from peft_bsr.backbones.column import ScoreSource
 from peft_bsr.backbones.lookup import attention_function
+from peft_bsr.compat.transformers_api import IMPLEMENTATION, attention_functions
 from peft_bsr.core import BlockCall, ForwardContext, weights_to_scores
 from peft_bsr.ops import lean_dropout, token_scores
 
@@ -107,12 +107,12 @@ class ScoringConfig:
 
     @property
     def _attn_implementation(self) -> str | None:
-        implementation = self.config._attn_implementation
+        implementation = getattr(self.config, IMPLEMENTATION)
         return _twin(implementation) if self.scorer.is_asked else implementation
 
     @_attn_implementation.setter
     def _attn_implementation(self, value: Any) -> None:
-        self.config._attn_implementation = value
+        setattr(self.config, IMPLEMENTATION, value)
 
     def __eq__(self, other: object) -> bool:
         return bool(self.config == (other.config if isinstance(other, ScoringConfig) else other))
@@ -170,7 +170,7 @@ def find_score_source(attention: Any, args: Any, kwargs: Any) -> tuple[ScoreSour
 def observed_interface(attention: Any, observe: Observer) -> Iterator[None]:
     """Tell `observe` what the attention function of transformers' interface is called with."""
     config = getattr(attention, "config", None)
-    if config is None or not hasattr(config, "_attn_implementation"):
+    if config is None or not hasattr(config, IMPLEMENTATION):
         yield
         return
     base = config.config if isinstance(config, ScoringConfig) else config
@@ -275,18 +275,18 @@ def attend(
         output = nn.functional.scaled_dot_product_attention(query, key, value, mask, dropout, scale=scaling)
         return output.transpose(1, 2).flatten(2)
     config = attention.config.config if isinstance(attention.config, ScoringConfig) else attention.config
-    function = attention_function(attention, config._attn_implementation)
+    function = attention_function(attention, getattr(config, IMPLEMENTATION))
     return function(attention, query, key, value, mask, scaling=scaling, dropout=dropout)[0].flatten(2)
 
 
 def computes_weights(attention: Any, source: ScoreSource | None) -> bool:
     """Whether `attend` without dropout makes a matrix of attention weights [B, H, Q, N] that autograd can see."""
-    return source == "interface" and attention.config._attn_implementation in (None, "eager")
+    return source == "interface" and getattr(attention.config, IMPLEMENTATION) in (None, "eager")
 
 
 def _twin(implementation: str | None) -> str:
     name = f"{_TWIN_PREFIX}{implementation}"
-    if name not in ALL_ATTENTION_FUNCTIONS:
+    if name not in attention_functions:
         AttentionInterface.register(name, partial(_attend_scored, implementation))
     return name
 

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from peft_bsr.backbones.registry import FamilyRule
+from peft_bsr.compat.torch_api import remove_hooks
 from peft_bsr.core import ForwardContext, Route
 
 
@@ -94,13 +95,3 @@ def takes_any_keyword(module: nn.Module) -> bool:
     """Whether the module's forward takes keywords that it does not name."""
     parameters = inspect.signature(type(module).forward).parameters.values()
     return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
-
-
-def remove_hooks(module: nn.Module, owner: object) -> None:
-    """Remove the forward hooks of `module` that are methods of `owner`."""
-    for hooks in (module._forward_pre_hooks, module._forward_hooks):
-        for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is owner]:
-            del hooks[key]
-            module._forward_pre_hooks_with_kwargs.pop(key, None)
-            module._forward_hooks_with_kwargs.pop(key, None)
-            module._forward_hooks_always_called.pop(key, None)

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForImageClassification
 
 from peft_bsr.backbones import set_image_size
 from peft_bsr.cli.values import read_fields
+from peft_bsr.compat.transformers_api import classifiers_of
 from peft_bsr.errors import UsageError
 from peft_bsr.hub import read_config
 from peft_bsr.hub.files import ADAPTER, MODEL, list_files
@@ -86,7 +87,7 @@ def make_model(
 def _from_config(config: Any) -> nn.Module:
     own: Any = getattr(transformers, (config.architectures or ["AutoModel"])[0], None)
     made: nn.Module
-    if type(config) in AutoModelForImageClassification._model_mapping:
+    if classifiers_of(config):
         made = AutoModelForImageClassification.from_config(config)
     elif isinstance(own, type) and issubclass(own, transformers.PreTrainedModel):
         made = own(config)
@@ -132,10 +133,9 @@ def load_model(
 def _trainable_class(name: str) -> Any:
     """The image classifier of the model's family that can be trained: its loss is made of labels."""
     config = read_model_config(name)
-    found = AutoModelForImageClassification._model_mapping.get(type(config), None)
-    if found is None:
+    classes = classifiers_of(config)
+    if not classes:
         return AutoModelForImageClassification  # which says so
-    classes = found if isinstance(found, (list, tuple)) else (found,)
     named = sorted(classes, key=lambda cls: cls.__name__ not in (config.architectures or ()))  # its own class first
     trainable = [cls for cls in named if "labels" in inspect.signature(cls.forward).parameters]
     if not trainable:

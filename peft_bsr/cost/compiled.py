@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peft_bsr.compat.torch_api import recompile_limit, saved_in_node, storage_key
 from peft_bsr.errors import UnsupportedModelError
 
 _BACKEND = "aot_eager_decomp_partition"  # inductor's decompositions and partitioner, without its kernels
-_LIMITS = {"recompile_limit": 2**20, "accumulated_recompile_limit": 2**20}  # each model is one compilation more
+_LIMIT = 2**20  # each model is one compilation more
 
 
 def kept_when_compiled(model: nn.Module, forward: Callable[[Any], Tensor]) -> int:
@@ -25,15 +26,15 @@ def kept_when_compiled(model: nn.Module, forward: Callable[[Any], Tensor]) -> in
         UnsupportedModelError: If it cannot be compiled without memory.
     """
     try:
-        with torch._dynamo.config.patch(_LIMITS):
+        with recompile_limit(_LIMIT):
             loss = forward(torch.compile(model, backend=_BACKEND))
     except Exception as error:
         raise UnsupportedModelError(
             f"What {type(model).__name__} keeps when it is compiled could not be predicted ({type(error).__name__}). "
             "Leave `compile` out: lean blocks keep the same in eager mode, others as much or more."
         ) from error
-    weights = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
-    held = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in _kept(loss)}
+    weights = {storage_key(tensor.untyped_storage()) for tensor in (*model.parameters(), *model.buffers())}
+    held = {storage_key(tensor.untyped_storage()): tensor.untyped_storage().nbytes() for tensor in _kept(loss)}
     return sum(size for storage, size in held.items() if storage not in weights)
 
 
@@ -47,9 +48,7 @@ def _kept(loss: Tensor) -> Iterator[Tensor]:
             continue
         seen.add(node)
         nodes += [before for before, _ in node.next_functions]
-        saved = [getattr(node, name) for name in dir(node) if name.startswith("_saved_")]
-        for value in (*saved, *getattr(node, "saved_tensors", ())):
-            yield from (t for t in (value if isinstance(value, (list, tuple)) else (value,)) if isinstance(t, Tensor))
+        yield from saved_in_node(node)
 
 
 __all__ = ["kept_when_compiled"]

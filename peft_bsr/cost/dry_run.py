@@ -10,15 +10,15 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
+from peft_bsr.compat.torch_api import storage_key
+from peft_bsr.compat.transformers_api import CHECKPOINT_FUNCTION
 from peft_bsr.cost.flops import flops_of
 from peft_bsr.engine import LivingBytes, watch_kept
 
@@ -63,9 +63,9 @@ class HostMemory:
     def take_inputs_of_checkpoints(self, model: nn.Module) -> None:
         """As transformers does with `offload`: saved-tensor hooks around the checkpoint of every block."""
         for module in model.modules():
-            checkpoint = getattr(module, "_gradient_checkpointing_func", None)
+            checkpoint = getattr(module, CHECKPOINT_FUNCTION, None)
             if checkpoint is not None:
-                module._gradient_checkpointing_func = partial(self._call, checkpoint)  # type: ignore[assignment]
+                setattr(module, CHECKPOINT_FUNCTION, partial(self._call, checkpoint))
 
     def _call(self, checkpoint: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         with torch.autograd.graph.saved_tensors_hooks(self._take, self._give):
@@ -81,11 +81,6 @@ class HostMemory:
         back = torch.empty(shape, dtype=dtype, device=device)
         self._bytes -= back.nbytes
         return back
-
-
-def no_memory() -> AbstractContextManager[Any]:
-    """A context in which tensors have no memory. All that meets comes from the same one, which may be entered again."""
-    return FakeTensorMode(allow_non_fake_inputs=True)  # constants of a compiled graph are real
 
 
 def without_memory(model: nn.Module, device: str | torch.device) -> nn.Module:
@@ -122,7 +117,7 @@ def dry_run(model: nn.Module, inputs: Iterable[Tensor], forward: Callable[[], Te
             loss = forward()
         saved_bytes = sum(ledger.sizes[number] for number in ledger.kept)
         loss.backward()
-    gradients = {p.grad.untyped_storage()._cdata for p in model.parameters() if p.grad is not None}
+    gradients = {storage_key(p.grad.untyped_storage()) for p in model.parameters() if p.grad is not None}
     peak, alive = ledger.peak()
     parts = [sum(ledger.sizes[n] for n in alive & chosen) for chosen in (gradients, ledger.kept - gradients)]
     return DryRun(peak, parts[0], parts[1], peak - sum(parts), saved_bytes, ledger.flops)
@@ -141,7 +136,7 @@ class _Ledger(LivingBytes):
     def keep(self, tensor: Tensor) -> Tensor:
         """For autograd: what is saved for backward."""
         self.note(tensor)
-        self.kept.add(tensor.untyped_storage()._cdata)
+        self.kept.add(storage_key(tensor.untyped_storage()))
         return tensor.detach()
 
     def peak(self) -> tuple[int, set[int]]:
@@ -157,7 +152,7 @@ class _Ledger(LivingBytes):
         return most, at_most
 
     def _appeared(self, storage: torch.UntypedStorage) -> None:
-        number = storage._cdata
+        number = storage_key(storage)
         self.events.append((number, 1))
         self._watched.append(weakref.ref(storage, lambda _: self.events.append((number, -1))))
 
@@ -167,4 +162,4 @@ class _Ledger(LivingBytes):
         return output
 
 
-__all__ = ["DryRun", "dry_run", "no_memory", "without_memory"]
+__all__ = ["DryRun", "dry_run", "without_memory"]

@@ -11,8 +11,9 @@ from peft import PeftConfig, get_peft_model
 from torch import Tensor, nn
 
 from peft_bsr.backbones import input_shapes, probe_inputs, tensors_of
+from peft_bsr.compat.torch_api import no_memory
 from peft_bsr.cost.compiled import kept_when_compiled
-from peft_bsr.cost.dry_run import DryRun, HostMemory, dry_run, no_memory, without_memory
+from peft_bsr.cost.dry_run import DryRun, HostMemory, dry_run, without_memory
 from peft_bsr.cost.proxy import attach_resolved, on_meta, resolve_narrow
 from peft_bsr.cost.setup import Setup, library_bytes, optimizer_bytes, update_bytes
 from peft_bsr.engine import Parking, Plan

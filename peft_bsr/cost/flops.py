@@ -5,9 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode
+
+from peft_bsr.compat.torch_api import (
+    CPU_ATTENTION,
+    CPU_ATTENTION_BACKWARD,
+    TorchDispatchMode,
+    flop_formula,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+    takes_tensors,
+)
 
 
 def count_flops(run: Callable[[], Any]) -> int:
@@ -51,8 +59,7 @@ def flops_of(function: Any, args: Any, kwargs: dict[str, Any], output: Any) -> i
 
     `FlopCounterMode` beside another mode would keep recomputed blocks alive, by the hooks with which it tells modules.
     """
-    packet = function._overloadpacket
-    formula = _CPU_ATTENTION.get(packet) or flop_registry.get(packet)
+    formula = flop_formula(function, _CPU_ATTENTION)
     return 0 if formula is None else int(formula(*args, **kwargs, out_val=output))
 
 
@@ -81,12 +88,7 @@ def _attention_backward(grad: Any, query: Any, key: Any, value: Any, *_args: Any
     return sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape)
 
 
-def _raw(formula: Callable[..., int]) -> Callable[..., int]:
-    formula._get_raw = True  # type: ignore[attr-defined]  # torch's mark for formulas that take tensors, not shapes
-    return formula
-
-
 _CPU_ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _raw(_attention),
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _raw(_attention_backward),
+    CPU_ATTENTION: takes_tensors(_attention),
+    CPU_ATTENTION_BACKWARD: takes_tensors(_attention_backward),
 }

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from peft_bsr.compat.torch_api import storage_key
 from peft_bsr.core import kept_bytes
 from peft_bsr.errors import PeftBsrError
 
@@ -155,7 +156,7 @@ def _resident(key: str) -> int:
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum({t.untyped_storage()._cdata: kept_bytes(t) for t in tensors}.values())
+    return sum({storage_key(t.untyped_storage()): kept_bytes(t) for t in tensors}.values())
 
 
 __all__ = ["ModelMemory", "PeakMemory", "model_memory"]

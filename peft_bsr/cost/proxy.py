@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from peft_bsr.backbones import inner_config, native_size, set_image_size
+from peft_bsr.compat.transformers_api import forget_source
 from peft_bsr.errors import PeftBsrError, UnsupportedModelError
 from peft_bsr.tuners import Resolution, known_method, resolve
 from peft_bsr.tuners.base.config import SavedConfig
@@ -98,7 +99,7 @@ def _config_of(model: nn.Module) -> Any:
     if config is None:
         raise UnsupportedModelError(f"{type(model).__name__} has no config, by which it could be made without weights.")
     config = copy.deepcopy(config)
-    config._name_or_path = ""  # what is made of it does not claim to have the weights of that place
+    forget_source(config)
     return config
 
 

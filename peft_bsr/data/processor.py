@@ -10,9 +10,8 @@ from typing import Any
 import transformers
 from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor
-from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, MODEL_MAPPING
 
+from peft_bsr.compat.transformers_api import image_processor_names, model_classes_of
 from peft_bsr.errors import DatasetError, ProcessorWarning, headline
 
 _BICUBIC = int(Image.Resampling.BICUBIC)
@@ -94,10 +93,8 @@ def _find(source: str) -> tuple[Any, bool]:
         kind = AutoConfig.from_pretrained(source).model_type
     except (OSError, ValueError) as error:
         raise DatasetError(f"`{source}` has no image processor and no configuration ({headline(error)}).") from error
-    names = IMAGE_PROCESSOR_MAPPING_NAMES.get(kind) or IMAGE_PROCESSOR_MAPPING_NAMES.get(
-        kind.removesuffix("_vision_model")
-    )
-    made = getattr(transformers, names["pil"], None) if isinstance(names, dict) and names.get("pil") else None
+    names = image_processor_names(kind) or image_processor_names(kind.removesuffix("_vision_model"))
+    made = getattr(transformers, names["pil"], None) if names.get("pil") else None
     if made is None:
         raise DatasetError(
             f"`{source}` has no image processor ({reason}), and transformers has none for models of type `{kind}`. "
@@ -129,14 +126,8 @@ def _pretrained(source: str) -> tuple[tuple[int, int] | None, bool]:
 def _is_fixed(config: Any) -> bool:
     """Whether the model takes images of one size, unless it is asked to interpolate its positions."""
     parts = (config, getattr(config, "vision_config", config))
-    classes = [
-        mapping[type(part)]
-        for part in parts
-        for mapping in (MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, MODEL_MAPPING)
-        if type(part) in mapping
-    ]
-    flat = [one for kinds in classes for one in (kinds if isinstance(kinds, tuple) else (kinds,))]
-    return any("interpolate_pos_encoding" in inspect.signature(one.forward).parameters for one in flat)
+    classes = [cls for part in parts for cls in model_classes_of(part)]
+    return any("interpolate_pos_encoding" in inspect.signature(cls.forward).parameters for cls in classes)
 
 
 def _size_made(processor: Any) -> tuple[int, int] | None:

@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from peft_bsr.backbones import Column, TokenFollower, captured_outputs
+from peft_bsr.backbones import Column, TokenFollower
+from peft_bsr.compat.transformers_api import captured_outputs
 from peft_bsr.core import BlockCall, Route, pick_tokens, put_tokens
 from peft_bsr.engine.halves import LeanAttention, LeanMLP, NotLeanError, StockAttention, StockMLP
 from peft_bsr.engine.plan import Reduction

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_bsr.backbones import Anatomy, Column, apply_part, attend, computes_weights, first_rows, function_of
+from peft_bsr.backbones import Anatomy, Column, apply_part, attend, computes_weights, first_rows
+from peft_bsr.compat.transformers_api import ROTATE, function_of
 from peft_bsr.core import BlockCall
 from peft_bsr.engine.parts import LinearSource, attention_dropouts, find_mlp, linear_source, norm_source
 from peft_bsr.engine.plan import Lean
@@ -145,7 +146,7 @@ class LeanAttention:
         self.ops: dict[int | None, ProjectionsOp] = {None: self.op()}
         self.head_width = width // column.num_heads
         self.source, self.scaling = column.scores_from, column.scaling or self.head_width**-0.5
-        self.rotate = function_of(self.attention, "apply_rotary_pos_emb")
+        self.rotate = function_of(self.attention, ROTATE)
         norms = [getattr(self.attention, name, None) for name in ("q_norm", "k_norm")]
         self.norms = [
             None if norm is None or isinstance(norm, nn.Identity) else _known(norm_source(norm)) for norm in norms

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 
+from peft_bsr.compat.torch_api import StorageWeakRef, version_of
 from peft_bsr.ops import PackedTensor, group_size
 
 _watcher: ContextVar[Callable[[Tensor], Any] | None] = ContextVar("watcher", default=None)
@@ -68,7 +68,7 @@ def saved_in_int8(block: nn.Module, num_values: float, arguments: Any) -> Iterat
             _note(kept)
             return kept
         dense = tensor if _is_dense(tensor) else tensor.contiguous()
-        place = (StorageWeakRef(dense.untyped_storage()), dense._version, dense.storage_offset(), dense.numel())
+        place = (StorageWeakRef(dense.untyped_storage()), version_of(dense), dense.storage_offset(), dense.numel())
         if place not in memo:
             flat = dense.detach().as_strided((dense.numel(),), (1,))
             memo[place] = PackedTensor.of(flat.view(-1, group_size(dense)))

@@ -8,9 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
-from torch.utils._pytree import tree_leaves
+
+from peft_bsr.compat.torch_api import (
+    StorageWeakRef,
+    TorchDispatchMode,
+    is_traceable_wrapper_subclass,
+    storage_key,
+    tree_leaves,
+)
 
 
 class LivingBytes(TorchDispatchMode):
@@ -51,7 +56,7 @@ class LivingBytes(TorchDispatchMode):
         if collects:
             gc.collect()
         alive = {number for number, reference in self._references.items() if not reference.expired()}
-        return alive - {storage._cdata for tensor in exclude for storage in _storages(tensor)}
+        return alive - {storage_key(storage) for tensor in exclude for storage in _storages(tensor)}
 
     def note(self, tensor: Tensor, is_new: bool = True) -> None:
         """Note a tensor's storages, unless they are known.
@@ -61,9 +66,10 @@ class LivingBytes(TorchDispatchMode):
             is_new: Whether they count; False for what was there before.
         """
         for storage in _storages(tensor):
-            if storage._cdata not in self.sizes:
-                self.sizes[storage._cdata] = storage.nbytes() if is_new else 0
-                self._references[storage._cdata] = StorageWeakRef(storage)
+            number = storage_key(storage)
+            if number not in self.sizes:
+                self.sizes[number] = storage.nbytes() if is_new else 0
+                self._references[number] = StorageWeakRef(storage)
                 self._appeared(storage)
 
     def _appeared(self, storage: torch.UntypedStorage) -> None:

@@ -15,6 +15,8 @@ import tempfile
 import torch
 from torch import Tensor, nn
 
+from peft_bsr.compat.torch_api import version_of
+
 logger = logging.getLogger(__name__)
 
 _SMALLEST = 2**16  # bytes; a page for every bias would cost more than it gives
@@ -45,7 +47,7 @@ class Parking:
             data = parameter.data
             if not _is_worth_it(data) or type(data) is not Tensor or data.is_meta or self._is_parked(name, data):
                 continue
-            is_known = name in self._mapped and self._fetched.get(name) == (data.data_ptr(), parameter._version)
+            is_known = name in self._mapped and self._fetched.get(name) == (data.data_ptr(), version_of(parameter))
             try:
                 parameter.data = self._mapped[name] if is_known else _map_to_file(data)
             except OSError as error:
@@ -63,7 +65,7 @@ class Parking:
         for name, parameter in module.named_parameters():
             if self._is_parked(name, parameter.data) and device.type not in ("cpu", "meta"):
                 parameter.data = parameter.data.to(device)
-                self._fetched[name] = (parameter.data_ptr(), parameter._version)
+                self._fetched[name] = (parameter.data_ptr(), version_of(parameter))
 
     def clear(self, module: nn.Module, device: torch.device) -> None:
         """Bring parked parameters back into memory and forget the files."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_bsr.backbones import AttentionScorer, Column, FamilyRule, TokenFollower, hidden_first
+from peft_bsr.compat.transformers_api import CHECKPOINT_FUNCTION
 from peft_bsr.core import BLOCKS, BlockCall, ForwardContext, Route, TaskCall
 from peft_bsr.engine.bound import BoundBlock
 from peft_bsr.engine.entry import meet_entry
@@ -309,7 +310,7 @@ def _cut_gradient(block: Any, plan: BlockPlan, hidden_states: Tensor) -> Tensor:
     hidden_states = hidden_states.detach()
     if plan.trained and block.gradient_checkpointing and torch.is_grad_enabled():
         # reentrant checkpointing trains nothing inside a block whose input needs no gradient
-        settings = getattr(block._gradient_checkpointing_func, "keywords", {})
+        settings = getattr(getattr(block, CHECKPOINT_FUNCTION), "keywords", {})
         hidden_states.requires_grad_(bool(settings.get("use_reentrant", False)))
     return hidden_states
 

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_bsr.backbones import Column, ScoringConfig, remove_hooks
+from peft_bsr.backbones import Column, ScoringConfig
+from peft_bsr.compat.torch_api import remove_hooks
 from peft_bsr.core import BlockCall
 from peft_bsr.engine.int8 import saved_in_int8
 from peft_bsr.engine.router import ROUTER, BlockRouter

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
+from peft_bsr.compat.torch_api import storage_key
 from peft_bsr.engine.int8 import watch_kept
 
 
@@ -48,7 +49,7 @@ def saved_by_module(model: nn.Module, forward: Callable[[], Tensor]) -> dict[str
         >>> saved_by_module(model, lambda: model(torch.randn(3, 4)).sum())  # the input, and the output of ReLU
         {'0': 48, '1': 24}
     """
-    persistent = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+    persistent = {storage_key(t.untyped_storage()) for t in (*model.parameters(), *model.buffers())}
     storages: dict[int, Any] = {}  # the storage is held, so that its address cannot be given away while we count
     saved: defaultdict[str, int] = defaultdict(int)
     names = {module: name for name, module in model.named_modules()}
@@ -56,8 +57,9 @@ def saved_by_module(model: nn.Module, forward: Callable[[], Tensor]) -> dict[str
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in persistent and storage._cdata not in storages:
-            storages[storage._cdata] = storage
+        number = storage_key(storage)
+        if number not in persistent and number not in storages:
+            storages[number] = storage
             saved[running[-1]] += storage.nbytes()
         return tensor.detach()  # itself it would hold the graph that holds it, unseen by the garbage collector
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from peft_bsr.backbones import Column, TokenFollower, run_scored
+from peft_bsr.compat.torch_api import activation_memory_budget
 from peft_bsr.core import BlockCall
 from peft_bsr.engine.bound import BoundBlock, modules_of
 from peft_bsr.engine.halves import StockAttention, StockMLP
@@ -154,7 +155,7 @@ def warn_of_budget(module: nn.Module) -> None:
     Args:
         module: What is compiled; parts that draw nothing now (rates of 0, evaluation mode) do not count.
     """
-    budget = torch._functorch.config.activation_memory_budget
+    budget = activation_memory_budget()
     if budget >= 1:
         return
     drawing = next((name for name, part in module.named_modules() if part.training and _draws(part)), None)

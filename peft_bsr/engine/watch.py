@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from operator import itemgetter
 from typing import Any
 
-from peft_bsr.backbones import captured_outputs, is_capture_hook
+from peft_bsr.compat.torch_api import hook_dictionaries, own_modules
+from peft_bsr.compat.transformers_api import captured_outputs, is_capture_hook
 
 STATE = "adapter_state"  # attribute of a module that holds adapters; another object after each change
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _SHARDING = ("torch.distributed.", "accelerate.")  # their hooks gather weights or move inputs, and look at no numbers
 
 
@@ -24,11 +24,12 @@ class Watch:
     def __init__(self, modules: Iterable[Any], own: tuple[Any, ...] = ()) -> None:
         self._modules, self._own = list(modules), own
         self._kinds = [*map(type, self._modules)]
-        links = [(module._modules, name, child) for module in self._modules for name, child in module._modules.items()]
+        holders = [own_modules(module) for module in self._modules]
+        links = [(holder, name, child) for holder in holders for name, child in holder.items()]
         self._parents, self._names = [parent for parent, _, _ in links], [name for _, name, _ in links]
         self._children = [child for _, _, child in links]
         hooks = _hooks_of(self._modules)
-        self._dictionaries = [*hooks, *(module._modules for module in self._modules)]
+        self._dictionaries: list[dict[Any, Any]] = [*hooks, *holders]
         self._count = sum(map(len, self._dictionaries))  # what was taken out of one is missed below
         self._filled = [dictionary for dictionary in hooks if dictionary]
         self._numbers = [*map(tuple, self._filled)]  # of the hooks; no two get the same
@@ -85,7 +86,7 @@ class Watch:
 
 def _hooks_of(modules: Iterable[Any]) -> list[dict[int, Any]]:
     """Dictionaries that fill up when somebody adds a hook."""
-    return [hooks for module in modules for name in _HOOKS if (hooks := getattr(module, name, None)) is not None]
+    return [hooks for module in modules for hooks in hook_dictionaries(module)]
 
 
 __all__ = ["STATE", "Watch"]

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peft_bsr.compat.torch_api import ONNX_REGISTRATION_LOGGER
 from peft_bsr.errors import ExportError
 from peft_bsr.exporting.prepare import ImageFunction
 
@@ -169,7 +170,7 @@ def _is_large(model: ImageFunction) -> bool:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """The exporters print their progress, and warn about themselves."""
-    logger = logging.getLogger("torch.onnx._internal.exporter._registration")  # that torchvision is not there
+    logger = logging.getLogger(ONNX_REGISTRATION_LOGGER)  # that torchvision is not there
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoConfig, AutoFeatureExtractor, AutoImageProcessor, AutoModelForImageClassification
 
 from peft_bsr.backbones import inner_config, native_size, set_image_size
+from peft_bsr.compat.transformers_api import source_of
 from peft_bsr.errors import HubError, headline
 from peft_bsr.hub.files import ADAPTER, MODEL, list_files
 from peft_bsr.hub.task import task_of
@@ -196,7 +197,7 @@ def find_image_processor(model: Any) -> tuple[Any, str] | tuple[None, None]:
     config = model.peft_config[model.active_adapter]
     sources = {
         "from beside the adapter": getattr(config, "place", None),
-        "the base model's own": getattr(model.config, "_name_or_path", None),
+        "the base model's own": source_of(model.config),
     }
     for words, source in sources.items():
         if source:

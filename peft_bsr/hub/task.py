@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from transformers.pipelines import SUPPORTED_TASKS
-
+from peft_bsr.compat.transformers_api import class_names_of_task
 from peft_bsr.problem_type import MULTI_LABEL, REGRESSION
 from peft_bsr.tuners.base.config import SavedConfig
 
@@ -72,12 +71,8 @@ def task_of(config: SavedConfig) -> Task:
 def _pipeline_of(classes: Sequence[str]) -> str | None:
     """The first pipeline one of whose automatic classes knows one of `classes`, a model's class and its bases."""
     for task in _TASKS:
-        for auto in SUPPORTED_TASKS[task]["pt"]:
-            known = set()
-            for names in auto._model_mapping._model_mapping.values():
-                known |= {names} if isinstance(names, str) else set(names)
-            if known & set(classes):
-                return task
+        if class_names_of_task(task) & set(classes):
+            return task
     return None
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from peft_bsr.compat.torch_api import softmax_backward
 from peft_bsr.core import check_tokens, in_dtype, is_traced
 from peft_bsr.core import reduce_tokens as traced_reduce_tokens
 from peft_bsr.core import token_scores as any_token_scores
@@ -122,7 +123,7 @@ class _ClassScores(torch.autograd.Function):
         refuse_second_derivatives(*_REFUSED)
         query, key, weights = ctx.saved_tensors
         shared = (gradient * (ctx.scaling / weights.shape[1]))[:, None].to(weights.dtype).expand_as(weights)
-        of_logits = torch.ops.aten._softmax_backward_data(shared, weights, -1, weights.dtype).to(query.dtype)[..., None]
+        of_logits = softmax_backward(shared, weights, -1, weights.dtype).to(query.dtype)[..., None]
         of_first = (of_logits * key).sum(dim=2, keepdim=True)
         return pad(of_first, (0, 0, 0, query.shape[2] - 1)), of_logits * query[:, :, :1], None
 

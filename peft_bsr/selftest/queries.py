@@ -23,6 +23,7 @@ from peft_bsr.backbones import (
     run_stock,
     tensors_of,
 )
+from peft_bsr.compat.torch_api import has_forward_hooks
 from peft_bsr.core import hidden_tokens
 from peft_bsr.engine import ROLES, QueryPath, attention_mask, projections
 from peft_bsr.errors import UnsupportedModelError
@@ -101,12 +102,7 @@ def _check_parts(name: str, block: nn.Module, column: Column) -> None:
 
 def _is_plain(module: Any) -> bool:
     """Whether the module is its weight and bias, with nothing around it or in the place of it."""
-    return (
-        type(module) is nn.Linear
-        and module.weight.is_floating_point()
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
-    )
+    return type(module) is nn.Linear and module.weight.is_floating_point() and not has_forward_hooks(module)
 
 
 def _run_block(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_bsr.backbones import in_mode
+from peft_bsr.compat.torch_api import gradient_hooks, step_hook_names
 from peft_bsr.core import ForwardContext
 from peft_bsr.tuners.base.layer import find_routers
 
@@ -24,7 +25,7 @@ def rehearsal(model: nn.Module) -> Iterator[None]:
 
     Inside, the model is in training mode and no tensor has a gradient. Without an adapter of ours any model will do.
     """
-    parameters = [(p, p.requires_grad, p.grad, dict(p._post_accumulate_grad_hooks or {})) for p in model.parameters()]
+    parameters = [(p, p.requires_grad, p.grad, dict(gradient_hooks(p))) for p in model.parameters()]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     routers = find_routers(model)
@@ -41,7 +42,7 @@ def rehearsal(model: nn.Module) -> Iterator[None]:
             for parameter, *_, hooks in parameters:
                 parameter.grad = None
                 if hooks:  # optimizers that step within the backward
-                    parameter._post_accumulate_grad_hooks.clear()
+                    gradient_hooks(parameter).clear()
             yield
         finally:
             now.recorders, now.usage = recorders, usage
@@ -49,7 +50,7 @@ def rehearsal(model: nn.Module) -> Iterator[None]:
                 parameter.requires_grad_(requires_grad)
                 parameter.grad = gradient
                 if hooks:
-                    parameter._post_accumulate_grad_hooks.update(hooks)
+                    gradient_hooks(parameter).update(hooks)
             with torch.no_grad():
                 for buffer, before in buffers:
                     if not torch.equal(buffer, before):
@@ -82,7 +83,7 @@ def would_change(parameter: nn.Parameter, gradient: Tensor, owners: Owners) -> b
     state: defaultdict[Tensor, Any] = defaultdict(dict)
     if parameter in optimizer.state:
         state[stand_in] = copy.deepcopy(optimizer.state[parameter])
-    hooks: dict[str, Any] = {name: OrderedDict() for name in before if name.startswith("_optimizer_step_")}
+    hooks: dict[str, Any] = {name: OrderedDict() for name in step_hook_names(optimizer)}
     try:
         optimizer.__dict__.update(param_groups=[group], state=state, **hooks)
         type(optimizer).step(optimizer)  # not what a schedule put around it on the object

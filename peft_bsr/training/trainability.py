@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import TrainerCallback
 
 from peft_bsr.backbones import probe_inputs
+from peft_bsr.compat.torch_api import tree_leaves, tree_map_only
 from peft_bsr.engine import saved_by_module
 from peft_bsr.errors import TrainabilityError
 from peft_bsr.training.rehearsal import Owners, owners_of, rehearsal, would_change

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
+from peft_bsr.compat.peft_api import ModulesToSaveWrapper
 from peft_bsr.errors import AdapterError
 from peft_bsr.tuners.base.layer import adapter_parts, find_routers
 

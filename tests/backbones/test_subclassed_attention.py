@@ -14,7 +14,7 @@ from transformers.models.vit import modeling_vit
 from transformers.models.vit.modeling_vit import ViTAttention
 
 from peft_bsr import BSRConfig, UnsupportedModelError, probe_column
-from peft_bsr.backbones import function_of
+from peft_bsr.compat.transformers_api import function_of
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64}
 

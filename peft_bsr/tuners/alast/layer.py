@@ -7,10 +7,10 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor
 
 from peft_bsr.backbones import Column, FamilyRule
+from peft_bsr.compat.peft_api import BufferDict
 from peft_bsr.core import ForwardContext
 from peft_bsr.engine import Plan
 from peft_bsr.tuners.alast.schedule import ALaSTSchedule

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from peft_bsr.backbones import resized_tables
+from peft_bsr.compat.transformers_api import revision_of, source_of
 
 _ABSENT = object()
 _NOT_KEPT = {"architectures", "auto_map", "dtype", "model_type", "quantization_config", "torch_dtype"}
@@ -28,11 +29,11 @@ def own_config(model: nn.Module) -> PreTrainedConfig | None:
         None where there is none: the model was made in memory, or its files are gone.
     """
     config = getattr(model, "config", None)
-    source = getattr(config, "_name_or_path", None)
+    source = source_of(config)
     if not isinstance(config, PreTrainedConfig) or not source:
         return None
     try:
-        revision = getattr(config, "_commit_hash", None)
+        revision = revision_of(config)
         own: PreTrainedConfig = type(config).from_pretrained(source, revision=revision, local_files_only=True)
         return own
     except Exception:  # transformers', huggingface_hub's and json's own errors

@@ -14,6 +14,7 @@ from typing import Any
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
+from peft_bsr.compat.peft_api import config_class
 from peft_bsr.errors import AdapterFileError, ConfigError, headline
 from peft_bsr.registration import REGISTERED
 
@@ -98,10 +99,8 @@ def check_adapter(folder: str | Path) -> None:
     Examples:
         >>> check_adapter("my-adapter")  # doctest: +SKIP
     """
-    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-
     peft_type = read_config(Path(folder))["peft_type"]
-    PEFT_TYPE_TO_CONFIG_MAPPING[peft_type].from_pretrained(str(folder))
+    config_class(peft_type).from_pretrained(str(folder))
     check_weights(Path(folder))
 
 

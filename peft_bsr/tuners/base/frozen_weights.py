@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_bsr.backbones import Column, probe_inputs, quiet, run_probe, tensors_of
+from peft_bsr.compat.torch_api import leave_to_ddp, own_parameters
 from peft_bsr.core import is_quantized, kept_bytes
 from peft_bsr.errors import ConfigError, MissingDependencyError, UnsupportedModelError
 from peft_bsr.ops import FrozenLinear, exact_parameters, freeze_linear
@@ -23,7 +24,6 @@ FROZEN_WEIGHTS_HELP = "'full', 'int8' or 'bfloat16': weights of frozen blocks ar
 
 _LARGEST_ERROR = 0.1  # of the outputs, by their norm; 1e-2 is usual in 8 bits, 1e-3 in bfloat16
 _CALLED = {"int8": "8 bits", "bfloat16": "bfloat16"}
-_IGNORED_BY_DDP = "_ddp_params_and_buffers_to_ignore"
 _ROOT = "base_model.model."
 
 
@@ -167,9 +167,7 @@ def tell_ddp(model: nn.Module, parked: Sequence[str] = ()) -> None:
         parked: Names of its parked parameters.
     """
     names = [*parked, *(name for name, parameter in model.named_parameters() if is_quantized(parameter))]
-    setattr(model, _IGNORED_BY_DDP, [*names, *(f"{_ROOT}{name}" for name in names)])
-    if not names:
-        delattr(model, _IGNORED_BY_DDP)
+    leave_to_ddp(model, [*names, *(f"{_ROOT}{name}" for name in names)])
 
 
 def _not_rounded(model: nn.Module, wanted: Iterable[str]) -> dict[str, nn.Linear]:
@@ -206,19 +204,19 @@ def _replace(module: nn.Linear, made_of: Callable[[Tensor], Tensor], names: Sequ
     """Put others, made of them, in the place of parameters, which stay as they are."""
     for name, parameter in list(module.named_parameters()):
         if name in names:  # not by `setattr`: under PEFT's low_cpu_mem_usage that puts it on the meta device
-            module._parameters[name] = nn.Parameter(made_of(parameter.detach()), requires_grad=False)
+            own_parameters(module)[name] = nn.Parameter(made_of(parameter.detach()), requires_grad=False)
 
 
 @contextmanager
 def _put_back(modules: Iterable[nn.Linear]) -> Iterator[None]:
     """Class and parameters of the modules are in the end what they were."""
-    before = [(module, type(module), dict(module._parameters)) for module in modules]
+    before = [(module, type(module), dict(own_parameters(module))) for module in modules]
     try:
         yield
     finally:
         for module, cls, parameters in before:
             module.__class__ = cls
-            module._parameters.update(parameters)
+            own_parameters(module).update(parameters)
 
 
 def _mebibytes(modules: Iterable[nn.Module]) -> float:

@@ -7,10 +7,11 @@ from contextlib import contextmanager
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from peft_bsr.backbones import Column, FamilyRule
+from peft_bsr.compat.peft_api import ModulesToSaveWrapper
+from peft_bsr.compat.torch_api import MODULES
 from peft_bsr.core import ForwardContext
 from peft_bsr.engine import BlockRouter, Plan, attach_router, detach_router
 from peft_bsr.errors import AdapterError
@@ -51,7 +52,7 @@ class SingleAdapterLayer(BaseTunerLayer):
 
     def _carried(self) -> Any:
         """What has a place for each adapter; asked at each forward, so without PEFT's walk over all containers."""
-        return self._modules[self.adapter_layer_names[0]]._modules
+        return getattr(self._modules[self.adapter_layer_names[0]], MODULES)
 
 
 class AdapterRouter(BlockRouter, SingleAdapterLayer):

@@ -6,9 +6,9 @@ import copy
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
+from peft_bsr.compat.peft_api import cast_input_dtype, check_adapters_to_merge
 from peft_bsr.engine import Parking
 from peft_bsr.errors import AdapterError
 from peft_bsr.tuners.base.layer import SingleAdapterLayer, check_single, drop_saved_name
@@ -135,7 +135,7 @@ class BlockWeights(nn.Module, SingleAdapterLayer):
         else:
             like = next(module.parameters(), None)
             like = _replicated(module) if like is None else like
-            inputs = SingleAdapterLayer._cast_input_dtype(self, hidden_states, like.dtype)
+            inputs = cast_input_dtype(self, hidden_states, like.dtype)
         if isinstance(module, LowRankUpdate):
             output = self.base_layer(hidden_states, *args, **kwargs)
             return output + module(inputs).to(output.dtype)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from peft.tuners.tuners_utils import check_adapters_to_merge
-
+from peft_bsr.compat.peft_api import check_adapters_to_merge
 from peft_bsr.tuners.base.layer import AdapterRouter
 
 

@@ -6,18 +6,14 @@ import re
 from collections.abc import Callable, Collection
 from typing import Any, Literal
 
-from peft.tuners.tuners_utils import BaseTuner
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from peft_bsr.backbones import Column
+from peft_bsr.compat.peft_api import TRANSLATES_KEYS, AuxiliaryTrainingWrapper
 from peft_bsr.engine import ROUTER, Plan
 from peft_bsr.errors import ConfigError
 from peft_bsr.tuners.blocks.config import BlockConfig
 from peft_bsr.tuners.blocks.layer import BlockWeights
-
-_PEFT_TRANSLATES_KEYS = hasattr(BaseTuner, "_remap_adapter_state_dict_for_load")
-
 
 Way = Literal["copy", "low_rank", "heads", "mixture"]
 OtherTargets = Callable[[nn.Module, Column, Any, Plan], dict[str, Way]]
@@ -98,7 +94,7 @@ def _check_foreign_layout(places: dict[str, str], layout: dict[str, str]) -> lis
             f"`layout` names {unknown}, which this model does not have or this plan does not train. The adapter was "
             "made for another model; to begin a new one with this config, set `layout=None`."
         ]
-    if not _PEFT_TRANSLATES_KEYS:
+    if not TRANSLATES_KEYS:
         return ["the adapter was saved on another layout of this model; reading it needs `peft>=0.21`."]
     return []
 

@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import _ExcludedModule
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from peft_bsr.backbones import Column, StockRun, find_rule, probe, quiet
+from peft_bsr.compat.peft_api import AuxiliaryTrainingWrapper, ExcludedModule
 from peft_bsr.core import ForwardContext
 from peft_bsr.engine import Plan, attach_router
 from peft_bsr.errors import AdapterError, ReductionNotMergedWarning
@@ -127,7 +126,7 @@ class BlockTuner(RoutedTuner):
         return find_routers(model)
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:
-        return _ExcludedModule() if is_excluded(peft_config, key) else key in peft_config.resolution.targets
+        return ExcludedModule() if is_excluded(peft_config, key) else key in peft_config.resolution.targets
 
     def _create_and_replace(
         self,

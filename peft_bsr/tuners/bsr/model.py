@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from peft_bsr.backbones import Column, StockRun
+from peft_bsr.compat.peft_api import disabled_layers
 from peft_bsr.engine import ROUTER, Plan
 from peft_bsr.errors import AdapterError, ConfigError
 from peft_bsr.multitask import TaskHeads, new_head
@@ -137,13 +138,8 @@ def _without_heads(model: nn.Module) -> Iterator[None]:
     """The base model's own classifier runs for a while, in the place of the heads of several tasks."""
     layers: list[Any] = [m for m in model.modules() if isinstance(m, BlockWeights) and not m.disable_adapters]
     layers = [layer for layer in layers if any(isinstance(m, TaskHeads) for m in layer.bsr_params.values())]
-    for layer in layers:
-        layer._disable_adapters = True
-    try:
+    with disabled_layers(layers):
         yield
-    finally:
-        for layer in layers:
-            layer._disable_adapters = False
 
 
 __all__ = ["BSRModel"]

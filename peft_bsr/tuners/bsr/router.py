@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_bsr.backbones import Column, FamilyRule, remove_hooks
+from peft_bsr.backbones import Column, FamilyRule
+from peft_bsr.compat.torch_api import remove_hooks
 from peft_bsr.core import ForwardContext, TaskCall, outliving
 from peft_bsr.engine import Parking, plain_mlp
 from peft_bsr.errors import ForwardError

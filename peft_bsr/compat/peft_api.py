@@ -1,0 +1,127 @@
+"""Private interfaces of peft that the package uses. Tried: peft 0.20.0, 0.21.2.
+
+Methods with a leading underscore that tuners and layers of the package override stand with their classes;
+tests/compat/test_peft_api.py holds their names and parameters.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from peft import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule, check_adapters_to_merge
+from peft.utils import PeftType, register_peft_method
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+
+ExcludedModule = _ExcludedModule
+"""What `_check_target_module_exists` gives for a module that is excluded, not merely no target."""
+
+cast_input_dtype = BaseTunerLayer._cast_input_dtype
+"""`(layer, tensor, dtype) -> tensor`: cast an input, unless a user has switched that off for the layer."""
+
+TRANSLATES_KEYS = hasattr(BaseTuner, "_remap_adapter_state_dict_for_load")
+"""Whether a tuner may rename the keys of an adapter's file as it is loaded (peft 0.21 and later)."""
+
+
+def extend_peft_type(name: str) -> PeftType:
+    """Add `name` to the enum `PeftType`, or return the member if it is there.
+
+    PEFT has no public way to do this: a plain string or a foreign enum passes `get_peft_model` but breaks
+    transformers' native `load_adapter` and `AutoModel.from_pretrained` on an adapter folder.
+
+    Args:
+        name: Upper-case method name, equal to the member's value, for example `"BSR"`.
+    """
+    if name in PeftType.__members__:
+        return PeftType[name]
+    member = str.__new__(PeftType, name)
+    member._name_, member._value_ = name, name
+    PeftType._member_map_[name] = member
+    PeftType._value2member_map_[name] = member
+    PeftType._member_names_.append(name)
+    type.__setattr__(PeftType, name, member)  # EnumMeta.__setattr__ refuses; since 3.12 attribute access needs it
+    return member
+
+
+def register_method(name: str, config_cls: type[PeftConfig], model_cls: type[BaseTuner]) -> None:
+    """Make a method known to PEFT. Safe to call again, also after this package was imported again.
+
+    Args:
+        name: Lower-case method name.
+        config_cls: The `PeftConfig` subclass.
+        model_cls: The `BaseTuner` subclass; its `prefix` marks trained parameters.
+    """
+    peft_type = extend_peft_type(name.upper())
+    if peft_type in PEFT_TYPE_TO_TUNER_MAPPING:  # a re-import made new classes: they replace the old ones
+        PEFT_TYPE_TO_CONFIG_MAPPING[peft_type] = config_cls
+        PEFT_TYPE_TO_TUNER_MAPPING[peft_type] = model_cls
+        PEFT_TYPE_TO_PREFIX_MAPPING[peft_type] = model_cls.prefix
+        return
+    register_peft_method(name=name, config_cls=config_cls, model_cls=model_cls, prefix=model_cls.prefix)
+
+
+def config_class(peft_type: PeftType | str) -> Any:
+    """The configuration class of a method that is registered.
+
+    Raises:
+        KeyError: If it is not.
+    """
+    return PEFT_TYPE_TO_CONFIG_MAPPING[peft_type]
+
+
+def tuner_class(peft_type: PeftType | str) -> Any:
+    """The tuner class of a method that is registered.
+
+    Raises:
+        KeyError: If it is not.
+    """
+    return PEFT_TYPE_TO_TUNER_MAPPING[peft_type]
+
+
+@contextmanager
+def disabled_layers(layers: Iterable[Any]) -> Iterator[None]:
+    """Switch single tuner layers off for a while, without what `enable_adapters` does to gradients.
+
+    Args:
+        layers: Tuner layers that are switched on.
+    """
+    layers = list(layers)
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
+
+
+def ignore_gradient_checkpointing_warning() -> None:
+    """Drop transformers' warning that `is_gradient_checkpointing` is deprecated (5.24 and later).
+
+    `PeftModel.__init__` reads it at each attach, and a user can change nothing about it. transformers gives its own
+    line as the place of the warning, so that reads from elsewhere cannot be told apart and are not warned of either.
+    """
+    place = r"transformers\.modeling_utils$"
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning, place)
+
+
+__all__ = [
+    "TRANSLATES_KEYS",
+    "AuxiliaryTrainingWrapper",
+    "BufferDict",
+    "ExcludedModule",
+    "ModulesToSaveWrapper",
+    "cast_input_dtype",
+    "check_adapters_to_merge",
+    "config_class",
+    "disabled_layers",
+    "extend_peft_type",
+    "ignore_gradient_checkpointing_warning",
+    "register_method",
+    "tuner_class",
+]

@@ -9,7 +9,12 @@ import re
 from pathlib import Path
 from types import ModuleType
 
+import peft
 import pytest
+import torch
+import transformers
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from torch import nn
 
 import peft_bsr
 
@@ -17,6 +22,7 @@ ROOT = Path(peft_bsr.__file__).parent
 LAYERS = [
     "errors",
     "problem_type",
+    "compat",
     "core",
     "ops",
     "backbones",
@@ -33,11 +39,19 @@ LAYERS = [
 ]
 LAYERS += ["report", "exporting", "prediction", "cli"]  # what a user looks at
 OUTSIDE = {
+    "compat": {"torch", "transformers", "peft"},
     "core": {"torch"},
     "ops": {"torch"},
     "backbones": {"torch", "transformers"},
     "engine": {"torch"},
     "selftest": {"torch"},
+}
+COMPAT = {  # which of its files the inner layers may ask; each outer one may ask them all
+    "core": {"torch_api"},
+    "ops": {"torch_api"},
+    "backbones": {"torch_api", "transformers_api"},
+    "engine": {"torch_api", "transformers_api"},
+    "selftest": {"torch_api", "transformers_api"},
 }
 STANDARD = {
     "__future__",
@@ -84,6 +98,8 @@ def test_imports_run_inwards(path):
         if parts[0] == "peft_bsr":
             assert len(parts) > 1, f"{path} imports the whole package"
             assert LAYERS.index(parts[1]) <= LAYERS.index(layer), f"{layer} must not import {module}"
+            if parts[1] == "compat" and layer in COMPAT:
+                assert parts[2] in COMPAT[layer], f"{layer} must not import {module}"
         elif layer in OUTSIDE:
             assert parts[0] in OUTSIDE[layer] | STANDARD, f"{layer} must not import {module}"
 
@@ -149,3 +165,115 @@ def test_no_name_hides_a_module_of_its_package():
         if not isinstance(vars(package).get(module.name, peft_bsr), ModuleType)
     }
     assert hidden <= HIDDEN
+
+
+# Only peft_bsr/compat touches what peft, transformers and torch call private
+LIBRARIES = ("peft", "transformers", "torch")
+# modules that no documentation names, and of those that one does, what it names
+PRIVATE = (
+    "peft.mapping",
+    "peft.utils.other",
+    "torch.multiprocessing.reductions",
+    "transformers.modeling_utils",
+    "transformers.models",
+    "transformers.pipelines",
+    "transformers.utils.output_capturing",
+)
+PUBLIC = {
+    "peft.tuners.tuners_utils": {"BaseTuner", "BaseTunerLayer"},
+    "torch.utils.flop_counter": {"FlopCounterMode"},
+}
+OBJECTS = (
+    nn.Module(),
+    nn.Parameter(torch.zeros(1)),
+    torch.zeros(1).untyped_storage(),
+    torch.optim.SGD([nn.Parameter(torch.zeros(1))]),
+    transformers.PreTrainedConfig(),
+    transformers.PreTrainedModel,
+    transformers.modeling_layers.GradientCheckpointingLayer,
+    BaseTuner,
+    BaseTunerLayer,
+    peft.PeftModel,
+)
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+FOREIGN = {name for thing in OBJECTS for name in (*dir(thing), *getattr(thing, "__dict__", ())) if is_private(name)}
+FOREIGN |= {"_gradient_checkpointing_func", "_disable_adapters", "_active_adapter", "_name_or_path"}
+
+
+def own_names(trees: list[ast.AST]) -> set[str]:
+    """Private names that the package gives to things of its own."""
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    names = {node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    names |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    return names | {node.attr for node in nodes if isinstance(node, ast.Attribute) and is_own(node)}
+
+
+def is_own(node: ast.Attribute) -> bool:
+    """Whether it is asked of the object itself: the class, a subclass of the library's, may."""
+    place = node.value
+    is_super = isinstance(place, ast.Call) and isinstance(place.func, ast.Name) and place.func.id == "super"
+    return is_super or (isinstance(place, ast.Name) and place.id in ("self", "cls"))
+
+
+def touched(tree: ast.AST, own: set[str]) -> list[str]:
+    """What of the libraries' private things a file touches."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names if is_private_module(alias.name)]
+        elif isinstance(node, ast.ImportFrom):
+            allowed = PUBLIC.get(node.module or "")
+            for name in (alias.name for alias in node.names):
+                is_hidden = is_private_module(f"{node.module}.{name}") or (allowed is not None and name not in allowed)
+                found += [f"{node.module}.{name}"] if is_hidden else []
+        elif isinstance(node, ast.Attribute) and is_private(node.attr) and not is_own(node):
+            found += [node.attr] if node.attr in FOREIGN or node.attr not in own else []
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in FOREIGN:
+            found.append(node.value)
+    return found
+
+
+def is_private_module(name: str) -> bool:
+    parts = name.split(".")
+    is_listed = any(f"{name}.".startswith(f"{private}.") for private in PRIVATE)
+    return parts[0] in LIBRARIES and (is_listed or any(map(is_private, parts)))
+
+
+TREES = {path: ast.parse(path.read_text()) for path in sorted(ROOT.rglob("*.py")) if path.parent.name != "compat"}
+OWN = own_names(list(TREES.values()))
+
+
+def test_only_compat_touches_what_is_private():
+    found = {str(path.relative_to(ROOT)): names for path, tree in TREES.items() if (names := touched(tree, OWN))}
+    assert not found, f"put each behind a name in peft_bsr/compat: {found}"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from torch.utils._pytree import tree_leaves",
+        "import torch._dynamo.config",
+        "from peft.tuners.tuners_utils import _ExcludedModule",
+        "from peft.tuners.tuners_utils import check_adapters_to_merge",
+        "from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING",
+        "from peft import mapping",
+        "from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS",
+        "torch._functorch.config.activation_memory_budget",
+        "tensor.untyped_storage()._cdata",
+        "module._modules",
+        "getattr(config, '_attn_implementation')",
+        "layer._disable_adapters = True",
+    ],
+)
+def test_the_rule_sees_each_way(line):
+    assert touched(ast.parse(line), OWN)
+
+
+def test_the_rule_leaves_the_own_alone():
+    lines = "self._modules[name]; super()._apply(run); router._bound; from peft.tuners.tuners_utils import BaseTuner"
+    assert not touched(ast.parse(lines), OWN)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -18,12 +17,12 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _IGNORED_BY_DDP = "_ddp_params_and_buffers_to_ignore"
 
-own_parameters: Callable[[Any], dict[str, Any]] = attrgetter("_parameters")
-"""The parameters of a module itself, by name; writing here goes around `register_parameter` and its wrappers."""
+PARAMETERS = "_parameters"
+"""Attribute of a module: its own parameters by name. Writing there goes around wrappers of `register_parameter`."""
 
-own_modules: Callable[[Any], dict[str, Any]] = attrgetter("_modules")
-"""A module's children by name: the dictionary itself, which shows every later change. Like the other, no Python call:
-both are asked in every forward.
+MODULES = "_modules"
+"""Attribute of a module: its children by name, the dictionary itself. As the one before it is read in each forward, and
+by compilers: so both are no functions.
 """
 
 CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -135,7 +134,9 @@ def takes_tensors(formula: Callable[..., int]) -> Callable[..., int]:
 __all__ = [
     "CPU_ATTENTION",
     "CPU_ATTENTION_BACKWARD",
+    "MODULES",
     "ONNX_REGISTRATION_LOGGER",
+    "PARAMETERS",
     "StorageWeakRef",
     "TorchDispatchMode",
     "activation_memory_budget",
@@ -146,8 +147,6 @@ __all__ = [
     "is_traceable_wrapper_subclass",
     "leave_to_ddp",
     "no_memory",
-    "own_modules",
-    "own_parameters",
     "recompile_limit",
     "remove_hooks",
     "saved_in_node",

@@ -65,11 +65,6 @@ def source_of(config: Any) -> str | None:
     return getattr(config, "_name_or_path", None)
 
 
-def revision_of(config: Any) -> str | None:
-    """Commit on the Hub that a model was loaded from, or None."""
-    return getattr(config, "_commit_hash", None)
-
-
 def forget_source(config: Any) -> None:
     """What is made of the config no longer claims to have the weights of the place that it was loaded from."""
     config._name_or_path = ""
@@ -121,6 +116,5 @@ __all__ = [
     "image_processor_names",
     "is_capture_hook",
     "model_classes_of",
-    "revision_of",
     "source_of",
 ]

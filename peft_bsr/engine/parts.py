@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from peft_bsr.backbones import Anatomy
-from peft_bsr.compat.torch_api import own_parameters
+from peft_bsr.compat.torch_api import PARAMETERS
 from peft_bsr.ops import Activation, FrozenLinear, Gate, NormOp, norm_kind
 
 
@@ -65,7 +65,7 @@ def running_leaf(module: Any) -> tuple[Any, Any]:
 
 def own_tensors(module: Any) -> dict[str, Any]:
     """Parameters of the module itself, by name. In a replica of nn.DataParallel they are plain attributes."""
-    parameters = own_parameters(module)
+    parameters: dict[str, Any] = getattr(module, PARAMETERS)
     return parameters if parameters else vars(module)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from operator import itemgetter
 from typing import Any
 
-from peft_bsr.compat.torch_api import hook_dictionaries, own_modules
+from peft_bsr.compat.torch_api import MODULES, hook_dictionaries
 from peft_bsr.compat.transformers_api import captured_outputs, is_capture_hook
 
 STATE = "adapter_state"  # attribute of a module that holds adapters; another object after each change
@@ -24,7 +24,7 @@ class Watch:
     def __init__(self, modules: Iterable[Any], own: tuple[Any, ...] = ()) -> None:
         self._modules, self._own = list(modules), own
         self._kinds = [*map(type, self._modules)]
-        holders = [own_modules(module) for module in self._modules]
+        holders = [getattr(module, MODULES) for module in self._modules]
         links = [(holder, name, child) for holder in holders for name, child in holder.items()]
         self._parents, self._names = [parent for parent, _, _ in links], [name for _, name, _ in links]
         self._children = [child for _, _, child in links]

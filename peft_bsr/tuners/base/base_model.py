@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from peft_bsr.backbones import resized_tables
-from peft_bsr.compat.transformers_api import revision_of, source_of
+from peft_bsr.compat.transformers_api import source_of
 
 _ABSENT = object()
 _NOT_KEPT = {"architectures", "auto_map", "dtype", "model_type", "quantization_config", "torch_dtype"}
@@ -33,8 +33,7 @@ def own_config(model: nn.Module) -> PreTrainedConfig | None:
     if not isinstance(config, PreTrainedConfig) or not source:
         return None
     try:
-        revision = revision_of(config)
-        own: PreTrainedConfig = type(config).from_pretrained(source, revision=revision, local_files_only=True)
+        own: PreTrainedConfig = type(config).from_pretrained(source, local_files_only=True)
         return own
     except Exception:  # transformers', huggingface_hub's and json's own errors
         return None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_bsr.backbones import Column, probe_inputs, quiet, run_probe, tensors_of
-from peft_bsr.compat.torch_api import leave_to_ddp, own_parameters
+from peft_bsr.compat.torch_api import PARAMETERS, leave_to_ddp
 from peft_bsr.core import is_quantized, kept_bytes
 from peft_bsr.errors import ConfigError, MissingDependencyError, UnsupportedModelError
 from peft_bsr.ops import FrozenLinear, exact_parameters, freeze_linear
@@ -204,19 +204,19 @@ def _replace(module: nn.Linear, made_of: Callable[[Tensor], Tensor], names: Sequ
     """Put others, made of them, in the place of parameters, which stay as they are."""
     for name, parameter in list(module.named_parameters()):
         if name in names:  # not by `setattr`: under PEFT's low_cpu_mem_usage that puts it on the meta device
-            own_parameters(module)[name] = nn.Parameter(made_of(parameter.detach()), requires_grad=False)
+            getattr(module, PARAMETERS)[name] = nn.Parameter(made_of(parameter.detach()), requires_grad=False)
 
 
 @contextmanager
 def _put_back(modules: Iterable[nn.Linear]) -> Iterator[None]:
     """Class and parameters of the modules are in the end what they were."""
-    before = [(module, type(module), dict(own_parameters(module))) for module in modules]
+    before = [(module, type(module), dict(getattr(module, PARAMETERS))) for module in modules]
     try:
         yield
     finally:
         for module, cls, parameters in before:
             module.__class__ = cls
-            own_parameters(module).update(parameters)
+            getattr(module, PARAMETERS).update(parameters)
 
 
 def _mebibytes(modules: Iterable[nn.Module]) -> float:

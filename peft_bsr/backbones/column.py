@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from peft_bsr.core import SideInput
 from peft_bsr.errors import UnsupportedModelError
 
 ScoreSource = Literal["interface", "sdpa", "weights"]
@@ -59,6 +60,7 @@ class Column:
         is_chained: Whether every block's input is the output of the one before it.
         returns_tuple: Whether a block returns (hidden states, ...) and not the hidden states alone.
         uses_positions: Whether blocks use a token's position, through side inputs that follow the kept tokens.
+        side_inputs: (name, kind) of what a block's attention gets next to the hidden states; see `Route.follow`.
         scores_from: How token scores are had: from the query and key that pass through transformers'
             `AttentionInterface` (`"interface"`) or torch's `scaled_dot_product_attention` (`"sdpa"`), from the
             `"weights"` that the attention returns, or not at all (None).
@@ -86,6 +88,7 @@ class Column:
     is_chained: bool
     returns_tuple: bool
     uses_positions: bool
+    side_inputs: tuple[tuple[str, SideInput], ...]
     scores_from: ScoreSource | None
     num_heads: int
     scaling: float

@@ -5,8 +5,9 @@ Or where side inputs (position tables, biases, masks) tell it where they stand, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import product
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from peft_bsr.backbones.inputs import tensors_of, tolerance
 from peft_bsr.backbones.registry import find_rule
 from peft_bsr.backbones.side_inputs import TokenFollower
-from peft_bsr.core import BlockCall, ForwardContext, Route, is_quantized
+from peft_bsr.core import BlockCall, ForwardContext, Route, SideInput, is_quantized
 from peft_bsr.errors import UnsupportedModelError
 
 
@@ -26,7 +27,8 @@ def check_permutation(
     hidden: Tensor,
     call: tuple[tuple[Any, ...], dict[str, Any]],
     route: Route,
-) -> bool:
+    kinds: Mapping[str, tuple[SideInput, ...]],
+) -> tuple[bool, dict[str, SideInput]]:
     """Swap patches and see whether the block's output is swapped alike.
 
     Args:
@@ -36,25 +38,28 @@ def check_permutation(
         hidden: Tokens [1, N, D] that it was called with.
         call: The other arguments it was called with.
         route: Which of them are patches.
+        kinds: What each argument of its attention can be, the likeliest first.
 
     Returns:
-        Whether it takes side inputs (swapped as well) for it to be so.
+        Whether it takes side inputs (swapped as well) for it to be so, and what each of them is: where several kinds
+        are possible, the first with which it is so.
 
     Raises:
         UnsupportedModelError: If the block uses positions that no side input tells it.
     """
     with no_zero_tables(block):
-        return _uses_side_inputs(model, block, attention_name, hidden, call, route)
+        return _find_kinds(model, block, attention_name, hidden, call, route, kinds)
 
 
-def _uses_side_inputs(
+def _find_kinds(
     model: nn.Module,
     block: nn.Module,
     attention_name: str,
     hidden: Tensor,
     call: tuple[tuple[Any, ...], dict[str, Any]],
     route: Route,
-) -> bool:
+    possible: Mapping[str, tuple[SideInput, ...]],
+) -> tuple[bool, dict[str, SideInput]]:
     args, kwargs = call
     order = torch.randperm(route.num_patches, generator=torch.Generator().manual_seed(0)).to(hidden.device)
     shuffled = Route(route.num_prefix, route.num_patches, route.num_suffix, origins=order[None])
@@ -80,27 +85,38 @@ def _uses_side_inputs(
         return max(excess(*pair) for pair in zip(found, expected, scales, strict=True))
 
     raw = error()
+    choices = [dict(zip(possible, kinds, strict=True)) for kinds in product(*possible.values())]
     if raw <= 1:
-        return False
-    context = ForwardContext()
-    follower = TokenFollower(context, find_rule(model))
-    follower.attach(block, attention_name)
+        return False, choices[0]
+    rule, context = find_rule(model), ForwardContext()
     context.now.running = BlockCall(shuffled)
-    reason = "its blocks use the position of a token inside (swapping patches changes what they compute"
-    try:
-        followed = error()
-    except (ValueError, TypeError, RuntimeError, AttributeError, IndexError) as failure:
-        raise UnsupportedModelError(
-            f"{reason}), and with position tables, biases and masks swapped alike they fail with {failure!r}"
-        ) from failure
-    finally:
-        follower.detach(block, attention_name)
-    if followed > 1:
-        raise UnsupportedModelError(
-            f"{reason} by {raw:.0f} times the tolerance, {followed:.0f} times with position tables, biases and masks "
-            "swapped alike), so what they compute on fewer tokens is not known"
+
+    def failure(kinds: Mapping[str, SideInput]) -> str | None:
+        """What goes wrong if the arguments are of these kinds, or None."""
+        follower = TokenFollower(context, rule, kinds)
+        follower.attach(block, attention_name)
+        try:
+            followed = error()
+        except (ValueError, TypeError, RuntimeError, AttributeError, IndexError) as raised:
+            return f"), and with position tables, biases and masks swapped alike they fail with {raised!r}"
+        finally:
+            follower.detach(block, attention_name)
+        if followed <= 1:
+            return None
+        return (
+            f" by {raw:.0f} times the tolerance, {followed:.0f} times with position tables, biases and masks swapped "
+            "alike), so what they compute on fewer tokens is not known"
         )
-    return True
+
+    likeliest = failure(choices[0])
+    if likeliest is None:
+        return True, choices[0]
+    for kinds in choices[1:]:
+        if failure(kinds) is None:
+            return True, kinds
+    raise UnsupportedModelError(
+        f"its blocks use the position of a token inside (swapping patches changes what they compute{likeliest}"
+    )
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from peft_bsr.backbones.inputs import (
     run_probe,
     tensors_of,
 )
+from peft_bsr.backbones.kinds import possible_kinds
 from peft_bsr.backbones.permutation import check_permutation
 from peft_bsr.backbones.registry import vision_config
 from peft_bsr.backbones.scoring import find_score_source
@@ -110,16 +111,21 @@ def _probe(model: nn.Module) -> tuple[Column, StockRun]:
         num_patches = embeddings.shape[1] - num_prefix - num_suffix
         route = Route(num_prefix, num_patches, num_suffix)
         (hidden, *args), kwargs, first_output = trace.calls[0]
-        uses_positions = check_permutation(model, blocks[0], attention_name, hidden, (tuple(args), kwargs), route)
         attention = blocks[0].get_submodule(attention_name)
         assert trace.attention_call is not None
+        grids = [grid for grid in trace.grids if torch.Size(grid).numel() == num_patches]
+        grid = grids[-1] if grids else None
+        kinds = possible_kinds(model, attention, trace.attention_call, route, image_shape, grid)
+        block_call = (tuple(args), kwargs)
+        uses_positions, side_inputs = check_permutation(
+            model, blocks[0], attention_name, hidden, block_call, route, kinds
+        )
         scores_from, num_heads, scaling = find_score_source(attention, *trace.attention_call)
         last_read, reads, head = _read_out(model, found, image_shape, output, trace)
     leaves = tuple(parameter_owners(blocks[0]))
     orders = [list(order) for order in trace.order.values()]
     is_same = all(order == orders[0] for order in orders)
     anatomy = find_anatomy(blocks[0], orders[0], trace.residual_takers, attention_name) if is_same else None
-    grids = [grid for grid in trace.grids if torch.Size(grid).numel() == num_patches]
     column = Column(
         blocks=tuple(f"{list_name}.{i}" for i in range(len(blocks))),
         leaves=leaves,
@@ -133,7 +139,7 @@ def _probe(model: nn.Module) -> tuple[Column, StockRun]:
         num_patches=num_patches,
         num_suffix=num_suffix,
         image_shape=image_shape,
-        grid=grids[-1] if grids else None,
+        grid=grid,
         last_read=last_read,
         reads_prefix=tuple(i for i in range(num_prefix) if reads[i]),
         reads_patches=bool(reads[num_prefix : num_prefix + num_patches].any()),
@@ -141,6 +147,7 @@ def _probe(model: nn.Module) -> tuple[Column, StockRun]:
         is_chained=all(torch.equal(a, b) for a, b in zip(trace.inputs[1:], trace.outputs, strict=False)),
         returns_tuple=isinstance(first_output, tuple),
         uses_positions=uses_positions,
+        side_inputs=tuple(side_inputs.items()),
         scores_from=scores_from,
         num_heads=num_heads,
         scaling=scaling,

@@ -26,7 +26,8 @@ class FamilyRule:
         probe_inputs: `(config, batch_size, generator) -> inputs` with random inputs for one forward. General way:
             images, videos or spectrograms of the shape that the config names.
         follow_attention: `(route, arguments) -> arguments`, what the attention is called with (by name, hidden states
-            left out), for the alive tokens only. General way: `Route.follow` on every argument.
+            left out), for the alive tokens only. General way: `Route.follow` on every argument, as what the probe found
+            it to be.
         position_bias: Name of a module in the block or its attention that makes a bias [.., N, N] of all tokens. Its
             `dim_size` is set to the full length, and inside an attention its output follows the route. General way:
             there is none.
@@ -116,7 +117,9 @@ class _PerImageTable:
 
 
 def _follow_mlcd(route: Route, arguments: Arguments) -> Arguments:
-    cos, sin = (_PerImageTable(table[:, 0]) for table in route.follow(tuple(arguments["position_embeddings"])))
+    cos, sin = (
+        _PerImageTable(table[:, 0]) for table in route.follow(arguments["position_embeddings"], "rotary_tables")
+    )
     return {**route.follow_items(arguments, but="position_embeddings"), "position_embeddings": (cos, sin)}
 
 
@@ -139,7 +142,7 @@ def _follow_timm(route: Route, arguments: Arguments) -> Arguments:
     if rope is None:
         return followed
     sin, cos = rope.tensor_split(2, dim=-1)
-    cos, sin = route.follow((cos, sin))
+    cos, sin = route.follow((cos, sin), "rotary_tables")
     return {**followed, "rope": torch.cat([sin, cos], dim=-1)}
 
 

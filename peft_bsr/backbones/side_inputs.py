@@ -8,13 +8,14 @@ the alive tokens' part by the route of the block that runs; the route comes with
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from peft_bsr.backbones.registry import FamilyRule
 from peft_bsr.compat.torch_api import remove_hooks
-from peft_bsr.core import ForwardContext, Route
+from peft_bsr.core import NAMED_KINDS, ForwardContext, Route, SideInput
 
 
 class TokenFollower:
@@ -23,11 +24,13 @@ class TokenFollower:
     Args:
         context: Knows the block that runs, and its route.
         rule: Exceptions of the family.
+        kinds: What the attention's arguments are, by name, as the probe found; see `Route.follow`.
     """
 
-    def __init__(self, context: ForwardContext, rule: FamilyRule) -> None:
+    def __init__(self, context: ForwardContext, rule: FamilyRule, kinds: Mapping[str, SideInput]) -> None:
         self.context = context
         self.rule = rule
+        self.kinds = {**NAMED_KINDS, **kinds}
         self.names: tuple[str, ...] = ()
 
     def attach(self, block: nn.Module, attention_name: str) -> None:
@@ -57,7 +60,7 @@ class TokenFollower:
         route = self.route
         if route is None:
             return None
-        named = {**dict(zip(self.names, args[1:], strict=False)), **kwargs}
+        named = named_inputs(self.names, args, kwargs)
         tokens = {} if args else {"hidden_states": named.pop("hidden_states")}
         return args[:1], {**tokens, **self.follow(named)}
 
@@ -66,7 +69,7 @@ class TokenFollower:
         route, follow = self.route, self.rule.follow_attention
         if route is None:
             return arguments
-        return follow(route, arguments) if follow is not None else route.follow_items(arguments)
+        return follow(route, arguments) if follow is not None else route.follow_items(arguments, self.kinds)
 
     def enter_bias(self, bias: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A bias is made for all tokens, however few are alive."""
@@ -76,11 +79,16 @@ class TokenFollower:
     def leave_bias(self, bias: nn.Module, args: tuple[Any, ...], output: Tensor) -> Any:
         """Inside an attention, nobody else selects the alive tokens' part."""
         route = self.route
-        return None if route is None else route.follow(output)
+        return None if route is None else route.follow(output, "mask")
 
     def _biases(self, module: nn.Module) -> list[nn.Module]:
         name = self.rule.position_bias
         return [] if name is None else [m for path, m in module.named_modules() if path.split(".")[-1] == name]
+
+
+def named_inputs(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What a module is called with by name, the first argument left out; see `input_names`."""
+    return {**dict(zip(names, args[1:], strict=False)), **kwargs}
 
 
 def input_names(module: nn.Module) -> tuple[str, ...]:

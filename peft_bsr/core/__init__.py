@@ -31,12 +31,13 @@ from peft_bsr.core.reduction import (
     reduce_tokens,
     select_tokens,
 )
-from peft_bsr.core.route import Entry, Route, TaskCall
+from peft_bsr.core.route import NAMED_KINDS, Entry, Route, SideInput, TaskCall
 
 __all__ = [
     "BLOCKS",
     "CLASS_FREE_SCORE",
     "DELTA_REDUCTIONS",
+    "NAMED_KINDS",
     "SCORE_KINDS",
     "SELECTIONS",
     "BlockCall",
@@ -47,6 +48,7 @@ __all__ = [
     "Product",
     "Route",
     "ScoreKind",
+    "SideInput",
     "TaskCall",
     "absorb_key",
     "apply_value",

@@ -6,13 +6,19 @@ suffix, H heads, d head width.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from peft_bsr.errors import ForwardError
+
+SideInput = Literal["mask", "table", "rotary_tables", "items", "other"]
+"""What enters an attention next to the hidden states; see `Route.follow`."""
+NAMED_KINDS: Mapping[str, SideInput] = {"attention_mask": "mask"}
+"""Those that their name tells: what the probe sees none of may come later."""
 
 
 @dataclass(eq=False)
@@ -116,41 +122,74 @@ class Route:
         suffix = torch.arange(suffix_start, self.full_length, device=device).expand(batch, -1)
         return torch.cat([prefix, self.num_prefix + fused, suffix], dim=1)
 
-    def follow(self, value: Any) -> Any:
+    def readings(self, value: Any) -> tuple[SideInput, ...]:
+        """What an attention input of all tokens can be by its shape, the likeliest first, `"other"` last.
+
+        A bias [.., N, N] has the shape of a table whose rows are N wide, and another axis may happen to be as long as
+        there are tokens: which it is, the probe finds out.
+        """
+        if isinstance(value, (tuple, list)):
+            is_pair = len(value) == 2 and all("table" in self.readings(item) for item in value)
+            return ("rotary_tables", "items") if is_pair else ("items",)
+        if not isinstance(value, Tensor):
+            return ("other",)
+        found: list[SideInput] = []
+        shape, length = value.shape, self.full_length
+        if value.ndim == 2 and shape[-1] == length and not value.is_floating_point():
+            found.append("mask")
+        if value.ndim >= 3 and shape[-1] == length and shape[-2] in (1, length):
+            found.append("mask")
+        if value.is_floating_point() and value.ndim >= 2 and shape[-2] in (length, self.num_patches):
+            found.append("table")
+        return (*found, "other")
+
+    def follow(self, value: Any, kind: SideInput | None = None) -> Any:
         """Select the alive tokens' part of an attention input; what does not speak of single tokens stays as it is.
 
-        Padding masks [B, N] lose columns, masks and biases [.., .., N or 1, N] rows and columns; a fused token takes
-        those of the first special token, and is visible without a bias where there is none. Tables [.., N or M, d]
-        lose rows; a pair of tables is read as (cos, sin), and a fused token is not rotated. Lists and tuples are
-        followed item by item.
+        Args:
+            value: What all tokens would get.
+            kind: What it is; default its likeliest reading, see `readings`.
+
+                - `"mask"`: a padding mask [B, N] loses columns, a mask or bias [.., .., N or 1, N] rows and columns; a
+                  fused token takes those of the first special token, and is visible without a bias where there is none.
+                - `"table"`: [.., N or M, d] loses rows; a fused token's row is 0.
+                - `"rotary_tables"`: (cos, sin), two tables; a fused token is not rotated.
+                - `"items"`: a list or tuple, followed item by item.
+                - `"other"`: speaks of no single token.
 
         Raises:
-            NotImplementedError: On a mask of flex attention, which is no tensor.
+            NotImplementedError: On a mask of flex attention, which is not a tensor.
         """
-        if self.origins is None:
+        if self.origins is None or value is None:
             return value
         if type(value).__name__ == "BlockMask":
             raise NotImplementedError("token reduction cannot follow a mask of flex attention; use sdpa or eager")
-        if isinstance(value, (tuple, list)):
-            if len(value) == 2 and all(isinstance(table, Tensor) for table in value):
-                cos, sin = value
-                return self._follow_tensor(cos, unrotated=1.0), self._follow_tensor(sin, unrotated=0.0)
-            return tuple(self.follow(item) for item in value)
-        return self._follow_tensor(value, unrotated=0.0) if isinstance(value, Tensor) else value
+        if kind is None:
+            kind = self.readings(value)[0]
+        if kind == "mask":
+            if value.shape[-1] != self.full_length:
+                return value  # one column for all tokens
+            return self.gather_mask(value) if value.ndim > 2 else self.gather_mask(value[:, None, None])[:, 0, 0]
+        if kind == "table":
+            return self.gather_table(value)
+        if kind == "rotary_tables":
+            cos, sin = value
+            return self.gather_table(cos, unrotated=1.0), self.gather_table(sin)
+        return tuple(self.follow(item) for item in value) if kind == "items" else value
 
-    def follow_items(self, arguments: dict[str, Any], but: str = "") -> dict[str, Any]:
-        """`follow` on every value of `arguments`, less the one called `but`."""
-        return {name: value if name == but else self.follow(value) for name, value in arguments.items()}
+    def follow_items(
+        self, arguments: dict[str, Any], kinds: Mapping[str, SideInput] = NAMED_KINDS, but: str = ""
+    ) -> dict[str, Any]:
+        """`follow` on every value of `arguments`, less the one called `but`.
 
-    def _follow_tensor(self, value: Tensor, unrotated: float) -> Tensor:
-        shape, length = value.shape, self.full_length
-        if value.ndim == 2 and shape[-1] == length and not value.is_floating_point():
-            return self.gather_mask(value[:, None, None])[:, 0, 0]
-        if value.ndim >= 3 and shape[-1] == length and shape[-2] in (1, length):
-            return self.gather_mask(value)
-        if value.is_floating_point() and value.ndim >= 2 and shape[-2] in (length, self.num_patches):
-            return self.gather_table(value, unrotated)
-        return value
+        Args:
+            arguments: What an attention is called with, by name.
+            kinds: What they are; those that are not named are taken for what their shape says.
+            but: The name of one that stays as it is.
+        """
+        return {
+            name: value if name == but else self.follow(value, kinds.get(name)) for name, value in arguments.items()
+        }
 
     def gather_mask(self, mask: Tensor) -> Tensor:
         """A mask or bias [H, N, N] or [B or 1, H or 1, N or 1, N] for the alive tokens, [B, .., alive or 1, alive]."""

@@ -58,7 +58,7 @@ class BlockRouter(nn.Module):
         self.context = context
         self.rule = rule
         self.scorer = AttentionScorer(context)
-        self.follower = TokenFollower(context, rule)
+        self.follower = TokenFollower(context, rule, dict(column.side_inputs))
         self.aside: dict[str, str] = {}
         self.roots: list[nn.Module] = []
         self._plan = plan

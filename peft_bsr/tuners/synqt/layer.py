@@ -131,7 +131,7 @@ class SynQTRouter(AdapterRouter):
         """The tokens that are left on the running route, and which of them are padding."""
         route, mask = self.context.now.route, attention_mask(self.column, args, kwargs)
         if route is not None and route.origins is not None:
-            mask = route.follow(mask)
+            mask = route.follow(mask, "mask")
             if route.is_full_view and route.num_tokens < route.full_length:
                 hidden_states = pick_tokens(hidden_states, route.places())
         return hidden_states, hidden_tokens(mask)

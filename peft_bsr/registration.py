@@ -1,4 +1,4 @@
-"""Which versions of PEFT are supported, which methods this package has, and its own version."""
+"""Which versions of torch, transformers and peft are supported, which methods this package has, and its version."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from peft_bsr.compat import peft_api
 from peft_bsr.compat.peft_api import extend_peft_type
 from peft_bsr.errors import UnsupportedPeftError
 
-OLDEST_PEFT, FIRST_UNTESTED_PEFT = "0.20.0", "0.22.0"
-"""Supported: OLDEST_PEFT <= peft < FIRST_UNTESTED_PEFT. A newer one may work; the tests say loudly when it arrives."""
+SUPPORTED = {"torch": ("2.7.0", "2.15.0"), "transformers": ("5.18.0", "5.24.0"), "peft": ("0.20.0", "0.22.0")}
+"""Package -> (oldest version, first that is not supported), as in pyproject.toml. A newer one may work, but private
+interfaces of all three are used: tests/compat names those that changed, docs/compatibility.md what was tried.
+"""
 
 REGISTERED: set[str] = set()
 """`peft_type` of every method of this package."""
@@ -26,11 +28,12 @@ def check_peft_version(version: str = peft.__version__) -> None:
     """Refuse a peft that is too old to load our adapters natively in transformers.
 
     Raises:
-        UnsupportedPeftError: If `version` is older than `OLDEST_PEFT`.
+        UnsupportedPeftError: If `version` is older than that.
     """
-    if Version(version) < Version(OLDEST_PEFT):
+    oldest = SUPPORTED["peft"][0]
+    if Version(version) < Version(oldest):
         raise UnsupportedPeftError(
-            f"peft_bsr needs peft >= {OLDEST_PEFT}, found {version}. Run `pip install -U 'peft>={OLDEST_PEFT}'`."
+            f"peft_bsr needs peft >= {oldest}, found {version}. Run `pip install -U 'peft>={oldest}'`."
         )
 
 

@@ -4,9 +4,11 @@ import copy
 import enum
 import importlib
 import pickle
+import re
 import subprocess
 import sys
-from importlib.metadata import requires
+from importlib.metadata import version
+from pathlib import Path
 
 import peft
 import pytest
@@ -18,7 +20,7 @@ from peft.utils import PeftType
 import peft_bsr
 from peft_bsr.compat.peft_api import extend_peft_type
 from peft_bsr.errors import UnsupportedPeftError
-from peft_bsr.registration import FIRST_UNTESTED_PEFT, OLDEST_PEFT, check_peft_version
+from peft_bsr.registration import SUPPORTED, check_peft_version
 
 
 def test_the_member_is_like_any_other():
@@ -66,18 +68,25 @@ def test_too_old_a_peft_is_refused():
     check_peft_version("0.20.0")
 
 
-def test_a_newer_peft_than_tested_is_noticed():
-    found = Version(peft.__version__)
-    assert Version(OLDEST_PEFT) <= found < Version(FIRST_UNTESTED_PEFT), (
-        f"peft {found} is newer than what was tested. Run the tests on it, read its changes to BaseTuner and "
-        "PeftType, then raise FIRST_UNTESTED_PEFT and the pins in pyproject.toml."
+@pytest.mark.parametrize("package", SUPPORTED)
+def test_a_newer_version_than_tested_is_noticed(package):
+    found, (oldest, first_untested) = Version(version(package)), SUPPORTED[package]
+    assert Version(oldest) <= found < Version(first_untested), (
+        f"{package} {found} is newer than what was tested. Run the tests on it, tests/compat first, then raise "
+        "SUPPORTED, the pins in pyproject.toml and the rows of tests/contract/versions.py."
     )
 
 
-def test_pyproject_pins_the_same_range():
-    (pin,) = (r for r in map(Requirement, requires("peft-bsr")) if r.name == "peft")
-    assert Version(OLDEST_PEFT) in pin.specifier
-    assert Version(FIRST_UNTESTED_PEFT) not in pin.specifier
+@pytest.mark.parametrize("package", SUPPORTED)
+def test_pyproject_pins_the_same_range(package):
+    """Of the file, not of what is installed: an editable install keeps the pins it was made with."""
+    project = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    (pin,) = (Requirement(line) for line in re.findall(rf'^    "({package}\b.*)",$', project, re.MULTILINE))
+    oldest, first_untested = SUPPORTED[package]
+    major, minor, *_ = Version(oldest).release
+    assert oldest in pin.specifier and f"{major}.{minor - 1}.99" not in pin.specifier
+    major, minor, *_ = Version(first_untested).release
+    assert first_untested not in pin.specifier and f"{major}.{minor - 1}.99" in pin.specifier
 
 
 def test_importing_needs_no_torchvision():

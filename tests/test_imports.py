@@ -63,6 +63,7 @@ STANDARD = {
     "functools",
     "gc",
     "inspect",
+    "itertools",
     "logging",
     "math",
     "operator",

@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 
 from peft_bsr.backbones.inputs import input_shapes, main_input
 from peft_bsr.backbones.registry import inner_config
+from peft_bsr.compat.torch_api import unsaved_buffers
 from peft_bsr.errors import ConfigError, UnsupportedModelError
 
 _INTERPOLATE = "interpolate_pos_encoding"  # method and argument of transformers
@@ -196,7 +197,7 @@ def _follow(owner: nn.Module, twin: nn.Module) -> None:
             mine = module.get_buffer(name)
             if mine.shape != buffer.shape and not mine.is_floating_point():
                 numbers = torch.arange(buffer.shape[-1], device=mine.device, dtype=mine.dtype).expand(buffer.shape)
-                module.register_buffer(name, numbers, persistent=name not in module._non_persistent_buffers_set)
+                module.register_buffer(name, numbers, persistent=name not in unsaved_buffers(module))
 
 
 def _tell_configs(model: nn.Module, height: int, width: int) -> None:

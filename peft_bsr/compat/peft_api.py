@@ -74,15 +74,6 @@ def config_class(peft_type: PeftType | str) -> Any:
     return PEFT_TYPE_TO_CONFIG_MAPPING[peft_type]
 
 
-def tuner_class(peft_type: PeftType | str) -> Any:
-    """The tuner class of a method that is registered.
-
-    Raises:
-        KeyError: If it is not.
-    """
-    return PEFT_TYPE_TO_TUNER_MAPPING[peft_type]
-
-
 @contextmanager
 def disabled_layers(layers: Iterable[Any]) -> Iterator[None]:
     """Switch single tuner layers off for a while, without what `enable_adapters` does to gradients.
@@ -123,5 +114,4 @@ __all__ = [
     "extend_peft_type",
     "ignore_gradient_checkpointing_warning",
     "register_method",
-    "tuner_class",
 ]

@@ -58,6 +58,11 @@ def has_forward_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
+def unsaved_buffers(module: nn.Module) -> set[str]:
+    """Names of the module's own buffers that its state dict leaves out."""
+    return module._non_persistent_buffers_set
+
+
 def remove_hooks(module: nn.Module, owner: object) -> None:
     """Remove the forward hooks of `module` that are methods of `owner`."""
     for hooks in (module._forward_pre_hooks, module._forward_hooks):
@@ -158,5 +163,6 @@ __all__ = [
     "takes_tensors",
     "tree_leaves",
     "tree_map_only",
+    "unsaved_buffers",
     "version_of",
 ]

@@ -87,7 +87,7 @@ def test_register_method(monkeypatch):
         monkeypatch.setitem(getattr(peft.mapping, name), PeftType.BSR, None)
     peft_api.register_method("bsr", peft_bsr.BSRConfig, peft_bsr.BSRModel)
     assert peft_api.config_class("BSR") is peft_bsr.BSRConfig
-    assert peft_api.tuner_class(PeftType.BSR) is peft_bsr.BSRModel
+    assert peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING[PeftType.BSR] is peft_bsr.BSRModel
     assert peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING[PeftType.BSR] == "bsr_"
     parameters = inspect.signature(peft_api.register_peft_method).parameters
     assert set(parameters) >= {"name", "config_cls", "model_cls", "prefix"}

@@ -63,6 +63,12 @@ def test_hook_dictionaries(kind):
     assert torch_api.has_forward_hooks(module) == ("forward" in kind)
 
 
+def test_unsaved_buffers():
+    module = nn.BatchNorm1d(2)
+    module.register_buffer("other", torch.zeros(1), persistent=False)
+    assert torch_api.unsaved_buffers(module) == {"other"}
+
+
 def test_remove_hooks():
     class Owner:
         calls = 0

@@ -12,7 +12,7 @@ demo: $(VENV)/installed
 	$(BIN)/python examples/quickstart.py $(ARGS)
 
 test: lint $(OLDEST_PEFT)
-	PYTHONPATH=$(OLDEST_PEFT) $(BIN)/python -m pytest -q -n auto tests/tuners tests/test_registration.py
+	PYTHONPATH=$(OLDEST_PEFT) $(BIN)/python -m pytest -q -n auto tests/tuners tests/compat tests/test_registration.py
 	$(BIN)/python -m pytest -n auto $(ARGS)
 
 # A family of tests by itself; every run ends with the counts of each

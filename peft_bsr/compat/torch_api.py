@@ -1,4 +1,4 @@
-"""Private interfaces of torch that the package uses. Tried: torch 2.7.1, 2.13.0."""
+"""Private interfaces of torch that the package uses. Tried: torch 2.13.0, 2.14.1."""
 
 from __future__ import annotations
 

@@ -22,6 +22,15 @@ VERSIONS = """## Versions
 The contract (a vision transformer in all modes, and PEFT's behaviours for BSR, ALaST and SynQT) on the oldest and
 newest versions, each in an environment of its own (`python tests/contract/versions.py`); CPU, fp32.
 
+Private interfaces of all three are used, so all have an upper bound. `pytest tests/compat` names those that a release
+changed. What was released since was tried with the rest as in the first row:
+
+- torch 2.14.1: supported. `tests/compat`, `tests/test_registration.py` and a part of the contract pass (BSR, a vision
+  transformer in compact mode: 38 tests). torch 2.15.0 was not tried.
+- transformers 5.24.0: not supported. `tests/compat` and the contract pass but for transformers' own calls on adapters
+  (`model.add_adapter`, `enable_adapters`, `disable_adapters`, ...): they ask for peft 0.22, which is not released.
+- peft: 0.21.2 is the newest.
+
 """
 HEADER = """# Compatibility
 

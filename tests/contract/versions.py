@@ -50,7 +50,7 @@ class Versions:
 
 
 def rows() -> list[Versions]:
-    """The newest (of constraints.txt), each oldest alone, all oldest together, and what lies below."""
+    """Those of constraints.txt, each oldest alone, all oldest together, a newer torch, and what is not supported."""
     pins = dict(re.findall(r"^(torch|transformers|peft)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.M))
     torch, transformers, peft = pins["torch"], pins["transformers"], pins["peft"]
     return [
@@ -59,8 +59,10 @@ def rows() -> list[Versions]:
         Versions(torch, "5.18.0", peft),
         Versions("2.7.1", transformers, peft),
         Versions("2.7.1", "5.18.0", "0.20.0"),
+        Versions("2.14.1", transformers, peft),
         Versions("2.6.0", transformers, peft, is_supported=False),
         Versions(torch, "5.0.0", "0.20.0", is_supported=False),
+        Versions(torch, "5.24.0", peft, is_supported=False),
     ]
 
 

@@ -23,7 +23,7 @@ def draw_confusion(counts: Sequence[Sequence[int]], names: Sequence[str], path: 
     name, classes are called by their numbers.
 
     Args:
-        counts: [C][C], images of the class of the row that were taken for the class of the column.
+        counts: C rows of C, images of the class of the row that were taken for the class of the column.
         names: Of the C classes.
         path: File to write; its ending picks the format (`.png`, `.svg`, ...).
 

@@ -1,7 +1,7 @@
 """What the model is: the only package that knows model families. `probe_column(model)` returns a `Column`."""
 
 from peft_bsr.backbones.anatomy import apply_part
-from peft_bsr.backbones.column import Anatomy, Column
+from peft_bsr.backbones.column import Anatomy, Column, ScoreSource
 from peft_bsr.backbones.image_size import native_size, resized_tables, set_image_size
 from peft_bsr.backbones.inputs import (
     StockRun,
@@ -39,6 +39,7 @@ __all__ = [
     "AttentionScorer",
     "Column",
     "FamilyRule",
+    "ScoreSource",
     "ScoringConfig",
     "SdpaObserver",
     "StockRun",

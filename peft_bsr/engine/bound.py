@@ -31,9 +31,12 @@ class BoundBlock:
         aside: Told (half, reason) where a half that was planned lean runs stock.
 
     Attributes:
+        is_traced: Whether a compiler sees its halves.
         reasons: Why a half cannot run lean, by `"attention"` and `"mlp"`; empty where both can.
         watch: Whether all this still holds.
     """
+
+    is_traced = False
 
     def __init__(
         self,

@@ -15,6 +15,7 @@ from peft_bsr.backbones import AttentionScorer, Column, FamilyRule, TokenFollowe
 from peft_bsr.compat.transformers_api import CHECKPOINT_FUNCTION
 from peft_bsr.core import BLOCKS, BlockCall, ForwardContext, Route, TaskCall
 from peft_bsr.engine.bound import BoundBlock
+from peft_bsr.engine.compiled import CompiledBlock, Compiler
 from peft_bsr.engine.entry import meet_entry
 from peft_bsr.engine.plan import BlockPlan, Lean, Plan
 from peft_bsr.engine.traced import TracedBlock
@@ -42,6 +43,7 @@ class BlockRouter(nn.Module):
         observes: Whether it wants to see what the block does.
         aside: Why a half that was planned lean ran stock in the latest training forward, by half.
         roots: The model; in a list, so that it is no child.
+        compiler: How the block's halves are compiled by themselves, or None.
     """
 
     builds_graph = True
@@ -62,6 +64,7 @@ class BlockRouter(nn.Module):
         self.aside: dict[str, str] = {}
         self.roots: list[nn.Module] = []
         self._plan = plan
+        self.compiler: Compiler | None = None
         self._bound: BoundBlock | None = None
 
     @property
@@ -126,9 +129,18 @@ class BlockRouter(nn.Module):
         if torch.compiler.is_compiling():
             return TracedBlock(block, self.column, self.follower)
         if bound is None or bound.block is not block or not bound.watch.is_current():
-            own = (self, self.scorer)
-            bound = self._bound = BoundBlock(block, self.column, self.follower, own, self.step_aside)
+            bound = self._bound = self._bind(block)
         return bound
+
+    def _bind(self, block: nn.Module) -> BoundBlock:
+        own, compiler = (self, self.scorer), self.compiler
+        if compiler is not None and CompiledBlock.obstacle(block, self.column, self.follower, own) is None:
+            return CompiledBlock(block, self.column, self.follower, own, compiler)
+        return BoundBlock(block, self.column, self.follower, own, self.step_aside)
+
+    def compile_halves(self, compiler: Compiler) -> None:
+        """From now on compile the block's halves as functions, see `peft_bsr.engine.compiled`."""
+        self.compiler, self._bound = compiler, None
 
     def step_aside(self, part: str, reason: str) -> None:
         """A part of the plan does not take place, and more is kept for backward: note it, and say it once.
@@ -249,7 +261,11 @@ class BlockRouter(nn.Module):
         self.aside = {}
         if reason is not None:
             self.step_aside("class token only", reason)
-        return lean, plan.int8 and not block.gradient_checkpointing
+        int8 = plan.int8 and not block.gradient_checkpointing
+        if int8 and self.bound(block).is_traced:
+            self.step_aside("int8", "its halves are compiled")
+            int8 = False
+        return lean, int8
 
     def _other_reader(self, block: Any) -> str | None:
         """What beside the head may look at the tokens that the last block gives, or None."""

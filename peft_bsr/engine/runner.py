@@ -83,18 +83,16 @@ class RoutedBlock(nn.Module):
             return output if origins is None else (*parts, origins)
         block_call.token_scores = block_call.origins = None  # a recomputation finds its own
         packing: Any = nullcontext()
-        asked = block_call
-        if torch.compiler.is_compiling():  # a block that is compiled by itself
-            asked = block_call.traced() if column.anatomy is not None else block_call
-        elif block_call.int8:
+        bound = router.bound(self)
+        asked = block_call.traced() if bound.is_traced else block_call  # its halves, or all of it, are compiled
+        if block_call.int8 and not (bound.is_traced or torch.compiler.is_compiling()):
             packing = saved_in_int8(self, _fewest_values(column, block_call, hidden_states), (args, kwargs))
         earlier, now.running = now.running, asked
         try:
             with (
-                router.scorer.watching(None if plan.reduction is None else column.scores_from),
+                router.scorer.watching(None if plan.reduction is None or asked.is_traced else column.scores_from),
                 packing as block_call.admit,
             ):
-                bound = router.bound(self)
                 output, block_call.origins = bound.run(asked, stock, hidden_states, args, kwargs, mix)
                 return output
         finally:

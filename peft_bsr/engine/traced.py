@@ -8,15 +8,15 @@ attention's output where weights behind it train. A compiler restores the rest, 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from peft_bsr.backbones import Column, TokenFollower, run_scored
+from peft_bsr.backbones import Column, ScoreSource, TokenFollower, run_scored
 from peft_bsr.compat.torch_api import activation_memory_budget
 from peft_bsr.core import BlockCall
 from peft_bsr.engine.bound import BoundBlock, modules_of
@@ -33,7 +33,7 @@ _PRODUCTS = {  # operator -> where its arguments have the left factor
 }
 _ATTENTION = ("scaled_dot_product", "flash_attn", "flash_attention", "flex_attention")  # in names of operators
 _RANK_SHARE = 8  # a product is kept if it sums over at least an eighth of its width: not a low-rank update
-Policy = Callable[..., CheckpointPolicy]
+Keeps = Literal["all", "products", "attention", "input"]  # of what happens in a half, for backward
 
 
 class TracedBlock(BoundBlock):
@@ -50,64 +50,106 @@ class TracedBlock(BoundBlock):
         self.column, self.follower = column, follower
         if column.anatomy is not None:
             self.attention, self.mlp = StockAttention(block, column.anatomy), StockMLP(block, column.anatomy)
+        self.run_attention, self.run_mlp = attention_half, mlp_half
+        self.is_traced = column.anatomy is not None
+
+    @property
+    def readers(self) -> tuple[str, str, str]:
+        """See `half_readers`."""
+        found: tuple[str, str, str] = self.block.traced_readers()
+        return found
 
     def _attend(
         self, call: BlockCall, tokens: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Tensor, list[Any], Tensor | None]:
         arguments, lean, kind = self._arguments(tokens, args, kwargs), call.lean, call.score
-        source, num_queries = self.column.scores_from, call.num_queries
-
-        def half(tokens: Tensor) -> tuple[Tensor, ...]:
-            run = partial(self.attention, tokens, arguments)
-            if kind is None or source is None:
-                change, scores = run()[0], ()
-            else:
-                change, *scores = run_scored(source, kind, run)  # type: ignore[assignment]
-            return (change if num_queries is None else change[:, :num_queries], *scores)
-
-        if lean is None or not lean.attention or self.block.traced_readers()[1]:
-            if kind is None:
-                change, others = self.attention(tokens, arguments)
-                return tokens + change, others, None
-            change, *scores = half(tokens)
-        else:
-            change, *scores = region(half, self._policy(lean), tokens)
-        asked = tokens if num_queries is None else tokens[:, :num_queries]
-        return asked + change, [], scores[0] if scores else None
+        keeps: Keeps = "all"
+        if lean is not None and lean.attention and not self.readers[1]:
+            keeps = self._attention_keeps(lean)
+        elif kind is None:
+            change, others = self.attention(tokens, arguments)
+            return tokens + change, others, None
+        asked, *scores = self.run_attention(
+            self.attention, self.column.scores_from, kind, call.num_queries, keeps, tokens, arguments
+        )
+        return asked, [], scores[0] if scores else None
 
     def _expand(self, call: BlockCall, tokens: Tensor, mix: Callable[[Tensor], Tensor] | None) -> Tensor:
         lean = call.lean
-        if mix is not None or lean is None or not lean.mlp or self.block.traced_readers()[2]:
+        if mix is not None:
             return self.mlp(tokens, mix)
-        saves_products = lean.save_products and lean.num_queries is None  # as the eager half
-        (tokens,) = region(self._half, _keep_products if saves_products else None, tokens)
-        return tokens
+        keeps: Keeps = "all"
+        if lean is not None and lean.mlp and not self.readers[2]:
+            keeps = "products" if lean.save_products and lean.num_queries is None else "input"  # as the eager half
+        return self.run_mlp(self.mlp, keeps, tokens)
 
-    def _half(self, tokens: Tensor) -> tuple[Tensor]:
-        return (self.mlp(tokens),)
-
-    def _policy(self, lean: Lean) -> Policy | None:
-        """What the first half keeps."""
+    def _attention_keeps(self, lean: Lean) -> Keeps:
         if lean.save_products and lean.num_queries is None:
-            return _keep_products
+            return "products"
         # for the few tokens that a head reads, products of all tokens would be kept
         places = [leaf for role, leaf in zip(self.column.roles, self.column.leaves) if role == "attention.output"]  # noqa: B905
         trains = any(p.requires_grad for leaf in places for p in self.block.get_submodule(leaf).parameters())
-        return _keep_attention if trains else None
+        return "attention" if trains else "input"
 
 
-def region(run: Callable[..., tuple[Tensor, ...]], policy: Policy | None, *inputs: Tensor) -> tuple[Tensor, ...]:
-    """Run a pure function so that of what happens inside a compiler keeps for backward what the policy says.
+def attention_half(
+    attention: StockAttention,
+    source: ScoreSource | None,
+    kind: str | None,
+    num_queries: int | None,
+    keeps: Keeps,
+    tokens: Tensor,
+    arguments: dict[str, Any],
+) -> tuple[Tensor, ...]:
+    """The first half of a block as a pure function.
+
+    Args:
+        attention: Norm, attention and what follows it.
+        source: How scores are had.
+        kind: Of the scores asked for, or None.
+        num_queries: Tokens that ask, at the front; None = all.
+        keeps: What is kept for backward.
+        tokens: [B, N, D].
+        arguments: Of the attention.
+
+    Returns:
+        The tokens that asked, after the half [B, N or Q, D], and scores [B, N] if they were asked for.
+    """
+
+    def half(tokens: Tensor) -> tuple[Tensor, ...]:
+        run = partial(attention, tokens, arguments)
+        scores: Sequence[Tensor]
+        if kind is None or source is None:
+            change, scores = run()[0], ()
+        else:
+            change, *scores = run_scored(source, kind, run)
+        return (change if num_queries is None else change[:, :num_queries], *scores)
+
+    change, *scores = region(half, keeps, tokens)
+    return ((tokens if num_queries is None else tokens[:, :num_queries]) + change, *scores)
+
+
+def mlp_half(mlp: StockMLP, keeps: Keeps, tokens: Tensor) -> Tensor:
+    """The second half of a block as a pure function: tokens [B, N, D] -> the same after it."""
+    (after,) = region(lambda tokens: (mlp(tokens),), keeps, tokens)
+    return after
+
+
+def region(run: Callable[[Tensor], tuple[Tensor, ...]], keeps: Keeps, tokens: Tensor) -> tuple[Tensor, ...]:
+    """Run a pure function so that a compiler keeps of what happens inside no more for backward than said.
 
     Args:
         run: Tensors -> tensors; may read other tensors, and changes nothing.
-        policy: None keeps nothing but the inputs.
-        *inputs: For it.
+        keeps: What is kept.
+        tokens: For it.
     """
+    if keeps == "all":
+        return run(tokens)
     settings: dict[str, Any] = {"use_reentrant": False}
-    if policy is not None:
+    if keeps != "input":
+        policy = _keep_products if keeps == "products" else _keep_attention
         settings["context_fn"] = partial(create_selective_checkpoint_contexts, policy)
-    outputs: tuple[Tensor, ...] = checkpoint(run, *inputs, **settings)
+    outputs: tuple[Tensor, ...] = checkpoint(run, tokens, **settings)
     return outputs
 
 

@@ -85,8 +85,8 @@ TESTS: dict[str, list[str]] = {
 # file below peft_bsr -> (old text, new text, what goes wrong)
 MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
     "engine/traced.py": [
-        ("= checkpoint(run, *inputs, **settings)", "= run(*inputs)", "a compiler keeps everything"),
-        ("self.block.traced_readers()[1]:", "False:", "a hook sees a half that runs in a region"),
+        ("= checkpoint(run, tokens, **settings)", "= run(tokens)", "a compiler keeps everything"),
+        ("not self.readers[1]:", "True:", "a hook sees a half that runs in a region"),
         ("change[:, :num_queries]", "change[:, 1 : num_queries + 1]", "another token takes the class token's place"),
         (
             "is_kept = any(part in name for part in _ATTENTION)",

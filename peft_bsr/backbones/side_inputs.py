@@ -38,22 +38,22 @@ class TokenFollower:
         attention = block.get_submodule(attention_name)
         self.names = input_names(attention)
         attention.register_forward_pre_hook(self.enter_attention, with_kwargs=True)
-        for bias in self._biases(block):
+        for bias in self.biases(block):
             bias.register_forward_pre_hook(self.enter_bias, with_kwargs=True)
-        for bias in self._biases(attention):
+        for bias in self.biases(attention):
             bias.register_forward_hook(self.leave_bias)
 
     def detach(self, block: nn.Module, attention_name: str) -> None:
         """Take the hooks off."""
         attention = block.get_submodule(attention_name)
-        for module in (attention, *self._biases(block)):
+        for module in (attention, *self.biases(block)):
             remove_hooks(module, self)
 
     @property
     def route(self) -> Route | None:
-        """The running block's route, if anything was dropped on it."""
+        """The running block's route, if anything was dropped on it that its attention's arguments still speak of."""
         call = self.context.now.running
-        return None if call is None or call.route.origins is None else call.route
+        return None if call is None or call.is_followed or call.route.origins is None else call.route
 
     def enter_attention(self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Select the alive tokens' part of every argument but the hidden states."""
@@ -66,8 +66,12 @@ class TokenFollower:
 
     def follow(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """The alive tokens' part of what an attention is called with, on the running block's route."""
-        route, follow = self.route, self.rule.follow_attention
-        if route is None:
+        return self.follow_on(self.route, arguments)
+
+    def follow_on(self, route: Route | None, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The same on this route; None = nothing was dropped."""
+        follow = self.rule.follow_attention
+        if route is None or route.origins is None:
             return arguments
         return follow(route, arguments) if follow is not None else route.follow_items(arguments, self.kinds)
 
@@ -81,7 +85,8 @@ class TokenFollower:
         route = self.route
         return None if route is None else route.follow(output, "mask")
 
-    def _biases(self, module: nn.Module) -> list[nn.Module]:
+    def biases(self, module: nn.Module) -> list[nn.Module]:
+        """The modules in it that make a position bias of all tokens."""
         name = self.rule.position_bias
         return [] if name is None else [m for path, m in module.named_modules() if path.split(".")[-1] == name]
 

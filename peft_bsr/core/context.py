@@ -29,6 +29,7 @@ class BlockCall:
         int8: Whether it keeps in 8 bits what it keeps in this forward.
         is_traced: Whether a compiler sees the call: then the block's forward sets nothing, in the call or around it
             (it may be a region that the compiler checkpoints), and gives the origins after what it gives.
+        is_followed: Whether what the attention is called with speaks of the alive tokens alone already.
 
     Attributes:
         admit: Told that square matrices are tokens, not attention weights, where these are kept in 8 bits; else None.
@@ -36,7 +37,18 @@ class BlockCall:
         origins: Origins after the block's reduction [B, A], or None without one.
     """
 
-    __slots__ = ("admit", "int8", "is_traced", "lean", "origins", "plan", "route", "score", "token_scores")
+    __slots__ = (
+        "admit",
+        "int8",
+        "is_followed",
+        "is_traced",
+        "lean",
+        "origins",
+        "plan",
+        "route",
+        "score",
+        "token_scores",
+    )
 
     def __init__(
         self,
@@ -46,9 +58,11 @@ class BlockCall:
         lean: Any = None,
         int8: bool = False,
         is_traced: bool = False,
+        is_followed: bool = False,
     ) -> None:
         self.route, self.score = route, score
-        self.plan, self.lean, self.int8, self.is_traced = plan, lean, int8, is_traced
+        self.plan, self.lean, self.int8 = plan, lean, int8
+        self.is_traced, self.is_followed = is_traced, is_followed
         self.admit: Callable[[bool], None] | None = None
         self.token_scores: Tensor | None = None
         self.origins: Tensor | None = None
@@ -58,9 +72,9 @@ class BlockCall:
         """How many tokens ask the others, in a compiled block whose attention runs as a module; None = all."""
         return self.lean.num_queries if self.is_traced and self.lean is not None else None
 
-    def traced(self) -> BlockCall:
+    def traced(self, is_followed: bool = False) -> BlockCall:
         """The same call where a compiler sees it."""
-        return BlockCall(self.route, self.score, self.plan, self.lean, self.int8, is_traced=True)
+        return BlockCall(self.route, self.score, self.plan, self.lean, self.int8, True, is_followed)
 
 
 class Forward:

@@ -1,6 +1,6 @@
 """Plan, and the runner that makes a model's blocks follow it along a route."""
 
-from peft_bsr.engine.compiled import CompiledBlock, Compiler
+from peft_bsr.engine.compiled import Compiler
 from peft_bsr.engine.entry import ReachedError, run_from, run_until
 from peft_bsr.engine.explain import describe_block, explain_blocks
 from peft_bsr.engine.int8 import watch_kept
@@ -22,7 +22,6 @@ __all__ = [
     "BlockPlan",
     "BlockRouter",
     "BlockScores",
-    "CompiledBlock",
     "Compiler",
     "KeptTokens",
     "Lean",

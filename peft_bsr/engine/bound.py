@@ -31,12 +31,9 @@ class BoundBlock:
         aside: Told (half, reason) where a half that was planned lean runs stock.
 
     Attributes:
-        is_traced: Whether a compiler sees its halves.
         reasons: Why a half cannot run lean, by `"attention"` and `"mlp"`; empty where both can.
         watch: Whether all this still holds.
     """
-
-    is_traced = False
 
     def __init__(
         self,
@@ -59,6 +56,10 @@ class BoundBlock:
             attention = (parts.norm1, parts.attention, *parts.after_attention)
             self.lean_attention = self._lean("attention", LeanAttention, *attention)
             self.lean_mlp = self._lean("mlp", LeanMLP, parts.norm2, *parts.mlp, *parts.after_mlp)
+
+    def asked(self, call: BlockCall) -> BlockCall:
+        """The call as the halves need it."""
+        return call
 
     def run(
         self,
@@ -116,7 +117,7 @@ class BoundBlock:
         self, call: BlockCall, tokens: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Tensor, list[Any], Tensor | None]:
         """Tokens after the first half [B, A or Q, D], what else the attention returns, and scores if any are asked."""
-        arguments, lean = self._arguments(tokens, args, kwargs), call.lean
+        arguments, lean = self._arguments(call, tokens, args, kwargs), call.lean
         if lean is not None and lean.attention:
             half, reason = self.lean_attention, self.reasons.get("attention")
             if half is not None:
@@ -140,7 +141,9 @@ class BoundBlock:
             self.aside("mlp", self.reasons["mlp"])
         return self.mlp(tokens, mix)
 
-    def _arguments(self, tokens: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _arguments(
+        self, call: BlockCall, tokens: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
         """What the block calls its attention with, next to the hidden states."""
         anatomy, compute = self.column.anatomy, self.follower.rule.attention_arguments
         assert anatomy is not None, "only a block whose parts are known is taken apart"

@@ -7,16 +7,21 @@ and not for another length.
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from peft_bsr.backbones import Column, TokenFollower
+from peft_bsr.core import BlockCall
 from peft_bsr.engine.bound import modules_of
 from peft_bsr.engine.traced import TracedBlock, attention_half, half_readers, mlp_half
 from peft_bsr.engine.watch import Watch
+
+_MOST_GRAPHS = 64  # of each function: blocks may differ in a rate of drop path
 
 
 @dataclass(frozen=True)
@@ -47,33 +52,49 @@ class CompiledBlock(TracedBlock):
     """
 
     readers = ("", "", "")
-    reasons: ClassVar[dict[str, str]] = {}
 
     def __init__(
         self, block: Any, column: Column, follower: TokenFollower, own: tuple[Any, ...], compiler: Compiler
     ) -> None:
         super().__init__(block, column, follower)
+        self.reasons = {}
         self.run_attention, self.run_mlp = _halves(compiler)
         self.watch = Watch(modules_of(block, own), (follower, *own))
 
-    @staticmethod
-    def obstacle(block: Any, column: Column, follower: TokenFollower, own: tuple[Any, ...]) -> str | None:
-        """Why the halves cannot be compiled, or None."""
-        if column.anatomy is None:
-            return "its parts are not known"
-        hook = next(filter(None, half_readers(block, column, (follower, *own))), None)
-        return hook and f"the hook {hook} looks at its modules"
+    def asked(self, call: BlockCall) -> BlockCall:
+        """The call as the halves need it: they look at no route, since no two blocks have the same."""
+        return call.traced(is_followed=True)
+
+    def _arguments(
+        self, call: BlockCall, tokens: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        return self.follower.follow_on(call.route, super()._arguments(call, tokens, args, kwargs))
+
+
+def halves_obstacle(block: Any, column: Column, follower: TokenFollower, own: tuple[Any, ...]) -> str | None:
+    """Why the halves of a block cannot be compiled, or None.
+
+    Args:
+        block: The block.
+        column: Knows its parts.
+        follower: Selects the alive tokens' part of side inputs.
+        own: Objects whose hooks on the block are our own.
+    """
+    if column.anatomy is None:
+        return "its parts are not known"
+    if follower.biases(block):
+        return "it makes position biases of all tokens"
+    hook = next(filter(None, half_readers(block, column, (follower, *own))[1:]), None)
+    return hook and f"the hook {hook} looks at its modules"
 
 
 @cache
 def _halves(compiler: Compiler) -> tuple[Any, Any]:
     """The two functions that all blocks share."""
-    mode, backend = compiler.mode, compiler.backend
-    first, second = (
-        torch.compile(half, mode=mode, backend=backend, dynamic=True, fullgraph=True)
-        for half in (attention_half, mlp_half)
-    )
-    return first, second
+    settings: dict[str, Any] = {"mode": compiler.mode, "backend": compiler.backend, "dynamic": True, "fullgraph": True}
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:  # not before torch 2.13
+        settings["recompile_limit"] = _MOST_GRAPHS
+    return torch.compile(attention_half, **settings), torch.compile(mlp_half, **settings)
 
 
-__all__ = ["CompiledBlock", "Compiler"]
+__all__ = ["CompiledBlock", "Compiler", "halves_obstacle"]

@@ -15,7 +15,7 @@ from peft_bsr.backbones import AttentionScorer, Column, FamilyRule, TokenFollowe
 from peft_bsr.compat.transformers_api import CHECKPOINT_FUNCTION
 from peft_bsr.core import BLOCKS, BlockCall, ForwardContext, Route, TaskCall
 from peft_bsr.engine.bound import BoundBlock
-from peft_bsr.engine.compiled import CompiledBlock, Compiler
+from peft_bsr.engine.compiled import CompiledBlock, Compiler, halves_obstacle
 from peft_bsr.engine.entry import meet_entry
 from peft_bsr.engine.plan import BlockPlan, Lean, Plan
 from peft_bsr.engine.traced import TracedBlock
@@ -129,14 +129,18 @@ class BlockRouter(nn.Module):
         if torch.compiler.is_compiling():
             return TracedBlock(block, self.column, self.follower)
         if bound is None or bound.block is not block or not bound.watch.is_current():
-            bound = self._bound = self._bind(block)
+            own, compiler = (self, self.scorer), self.compiler
+            if compiler is not None and self.halves_obstacle() is None:
+                bound = CompiledBlock(block, self.column, self.follower, own, compiler)
+            else:
+                bound = BoundBlock(block, self.column, self.follower, own, self.step_aside)
+            self._bound = bound
         return bound
 
-    def _bind(self, block: nn.Module) -> BoundBlock:
-        own, compiler = (self, self.scorer), self.compiler
-        if compiler is not None and CompiledBlock.obstacle(block, self.column, self.follower, own) is None:
-            return CompiledBlock(block, self.column, self.follower, own, compiler)
-        return BoundBlock(block, self.column, self.follower, own, self.step_aside)
+    def halves_obstacle(self) -> str | None:
+        """Why the block's halves cannot be compiled as functions, or None."""
+        block = self.roots[0].get_submodule(self.column.blocks[self.index])
+        return halves_obstacle(block, self.column, self.follower, (self, self.scorer))
 
     def compile_halves(self, compiler: Compiler) -> None:
         """From now on compile the block's halves as functions, see `peft_bsr.engine.compiled`."""
@@ -262,7 +266,7 @@ class BlockRouter(nn.Module):
         if reason is not None:
             self.step_aside("class token only", reason)
         int8 = plan.int8 and not block.gradient_checkpointing
-        if int8 and self.bound(block).is_traced:
+        if int8 and isinstance(self.bound(block), TracedBlock):
             self.step_aside("int8", "its halves are compiled")
             int8 = False
         return lean, int8

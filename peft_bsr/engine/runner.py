@@ -84,8 +84,8 @@ class RoutedBlock(nn.Module):
         block_call.token_scores = block_call.origins = None  # a recomputation finds its own
         packing: Any = nullcontext()
         bound = router.bound(self)
-        asked = block_call.traced() if bound.is_traced else block_call  # its halves, or all of it, are compiled
-        if block_call.int8 and not (bound.is_traced or torch.compiler.is_compiling()):
+        asked = bound.asked(block_call)
+        if block_call.int8 and not (asked.is_traced or torch.compiler.is_compiling()):
             packing = saved_in_int8(self, _fewest_values(column, block_call, hidden_states), (args, kwargs))
         earlier, now.running = now.running, asked
         try:

@@ -51,7 +51,10 @@ class TracedBlock(BoundBlock):
         if column.anatomy is not None:
             self.attention, self.mlp = StockAttention(block, column.anatomy), StockMLP(block, column.anatomy)
         self.run_attention, self.run_mlp = attention_half, mlp_half
-        self.is_traced = column.anatomy is not None
+
+    def asked(self, call: BlockCall) -> BlockCall:
+        """The call as the halves need it."""
+        return call.traced() if self.column.anatomy is not None else call
 
     @property
     def readers(self) -> tuple[str, str, str]:
@@ -62,7 +65,7 @@ class TracedBlock(BoundBlock):
     def _attend(
         self, call: BlockCall, tokens: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Tensor, list[Any], Tensor | None]:
-        arguments, lean, kind = self._arguments(tokens, args, kwargs), call.lean, call.score
+        arguments, lean, kind = self._arguments(call, tokens, args, kwargs), call.lean, call.score
         keeps: Keeps = "all"
         if lean is not None and lean.attention and not self.readers[1]:
             keeps = self._attention_keeps(lean)

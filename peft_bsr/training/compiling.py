@@ -9,10 +9,12 @@ import torch
 from torch import nn
 
 from peft_bsr.backbones import tensors_of
-from peft_bsr.engine import warn_of_budget
+from peft_bsr.engine import Compiler, warn_of_budget
 from peft_bsr.errors import AdapterError
 from peft_bsr.training.rehearsal import rehearsal
 from peft_bsr.tuners.base.layer import find_routers
+
+_WITH_CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
 
 
 def compile(
@@ -22,15 +24,17 @@ def compile(
     inputs: Mapping[str, Any] | None = None,
     backend: Any = "inductor",
 ) -> nn.Module:
-    """Compile a model with one of our adapters, in place, and check that it is one graph.
+    """Compile a model with one of our adapters, in place, and check that nothing is left out.
 
-    `torch.compile(model)` gives the same code; this refuses what would not get faster, and can compile at once.
-    BSR, low-rank or not, and SynQT are one graph, without compilations in later steps. Whole or not, what lean blocks
-    keep for backward is kept, see docs/memory.md.
+    BSR, low-rank or not, and SynQT become one graph, the same as by `torch.compile(model)`, without compilations in
+    later steps. ALaST's plan is another one in each step: the two halves of a block are compiled in its place, as
+    functions that all blocks and lengths share, about five graphs; what lies around them and evaluation run as before.
+    Either way, what lean blocks keep for backward is kept, see docs/memory.md.
 
     Args:
         model: From `get_peft_model`; Trainer and Accelerate take it as it is, without `torch_compile=True`.
-        mode: See `torch.compile`; `"reduce-overhead"` records CUDA graphs. Default None.
+        mode: See `torch.compile`; `"reduce-overhead"` records CUDA graphs, which are for one length each: not for
+            ALaST. Default None.
         inputs: A batch as the model is called with. With it, a training step (if the model is in training mode; else a
             forward) runs now and leaves no trace: weights, gradients, buffers and random state stay. Call `compile`
             inside of the autocast that training uses. Default None: the first batch compiles.
@@ -40,8 +44,8 @@ def compile(
         The model.
 
     Raises:
-        AdapterError: If the model has no adapter of ours, or the active one is ALaST's, whose plan is another one in
-            each step: a compiler would start again and again.
+        AdapterError: If the model has no adapter of ours; or if it is ALaST's, and CUDA graphs are asked for, or the
+            halves of a block cannot be compiled, with the reason.
 
     Warns:
         MemoryBudgetWarning: If torch's memory budget is below 1 and dropout or drop path is on.
@@ -56,20 +60,35 @@ def compile(
             f"{type(model).__name__} has no adapter of peft_bsr. Call get_peft_model(model, BSRConfig()), or compile "
             "it with torch.compile."
         )
-    if any(router.is_dynamic for router in routers):
-        raise AdapterError(
-            "ALaST trains with another plan in each step, for which a compiler would start again each time. Train "
-            "without compiling; torch.compile(model) pays for evaluation alone."
-        )
+    is_dynamic = any(router.is_dynamic for router in routers)
+    if is_dynamic:
+        _check_halves(routers, mode)
     warn_of_budget(model)
     if inputs is not None:
-        _run(
-            model, inputs
-        )  # what only a first forward does (transformers' loss sets `problem_type`) would compile twice
-    model.compile(mode=mode, backend=backend, fullgraph=True)
+        _run(model, inputs)  # what only a first forward does (transformers: `problem_type`) would compile twice
+    if is_dynamic:
+        for router in routers:
+            router.compile_halves(Compiler(mode, backend))
+    else:
+        model.compile(mode=mode, backend=backend, fullgraph=True)
     if inputs is not None:
         _run(model, inputs)
     return model
+
+
+def _check_halves(routers: list[Any], mode: str | None) -> None:
+    """Refuse what cannot be compiled half by half."""
+    if mode in _WITH_CUDA_GRAPHS:
+        raise AdapterError(
+            f"`mode={mode!r}` records CUDA graphs, each for one sequence length, but ALaST's lengths change from step "
+            'to step. Use `mode=None` or "max-autotune-no-cudagraphs".'
+        )
+    for router in routers:
+        if (reason := router.halves_obstacle()) is not None:
+            raise AdapterError(
+                f"block {router.index} cannot be compiled half by half, as ALaST needs it: {reason}. Train without "
+                "compiling; torch.compile(model) pays for evaluation alone."
+            )
 
 
 def _run(model: nn.Module, inputs: Mapping[str, Any]) -> None:

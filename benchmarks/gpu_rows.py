@@ -231,6 +231,7 @@ _COMPILED_ROWS = (
     Row("BSR low-rank, every block", "max", "compiled"),
     Row("BSR", "exact", "compiled, budget .5"),
     Row("BSR", "off", "compiled, budget .2"),
+    Row("ALaST", mode="compiled"),
     Row("linear probe", mode="compiled"),
     Row("LoRA q v", mode="compiled"),
     Row("last 3 blocks", mode="compiled"),

@@ -22,7 +22,9 @@ from peft import get_peft_model
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from peft_bsr.cost import Estimate, PeakMemory, estimate, model_memory, parse_size, saved_activations
+import peft_bsr
+from peft_bsr import ALaSTConfig
+from peft_bsr.cost import Estimate, PeakMemory, Setup, estimate, model_memory, parse_size, saved_activations
 
 Figures = dict[str, Any]
 
@@ -90,7 +92,8 @@ class Training:
         if "checkpointing" in row.mode:
             offload = {"offload": True} if row.mode.startswith("offloaded") else {}  # transformers' own, pinned memory
             base.gradient_checkpointing_enable({"use_reentrant": False}, **offload)
-        self.run = torch.compile(self.model) if row.compiles else self.model
+        compiles = peft_bsr.compile if isinstance(config, ALaSTConfig) else torch.compile
+        self.run = compiles(self.model) if row.compiles else self.model
         self.optimizer = _adamw(row.optimizer, self.model, device)
         self.batch: dict[str, Tensor] = {}
 
@@ -236,7 +239,7 @@ class Training:
 
 
 def guess(row: Row, sizes: Mapping[str, int], batch: int, device: str) -> Estimate:
-    """The planner's, of the row without a compiler.
+    """The planner's, of the same step.
 
     Args:
         row: Which.
@@ -244,14 +247,17 @@ def guess(row: Row, sizes: Mapping[str, int], batch: int, device: str) -> Estima
         batch: Images.
         device: `"cuda"` or `"cpu"`; it need not exist.
     """
-    return estimate(
-        row.base(sizes, "meta"),
-        row.config(sizes),
+    offloads = row.mode.startswith("offloaded") and device != "cpu"  # where there is nothing to offload to
+    setup = Setup(
         batch_size=batch,
+        optimizer={"fused": "adamw_fused", "8-bit": "adamw_8bit"}[row.optimizer],
         device=device,
-        gradient_checkpointing="checkpointing" in row.mode,
         autocast=torch.bfloat16,
+        compile=row.compiles,
+        gradient_checkpointing="offload" if offloads else "checkpointing" in row.mode,
     )
+    with torch._functorch.config.patch(activation_memory_budget=BUDGETS.get(row.mode, 1.0)):
+        return estimate(row.base(sizes, "meta"), row.config(sizes), setup)
 
 
 def _adamw(kind: str, model: nn.Module, device: str) -> torch.optim.Optimizer:

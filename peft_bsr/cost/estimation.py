@@ -108,8 +108,8 @@ def estimate(
     """
     setup = replace(setup, **settings)
     method = None if config is None else method_of(config)
-    is_compiled = setup.compile and not (method and method.is_dynamic)  # whose blocks no compiler traces in training
-    if is_compiled and isinstance(config, BlockConfig):  # 8 bits step aside there
+    is_compiled = setup.compile and not (method and method.is_dynamic)  # whose compiled halves keep the same
+    if setup.compile and isinstance(config, BlockConfig):  # 8 bits step aside there
         config = replace(config, saved_activations="full")
     bare = on_meta(model, setup.image_size, setup.dtype)
     adapted: nn.Module = bare

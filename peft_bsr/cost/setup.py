@@ -40,8 +40,9 @@ class Setup:
         device: Whose operations are counted. Where there is none, the CPU's stand in: the same tensors are kept, what
             kernels hold while they run differs a little. Default `"cpu"`.
         autocast: `torch.bfloat16` or `torch.float16`: the forward runs in `torch.autocast`. Default None.
-        compile: Whether the model is compiled as a whole (`torch.compile(model)`). What is kept is asked of torch's
-            partitioner, which takes 10 to 30 seconds. Default False.
+        compile: Whether the model is compiled (`peft_bsr.compile(model)`; without an adapter of ours, or with another
+            than ALaST, `torch.compile(model)` is the same). What is kept is asked of torch's partitioner, which takes
+            10 to 30 seconds. Default False.
         gradient_checkpointing: transformers' own (not reentrant), of every block that gradients reach; `"offload"`:
             and the inputs of these blocks wait in the CPU's memory (`gradient_checkpointing_kwargs={"offload": True}`).
             Default False.

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+
+from peft_bsr.cost import Setup
 
 FOLDER = str(Path(__file__).parents[2] / "benchmarks")
 sys.path.insert(0, FOLDER)
@@ -53,6 +56,44 @@ def test_a_row_is_measured_and_predicted(monkeypatch):
     assert found["kept_mib_per_image"] == pytest.approx(guess.saved_bytes / 4 / 2**20, abs=0.006)
     assert found["trained"] == guess.trainable_parameters
     assert not found["compiled_while_timed"] and found["optimizer"] == "torch.AdamW"
+
+
+@pytest.mark.parametrize(
+    ("row", "device", "expected"),
+    [
+        (Row("BSR", "exact"), "cuda", Setup(8, None, "adamw_fused")),
+        (Row("BSR", optimizer="8-bit"), "cuda", Setup(8, None, "adamw_8bit")),
+        (Row("BSR", mode="compiled, budget .2"), "cuda", Setup(8, None, "adamw_fused", compile=True)),
+        (Row("BSR", mode="checkpointing"), "cuda", Setup(8, None, "adamw_fused", gradient_checkpointing=True)),
+        (
+            Row("BSR", mode="offloaded checkpointing"),
+            "cuda",
+            Setup(8, None, "adamw_fused", device="cuda", gradient_checkpointing="offload"),
+        ),
+        (
+            Row("BSR", mode="offloaded checkpointing"),
+            "cpu",
+            Setup(8, None, "adamw_fused", gradient_checkpointing=True),
+        ),
+    ],
+)
+def test_the_planner_is_asked_for_the_step_that_runs(monkeypatch, row, device, expected):
+    asked = []
+
+    def answer(_, config, setup):
+        asked.append((setup, torch._functorch.config.activation_memory_budget))
+
+    monkeypatch.setattr(gpu_step, "estimate", answer)
+    gpu_step.guess(row, MODELS["tiny"]["ViT-B/16"], 8, device)
+    assert asked == [(replace(expected, device=device, autocast=torch.bfloat16), 0.2 if "budget" in row.mode else 1.0)]
+
+
+@pytest.mark.slow
+def test_compiled_rows_are_predicted_with_their_budget():
+    sizes = MODELS["tiny"]["ViT-B/16"]
+    rows = [Row("full fine-tuning", mode=mode) for mode in ("eager", "compiled", "compiled, budget .2")]
+    eager, compiled, budgeted = (gpu_step.guess(row, sizes, 4, "cpu").saved_bytes for row in rows)
+    assert budgeted < 0.6 * compiled < 0.6 * eager
 
 
 @pytest.mark.parametrize(
@@ -153,6 +194,6 @@ def test_the_command(tmp_path):
     (found,) = json.loads(path.read_text())["rows"].values()
     assert [row["status"] for row in found.values()] == ["measured"] * 3
     probe, bsr, compiled = found.values()
-    assert probe["guess_mib"] > 0 and bsr["guess_mib"] > 0 and "guess_mib" not in compiled
+    assert all(row["guess_mib"] > 0 for row in (probe, bsr, compiled))
     assert compiled["graphs"] == 1 and compiled["warm_up_s"] > 1 and not compiled["compiled_while_timed"]
     assert "torch " in command("--table")

@@ -120,7 +120,7 @@ def test_under_autocast_and_with_gradient_checkpointing():
             with torch.autocast("cpu", torch.bfloat16, enabled=not is_checkpointed):
                 found.append(steps(model, 2)[0])
         for of_eager, own in zip(*found, strict=True):
-            assert_same(own, of_eager, 1e-5 if is_checkpointed else 2e-2)
+            assert_same(own, of_eager, 1e-5 if is_checkpointed else 5e-2)
 
 
 @pytest.mark.slow

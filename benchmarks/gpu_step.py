@@ -256,6 +256,7 @@ def guess(row: Row, sizes: Mapping[str, int], batch: int, device: str) -> Estima
         compile=row.compiles,
         gradient_checkpointing="offload" if offloads else "checkpointing" in row.mode,
     )
+    torch._dynamo.reset()  # it does not look at the budget, and would take what it compiled for another one
     with torch._functorch.config.patch(activation_memory_budget=BUDGETS.get(row.mode, 1.0)):
         return estimate(row.base(sizes, "meta"), row.config(sizes), setup)
 

@@ -90,10 +90,10 @@ def test_the_planner_is_asked_for_the_step_that_runs(monkeypatch, row, device, e
 
 @pytest.mark.slow
 def test_compiled_rows_are_predicted_with_their_budget():
-    sizes = MODELS["tiny"]["ViT-B/16"]
+    sizes = MODELS["tiny"]["ViT-B/16"] | {"num_hidden_layers": 2}
     rows = [Row("full fine-tuning", mode=mode) for mode in ("eager", "compiled", "compiled, budget .2")]
     eager, compiled, budgeted = (gpu_step.guess(row, sizes, 4, "cpu").saved_bytes for row in rows)
-    assert budgeted < 0.6 * compiled < 0.6 * eager
+    assert budgeted < 0.5 * compiled < 0.5 * eager
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from peft import get_peft_model
 from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
 
 import peft_bsr
-from peft_bsr import AdapterError, ALaSTConfig, BSRConfig, LeanBlockWarning, MemoryBudgetWarning, MoEConfig, SynQTConfig
+from peft_bsr import AdapterError, BSRConfig, LeanBlockWarning, MemoryBudgetWarning, MoEConfig, SynQTConfig
 from peft_bsr.engine import warn_of_budget
 
 PARTITIONED = "aot_eager_decomp_partition"  # eager kernels, and the partitioner that inductor uses
@@ -281,8 +281,6 @@ def test_compile_refuses_what_it_cannot_help():
     base = ViTForImageClassification(ViTConfig(**SIZES))
     with pytest.raises(AdapterError, match="has no adapter of peft_bsr"):
         peft_bsr.compile(base)
-    with pytest.raises(AdapterError, match="ALaST trains with another plan in each step"):
-        peft_bsr.compile(get_peft_model(base, ALaSTConfig()))
 
 
 @pytest.mark.slow

@@ -38,6 +38,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import ViTConfig, ViTForImageClassification
 
+import peft_bsr
 from peft_bsr import ALaSTConfig, BSRConfig, ConfigError, SynQTConfig
 
 SIZES = {"hidden_size": 48, "num_hidden_layers": 12, "num_attention_heads": 3, "intermediate_size": 192}
@@ -65,8 +66,9 @@ ROWS: dict[str, tuple[str, Callable[[], PeftConfig | None]]] = {
     ),
     "full-compiled": ("full fine-tuning, compiled", lambda: None),
     "exact-compiled": ("BSR exact, compiled", lambda: BSRConfig()),
+    "alast-compiled": ("ALaST, halves of blocks compiled", lambda: ALaSTConfig()),
 }
-COMPILED = "-compiled"  # rows of whole compiled models: their calls and operations are a compiler's
+COMPILED = "-compiled"  # rows of compiled models: their calls and operations are a compiler's
 BASES = {"to full": "full", "to LoRA": "lora"}
 MODES = {"fp32": False, "autocast": True}  # name -> whether autocast runs
 # (row, mode, figure, base) -> at most
@@ -109,7 +111,9 @@ class Step:
         torch.manual_seed(0)
         model = ViTForImageClassification(ViTConfig(**SIZES, num_labels=10))
         self.model = (model if config is None else get_peft_model(model, config)).train()
-        self.run = torch.compile(self.model, fullgraph=True) if row.endswith(COMPILED) else self.model
+        self.run = self.model
+        if row.endswith(COMPILED):
+            self.run = torch.compile(self.model, fullgraph=True) if config is None else peft_bsr.compile(self.model)
         self.batch = {"pixel_values": torch.randn(2, 3, 32, 32), "labels": torch.arange(2)}
         self.autocast = MODES[mode]
         for _ in range(WARM_UP):

@@ -6,29 +6,29 @@ same tokens in every epoch. Where all blocks are frozen and queries read them (S
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset, default_collate
-from tqdm.auto import tqdm
+from torch.utils.data import Dataset, default_collate
 
 from peft_bsr.backbones import in_mode, main_input, relative_error, tensors_of, tolerance
 from peft_bsr.engine import run_from, run_until
 from peft_bsr.errors import FeatureCacheError
 from peft_bsr.training.cache_files import CacheFiles, num_bytes
+from peft_bsr.training.cache_samples import Samples
 from peft_bsr.training.cached_place import CachedPlace
+from peft_bsr.training.random_draws import drawn_before
 from peft_bsr.tuners.base.layer import find_routers
 
 _TOKENS, _ORIGINS, _DIGEST = "cached_tokens", "cached_origins", "digest"
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_CHECKED = 8  # samples compared when a cache is used again
+_SOME = 64  # samples compared with `check_all=False`
 
 
 class FeatureCache(Dataset):
@@ -40,11 +40,14 @@ class FeatureCache(Dataset):
     tensors that the samples had beside the image (labels). Inside of `read_by(model)` the model takes batches of them
     in the place of images; images go on as before, for evaluation.
 
-    A cache belongs to the weights in front of the first trained block, the reductions there, a dtype and the very
-    images as processed; on a mismatch it is refused. Random augmentation is refused, because it would be frozen.
+    A cache belongs to how the model computes, its weights in front of the first trained block, the reductions there, a
+    dtype and all tensors of the samples as processed; on a mismatch it is refused. What is drawn at random is refused,
+    because it would be frozen: augmentation always, the model's own draws but for `freeze_random`. Every row is checked
+    against its checksum when it is read.
 
     Args:
         files: Made by `build` or `open`.
+        freeze_random: Whether the model's own random draws may be frozen.
 
     Examples:
         >>> cache = FeatureCache.build(model, train_dataset, "cache")  # doctest: +SKIP
@@ -52,8 +55,8 @@ class FeatureCache(Dataset):
         ...     Trainer(model, TrainingArguments("out", remove_unused_columns=False), train_dataset=cache).train()
     """
 
-    def __init__(self, files: CacheFiles) -> None:
-        self.files = files
+    def __init__(self, files: CacheFiles, freeze_random: bool = False) -> None:
+        self.files, self.freeze_random = files, freeze_random
 
     @classmethod
     def build(
@@ -67,8 +70,12 @@ class FeatureCache(Dataset):
         batch_size: int = 32,
         num_workers: int = 0,
         progress: bool = True,
+        freeze_random: bool = False,
+        check_all: bool = True,
     ) -> FeatureCache:
         """Run the leading blocks on every sample. An interrupted run goes on; a complete cache is checked and taken.
+
+        A complete cache is only read. While another process builds in the folder, this one waits for it.
 
         Args:
             model: With an active adapter of ours, on the device to compute on. Its modes are left as they were.
@@ -79,59 +86,63 @@ class FeatureCache(Dataset):
             batch_size: Images a forward. Default 32.
             num_workers: Processes that load samples. Default 0.
             progress: Say what it takes on disk before it starts, and show a bar. Default True.
+            freeze_random: Keep what the model gives in evaluation mode where it draws at random in training before the
+                first trained block (dropout of embeddings, DINOv3's rescaled positions). Default False: refuse.
+            check_all: Compare all samples that are there already with the dataset's, which reads it once. False: 64 of
+                them. Default True.
 
         Returns:
             The cache.
 
         Raises:
-            FeatureCacheError: If the folder holds another cache, the disk has no room, samples come out different when
-                they are read again, or the model does not give the same from its tokens as from images.
+            FeatureCacheError: If the folder holds another cache or cannot be written, the disk has no room, samples
+                come out different when they are read again, the model draws at random, or does not give the same from
+                its tokens as from images.
         """
         if dtype not in _DTYPES or len(dataset) == 0:
             raise FeatureCacheError(
                 f"`dtype={dtype!r}` and {len(dataset)} samples: tokens are kept as bfloat16, float16 or float32, and "
                 "there must be samples to keep."
             )
-        name, device = main_input(model), next(model.parameters()).device
-        sample = _to(collate([dataset[0], dataset[len(dataset) - 1]]), device)
-        if _digests(sample[name]) != _digests(collate([dataset[0], dataset[len(dataset) - 1]])[name]):
-            raise FeatureCacheError(
-                "a sample came out different when it was read again: random augmentation, or no fixed order. A cache "
-                "would freeze it. Leave it out, or train without a cache."
-            )
-        key = CachedPlace(model).key() | {
-            "dtype": _text(dtype),
-            "num_samples": len(dataset),
-            "image": list(sample[name][0].shape),
-        }
-        files = CacheFiles(Path(folder))
+        place = CachedPlace(model)
+        samples = Samples(dataset, collate, main_input(model), batch_size, num_workers, progress)
+        samples.check_steady()
+        pair = samples.take(samples.spread(2))
+        if not freeze_random:
+            _check_draws(model, place.index, pair)
         with in_mode(False, model):
-            first, lengths = _rows(model, sample, name, dtype)
-            key |= {"lengths": list(lengths)} if lengths else {}
-            _check_replay(model, sample, name)
-            if files.exists:
+            _check_replay(model, place.index, pair, samples.name)
+            first, lengths = _rows(model, place.index, pair, samples, dtype)
+            key = place.key() | {
+                "dtype": _text(dtype),
+                "num_samples": len(dataset),
+                "image": list(pair[samples.name][0].shape),
+                **({"lengths": list(lengths)} if lengths else {}),
+            }
+            files = CacheFiles(Path(folder))
+            if files.is_complete():
+                _check_same(files, key, samples, check_all)
+                return cls(files, freeze_random)
+            with files.locked(lambda: _say_waiting(folder) if progress else None):
+                if not files.exists:
+                    fields = {n: (_text(rows.dtype), list(rows.shape[1:])) for n, rows in first.items()}
+                    if progress:
+                        _announce(Path(folder), num_bytes(fields, 1), len(dataset))
+                    files.create(key, fields, len(dataset))
                 files.open()
-                _check_key(files, key)
-                _check_samples(files, dataset, collate, name)
-            else:
-                fields = {n: (_text(rows.dtype), list(rows.shape[1:])) for n, rows in first.items()}
-                if progress:
-                    _announce(Path(folder), num_bytes(fields, 1), len(dataset))
-                files.create(key, fields, len(dataset))
-            rest = Subset(dataset, range(files.num_done, len(dataset)))
-            loader: Any = DataLoader(rest, batch_size, collate_fn=collate, num_workers=num_workers)
-            with tqdm(
-                total=len(dataset), initial=files.num_done, unit="image", desc="Feature cache", disable=not progress
-            ) as bar:
-                for batch in loader if len(rest) else ():
-                    files.append(_rows(model, _to(batch, device), name, dtype)[0])
-                    bar.update(files.num_done - bar.n)
-            files.flush()
-        return cls(files)
+                _check_same(files, key, samples, check_all)
+                for batch in samples.batches(range(files.num_done, len(dataset)), "Feature cache"):
+                    files.append(_rows(model, place.index, batch, samples, dtype)[0])
+                files.flush()
+        return cls(files, freeze_random)
 
     @classmethod
-    def open(cls, folder: str | Path) -> FeatureCache:
+    def open(cls, folder: str | Path, freeze_random: bool = False) -> FeatureCache:
         """A complete cache, without its dataset. `read_by` checks that it is the model's.
+
+        Args:
+            folder: Of the cache.
+            freeze_random: See `build`.
 
         Raises:
             FeatureCacheError: If there is none, or it is not complete.
@@ -143,7 +154,7 @@ class FeatureCache(Dataset):
                 f"the feature cache in {str(folder)!r} holds {files.num_done} of {files.num_rows} samples: its making "
                 "was interrupted. Call FeatureCache.build with the same model and dataset to go on."
             )
-        return cls(files)
+        return cls(files, freeze_random)
 
     def __len__(self) -> int:
         return self.files.num_rows
@@ -159,10 +170,16 @@ class FeatureCache(Dataset):
             model: The one whose cache it is: its leading weights are compared.
 
         Raises:
-            FeatureCacheError: If it is another model's cache, or a batch comes while another adapter is active.
+            FeatureCacheError: If it is another model's cache, the model draws at random in training what the cache has
+                frozen, or a batch comes while another adapter is active.
         """
         place = CachedPlace(model)
         _check_key(self.files, place.key())
+        if not self.freeze_random:
+            row = {n: value[None] for n, value in self[0].items() if n not in (_TOKENS, _ORIGINS)}
+            image = torch.rand(1, *self.files.key["image"], generator=torch.Generator().manual_seed(0))
+            weight = next(p for p in model.parameters() if p.is_floating_point())
+            _check_draws(model, place.index, {**row, main_input(model): image.to(weight.dtype)})
         lengths = tuple(self.files.key.get("lengths", ()))
         running = ExitStack()
 
@@ -190,44 +207,59 @@ class FeatureCache(Dataset):
 
 
 def _rows(
-    model: nn.Module, batch: dict[str, Any], name: str, dtype: torch.dtype
+    model: nn.Module, index: int, batch: dict[str, Any], samples: Samples, dtype: torch.dtype
 ) -> tuple[dict[str, Tensor], tuple[int, ...]]:
     """What is kept of a batch, and how many of the tokens are each layer's."""
-    entry = run_until(model, CachedPlace(model).index, batch)
+    entry = run_until(model, index, _to_model(batch, model))
     assert entry.tokens is not None, "a forward that stops leaves its tokens"
-    rows = {n: value for n, value in batch.items() if n != name and isinstance(value, Tensor)}
-    rows |= {_TOKENS: entry.tokens.to(dtype), _DIGEST: torch.tensor(_digests(batch[name]))}
+    rows = {n: value for n, value in batch.items() if n != samples.name and isinstance(value, Tensor)}
+    rows |= {_TOKENS: entry.tokens.to(dtype), _DIGEST: torch.tensor(samples.digests(batch))}
     if entry.origins is not None:
         rows[_ORIGINS] = entry.origins.to(torch.int32)
     return {n: value.cpu() for n, value in rows.items()}, entry.lengths
 
 
-def _check_replay(model: nn.Module, batch: dict[str, Any], name: str) -> None:
+def _check_draws(model: nn.Module, index: int, batch: dict[str, Any]) -> None:
+    """Refuse a model whose training would not be the same without what it draws before the block."""
+    if drawing := drawn_before(model, index, _to_model(batch, model)):
+        raise FeatureCacheError(
+            f"`{drawing}` draws at random in training (dropout, positions that are shifted or rescaled), before block "
+            f"{index}: a cache would take that away. Switch it off in the model's config, train without a cache, or "
+            "keep what it gives in evaluation mode by `freeze_random=True`."
+        )
+
+
+def _check_replay(model: nn.Module, index: int, batch: dict[str, Any], name: str) -> None:
     """Refuse a model that reads more of an image than its tokens."""
+    batch = _to_model(batch, model)
     with torch.no_grad():
         expected = tensors_of(model(**batch))
-        entry = run_until(model, CachedPlace(model).index, batch)
         blank = {**batch, name: torch.zeros_like(batch[name][:1])}
-        with run_from(model, entry):
+        with run_from(model, run_until(model, index, batch)):
             found = tensors_of(model(**blank))
     pairs = list(zip(found, expected, strict=True))
     error = max(relative_error(a, b) if a.shape == b.shape else float("inf") for a, b in pairs)
     if not error <= tolerance(expected[0].dtype):
         raise FeatureCacheError(
-            f"{type(model).__name__} gives another output from the tokens in front of block {entry.index} than from "
-            f"the images they were made of (off by {error:.1e}): it reads more than that. Train without a cache."
+            f"{type(model).__name__} gives another output from the tokens in front of block {index} than from the "
+            f"images they were made of (off by {error:.1e}): it reads more than that. Train without a cache."
         )
 
 
-def _check_samples(files: CacheFiles, dataset: Any, collate: Any, name: str) -> None:
-    """Compare a few of the samples that are done, the last one among them."""
-    step = max(1, files.num_done // _CHECKED)
-    for index in range(files.num_done - 1, -1, -step):
-        if _digests(collate([dataset[index]])[name]) != [int(files.read(index)[_DIGEST])]:
-            raise FeatureCacheError(
-                f"sample {index} is not the one that the feature cache in {str(files.folder)!r} was made of: other "
-                "images, another order or another processor. Use another folder, or delete this one."
-            )
+def _check_same(files: CacheFiles, key: dict[str, Any], samples: Samples, check_all: bool) -> None:
+    """Compare what the rows belong to, and the samples that are done."""
+    _check_key(files, key)
+    done = files.column(_DIGEST)
+    picked: Sequence[int] = range(len(done)) if check_all else samples.spread(_SOME, len(done))
+    indices = iter(picked)
+    for batch in samples.batches(picked, "Checking the samples"):
+        for digest, index in zip(samples.digests(batch), indices, strict=False):
+            if digest != done[index]:
+                raise FeatureCacheError(
+                    f"sample {index} is not the one that the feature cache in {str(files.folder)!r} was made of: "
+                    "another image or label, another order or another processor. Use another folder, or delete this "
+                    "one."
+                )
 
 
 def _check_key(files: CacheFiles, key: dict[str, Any]) -> None:
@@ -239,19 +271,17 @@ def _check_key(files: CacheFiles, key: dict[str, Any]) -> None:
         )
 
 
-def _digests(images: Tensor) -> list[int]:
-    """One number an image, by which another is told from it."""
-    rows = images.detach().cpu().contiguous()
-    hashes = (hashlib.blake2b(row.view(-1).view(torch.uint8).numpy().data, digest_size=8).digest() for row in rows)
-    return [int.from_bytes(value, "little", signed=True) for value in hashes]
-
-
 def _text(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _to(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+def _to_model(batch: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    device = next(model.parameters()).device
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+
+
+def _say_waiting(folder: str | Path) -> None:
+    print(f"Feature cache: another process builds in {folder}; waiting for it.", file=sys.stderr)
 
 
 def _announce(folder: Path, row_bytes: int, number: int) -> None:

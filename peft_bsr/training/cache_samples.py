@@ -1,0 +1,96 @@
+"""The samples that a feature cache is made of: read in batches, told from others, looked at for random augmentation."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+from tqdm.auto import tqdm
+
+from peft_bsr.errors import FeatureCacheError
+
+_READ_AGAIN, _TIMES = 8, 4  # samples that are looked at for random augmentation, and how often
+
+
+@dataclass(frozen=True)
+class Samples:
+    """A dataset, and how it is read.
+
+    Attributes:
+        dataset: Samples by index.
+        collate: Makes a batch of them.
+        name: Of the images in a batch.
+        batch_size: Samples a batch.
+        num_workers: Processes that load samples.
+        progress: Whether to show a bar.
+    """
+
+    dataset: Any
+    collate: Callable[[list[Any]], dict[str, Any]]
+    name: str
+    batch_size: int
+    num_workers: int
+    progress: bool
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def take(self, indices: Sequence[int]) -> dict[str, Any]:
+        """One batch, read as a loader reads it."""
+        return self.collate(Subset(self.dataset, indices).__getitems__([*range(len(indices))]))
+
+    def batches(self, indices: Sequence[int], title: str) -> Iterator[dict[str, Any]]:
+        """Batches of these samples, in order.
+
+        Args:
+            indices: Of the samples.
+            title: Of the bar.
+        """
+        subset: Any = Subset(self.dataset, indices)
+        loader: Any = DataLoader(subset, self.batch_size, collate_fn=self.collate, num_workers=self.num_workers)
+        start = indices[0] if len(indices) else 0
+        with tqdm(
+            total=start + len(indices), initial=start, unit="image", desc=title, disable=not self.progress
+        ) as bar:
+            for batch in loader if len(indices) else ():
+                yield batch
+                bar.update(len(batch[self.name]))
+
+    def spread(self, number: int, among: int | None = None) -> list[int]:
+        """Indices of so many samples, or fewer, evenly among the first ones, the first and the last among them."""
+        last = (len(self) if among is None else among) - 1
+        return sorted({round(last * i / max(1, number - 1)) for i in range(number)}) if last >= 0 else []
+
+    def check_steady(self) -> None:
+        """Read some samples several times.
+
+        Raises:
+            FeatureCacheError: If one of them comes out different.
+        """
+        picked = self.spread(_READ_AGAIN)
+        if len({tuple(self.digests(self.take(picked))) for _ in range(_TIMES)}) > 1:
+            raise FeatureCacheError(
+                "a sample came out different when it was read again: random augmentation, or no fixed order. A cache "
+                "would freeze it. Leave it out, or train without a cache."
+            )
+
+    def digests(self, batch: dict[str, Any]) -> list[int]:
+        """One number a sample, by which its tensors are told from those of another: [B]."""
+        tensors = sorted((n, value.detach().cpu()) for n, value in batch.items() if isinstance(value, Tensor))
+        found = []
+        for index in range(len(batch[self.name])):
+            digest = hashlib.blake2b(digest_size=8)
+            for name, tensor in tensors:
+                row = tensor[index].contiguous()
+                digest.update(f"{name} {row.dtype} {tuple(row.shape)}".encode())
+                digest.update(row.view(-1).view(torch.uint8).numpy().data)
+            found.append(int.from_bytes(digest.digest(), "little", signed=True))
+        return found
+
+
+__all__ = ["Samples"]

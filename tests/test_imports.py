@@ -62,6 +62,7 @@ STANDARD = {
     "dataclasses",
     "functools",
     "gc",
+    "hashlib",
     "inspect",
     "itertools",
     "logging",

@@ -2,6 +2,7 @@
 
 from peft_bsr.backbones.anatomy import apply_part
 from peft_bsr.backbones.column import Anatomy, Column, ScoreSource
+from peft_bsr.backbones.fingerprint import Fingerprint, weights_digest
 from peft_bsr.backbones.image_size import native_size, resized_tables, set_image_size
 from peft_bsr.backbones.inputs import (
     StockRun,
@@ -39,6 +40,7 @@ __all__ = [
     "AttentionScorer",
     "Column",
     "FamilyRule",
+    "Fingerprint",
     "ScoreSource",
     "ScoringConfig",
     "SdpaObserver",
@@ -75,4 +77,5 @@ __all__ = [
     "tensors_of",
     "tolerance",
     "unregister_family",
+    "weights_digest",
 ]

@@ -1,0 +1,188 @@
+"""What must agree between two models for one to go on with what was trained on, or computed by, the other."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_bsr.backbones.column import Column
+from peft_bsr.backbones.probe import probe_column
+from peft_bsr.backbones.registry import vision_config
+
+Plain = str | int | float | list[int] | None
+_SAMPLED = 16  # numbers of each weight
+_DIGESTED = (torch.float32, torch.bfloat16, torch.float64)
+_EPS = ("eps", "variance_epsilon")
+_POSITIONS = re.compile(r"position|pos_embed")  # tables that another size of images makes anew
+_ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function")
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """How a model's blocks compute, as plain values. Weights, head, dtype and image size are no part of it.
+
+    What cannot be told of a model is None, and agrees with everything.
+
+    Attributes:
+        family: `model_type` of the configuration that the blocks are made by; without one the class of a block.
+        depth: Number of blocks.
+        width: Channels of a token.
+        heads: Of the attention.
+        mlp: Widest Linear of a block outside its attention, in output channels.
+        patch: (height, width) of a patch in pixels.
+        prefix: Special tokens in front of the patches.
+        suffix: Special tokens after them.
+        activation: Of the MLP.
+        eps: Of the blocks' norms.
+        rope: Base of rotary position embeddings.
+
+    Examples:
+        >>> a = Fingerprint("vit", 12, 768, 12, 3072, (16, 16), 1, 0, "gelu", 1e-12, None)
+        >>> b = Fingerprint("vit", 6, 768, 12, 3072, (16, 16), 1, 0, "gelu", 1e-12, None)
+        >>> a.differences(b)
+        ['depth 12 instead of 6']
+        >>> Fingerprint.from_dict(a.to_dict()) == a
+        True
+    """
+
+    family: str | None = None
+    depth: int | None = None
+    width: int | None = None
+    heads: int | None = None
+    mlp: int | None = None
+    patch: tuple[int, ...] | None = None
+    prefix: int | None = None
+    suffix: int | None = None
+    activation: str | None = None
+    eps: float | None = None
+    rope: float | None = None
+
+    @classmethod
+    def of(cls, model: nn.Module, column: Column | None = None) -> Fingerprint:
+        """The fingerprint of `model`.
+
+        Args:
+            model: A vision transformer, with or without adapters.
+            column: Its column. Default None: it is probed.
+
+        Raises:
+            UnsupportedModelError: If it has to be probed and is not supported.
+        """
+        model = _base_of(model)
+        column = probe_column(model) if column is None else column
+        config = vision_config(model)
+        block = model.get_submodule(column.blocks[0])
+        leaves: dict[str, Any] = {name: _own(block.get_submodule(name)) for name in column.leaves}
+        outside = [m for name, m in leaves.items() if not f"{name}.".startswith(f"{column.attention}.")]
+        widths = [m.out_features for m in outside if isinstance(getattr(m, "out_features", None), int)]
+        eps = [getattr(m, name) for m in leaves.values() for name in _EPS if isinstance(getattr(m, name, None), float)]
+        is_image = column.grid is not None and len(column.grid) == 2 and len(column.image_shape) == 3
+        return cls(
+            family=getattr(config, "model_type", None) or type(block).__name__,
+            depth=column.depth,
+            width=column.width,
+            heads=_number(config, "num_attention_heads") or column.num_heads or None,
+            mlp=max(widths, default=None),
+            patch=column.patch_size if is_image else None,
+            prefix=column.num_prefix,
+            suffix=column.num_suffix,
+            activation=next((v for name in _ACTIVATIONS if isinstance(v := getattr(config, name, None), str)), None),
+            eps=eps[0] if eps else None,
+            rope=_rope_base(config),
+        )
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Fingerprint:
+        """From what `to_dict` gave. Names that this version does not know are left out."""
+        known = {field.name: values.get(field.name) for field in fields(cls)}
+        patch = known["patch"]
+        return cls(**known | {"patch": tuple(patch) if isinstance(patch, list) else None})
+
+    def to_dict(self) -> dict[str, Plain]:
+        """Plain values by name, as JSON has them."""
+        values: dict[str, Plain] = {field.name: getattr(self, field.name) for field in fields(self)}
+        return values | {"patch": None if self.patch is None else list(self.patch)}
+
+    def differences(self, other: Fingerprint) -> list[str]:
+        """What differs, in words: this one's value first. Empty where the two agree."""
+        pairs = [(field.name, getattr(self, field.name), getattr(other, field.name)) for field in fields(self)]
+        return [f"{name} {a!r} instead of {b!r}" for name, a, b in pairs if None not in (a, b) and a != b]
+
+
+def fingerprint(model: nn.Module, column: Column | None = None) -> dict[str, Plain]:
+    """`Fingerprint.of`, as plain values by name.
+
+    Args:
+        model: A vision transformer, with or without adapters.
+        column: Its column. Default None: it is probed.
+
+    Examples:
+        >>> from transformers import ViTConfig, ViTModel
+        >>> tiny = ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+        >>> fingerprint(ViTModel(tiny))["depth"]
+        2
+    """
+    return Fingerprint.of(model, column).to_dict()
+
+
+@torch.no_grad()
+def weights_digest(model: nn.Module, column: Column, apart: Sequence[str] = ()) -> str | None:
+    """A digest of the embeddings and blocks of a model without adapters: 16 evenly spaced numbers of each parameter.
+
+    It tells another checkpoint from the same one in float32, bfloat16 or float64: numbers are compared in bfloat16. It
+    does not see a change between the numbers that it takes, and does not know which parameter is which, so that another
+    layout (names of modules) of the same model agrees. Cost: one small copy a parameter.
+
+    Args:
+        model: The model.
+        column: Its column; the head does not count, nor do tables of positions, which depend on the size of images.
+        apart: Modules that do not count either, by the ends of their names.
+
+    Returns:
+        32 hexadecimal digits, or None where numbers are missing (meta, sharded), quantized or in float16, which rounds
+        otherwise.
+    """
+    behind = tuple(f"{name}." for name in (*column.head, *column.unread))
+    named = {n: p for n, p in model.named_parameters() if not (f"{n}.".startswith(behind) or _POSITIONS.search(n))}
+    weights = {n: p for n, p in named.items() if not any(f".{part}." in f".{n}." for part in apart)}
+    if any(type(p.data) is not Tensor or p.is_meta or p.dtype not in _DIGESTED for p in weights.values()):
+        return None
+    samples = [_sample(weight.detach()) for weight in weights.values()]
+    parts = sorted(hashlib.blake2b(sample.view(torch.uint8).numpy().data).digest() for sample in samples)
+    return hashlib.blake2b(b"".join(parts), digest_size=16).hexdigest()
+
+
+def _sample(weight: Tensor) -> Tensor:
+    flat = weight.reshape(-1)
+    return flat[:: max(1, flat.numel() // _SAMPLED)][:_SAMPLED].to(torch.bfloat16).contiguous().cpu()
+
+
+def _base_of(model: nn.Module) -> nn.Module:
+    base: Any = model
+    return base.get_base_model() if hasattr(model, "get_base_model") else base
+
+
+def _own(module: nn.Module) -> nn.Module:
+    own: nn.Module = getattr(module, "base_layer", module)
+    return own
+
+
+def _number(config: Any, name: str) -> int | None:
+    value = getattr(config, name, None)
+    return value if isinstance(value, int) else None
+
+
+def _rope_base(config: Any) -> float | None:
+    parameters = getattr(config, "rope_parameters", None)
+    base = (parameters or {}).get("rope_theta") if isinstance(parameters, dict) else None
+    base = getattr(config, "rope_theta", None) if base is None else base
+    return float(base) if isinstance(base, (int, float)) else None
+
+
+__all__ = ["Fingerprint", "fingerprint", "weights_digest"]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peft_bsr.backbones import Fingerprint
 from peft_bsr.core import Entry
 from peft_bsr.engine import Plan
 from peft_bsr.errors import FeatureCacheError
@@ -62,7 +63,9 @@ class CachedPlace:
         blocks = self.plan.blocks[:end]
         reductions = {str(i): repr(block.reduction) for i, block in enumerate(blocks) if block.reduction}
         place = {"layers": self.layers} if self.layers else {"first_trained_block": self.index}
+        model = {f"model_{name}": value for name, value in Fingerprint.of(self.model, self.column).to_dict().items()}
         return {
+            **model,
             "leading_weights": digest.hexdigest(),
             **place,
             "reductions": reductions,

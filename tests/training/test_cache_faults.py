@@ -109,7 +109,7 @@ IMAGES = [{"pixel_values": DATA[i]["pixel_values"]} for i in range(6)]
 @pytest.mark.parametrize(
     ("make", "part"),
     [
-        (lambda drawn: vit(0.3 * drawn), "vit.embeddings.dropout"),
+        (lambda drawn: vit({"hidden_dropout_prob": 0.3 * drawn}), "vit.embeddings.dropout"),
         (lambda drawn: dinov3() if drawn else dinov3(pos_embed_rescale=None), "rope_embeddings"),
     ],
     ids=["dropout", "positions"],

@@ -27,19 +27,13 @@ from test_trainer import Blobs
 DATA = Blobs(21, seed=0)
 
 
-def vit(drop: float = 0.0, **settings: object) -> torch.nn.Module:
+def vit(config: dict[str, object] | None = None, **settings: object) -> torch.nn.Module:
     torch.manual_seed(0)
-    config = ViTConfig(
-        hidden_size=32,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        intermediate_size=64,
-        image_size=32,
-        patch_size=8,
-        num_labels=3,
-        hidden_dropout_prob=drop,
+    sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64}
+    sizes |= {"image_size": 32, "patch_size": 8, "num_labels": 3, **(config or {})}
+    return get_peft_model(
+        ViTForImageClassification(ViTConfig(**sizes)), BSRConfig(**{"trainable_blocks": [2, 3], **settings})
     )
-    return get_peft_model(ViTForImageClassification(config), BSRConfig(**{"trainable_blocks": [2, 3], **settings}))
 
 
 def gradients(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -168,6 +162,12 @@ def test_a_cache_of_something_else_is_refused(tmp_path):
         changed.base_model.model.vit.layers[0].attention.q_proj.weight[0, 0] += 1e-3
     with pytest.raises(FeatureCacheError, match="leading_weights is "):
         FeatureCache.build(changed, DATA, tmp_path, progress=False)
+    for config, word in (
+        ({"num_attention_heads": 4}, "model_heads is 4, in the cache 2"),
+        ({"layer_norm_eps": 1e-5}, "model_eps"),
+    ):
+        with pytest.raises(FeatureCacheError, match=word), cache.read_by(vit(reduction_blocks=[1], config=config)):
+            pass  # the weights are the same
     with pytest.raises(FeatureCacheError, match="sample 0 is not the one"):
         FeatureCache.build(model, Blobs(21, seed=5), tmp_path, progress=False)
     with pytest.raises(FeatureCacheError, match="num_samples is 20, in the cache 21"):

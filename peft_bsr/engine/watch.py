@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from operator import itemgetter
 from typing import Any
 
@@ -63,10 +64,8 @@ class Watch:
         """Name of a hook that looks at any of these modules, whether or not outputs are captured, or None."""
         for hooks in _hooks_of(modules):
             for hook in hooks.values():
-                function = getattr(hook, "func", hook)
-                is_own = any(getattr(function, "__self__", None) is owner for owner in self._own)
-                module = f"{getattr(function, '__module__', '')}."
-                if not is_own and not module.startswith(_SHARDING) and not is_capture_hook(hook):
+                if _is_foreign(hook, self._own):
+                    function = getattr(hook, "func", hook)
                     return str(getattr(function, "__qualname__", type(function).__name__))
         return None
 
@@ -84,9 +83,35 @@ class Watch:
         return any(is_capture_hook(hook) for hooks in _hooks_of(modules) for hook in hooks.values())
 
 
+@contextmanager
+def without_hooks(modules: Iterable[Any]) -> Iterator[None]:
+    """Hooks that look at any of these modules are off inside.
+
+    Args:
+        modules: None of them has hooks of ours.
+    """
+    kept = [(hooks, dict(hooks)) for hooks in _hooks_of(modules) if hooks]
+    try:
+        for hooks, own in kept:
+            for number in [number for number, hook in own.items() if _is_foreign(hook, ())]:
+                del hooks[number]
+        yield
+    finally:
+        for hooks, own in kept:
+            hooks.clear()
+            hooks.update(own)
+
+
+def _is_foreign(hook: Any, own: tuple[Any, ...]) -> bool:
+    function = getattr(hook, "func", hook)
+    is_own = any(getattr(function, "__self__", None) is owner for owner in own)
+    module = f"{getattr(function, '__module__', '')}."
+    return not is_own and not module.startswith(_SHARDING) and not is_capture_hook(hook)
+
+
 def _hooks_of(modules: Iterable[Any]) -> list[dict[int, Any]]:
     """Dictionaries that fill up when somebody adds a hook."""
     return [hooks for module in modules for hooks in hook_dictionaries(module)]
 
 
-__all__ = ["STATE", "Watch"]
+__all__ = ["STATE", "Watch", "without_hooks"]

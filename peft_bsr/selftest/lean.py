@@ -16,6 +16,7 @@ from peft_bsr.backbones import Column, StockRun, no_zero_tables, probe_inputs, q
 from peft_bsr.core import is_quantized
 from peft_bsr.engine import BlockPlan, LivingBytes, Plan
 from peft_bsr.engine.parts import attention_dropouts
+from peft_bsr.engine.watch import without_hooks
 from peft_bsr.selftest.reduction import routed
 
 logger = logging.getLogger(__name__)
@@ -132,6 +133,7 @@ def _try(
     blocks = [BlockPlan(cut_gradient=i < index) for i in range(column.depth)]
     blocks[index] = plan
     with (
+        without_hooks(block.modules()),  # a half that they look at runs stock later, as long as they are there
         routed(model, column, Plan(tuple(blocks)), start_at=index, like=hidden) as routers,
         _in_training(block, column) as parameters,
     ):

@@ -48,6 +48,20 @@ def move_away(module: nn.Module) -> None:
             parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
 
 
+_HOOKS = ("_backward_hooks", "_backward_pre_hooks", "_forward_hooks", "_forward_hooks_always_called")
+_HOOKS += ("_forward_hooks_with_kwargs", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
+
+
+def copy_of(base: nn.Module) -> nn.Module:
+    """A copy with the very hooks of `base`: those that come later run on both, and those that go are gone from both."""
+    hooks = [getattr(module, name) for module in base.modules() for name in _HOOKS]
+    module = copy.deepcopy(base, {id(own): own for own in hooks})
+    for part in module.modules():
+        if part._is_full_backward_hook is None:
+            part._is_full_backward_hook = True  # a hook that comes later tells this to `base` alone
+    return module
+
+
 def move_like(module: nn.Module, like: Tensor, device: torch.device) -> None:
     """To a device and the floating-point dtype of `like`."""
     if not any(p.is_meta for p in module.parameters()):
@@ -107,7 +121,7 @@ class BlockWeights(nn.Module, SingleAdapterLayer):
         elif low_rank:
             module = LowRankUpdate(self.base_layer, config.r, config.lora_alpha)
         else:
-            module = copy.deepcopy(self.base_layer)
+            module = copy_of(self.base_layer)
             for name, parameter in list(module.named_parameters()):
                 start = self.pretrained(name, parameter).detach().to(self.device, copy=True)
                 # registered anew, so that PEFT's low_cpu_mem_usage puts it on the meta device

@@ -48,8 +48,15 @@ def move_away(module: nn.Module) -> None:
             parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
 
 
-_HOOKS = ("_backward_hooks", "_backward_pre_hooks", "_forward_hooks", "_forward_hooks_always_called")
-_HOOKS += ("_forward_hooks_with_kwargs", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
+_HOOKS = [
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_forward_hooks",
+    "_forward_hooks_always_called",
+    "_forward_hooks_with_kwargs",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+]
 
 
 def copy_of(base: nn.Module) -> nn.Module:

@@ -33,7 +33,7 @@ def in_mode(training: bool, *models: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def default_state() -> Iterator[None]:
-    """Leave the caller's `torch.inference_mode`, autocast and default device: they are not the model's."""
+    """Leave the caller's `torch.inference_mode`, autocast, default device and dtype: they are not the model's."""
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         for kind in _AUTOCAST:
@@ -41,6 +41,8 @@ def default_state() -> Iterator[None]:
                 stack.enter_context(torch.autocast(kind, enabled=False))
         if torch.get_default_device().type != "cpu":
             stack.enter_context(torch.device("cpu"))
+        stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+        torch.set_default_dtype(torch.float32)
         yield
 
 

@@ -26,7 +26,7 @@ from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-COPIED = ("peft_bsr", "tests", "benchmarks", "pyproject.toml")
+COPIED = ("peft_bsr", "tests", "benchmarks", "docs", "pyproject.toml")
 IGNORED = shutil.ignore_patterns("__pycache__", "results")
 ALLOWED = 1 / 25  # share that may survive
 
@@ -80,10 +80,63 @@ TESTS: dict[str, list[str]] = {
     ],
     "engine/watch.py": ["tests/engine/test_hooks.py"],
     "engine/traced.py": ["tests/engine/test_compiled_lean.py"],
+    **{
+        f"training/{name}.py": ["tests/training/test_cache_faults.py", "tests/training/test_feature_cache.py"]
+        for name in ("cache_files", "cache_samples", "feature_cache", "random_draws", "cached_place")
+    },
+    "tuners/bsr/layer.py": ["tests/engine/test_hook_table.py"],
+    "selftest/lean.py": ["tests/engine/test_hook_table.py"],
 }
 
 # file below peft_bsr -> (old text, new text, what goes wrong)
 MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
+    "training/cache_files.py": [
+        ("os.posix_fallocate(file.fileno(), 0, size)", "pass", "a full disk is met in the middle"),
+        (
+            "if self._checksum(index, rows) != int(rows.pop(_CHECKSUMS)[0]):",
+            "if not rows.pop(_CHECKSUMS).size:",
+            "damage",
+        ),
+        ('zlib.crc32(index.to_bytes(8, "little"), self._seed)', "self._seed", "rows that changed places are taken"),
+        ("if not 0 <= self.num_done <= self.num_rows:", "if False:", "counts that cannot be are taken"),
+        (
+            "        _remove_unfinished(draft)\n        if taken",
+            "        if taken",
+            "what a killed build left is in the way",
+        ),
+        ("if path.exists()]:", "if False]:", "other files are overwritten"),
+        ("                lock.acquire()\n        try:", "                pass\n        try:", "two builders at once"),
+        ("        if found != own:", "        if False:", "samples of another kind are cut into rows"),
+        ("self._seed = zlib.crc32(text)", "self._seed = 0", "another cache.json is taken"),
+    ],
+    "training/cache_samples.py": [
+        ("for _ in range(_TIMES)", "for _ in range(1)", "augmentation is not found"),
+        (
+            "for name, tensor in tensors:",
+            "for name, tensor in [t for t in tensors if t[0] == self.name]:",
+            "labels are not told",
+        ),
+    ],
+    "training/feature_cache.py": [
+        ("if files.is_complete():", "if False:", "a read-only cache is written"),
+        (
+            "range(len(done)) if check_all else",
+            "samples.spread(_SOME // 8, len(done)) or",
+            "one other label is not seen",
+        ),
+    ],
+    "training/random_draws.py": [
+        ("in_mode(True, model)", "in_mode(False, model)", "what training draws is not seen"),
+        ("    if torch.equal(first, second):\n", "    if False:\n", "draws after the cut count"),
+    ],
+    "training/cached_place.py": [("            **model,\n", "", "a model that computes otherwise reads the cache")],
+    "tuners/bsr/layer.py": [
+        ("copy.deepcopy(base, {id(own): own for own in hooks})", "copy.deepcopy(base)", "hooks are copied"),
+        ("part._is_full_backward_hook = True", "pass", "a backward hook that comes later does not fire"),
+    ],
+    "selftest/lean.py": [
+        ("without_hooks(block.modules()),", "without_hooks([]),", "a hook at the start turns lean off for good"),
+    ],
     "engine/traced.py": [
         ("= checkpoint(run, tokens, **settings)", "= run(tokens)", "a compiler keeps everything"),
         ("not self.readers[1]:", "True:", "a hook sees a half that runs in a region"),

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from peft import get_peft_model
 from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
 from peft_bsr import BSRConfig, FeatureCache, FeatureCacheError
-from peft_bsr.training import MixupDataset, cache_files
+from peft_bsr.training import MixupDataset, cache_files, feature_cache
 from peft_bsr.training.cache_files import CacheFiles
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "contract"))
@@ -210,6 +209,18 @@ def test_descriptions_that_cannot_be_are_refused(tmp_path, change):
         FeatureCache.open(tmp_path)
 
 
+def test_rows_belong_to_their_description(tmp_path):
+    """Another number in the key, or another dtype of the same size."""
+    filled(tmp_path)
+    text = (tmp_path / "cache.json").read_text()
+    for old, new in (('"rows"', '"rowz"'), ("bfloat16", "float16")):
+        (tmp_path / "cache.json").write_text(text.replace(old, new))
+        files = CacheFiles(tmp_path)
+        files.open()
+        with pytest.raises(FeatureCacheError, match="row 0 is not what was written"):
+            files.read(0)
+
+
 def test_rows_that_changed_places_are_damaged(tmp_path):
     filled(tmp_path)
     for name, size in (("tokens.bin", 12), ("labels.bin", 8), ("row_crc32.bin", 8)):
@@ -381,16 +392,17 @@ def test_folders_that_are_read_only():
         shutil.rmtree(folder)
 
 
-def test_a_second_builder_waits_and_takes_what_the_first_has_built(tmp_path, capsys, monkeypatch):
-    batches, ready = [], threading.Event()
+def test_a_second_builder_waits_and_takes_what_the_first_has_built(tmp_path, monkeypatch):
+    batches, ready, said = [], threading.Event(), threading.Event()
 
     def append(self, rows, write=CacheFiles.append):
         batches.append(len(rows["labels"]))
         ready.set()
-        time.sleep(0.02)
+        assert said.wait(20)
         write(self, rows)
 
     monkeypatch.setattr(CacheFiles, "append", append)
+    monkeypatch.setattr(feature_cache, "_say_waiting", lambda _: said.set())
     found = {}
 
     def build(number):

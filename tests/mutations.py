@@ -84,7 +84,7 @@ TESTS: dict[str, list[str]] = {
         f"training/{name}.py": ["tests/training/test_cache_faults.py", "tests/training/test_feature_cache.py"]
         for name in ("cache_files", "cache_samples", "feature_cache", "random_draws", "cached_place")
     },
-    "tuners/bsr/layer.py": ["tests/engine/test_hook_table.py"],
+    "compat/torch_api.py": ["tests/compat/test_torch_api.py", "tests/engine/test_hook_table.py"],
     "selftest/lean.py": ["tests/engine/test_hook_table.py"],
 }
 
@@ -130,7 +130,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("    if torch.equal(first, second):\n", "    if False:\n", "draws after the cut count"),
     ],
     "training/cached_place.py": [("            **model,\n", "", "a model that computes otherwise reads the cache")],
-    "tuners/bsr/layer.py": [
+    "compat/torch_api.py": [
         ("copy.deepcopy(base, {id(own): own for own in hooks})", "copy.deepcopy(base)", "hooks are copied"),
         ("part._is_full_backward_hook = True", "pass", "a backward hook that comes later does not fire"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -51,6 +52,17 @@ def version_of(tensor: Tensor) -> int:
 def hook_dictionaries(module: Any) -> list[dict[int, Any]]:
     """Dictionaries of a module that fill up when somebody adds a hook; the numbers of two hooks are never the same."""
     return [hooks for name in _HOOKS if (hooks := getattr(module, name, None)) is not None]
+
+
+def copy_with_hooks(base: nn.Module) -> nn.Module:
+    """A copy with the very hooks of `base`: those that come later run on both, and those that go are gone from both."""
+    names = [*_HOOKS, "_forward_hooks_always_called", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs"]
+    hooks = [getattr(module, name) for module in base.modules() for name in names]
+    module = copy.deepcopy(base, {id(own): own for own in hooks})
+    for part in module.modules():
+        if part._is_full_backward_hook is None:
+            part._is_full_backward_hook = True  # a backward hook that comes later tells this to `base` alone
+    return module
 
 
 def has_forward_hooks(module: nn.Module) -> bool:
@@ -145,6 +157,7 @@ __all__ = [
     "StorageWeakRef",
     "TorchDispatchMode",
     "activation_memory_budget",
+    "copy_with_hooks",
     "flop_formula",
     "gradient_hooks",
     "has_forward_hooks",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import threading
 
 import pytest
 import torch
@@ -18,6 +19,28 @@ def test_storage_key():
     tensor, other = torch.zeros(4), torch.zeros(4)
     assert torch_api.storage_key(tensor.untyped_storage()) == torch_api.storage_key(tensor[1:].untyped_storage())
     assert torch_api.storage_key(tensor.untyped_storage()) != torch_api.storage_key(other.untyped_storage())
+
+
+@pytest.mark.parametrize("kind", ["forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"])
+def test_copy_with_hooks(kind):
+    """Hooks with keywords too, from before and after, on a module inside; removed from one they are gone from both."""
+    base, calls, lock = nn.Sequential(nn.Linear(2, 2)), [], threading.Lock()  # a lock cannot be copied
+    settings = {"with_kwargs": True, "always_call": True} if kind == "forward_hook" else {}
+
+    def put():
+        return getattr(base[0], f"register_{kind}")(lambda *_: calls.append(lock), **settings)
+
+    handles = [put()]
+    module = torch_api.copy_with_hooks(base)
+    handles.append(put())
+    inputs = torch.ones(1, 2, requires_grad=True)
+    for one in (module, base):
+        one(inputs).sum().backward()
+    assert len(calls) == 4 and module[0].weight is not base[0].weight
+    for handle in handles:
+        handle.remove()
+    module(inputs).sum().backward()
+    assert len(calls) == 4
 
 
 def test_storage_weak_ref():

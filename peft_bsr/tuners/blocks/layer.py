@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from peft_bsr.compat.peft_api import cast_input_dtype, check_adapters_to_merge
+from peft_bsr.compat.torch_api import copy_with_hooks
 from peft_bsr.engine import Parking
 from peft_bsr.errors import AdapterError
 from peft_bsr.tuners.base.layer import SingleAdapterLayer, check_single, drop_saved_name
@@ -46,27 +46,6 @@ def move_away(module: nn.Module) -> None:
     for name, parameter in module.named_parameters():
         if not name.endswith("lora_A"):
             parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
-
-
-_HOOKS = [
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_forward_hooks",
-    "_forward_hooks_always_called",
-    "_forward_hooks_with_kwargs",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-]
-
-
-def copy_of(base: nn.Module) -> nn.Module:
-    """A copy with the very hooks of `base`: those that come later run on both, and those that go are gone from both."""
-    hooks = [getattr(module, name) for module in base.modules() for name in _HOOKS]
-    module = copy.deepcopy(base, {id(own): own for own in hooks})
-    for part in module.modules():
-        if part._is_full_backward_hook is None:
-            part._is_full_backward_hook = True  # a hook that comes later tells this to `base` alone
-    return module
 
 
 def move_like(module: nn.Module, like: Tensor, device: torch.device) -> None:
@@ -128,7 +107,7 @@ class BlockWeights(nn.Module, SingleAdapterLayer):
         elif low_rank:
             module = LowRankUpdate(self.base_layer, config.r, config.lora_alpha)
         else:
-            module = copy_of(self.base_layer)
+            module = copy_with_hooks(self.base_layer)
             for name, parameter in list(module.named_parameters()):
                 start = self.pretrained(name, parameter).detach().to(self.device, copy=True)
                 # registered anew, so that PEFT's low_cpu_mem_usage puts it on the meta device

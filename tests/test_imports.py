@@ -70,6 +70,7 @@ STANDARD = {
     "operator",
     "os",
     "random",
+    "re",
     "sys",
     "tempfile",
     "threading",

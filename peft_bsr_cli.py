@@ -17,6 +17,7 @@ COMMANDS = {
     "inspect": "what a model is made of, and which methods it takes",
     "plan": "ways to train that fit into a memory budget, before anything runs",
     "check": "what is in a data set, before anything trains on it",
+    "check-adapter": "what is in an adapter's files, and whether they are whole",
     "train": "fine-tune, keep an adapter, write a report",
     "evaluate": "accuracy of an adapter, a model or an ONNX file on a data set",
     "predict": "classes of images, as CSV",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -26,6 +28,26 @@ class PeftBsrError(Exception):
 def one_line(error: BaseException) -> str:
     """All that `error` says, without line breaks."""
     return " ".join(str(error).split())
+
+
+_UNWRITABLE = {errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.ENOSPC, errno.EPERM, errno.EROFS}
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")  # as safetensors tells it
+
+
+def unwritable(error: BaseException) -> str | None:
+    """Why a folder takes no file, or None where the error is of something else.
+
+    Args:
+        error: Python's, torch's or safetensors'.
+    """
+    number = getattr(error, "errno", None)
+    if type(error).__name__ == "SafetensorError" and (match := _OS_ERROR.search(str(error))):
+        number = int(match[1])
+    if number in _UNWRITABLE:
+        return one_line(error)
+    if isinstance(error, RuntimeError) and "PytorchStreamWriter" in str(error):  # torch.save tells no more
+        return "the disk is full, or the folder is not writable"
+    return None
 
 
 def headline(error: BaseException) -> str:
@@ -100,6 +122,10 @@ class PeftBsrWarning(UserWarning):
 
 class AdapterNameWarning(PeftBsrWarning):
     """An adapter is called like a module: saving another one beside it would lose weights."""
+
+
+class OtherWeightsWarning(PeftBsrWarning):
+    """An adapter is loaded on a base model of the right architecture, but of other weights."""
 
 
 class AdapterSwitchedWarning(PeftBsrWarning):

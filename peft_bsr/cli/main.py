@@ -13,6 +13,7 @@ from typing import Any
 
 from peft_bsr.errors import (
     AdapterError,
+    AdapterFileError,
     ConfigError,
     DatasetError,
     HubError,
@@ -20,10 +21,19 @@ from peft_bsr.errors import (
     UnsupportedModelError,
     UsageError,
     one_line,
+    unwritable,
 )
 from peft_bsr_cli import command_of, make_parser
 
-_BAD_INPUT = (AdapterError, ConfigError, DatasetError, HubError, UnsupportedModelError, UsageError)
+_BAD_INPUT = (
+    AdapterError,
+    AdapterFileError,
+    ConfigError,
+    DatasetError,
+    HubError,
+    UnsupportedModelError,
+    UsageError,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             result = module.run(args, out)
         if args.json:
             out.write_json(result)
-        return 0
+        return int(out.exit_code)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     except Exception as error:
@@ -62,12 +72,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _fail(_missing(error), 1)
         named = isinstance(error, (PeftBsrError, OSError))
         message = one_line(error) if named else f"{type(error).__name__}: {one_line(error)}"
-        return _fail(message, 2 if _is_bad_input(error) else 1)
+        if not isinstance(error, PeftBsrError) and (why := unwritable(error)):
+            return _fail(f"cannot write: {why}. Make room, or give a folder that takes files.", 2)
+        return _fail(message, 2 if isinstance(error, _BAD_INPUT) else 1)
 
 
 def _parse(typed: list[str]) -> tuple[Any, argparse.Namespace]:
     chosen = command_of(typed)
-    module = importlib.import_module(f"peft_bsr.cli.{chosen}") if chosen else None
+    module = importlib.import_module(f"peft_bsr.cli.{chosen.replace('-', '_')}") if chosen else None
     return module, make_parser(chosen, module).parse_args(typed)
 
 
@@ -75,10 +87,6 @@ def _output(args: argparse.Namespace) -> Any:
     from peft_bsr.cli.output import Output  # rich is no dependency of the package
 
     return Output(args.json, args.debug)
-
-
-def _is_bad_input(error: Exception) -> bool:
-    return isinstance(error, _BAD_INPUT)
 
 
 def _missing(error: ModuleNotFoundError) -> str:

@@ -20,10 +20,14 @@ class Output:
     Args:
         is_json: Whether stdout is for machines: tables are left out, notes go to stderr.
         is_debug: Whether libraries may log.
+
+    Attributes:
+        exit_code: Of a command that ends in order; 1 where its answer is no.
     """
 
     def __init__(self, is_json: bool, is_debug: bool) -> None:
         self.is_json, self.is_debug = is_json, is_debug
+        self.exit_code = 0
         for stream in (sys.stdout, sys.stderr):  # a terminal that cannot write a class's name shows what it can
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="replace")

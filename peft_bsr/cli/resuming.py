@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
+import re
 import signal
 import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from transformers import TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import get_last_checkpoint
 
 from peft_bsr.cli.settings import TrainSettings
 from peft_bsr.cli.values import read_file
-from peft_bsr.errors import UsageError
+from peft_bsr.errors import AdapterFileError, UsageError
+from peft_bsr.tuners.base.digests import check_weights_belong
+from peft_bsr.tuners.base.source import read_header
 
 FILE = "settings.yaml"
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_WEIGHTS = ("adapter_model.*", "model*.safetensors", "pytorch_model*.bin")
 _MAY_CHANGE = {"epochs", "max_steps", "output", "trainer", "device", "workers", "compile", "early_stopping", "keep"}
 
 
@@ -36,10 +43,12 @@ def find_checkpoint(settings: TrainSettings, resume: bool) -> str | None:
         UsageError: If there is none to go on from, one that a new run would overwrite, or one of another run.
     """
     folder = Path(settings.output) / "checkpoints"
-    found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    found = _last_whole(folder)
+    if resume and found is None and _checkpoints(folder):
+        raise UsageError(f"`--resume`: no checkpoint in `{folder}` is whole. Give another `--output` to begin again.")
     if resume and found is None:
         raise UsageError(f"`--resume`: there is no checkpoint in `{folder}`.")
-    if found is not None and not resume:
+    if _checkpoints(folder) and not resume:
         raise UsageError(f"`{folder}` has checkpoints of a run. Go on with `--resume`, or give another `--output`.")
     stored = Path(settings.output) / FILE
     if found is not None and stored.is_file():
@@ -54,6 +63,37 @@ def find_checkpoint(settings: TrainSettings, resume: bool) -> str | None:
                 "to go on with it, or give another `--output`."
             )
     return found
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Folders of checkpoints, the last first."""
+    if not folder.is_dir():
+        return []
+    found = {int(match[1]): path for path in folder.iterdir() if (match := _CHECKPOINT.fullmatch(path.name))}
+    return [found[step] for step in sorted(found, reverse=True)]
+
+
+def _last_whole(folder: Path) -> str | None:
+    """The last checkpoint that was written to its end: Trainer writes `trainer_state.json` last."""
+    for path in _checkpoints(folder):
+        if (path / TRAINER_STATE_NAME).is_file() and _is_whole(path):
+            return str(path)
+    return None
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether its weights can be read; those of ours are compared with their digests."""
+    files = [path for name in _WEIGHTS for path in checkpoint.glob(name)]
+    try:
+        for path in (path for path in files if path.suffix == ".safetensors"):
+            read_header(path)
+        if (checkpoint / CONFIG_NAME).is_file() and (checkpoint / SAFETENSORS_WEIGHTS_NAME).is_file():
+            values = json.loads((checkpoint / CONFIG_NAME).read_bytes())
+            check_weights_belong(values.get("digests"), checkpoint / SAFETENSORS_WEIGHTS_NAME)
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_bytes())
+    except (AdapterFileError, OSError, ValueError, AttributeError):
+        return False
+    return bool(files)
 
 
 def _known(values: dict[str, Any]) -> dict[str, Any]:

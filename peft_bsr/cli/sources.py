@@ -52,7 +52,7 @@ def read_model_config(name: str) -> Any:
         UsageError: If there is none.
     """
     try:
-        return AutoConfig.from_pretrained(name)
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0][:200]
         raise UsageError(f"`{name}` is no folder here, and no model that can be read from the Hub: {reason}") from error
@@ -88,11 +88,11 @@ def _from_config(config: Any) -> nn.Module:
     own: Any = getattr(transformers, (config.architectures or ["AutoModel"])[0], None)
     made: nn.Module
     if classifiers_of(config):
-        made = AutoModelForImageClassification.from_config(config)
+        made = AutoModelForImageClassification.from_config(config, trust_remote_code=False)
     elif isinstance(own, type) and issubclass(own, transformers.PreTrainedModel):
         made = own(config)
     else:
-        made = transformers.AutoModel.from_config(config)
+        made = transformers.AutoModel.from_config(config, trust_remote_code=False)
     return made
 
 
@@ -122,6 +122,7 @@ def load_model(
             label2id={label: index for index, label in enumerate(labels)},
             problem_type=problem_type,
             ignore_mismatched_sizes=True,
+            trust_remote_code=False,
         )
     except (OSError, ValueError) as error:
         raise UsageError(f"`{name}` cannot be loaded: {str(error).strip().splitlines()[0][:200]}") from error

@@ -74,6 +74,16 @@ def config_class(peft_type: PeftType | str) -> Any:
     return PEFT_TYPE_TO_CONFIG_MAPPING[peft_type]
 
 
+def peft_type_of(name: str, **options: Any) -> str:
+    """The method that an adapter's `adapter_config.json` names, before a configuration is made of it.
+
+    Args:
+        name: Folder or Hub id.
+        **options: Of `hf_hub_download`.
+    """
+    return str(PeftConfig._get_peft_type(name, **options))
+
+
 @contextmanager
 def disabled_layers(layers: Iterable[Any]) -> Iterator[None]:
     """Switch single tuner layers off for a while, without what `enable_adapters` does to gradients.
@@ -113,5 +123,6 @@ __all__ = [
     "disabled_layers",
     "extend_peft_type",
     "ignore_gradient_checkpointing_warning",
+    "peft_type_of",
     "register_method",
 ]

@@ -88,6 +88,7 @@ def attach_resolved(model: nn.Module, config: SavedConfig, resolution: Resolutio
     """
     wanted = resolution.to_round(model, config)
     own: Any = copy.deepcopy(config)
+    own.fills_weights = False
     own.resolution = replace(resolution, rounded={name: how for name, how in wanted.items() if how != "int8"})
     tuner: Any = known_method(config).tuner
     return tuner(model, own, "default"), [name for name, how in wanted.items() if how == "int8"]

@@ -86,11 +86,11 @@ def _numbers(values: Sequence[float]) -> str:
 def _find(source: str) -> tuple[Any, bool]:
     """The processor, and whether it is the model's own."""
     try:
-        return AutoImageProcessor.from_pretrained(source), True
+        return AutoImageProcessor.from_pretrained(source, trust_remote_code=False), True
     except (OSError, ValueError, ImportError) as error:
         reason = headline(error)
     try:
-        kind = AutoConfig.from_pretrained(source).model_type
+        kind = AutoConfig.from_pretrained(source, trust_remote_code=False).model_type
     except (OSError, ValueError) as error:
         raise DatasetError(f"`{source}` has no image processor and no configuration ({headline(error)}).") from error
     names = image_processor_names(kind) or image_processor_names(kind.removesuffix("_vision_model"))
@@ -113,7 +113,7 @@ def _size(processor: Any, source: str, is_own: bool) -> tuple[int, int]:
 def _pretrained(source: str) -> tuple[tuple[int, int] | None, bool]:
     """Size of the images that the model was pretrained at, if its configuration says so; whether it takes no other."""
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError):  # a processor by itself; a missing model is told where it is loaded
         return None, False
     size = getattr(getattr(config, "vision_config", config), "image_size", None)

@@ -84,7 +84,7 @@ def processor_of(description: Mapping[str, str]) -> Any | None:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "preprocessor_config.json").write_text(description[_PROCESSOR], encoding="utf-8")
         try:
-            return AutoImageProcessor.from_pretrained(folder)
+            return AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
         except (OSError, ValueError, TypeError, ImportError) as error:
             raise ExportError(f"The file's `{_PROCESSOR}` cannot be read ({headline(error)}).") from error
 

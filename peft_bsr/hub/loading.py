@@ -15,8 +15,9 @@ from torch import nn
 from transformers import AutoConfig, AutoFeatureExtractor, AutoImageProcessor, AutoModelForImageClassification
 
 from peft_bsr.backbones import inner_config, native_size, set_image_size
+from peft_bsr.compat.peft_api import config_class, peft_type_of
 from peft_bsr.compat.transformers_api import source_of
-from peft_bsr.errors import HubError, headline
+from peft_bsr.errors import AdapterFileError, HubError, PeftBsrError, headline
 from peft_bsr.hub.files import ADAPTER, MODEL, list_files
 from peft_bsr.hub.task import task_of
 from peft_bsr.tuners.base.base_model import with_settings
@@ -89,23 +90,23 @@ def read_config(name: str | Path, *, revision: str | None = None, token: str | b
     """
     files = list_files(name, revision=revision, token=token)
     if ADAPTER not in files:
-        raise HubError(_no_adapter(name, f"it has no {ADAPTER}"))
+        why = f"it has no {ADAPTER}"
+        raise HubError(
+            f"`{name}` is no adapter ({why}). Give a folder with adapter_config.json, or the id of a "
+            "repository on the Hub that has one."
+        )
+    place: dict[str, Any] = {"revision": revision, "token": token}
     try:
-        config = PeftConfig.from_pretrained(_place(name), revision=revision, token=token)
+        config: Any = config_class(peft_type_of(_place(name), **place)).from_pretrained(_place(name), **place)
         if not hasattr(config, "labels") and MODEL in files:  # of PEFT's own methods
-            base = AutoConfig.from_pretrained(_place(name), revision=revision, token=token)
+            base = AutoConfig.from_pretrained(_place(name), trust_remote_code=False, **place)
             config.labels = [base.id2label[index] for index in sorted(base.id2label)]
             config.image_size = native_size(base)
-    except Exception as error:  # ValueError, or the Hub's and the HTTP library's own errors
-        raise HubError(_no_adapter(name, headline(error))) from error
+    except Exception as error:  # ours, PEFT's, or the Hub's and the HTTP library's own errors
+        why = str(error) if isinstance(error, PeftBsrError) else headline(error)
+        raise HubError(f"The adapter `{name}` cannot be read: {why}") from error
+    config.fills_weights = False  # who reads the configuration alone
     return config
-
-
-def _no_adapter(name: str | Path, why: str) -> str:
-    return (
-        f"`{name}` is no adapter ({why}). Give a folder with adapter_config.json, or the id of a repository on the Hub "
-        "that has one."
-    )
 
 
 def load_base(
@@ -134,17 +135,17 @@ def load_base(
     if not source:
         raise HubError("The adapter does not name its base model. Give it as `base=`, a Hub id or a folder.")
     model_class = _class_of(config)
-    config_class = getattr(model_class, "config_class", None) or AutoConfig
-    place: dict[str, Any] = {"token": token, "revision": None if base else config.revision}
+    settings_class = getattr(model_class, "config_class", None) or AutoConfig
+    place: dict[str, Any] = {"token": token, "revision": None if base else config.revision, "trust_remote_code": False}
     labels, changes = getattr(config, "labels", None), getattr(config, "base_config", None)
     named: dict[str, Any] = {}
     if labels:
         named["id2label"] = dict(enumerate(labels))
         named["label2id"] = {label: index for index, label in enumerate(labels)}
     try:
-        list_files(source, **place)  # within seconds, also without a network
+        list_files(source, token=token, revision=place["revision"])  # within seconds, also without a network
         with _quiet():  # that the classifier's weights are new is what we want
-            own = config_class.from_pretrained(_place(source), **place, **named)
+            own = settings_class.from_pretrained(_place(source), **place, **named)
             settings = with_settings(own, changes or {})
             size = image_size or getattr(config, "image_size", None) or native_size(settings)
             if native_size(own) is not None:  # positions are read as they are, and resized then
@@ -157,7 +158,9 @@ def load_base(
                 **place,
                 **({} if dtype is None else {"dtype": dtype}),
             )
-    except (OSError, ValueError, TypeError) as error:
+    except AdapterFileError:
+        raise
+    except Exception as error:  # transformers', torch's and the Hub's own, of any class if settings are odd
         raise HubError(
             f"The base model `{source}` cannot be read ({headline(error)}). Give another copy of it as `base=`, a "
             "Hub id or a folder."
@@ -202,7 +205,7 @@ def find_image_processor(model: Any) -> tuple[Any, str] | tuple[None, None]:
     for words, source in sources.items():
         if source:
             with suppress(OSError, ValueError):
-                return AutoImageProcessor.from_pretrained(source, local_files_only=True), f"{words}: {source}"
+                return _processor_at(source), f"{words}: {source}"
     return None, None
 
 
@@ -258,7 +261,7 @@ def _load_processor(
     problems = []
     for source, version in sources:
         try:
-            return auto.from_pretrained(_place(source), revision=version, token=token)
+            return auto.from_pretrained(_place(source), revision=version, token=token, trust_remote_code=False)
         except (OSError, ValueError) as error:
             problems.append(headline(error))
     raise HubError(f"Neither `{name}` nor its base model has {kind}: {'; '.join(problems)}")
@@ -270,16 +273,28 @@ def _place(name: str | Path) -> str:
     return str(folder) if folder.is_dir() else str(name)
 
 
+def _processor_at(source: str) -> Any:
+    return AutoImageProcessor.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+
+
 def _class_of(config: Any) -> Any:
-    """The class that the adapter was attached to, if it is one of transformers."""
-    mapping = config.auto_mapping or {}
-    library, name = mapping.get("parent_library", ""), mapping.get("base_model_class", "")
+    """The class that the adapter was attached to, if it is one of transformers.
+
+    Raises:
+        HubError: If the adapter names something there that is no model.
+    """
+    mapping = config.auto_mapping if isinstance(config.auto_mapping, dict) else {}
+    library, name = (str(mapping.get(key, "")) for key in ("parent_library", "base_model_class"))
     if library.split(".")[0] != "transformers":  # nothing else is imported because a file says so
         return AutoModelForImageClassification
     try:
-        return getattr(importlib.import_module(library), name)
-    except (ImportError, AttributeError):  # it has moved since
-        return getattr(transformers, name, AutoModelForImageClassification)
+        found = getattr(importlib.import_module(library), name)
+    except (ImportError, AttributeError, TypeError, ValueError):  # it has moved since
+        found = getattr(transformers, name, AutoModelForImageClassification)
+    is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+    if not is_model and found is not AutoModelForImageClassification:
+        raise HubError(f"The adapter names `{library}.{name}` as the class of its base model, which is no model.")
+    return found
 
 
 def _check_complete(model: Any, report: dict[str, Any], config: Any, source: str) -> None:

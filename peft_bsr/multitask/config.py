@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
+from peft_bsr.core.limits import LARGEST_NUMBER, LARGEST_SIZE, MOST_CLASSES
 from peft_bsr.errors import ConfigError
 
 TaskKind = Literal["classification", "regression", "segmentation", "regression_map"]
@@ -36,8 +37,10 @@ class TaskConfig:
         problems = []
         if not isinstance(self.name, str) or not self.name:
             problems.append(f"`name={self.name!r}` must be a text.")
-        if not _is_whole(self.num_outputs) or self.num_outputs < 1:
-            problems.append(f"task {self.name!r}: `num_outputs={self.num_outputs!r}` must be a whole number above 0.")
+        if not _is_whole(self.num_outputs) or not 1 <= self.num_outputs <= MOST_CLASSES:
+            problems.append(
+                f"task {self.name!r}: `num_outputs={self.num_outputs!r}` must be a whole number, 1 to {MOST_CLASSES}."
+            )
         if self.kind not in get_args(TaskKind):
             kinds = ", ".join(map(repr, get_args(TaskKind)))
             problems.append(f"task {self.name!r}: `kind={self.kind!r}` is unknown. Use one of {kinds}.")
@@ -90,9 +93,9 @@ class MoEConfig:
 
     def __post_init__(self) -> None:
         problems = [
-            f"`{name}={getattr(self, name)!r}` must be a whole number above 0."
+            f"`{name}={getattr(self, name)!r}` must be a whole number from 1 to {LARGEST_SIZE}."
             for name in ("num_experts", "top_k", "r")
-            if not _is_whole(getattr(self, name)) or getattr(self, name) < 1
+            if not _is_whole(getattr(self, name)) or not 1 <= getattr(self, name) <= LARGEST_SIZE
         ]
         if not problems and self.top_k > self.num_experts:
             problems.append(f"`top_k={self.top_k}` asks for more than the `num_experts={self.num_experts}` there are.")
@@ -101,12 +104,12 @@ class MoEConfig:
         if self.expert_type not in get_args(ExpertType):
             problems.append(f"`expert_type={self.expert_type!r}` is unknown. Use 'full' or 'lora'.")
         problems += [
-            f"`{name}={getattr(self, name)!r}` must be a number of at least 0."
+            f"`{name}={getattr(self, name)!r}` must be a number from 0 to {LARGEST_NUMBER:.0e}."
             for name in ("balance_weight", "noise")
-            if not _is_number(getattr(self, name)) or getattr(self, name) < 0
+            if not _is_number(getattr(self, name)) or not 0 <= getattr(self, name) <= LARGEST_NUMBER
         ]
-        if not _is_number(self.lora_alpha) or self.lora_alpha <= 0:
-            problems.append(f"`lora_alpha={self.lora_alpha!r}` must be a number above 0.")
+        if not _is_number(self.lora_alpha) or not 0 < self.lora_alpha <= LARGEST_NUMBER:
+            problems.append(f"`lora_alpha={self.lora_alpha!r}` must be a number above 0, {LARGEST_NUMBER:.0e} at most.")
         if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
             problems.append(f"`dropout={self.dropout!r}` must be a number in [0, 1).")
         if problems:
@@ -162,7 +165,9 @@ def check_weights(weights: Any, tasks: list[TaskConfig] | None) -> list[str]:
     if weights is None:
         return []
     names = [task.name for task in tasks or ()]
-    is_right = isinstance(weights, Mapping) and all(_is_number(w) and w >= 0 for w in weights.values())
+    is_right = isinstance(weights, Mapping) and all(
+        _is_number(w) and 0 <= w <= LARGEST_NUMBER for w in weights.values()
+    )
     if not is_right or not set(weights) <= set(names):
         return [f"`task_weights={weights!r}` must give numbers of at least 0 to some of the tasks {names}."]
     return []

@@ -73,8 +73,10 @@ def open_predictor(
         raise HubError(f"`{name}` has neither {MODEL} nor {ADAPTER}: it is no model and no adapter.")
     place = str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else str(name)
     try:
-        model, report = AutoModelForImageClassification.from_pretrained(place, output_loading_info=True)
-        processor = AutoImageProcessor.from_pretrained(place)
+        model, report = AutoModelForImageClassification.from_pretrained(
+            place, output_loading_info=True, trust_remote_code=False
+        )
+        processor = AutoImageProcessor.from_pretrained(place, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise HubError(f"`{name}` cannot be read as an image classifier ({headline(error)}).") from error
     if report["missing_keys"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,12 @@ def make_adapter(method: str) -> PeftModel:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return get_peft_model(make_vit(), copy.deepcopy(CONFIGS[method])).eval()
+
+
+def unseal(folder: Path, **values: Any) -> None:
+    """Take the digests out, which see every change before other checks do, and put other settings in."""
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values, "digests": None}))
 
 
 @pytest.fixture(scope="session")

@@ -524,7 +524,7 @@ CALLS: list[tuple[str, Callable[[Any], Any], type[Exception], str]] = [
         "tasks",
         lambda m: add_task(m, "cars", 0),
         AdapterError,
-        "add_task: `tasks`: task 'cars': `num_outputs=0` must be a whole number above 0.",
+        "add_task: `tasks`: task 'cars': `num_outputs=0` must be a whole number, 1 to 262144.",
     ),
     (
         "tasks",

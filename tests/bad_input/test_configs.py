@@ -99,22 +99,22 @@ CONFIGS: list[tuple[type, dict[str, Any], str]] = [
     (
         BSRConfig,
         {"r": "8"},
-        "BSRConfig: `r='8'` must be a whole number of at least 1.",
+        "BSRConfig: `r='8'` must be a whole number from 1 to 65536.",
     ),
     (
         BSRConfig,
         {"r": True},
-        "BSRConfig: `r=True` must be a whole number of at least 1.",
+        "BSRConfig: `r=True` must be a whole number from 1 to 65536.",
     ),
     (
         BSRConfig,
         {"lora_alpha": float("nan")},
-        "BSRConfig: `lora_alpha=nan` must be a number above 0.",
+        "BSRConfig: `lora_alpha=nan` must be a number above 0, 1e+06 at most.",
     ),
     (
         BSRConfig,
         {"lora_alpha": "16"},
-        "BSRConfig: `lora_alpha='16'` must be a number above 0.",
+        "BSRConfig: `lora_alpha='16'` must be a number above 0, 1e+06 at most.",
     ),
     (
         BSRConfig,
@@ -168,12 +168,12 @@ CONFIGS: list[tuple[type, dict[str, Any], str]] = [
     (
         BSRConfig,
         {"tasks": {"a": 0}},
-        "BSRConfig: `tasks`: task 'a': `num_outputs=0` must be a whole number above 0.",
+        "BSRConfig: `tasks`: task 'a': `num_outputs=0` must be a whole number, 1 to 262144.",
     ),
     (
         BSRConfig,
         {"tasks": {"a": True}},
-        "BSRConfig: `tasks`: task 'a': `num_outputs=True` must be a whole number above 0.",
+        "BSRConfig: `tasks`: task 'a': `num_outputs=True` must be a whole number, 1 to 262144.",
     ),
     (
         BSRConfig,
@@ -183,7 +183,7 @@ CONFIGS: list[tuple[type, dict[str, Any], str]] = [
     (
         BSRConfig,
         {"tasks": {"a": "b"}},
-        "BSRConfig: `tasks`: task 'a': `num_outputs='b'` must be a whole number above 0.",
+        "BSRConfig: `tasks`: task 'a': `num_outputs='b'` must be a whole number, 1 to 262144.",
     ),
     (
         BSRConfig,
@@ -258,17 +258,17 @@ CONFIGS: list[tuple[type, dict[str, Any], str]] = [
     (
         ALaSTConfig,
         {"alpha": -1},
-        "ALaSTConfig: `alpha=-1` must be a number of at least 0, or 'lr' for the learning rate.",
+        "ALaSTConfig: `alpha=-1` must be a number from 0 to 1e+06, or 'lr' (the learning rate).",
     ),
     (
         ALaSTConfig,
         {"alpha": "rate"},
-        "ALaSTConfig: `alpha='rate'` must be a number of at least 0, or 'lr' for the learning rate.",
+        "ALaSTConfig: `alpha='rate'` must be a number from 0 to 1e+06, or 'lr' (the learning rate).",
     ),
     (
         ALaSTConfig,
         {"alpha": float("nan")},
-        "ALaSTConfig: `alpha=nan` must be a number of at least 0, or 'lr' for the learning rate.",
+        "ALaSTConfig: `alpha=nan` must be a number from 0 to 1e+06, or 'lr' (the learning rate).",
     ),
     (
         ALaSTConfig,
@@ -308,32 +308,32 @@ CONFIGS: list[tuple[type, dict[str, Any], str]] = [
     (
         SynQTConfig,
         {"num_queries": 0},
-        "SynQTConfig: `num_queries=0` must be a whole number of at least 1.",
+        "SynQTConfig: `num_queries=0` must be a whole number from 1 to 65536.",
     ),
     (
         SynQTConfig,
         {"num_queries": 1.5},
-        "SynQTConfig: `num_queries=1.5` must be a whole number of at least 1.",
+        "SynQTConfig: `num_queries=1.5` must be a whole number from 1 to 65536.",
     ),
     (
         SynQTConfig,
         {"bottleneck": 0},
-        "SynQTConfig: `bottleneck=0` must be a whole number of at least 1.",
+        "SynQTConfig: `bottleneck=0` must be a whole number from 1 to 65536.",
     ),
     (
         SynQTConfig,
         {"attention_bottleneck": "8"},
-        "SynQTConfig: `attention_bottleneck='8'` must be a whole number of at least 1.",
+        "SynQTConfig: `attention_bottleneck='8'` must be a whole number from 1 to 65536.",
     ),
     (
         SynQTConfig,
         {"feature_scale": "x"},
-        "SynQTConfig: `feature_scale='x'` must be a number.",
+        "SynQTConfig: `feature_scale='x'` must be a number between -1e+06 and 1e+06.",
     ),
     (
         SynQTConfig,
         {"feature_scale": float("nan")},
-        "SynQTConfig: `feature_scale=nan` must be a number.",
+        "SynQTConfig: `feature_scale=nan` must be a number between -1e+06 and 1e+06.",
     ),
     (
         SynQTConfig,
@@ -383,12 +383,12 @@ CONFIGS: list[tuple[type, dict[str, Any], str]] = [
     (
         MoEConfig,
         {"num_experts": 0},
-        "MoEConfig: `num_experts=0` must be a whole number above 0.",
+        "MoEConfig: `num_experts=0` must be a whole number from 1 to 65536.",
     ),
     (
         MoEConfig,
         {"top_k": 0},
-        "MoEConfig: `top_k=0` must be a whole number above 0.",
+        "MoEConfig: `top_k=0` must be a whole number from 1 to 65536.",
     ),
     (
         MoEConfig,
@@ -408,7 +408,7 @@ CONFIGS: list[tuple[type, dict[str, Any], str]] = [
     (
         TaskConfig,
         {"name": "a", "num_outputs": -1},
-        "TaskConfig: task 'a': `num_outputs=-1` must be a whole number above 0.",
+        "TaskConfig: task 'a': `num_outputs=-1` must be a whole number, 1 to 262144.",
     ),
     (
         TaskConfig,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import shutil
 import struct
@@ -17,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from safetensors.torch import load_file, save_file
 
 from peft_bsr import AdapterFileError, BSRConfig, ConfigError, UnsupportedModelError, check_adapter
-from tests.bad_input.conftest import make_adapter, make_vit
+from tests.bad_input.conftest import make_adapter, make_vit, unseal
 from tests.tuners.conftest import assert_same_state, state_of
 
 CHECKS_WEIGHTS = hasattr(BaseTuner, "_remap_adapter_state_dict_for_load")  # peft >= 0.21
@@ -32,6 +31,7 @@ def weights(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path]
         tensors = load_file(folder / WEIGHTS)
         change(tensors)
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        unseal(folder)
 
     return damage
 
@@ -39,11 +39,7 @@ def weights(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path]
 def config(**values: Any) -> Callable[[Path], None]:
     """Change values in the configuration."""
 
-    def damage(folder: Path) -> None:
-        before = json.loads((folder / CONFIG).read_text())
-        (folder / CONFIG).write_text(json.dumps({**before, **values}))
-
-    return damage
+    return lambda folder: unseal(folder, **values)
 
 
 def cut(name: str, share: float) -> Callable[[Path], None]:
@@ -134,11 +130,11 @@ FILES: list[tuple[str, Callable[[Path], Any], type[Exception], str]] = [
         "Adapter 'default': base_model.model.classifier.bsr_params.default.heads.1.bias are missing in the file.",
     ),
     ("bsr", weights(dict.clear), AdapterFileError, "Adapter 'default': base_model.model.classifier.bsr_params"),
-    ("lora", config(r=8), AdapterFileError, "Adapter 'default': base_model.model.vit.layers.1.attention"),
-    ("bsr", config(trainable="lora"), AdapterFileError, "Adapter 'default': \n  - base_model.model.vit.layers.1"),
+    ("lora", config(r=8), AdapterFileError, "'{weights}' does not belong to its adapter_config.json: `base_model"),
+    ("bsr", config(trainable="lora"), AdapterFileError, "'{weights}' does not belong to its adapter_config.json: the"),
     ("synqt", config(layers=[1]), AdapterFileError, "Adapter 'default': "),
-    ("synqt", config(num_queries=5), AdapterFileError, "Adapter 'default': base_model.model.vit.layers.1.token"),
-    ("tasks", config(tasks=[{"name": "zoo", "num_outputs": 6}]), AdapterFileError, "Adapter 'default': \n  - "),
+    ("synqt", config(num_queries=5), AdapterFileError, "'{weights}' does not belong to its adapter_config.json: `ba"),
+    ("tasks", config(tasks=[{"name": "zoo", "num_outputs": 6}]), AdapterFileError, "'{weights}' does not belong to"),
     ("bsr", config(trainable_blocks=[1, 2]), ConfigError, "BSRConfig: `layout` names ['blocks.3.attention."),
     ("bsr", config(trainable_blocks=[1, 11]), ConfigError, "BSRConfig: `trainable_blocks=[1, 11]` asks for block 11"),
     ("bsr", config(keep_rate="half"), ConfigError, "BSRConfig: `keep_rate='half'` holds 'half'"),
@@ -176,6 +172,7 @@ def test_damaged_files(method, damage, error, text, saved, tmp_path, monkeypatch
         assert_same_state(other, with_another)
 
 
+OTHER = "The adapter was trained on another model than this one, which has "
 WRONG_MODELS = [
     ("bsr", lambda: make_vit(depth=2), ConfigError, "BSRConfig: `trainable_blocks=[1, 3]` asks for block 3"),
     (
@@ -184,12 +181,15 @@ WRONG_MODELS = [
         AdapterFileError,
         "The adapter's head has 3 classes, this model's has 7. `peft_bsr.load(adapter)`",
     ),
-    ("bsr", lambda: make_vit(hidden_size=16), AdapterFileError, "Adapter 'default': base_model.model.classifier"),
-    ("lora", lambda: make_vit(intermediate_size=32), AdapterFileError, "Adapter 'default': base_model.model.vit"),
-    ("synqt", lambda: make_vit(hidden_size=16), AdapterFileError, "Adapter 'default': base_model.model.classifier"),
+    ("bsr", lambda: make_vit(hidden_size=16), AdapterFileError, OTHER + "width 16 instead of 32"),
+    ("lora", lambda: make_vit(intermediate_size=32), AdapterFileError, OTHER + "mlp 32 instead of 64"),
+    ("synqt", lambda: make_vit(hidden_size=16), AdapterFileError, OTHER + "width 16 instead of 32"),
+    ("synqt", lambda: make_vit(hidden_act="relu"), AdapterFileError, OTHER + "activation 'relu' instead of 'gelu'"),
+    ("bsr", lambda: make_vit(num_attention_heads=2), AdapterFileError, OTHER + "heads 2 instead of 4"),
+    ("bsr", lambda: make_vit(depth=6), AdapterFileError, OTHER + "depth 6 instead of 4"),
     ("synqt", lambda: make_vit(depth=2), ConfigError, "SynQTConfig: `layers=[1, 3]` asks for block 3"),
     ("synqt", lambda: make_vit().vit, UnsupportedModelError, "ViTModel: the head of SynQT takes the place of the"),
-    ("alast", lambda: make_vit(depth=6), AdapterFileError, "Adapter 'default': "),
+    ("alast", lambda: make_vit(depth=6), AdapterFileError, OTHER + "depth 6 instead of 4"),
     ("bsr", lambda: torch.nn.Linear(2, 2), UnsupportedModelError, "Linear is not supported"),
 ]
 

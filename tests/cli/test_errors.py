@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import builtins
+import errno
 
 import pytest
+from safetensors import SafetensorError
 
 from peft_bsr.cli import sources
 from peft_bsr_cli import COMMANDS
@@ -63,6 +65,7 @@ def test_a_file_of_settings_is_checked(run, tmp_path):
         ("model: x\nepochs: many", "`epochs: many` is no number"),
         ("- model", "must be names and values"),
         ("a: [", "is no YAML"),
+        ("model: &a [*a]", "holds itself"),
     ):
         path.write_text(text)
         code, _, err = run("train", "--config", path)
@@ -95,6 +98,26 @@ def test_a_failure_is_code_1_and_debug_shows_where(run, base, monkeypatch):
     assert err.splitlines()[-1] == "peft-bsr: RuntimeError: the disk is on fire"
     assert "Traceback" not in err
     assert "Traceback" in run("inspect", base, "--debug")[2]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        PermissionError(errno.EACCES, "Permission denied", "outputs"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        RuntimeError("[enforce fail at inline_container.cc] . PytorchStreamWriter failed writing file data/0"),
+    ],
+    ids=["full", "not mine", "safetensors", "torch.save"],
+)
+def test_a_folder_that_takes_no_file_is_one_line_and_code_2(error, run, base, monkeypatch):
+    def fail(name):
+        raise error
+
+    monkeypatch.setattr(sources, "read_model_config", fail)
+    code, out, err = run("inspect", base)
+    assert (code, out) == (2, "")
+    assert err.splitlines()[-1].startswith("peft-bsr: cannot write: ")
 
 
 def test_an_interrupt_is_code_130(run, base, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import threading
 
@@ -240,6 +241,9 @@ def test_resuming_with_other_settings_changes_nothing(fit, run, tmp_path):
     assert state["stateful_callbacks"]["RunCallback"]["attributes"]["seconds_before"] > 0
     state["stateful_callbacks"]["RunCallback"]["attributes"]["seconds_before"] = 1000.0
     path.write_text(json.dumps(state))
+    for name in ("adapter_config.json", "adapter_model.safetensors"):  # killed before the state was written
+        (tmp_path / "run" / "checkpoints" / "checkpoint-9").mkdir(exist_ok=True)
+        shutil.copy(path.parent / name, tmp_path / "run" / "checkpoints" / "checkpoint-9")
     code, out, err = run(
         "train", "--output", tmp_path / "run", "--resume", "--max-steps", "3", "--no-measuring", "--json"
     )
@@ -254,7 +258,8 @@ def test_a_checkpoint_that_cannot_be_loaded_leaves_the_settings(fit, tmp_path):
     fit("--set", "trainable_blocks=last:2")
     stored = (tmp_path / "run" / "settings.yaml").read_text()
     (tmp_path / "run" / "checkpoints" / "checkpoint-2" / "adapter_model.safetensors").write_bytes(b"damaged")
-    fit("--set", "trainable_blocks=last:2", "--resume", "--epochs", "7", code=1, steps=3)
+    _, err = fit("--set", "trainable_blocks=last:2", "--resume", "--epochs", "7", code=2, steps=3)
+    assert "no checkpoint in" in err and "is whole" in err
     assert (tmp_path / "run" / "settings.yaml").read_text() == stored
 
 

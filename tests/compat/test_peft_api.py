@@ -148,3 +148,8 @@ def test_ignore_gradient_checkpointing_warning():
         warnings.simplefilter("error")
         peft_api.ignore_gradient_checkpointing_warning()
         assert getattr(model, "is_gradient_checkpointing", False) is False
+
+
+def test_the_method_of_a_file_is_read_before_its_configuration(tmp_path):
+    LoraConfig().save_pretrained(tmp_path)
+    assert peft_api.peft_type_of(str(tmp_path), revision=None, token=None) == "LORA"

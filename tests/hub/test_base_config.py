@@ -19,6 +19,7 @@ from transformers import (
 import peft_bsr
 from peft_bsr import AdapterFileError, ALaSTConfig, BSRConfig, ConfigError, HubError
 from peft_bsr.cli.sources import load_model
+from tests.bad_input.conftest import unseal
 from tests.conftest import SIZES, TEXT
 
 
@@ -61,11 +62,15 @@ def test_settings_of_an_inner_configuration(tmp_path, images):
 
 def test_a_file_sets_what_the_base_has_a_name_for_and_nothing_else(make_adapter, tmp_path):
     make_adapter().save_pretrained(tmp_path / "adapter")
-    path = tmp_path / "adapter" / "adapter_config.json"
-    planted = {"auto_map": {"AutoModel": "x.Y"}, "_attn_implementation": "eager", "unheard_of": 1, "hidden_act": "relu"}
-    path.write_text(json.dumps({**read(path.parent), "base_config": planted}))
+    planted = {
+        "auto_map": {"AutoModel": "x.Y"},
+        "_attn_implementation": "eager",
+        "unheard_of": 1,
+        "hidden_dropout_prob": 0.25,
+    }
+    unseal(tmp_path / "adapter", base_config=planted)
     config = peft_bsr.load(tmp_path / "adapter").config
-    assert config.hidden_act == "relu"
+    assert config.hidden_dropout_prob == 0.25
     assert not hasattr(config, "unheard_of") and not getattr(config, "auto_map", None)
     assert config._attn_implementation == "sdpa"
 
@@ -122,8 +127,7 @@ def test_a_base_of_other_shape_is_refused(base, make_model, tmp_path):
     vit.save_pretrained(tmp_path / "four")
     model = get_peft_model(ViTForImageClassification.from_pretrained(tmp_path / "four"), BSRConfig())
     model.save_pretrained(tmp_path / "adapter")
-    path = tmp_path / "adapter" / "adapter_config.json"
-    path.write_text(json.dumps({**read(path.parent), "base_config": {"num_channels": 4}}))
+    unseal(tmp_path / "adapter", base_config={"num_channels": 4})
     with pytest.raises(HubError, match="has another shape of 1 of the weights of ViTForImageClassification"):
         peft_bsr.load(tmp_path / "adapter", base=base)
 

@@ -64,5 +64,5 @@ def test_a_damaged_adapter_beside_a_model_is_no_model(monkeypatch):
     files = [SimpleNamespace(rfilename=name) for name in ("config.json", "adapter_config.json")]
     monkeypatch.setattr(HfApi, "model_info", lambda *_, **__: SimpleNamespace(siblings=files))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # else it asks again for 20 s
-    with pytest.raises(HubError, match="`me/both` is no adapter"):
+    with pytest.raises(HubError, match="The adapter `me/both` cannot be read"):
         find_adapter("me/both")

@@ -197,7 +197,7 @@ def test_wrong_calls_say_what_to_do_and_leave_nothing(model, images, run, kwargs
 
 CONFIGS = [
     ({"tasks": {}}, "must name at least one task"),
-    ({"tasks": {"a": 0}}, "task 'a': `num_outputs=0` must be a whole number above 0"),
+    ({"tasks": {"a": 0}}, "task 'a': `num_outputs=0` must be a whole number, 1 to 262144"),
     ({"tasks": {"a": {"num_outputs": 2, "kind": "ranking"}}}, "`kind='ranking'` is unknown"),
     ({"tasks": [TaskConfig("a", 2), TaskConfig("a", 3)]}, r"`tasks` names \['a'\] more than once"),
     ({"moe": MoEConfig()}, "`moe` routes by task, but there are no `tasks`"),

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from math import inf
 from typing import Any
 
 from peft_bsr.backbones import Column
 from peft_bsr.core import DELTA_REDUCTIONS, SELECTIONS
+from peft_bsr.core.limits import LARGEST_NUMBER, LARGEST_SIZE
 from peft_bsr.engine import BlockPlan, Plan, Reduction
 from peft_bsr.errors import ConfigError
 from peft_bsr.registration import extend_peft_type
@@ -127,8 +127,11 @@ class ALaSTConfig(BlockConfig):
             problems.append(f"`budget_range={low_high!r}` must lie in (0, 1], the least budget first.")
         elif not _is_number(self.initial_budget) or not low_high[0] <= self.initial_budget <= low_high[1]:
             problems.append(f"`initial_budget={self.initial_budget!r}` must lie in `budget_range={low_high!r}`.")
-        if self.alpha != "lr" and not (_is_number(self.alpha) and 0 <= float(self.alpha or 0) < inf):
-            problems.append(f"`alpha={self.alpha!r}` must be a number of at least 0, or 'lr' for the learning rate.")
+        alpha: Any = self.alpha
+        if alpha != "lr" and not (_is_number(alpha) and 0 <= alpha <= LARGEST_NUMBER):
+            problems.append(
+                f"`alpha={self.alpha!r}` must be a number from 0 to {LARGEST_NUMBER:.0e}, or 'lr' (the learning rate)."
+            )
         problems += check_choice(self, "delta_reduction", DELTA_REDUCTIONS)
         problems += check_choice(self, "selection", SELECTIONS)
         if not isinstance(self.train_embeddings, bool):
@@ -138,8 +141,10 @@ class ALaSTConfig(BlockConfig):
                 f"`frozen_weights={self.frozen_weights!r}` is for blocks that never train, but here each may. Leave it "
                 '"full".'
             )
-        if not _is_int(self.token_multiple) or int(self.token_multiple or 0) < 1:
-            problems.append(f"`token_multiple={self.token_multiple!r}` must be a whole number of at least 1, or None.")
+        if not _is_int(self.token_multiple) or not 1 <= int(self.token_multiple or 0) <= LARGEST_SIZE:
+            problems.append(
+                f"`token_multiple={self.token_multiple!r}` must be a whole number from 1 to {LARGEST_SIZE}, or None."
+            )
         if not _is_int(self.seed):
             problems.append(f"`seed={self.seed!r}` must be a whole number.")
         return [*problems, *check_ways(self), *super()._problems()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from peft_bsr.engine import Plan
 from peft_bsr.errors import AdapterError, UnsupportedModelError
 from peft_bsr.tuners.alast.config import ALaSTConfig
 from peft_bsr.tuners.alast.layer import STATE, ALaSTRouter
-from peft_bsr.tuners.alast.schedule import ALaSTSchedule
+from peft_bsr.tuners.alast.schedule import ALaSTSchedule, check_state
 from peft_bsr.tuners.base.layer import find_routers
 from peft_bsr.tuners.blocks.layer import BlockWeights
 from peft_bsr.tuners.blocks.tuner import BlockTuner
@@ -93,14 +94,18 @@ class ALaSTModel(BlockTuner):
         return super()._remove_adapter_name_from_key(key, adapter_name)
 
     @classmethod
-    def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """Of the schedule's state, too."""
-        states = {key: value for key, value in state_dict.items() if key.endswith(f".{STATE}")}
-        weights = {key: value for key, value in state_dict.items() if key not in states}
-        renamed = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, weights)
-        return renamed | {f"{key}.{adapter_name}": value for key, value in states.items()}
+    def _own_state(cls, model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+        """With the schedule's state."""
+        places = {name: m for name, m in model.named_modules() if isinstance(m, ALaSTRouter) and m.index == 0}
+        states = {f"{name}.{STATE}.{adapter_name}": m.bsr_state[adapter_name] for name, m in places.items()}
+        return super()._own_state(model, adapter_name) | states
+
+    @classmethod
+    def _problems_of(cls, model: nn.Module, config: Any, state_dict: Mapping[str, Tensor]) -> list[str]:
+        """Of the schedule's state, which decides what trains."""
+        states = {name: tensor for name, tensor in state_dict.items() if f".{STATE}." in name}
+        depth = len(find_routers(model))
+        return [f"{name}: {problem}." for name, t in states.items() for problem in check_state(t, depth, config)]
 
     def _record(self, model: nn.Module, config: Any, found: Any) -> Any:
         own: ALaSTConfig = super()._record(model, config, found)

@@ -232,6 +232,31 @@ class ALaSTSchedule:
             )
 
 
+def check_state(packed: Tensor, depth: int, config: ALaSTConfig) -> list[str]:
+    """What `ALaSTSchedule.pack` cannot have given: a state from a file is not believed.
+
+    Args:
+        packed: The state, see `pack`.
+        depth: Number of the model's blocks.
+        config: Of the adapter.
+    """
+    if packed.dtype != torch.int64 or tuple(packed.shape) != (5, max(depth, 3)):
+        return []  # told with the shapes of all tensors
+    rows = packed.cpu().contiguous().view(torch.float64)
+    budgets, deltas, totals, drawn = rows[:4, :depth]
+    step, images, is_due = rows[4, :3].tolist()
+    low, high = config.budget_range
+    is_right = (
+        bool(((low <= budgets) & (budgets <= high)).all())
+        and bool(deltas.isnan().all() | deltas.isfinite().all())
+        and bool(totals.isfinite().all())
+        and bool(((drawn == 0) | (drawn == 1)).all() & drawn.any())
+        and is_due in (0.0, 1.0)
+        and all(0 <= value < 2**53 and value == int(value) for value in (step, images))
+    )
+    return [] if is_right else ["the state of the budgets is out of its range"]
+
+
 _SCHEDULES: WeakSet[ALaSTSchedule] = WeakSet()
 _HOOKS: list[Any] = []  # torch's handle of `_see_step`, while there are schedules
 
@@ -256,4 +281,4 @@ def _see_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         schedule.see_step(held)
 
 
-__all__ = ["ALaSTSchedule"]
+__all__ = ["ALaSTSchedule", "check_state"]

@@ -12,11 +12,15 @@ from transformers import PreTrainedConfig
 
 from peft_bsr.backbones import resized_tables
 from peft_bsr.compat.transformers_api import source_of
+from peft_bsr.errors import AdapterFileError
 
 _ABSENT = object()
 _NOT_KEPT = {"architectures", "auto_map", "dtype", "model_type", "quantization_config", "torch_dtype"}
 _NOT_KEPT |= {"transformers_version"}
 _LABELS = {"id2label", "label2id"}
+_SIZES = {"hidden_size", "intermediate_size", "mlp_ratio", "num_attention_heads", "num_hidden_layers"}
+_FACTOR = 16  # by which another size, such as that of images, may grow
+_SMALL, _LARGEST = 16.0, 2**16  # numbers up to the first are harmless; where the model has none, up to the second
 
 
 def own_config(model: nn.Module) -> PreTrainedConfig | None:
@@ -67,7 +71,16 @@ def with_settings(own: PreTrainedConfig, changes: Mapping[str, Any]) -> PreTrain
     Args:
         own: Of the base model.
         changes: Names and plain JSON values, as a file has them.
+
+    Raises:
+        AdapterFileError: If a changed size would make a far larger model than the base model is.
     """
+    if larger := _larger(own.to_dict(), changes):
+        name, before, value = larger[0]
+        raise AdapterFileError(
+            f"The adapter's `base_config` asks for `{name}={value!r}` where the base model has {before!r}: that would "
+            "be a far larger model. The file is damaged, or not meant well."
+        )
     return type(own).from_dict(_merged(own.to_dict(), changes)) if changes else own
 
 
@@ -89,6 +102,23 @@ def new_weights(model: nn.Module, own: PreTrainedConfig) -> dict[str, tuple[tupl
     resized = resized_tables(model)
     found = {name: tuple(p.shape) for name, p in model.named_parameters() if name not in resized}
     return {name: (shape, shapes[name]) for name, shape in found.items() if shape != shapes.get(name, shape)}
+
+
+def _larger(own: Mapping[str, Any], changes: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Sizes that grow: (name, own value, changed value)."""
+    found = []
+    for name, value in changes.items():
+        before = own.get(name)
+        if isinstance(value, dict) and isinstance(before, dict) and name not in _LABELS:
+            found += _larger(before, value)
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, (int, float)) and not isinstance(number, bool):
+                numbers = before if isinstance(before, list) else [before]
+                ends = [n for n in numbers if isinstance(n, (int, float))]
+                factor = 1 if name in _SIZES else _FACTOR
+                if abs(number) > max([factor * abs(n) for n in ends], default=_LARGEST) and abs(number) > _SMALL:
+                    found.append((name, before, value))
+    return found
 
 
 def _merged(values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

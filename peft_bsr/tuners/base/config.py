@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,9 +13,10 @@ from typing import Any, cast
 from peft import PeftConfig
 from torch import nn
 
-from peft_bsr.backbones import Column
+from peft_bsr.backbones import Column, Fingerprint, weights_digest
+from peft_bsr.core.limits import MOST_CLASSES
 from peft_bsr.engine import Plan
-from peft_bsr.errors import AdapterFileError, ConfigError
+from peft_bsr.errors import AdapterFileError, ConfigError, OtherWeightsWarning
 from peft_bsr.tuners.base.base_model import changed_settings, new_weights, own_config
 from peft_bsr.tuners.base.classifier import without_layer
 from peft_bsr.tuners.base.files import AdapterFiles
@@ -35,6 +37,7 @@ class Attachment:
         classes: Names of the model's class and of its bases.
         config: The model's configuration (a living object), or None.
         own: The configuration in the files that the model was loaded from, or None.
+        parts: Names of the modules that the adapter has in the model; known once it is attached.
     """
 
     column: Column
@@ -42,6 +45,7 @@ class Attachment:
     classes: tuple[str, ...]
     config: Any
     own: Any
+    parts: tuple[str, ...] = ()
 
     @property
     def problem_type(self) -> str | None:
@@ -58,6 +62,10 @@ class SavedConfig(AdapterFiles, PeftConfig):
             it `peft_bsr.load` gives the base model a head of the right size.
         base_config: What else of the base model's configuration differs from its own file, such as `problem_type`:
             plain JSON values by name. Written when the adapter is saved; `peft_bsr.load` sets them again.
+        fingerprint: What the base model is (`peft_bsr.backbones.Fingerprint`), and a digest of its `weights`. Written
+            when the adapter is attached; a model that differs is refused, other weights are warned of.
+        digests: Of these `settings` and of the file with the `weights`. Written when the adapter is saved; files that
+            were not saved together, or not whole, are refused.
     """
 
     labels: list[str] | None = field(
@@ -65,6 +73,12 @@ class SavedConfig(AdapterFiles, PeftConfig):
     )
     base_config: dict[str, Any] | None = field(
         default=None, metadata={"help": "Written at save: settings of the base model that differ from its own file."}
+    )
+    fingerprint: dict[str, Any] | None = field(
+        default=None, metadata={"help": "Written at attach: what the base model is, by which another is told from it."}
+    )
+    digests: dict[str, str] | None = field(
+        default=None, metadata={"help": "Written at save: of the settings, and of the file with the weights."}
     )
 
     target_modules = cast("Any", None)  # PEFT asks for it; methods that take names of modules have a field
@@ -81,12 +95,27 @@ class SavedConfig(AdapterFiles, PeftConfig):
         problems = []
         if self.labels is not None and not (isinstance(self.labels, list) and all(map(_is_text, self.labels))):
             problems.append(f"`labels={self.labels!r}` must be a list of names, or None.")
+        elif self.labels is not None and len(self.labels) > MOST_CLASSES:
+            problems.append(f"`labels` has {len(self.labels)} names; at most {MOST_CLASSES} are read.")
         if self.base_config is not None and not isinstance(self.base_config, dict):
             problems.append(f"`base_config={self.base_config!r}` must be names and values, or None.")
+        if self.fingerprint is not None and not isinstance(self.fingerprint, dict):
+            problems.append(f"`fingerprint={self.fingerprint!r}` must be names and values, or None.")
+        if self.digests is not None and not (
+            isinstance(self.digests, dict) and all(map(_is_text, self.digests.values()))
+        ):
+            problems.append(f"`digests={self.digests!r}` must be names and texts, or None.")
         if problems:
             raise ConfigError.from_problems(type(self).__name__, problems)
 
-    def attached_to(self, model: nn.Module, column: Column, plan: Plan, held: Sequence[str]) -> None:
+    def attached_to(
+        self,
+        model: nn.Module,
+        column: Column,
+        plan: Plan,
+        held: Sequence[str],
+        fingerprint: dict[str, Any] | None = None,
+    ) -> None:
         """Remember the model.
 
         Args:
@@ -94,20 +123,31 @@ class SavedConfig(AdapterFiles, PeftConfig):
             column: What it is.
             plan: What is done to it.
             held: Names of the modules whose weights the adapter has, takes the place of, or does not need.
+            fingerprint: What the model was before the first adapter came, where another one is there. Default None: it
+                is asked.
 
         Raises:
-            AdapterFileError: If the adapter is read from a file, and its head tells apart other classes.
+            AdapterFileError: If the adapter is read from a file, and is of another model, or its head tells apart other
+                classes.
             ConfigError: If a weight that the adapter does not have is not from the base model's files.
         """
         labels = self._labels(model, column)
         own = own_config(model)
+        found = fingerprint or self._fingerprint_of(model, column)
         if self.fills_weights or self.inference_mode:  # transformers' own loader reads the file another way
             _check_labels(self.labels, labels)
+            _check_model(self.fingerprint, found, warn=self.fills_weights)
+            if labels == _default_labels(labels) and self.labels and len(self.labels) == len(labels or ()):
+                labels = self.labels  # a model made in memory has no names
         elif own is not None:
             _check_new(model, new_weights(model, own), held, self)
         classes = tuple(cls.__name__ for cls in type(model).__mro__)
         self.attachment = Attachment(column, plan, classes, getattr(model, "config", None), own)
-        self.labels = labels
+        self.labels, self.fingerprint = labels, found
+
+    def _fingerprint_of(self, model: nn.Module, column: Column) -> dict[str, Any]:
+        apart = getattr(self, "modules_to_save", None) or ()
+        return {**Fingerprint.of(model, column).to_dict(), "weights": weights_digest(model, column, apart)}
 
     @property
     def has_dense_tasks(self) -> bool:
@@ -150,6 +190,29 @@ def find_labels(model: nn.Module, column: Column) -> list[str] | None:
 
 def _is_text(value: Any) -> bool:
     return isinstance(value, str)
+
+
+def _default_labels(labels: list[str] | None) -> list[str]:
+    """What transformers calls classes that nobody has named."""
+    return [f"LABEL_{index}" for index in range(len(labels or ()))]
+
+
+def _check_model(saved: dict[str, Any] | None, found: dict[str, Any], *, warn: bool) -> None:
+    if saved is None:
+        return
+    if differing := Fingerprint.from_dict(found).differences(Fingerprint.from_dict(saved)):
+        raise AdapterFileError(
+            f"The adapter was trained on another model than this one, which has {', '.join(differing)}. Load it on the "
+            "model that it was trained on; `peft_bsr.load(adapter)` finds it."
+        )
+    digests = [values.get("weights") for values in (saved, found)]
+    if warn and None not in digests and digests[0] != digests[1]:
+        warnings.warn(
+            "The base model has other weights than the one that the adapter was trained on. Outputs will differ; load "
+            "the same checkpoint if that is not meant.",
+            OtherWeightsWarning,
+            stacklevel=2,
+        )
 
 
 def _check_labels(saved: list[str] | None, found: list[str] | None) -> None:

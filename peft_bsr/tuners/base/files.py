@@ -8,27 +8,37 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
+import socket
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from safetensors import SafetensorError, safe_open
 
 from peft_bsr.compat.peft_api import config_class
 from peft_bsr.errors import AdapterFileError, ConfigError, headline
 from peft_bsr.registration import REGISTERED
+from peft_bsr.tuners.base.digests import check_settings, check_weights_belong, with_digests
+from peft_bsr.tuners.base.source import AGAIN, AdapterSource, missing, read_header
 
-_AGAIN = "Take another checkpoint, or save or download it again"
+_LARGEST = 2**24  # bytes of adapter_config.json; 21 000 names of classes take 1 MB
+_LONGEST = 1000  # modules that a list names, and characters of a name
+_PLAIN_NAME = re.compile(r"[\w.\-]+")
 
 
 class AdapterFiles:
-    """Mixin in front of `PeftConfig`: checks the files of a local folder before PEFT reads them.
+    """Mixin in front of `PeftConfig`: checks the files before PEFT reads them.
 
     Attributes:
         fills_weights: Read from a file, and PEFT is about to load the weights that belong to it.
+        source: Where it was read from, or None.
     """
 
     fills_weights = False
+    source: AdapterSource | None = None
+    digests: dict[str, str] | None
 
     def __post_init__(self) -> None:
         try:
@@ -38,7 +48,7 @@ class AdapterFiles:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, subfolder: str | None = None, **kwargs: Any) -> Any:
-        """PEFT's, for a folder that was checked, or a repository of the Hub.
+        """PEFT's, for files that were checked.
 
         Args:
             pretrained_model_name_or_path: Folder or repository.
@@ -55,8 +65,35 @@ class AdapterFiles:
             if (folder / SAFETENSORS_WEIGHTS_NAME).exists() or (folder / WEIGHTS_NAME).exists():
                 check_weights(folder)
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)  # type: ignore[misc]
+        options = cls._split_kwargs(kwargs)[0]  # type: ignore[attr-defined]
+        config.source = AdapterSource(str(pretrained_model_name_or_path), subfolder, options)
         config.fills_weights = True
         return config
+
+    @classmethod
+    def from_json_file(cls, path_json_file: Any, **kwargs: Any) -> dict[str, Any]:
+        """What the file holds, checked; also what PEFT has downloaded.
+
+        Args:
+            path_json_file: The file.
+            **kwargs: Not used.
+
+        Raises:
+            AdapterFileError: See `read_config`.
+            ConfigError: If it holds a pattern that somebody else's file must not have.
+        """
+        values = _read_values(Path(path_json_file))
+        values.pop("runtime_config", None)  # as PEFT does: of a run, not of an adapter
+        if problems := _without_patterns(values):
+            raise ConfigError.from_problems(cls.__name__, problems)
+        return values
+
+    def sizes(self) -> dict[str, tuple[int | None, ...]]:
+        """How large tensors must be by these settings: ending of a name -> length of each axis, None for any.
+
+        A file is held against it before memory is taken.
+        """
+        return {}
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
         """PEFT's, but the file is replaced in one go: who is interrupted leaves the earlier one.
@@ -68,81 +105,157 @@ class AdapterFiles:
         Raises:
             AdapterFileError: If it cannot be written. The earlier file is left as it was.
         """
-        draft = Path(save_directory) / f".saving-{os.getpid()}"
+        folder = Path(save_directory)
+        draft = folder / f".saving-{socket.gethostname()}-{os.getpid()}"
         try:
             super().save_pretrained(str(draft), **kwargs)  # type: ignore[misc]
-            os.replace(draft / CONFIG_NAME, Path(save_directory) / CONFIG_NAME)
+            values = json.loads((draft / CONFIG_NAME).read_bytes())
+            values = with_digests(values, folder / SAFETENSORS_WEIGHTS_NAME)
+            (draft / CONFIG_NAME).write_text(json.dumps(values, indent=2, sort_keys=True), encoding="utf-8")
+            os.replace(draft / CONFIG_NAME, folder / CONFIG_NAME)
+            self.digests = values["digests"]
         except OSError as error:
             raise AdapterFileError(
-                f"{str(Path(save_directory) / CONFIG_NAME)!r} was not written ({error}); an earlier one is as it was. "
+                f"{str(folder / CONFIG_NAME)!r} was not written ({error}); an earlier one is as it was. "
                 "Make room, or save to another folder."
             ) from error
         finally:
-            (draft / CONFIG_NAME).unlink(missing_ok=True)
-            if draft.is_dir():
-                draft.rmdir()
+            shutil.rmtree(draft, ignore_errors=True)
+            _remove_drafts(folder)
 
 
 def check_adapter(folder: str | Path) -> None:
     """Read both files of an adapter without loading it: is it whole, and one of ours?
 
     PEFT reads a configuration before it knows that the adapter is ours, and damage there gives its own errors (of
-    `json`, or a `KeyError`). Where files come from outside, call this first. Nothing of them is executed.
+    `json`, or a `KeyError`). Where files come from outside, call this first. Nothing of them is executed, and no memory
+    is taken for their tensors.
 
     Args:
         folder: With `adapter_config.json` and `adapter_model.safetensors`.
 
     Raises:
-        AdapterFileError: If a file is missing or damaged, or weights are pickled.
+        AdapterFileError: If a file is missing or damaged, weights are pickled, or the two do not belong together.
         ConfigError: If the configuration holds what cannot be.
 
     Examples:
         >>> check_adapter("my-adapter")  # doctest: +SKIP
     """
-    peft_type = read_config(Path(folder))["peft_type"]
-    config_class(peft_type).from_pretrained(str(folder))
-    check_weights(Path(folder))
+    folder = Path(folder)
+    config = config_class(read_config(folder)["peft_type"]).from_pretrained(str(folder))
+    check_weights(folder)
+    check_file(config)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """What `adapter_config.json` holds.
 
     Raises:
-        AdapterFileError: If it is missing, no JSON object, or of another method.
+        AdapterFileError: If it is missing, not a JSON object, of another method, or not as it was saved.
     """
-    path = folder / CONFIG_NAME
-    try:
-        values: Any = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise AdapterFileError(f"{str(path)!r} cannot be read ({headline(error)}). {_AGAIN}.") from error
-    peft_type = values.get("peft_type") if isinstance(values, dict) else None
-    if peft_type not in REGISTERED:
-        raise AdapterFileError(
-            f"{str(path)!r} is not of an adapter of peft_bsr: its `peft_type` is {peft_type!r}, not one of "
-            f"{', '.join(map(repr, sorted(REGISTERED)))}. {_AGAIN}, or load it as what it is."
-        )
-    return values
+    return _read_values(folder / CONFIG_NAME)
 
 
-def check_weights(folder: Path) -> None:
+def check_weights(folder: Path) -> dict[str, Any]:
     """Read the header of `adapter_model.safetensors`, which says whether the file is whole.
+
+    Returns:
+        Names and tensors without numbers.
 
     Raises:
         AdapterFileError: If it is missing or damaged, or there is a pickled file instead.
     """
     path = folder / SAFETENSORS_WEIGHTS_NAME
     if not path.is_file():
-        pickled = folder / WEIGHTS_NAME
-        found = (
-            f"there is {WEIGHTS_NAME!r}, but pickled files can run code and are not read" if pickled.exists() else ""
-        )
-        raise AdapterFileError(f"{str(path)!r} is missing{'; ' * bool(found)}{found}. {_AGAIN}, as safetensors.")
+        raise AdapterFileError(missing(path, pickled=(folder / WEIGHTS_NAME).exists()))
+    return read_header(path)
+
+
+def check_file(config: Any) -> None:
+    """Hold the file that PEFT is about to load against the settings. No tensor is read, no memory taken.
+
+    Args:
+        config: Of ours, read by `from_pretrained`.
+
+    Raises:
+        AdapterFileError: If tensors are larger or smaller than the settings say, or were not saved with them.
+    """
+    path = None if config.source is None else config.source.weights
+    if path is None:
+        return
+    found = read_header(path)
+    problems = []
+    for ending, expected in config.sizes().items():
+        shapes = {name: tuple(tensor.shape) for name, tensor in found.items() if f".{name}".endswith(f".{ending}")}
+        wanted = ", ".join("any" if length is None else str(length) for length in expected)
+        if not shapes:
+            problems.append(f"the settings ask for `{ending}` [{wanted}, ...], which the file does not have.")
+        problems += [
+            f"`{name}` has the shape {list(shape)}, the settings ask for [{wanted}, ...]."
+            for name, shape in shapes.items()
+            if len(shape) < len(expected) or any(e not in (None, s) for e, s in zip(expected, shape, strict=False))
+        ][:1]
+    if problems:
+        problems[-1] += f" {AGAIN}."
+        raise AdapterFileError.from_problems(f"{str(path)!r} does not belong to its adapter_config.json", problems)
+    check_weights_belong(config.digests, path)
+
+
+def _read_values(path: Path) -> dict[str, Any]:
     try:
-        with safe_open(path, framework="pt") as file:
-            file.keys()
-    except (OSError, SafetensorError, ValueError) as error:
-        why = headline(error)
-        raise AdapterFileError(f"{str(path)!r} is no whole safetensors file ({why}). {_AGAIN}.") from error
+        size = path.stat().st_size
+        values: Any = json.loads(path.read_bytes()) if size <= _LARGEST else None
+    except (OSError, ValueError, RecursionError) as error:
+        raise AdapterFileError(f"{str(path)!r} cannot be read ({headline(error)}). {AGAIN}.") from error
+    if size > _LARGEST:
+        raise AdapterFileError(f"{str(path)!r} cannot be read: it has {size} bytes, at most {_LARGEST} are. {AGAIN}.")
+    peft_type = values.get("peft_type") if isinstance(values, dict) else None
+    if peft_type not in REGISTERED:
+        raise AdapterFileError(
+            f"{str(path)!r} is not of an adapter of peft_bsr: its `peft_type` is {peft_type!r}, not one of "
+            f"{', '.join(map(repr, sorted(REGISTERED)))}. {AGAIN}, or load it as what it is."
+        )
+    known = {setting.name for setting in fields(config_class(peft_type))}
+    check_settings(values, known, path)
+    return values
 
 
-__all__ = ["AdapterFiles", "check_adapter", "check_weights", "read_config"]
+def _without_patterns(values: dict[str, Any]) -> list[str]:
+    """Take patterns out where `layout` says what trains, and tell of those that cannot be; a pattern may never end."""
+    problems = []
+    for name in ("target_modules", "exclude_modules", "modules_to_save"):
+        given = values.get(name)
+        if isinstance(given, str) and values.get("layout") and name != "modules_to_save":
+            values[name] = None
+        elif isinstance(given, str):
+            problems.append(f"`{name}` is a pattern, which is not taken from a file. Give a list of names.")
+        elif isinstance(given, list) and len(given) > _LONGEST:
+            problems.append(f"`{name}` has {len(given)} names; at most {_LONGEST} are read.")
+        elif isinstance(given, list):
+            texts = [text for text in given if isinstance(text, str)]
+            odd = [text for text in texts if len(text) > _LONGEST or not _PLAIN_NAME.fullmatch(text)]
+            problems += [f"`{name}` has {text[:80]!r}, which is not a module's name." for text in odd[:1]]
+    return problems
+
+
+def _remove_drafts(folder: Path) -> None:
+    """What processes of this machine left that were killed in a save."""
+    for draft in folder.glob(".saving-*"):
+        host, _, number = draft.name.removeprefix(".saving-").rpartition("-")
+        if host in ("", socket.gethostname()) and number.isdecimal() and not _is_running(int(number)):
+            shutil.rmtree(draft, ignore_errors=True)
+
+
+def _is_running(process: int) -> bool:
+    if os.name != "posix":  # elsewhere signal 0 would end it
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # somebody else's, or no number of a process
+        return True
+    return True
+
+
+__all__ = ["AdapterFiles", "check_adapter", "check_file", "check_weights", "read_config"]

@@ -1,44 +1,192 @@
-"""Weights that are to be loaded into an attached adapter: exactly its own, and numbers."""
+"""Adapters in and out of files: what is loaded is exactly the adapter's own, and numbers; what is saved is whole."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
-from peft_bsr.errors import AdapterFileError
+from peft_bsr.compat.peft_api import ModulesToSaveWrapper
+from peft_bsr.errors import AdapterError, AdapterFileError
+from peft_bsr.tuners.base.layer import ROOT, adapter_parts
+from peft_bsr.tuners.base.source import read_header
 
 _NAMED = 3  # of the tensors that share a problem
+_WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
+_SPARE = 2**18  # numbers that a file may hold beyond twice the adapter's own before it is read at all
+
+
+class FileChecks:
+    """What a tuner does around files; a mixin in front of PEFT's `BaseTuner`."""
+
+    model: nn.Module
+    peft_config: dict[str, Any]
+    _asked: dict[str, bool]
+
+    @contextmanager
+    def _or_taken_back(self, adapter_name: str) -> Iterator[None]:
+        """Inside an adapter is attached, and its file looked at; after an error the model is as it was before."""
+        asked = {name: p.requires_grad for name, p in self.model.named_parameters()}
+        try:
+            yield
+            self._check_file(adapter_name)
+        except BaseException:
+            tuner: Any = self
+            if len(self.peft_config) > 1:
+                tuner.delete_adapter(adapter_name)
+            else:
+                tuner.unload()
+            ask_again(self.model, asked)
+            raise
+        config = self.peft_config[adapter_name]
+        parts = tuple(name for name, _ in adapter_parts(self.model, adapter_name))
+        config.attachment = replace(config.attachment, parts=parts)
+
+    def _check_file(self, adapter_name: str) -> None:
+        """What PEFT would trip over halfway, or take memory for, in the file that it is about to load."""
+        config = self.peft_config[adapter_name]
+        path = config.source.weights if config.fills_weights and config.source else None
+        if path is None:
+            return
+        header = read_header(path)
+        wrappers: dict[str, Any] = {n: m for n, m in self.model.named_modules() if isinstance(m, ModulesToSaveWrapper)}
+        wrappers = {name: wrapper for name, wrapper in wrappers.items() if adapter_name in wrapper.modules_to_save}
+        keys = {
+            f"{ROOT}{n}.{key}"
+            for n, wrapper in wrappers.items()
+            for key in wrapper.adapter_state_dict_load_map(adapter_name)
+        }
+        own = sum(
+            tensor.numel()
+            for _, part in adapter_parts(self.model, adapter_name)
+            for tensor in part.state_dict().values()
+        )
+        found = sum(tensor.numel() for tensor in header.values())
+        problems = _problem(keys - header.keys(), "are missing in the file")
+        if found > 2 * own + _SPARE:
+            problems.append(f"the file holds {found} numbers, the adapter has {own}.")
+        if problems:
+            raise _refusal(adapter_name, problems)
+
+    def _known_fingerprint(self, adapter_name: str) -> dict[str, Any] | None:
+        """What another adapter, which came to the bare model, knows of it."""
+        configs = {name: config for name, config in self.peft_config.items() if config.attachment is not None}
+        known: Any = next((config for name, config in configs.items() if name != adapter_name), None)
+        if known is None or known.fingerprint is None:
+            return None
+        apart = [getattr(config, "modules_to_save", None) for config in (known, self.peft_config[adapter_name])]
+        return known.fingerprint if apart[0] == apart[1] else {**known.fingerprint, "weights": None}
+
+    @classmethod
+    def _own_state(cls, model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+        """All that a file of the adapter may hold, under the model's names."""
+        parts = adapter_parts(model, adapter_name)
+        return {f"{name}.{key}": tensor for name, part in parts for key, tensor in part.state_dict().items()}
+
+    @classmethod
+    def _problems_of(cls, model: nn.Module, config: Any, state_dict: Mapping[str, Tensor]) -> list[str]:
+        """What cannot be among the values that a file holds."""
+        return []
+
+    @classmethod
+    def _load_checked(
+        cls, model: Any, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """What PEFT is to load, under the model's names. If it does not fit, an adapter made for it is taken off.
+
+        Raises:
+            AdapterFileError: See `check_loaded`.
+        """
+        renamed: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(  # type: ignore[misc]
+            model, config, adapter_name, state_dict
+        )
+        tuner = getattr(model, "base_model", None)
+        is_new, config.fills_weights = config.fills_weights, False
+        if isinstance(tuner, FileChecks):  # transformers has names of its own, and tells what is missing
+            parts = adapter_parts(model, adapter_name)
+            required = {f"{name}.{key}" for name, part in parts for key, _ in part.named_parameters()}
+            try:
+                others = cls._problems_of(model, config, renamed)
+                check_loaded(adapter_name, cls._own_state(model, adapter_name), required, renamed, others)
+            except AdapterFileError:
+                if is_new:
+                    take_back(model, adapter_name, tuner._asked)
+                raise
+        return renamed
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: Any, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> Any:
+        """PEFT's, of an adapter that is whole.
+
+        Raises:
+            AdapterError: If a part of it is no longer in the model.
+        """
+        check_whole(model, config, adapter_name)
+        return super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)  # type: ignore[misc]
 
 
 def check_loaded(
-    adapter_name: str, own: dict[str, nn.Parameter], known: set[str], state_dict: dict[str, Tensor]
+    adapter_name: str,
+    own: Mapping[str, Tensor],
+    required: set[str],
+    state_dict: Mapping[str, Tensor],
+    others: list[str],
 ) -> None:
     """Compare what a file holds with what the adapter has, before anything is copied.
 
     Args:
         adapter_name: Name of the adapter.
-        own: Its parameters, all of which the file must have.
-        known: Every key of the model's state dict: the file must not have others.
+        own: Its parameters and buffers: the file must not have others.
+        required: Names of its parameters, all of which the file must have.
         state_dict: What the file holds, under the model's names.
+        others: Further problems.
 
     Raises:
-        AdapterFileError: Naming tensors that are missing, unknown, of another shape, or not finite.
+        AdapterFileError: Naming tensors that are missing, unknown, of another shape or kind, or not finite.
     """
-    shapes = {name: (tuple(state_dict[name].shape), tuple(p.shape)) for name, p in own.items() if name in state_dict}
+    common = {name: (state_dict[name], own[name]) for name in own.keys() & state_dict.keys()}
+    shapes = {name: (tuple(a.shape), tuple(b.shape)) for name, (a, b) in common.items()}
+    kinds = {n: (a.dtype, b.dtype) for n, (a, b) in common.items() if not _is_same_kind(a, b)}
     broken = {n for n, t in state_dict.items() if t.is_floating_point() and not bool(t.isfinite().all())}
     problems = [
-        *_problem(own.keys() - state_dict.keys(), "are missing in the file"),
-        *_problem(state_dict.keys() - known, "are in the file, but not in this adapter"),
+        *_problem(required - state_dict.keys(), "are missing in the file"),
+        *_problem(state_dict.keys() - own.keys(), "are in the file, but not in this adapter"),
         *_problem({f"{n} {a} instead of {b}" for n, (a, b) in shapes.items() if a != b}, "have another shape"),
+        *_problem({f"{n} {a} instead of {b}" for n, (a, b) in kinds.items()}, "hold another kind of numbers"),
         *_problem(broken, "are NaN or infinite"),
+        *others,
     ]
     if problems:
-        problems[-1] += (
-            " The file is damaged, or of another model or configuration; nothing of it was loaded. Load it on the "
-            "model that it was trained on, or take another checkpoint."
+        raise _refusal(adapter_name, problems)
+
+
+def check_whole(model: nn.Module, config: Any, adapter_name: str) -> None:
+    """Refuse to save an adapter of which a part was replaced after it was attached: what trains there would be lost.
+
+    Args:
+        model: That carries it.
+        config: Of the adapter.
+        adapter_name: Its name.
+
+    Raises:
+        AdapterError: Naming what is missing.
+    """
+    if config.attachment is None:
+        return
+    found = {_WRAPPERS.sub("", name).removeprefix(ROOT) for name, _ in adapter_parts(model, adapter_name)}
+    if lost := sorted(set(config.attachment.parts) - found):
+        modules = sorted({re.split(r"\.(?:\w+_params|modules_to_save)\.", name)[0] for name in lost})
+        raise AdapterError(
+            f"Adapter {adapter_name!r} is not saved: `{modules[0]}` was replaced or taken out after the adapter was "
+            "attached, so that what trains there now is no part of it. Change the model before `get_peft_model`, or "
+            "put the module back."
         )
-        raise AdapterFileError.from_problems(f"Adapter {adapter_name!r}", problems)
 
 
 def take_back(model: Any, adapter_name: str, asked: dict[str, bool]) -> None:
@@ -52,9 +200,31 @@ def take_back(model: Any, adapter_name: str, asked: dict[str, bool]) -> None:
     if len(model.peft_config) > 1:
         model.delete_adapter(adapter_name)
         return
-    base = model.base_model.unload()
-    for name, parameter in base.named_parameters():
+    ask_again(model.base_model.unload(), asked)
+
+
+def ask_again(model: nn.Module, asked: Mapping[str, bool]) -> None:
+    """Have parameters ask for gradients as they did.
+
+    Args:
+        model: The model.
+        asked: Name -> whether it did.
+    """
+    for name, parameter in model.named_parameters():
         parameter.requires_grad_(asked.get(name, parameter.requires_grad))
+
+
+def _is_same_kind(found: Tensor, own: Tensor) -> bool:
+    """Floating point where the adapter is; else the very dtype."""
+    return found.is_floating_point() if own.is_floating_point() else found.dtype == own.dtype
+
+
+def _refusal(adapter_name: str, problems: list[str]) -> AdapterFileError:
+    end = (
+        " The file is damaged, or of another model or configuration; nothing of it was loaded. Load it on the model "
+        "that it was trained on, or take another checkpoint."
+    )
+    return AdapterFileError.from_problems(f"Adapter {adapter_name!r}", [*problems[:-1], problems[-1] + end])
 
 
 def _problem(names: Any, what: str) -> list[str]:
@@ -63,4 +233,4 @@ def _problem(names: Any, what: str) -> list[str]:
     return [f"{', '.join(found[:_NAMED])}{more} {what}."] if found else []
 
 
-__all__ = ["check_loaded", "take_back"]
+__all__ = ["FileChecks", "check_loaded", "check_whole", "take_back"]

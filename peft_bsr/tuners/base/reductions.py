@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any, Protocol, get_args
 
 from peft_bsr.backbones import Column
@@ -63,7 +64,7 @@ def check_indices(config: Any, name: str) -> list[str]:
     problems = []
     if negative := [i for i in blocks if i < 0]:
         problems.append(f"`{name}={blocks!r}` has negative indices {negative}. Count blocks from 0.")
-    if repeated := sorted({i for i in blocks if blocks.count(i) > 1}):
+    if repeated := sorted(i for i, number in Counter(blocks).items() if number > 1):
         problems.append(f"`{name}={blocks!r}` names {repeated} more than once. Name each block once.")
     return problems
 

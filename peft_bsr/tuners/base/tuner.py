@@ -10,19 +10,20 @@ from typing import Any, ClassVar
 
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner
-from torch import Tensor, nn
+from torch import nn
 
 from peft_bsr.backbones import Column, default_state, main_input
 from peft_bsr.engine import Plan, detach_router, explain_blocks
-from peft_bsr.errors import AdapterError, AdapterFileError, AdapterNameWarning, AdapterSwitchedWarning
+from peft_bsr.errors import AdapterError, AdapterNameWarning, AdapterSwitchedWarning
+from peft_bsr.tuners.base.files import check_file
 from peft_bsr.tuners.base.frozen_weights import round_weights, tell_ddp
 from peft_bsr.tuners.base.inputs import check_inputs
-from peft_bsr.tuners.base.layer import AdapterRouter, SingleAdapterLayer, adapter_parts, check_single, find_routers
-from peft_bsr.tuners.base.loading import check_loaded, take_back
+from peft_bsr.tuners.base.layer import AdapterRouter, SingleAdapterLayer, check_single, find_routers
+from peft_bsr.tuners.base.loading import FileChecks
 from peft_bsr.tuners.base.resolution import Resolution
 
 
-class RoutedTuner(BaseTuner):
+class RoutedTuner(FileChecks, BaseTuner):
     """A tuner whose adapters each have a plan for the blocks; one of them is active at a time."""
 
     tuner_layer_cls = SingleAdapterLayer
@@ -65,22 +66,24 @@ class RoutedTuner(BaseTuner):
             AdapterError: If the model has a tuner around it, or adapters of another method.
             UnsupportedModelError, ConfigError: See `resolve`.
         """
-        self._check_place(model)
+        given: Any = self.peft_config[adapter_name]
+        self._check_place(model, given)
         warn_of_names(model, list(self.peft_config))
         for router in find_routers(model):
             router.fetch_base()  # checks run the base model, and a new adapter goes where its weights are
-        given: Any = self.peft_config[adapter_name]
         found = given.resolution or self.resolve(model, given)
         config = self._record(model, given, found)
-        config.attached_to(model, found.column, found.plan, [*found.held, *found.column.unread])
+        held = [*found.held, *found.column.unread]
+        config.attached_to(model, found.column, found.plan, held, self._known_fingerprint(adapter_name))
         config.resolution = found  # PEFT hands the configuration to the methods that it calls back
         self.peft_config[adapter_name] = config
         if "_asked" not in self.__dict__:
             self._asked = {name: p.requires_grad for name, p in model.named_parameters()}
         self.__dict__.pop("_routers", None)
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
-        config.resolution = None
-        self._assign(model, adapter_name, given, found)
+        with self._or_taken_back(adapter_name):
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            config.resolution = None
+            self._assign(model, adapter_name, given, found)
         round_weights(model, found.rounded)
         self._set_modes()
         tell_ddp(model, self._parked(model))
@@ -177,11 +180,12 @@ class RoutedTuner(BaseTuner):
         """PEFT's own expects the name right before the last part of the key; an adapter's modules are nested."""
         return key.replace(f".{cls.prefix}params.{adapter_name}.", f".{cls.prefix}params.")
 
-    def _check_place(self, model: nn.Module) -> None:
-        """Refuse a model that carries what this tuner does not know.
+    def _check_place(self, model: nn.Module, config: Any) -> None:
+        """Refuse a model that carries what this tuner does not know, and a file that its own settings do not fit.
 
         Raises:
             AdapterError: If the model has a tuner around it, or adapters of another method.
+            AdapterFileError: See `check_file`.
         """
         if isinstance(model, (PeftModel, BaseTuner)):
             raise AdapterError(
@@ -193,28 +197,8 @@ class RoutedTuner(BaseTuner):
                 f"{type(model).__name__} carries adapters of another method ({', '.join(sorted(others))}). Call "
                 "`unload()` there first, or load the base model again."
             )
-
-    @classmethod
-    def _load_checked(
-        cls, model: Any, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """What PEFT is to load, under the model's names. If it does not fit, an adapter made for it is taken off.
-
-        Raises:
-            AdapterFileError: See `check_loaded`.
-        """
-        renamed = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        own = {f"{n}.{key}": p for n, part in adapter_parts(model, adapter_name) for key, p in part.named_parameters()}
-        tuner = getattr(model, "base_model", None)
-        is_new, config.fills_weights = config.fills_weights, False
-        if isinstance(tuner, RoutedTuner):  # transformers has names of its own, and tells what is missing
-            try:
-                check_loaded(adapter_name, own, set(model.state_dict()), renamed)
-            except AdapterFileError:
-                if is_new:
-                    take_back(model, adapter_name, tuner._asked)
-                raise
-        return renamed
+        if config.fills_weights:
+            check_file(config)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

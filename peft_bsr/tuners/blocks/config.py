@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from math import inf
 from typing import Any, Literal, get_args
 
 from peft_bsr.backbones import Column
+from peft_bsr.core.limits import LARGEST_NUMBER, LARGEST_SIZE
 from peft_bsr.engine import Lean, Plan
 from peft_bsr.errors import ConfigError
 from peft_bsr.tuners.base.config import SavedConfig
@@ -57,6 +57,11 @@ class BlockConfig(SavedConfig):
         if problems := self._problems():
             raise ConfigError.from_problems(type(self).__name__, problems)
 
+    def sizes(self) -> dict[str, tuple[int | None, ...]]:
+        """See `AdapterFiles.sizes`."""
+        places = [p for p in self.layout or ("blocks.",) if p.startswith("blocks.") and not p.endswith(".mixture")]
+        return {"lora_A": (self.r,)} if self.trainable == "lora" and places else {}
+
     def plan_for(self, column: Column) -> Plan:
         """The plan that this config means for the model of `column`.
 
@@ -87,14 +92,14 @@ class BlockConfig(SavedConfig):
             problems += check_choice(self, name, get_args(choices))
         if not isinstance(self.init_weights, bool):
             problems.append(f"`init_weights={self.init_weights!r}` must be True or False.")
-        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
-            problems.append(f"`r={self.r!r}` must be a whole number of at least 1.")
+        if isinstance(self.r, bool) or not isinstance(self.r, int) or not 1 <= self.r <= LARGEST_SIZE:
+            problems.append(f"`r={self.r!r}` must be a whole number from 1 to {LARGEST_SIZE}.")
         if (
             isinstance(self.lora_alpha, bool)
             or not isinstance(self.lora_alpha, (int, float))
-            or not 0 < self.lora_alpha < inf
+            or not 0 < self.lora_alpha <= LARGEST_NUMBER
         ):
-            problems.append(f"`lora_alpha={self.lora_alpha!r}` must be a number above 0.")
+            problems.append(f"`lora_alpha={self.lora_alpha!r}` must be a number above 0, {LARGEST_NUMBER:.0e} at most.")
         layout = self.layout
         if layout is not None and not (isinstance(layout, dict) and all(map(_is_text, (*layout, *layout.values())))):
             problems.append(f"`layout={layout!r}` must give each place its module's name, or be None.")

@@ -43,11 +43,14 @@ def resolve_targets(
     in_block: Way = "low_rank" if config.trainable == "lora" else "copy"
     layout = config.layout or {}
     is_foreign = any(places.get(place) != name for place, name in layout.items())
+    is_told = is_foreign or (bool(layout) and config.fills_weights)  # patterns of a file are not asked
     if is_foreign:
         problems += _check_foreign_layout(places, layout)
+    if is_told:
         known = [place for place in layout if place in places]
         targets = {places[place]: in_block if place.startswith("blocks.") else "copy" for place in known}
-    for index in [] if is_foreign else requested.trained_blocks:
+        problems += _check_low_rank(model, targets)
+    for index in [] if is_told else requested.trained_blocks:
         roles = zip(column.roles, column.leaves, strict=True)
         own = [leaf for role, leaf in roles if config.trains(role)]
         leaves = [f"{column.blocks[index]}.{leaf}" for leaf in own]
@@ -60,7 +63,7 @@ def resolve_targets(
                 f"nothing to train in block {index}, whose leaf modules are {list(column.leaves)}."
             )
         targets.update(dict.fromkeys(chosen, in_block))
-    if not is_foreign:
+    if not is_told:
         targets.update(dict.fromkeys([name for name in column.head if not is_excluded(config, name)], "copy"))
     targets |= other
     for name in targets:
@@ -70,6 +73,7 @@ def resolve_targets(
                 "it in `modules_to_save` of both or of neither."
             )
     problems += _check_modules_to_save(model, column, requested, config)
+    problems += _check_tied(model, [name for name, way in targets.items() if way in ("copy", "heads")])
     if problems:
         raise ConfigError.from_problems(type(config).__name__, problems)
     return requested, targets, {place: name for place, name in places.items() if name in targets}
@@ -85,6 +89,11 @@ def _places(column: Column, plan: Plan, others: Collection[str]) -> dict[str, st
     routers = {f"blocks.{index}.mixture": f"{block}.{ROUTER}" for index, block in enumerate(column.blocks)}
     places |= {place: router for place, router in routers.items() if router in others}
     return places | {f"head.{i}": name for i, name in enumerate(column.head)}
+
+
+def _check_low_rank(model: nn.Module, targets: dict[str, Way]) -> list[str]:
+    wrong = [name for name, way in targets.items() if way == "low_rank" and not _is_linear(model.get_submodule(name))]
+    return [f"`layout` names {wrong[0]!r}, which is no Linear and gets no low-rank update."] if wrong else []
 
 
 def _check_foreign_layout(places: dict[str, str], layout: dict[str, str]) -> list[str]:
@@ -151,6 +160,22 @@ def _check_modules_to_save(model: nn.Module, column: Column, plan: Plan, config:
                 '(`trainable_blocks="every:1"`), or use `ALaSTConfig(train_embeddings=True)`; or leave it out.'
             )
     return problems
+
+
+def _check_tied(model: nn.Module, names: list[str]) -> list[str]:
+    """A copy of a weight that other modules share would be a weight of its own."""
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    for name in names:
+        for parameter in model.get_submodule(name).parameters():
+            if others := [n for n in owners[id(parameter)] if not n.startswith(f"{name}.")]:
+                return [
+                    f"{name!r} shares a weight with {others[0]!r}, and would train a copy of it that is no longer "
+                    "shared. Give each module a weight of its own, leave this one out with `exclude_modules`, or use "
+                    '`trainable="lora"`.'
+                ]
+    return []
 
 
 def _early(model: nn.Module, column: Column, plan: Plan, config: BlockConfig) -> set[str]:

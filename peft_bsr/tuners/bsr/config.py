@@ -22,7 +22,7 @@ from peft_bsr.tuners.base.reductions import (
 )
 from peft_bsr.tuners.blocks.config import BlockConfig, saving_less
 
-_BLOCK_RULE = re.compile(r"(every|last):([1-9]\d*)")
+_BLOCK_RULE = re.compile(r"(every|last):([1-9]\d{0,3})")
 
 
 @dataclass
@@ -191,6 +191,18 @@ class BSRConfig(BlockConfig):
     def _labels(self, model: nn.Module, column: Column) -> list[str] | None:
         """Several tasks name their classes themselves."""
         return None if self.tasks else super()._labels(model, column)
+
+    def sizes(self) -> dict[str, tuple[int | None, ...]]:
+        """See `AdapterFiles.sizes`."""
+        sizes = super().sizes()
+        for index, task in enumerate(self.tasks or ()):
+            part = ".linear" if task.is_dense else ""
+            sizes[f"heads.{index}{part}.weight"] = (task.num_outputs,)
+        if self.moe is not None:
+            sizes["gates"] = (len(self.tasks or ()), self.moe.num_experts)
+            if self.moe.expert_type == "lora":
+                sizes["experts.first_lora_A"] = (self.moe.num_experts, self.moe.r)
+        return sizes
 
     def plan_for(self, column: Column) -> Plan:
         """The plan that this config means for the model of `column`.

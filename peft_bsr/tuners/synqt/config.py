@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from math import isfinite
 from typing import Any, get_args
 
 from peft_bsr.backbones import Column
+from peft_bsr.core.limits import LARGEST_NUMBER, LARGEST_SIZE
 from peft_bsr.engine import BlockPlan, KeptTokens, Plan
 from peft_bsr.errors import ConfigError
 from peft_bsr.registration import extend_peft_type
@@ -115,20 +115,28 @@ class SynQTConfig(SavedConfig):
         if problems:
             raise ConfigError.from_problems("SynQTConfig", problems)
 
+    def sizes(self) -> dict[str, tuple[int | None, ...]]:
+        """See `AdapterFiles.sizes`."""
+        return {
+            "prompts": (self.num_queries,),
+            "prompt_adapter.down.weight": (self.bottleneck,),
+            "query.down.weight": (self.attention_bottleneck,),
+        }
+
     def _check_numbers(self) -> list[str]:
         def is_number(value: Any) -> bool:
             return isinstance(value, (int, float)) and not isinstance(value, bool)
 
         values = {name: getattr(self, name) for name in (*_SIZES, *_SCALES, *_RATES)}
         problems = [
-            f"`{name}={values[name]!r}` must be a whole number of at least 1."
+            f"`{name}={values[name]!r}` must be a whole number from 1 to {LARGEST_SIZE}."
             for name in _SIZES
-            if not isinstance(values[name], int) or not is_number(values[name]) or values[name] < 1
+            if not isinstance(values[name], int) or not is_number(values[name]) or not 1 <= values[name] <= LARGEST_SIZE
         ]
         problems += [
-            f"`{name}={values[name]!r}` must be a number."
+            f"`{name}={values[name]!r}` must be a number between -{LARGEST_NUMBER:.0e} and {LARGEST_NUMBER:.0e}."
             for name in _SCALES
-            if not is_number(values[name]) or not isfinite(values[name])
+            if not is_number(values[name]) or not abs(values[name]) <= LARGEST_NUMBER
         ]
         problems += [
             f"`{name}={values[name]!r}` must be a number in [0, 1)."

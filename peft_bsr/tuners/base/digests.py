@@ -1,0 +1,91 @@
+"""Digests by which an adapter's two files know each other: of its settings, and of the file with its weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from peft_bsr.errors import AdapterFileError
+
+_NOT_COUNTED = {"auto_mapping", "base_model_name_or_path", "digests", "inference_mode", "peft_version", "revision"}
+_CHUNK = 2**20
+
+
+def settings_digest(values: Mapping[str, Any]) -> str:
+    """Of what `adapter_config.json` holds, but for where the base model is and what PEFT itself writes.
+
+    Args:
+        values: As JSON has them.
+    """
+    counted = {name: value for name, value in values.items() if name not in _NOT_COUNTED}
+    return hashlib.blake2b(json.dumps(counted, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """Of a whole file."""
+    digest = hashlib.blake2b(digest_size=16)
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def with_digests(values: Mapping[str, Any], weights: Path) -> dict[str, Any]:
+    """The settings with digests of themselves, and of the weights if there are some.
+
+    Args:
+        values: As JSON has them.
+        weights: The file with the weights.
+    """
+    digests = {"settings": settings_digest(values)}
+    if weights.is_file():
+        digests["weights"] = file_digest(weights)
+    return {**values, "digests": digests}
+
+
+def check_settings(values: Mapping[str, Any], known: Collection[str], path: Path) -> None:
+    """Refuse settings that are not those that were saved. Files of earlier versions have no digest.
+
+    Args:
+        values: What the file holds.
+        known: Names of the settings that this version has; others may have been added, they are left out anyway.
+        path: The file.
+
+    Raises:
+        AdapterFileError: If they differ.
+    """
+    digests = values.get("digests")
+    if digests is None:
+        return
+    read = {name: value for name, value in values.items() if name in known}
+    found = {settings_digest(values), settings_digest(read)}
+    if not isinstance(digests, dict) or digests.get("settings") not in found:
+        raise AdapterFileError(
+            f"{str(path)!r} is not as it was saved: its settings have another digest than `digests` says. The file is "
+            "damaged; take another checkpoint, or download it again. If you changed it yourself, take `digests` out."
+        )
+
+
+def check_weights_belong(digests: Mapping[str, str] | None, path: Path) -> None:
+    """Refuse weights that were not saved together with the settings.
+
+    Args:
+        digests: What the settings say, or None.
+        path: The file with the weights.
+
+    Raises:
+        AdapterFileError: If they differ.
+    """
+    expected = (digests or {}).get("weights")
+    if expected is not None and file_digest(path) != expected:
+        raise AdapterFileError(
+            f"{str(path)!r} was not saved together with the adapter_config.json beside it: a save was interrupted, two "
+            "of them wrote to one folder, or the file is damaged. Take another checkpoint, or save or download it "
+            "again. If you changed it yourself, take `digests` out of adapter_config.json."
+        )
+
+
+__all__ = ["check_settings", "check_weights_belong", "file_digest", "settings_digest", "with_digests"]

@@ -157,6 +157,8 @@ def test_a_file_that_is_far_too_large_is_not_read(copied, monkeypatch):
         ("alast", {"token_multiple": 10**12}),
         ("bsr", {"trainable_blocks": "last:1000000000000"}),
         ("bsr", {"trainable_blocks": [1] * 100_000}),
+        ("synqt", {"keep_rate": ["x"] * 100_000}),
+        ("tasks", {"tasks": [{"name": "a", "num_outputs": 1}] * 100_000}),
         ("tasks", {"moe": {"noise": 1e300}}),
         ("bsr", {"labels": ["x"] * 300_000}),
         ("bsr", {"labels": "xyz"}),

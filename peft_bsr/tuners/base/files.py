@@ -24,7 +24,7 @@ from peft_bsr.tuners.base.digests import check_settings, check_weights_belong, w
 from peft_bsr.tuners.base.source import AGAIN, AdapterSource, missing, read_header
 
 _LARGEST = 2**24  # bytes of adapter_config.json; 21 000 names of classes take 1 MB
-_LONGEST = 1000  # modules that a list names, and characters of a name
+_LONGEST = 1000  # entries of a list, but for the names of classes, and characters of a module's name
 _PLAIN_NAME = re.compile(r"[\w.\-]+")
 
 
@@ -210,7 +210,7 @@ def _read_values(path: Path) -> dict[str, Any]:
     if size > _LARGEST:
         raise AdapterFileError(f"{str(path)!r} cannot be read: it has {size} bytes, at most {_LARGEST} are. {AGAIN}.")
     peft_type = values.get("peft_type") if isinstance(values, dict) else None
-    if peft_type not in REGISTERED:
+    if not isinstance(peft_type, str) or peft_type not in REGISTERED:
         raise AdapterFileError(
             f"{str(path)!r} is not of an adapter of peft_bsr: its `peft_type` is {peft_type!r}, not one of "
             f"{', '.join(map(repr, sorted(REGISTERED)))}. {AGAIN}, or load it as what it is."
@@ -221,16 +221,19 @@ def _read_values(path: Path) -> dict[str, Any]:
 
 
 def _without_patterns(values: dict[str, Any]) -> list[str]:
-    """Take patterns out where `layout` says what trains, and tell of those that cannot be; a pattern may never end."""
-    problems = []
+    """Take patterns out where `layout` says what trains; tell of others, which may never end, and of endless lists."""
+    lists = {name: given for name, given in values.items() if isinstance(given, list) and name != "labels"}
+    problems = [
+        f"`{name}` has {len(given)} entries; at most {_LONGEST} are read."
+        for name, given in lists.items()
+        if len(given) > _LONGEST
+    ]
     for name in ("target_modules", "exclude_modules", "modules_to_save"):
         given = values.get(name)
         if isinstance(given, str) and values.get("layout") and name != "modules_to_save":
             values[name] = None
         elif isinstance(given, str):
             problems.append(f"`{name}` is a pattern, which is not taken from a file. Give a list of names.")
-        elif isinstance(given, list) and len(given) > _LONGEST:
-            problems.append(f"`{name}` has {len(given)} names; at most {_LONGEST} are read.")
         elif isinstance(given, list):
             texts = [text for text in given if isinstance(text, str)]
             odd = [text for text in texts if len(text) > _LONGEST or not _PLAIN_NAME.fullmatch(text)]

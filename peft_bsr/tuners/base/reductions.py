@@ -29,7 +29,7 @@ def check_reductions(config: ReductionSettings) -> list[str]:
         f"`keep_rate={config.keep_rate!r}` holds {rate!r}; a rate is a number in (0, 1], 1.0 = keep all."
         for rate in rates
         if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate <= 1
-    ]
+    ][:1]
     blocks = config.reduction_blocks
     if isinstance(config.keep_rate, list) and isinstance(blocks, list) and len(rates) != len(blocks):
         problems.append(

@@ -6,7 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
-from peft_bsr.core.limits import LARGEST_NUMBER, LARGEST_SIZE, MOST_CLASSES
+from peft_bsr.core.checks import (
+    MOST_CLASSES,
+    NOT_NEGATIVE,
+    POSITIVE,
+    RATE,
+    check_flags,
+    check_numbers,
+    check_whole,
+    is_number,
+    is_whole,
+)
 from peft_bsr.errors import ConfigError
 
 TaskKind = Literal["classification", "regression", "segmentation", "regression_map"]
@@ -37,7 +47,7 @@ class TaskConfig:
         problems = []
         if not isinstance(self.name, str) or not self.name:
             problems.append(f"`name={self.name!r}` must be a text.")
-        if not _is_whole(self.num_outputs) or not 1 <= self.num_outputs <= MOST_CLASSES:
+        if not is_whole(self.num_outputs, 1, MOST_CLASSES):
             problems.append(
                 f"task {self.name!r}: `num_outputs={self.num_outputs!r}` must be a whole number, 1 to {MOST_CLASSES}."
             )
@@ -92,26 +102,15 @@ class MoEConfig:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        problems = [
-            f"`{name}={getattr(self, name)!r}` must be a whole number from 1 to {LARGEST_SIZE}."
-            for name in ("num_experts", "top_k", "r")
-            if not _is_whole(getattr(self, name)) or not 1 <= getattr(self, name) <= LARGEST_SIZE
-        ]
+        problems = check_whole(self, "num_experts", "top_k", "r")
         if not problems and self.top_k > self.num_experts:
             problems.append(f"`top_k={self.top_k}` asks for more than the `num_experts={self.num_experts}` there are.")
-        if not isinstance(self.renormalize, bool):
-            problems.append(f"`renormalize={self.renormalize!r}` must be True or False.")
+        problems += check_flags(self, "renormalize")
         if self.expert_type not in get_args(ExpertType):
             problems.append(f"`expert_type={self.expert_type!r}` is unknown. Use 'full' or 'lora'.")
-        problems += [
-            f"`{name}={getattr(self, name)!r}` must be a number from 0 to {LARGEST_NUMBER:.0e}."
-            for name in ("balance_weight", "noise")
-            if not _is_number(getattr(self, name)) or not 0 <= getattr(self, name) <= LARGEST_NUMBER
-        ]
-        if not _is_number(self.lora_alpha) or not 0 < self.lora_alpha <= LARGEST_NUMBER:
-            problems.append(f"`lora_alpha={self.lora_alpha!r}` must be a number above 0, {LARGEST_NUMBER:.0e} at most.")
-        if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
-            problems.append(f"`dropout={self.dropout!r}` must be a number in [0, 1).")
+        problems += check_numbers(self, "balance_weight", "noise", within=NOT_NEGATIVE)
+        problems += check_numbers(self, "lora_alpha", within=POSITIVE)
+        problems += check_numbers(self, "dropout", within=RATE)
         if problems:
             raise ConfigError.from_problems("MoEConfig", problems)
 
@@ -165,9 +164,7 @@ def check_weights(weights: Any, tasks: list[TaskConfig] | None) -> list[str]:
     if weights is None:
         return []
     names = [task.name for task in tasks or ()]
-    is_right = isinstance(weights, Mapping) and all(
-        _is_number(w) and 0 <= w <= LARGEST_NUMBER for w in weights.values()
-    )
+    is_right = isinstance(weights, Mapping) and all(is_number(weight, NOT_NEGATIVE) for weight in weights.values())
     if not is_right or not set(weights) <= set(names):
         return [f"`task_weights={weights!r}` must give numbers of at least 0 to some of the tasks {names}."]
     return []
@@ -186,14 +183,6 @@ def _tried(cls: Any, settings: Mapping[str, Any], name: str) -> tuple[Any, list[
         return None, [f"`{name}`: {str(error).partition(': ')[2]}"]
     except TypeError as error:
         return None, [f"`{name}` has an entry {dict(settings)!r} that is not understood: {error}."]
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 __all__ = ["ExpertType", "MoEConfig", "TaskConfig", "TaskKind", "check_weights", "read_moe", "read_tasks"]

@@ -7,11 +7,19 @@ from typing import Any
 
 from peft_bsr.backbones import Column
 from peft_bsr.core import DELTA_REDUCTIONS, SELECTIONS
-from peft_bsr.core.limits import LARGEST_NUMBER, LARGEST_SIZE
+from peft_bsr.core.checks import (
+    NOT_NEGATIVE,
+    check_choice,
+    check_flags,
+    check_numbers,
+    check_whole,
+    is_number,
+    is_whole,
+)
 from peft_bsr.engine import BlockPlan, Plan, Reduction
 from peft_bsr.errors import ConfigError
 from peft_bsr.registration import extend_peft_type
-from peft_bsr.tuners.base.reductions import as_list, check_choice, check_score, check_ways, resolve_score
+from peft_bsr.tuners.base.reductions import as_list, check_score, check_ways, resolve_score
 from peft_bsr.tuners.blocks.config import BlockConfig, saving_less
 
 _PRESETS: dict[str | None, dict[str, Any]] = {
@@ -119,33 +127,26 @@ class ALaSTConfig(BlockConfig):
         if not _is_preset(self.preset):
             return [f"`preset={self.preset!r}` is unknown. Use 'paper' or None."]
         count, low_high = self.trainable_blocks_per_step, self.budget_range
-        if count is not None and (not _is_int(count) or count < 1):
+        if count is not None and not is_whole(count, 1):
             problems.append(f"`trainable_blocks_per_step={count!r}` must be a whole number of at least 1, or None.")
-        if not (isinstance(low_high, list) and len(low_high) == 2 and all(map(_is_number, low_high))):
+        if not (isinstance(low_high, list) and len(low_high) == 2 and all(map(is_number, low_high))):
             problems.append(f"`budget_range={low_high!r}` must be two numbers, the least and the largest budget.")
         elif not 0 < low_high[0] <= low_high[1] <= 1:
             problems.append(f"`budget_range={low_high!r}` must lie in (0, 1], the least budget first.")
-        elif not _is_number(self.initial_budget) or not low_high[0] <= self.initial_budget <= low_high[1]:
+        elif not is_number(self.initial_budget) or not low_high[0] <= self.initial_budget <= low_high[1]:
             problems.append(f"`initial_budget={self.initial_budget!r}` must lie in `budget_range={low_high!r}`.")
-        alpha: Any = self.alpha
-        if alpha != "lr" and not (_is_number(alpha) and 0 <= alpha <= LARGEST_NUMBER):
-            problems.append(
-                f"`alpha={self.alpha!r}` must be a number from 0 to {LARGEST_NUMBER:.0e}, or 'lr' (the learning rate)."
-            )
+        if self.alpha != "lr":
+            problems += check_numbers(self, "alpha", within=NOT_NEGATIVE, instead=", or 'lr' (the learning rate)")
         problems += check_choice(self, "delta_reduction", DELTA_REDUCTIONS)
         problems += check_choice(self, "selection", SELECTIONS)
-        if not isinstance(self.train_embeddings, bool):
-            problems.append(f"`train_embeddings={self.train_embeddings!r}` must be True, False or None.")
+        problems += check_flags(self, "train_embeddings", instead="True, False or None")
         if self.frozen_weights in ("int8", "bfloat16"):
             problems.append(
                 f"`frozen_weights={self.frozen_weights!r}` is for blocks that never train, but here each may. Leave it "
                 '"full".'
             )
-        if not _is_int(self.token_multiple) or not 1 <= int(self.token_multiple or 0) <= LARGEST_SIZE:
-            problems.append(
-                f"`token_multiple={self.token_multiple!r}` must be a whole number from 1 to {LARGEST_SIZE}, or None."
-            )
-        if not _is_int(self.seed):
+        problems += check_whole(self, "token_multiple", instead=", or None")
+        if not is_whole(self.seed):
             problems.append(f"`seed={self.seed!r}` must be a whole number.")
         return [*problems, *check_ways(self), *super()._problems()]
 
@@ -181,14 +182,6 @@ def budgeted(reduction: Reduction, budget: float, share: float) -> Reduction:
 
 def _is_preset(value: Any) -> bool:
     return value is None or (isinstance(value, str) and value in _PRESETS)
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 __all__ = ["ALaSTConfig", "budgeted"]

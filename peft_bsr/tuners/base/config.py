@@ -14,7 +14,7 @@ from peft import PeftConfig
 from torch import nn
 
 from peft_bsr.backbones import Column, Fingerprint, weights_digest
-from peft_bsr.core.limits import MOST_CLASSES
+from peft_bsr.core.checks import MOST_CLASSES
 from peft_bsr.engine import Plan
 from peft_bsr.errors import AdapterFileError, ConfigError, OtherWeightsWarning
 from peft_bsr.tuners.base.base_model import changed_settings, new_weights, own_config

@@ -7,6 +7,7 @@ from typing import Any, Protocol, get_args
 
 from peft_bsr.backbones import Column
 from peft_bsr.core import CLASS_FREE_SCORE, SCORE_KINDS
+from peft_bsr.core.checks import check_choice, is_whole
 from peft_bsr.engine import Mode, Plan, ReduceAt, Reduction
 
 
@@ -67,12 +68,6 @@ def check_indices(config: Any, name: str) -> list[str]:
     if repeated := sorted(i for i, number in Counter(blocks).items() if number > 1):
         problems.append(f"`{name}={blocks!r}` names {repeated} more than once. Name each block once.")
     return problems
-
-
-def check_choice(config: Any, name: str, choices: tuple[str, ...]) -> list[str]:
-    """What is wrong with a value that must be one of `choices`."""
-    value = getattr(config, name)
-    return [] if value in choices else [f"`{name}={value!r}` is unknown. Use one of {', '.join(map(repr, choices))}."]
 
 
 def resolve_reductions(config: ReductionSettings, column: Column) -> tuple[dict[int, Reduction], list[str]]:
@@ -170,7 +165,7 @@ def write_down(config: Any, plan: Plan) -> None:
 
 def is_index_list(value: Any) -> bool:
     """Whether it is a list of whole numbers."""
-    return isinstance(value, list) and all(isinstance(i, int) and not isinstance(i, bool) for i in value)
+    return isinstance(value, list) and all(map(is_whole, value))
 
 
 def as_list(value: Any) -> Any:

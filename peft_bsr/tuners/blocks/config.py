@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from peft_bsr.backbones import Column
-from peft_bsr.core.limits import LARGEST_NUMBER, LARGEST_SIZE
+from peft_bsr.core.checks import POSITIVE, check_choice, check_flags, check_numbers, check_whole
 from peft_bsr.engine import Lean, Plan
 from peft_bsr.errors import ConfigError
 from peft_bsr.tuners.base.config import SavedConfig
 from peft_bsr.tuners.base.frozen_weights import FROZEN_WEIGHTS_HELP, FrozenWeights
-from peft_bsr.tuners.base.reductions import as_list, check_choice
+from peft_bsr.tuners.base.reductions import as_list
 
 Trainable = Literal["full", "lora"]
 LeanLevel = Literal["off", "exact", "max"]
@@ -90,16 +90,9 @@ class BlockConfig(SavedConfig):
             ("frozen_weights", FrozenWeights),
         ):
             problems += check_choice(self, name, get_args(choices))
-        if not isinstance(self.init_weights, bool):
-            problems.append(f"`init_weights={self.init_weights!r}` must be True or False.")
-        if isinstance(self.r, bool) or not isinstance(self.r, int) or not 1 <= self.r <= LARGEST_SIZE:
-            problems.append(f"`r={self.r!r}` must be a whole number from 1 to {LARGEST_SIZE}.")
-        if (
-            isinstance(self.lora_alpha, bool)
-            or not isinstance(self.lora_alpha, (int, float))
-            or not 0 < self.lora_alpha <= LARGEST_NUMBER
-        ):
-            problems.append(f"`lora_alpha={self.lora_alpha!r}` must be a number above 0, {LARGEST_NUMBER:.0e} at most.")
+        problems += check_flags(self, "init_weights")
+        problems += check_whole(self, "r")
+        problems += check_numbers(self, "lora_alpha", within=POSITIVE)
         layout = self.layout
         if layout is not None and not (isinstance(layout, dict) and all(map(_is_text, (*layout, *layout.values())))):
             problems.append(f"`layout={layout!r}` must give each place its module's name, or be None.")

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import get_args
 
 from peft_bsr.backbones import Column
-from peft_bsr.core.limits import LARGEST_NUMBER, LARGEST_SIZE
+from peft_bsr.core.checks import EITHER_SIGN, RATE, check_choice, check_numbers, check_whole
 from peft_bsr.engine import BlockPlan, KeptTokens, Plan
 from peft_bsr.errors import ConfigError
 from peft_bsr.registration import extend_peft_type
 from peft_bsr.tuners.base.config import SavedConfig
 from peft_bsr.tuners.base.frozen_weights import FROZEN_WEIGHTS_HELP, FrozenWeights
 from peft_bsr.tuners.base.reductions import (
-    check_choice,
     check_indices,
     check_reductions,
     check_within,
@@ -100,7 +99,10 @@ class SynQTConfig(SavedConfig):
             value = getattr(self, name)
             if isinstance(value, (tuple, range, set, frozenset)):
                 setattr(self, name, sorted(value) if isinstance(value, (set, frozenset)) else list(value))
-        problems = [*self._check_numbers(), *check_indices(self, "layers"), *check_reductions(self)]
+        problems = check_whole(self, *_SIZES)
+        problems += check_numbers(self, *_SCALES, within=EITHER_SIGN)
+        problems += check_numbers(self, *_RATES, within=RATE)
+        problems += [*check_indices(self, "layers"), *check_reductions(self)]
         if self.layers == []:
             problems.append("`layers=[]` reads no block. Name some, or leave it None for all.")
         problems += check_choice(self, "kept_tokens", get_args(KeptTokens))
@@ -122,28 +124,6 @@ class SynQTConfig(SavedConfig):
             "prompt_adapter.down.weight": (self.bottleneck,),
             "query.down.weight": (self.attention_bottleneck,),
         }
-
-    def _check_numbers(self) -> list[str]:
-        def is_number(value: Any) -> bool:
-            return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-        values = {name: getattr(self, name) for name in (*_SIZES, *_SCALES, *_RATES)}
-        problems = [
-            f"`{name}={values[name]!r}` must be a whole number from 1 to {LARGEST_SIZE}."
-            for name in _SIZES
-            if not isinstance(values[name], int) or not is_number(values[name]) or not 1 <= values[name] <= LARGEST_SIZE
-        ]
-        problems += [
-            f"`{name}={values[name]!r}` must be a number between -{LARGEST_NUMBER:.0e} and {LARGEST_NUMBER:.0e}."
-            for name in _SCALES
-            if not is_number(values[name]) or not abs(values[name]) <= LARGEST_NUMBER
-        ]
-        problems += [
-            f"`{name}={values[name]!r}` must be a number in [0, 1)."
-            for name in _RATES
-            if not is_number(values[name]) or not 0 <= values[name] < 1
-        ]
-        return problems
 
 
 def build_plan(config: SynQTConfig, column: Column) -> tuple[Plan, list[int]]:

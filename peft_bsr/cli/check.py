@@ -14,7 +14,7 @@ EXAMPLES = """\
 examples:
   peft-bsr check photos
   peft-bsr check labels.csv --label-column species --json
-  peft-bsr check labels.csv --label-column age --task regression
+  peft-bsr check faces.csv --label-column age --task regression
 """
 
 

@@ -55,8 +55,8 @@ examples:
   peft-bsr train --model google/vit-base-patch16-224-in21k --dataset beans --augment strong --ema --output outputs/ema
   peft-bsr train --model facebook/dinov2-small --method alast --set trainable_blocks_per_step=6 --output outputs/alast
   peft-bsr train --model facebook/dinov2-small --dataset beans --method linear --output outputs/linear
-  peft-bsr train --model facebook/dinov2-small --dataset faces.csv --label-column age --task regression
-  peft-bsr train --model facebook/dinov2-small --dataset photos.csv --label-column cat,dog,fox
+  peft-bsr train --model facebook/dinov2-small --dataset faces.csv --label-column age --task regression --output out/age
+  peft-bsr train --model facebook/dinov2-small --dataset photos.csv --label-column cat,dog,fox --output outputs/animals
   peft-bsr train --config run.yaml --set trainable_blocks=last:3 --output outputs/last3
   peft-bsr train --output outputs/train --resume
 

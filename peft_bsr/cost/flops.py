@@ -25,6 +25,7 @@ def count_flops(run: Callable[[], Any]) -> int:
     And it cannot run a module that is given a parameter while gradients are off.
 
     Examples:
+        >>> import torch
         >>> count_flops(lambda: torch.randn(2, 3) @ torch.randn(3, 5))
         60
     """
@@ -43,6 +44,7 @@ def flops_by_module(run: Callable[[], Any]) -> dict[str, int]:
         Name in the model that is called -> FLOPs, for all that have any; `""` is the whole.
 
     Examples:
+        >>> import torch
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 2), torch.nn.ReLU(), torch.nn.Linear(2, 1))
         >>> flops_by_module(lambda: model(torch.randn(3, 4)).sum().backward())  # the first needs no input gradient
         {'': 132, '0': 96, '2': 36}

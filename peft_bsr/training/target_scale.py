@@ -32,8 +32,8 @@ class TargetScale:
 
     Examples:
         >>> scale = TargetScale.of(labels_of(data.train))  # doctest: +SKIP
-        >>> Trainer(model, arguments, train_dataset=train, data_collator=scale.collate).train()
-        >>> scale.fold_into(model, pixels)
+        >>> Trainer(model, arguments, train_dataset=train, data_collator=scale.collate).train()  # doctest: +SKIP
+        >>> scale.fold_into(model, pixels)  # doctest: +SKIP
     """
 
     mean: np.ndarray

@@ -24,7 +24,7 @@ from peft_bsr import BSRConfig
 from peft_bsr_cli import COMMANDS, main
 from tests.docs.test_code_blocks import PAGES
 
-SLOW = {"index", "planner"}  # the README has the commands of the first, tests/cli those of the second
+SLOW = {"index", "planner", "cli", "export"}  # README, help texts, tests/cli and tests/export have their commands
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 TRAIN_FIRST = sorted(COMMANDS, key=lambda command: command not in ("train", "export"))  # the others use what it writes
 
@@ -37,7 +37,7 @@ def commands_in(text: str) -> list[list[str]]:
 
 
 def commands_of_help() -> list[list[str]]:
-    texts = (importlib.import_module(f"peft_bsr.cli.{command}").EXAMPLES for command in TRAIN_FIRST)
+    texts = (importlib.import_module(f"peft_bsr.cli.{command.replace('-', '_')}").EXAMPLES for command in TRAIN_FIRST)
     return [command for text in texts for command in commands_in(text)]
 
 
@@ -65,6 +65,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         f"{path.relative_to(tmp_path)},{path.parent.name},me" for path in sorted((tmp_path / "images").rglob("*.png"))
     ]
     (tmp_path / "labels.csv").write_text("\n".join(["file_name,species,photographer", *rows]))
+    tags = [f"{path.relative_to(tmp_path)},cat|dog,1,1,0" for path in sorted((tmp_path / "images").rglob("*.png"))]
+    tags[0] = tags[0].replace("cat|dog,1,1,0", "fox,0,0,1")
+    (tmp_path / "photos.csv").write_text("\n".join(["file_name,tags,cat,dog,fox", *tags]))
+    ages = [
+        f"{path.relative_to(tmp_path)},{20 + number}" for number, path in enumerate(sorted(tmp_path.rglob("*.png")))
+    ]
+    (tmp_path / "faces.csv").write_text("\n".join(["file_name,age", *ages]))
     return tmp_path
 
 
@@ -78,7 +85,7 @@ def as_here(arguments: list[str], folder: Path) -> list[str]:
             word = "plan"
         elif word.startswith("facebook/"):
             word = "dinov2"
-        elif re.match(r"me/|ADAPTER$", word):
+        elif re.match(r"me/|ADAPTER$|downloaded$", word):
             word = "adapter"
         elif word in ("DATA", "beans", "photos", "new_photos") or word.endswith(".parquet"):
             word = "images"
@@ -88,6 +95,9 @@ def as_here(arguments: list[str], folder: Path) -> list[str]:
     if arguments[0] == "train":
         steps = 4 if "--resume" in arguments else 2
         found += ["--max-steps", str(steps), "--batch-size", "4", "--no-measuring"]
+    if arguments[0] == "compare":
+        found += ["--repeats", "1"] + ([] if "--methods" in arguments else ["--methods", "linear", "bsr"])
+        found += ["--epochs", "0.5"] if "--dataset" in arguments else []
     if arguments[0] == "plan" and "--limit" not in arguments:
         found += ["--limit", "2"]
     if arguments[0] == "export":

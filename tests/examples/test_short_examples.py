@@ -81,6 +81,7 @@ def test_export_onnx(run, tmp_path):
     assert "accuracy of the file on 100 test images: 0." in printed
 
 
+@pytest.mark.slow
 def test_the_cells_of_the_notebook(run, tmp_path):
     pytest.importorskip("onnxruntime")
     cells = json.loads((EXAMPLES / "quickstart.ipynb").read_text())["cells"]

@@ -76,6 +76,7 @@ class SynQTModel(RoutedTuner):
 
     Examples:
         >>> from peft import get_peft_model
+        >>> from peft_bsr import SynQTConfig
         >>> from transformers import ViTConfig, ViTForImageClassification
         >>> tiny = ViTConfig(hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=64)
         >>> model = get_peft_model(ViTForImageClassification(tiny), SynQTConfig(layers=[1, 3]))

@@ -1,6 +1,6 @@
 """The table of the front page: peak memory, step time and accuracy of the choices a person has.
 
-    python benchmarks/front_page.py                  # prints the table, 10 minutes on 2 idle cores
+    python benchmarks/front_page.py --batch-size 8   # prints the table, 20 minutes on 2 idle cores
     python benchmarks/front_page.py --device cuda --batch-size 32
 
 Memory and time: ViT-B/16 at 224 px, random weights, AdamW. Each method runs in fresh processes, in turn with the

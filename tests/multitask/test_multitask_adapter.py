@@ -245,3 +245,15 @@ def test_only_the_mixtures_may_train(make_vit, make_config, images):
 def test_costs_that_are_not_predicted_are_refused(make_vit, make_config, images):
     with pytest.raises(ConfigError, match="What an adapter with `tasks` costs is not predicted"):
         estimate(make_vit(), make_config(), batch_size=2)
+
+
+def test_a_deleted_adapters_heads_are_forgotten(make_vit):
+    """Under the same name a plain copy is one module again, which lean parts may look up."""
+    model = get_peft_model(make_vit(), BSRConfig(trainable_blocks=[3], tasks={"a": 2}), adapter_name="first")
+    model.add_adapter("second", BSRConfig(trainable_blocks=[3]))
+    model.set_adapter("second")
+    model.delete_adapter("first")
+    model.add_adapter("first", BSRConfig(trainable_blocks=[3]))
+    model.set_adapter("first")
+    classifier = model.base_model.model.classifier
+    assert classifier.leaf_in_force() == (classifier.bsr_params["first"], None)

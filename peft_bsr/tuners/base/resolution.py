@@ -30,7 +30,7 @@ class Resolution:
     @property
     def held(self) -> list[str]:
         """Names of the modules whose weights the adapter has, or takes the place of."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not say what its adapter holds")
 
     @property
     def exact_roles(self) -> Collection[str]:

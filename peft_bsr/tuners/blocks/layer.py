@@ -100,6 +100,7 @@ class BlockWeights(nn.Module, SingleAdapterLayer):
             other: A module of the method's own instead of a copy.
         """
         module: nn.Module
+        self.others.discard(adapter_name)  # an adapter of that name may have been deleted
         if other is not None:
             module = other
             self.others.add(adapter_name)

@@ -24,7 +24,7 @@ test-distributed: $(VENV)/installed
 
 # On a machine with a CUDA card; elsewhere all of it skips
 test-gpu: $(VENV)/installed
-	$(BIN)/python -m pytest -n0 -m gpu tests/gpu tests/engine/test_parking.py $(ARGS)
+	$(BIN)/python -m pytest -n0 -m gpu tests/gpu tests/engine/test_weight_offload.py $(ARGS)
 
 test-all: test test-distributed
 

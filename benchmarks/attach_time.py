@@ -32,8 +32,8 @@ def main() -> None:
     plan = Plan.static(12, [3, 7, 11], {i: Reduction(0.5) for i in (3, 6, 9)})
 
     def self_test() -> None:
-        column, stock = probe(vit)
-        verify_plan(vit, column, plan, stock=stock)
+        spec, stock = probe(vit)
+        verify_plan(vit, spec, plan, stock=stock)
 
     image = torch.randn(1, 3, 224, 224)
     rows = {

@@ -45,7 +45,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "gpu.json"
 MEMORY = {"full": "24GiB", "tiny": "64MiB"}
 PATIENCE = 4  # times its guess, then a row counts as failed
-HEADS = {  # head of a column -> its figure
+HEADS = {  # head of a model -> its figure
     "images/s": "images_per_s",
     "step, ms": "step_ms",
     "range": "step_ms_range",

@@ -411,7 +411,7 @@ def all_gradients(make: Callable[[], nn.Module], device: str, dtype: torch.dtype
     """Of all trained weights, in one vector, fp32."""
     torch.manual_seed(0)
     model = get_peft_model(make().to(device, dtype), BSRConfig(**settings)).train()
-    inputs = probe_inputs(model.base_model.model, 4, model.base_model.column.image_shape)
+    inputs = probe_inputs(model.base_model.model, 4, model.base_model.spec.image_shape)
     torch.manual_seed(0)
     outputs = [output for output in tensors_of(model(**inputs)) if output.requires_grad]
     sum(output.float().square().mean() for output in outputs).backward()

@@ -15,9 +15,9 @@ from peft_bsr.registration import check_peft_version
 check_peft_version()
 
 from peft_bsr.backbones import (  # noqa: E402
-    Column,
     FamilyRule,
-    probe_column,
+    ModelSpec,
+    probe_model,
     register_family,
     set_image_size,
     unregister_family,
@@ -55,6 +55,7 @@ from peft_bsr.exporting import ExportReport, export  # noqa: E402
 from peft_bsr.hub import add_facts, load, load_image_processor, pipeline, push_to_hub  # noqa: E402
 from peft_bsr.multitask import MoEConfig, MultitaskOutput, TaskConfig, record_usage  # noqa: E402
 from peft_bsr.prediction import Prediction, predict  # noqa: E402
+from peft_bsr.renamed import renamed  # noqa: E402
 from peft_bsr.training import FeatureCache, TrainabilityCallback, compile, verify_trainability  # noqa: E402
 from peft_bsr.tuners import (  # noqa: E402
     ALaSTConfig,
@@ -69,6 +70,7 @@ from peft_bsr.tuners import (  # noqa: E402
 from peft_bsr.tuners.base.files import check_adapter  # noqa: E402
 
 __version__ = "0.1.0"
+__getattr__ = renamed(__name__, {"Column": "ModelSpec", "probe_column": "probe_model"}, globals())
 
 __all__ = [
     "ALaSTConfig",
@@ -79,7 +81,6 @@ __all__ = [
     "AdapterSwitchedWarning",
     "BSRConfig",
     "BSRModel",
-    "Column",
     "ConfigError",
     "DatasetError",
     "ExportError",
@@ -94,6 +95,7 @@ __all__ = [
     "MemoryBudgetWarning",
     "MissingDependencyError",
     "MoEConfig",
+    "ModelSpec",
     "MultitaskOutput",
     "NonFiniteLossError",
     "OtherWeightsWarning",
@@ -124,7 +126,7 @@ __all__ = [
     "load_image_processor",
     "pipeline",
     "predict",
-    "probe_column",
+    "probe_model",
     "push_to_hub",
     "record_routes",
     "record_usage",

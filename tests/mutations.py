@@ -82,7 +82,7 @@ TESTS: dict[str, list[str]] = {
     "engine/traced.py": ["tests/engine/test_compiled_lean.py"],
     **{
         f"training/{name}.py": ["tests/training/test_cache_faults.py", "tests/training/test_feature_cache.py"]
-        for name in ("cache_files", "cache_samples", "feature_cache", "random_draws", "cached_place")
+        for name in ("cache_files", "cache_samples", "feature_cache", "random_draws", "cache_point")
     },
     "compat/torch_api.py": ["tests/compat/test_torch_api.py", "tests/engine/test_hook_table.py"],
     "selftest/lean.py": ["tests/engine/test_hook_table.py"],
@@ -129,7 +129,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("in_mode(True, model)", "in_mode(False, model)", "what training draws is not seen"),
         ("    if torch.equal(first, second):\n", "    if False:\n", "draws after the cut count"),
     ],
-    "training/cached_place.py": [("            **model,\n", "", "a model that computes otherwise reads the cache")],
+    "training/cache_point.py": [("            **model,\n", "", "a model that computes otherwise reads the cache")],
     "compat/torch_api.py": [
         ("copy.deepcopy(base, {id(own): own for own in hooks})", "copy.deepcopy(base)", "hooks are copied"),
         ("part._is_full_backward_hook = True", "pass", "a backward hook that comes later does not fire"),

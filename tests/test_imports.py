@@ -278,5 +278,7 @@ def test_the_rule_sees_each_way(line):
 
 
 def test_the_rule_leaves_the_own_alone():
-    lines = "self._modules[name]; super()._apply(run); router._bound; from peft.tuners.tuners_utils import BaseTuner"
+    lines = (
+        "self._modules[name]; super()._apply(run); controller._bound; from peft.tuners.tuners_utils import BaseTuner"
+    )
     assert not touched(ast.parse(lines), OWN)

@@ -58,7 +58,12 @@ def test_warnings_are_of_our_classes_and_have_an_entry(call):
 
 
 def test_what_is_raised_is_of_our_classes():
-    allowed = {c.__name__ for c in CLASSES} | {"NotImplementedError", "AttributeError", "ReachedError", "NotLeanError"}
+    allowed = {c.__name__ for c in CLASSES} | {
+        "NotImplementedError",
+        "AttributeError",
+        "StopForwardError",
+        "NotLeanError",
+    }
     found = {}
     for path, tree in TREES.items():
         for node in ast.walk(tree):

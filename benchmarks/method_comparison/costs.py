@@ -28,7 +28,7 @@ from own_process import in_own_process
 from train import add_sources, environment
 
 from peft_bsr.cost import PeakMemory, compare
-from peft_bsr.training.rehearsal import rehearsal
+from peft_bsr.training.side_effect_free import side_effect_free
 
 REFERENCE = "full_finetuning/all"
 
@@ -87,7 +87,7 @@ def peak_bytes(args: argparse.Namespace) -> int:
     model = ready(Experiment.load(args.peak_of), args.model)
     batch = random_batch(model, args)
     trained = [p for p in model.parameters() if p.requires_grad]
-    with rehearsal(model):
+    with side_effect_free(model):
         model(**batch).loss.backward()  # libraries have what they take for themselves
         model.zero_grad(set_to_none=True)
         with PeakMemory(batch["labels"].device) as memory:

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoModelForImageClassification
 
 import peft_bsr
-from peft_bsr.backbones import Column, probe_column
+from peft_bsr.backbones import ModelSpec, probe_model
 
 HERE = Path(__file__).parent
 EXPERIMENTS = HERE / "experiments"
@@ -69,9 +69,9 @@ class Experiment:
         if adapter is not None:
             return get_peft_model(base, adapter)
         trains = TRAINABLE[self.params["trainable"]]
-        column = probe_column(base)
+        spec = probe_model(base)
         for name, parameter in base.named_parameters():
-            parameter.requires_grad_(trains(base, column, name))
+            parameter.requires_grad_(trains(base, spec, name))
         return base
 
 
@@ -86,22 +86,22 @@ def load_base(source: str, names: list[str]) -> nn.Module:
     )
 
 
-def _is_behind_blocks(column: Column, name: str) -> bool:
-    return any(name.startswith(f"{module}.") for module in column.head)
+def _is_behind_blocks(spec: ModelSpec, name: str) -> bool:
+    return any(name.startswith(f"{module}.") for module in spec.head)
 
 
-def _is_classifier(model: nn.Module, column: Column, name: str) -> bool:
-    return _is_behind_blocks(column, name) and isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Linear)
+def _is_classifier(model: nn.Module, spec: ModelSpec, name: str) -> bool:
+    return _is_behind_blocks(spec, name) and isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Linear)
 
 
-def _is_last(count: int, column: Column, name: str) -> bool:
-    return _is_behind_blocks(column, name) or any(name.startswith(f"{block}.") for block in column.blocks[-count:])
+def _is_last(count: int, spec: ModelSpec, name: str) -> bool:
+    return _is_behind_blocks(spec, name) or any(name.startswith(f"{block}.") for block in spec.blocks[-count:])
 
 
 # parameter name -> whether it trains, where no adapter says so; the classifier always does
 TRAINABLE = {
-    "all": lambda model, column, name: True,
+    "all": lambda model, spec, name: True,
     "head": _is_classifier,
-    "last:3": lambda model, column, name: _is_last(3, column, name),
-    "biases": lambda model, column, name: name.endswith("bias") or _is_classifier(model, column, name),
+    "last:3": lambda model, spec, name: _is_last(3, spec, name),
+    "biases": lambda model, spec, name: name.endswith("bias") or _is_classifier(model, spec, name),
 }

@@ -1,7 +1,6 @@
-"""What the model is: the only package that knows model families. `probe_column(model)` returns a `Column`."""
+"""What the model is: the only package that knows model families. `probe_model(model)` returns a `ModelSpec`."""
 
-from peft_bsr.backbones.anatomy import apply_part
-from peft_bsr.backbones.column import Anatomy, Column, ScoreSource
+from peft_bsr.backbones.block_spec import apply_part
 from peft_bsr.backbones.fingerprint import Fingerprint, weights_digest
 from peft_bsr.backbones.image_size import native_size, resized_tables, set_image_size
 from peft_bsr.backbones.inputs import (
@@ -19,8 +18,9 @@ from peft_bsr.backbones.inputs import (
     tensors_of,
     tolerance,
 )
+from peft_bsr.backbones.model_spec import BlockSpec, ModelSpec, ScoreSource
 from peft_bsr.backbones.permutation import excess, no_zero_tables
-from peft_bsr.backbones.probe import probe, probe_column
+from peft_bsr.backbones.probe import probe, probe_model
 from peft_bsr.backbones.registry import FamilyRule, find_rule, inner_config, register_family, unregister_family
 from peft_bsr.backbones.scoring import (
     AttentionScorer,
@@ -33,19 +33,22 @@ from peft_bsr.backbones.scoring import (
     observed_interface,
     run_scored,
 )
-from peft_bsr.backbones.side_inputs import TokenFollower, input_names
+from peft_bsr.backbones.side_inputs import SideInputHooks, input_names
+from peft_bsr.renamed import renamed
+
+__getattr__ = renamed(__name__, {"Column": "ModelSpec", "probe_column": "probe_model"}, globals())
 
 __all__ = [
-    "Anatomy",
     "AttentionScorer",
-    "Column",
+    "BlockSpec",
     "FamilyRule",
     "Fingerprint",
+    "ModelSpec",
     "ScoreSource",
     "ScoringConfig",
     "SdpaObserver",
+    "SideInputHooks",
     "StockRun",
-    "TokenFollower",
     "apply_part",
     "attend",
     "computes_weights",
@@ -64,8 +67,8 @@ __all__ = [
     "no_zero_tables",
     "observed_interface",
     "probe",
-    "probe_column",
     "probe_inputs",
+    "probe_model",
     "quiet",
     "register_family",
     "relative_error",

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_bsr.backbones.column import Column
-from peft_bsr.backbones.probe import probe_column
+from peft_bsr.backbones.model_spec import ModelSpec
+from peft_bsr.backbones.probe import probe_model
 from peft_bsr.backbones.registry import vision_config
 
 Plain = str | int | float | list[int] | None
@@ -64,34 +64,39 @@ class Fingerprint:
     rope: float | None = None
 
     @classmethod
-    def of(cls, model: nn.Module, column: Column | None = None) -> Fingerprint:
+    def of(cls, model: nn.Module, spec: ModelSpec | None = None) -> Fingerprint:
         """The fingerprint of `model`.
 
         Args:
             model: A vision transformer, with or without adapters.
-            column: Its column. Default None: it is probed.
+            spec: Its column. Default None: it is probed.
 
         Raises:
             UnsupportedModelError: If it has to be probed and is not supported.
         """
         model = _base_of(model)
-        column = probe_column(model) if column is None else column
+        spec = probe_model(model) if spec is None else spec
         config = vision_config(model)
-        block = model.get_submodule(column.blocks[0])
-        leaves: dict[str, Any] = {name: _own(block.get_submodule(name)) for name in column.leaves}
-        outside = [m for name, m in leaves.items() if not f"{name}.".startswith(f"{column.attention}.")]
+        block = model.get_submodule(spec.blocks[0])
+        param_modules: dict[str, Any] = {name: _own(block.get_submodule(name)) for name in spec.param_modules}
+        outside = [m for name, m in param_modules.items() if not f"{name}.".startswith(f"{spec.attention}.")]
         widths = [m.out_features for m in outside if isinstance(getattr(m, "out_features", None), int)]
-        eps = [getattr(m, name) for m in leaves.values() for name in _EPS if isinstance(getattr(m, name, None), float)]
-        is_image = column.grid is not None and len(column.grid) == 2 and len(column.image_shape) == 3
+        eps = [
+            getattr(m, name)
+            for m in param_modules.values()
+            for name in _EPS
+            if isinstance(getattr(m, name, None), float)
+        ]
+        is_image = spec.grid is not None and len(spec.grid) == 2 and len(spec.image_shape) == 3
         return cls(
             family=getattr(config, "model_type", None) or type(block).__name__,
-            depth=column.depth,
-            width=column.width,
-            heads=_number(config, "num_attention_heads") or column.num_heads or None,
+            depth=spec.depth,
+            width=spec.width,
+            heads=_number(config, "num_attention_heads") or spec.num_heads or None,
             mlp=max(widths, default=None),
-            patch=column.patch_size if is_image else None,
-            prefix=column.num_prefix,
-            suffix=column.num_suffix,
+            patch=spec.patch_size if is_image else None,
+            prefix=spec.num_prefix,
+            suffix=spec.num_suffix,
             activation=next((v for name in _ACTIVATIONS if isinstance(v := getattr(config, name, None), str)), None),
             eps=eps[0] if eps else None,
             rope=_rope_base(config),
@@ -115,12 +120,12 @@ class Fingerprint:
         return [f"{name} {a!r} instead of {b!r}" for name, a, b in pairs if None not in (a, b) and a != b]
 
 
-def fingerprint(model: nn.Module, column: Column | None = None) -> dict[str, Plain]:
+def fingerprint(model: nn.Module, spec: ModelSpec | None = None) -> dict[str, Plain]:
     """`Fingerprint.of`, as plain values by name.
 
     Args:
         model: A vision transformer, with or without adapters.
-        column: Its column. Default None: it is probed.
+        spec: Its column. Default None: it is probed.
 
     Examples:
         >>> from transformers import ViTConfig, ViTModel
@@ -128,11 +133,11 @@ def fingerprint(model: nn.Module, column: Column | None = None) -> dict[str, Pla
         >>> fingerprint(ViTModel(tiny))["depth"]
         2
     """
-    return Fingerprint.of(model, column).to_dict()
+    return Fingerprint.of(model, spec).to_dict()
 
 
 @torch.no_grad()
-def weights_digest(model: nn.Module, column: Column, apart: Sequence[str] = ()) -> str | None:
+def weights_digest(model: nn.Module, spec: ModelSpec, apart: Sequence[str] = ()) -> str | None:
     """A digest of the embeddings and blocks of a model without adapters: 16 evenly spaced numbers of each parameter.
 
     It tells another checkpoint from the same one in float32, bfloat16 or float64: numbers are compared in bfloat16. It
@@ -141,14 +146,14 @@ def weights_digest(model: nn.Module, column: Column, apart: Sequence[str] = ()) 
 
     Args:
         model: The model.
-        column: Its column; the head does not count, nor do tables of positions, which depend on the size of images.
+        spec: Its column; the head does not count, nor do tables of positions, which depend on the size of images.
         apart: Modules that do not count either, by the ends of their names.
 
     Returns:
         32 hexadecimal digits, or None where numbers are missing (meta, sharded), quantized or in float16, which rounds
         otherwise.
     """
-    behind = tuple(f"{name}." for name in (*column.head, *column.unread))
+    behind = tuple(f"{name}." for name in (*spec.head, *spec.unread))
     named = {n: p for n, p in model.named_parameters() if not (f"{n}.".startswith(behind) or _POSITIONS.search(n))}
     weights = {n: p for n, p in named.items() if not any(f".{part}." in f".{n}." for part in apart)}
     if any(type(p.data) is not Tensor or p.is_meta or p.dtype not in _DIGESTED for p in weights.values()):

@@ -49,15 +49,15 @@ def set_image_size(model: nn.Module, image_size: int | tuple[int, int]) -> None:
     if native_size(config) in (None, (height, width)):
         return
     _check_patches(model, height, width)
-    twin = _twin(model, height, width)
-    tables = _tables(model, twin)
+    larger = _resized_copy(model, height, width)
+    tables = _tables(model, larger)
     if _takes_any(model, tables, height, width) and tables:
         return
-    resized = {name: _interpolated(model, twin, name, owner, height, width) for name, owner in tables.items()}
+    resized = {name: _interpolated(model, larger, name, owner, height, width) for name, owner in tables.items()}
     for name, table in resized.items():
         _put(model, name, tables[name], table)
     for owner in set(tables.values()):
-        _follow(model.get_submodule(owner), twin.get_submodule(owner))
+        _follow(model.get_submodule(owner), larger.get_submodule(owner))
     _tell_configs(model, height, width)
 
 
@@ -107,7 +107,7 @@ def _check_patches(model: nn.Module, height: int, width: int) -> None:
             )
 
 
-def _twin(model: nn.Module, height: int, width: int) -> nn.Module:
+def _resized_copy(model: nn.Module, height: int, width: int) -> nn.Module:
     """The same model without weights, made for that size."""
     config = copy.deepcopy(model.config)
     inner: Any = inner_config(config)
@@ -115,15 +115,15 @@ def _twin(model: nn.Module, height: int, width: int) -> nn.Module:
     make: Any = type(model)
     try:
         with torch.device("meta"):
-            twin: nn.Module = make(config)
+            resized: nn.Module = make(config)
     except Exception as error:
         raise _unsupported(model, height, width, f"{type(error).__name__}: {error}") from error
-    return twin
+    return resized
 
 
-def _tables(model: nn.Module, twin: nn.Module) -> dict[str, str]:
+def _tables(model: nn.Module, resized: nn.Module) -> dict[str, str]:
     """Parameters that have another shape at that size -> the module that can interpolate them, or ""."""
-    sizes = {name: parameter.shape for name, parameter in twin.named_parameters()}
+    sizes = {name: parameter.shape for name, parameter in resized.named_parameters()}
     found = [
         name for name, parameter in model.named_parameters() if parameter.shape != sizes.get(name, parameter.shape)
     ]
@@ -145,29 +145,29 @@ def _takes_any(model: nn.Module, tables: dict[str, str], height: int, width: int
         return False
     native = native_size(model.config)
     assert native is not None
-    twin = _twin(model, *native).eval()
-    if _runs(twin, height, width):
+    resized = _resized_copy(model, *native).eval()
+    if _runs(resized, height, width):
         return True
-    if not tables and _runs(twin, *native):
+    if not tables and _runs(resized, *native):
         raise _unsupported(model, height, width, "its forward refuses them, and nothing interpolates its positions")
     return not tables
 
 
-def _runs(twin: nn.Module, height: int, width: int) -> bool:
+def _runs(resized: nn.Module, height: int, width: int) -> bool:
     try:
         with torch.no_grad():
-            shape = (*input_shapes(twin)[-1][:-2], height, width)
-            twin(**{main_input(twin): torch.empty(1, *shape, device="meta")})
+            shape = (*input_shapes(resized)[-1][:-2], height, width)
+            resized(**{main_input(resized): torch.empty(1, *shape, device="meta")})
     except Exception:  # whatever a model says of a size that it does not take
         return False
     return True
 
 
-def _interpolated(model: nn.Module, twin: nn.Module, name: str, owner: str, height: int, width: int) -> Tensor:
+def _interpolated(model: nn.Module, resized: nn.Module, name: str, owner: str, height: int, width: int) -> Tensor:
     """What the model's own interpolation makes of a table."""
     if not owner:
         raise _unsupported(model, height, width, f"nothing interpolates its `{name}`")
-    table, shape = model.get_parameter(name), twin.get_parameter(name).shape
+    table, shape = model.get_parameter(name), resized.get_parameter(name).shape
     try:
         with torch.no_grad():
             interpolate: Any = getattr(model.get_submodule(owner), _INTERPOLATE)
@@ -187,9 +187,9 @@ def _put(model: nn.Module, name: str, owner: str, table: Tensor) -> None:
     setattr(holder, _RESIZED, tuple(sorted({*getattr(holder, _RESIZED, ()), relative})))
 
 
-def _follow(owner: nn.Module, twin: nn.Module) -> None:
+def _follow(owner: nn.Module, resized: nn.Module) -> None:
     """Take over the plain numbers and position numbers that go with a size."""
-    for module, other in zip(owner.modules(), twin.modules(), strict=True):
+    for module, other in zip(owner.modules(), resized.modules(), strict=True):
         for name, value in vars(other).items():
             if isinstance(value, (int, tuple, list)) and not name.startswith("_") and name != "training":
                 setattr(module, name, value)

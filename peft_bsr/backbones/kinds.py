@@ -26,7 +26,7 @@ def possible_kinds(
     image_shape: tuple[int, ...],
     grid: tuple[int, ...] | None,
 ) -> dict[str, tuple[SideInput, ...]]:
-    """What each argument of the attention can be, the likeliest first; see `Route.follow`.
+    """What each argument of the attention can be, the likeliest first; see `Route.gather`.
 
     What an axis of N at one size means, a second size tells, if the model takes one: an axis that grows with the image
     has a place for each token. Of models of one size, what a shape leaves open is tried, see `check_permutation`.
@@ -42,7 +42,7 @@ def possible_kinds(
     Returns:
         Nothing for arguments without tensors, and for families that say by themselves what follows.
     """
-    if find_rule(model).follow_attention is not None:
+    if find_rule(model).gather_side_inputs is not None:
         return {}
     names = input_names(attention)
     found = {name: route.readings(value) for name, value in _tensors(names, call).items()}

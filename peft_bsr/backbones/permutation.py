@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from peft_bsr.backbones.inputs import tensors_of, tolerance
 from peft_bsr.backbones.registry import find_rule
-from peft_bsr.backbones.side_inputs import TokenFollower
+from peft_bsr.backbones.side_inputs import SideInputHooks
 from peft_bsr.core import BlockCall, ForwardContext, Route, SideInput, is_quantized
 from peft_bsr.errors import UnsupportedModelError
 
@@ -93,14 +93,14 @@ def _find_kinds(
 
     def failure(kinds: Mapping[str, SideInput]) -> str | None:
         """What goes wrong if the arguments are of these kinds, or None."""
-        follower = TokenFollower(context, rule, kinds)
-        follower.attach(block, attention_name)
+        side_input_hooks = SideInputHooks(context, rule, kinds)
+        side_input_hooks.attach(block, attention_name)
         try:
             followed = error()
         except (ValueError, TypeError, RuntimeError, AttributeError, IndexError) as raised:
             return f"), and with position tables, biases and masks swapped alike they fail with {raised!r}"
         finally:
-            follower.detach(block, attention_name)
+            side_input_hooks.detach(block, attention_name)
         if followed <= 1:
             return None
         return (

@@ -1,4 +1,4 @@
-"""Probe a model once and describe it as a `Column`, or refuse with the reason that was found.
+"""Probe a model once and describe it as a `ModelSpec`, or refuse with the reason that was found.
 
 The embeddings of two random images and one whole forward pass, without gradients up to the last block: blocks are what
 maps [B, N, D] to [B, N, D], special tokens are those that two different images share, the head is what changes the
@@ -14,8 +14,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from peft_bsr.backbones.anatomy import attention_names, find_anatomy, leaf_roles, parameter_owners, takes_residual
-from peft_bsr.backbones.column import Column
+from peft_bsr.backbones.block_spec import (
+    attention_names,
+    canonical_names_of,
+    find_block_spec,
+    parameter_owners,
+    takes_residual,
+)
 from peft_bsr.backbones.inputs import (
     StockRun,
     hidden_first,
@@ -26,6 +31,7 @@ from peft_bsr.backbones.inputs import (
     tensors_of,
 )
 from peft_bsr.backbones.kinds import possible_kinds
+from peft_bsr.backbones.model_spec import ModelSpec
 from peft_bsr.backbones.permutation import check_permutation
 from peft_bsr.backbones.registry import vision_config
 from peft_bsr.backbones.scoring import find_score_source
@@ -35,14 +41,14 @@ from peft_bsr.errors import UnsupportedModelError
 _INSTEAD = "Use PEFT's LoRA for it; docs/compatibility.md lists the models that are supported."
 
 
-def probe_column(model: nn.Module) -> Column:
+def probe_model(model: nn.Module) -> ModelSpec:
     """Describe `model`, a vision transformer.
 
     Args:
         model: A transformers vision (or spectrogram) model, with or without a head, on any device but meta.
 
     Returns:
-        Its `Column`.
+        Its `ModelSpec`.
 
     Raises:
         UnsupportedModelError: Naming what was found and what is supported. The model is unchanged.
@@ -50,14 +56,14 @@ def probe_column(model: nn.Module) -> Column:
     Examples:
         >>> from transformers import ViTConfig, ViTForImageClassification
         >>> tiny = ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
-        >>> probe_column(ViTForImageClassification(tiny)).num_tokens
+        >>> probe_model(ViTForImageClassification(tiny)).num_tokens
         197
     """
     return probe(model)[0]
 
 
-def probe(model: nn.Module) -> tuple[Column, StockRun]:
-    """`probe_column`, and the forward pass that it took, for further checks."""
+def probe(model: nn.Module) -> tuple[ModelSpec, StockRun]:
+    """`probe_model`, and the forward pass that it took, for further checks."""
     try:
         return _probe(model)
     except UnsupportedModelError as error:
@@ -95,7 +101,7 @@ class _Trace:
         return [output[0] if isinstance(output, tuple) else output for _, _, output in self.calls]
 
 
-def _probe(model: nn.Module) -> tuple[Column, StockRun]:
+def _probe(model: nn.Module) -> tuple[ModelSpec, StockRun]:
     if any(p.is_meta for p in model.parameters()):
         raise UnsupportedModelError(
             "its weights are on the meta device. Load them first: the probe runs the model once."
@@ -122,16 +128,16 @@ def _probe(model: nn.Module) -> tuple[Column, StockRun]:
         )
         scores_from, num_heads, scaling = find_score_source(attention, *trace.attention_call)
         last_read, reads, head = _read_out(model, found, image_shape, output, trace)
-    leaves = tuple(parameter_owners(blocks[0]))
+    param_modules = tuple(parameter_owners(blocks[0]))
     orders = [list(order) for order in trace.order.values()]
     is_same = all(order == orders[0] for order in orders)
-    anatomy = find_anatomy(blocks[0], orders[0], trace.residual_takers, attention_name) if is_same else None
-    column = Column(
+    block_spec = find_block_spec(blocks[0], orders[0], trace.residual_takers, attention_name) if is_same else None
+    spec = ModelSpec(
         blocks=tuple(f"{list_name}.{i}" for i in range(len(blocks))),
-        leaves=leaves,
-        roles=leaf_roles(blocks[0], leaves, anatomy, attention_name),
+        param_modules=param_modules,
+        canonical_names=canonical_names_of(blocks[0], param_modules, block_spec, attention_name),
         attention=attention_name,
-        anatomy=anatomy,
+        block_spec=block_spec,
         head=head,
         unread=tuple(name for name in trace.behind if name not in head),
         width=embeddings.shape[-1],
@@ -152,7 +158,7 @@ def _probe(model: nn.Module) -> tuple[Column, StockRun]:
         num_heads=num_heads,
         scaling=scaling,
     )
-    return column, StockRun(trace.calls, [tensor.detach() for tensor in tensors_of(output)])
+    return spec, StockRun(trace.calls, [tensor.detach() for tensor in tensors_of(output)])
 
 
 class _Blocks(NamedTuple):

@@ -6,7 +6,7 @@ See docs/new_model.md for when a model needs an entry.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from typing import Any
 
 import torch
@@ -14,19 +14,20 @@ from torch import Tensor, nn
 
 from peft_bsr.core import Route
 from peft_bsr.errors import ConfigError
+from peft_bsr.renamed import warn_renamed
 
 Arguments = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class FamilyRule:
-    """Exceptions of one model family. Each field that is None leaves the general way in force.
+    """Exceptions of one model family. Each field that is None leaves the general way active.
 
     Attributes:
         probe_inputs: `(config, batch_size, generator) -> inputs` with random inputs for one forward. General way:
             images, videos or spectrograms of the shape that the config names.
-        follow_attention: `(route, arguments) -> arguments`, what the attention is called with (by name, hidden states
-            left out), for the alive tokens only. General way: `Route.follow` on every argument, as what the probe found
+        gather_side_inputs: `(route, arguments) -> arguments`, what the attention is called with (by name, hidden states
+            left out), for the alive tokens only. General way: `Route.gather` on every argument, as what the probe found
             it to be.
         position_bias: Name of a module in the block or its attention that makes a bias [.., N, N] of all tokens. Its
             `dim_size` is set to the full length, and inside an attention its output follows the route. General way:
@@ -35,15 +36,22 @@ class FamilyRule:
             out of what it is called with. General way: it hands on arguments of the same name.
 
     Examples:
-        >>> rule = FamilyRule(follow_attention=lambda route, arguments: {**arguments, "ids": route.origins})
+        >>> rule = FamilyRule(gather_side_inputs=lambda route, arguments: {**arguments, "ids": route.origins})
         >>> register_family("my_model", rule)
         >>> unregister_family("my_model")
     """
 
     probe_inputs: Callable[[Any, int, torch.Generator], dict[str, Tensor]] | None = None
-    follow_attention: Callable[[Route, Arguments], Arguments] | None = None
+    gather_side_inputs: Callable[[Route, Arguments], Arguments] | None = None
     position_bias: str | None = None
     attention_arguments: Callable[[Any, Tensor, Arguments], Arguments] | None = None
+    follow_attention: InitVar[Callable[[Route, Arguments], Arguments] | None] = None
+    """Old name of `gather_side_inputs`."""
+
+    def __post_init__(self, follow_attention: Callable[[Route, Arguments], Arguments] | None) -> None:
+        if follow_attention is not None:
+            warn_renamed("FamilyRule(follow_attention)", "gather_side_inputs", stacklevel=4)
+            object.__setattr__(self, "gather_side_inputs", follow_attention)
 
 
 _RULES: dict[str, FamilyRule] = {}
@@ -95,14 +103,14 @@ def inner_config(config: Any) -> Any:
 def _siglip2_inputs(config: Any, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
     """NaFlex: patches come flattened, with a mask and their grid; the last row is padding, as in most real batches."""
     rows = int(config.num_patches**0.5)
-    columns = config.num_patches // rows
-    values = torch.randn(batch_size, rows * columns, config.num_channels * config.patch_size**2, generator=generator)
-    mask = torch.ones(batch_size, rows * columns, dtype=torch.int64)
-    mask[:, -columns:] = 0
+    specs = config.num_patches // rows
+    values = torch.randn(batch_size, rows * specs, config.num_channels * config.patch_size**2, generator=generator)
+    mask = torch.ones(batch_size, rows * specs, dtype=torch.int64)
+    mask[:, -specs:] = 0
     return {
         "pixel_values": values,
         "pixel_attention_mask": mask,
-        "spatial_shapes": torch.tensor([[rows - 1, columns]] * batch_size),
+        "spatial_shapes": torch.tensor([[rows - 1, specs]] * batch_size),
     }
 
 
@@ -116,14 +124,14 @@ class _PerImageTable:
         return self.table
 
 
-def _follow_mlcd(route: Route, arguments: Arguments) -> Arguments:
+def _gather_mlcd(route: Route, arguments: Arguments) -> Arguments:
     cos, sin = (
-        _PerImageTable(table[:, 0]) for table in route.follow(arguments["position_embeddings"], "rotary_tables")
+        _PerImageTable(table[:, 0]) for table in route.gather(arguments["position_embeddings"], "rotary_tables")
     )
-    return {**route.follow_items(arguments, but="position_embeddings"), "position_embeddings": (cos, sin)}
+    return {**route.gather_side_inputs(arguments, but="position_embeddings"), "position_embeddings": (cos, sin)}
 
 
-def _follow_vjepa2(route: Route, arguments: Arguments) -> Arguments:
+def _gather_vjepa2(route: Route, arguments: Arguments) -> Arguments:
     """Its attention rotates by `arange(N)`, or by the token numbers it is told; number 0 is not rotated."""
     assert route.origins is not None
     numbers = torch.where(route.origins < route.num_patches, route.origins, 0)
@@ -135,14 +143,14 @@ def _timm_inputs(config: Any, batch_size: int, generator: torch.Generator) -> di
     return {"pixel_values": torch.randn(batch_size, *shape, generator=generator)}
 
 
-def _follow_timm(route: Route, arguments: Arguments) -> Arguments:
+def _gather_timm(route: Route, arguments: Arguments) -> Arguments:
     """EVA's table holds sine and cosine side by side: [M, 2 d]."""
-    followed = route.follow_items(arguments, but="rope")
+    followed = route.gather_side_inputs(arguments, but="rope")
     rope = arguments.get("rope")
     if rope is None:
         return followed
     sin, cos = rope.tensor_split(2, dim=-1)
-    cos, sin = route.follow((cos, sin), "rotary_tables")
+    cos, sin = route.gather((cos, sin), "rotary_tables")
     return {**followed, "rope": torch.cat([sin, cos], dim=-1)}
 
 
@@ -160,9 +168,9 @@ def _beit_attention_arguments(block: Any, hidden_states: Tensor, arguments: Argu
 
 
 register_family("siglip2_vision_model", FamilyRule(probe_inputs=_siglip2_inputs))
-register_family("mlcd_vision_model", FamilyRule(follow_attention=_follow_mlcd))
-register_family("vjepa2", FamilyRule(follow_attention=_follow_vjepa2))
-register_family("timm_wrapper", FamilyRule(probe_inputs=_timm_inputs, follow_attention=_follow_timm))
+register_family("mlcd_vision_model", FamilyRule(gather_side_inputs=_gather_mlcd))
+register_family("vjepa2", FamilyRule(gather_side_inputs=_gather_vjepa2))
+register_family("timm_wrapper", FamilyRule(probe_inputs=_timm_inputs, gather_side_inputs=_gather_timm))
 register_family(
     "beit", FamilyRule(position_bias="relative_position_bias", attention_arguments=_beit_attention_arguments)
 )

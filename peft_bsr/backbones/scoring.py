@@ -3,8 +3,8 @@
 Three ways, in this order; the probe finds out which one an attention allows:
 
 1. `"interface"`: transformers looks the attention function up by `attention.config._attn_implementation` at each call.
-   The attention gets a view of its config that answers, while scores are asked for, with a twin of the configured
-   name; the twin notes query, key and mask and runs the configured function. The model's own config is untouched (so
+   While scores are asked for, the attention gets a view of its config that names a scored version of the configured
+   function; it notes query, key and mask and runs the configured one. The model's own config is untouched (so
    masks are still made for the configured implementation), and `model.set_attn_implementation` keeps working.
 2. `"sdpa"`: attention that calls torch's `scaled_dot_product_attention` itself (timm, Data2Vec).
 3. `"weights"`: attention that always returns its weights (BLIP).
@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface
 
-from peft_bsr.backbones.column import ScoreSource
 from peft_bsr.backbones.lookup import attention_function
+from peft_bsr.backbones.model_spec import ScoreSource
 from peft_bsr.compat.transformers_api import IMPLEMENTATION, attention_functions
 from peft_bsr.core import BlockCall, ForwardContext, weights_to_scores
 from peft_bsr.ops import lean_dropout, token_scores
@@ -78,7 +78,7 @@ class AttentionScorer:
 
 
 class ScoringConfig:
-    """A view of an attention module's config that names the scoring twin while scores are asked for.
+    """A view of an attention module's config that names the scored attention while scores are asked for.
 
     In all else it is that config: an instance of a subclass of the config's class, which shares its `__dict__`.
 
@@ -108,7 +108,7 @@ class ScoringConfig:
     @property
     def _attn_implementation(self) -> str | None:
         implementation = getattr(self.config, IMPLEMENTATION)
-        return _twin(implementation) if self.scorer.is_asked else implementation
+        return _scored(implementation) if self.scorer.is_asked else implementation
 
     @_attn_implementation.setter
     def _attn_implementation(self, value: Any) -> None:
@@ -284,7 +284,7 @@ def computes_weights(attention: Any, source: ScoreSource | None) -> bool:
     return source == "interface" and getattr(attention.config, IMPLEMENTATION) in (None, "eager")
 
 
-def _twin(implementation: str | None) -> str:
+def _scored(implementation: str | None) -> str:
     name = f"{_TWIN_PREFIX}{implementation}"
     if name not in attention_functions:
         AttentionInterface.register(name, partial(_attend_scored, implementation))

@@ -18,13 +18,13 @@ from peft_bsr.compat.torch_api import remove_hooks
 from peft_bsr.core import NAMED_KINDS, ForwardContext, Route, SideInput
 
 
-class TokenFollower:
+class SideInputHooks:
     """The hooks on one block.
 
     Args:
         context: Knows the block that runs, and its route.
         rule: Exceptions of the family.
-        kinds: What the attention's arguments are, by name, as the probe found; see `Route.follow`.
+        kinds: What the attention's arguments are, by name, as the probe found; see `Route.gather`.
     """
 
     def __init__(self, context: ForwardContext, rule: FamilyRule, kinds: Mapping[str, SideInput]) -> None:
@@ -53,7 +53,7 @@ class TokenFollower:
     def route(self) -> Route | None:
         """The running block's route, if anything was dropped on it that its attention's arguments still speak of."""
         call = self.context.now.running
-        return None if call is None or call.is_followed or call.route.origins is None else call.route
+        return None if call is None or call.is_gathered or call.route.origins is None else call.route
 
     def enter_attention(self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Select the alive tokens' part of every argument but the hidden states."""
@@ -62,18 +62,18 @@ class TokenFollower:
             return None
         named = named_inputs(self.names, args, kwargs)
         tokens = {} if args else {"hidden_states": named.pop("hidden_states")}
-        return args[:1], {**tokens, **self.follow(named)}
+        return args[:1], {**tokens, **self.gather(named)}
 
-    def follow(self, arguments: dict[str, Any]) -> dict[str, Any]:
+    def gather(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """The alive tokens' part of what an attention is called with, on the running block's route."""
-        return self.follow_on(self.route, arguments)
+        return self.gather_on(self.route, arguments)
 
-    def follow_on(self, route: Route | None, arguments: dict[str, Any]) -> dict[str, Any]:
+    def gather_on(self, route: Route | None, arguments: dict[str, Any]) -> dict[str, Any]:
         """The same on this route; None = nothing was dropped."""
-        follow = self.rule.follow_attention
+        gather = self.rule.gather_side_inputs
         if route is None or route.origins is None:
             return arguments
-        return follow(route, arguments) if follow is not None else route.follow_items(arguments, self.kinds)
+        return gather(route, arguments) if gather is not None else route.gather_side_inputs(arguments, self.kinds)
 
     def enter_bias(self, bias: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A bias is made for all tokens, however few are alive."""
@@ -83,7 +83,7 @@ class TokenFollower:
     def leave_bias(self, bias: nn.Module, args: tuple[Any, ...], output: Tensor) -> Any:
         """Inside an attention, nobody else selects the alive tokens' part."""
         route = self.route
-        return None if route is None else route.follow(output, "mask")
+        return None if route is None else route.gather(output, "mask")
 
     def biases(self, module: nn.Module) -> list[nn.Module]:
         """The modules in it that make a position bias of all tokens."""

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from peft_bsr.backbones import input_shapes, probe_inputs
-from peft_bsr.cli.findings import FULL, conditions, in_words
 from peft_bsr.cli.images import (
     SIZE_HELP,
     add_columns,
@@ -29,6 +28,7 @@ from peft_bsr.cli.images import (
     read_processor,
     read_training_data,
 )
+from peft_bsr.cli.measurements import FULL, conditions, in_words
 from peft_bsr.cli.methods import attach, check_method
 from peft_bsr.cli.output import Output
 from peft_bsr.cli.settings import TrainSettings

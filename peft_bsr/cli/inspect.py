@@ -7,7 +7,7 @@ from typing import Any
 
 from peft import PeftModel, get_peft_model
 
-from peft_bsr.backbones import Column, native_size, probe_column
+from peft_bsr.backbones import ModelSpec, native_size, probe_model
 from peft_bsr.cli.output import Output
 from peft_bsr.cli.sources import find_adapter, make_model, model_of, read_model_config
 from peft_bsr.errors import PeftBsrError, UnsupportedModelError, one_line
@@ -35,9 +35,9 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
         changes = getattr(adapter, "base_config", None) or {}
         size = native_size(with_settings(read_model_config(source), changes))
         model: Any = make_model(source, len(labels) if labels else None, image_size=size).eval()
-        column = probe_column(model)
+        spec = probe_model(model)
         parameters = sum(p.numel() for p in model.parameters())
-        facts = _describe(model, column, parameters)
+        facts = _describe(model, spec, parameters)
         result: dict[str, Any] = {"model": source, **facts}
         if adapter is None:
             result["methods"] = {name: _refusal(model, info.config()) for name, info in METHODS.items()}
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
             result["adapter"] = {
                 "method": known_method(adapter).name,
                 "labels": labels,
-                "plan": describe_plan(config, column, attached.base_model.plan()),
+                "plan": describe_plan(config, spec, attached.base_model.plan()),
             }
     out.facts(source, facts)
     if adapter is None:
@@ -58,24 +58,24 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
     return result
 
 
-def _describe(model: Any, column: Column, parameters: int) -> dict[str, Any]:
-    reads = [f"special token {i}" for i in column.reads_prefix]
-    reads += ["patches"] * column.reads_patches + ["detection tokens"] * column.reads_suffix
+def _describe(model: Any, spec: ModelSpec, parameters: int) -> dict[str, Any]:
+    reads = [f"special token {i}" for i in spec.reads_prefix]
+    reads += ["patches"] * spec.reads_patches + ["detection tokens"] * spec.reads_suffix
     scores = {None: "none", "interface": "its attention, as it runs", "sdpa": "its attention, as it runs"}
     return {
         "class": type(model).__name__,
         "family": model.config.model_type,
         "parameters": f"{parameters / 1e6:.2f} M",
-        "blocks": column.depth,
-        "width": column.width,
-        "heads": column.num_heads,
-        "input": " x ".join(str(side) for side in column.image_shape),
-        "grid": None if column.grid is None else " x ".join(str(side) for side in column.grid),
-        "tokens": f"{column.num_tokens}: {column.num_special} special, {column.num_patches} patches",
+        "blocks": spec.depth,
+        "width": spec.width,
+        "heads": spec.num_heads,
+        "input": " x ".join(str(side) for side in spec.image_shape),
+        "grid": None if spec.grid is None else " x ".join(str(side) for side in spec.grid),
+        "tokens": f"{spec.num_tokens}: {spec.num_special} special, {spec.num_patches} patches",
         "head reads": ", ".join(reads),
-        "positions in blocks": "yes, they follow the kept tokens" if column.uses_positions else "no",
-        "scores from": scores.get(column.scores_from, "the weights that its attention returns"),
-        "block's parts": "known: lean blocks" if column.anatomy else "not known: stock blocks",
+        "positions in blocks": "yes, they follow the kept tokens" if spec.uses_positions else "no",
+        "scores from": scores.get(spec.scores_from, "the weights that its attention returns"),
+        "block's parts": "known: lean blocks" if spec.block_spec else "not known: stock blocks",
     }
 
 

@@ -16,8 +16,8 @@ from typing import Any
 
 from torch import Tensor
 
-from peft_bsr.cli.findings import reduces_in_use
 from peft_bsr.cli.images import DATA_HELP, add_scoring, check_at_least, read_scored_data
+from peft_bsr.cli.measurements import reduces_in_use
 from peft_bsr.cli.output import Output
 from peft_bsr.cli.sources import find_adapter
 from peft_bsr.core import as_plain
@@ -25,7 +25,7 @@ from peft_bsr.errors import ReductionNotMergedWarning, UsageError
 from peft_bsr.hub import load, load_image_processor
 from peft_bsr.prediction import at_size, open_predictor, to_predictor
 from peft_bsr.prediction.scoring import score
-from peft_bsr.tuners.base.tuner import RoutedTuner
+from peft_bsr.tuners.base.tuner import MethodTuner
 
 EXAMPLES = """\
 examples:
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
     if find_adapter(args.model) is None:
         raise UsageError(f"`{args.model}` is a model, no adapter: there is nothing to merge.")
     model: Any = load(args.model, base=args.base, image_size=args.image_size)
-    reduces = isinstance(model.base_model, RoutedTuner) and reduces_in_use(model)  # PEFT's own methods: LoRA
+    reduces = isinstance(model.base_model, MethodTuner) and reduces_in_use(model)  # PEFT's own methods: LoRA
     processor = at_size(load_image_processor(args.model, base=args.base), args.image_size)
     images = None
     if args.dataset is not None:

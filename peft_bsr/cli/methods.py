@@ -9,7 +9,7 @@ from typing import Any
 from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import nn
 
-from peft_bsr.backbones import probe_column
+from peft_bsr.backbones import probe_model
 from peft_bsr.cli.sources import check_names, make_config
 from peft_bsr.errors import UsageError
 from peft_bsr.tuners import METHODS
@@ -79,7 +79,7 @@ def attach(method: str, base: nn.Module, options: Mapping[str, Any]) -> Any:
 
 def _head(base: nn.Module) -> list[str]:
     """Names of the Linear modules after the last block."""
-    return [name for name in probe_column(base.eval()).head if isinstance(base.get_submodule(name), nn.Linear)]
+    return [name for name in probe_model(base.eval()).head if isinstance(base.get_submodule(name), nn.Linear)]
 
 
 __all__ = ["ALL_METHODS", "BASELINES", "CONFIGS", "attach", "check_method", "config_of"]

@@ -11,7 +11,7 @@ from typing import Any
 
 from peft import PeftModel
 
-from peft_bsr.cli.findings import Findings
+from peft_bsr.cli.measurements import RunMeasurements
 from peft_bsr.cli.output import Output
 from peft_bsr.cli.settings import TrainSettings
 from peft_bsr.data import LabelledImages
@@ -84,7 +84,9 @@ def write_scores(scores: Scores, path: Path) -> None:
     path.write_text(json.dumps(found, ensure_ascii=False), encoding="utf-8")
 
 
-def write_adapter_card(model: Any, settings: TrainSettings, scores: Scores, found: Findings, folder: Path) -> None:
+def write_adapter_card(
+    model: Any, settings: TrainSettings, scores: Scores, found: RunMeasurements, folder: Path
+) -> None:
     """The model card with what was measured; nothing but the card is written."""
     if settings.method not in METHODS:
         return
@@ -112,7 +114,7 @@ def write_summary(
     trainer: Any,
     settings: TrainSettings,
     scores: Scores,
-    found: Findings,
+    found: RunMeasurements,
     *,
     seconds: float,
     folder: Path,

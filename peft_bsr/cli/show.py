@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from peft_bsr.cli.findings import reduces_in_use
 from peft_bsr.cli.images import check_at_least
+from peft_bsr.cli.measurements import reduces_in_use
 from peft_bsr.cli.output import Output
 from peft_bsr.cli.prediction_table import PredictionTable
 from peft_bsr.cli.sources import find_adapter
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image-size", type=int, help="pixels of a side (default: those it was trained at)")
     parser.add_argument("--base", help="base model, where the adapter does not name one that can be read")
     parser.add_argument("--split", help="of a data set (default: all of it)")
-    parser.add_argument("--image-column", metavar="NAME", help="column of images or paths (default: the one there is)")
+    parser.add_argument("--image-column", metavar="NAME", help="spec of images or paths (default: the one there is)")
     parser.add_argument("--limit", type=int, default=16, help="images to draw at most (default 16)")
     parser.add_argument("--output", type=Path, default=Path("kept_tokens.png"), help="default kept_tokens.png")
 

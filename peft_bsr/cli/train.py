@@ -12,8 +12,9 @@ from typing import Any
 import transformers
 from torch.utils.data import default_collate
 
-from peft_bsr.cli.findings import (
-    Findings,
+from peft_bsr.cli.images import read_processor, read_training_data
+from peft_bsr.cli.measurements import (
+    RunMeasurements,
     draw_confusion_matrix,
     draw_pictures,
     headline_of,
@@ -21,7 +22,6 @@ from peft_bsr.cli.findings import (
     measure_costs,
     show_worst,
 )
-from peft_bsr.cli.images import read_processor, read_training_data
 from peft_bsr.cli.memory import predict_peak, watch_peak
 from peft_bsr.cli.methods import BASELINES, attach, check_method
 from peft_bsr.cli.output import Output
@@ -94,7 +94,7 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
         settings.model, out, image_size=settings.image_size, mean=settings.mean, std=settings.std
     )
     transformers.set_seed(settings.seed)
-    found, report = Findings(), None
+    found, report = RunMeasurements(), None
     with ExitStack() as stack:
         if not args.no_measuring:
             found.peak = stack.enter_context(watch_peak(arguments.device))
@@ -203,7 +203,7 @@ def _set_learning_rate(trainer: Any, settings: TrainSettings, out: Output) -> No
 
 def _in_words(model: Any, settings: TrainSettings) -> list[str]:
     if settings.method in METHODS:
-        return describe_plan(model.peft_config["default"], model.base_model.column, model.base_model.plan())
+        return describe_plan(model.peft_config["default"], model.base_model.spec, model.base_model.plan())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return [f"{BASELINES[settings.method]}: {trained / 1e6:.2f} M parameters train."]
 
@@ -211,11 +211,11 @@ def _in_words(model: Any, settings: TrainSettings) -> list[str]:
 def _size_in_words(processor: Any, model: Any) -> str:
     """`224 x 224 px, 257 tokens`."""
     height, width = size_of(processor)
-    column = getattr(getattr(model, "base_model", None), "column", None)
-    if column is None:
+    spec = getattr(getattr(model, "base_model", None), "spec", None)
+    if spec is None:
         return f"{height} x {width} px"
-    patches = (height // column.patch_size[0]) * (width // column.patch_size[1])
-    return f"{height} x {width} px, {column.num_prefix + patches} tokens"
+    patches = (height // spec.patch_size[0]) * (width // spec.patch_size[1])
+    return f"{height} x {width} px, {spec.num_prefix + patches} tokens"
 
 
 def _resume_command(settings: TrainSettings) -> str:

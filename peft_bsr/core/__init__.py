@@ -31,7 +31,7 @@ from peft_bsr.core.reduction import (
     reduce_tokens,
     select_tokens,
 )
-from peft_bsr.core.route import NAMED_KINDS, Entry, Route, SideInput, TaskCall
+from peft_bsr.core.route import NAMED_KINDS, ResumePoint, Route, SideInput, TaskCall
 
 __all__ = [
     "BLOCKS",
@@ -42,10 +42,10 @@ __all__ = [
     "SELECTIONS",
     "BlockCall",
     "Choice",
-    "Entry",
     "Forward",
     "ForwardContext",
     "Product",
+    "ResumePoint",
     "Route",
     "ScoreKind",
     "SideInput",

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from peft_bsr.core.route import Entry, Route, TaskCall
+from peft_bsr.core.route import ResumePoint, Route, TaskCall
 from peft_bsr.errors import ForwardError
 
 BLOCKS = "blocks"  # owner of a forward that no hook saw begin
@@ -29,7 +29,7 @@ class BlockCall:
         int8: Whether it keeps in 8 bits what it keeps in this forward.
         is_traced: Whether a compiler sees the call: then the block's forward sets nothing, in the call or around it
             (it may be a region that the compiler checkpoints), and gives the origins after what it gives.
-        is_followed: Whether what the attention is called with speaks of the alive tokens alone already.
+        is_gathered: Whether what the attention is called with speaks of the alive tokens alone already.
 
     Attributes:
         admit: Told that square matrices are tokens, not attention weights, where these are kept in 8 bits; else None.
@@ -40,7 +40,7 @@ class BlockCall:
     __slots__ = (
         "admit",
         "int8",
-        "is_followed",
+        "is_gathered",
         "is_traced",
         "lean",
         "origins",
@@ -58,11 +58,11 @@ class BlockCall:
         lean: Any = None,
         int8: bool = False,
         is_traced: bool = False,
-        is_followed: bool = False,
+        is_gathered: bool = False,
     ) -> None:
         self.route, self.score = route, score
         self.plan, self.lean, self.int8 = plan, lean, int8
-        self.is_traced, self.is_followed = is_traced, is_followed
+        self.is_traced, self.is_gathered = is_traced, is_gathered
         self.admit: Callable[[bool], None] | None = None
         self.token_scores: Tensor | None = None
         self.origins: Tensor | None = None
@@ -72,9 +72,9 @@ class BlockCall:
         """How many tokens ask the others, in a compiled block whose attention runs as a module; None = all."""
         return self.lean.num_queries if self.is_traced and self.lean is not None else None
 
-    def traced(self, is_followed: bool = False) -> BlockCall:
+    def traced(self, is_gathered: bool = False) -> BlockCall:
         """The same call where a compiler sees it."""
-        return BlockCall(self.route, self.score, self.plan, self.lean, self.int8, True, is_followed)
+        return BlockCall(self.route, self.score, self.plan, self.lean, self.int8, True, is_gathered)
 
 
 class Forward:
@@ -86,7 +86,7 @@ class Forward:
         running: The call of the block that runs right now, for what its attention is called with.
         reading: What a query path made of the blocks so far, between blocks and up to its head.
         call: What the running forward is asked, in a model with tasks.
-        entry: Where the next forward stops or begins, see `peft_bsr.engine.entry`.
+        resume_point: Where the next forward stops or begins, see `peft_bsr.engine.resume`.
         recorders: Called with (block index, route after it) after each reduction.
         usage: Where `record_usage` collects tokens of each task and expert, by block.
         has_warned: Whether it was said that a block planned lean runs stock.
@@ -99,7 +99,7 @@ class Forward:
         self.running: BlockCall | None = None
         self.reading: Any = None
         self.call: TaskCall | None = None
-        self.entry: Entry | None = None
+        self.resume_point: ResumePoint | None = None
         self.recorders: list[Callable[[int, Route], None]] = []
         self.usage: dict[int, Tensor] | None = None
         self.has_warned = False

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from peft_bsr.errors import ForwardError
+from peft_bsr.renamed import warn_renamed
 
 SideInput = Literal["mask", "table", "rotary_tables", "items", "other"]
-"""What enters an attention next to the hidden states; see `Route.follow`."""
+"""What enters an attention next to the hidden states; see `Route.gather`."""
 NAMED_KINDS: Mapping[str, SideInput] = {"attention_mask": "mask"}
 """Those that their name tells: what the probe sees none of may come later."""
 
@@ -143,7 +144,7 @@ class Route:
             found.append("table")
         return (*found, "other")
 
-    def follow(self, value: Any, kind: SideInput | None = None) -> Any:
+    def gather(self, value: Any, kind: SideInput | None = None) -> Any:
         """Select the alive tokens' part of an attention input; what does not speak of single tokens stays as it is.
 
         Args:
@@ -175,12 +176,17 @@ class Route:
         if kind == "rotary_tables":
             cos, sin = value
             return self.gather_table(cos, unrotated=1.0), self.gather_table(sin)
-        return tuple(self.follow(item) for item in value) if kind == "items" else value
+        return tuple(self.gather(item) for item in value) if kind == "items" else value
 
-    def follow_items(
+    def follow(self, value: Any, kind: SideInput | None = None) -> Any:
+        """Old name of `gather`."""
+        warn_renamed("Route.follow", "Route.gather")
+        return self.gather(value, kind)
+
+    def gather_side_inputs(
         self, arguments: dict[str, Any], kinds: Mapping[str, SideInput] = NAMED_KINDS, but: str = ""
     ) -> dict[str, Any]:
-        """`follow` on every value of `arguments`, less the one called `but`.
+        """`gather` on every value of `arguments`, less the one called `but`.
 
         Args:
             arguments: What an attention is called with, by name.
@@ -188,7 +194,7 @@ class Route:
             but: The name of one that stays as it is.
         """
         return {
-            name: value if name == but else self.follow(value, kinds.get(name)) for name, value in arguments.items()
+            name: value if name == but else self.gather(value, kinds.get(name)) for name, value in arguments.items()
         }
 
     def gather_mask(self, mask: Tensor) -> Tensor:
@@ -227,7 +233,7 @@ class Route:
 
 
 @dataclass
-class Entry:
+class ResumePoint:
     """A place in the middle of a column where a forward stops, or from where it begins.
 
     Attributes:

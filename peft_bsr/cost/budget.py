@@ -113,7 +113,7 @@ def plan_for_budget(
     dtype = setup.dtype or next(p.dtype for p in model.parameters() if p.is_floating_point())
     found: list[BudgetPlan] = []
     smallest: BudgetPlan | None = None
-    for setting in settings_of(depth=len(resolve_narrow(model, BSRConfig()).column.blocks)):
+    for setting in settings_of(depth=len(resolve_narrow(model, BSRConfig()).spec.blocks)):
         declined: list[str] = []
         for way in ways_of(setting, replace(setup, gradient_checkpointing=False), dtype):
             if isinstance(way, str):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from peft_bsr.cost.flops import count_flops
 from peft_bsr.engine import saved_activations
 from peft_bsr.errors import TrainabilityError
-from peft_bsr.training.rehearsal import rehearsal
+from peft_bsr.training.side_effect_free import side_effect_free
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def compare(models: Mapping[str, nn.Module], batch: Mapping[str, Tensor], repeat
     times: dict[str, list[float]] = {name: [] for name in models}
     with ExitStack() as stack:
         for model in models.values():
-            stack.enter_context(rehearsal(model))
+            stack.enter_context(side_effect_free(model))
         for name, step in steps.items():
             with torch.no_grad():
                 forward = count_flops(step.forward)

@@ -16,7 +16,7 @@ from peft_bsr.cost.compiled import kept_when_compiled
 from peft_bsr.cost.dry_run import DryRun, HostMemory, dry_run, without_memory
 from peft_bsr.cost.proxy import attach_resolved, on_meta, resolve_narrow
 from peft_bsr.cost.setup import Setup, library_bytes, optimizer_bytes, update_bytes
-from peft_bsr.engine import Parking, Plan
+from peft_bsr.engine import Plan, WeightOffload
 from peft_bsr.errors import ConfigError
 from peft_bsr.tuners import method_of
 from peft_bsr.tuners.base.config import SavedConfig
@@ -31,7 +31,7 @@ class Estimate:
     """Predicted memory and compute of a training step. Python, torch and what the kernels hold inside are not in it.
 
     Attributes:
-        weights_bytes: Parameters and buffers in memory; base weights that are parked in files are not.
+        weights_bytes: Parameters and buffers in memory; base weights that are offloaded in files are not.
         optimizer_bytes: Its state, of all that may train.
         gradients_bytes: Gradients of parameters alive at the peak.
         activations_bytes: Kept for backward and alive at the peak.
@@ -183,13 +183,13 @@ def _summarize(
     model: nn.Module, trained: list[nn.Parameter], run: DryRun, batch_bytes: int, setup: Setup, plan: Plan | None
 ) -> Estimate:
     layers = (module for module in model.modules() if isinstance(module, BlockWeights))
-    parked = sum(p.nbytes for layer in layers if layer.parks_base for p in Parking.takes(layer.base_layer))
+    offloaded = sum(p.nbytes for layer in layers if layer.offloads_base for p in WeightOffload.takes(layer.base_layer))
     parts = (run.gradient_bytes, run.activation_bytes, run.workspace_bytes)
     copied = update_bytes(setup.optimizer, setup.kind, trained)
     update = (sum(p.nbytes for p in trained), 0, batch_bytes + copied)
     held, offloaded = optimizer_bytes(setup.optimizer, trained)
     return Estimate(
-        sum(t.nbytes for t in (*model.parameters(), *model.buffers())) - parked,
+        sum(t.nbytes for t in (*model.parameters(), *model.buffers())) - offloaded,
         held,
         *max(parts, update, key=sum),
         library_bytes=library_bytes(setup.kind),

@@ -18,7 +18,7 @@ from typing import ClassVar, NamedTuple
 
 from torch import nn
 
-from peft_bsr.backbones import Column
+from peft_bsr.backbones import ModelSpec
 from peft_bsr.engine import BlockPlan, Plan
 from peft_bsr.errors import ConfigError, UnsupportedModelError
 
@@ -60,59 +60,59 @@ class Dimensions:
     embedding_parameters: int
 
     @classmethod
-    def of(cls, model: nn.Module, column: Column) -> Dimensions:
+    def of(cls, model: nn.Module, spec: ModelSpec) -> Dimensions:
         """Read the sizes off a model; only shapes are looked at, so its weights may be on the meta device.
 
         Args:
             model: The model without adapters.
-            column: What `probe_column` says about it.
+            spec: What `probe_model` says about it.
 
         Raises:
             UnsupportedModelError: Naming all parts that the accounting has no rule for.
 
         Examples:
             >>> from transformers import ViTConfig, ViTForImageClassification
-            >>> from peft_bsr import probe_column
+            >>> from peft_bsr import probe_model
             >>> tiny = ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
             >>> model = ViTForImageClassification(tiny)
-            >>> Dimensions.of(model, probe_column(model)).classifiers
+            >>> Dimensions.of(model, probe_model(model)).classifiers
             ((32, 2),)
         """
-        mlp = _mlp_shapes(model, column)
-        head = [model.get_submodule(name) for name in column.head]
+        mlp = _mlp_shapes(model, spec)
+        head = [model.get_submodule(name) for name in spec.head]
         shapes = [tuple(getattr(getattr(module, "weight", None), "shape", ())) for module in head]
         norms, linears = ([shape for shape in shapes if len(shape) == rank] for rank in (1, 2))
         problems = []
-        if column.anatomy is None:
+        if spec.block_spec is None:
             problems.append("blocks of norm, attention, norm and MLP with two residuals, which this model has not")
         elif len(mlp) != 2 or mlp[0] != mlp[1][::-1]:
             problems.append(f"an MLP of two Linears, where this model's has weights of shapes {mlp}")
-        if not column.num_heads:
+        if not spec.num_heads:
             problems.append("a number of attention heads, which is not seen in this model")
         if len(norms) > 1 or len(norms) + len(linears) < len(shapes):
             problems.append(
-                f"at most one norm and Linears behind the blocks, where this model has {', '.join(column.head)}"
+                f"at most one norm and Linears behind the blocks, where this model has {', '.join(spec.head)}"
             )
         if problems:
             raise UnsupportedModelError(
                 f"The paper's accounting needs {'; and '.join(problems)}. Measure this model with `compare`, or with "
                 "`saved_activations` and `count_flops`."
             )
-        block_parameters = _num_parameters(model.get_submodule(column.blocks[0]))
+        block_parameters = _num_parameters(model.get_submodule(spec.blocks[0]))
         head_parameters = _num_parameters(*head)
         return cls(
-            depth=column.depth,
-            width=column.width,
+            depth=spec.depth,
+            width=spec.width,
             mlp_width=mlp[0][0],
-            num_heads=column.num_heads,
-            num_special=column.num_special,
-            num_patches=column.num_patches,
-            image_values=math.prod(column.image_shape),
+            num_heads=spec.num_heads,
+            num_special=spec.num_special,
+            num_patches=spec.num_patches,
+            image_values=math.prod(spec.image_shape),
             classifiers=tuple((inputs, outputs) for outputs, inputs in linears),
             has_final_norm=bool(norms),
             block_parameters=block_parameters,
             head_parameters=head_parameters,
-            embedding_parameters=_num_parameters(model) - column.depth * block_parameters - head_parameters,
+            embedding_parameters=_num_parameters(model) - spec.depth * block_parameters - head_parameters,
         )
 
 
@@ -286,11 +286,11 @@ def _forward_macs(dimensions: Dimensions, counts: list[tuple[int, int]]) -> int:
     return dimensions.image_values * width + blocks + sum(i * o for i, o in dimensions.classifiers)
 
 
-def _mlp_shapes(model: nn.Module, column: Column) -> list[tuple[int, ...]]:
+def _mlp_shapes(model: nn.Module, spec: ModelSpec) -> list[tuple[int, ...]]:
     """Shapes of the weights of a block's MLP, in the order in which they are applied."""
-    block = model.get_submodule(column.blocks[0])
-    leaves = [leaf for role, leaf in sorted(zip(column.roles, column.leaves, strict=True)) if role.startswith("mlp.")]
-    weights = [p for leaf in leaves for p in block.get_submodule(leaf).parameters() if p.ndim > 1]
+    block = model.get_submodule(spec.blocks[0])
+    param_modules = [leaf for role, leaf in sorted(spec.paths.items()) if role.startswith("mlp.")]
+    weights = [p for leaf in param_modules for p in block.get_submodule(leaf).parameters() if p.ndim > 1]
     return [tuple(weight.shape) for weight in weights]
 
 

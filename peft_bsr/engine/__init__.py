@@ -1,42 +1,42 @@
 """Plan, and the runner that makes a model's blocks follow it along a route."""
 
 from peft_bsr.engine.compiled import Compiler
-from peft_bsr.engine.entry import ReachedError, run_from, run_until
+from peft_bsr.engine.controller import CONTROLLER, BlockController
 from peft_bsr.engine.explain import describe_block, explain_blocks
 from peft_bsr.engine.int8 import watch_kept
 from peft_bsr.engine.living import LivingBytes
-from peft_bsr.engine.parking import Parking
 from peft_bsr.engine.parts import plain_mlp
 from peft_bsr.engine.plan import BlockPlan, Lean, Mode, Plan, ReduceAt, Reduction
 from peft_bsr.engine.query_path import ROLES, KeptTokens, QueryPath, attention_mask, projections
 from peft_bsr.engine.record import find_forward, record_routes
 from peft_bsr.engine.record_scores import BlockScores, record_scores
-from peft_bsr.engine.router import ROUTER, BlockRouter
-from peft_bsr.engine.runner import attach_router, detach_router
+from peft_bsr.engine.resume import StopForwardError, run_from, run_until
+from peft_bsr.engine.runner import attach_controller, detach_controller
 from peft_bsr.engine.saved import saved_activations, saved_by_module
 from peft_bsr.engine.traced import warn_of_budget
+from peft_bsr.engine.weight_offload import WeightOffload
 
 __all__ = [
+    "CONTROLLER",
     "ROLES",
-    "ROUTER",
+    "BlockController",
     "BlockPlan",
-    "BlockRouter",
     "BlockScores",
     "Compiler",
     "KeptTokens",
     "Lean",
     "LivingBytes",
     "Mode",
-    "Parking",
     "Plan",
     "QueryPath",
-    "ReachedError",
     "ReduceAt",
     "Reduction",
-    "attach_router",
+    "StopForwardError",
+    "WeightOffload",
+    "attach_controller",
     "attention_mask",
     "describe_block",
-    "detach_router",
+    "detach_controller",
     "explain_blocks",
     "find_forward",
     "plain_mlp",

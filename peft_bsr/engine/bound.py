@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from peft_bsr.backbones import Column, TokenFollower
+from peft_bsr.backbones import ModelSpec, SideInputHooks
 from peft_bsr.compat.transformers_api import captured_outputs
 from peft_bsr.core import BlockCall, Route, pick_tokens, put_tokens
 from peft_bsr.engine.halves import LeanAttention, LeanMLP, NotLeanError, StockAttention, StockMLP
@@ -25,8 +25,8 @@ class BoundBlock:
 
     Args:
         block: The block.
-        column: Knows its parts.
-        follower: Selects the alive tokens' part of side inputs.
+        spec: Knows its parts.
+        side_input_hooks: Selects the alive tokens' part of side inputs.
         own: Objects whose hooks on the block are our own.
         aside: Told (half, reason) where a half that was planned lean runs stock.
 
@@ -38,21 +38,21 @@ class BoundBlock:
     def __init__(
         self,
         block: nn.Module,
-        column: Column,
-        follower: TokenFollower,
+        spec: ModelSpec,
+        side_input_hooks: SideInputHooks,
         own: tuple[Any, ...],
         aside: Callable[[str, str], None],
     ) -> None:
-        self.block, self.column, self.follower, self.aside = block, column, follower, aside
+        self.block, self.spec, self.side_input_hooks, self.aside = block, spec, side_input_hooks, aside
         self.reasons: dict[str, str] = {}
         self._captures = False  # whether transformers can capture what the attention gives
         self.lean_attention: LeanAttention | None = None
         self.lean_mlp: LeanMLP | None = None
-        if column.anatomy is not None:
-            self.attention, self.mlp = StockAttention(block, column.anatomy), StockMLP(block, column.anatomy)
-        self.watch = Watch(modules_of(block, own), (follower, *own))
-        if column.anatomy is not None:
-            parts = column.anatomy
+        if spec.block_spec is not None:
+            self.attention, self.mlp = StockAttention(block, spec.block_spec), StockMLP(block, spec.block_spec)
+        self.watch = Watch(modules_of(block, own), (side_input_hooks, *own))
+        if spec.block_spec is not None:
+            parts = spec.block_spec
             attention = (parts.norm1, parts.attention, *parts.after_attention)
             self.lean_attention = self._lean("attention", LeanAttention, *attention)
             self.lean_mlp = self._lean("mlp", LeanMLP, parts.norm2, *parts.mlp, *parts.after_mlp)
@@ -98,7 +98,7 @@ class BoundBlock:
             if is_mid_block:
                 tokens, origins = _reduced(reduction, route, scores, tokens)
             tokens = self._expand(call, tokens, mix)
-            output = (tokens, *others) if self.column.returns_tuple else tokens
+            output = (tokens, *others) if self.spec.returns_tuple else tokens
         else:
             output = stock(tokens, *args, **kwargs)
             before = tokens = output[0] if isinstance(output, tuple) else output
@@ -125,7 +125,7 @@ class BoundBlock:
                 if self._captures and captured_outputs() - {"hidden_states"}:
                     reason = "attention weights are captured"
                 if reason is None:
-                    change = half(call, tokens, self.follower.follow(arguments), lean)
+                    change = half(call, tokens, self.side_input_hooks.gather(arguments), lean)
                     asked = tokens if lean.num_queries is None else tokens[:, : lean.num_queries]
                     return asked + change, [], call.token_scores
             self.aside("attention", str(reason))
@@ -145,17 +145,17 @@ class BoundBlock:
         self, call: BlockCall, tokens: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> dict[str, Any]:
         """What the block calls its attention with, next to the hidden states."""
-        anatomy, compute = self.column.anatomy, self.follower.rule.attention_arguments
-        assert anatomy is not None, "only a block whose parts are known is taken apart"
-        arguments = {**dict(zip(anatomy.block_inputs, args, strict=False)), **kwargs} if args else kwargs
+        block_spec, compute = self.spec.block_spec, self.side_input_hooks.rule.attention_arguments
+        assert block_spec is not None, "only a block whose parts are known is taken apart"
+        arguments = {**dict(zip(block_spec.block_inputs, args, strict=False)), **kwargs} if args else kwargs
         if compute is not None:
             return compute(self.block, tokens, arguments)
-        names = anatomy.attention_inputs
+        names = block_spec.attention_inputs
         return arguments if names is None else {n: value for n, value in arguments.items() if n in names}
 
     def _lean(self, name: str, half: Callable[..., Any], *parts: str) -> Any:
         try:
-            made = half(self.block, self.column)
+            made = half(self.block, self.spec)
         except NotLeanError as reason:
             self.reasons[name] = str(reason)
             return None

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_bsr.backbones import Column, TokenFollower
+from peft_bsr.backbones import ModelSpec, SideInputHooks
 from peft_bsr.core import BlockCall
 from peft_bsr.engine.bound import modules_of
 from peft_bsr.engine.traced import TracedBlock, attention_half, half_readers, mlp_half
@@ -42,8 +42,8 @@ class CompiledBlock(TracedBlock):
 
     Args:
         block: The block.
-        column: Knows its parts.
-        follower: Selects the alive tokens' part of side inputs.
+        spec: Knows its parts.
+        side_input_hooks: Selects the alive tokens' part of side inputs.
         own: Objects whose hooks on the block are our own.
         compiler: How.
 
@@ -54,37 +54,37 @@ class CompiledBlock(TracedBlock):
     readers = ("", "", "")
 
     def __init__(
-        self, block: Any, column: Column, follower: TokenFollower, own: tuple[Any, ...], compiler: Compiler
+        self, block: Any, spec: ModelSpec, side_input_hooks: SideInputHooks, own: tuple[Any, ...], compiler: Compiler
     ) -> None:
-        super().__init__(block, column, follower)
+        super().__init__(block, spec, side_input_hooks)
         self.reasons = {}
         self.run_attention, self.run_mlp = _halves(compiler)
-        self.watch = Watch(modules_of(block, own), (follower, *own))
+        self.watch = Watch(modules_of(block, own), (side_input_hooks, *own))
 
     def asked(self, call: BlockCall) -> BlockCall:
         """The call as the halves need it: they look at no route, since no two blocks have the same."""
-        return call.traced(is_followed=True)
+        return call.traced(is_gathered=True)
 
     def _arguments(
         self, call: BlockCall, tokens: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> dict[str, Any]:
-        return self.follower.follow_on(call.route, super()._arguments(call, tokens, args, kwargs))
+        return self.side_input_hooks.gather_on(call.route, super()._arguments(call, tokens, args, kwargs))
 
 
-def halves_obstacle(block: Any, column: Column, follower: TokenFollower, own: tuple[Any, ...]) -> str | None:
+def halves_obstacle(block: Any, spec: ModelSpec, side_input_hooks: SideInputHooks, own: tuple[Any, ...]) -> str | None:
     """Why the halves of a block cannot be compiled, or None.
 
     Args:
         block: The block.
-        column: Knows its parts.
-        follower: Selects the alive tokens' part of side inputs.
+        spec: Knows its parts.
+        side_input_hooks: Selects the alive tokens' part of side inputs.
         own: Objects whose hooks on the block are our own.
     """
-    if column.anatomy is None:
+    if spec.block_spec is None:
         return "its parts are not known"
-    if follower.biases(block):
+    if side_input_hooks.biases(block):
         return "it makes position biases of all tokens"
-    hook = next(filter(None, half_readers(block, column, (follower, *own))[1:]), None)
+    hook = next(filter(None, half_readers(block, spec, (side_input_hooks, *own))[1:]), None)
     return hook and f"the hook {hook} looks at its modules"
 
 

@@ -1,4 +1,4 @@
-"""What each block was planned to do, and what is in force."""
+"""What each block was planned to do, and what is active."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ def explain_blocks(blocks: list[tuple[Any, Any]]) -> str:
     """One line a block: the plan, and what of it runs stock in training, with the reason.
 
     Args:
-        blocks: (block, its router), first to last.
+        blocks: (block, its controller), first to last.
     """
     plan = blocks[0][1].plan if blocks else None
     if plan is None:
         return (
-            "No plan is in force: adapters are off, or plans are for training alone and its first forward makes one. "
+            "No plan is active: adapters are off, or plans are for training alone and its first forward makes one. "
             "Blocks run stock."
         )
     lines = ["block  planned"]
-    for (block, router), own in zip(blocks, plan.blocks, strict=True):
-        lines.append(f"{router.index:>5}  {describe_block(own)}")
-        reasons = {**(_standing(router, block, own) if own.lean is not None else {}), **router.aside}
+    for (block, controller), own in zip(blocks, plan.blocks, strict=True):
+        lines.append(f"{controller.index:>5}  {describe_block(own)}")
+        reasons = {**(_standing(controller, block, own) if own.lean is not None else {}), **controller.aside}
         lines += [f"       {_aside(part)}: {reason}" for part, reason in sorted(reasons.items())]
     lean = [block for (block, _), own in zip(blocks, plan.blocks, strict=True) if own.lean is not None]
     if lean and not any(block.training for block in lean):
@@ -53,9 +53,9 @@ def _aside(part: str) -> str:
     return "activations are kept in full" if part == "int8" else f"{part} runs stock"
 
 
-def _standing(router: Any, block: Any, plan: BlockPlan) -> dict[str, str]:
+def _standing(controller: Any, block: Any, plan: BlockPlan) -> dict[str, str]:
     """Reasons that hold for any input."""
-    reasons: dict[str, str] = router.bound(block).reasons
+    reasons: dict[str, str] = controller.bound(block).reasons
     assert plan.lean is not None, "only lean halves step aside"
     wanted = {"attention": plan.lean.attention, "mlp": plan.lean.mlp and not plan.mixture}
     return {half: reason for half, reason in reasons.items() if wanted[half]}

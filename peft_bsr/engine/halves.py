@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_bsr.backbones import Anatomy, Column, apply_part, attend, computes_weights, first_rows
+from peft_bsr.backbones import BlockSpec, ModelSpec, apply_part, attend, computes_weights, first_rows
 from peft_bsr.compat.transformers_api import ROTATE, function_of
 from peft_bsr.core import BlockCall
 from peft_bsr.engine.parts import LinearSource, attention_dropouts, find_mlp, linear_source, norm_source
@@ -29,18 +29,18 @@ class StockAttention:
 
     Args:
         block: The block.
-        anatomy: Names of its parts.
+        block_spec: Names of its parts.
     """
 
-    def __init__(self, block: nn.Module, anatomy: Anatomy) -> None:
-        self.block, self.anatomy = block, anatomy
+    def __init__(self, block: nn.Module, block_spec: BlockSpec) -> None:
+        self.block, self.block_spec = block, block_spec
 
     def __call__(self, tokens: Tensor, arguments: dict[str, Any]) -> Changed:
         """[B, N, D] -> change, others."""
-        block, anatomy = self.block, self.anatomy
-        attended = getattr(block, anatomy.attention)(apply_part(block, anatomy.norm1, tokens), **arguments)
+        block, block_spec = self.block, self.block_spec
+        attended = getattr(block, block_spec.attention)(apply_part(block, block_spec.norm1, tokens), **arguments)
         attended, *others = attended if isinstance(attended, tuple) else (attended,)
-        for name in anatomy.after_attention:
+        for name in block_spec.after_attention:
             attended = apply_part(block, name, attended)
         return attended, others
 
@@ -50,25 +50,25 @@ class StockMLP:
 
     Args:
         block: The block.
-        anatomy: Names of its parts.
+        block_spec: Names of its parts.
     """
 
-    def __init__(self, block: nn.Module, anatomy: Anatomy) -> None:
-        self.block, self.anatomy = block, anatomy
+    def __init__(self, block: nn.Module, block_spec: BlockSpec) -> None:
+        self.block, self.block_spec = block, block_spec
 
     def __call__(self, tokens: Tensor, mix: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """[B, N, D] -> tokens after the half, residual included."""
-        block, anatomy = self.block, self.anatomy
-        expanded = apply_part(block, anatomy.norm2, tokens)
+        block, block_spec = self.block, self.block_spec
+        expanded = apply_part(block, block_spec.norm2, tokens)
         if mix is None:
-            for name in anatomy.mlp[:-1]:
+            for name in block_spec.mlp[:-1]:
                 expanded = apply_part(block, name, expanded)
-            if anatomy.mlp_adds_residual:
-                return apply_part(block, anatomy.mlp[-1], expanded, tokens)
-            expanded = apply_part(block, anatomy.mlp[-1], expanded)
+            if block_spec.mlp_adds_residual:
+                return apply_part(block, block_spec.mlp[-1], expanded, tokens)
+            expanded = apply_part(block, block_spec.mlp[-1], expanded)
         else:
             expanded = mix(expanded)
-        for name in () if anatomy.mlp_adds_residual else anatomy.after_mlp:
+        for name in () if block_spec.mlp_adds_residual else block_spec.after_mlp:
             expanded = apply_part(block, name, expanded)
         return tokens + expanded
 
@@ -78,7 +78,7 @@ class LeanMLP:
 
     Args:
         block: The block.
-        column: Knows its parts.
+        spec: Knows its parts.
 
     Attributes:
         called: Modules that run as such.
@@ -87,11 +87,11 @@ class LeanMLP:
         NotLeanError: With what stands in the way.
     """
 
-    def __init__(self, block: nn.Module, column: Column) -> None:
-        anatomy = column.anatomy
-        assert anatomy is not None, "only a block whose parts are known is taken apart"
-        parts = _known(find_mlp(block, anatomy))
-        kind, eps, self.norm = _known(norm_source(getattr(block, anatomy.norm2)))
+    def __init__(self, block: nn.Module, spec: ModelSpec) -> None:
+        block_spec = spec.block_spec
+        assert block_spec is not None, "only a block whose parts are known is taken apart"
+        parts = _known(find_mlp(block, block_spec))
+        kind, eps, self.norm = _known(norm_source(getattr(block, block_spec.norm2)))
         self.linears = [_known(linear_source(module)) for module in (*parts.first, parts.last)]
         activation = parts.operator
         if activation is None:
@@ -100,7 +100,10 @@ class LeanMLP:
             raise NotLeanError("several dropouts lie inside of the MLP")
         self.op = MLPOp(kind, eps, tuple(source.scaling for source in self.linears), activation)
         self.hidden_dropout = parts.hidden_dropout
-        self.after = [*parts.output_dropout, *_after(block, () if anatomy.mlp_adds_residual else anatomy.after_mlp)]
+        self.after = [
+            *parts.output_dropout,
+            *_after(block, () if block_spec.mlp_adds_residual else block_spec.after_mlp),
+        ]
         self.called = _called(self.after)
 
     def __call__(self, tokens: Tensor, lean: Lean) -> Tensor:
@@ -117,7 +120,7 @@ class LeanAttention:
 
     Args:
         block: The block.
-        column: Knows its parts.
+        spec: Knows its parts.
 
     Attributes:
         called: Modules that run as such.
@@ -126,33 +129,33 @@ class LeanAttention:
         NotLeanError: With what stands in the way.
     """
 
-    def __init__(self, block: nn.Module, column: Column) -> None:
-        anatomy = column.anatomy
-        assert anatomy is not None, "only a block whose parts are known is taken apart"
-        if column.scores_from is None or not column.num_heads:
+    def __init__(self, block: nn.Module, spec: ModelSpec) -> None:
+        block_spec = spec.block_spec
+        assert block_spec is not None, "only a block whose parts are known is taken apart"
+        if spec.scores_from is None or not spec.num_heads:
             raise NotLeanError("the queries and keys of the attention are not seen")
-        self.attention: Any = block.get_submodule(column.attention)
-        roles = [place for place in zip(column.roles, column.leaves, strict=True) if place[0].startswith("attention.")]
-        leaves = {role: block.get_submodule(leaf) for role, leaf in roles}
-        names = ("qkv",) if "attention.qkv" in leaves else ("query", "key", "value")
-        kind, eps, self.norm = _known(norm_source(getattr(block, anatomy.norm1)))
-        self.linears = [_known(linear_source(leaves.get(f"attention.{name}"))) for name in names]
-        self.output: Any = leaves.get("attention.output")
+        self.attention: Any = block.get_submodule(spec.attention)
+        inside = {name: path for name, path in spec.paths.items() if name.startswith("attention.")}
+        param_modules = {name: block.get_submodule(path) for name, path in inside.items()}
+        names = ("qkv",) if "attention.qkv" in param_modules else ("query", "key", "value")
+        kind, eps, self.norm = _known(norm_source(getattr(block, block_spec.norm1)))
+        self.linears = [_known(linear_source(param_modules.get(f"attention.{name}"))) for name in names]
+        self.output: Any = param_modules.get("attention.output")
         if self.output is None:
             raise NotLeanError("no output projection is known")
         width = self.linears[0].out_features // (3 if len(self.linears) == 1 else 1)
         scalings = tuple(source.scaling for source in self.linears)
-        self.op = partial(ProjectionsOp, kind, eps, scalings, width // column.num_heads)
+        self.op = partial(ProjectionsOp, kind, eps, scalings, width // spec.num_heads)
         self.ops: dict[int | None, ProjectionsOp] = {None: self.op()}
-        self.head_width = width // column.num_heads
-        self.source, self.scaling = column.scores_from, column.scaling or self.head_width**-0.5
+        self.head_width = width // spec.num_heads
+        self.source, self.scaling = spec.scores_from, spec.scaling or self.head_width**-0.5
         self.rotate = function_of(self.attention, ROTATE)
         norms = [getattr(self.attention, name, None) for name in ("q_norm", "k_norm")]
         self.norms = [
             None if norm is None or isinstance(norm, nn.Identity) else _known(norm_source(norm)) for norm in norms
         ]
-        self.rates, dropouts = attention_dropouts(self.attention, getattr(block, anatomy.attention))
-        self.after = [*dropouts, *_after(block, anatomy.after_attention)]
+        self.rates, dropouts = attention_dropouts(self.attention, getattr(block, block_spec.attention))
+        self.after = [*dropouts, *_after(block, block_spec.after_attention)]
         self.called = _called([self.output, *self.after])
 
     def problem(self, arguments: dict[str, Any]) -> str | None:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from peft_bsr.backbones import Anatomy
+from peft_bsr.backbones import BlockSpec
 from peft_bsr.compat.torch_api import PARAMETERS
 from peft_bsr.ops import Activation, FrozenLinear, Gate, NormOp, norm_kind
 
@@ -39,7 +39,7 @@ class LinearSource(NamedTuple):
 
 def linear_source(module: Any) -> LinearSource | str:
     """That of the Linear that `module` is or holds, or why there is none."""
-    leaf, update = running_leaf(module)
+    leaf, update = running_module(module)
     if type(leaf) not in (nn.Linear, FrozenLinear):
         return f"{type(leaf or module).__name__} runs in the place of a Linear"
     tensors, scaling = own_tensors(leaf), getattr(update, "scaling", 1.0)
@@ -48,17 +48,17 @@ def linear_source(module: Any) -> LinearSource | str:
 
 def norm_source(module: Any) -> tuple[type[NormOp], float, dict[str, Any]] | str:
     """Operator, epsilon and parameters of the norm that `module` is or holds, or why there are none."""
-    leaf, update = running_leaf(module)
+    leaf, update = running_module(module)
     kind = norm_kind(leaf) if update is None else None
     if kind is None:
         return f"{type(leaf or module).__name__} is no LayerNorm or RMSNorm"
     return *kind, own_tensors(leaf)
 
 
-def running_leaf(module: Any) -> tuple[Any, Any]:
+def running_module(module: Any) -> tuple[Any, Any]:
     """The module that runs where `module` stands, None if it is not one alone, and the low-rank update next to it."""
-    if hasattr(module, "leaf_in_force"):
-        leaf, update = module.leaf_in_force()
+    if hasattr(module, "active_module"):
+        leaf, update = module.active_module()
         return leaf, update
     return module, None
 
@@ -96,14 +96,14 @@ class MLPParts:
         return Gate(found.forward, found.backward) if found is not None and self.is_gated else found
 
 
-def find_mlp(block: nn.Module, anatomy: Anatomy) -> MLPParts | str:
+def find_mlp(block: nn.Module, block_spec: BlockSpec) -> MLPParts | str:
     """The parts of a block's MLP, or why they are not known. The self-test holds them against the block."""
-    leaves = [leaf for name in anatomy.mlp for leaf in _leaves(name, getattr(block, name))]
-    leaves = [(name, module) for name, module in leaves if not isinstance(module, nn.Identity)]
-    linears = [(i, name, module) for i, (name, module) in enumerate(leaves) if hasattr(module, "in_features")]
-    others = [m for _, m in leaves if not hasattr(m, "in_features") and not isinstance(m, nn.Dropout)]
+    param_modules = [leaf for name in block_spec.mlp for leaf in _param_modules(name, getattr(block, name))]
+    param_modules = [(name, module) for name, module in param_modules if not isinstance(module, nn.Identity)]
+    linears = [(i, name, module) for i, (name, module) in enumerate(param_modules) if hasattr(module, "in_features")]
+    others = [m for _, m in param_modules if not hasattr(m, "in_features") and not isinstance(m, nn.Dropout)]
     if len(others) != 1 or len(linears) not in (2, 3):
-        kinds = ", ".join(type(module).__name__ for _, module in leaves)
+        kinds = ", ".join(type(module).__name__ for _, module in param_modules)
         return f"the MLP is not two or three Linears with one activation, but {kinds}"
     modules = [module for _, _, module in linears]
     closing = next(((i, module) for i, _, module in reversed(linears) if _closes(module, modules)), None)
@@ -111,7 +111,7 @@ def find_mlp(block: nn.Module, anatomy: Anatomy) -> MLPParts | str:
         return "no Linear of the MLP takes what the others give"
     place: int = closing[0]
     last: Any = closing[1]
-    dropouts = [(i, module) for i, (_, module) in enumerate(leaves) if isinstance(module, nn.Dropout)]
+    dropouts = [(i, module) for i, (_, module) in enumerate(param_modules) if isinstance(module, nn.Dropout)]
     first: list[tuple[str, Any]] = [(name, module) for i, name, module in linears if i != place]
     first.sort(key=lambda leaf: "gate" not in leaf[0] and not leaf[0].endswith("_g"))
     return MLPParts(
@@ -124,9 +124,9 @@ def find_mlp(block: nn.Module, anatomy: Anatomy) -> MLPParts | str:
     )
 
 
-def plain_mlp(block: nn.Module, anatomy: Anatomy) -> tuple[Any, Any, Any] | None:
+def plain_mlp(block: nn.Module, block_spec: BlockSpec) -> tuple[Any, Any, Any] | None:
     """First Linear, activation and second Linear of an MLP without a gate and dropout, or None if it is another."""
-    parts = find_mlp(block, anatomy)
+    parts = find_mlp(block, block_spec)
     if isinstance(parts, str) or parts.is_gated or any(m.p for m in (*parts.hidden_dropout, *parts.output_dropout)):
         return None
     return parts.first[0], parts.activation, parts.last
@@ -157,14 +157,14 @@ def attention_dropouts(attention: Any, outer: Any) -> tuple[list[Callable[[], fl
     return rates, after
 
 
-def _leaves(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _param_modules(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Modules without modules inside, with their names; a wrapped leaf counts as one."""
     children = list(module.named_children())
-    if not children or hasattr(module, "leaf_in_force"):
+    if not children or hasattr(module, "active_module"):
         yield name, module
     else:
         for child_name, child in children:
-            yield from _leaves(f"{name}.{child_name}", child)
+            yield from _param_modules(f"{name}.{child_name}", child)
 
 
 def _closes(module: Any, linears: list[Any]) -> bool:
@@ -183,5 +183,5 @@ __all__ = [
     "norm_source",
     "own_tensors",
     "plain_mlp",
-    "running_leaf",
+    "running_module",
 ]

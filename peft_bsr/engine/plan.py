@@ -93,7 +93,7 @@ class BlockPlan:
         reduction: Token reduction, or None.
         lean: What it does not keep for backward, or None for the stock block.
         int8: Whether it keeps the rest in 8 bits, see `peft_bsr.engine.int8`.
-        mixture: Whether its router's mixture of experts runs in the place of its MLP.
+        mixture: Whether its controller's mixture of experts runs in the place of its MLP.
     """
 
     trained: bool = False
@@ -116,7 +116,7 @@ class BlockPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is done to every block of a Column.
+    """What is done to every block of a ModelSpec.
 
     Attributes:
         blocks: One plan a block.

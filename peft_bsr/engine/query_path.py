@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from peft_bsr.backbones import Column, apply_part
+from peft_bsr.backbones import ModelSpec, apply_part
 from peft_bsr.core import absorb_key, apply_value, attend_plain, pooling_weights
 from peft_bsr.ops import PackedTensor, exact_parameters, group_size
 
@@ -30,26 +30,26 @@ class QueryPath:
     """How blocks are read.
 
     Attributes:
-        column: Knows their parts.
+        spec: Knows their parts.
         absorbs: Whether key and value projections are absorbed, so that only tokens are kept; else keys and values are.
         kept: How absorbed projections keep the tokens for backward: as they are, or rounded, `"int8"` to 256 steps. The
             forward always uses them as they are; keys and values are never rounded.
     """
 
-    column: Column
+    spec: ModelSpec
     absorbs: bool = True
     kept: KeptTokens = "full"
 
     @property
-    def exact_roles(self) -> tuple[str, ...]:
+    def exact_names(self) -> tuple[str, ...]:
         """Roles of the projections that are absorbed: plain weights, which nobody may round."""
         return ("attention.key", "attention.value") if self.absorbs else ()
 
     def tokens_of(self, block: nn.Module, hidden_states: Tensor) -> Tensor:
         """What queries read: LN1 of the block's input [B, N, D], without a graph."""
-        assert self.column.anatomy is not None, "only blocks whose parts are known are read"
+        assert self.spec.block_spec is not None, "only blocks whose parts are known are read"
         with torch.no_grad():
-            return apply_part(block, self.column.anatomy.norm1, hidden_states)
+            return apply_part(block, self.spec.block_spec.norm1, hidden_states)
 
     def read(
         self, block: nn.Module, queries: Tensor, tokens: Tensor, hidden: Tensor | None = None
@@ -66,27 +66,27 @@ class QueryPath:
             F_att [B, T, D], the attention's part, and F_ffn [B, T, D], the MLP's: the block's output for the queries
             is their sum with them. LayerScale and DropPath are the block's own.
         """
-        anatomy = self.column.anatomy
-        assert anatomy is not None, "only blocks whose parts are known are read"
+        block_spec = self.spec.block_spec
+        assert block_spec is not None, "only blocks whose parts are known are read"
         mine = queries.to(_dtype_of(block, queries))
-        attended = self.attend(block, apply_part(block, anatomy.norm1, mine), tokens, hidden)
-        for name in anatomy.after_attention:
+        attended = self.attend(block, apply_part(block, block_spec.norm1, mine), tokens, hidden)
+        for name in block_spec.after_attention:
             attended = apply_part(block, name, attended)
         state = mine + attended
-        expanded = apply_part(block, anatomy.norm2, state)
-        for name in anatomy.mlp[:-1]:
+        expanded = apply_part(block, block_spec.norm2, state)
+        for name in block_spec.mlp[:-1]:
             expanded = apply_part(block, name, expanded)
-        nothing = (torch.zeros_like(state),) if anatomy.mlp_adds_residual else ()
-        expanded = apply_part(block, anatomy.mlp[-1], expanded, *nothing)
-        for name in () if anatomy.mlp_adds_residual else anatomy.after_mlp:
+        nothing = (torch.zeros_like(state),) if block_spec.mlp_adds_residual else ()
+        expanded = apply_part(block, block_spec.mlp[-1], expanded, *nothing)
+        for name in () if block_spec.mlp_adds_residual else block_spec.after_mlp:
             expanded = apply_part(block, name, expanded)
         return attended.to(queries.dtype), expanded.to(queries.dtype)
 
     def attend(self, block: nn.Module, queries: Tensor, tokens: Tensor, hidden: Tensor | None) -> Tensor:
         """The attention's output [B, T, D] for normalised queries [B, T, D]."""
-        column = self.column
-        ask, key, value, output = projections(block, column)
-        query, heads, scaling = ask(queries), column.num_heads, column.scaling
+        spec = self.spec
+        ask, key, value, output = projections(block, spec)
+        query, heads, scaling = ask(queries), spec.num_heads, spec.scaling
         if self.absorbs:
             absorbed = absorb_key(query, key.weight, heads)
             pooled = pool_tokens(absorbed, tokens, scaling, hidden, self.kept)
@@ -100,15 +100,15 @@ class QueryPath:
         return attended
 
 
-def projections(block: nn.Module, column: Column) -> list[Any]:
+def projections(block: nn.Module, spec: ModelSpec) -> list[Any]:
     """The block's query, key, value and output projections; None where it has not got that one."""
-    leaves = {role: block.get_submodule(leaf) for role, leaf in zip(column.roles, column.leaves, strict=True)}
-    return [leaves.get(f"attention.{role}") for role in ROLES]
+    param_modules = {role: block.get_submodule(leaf) for role, leaf in spec.paths.items()}
+    return [param_modules.get(f"attention.{role}") for role in ROLES]
 
 
-def attention_mask(column: Column, args: Any, kwargs: dict[str, Any]) -> Tensor | None:
+def attention_mask(spec: ModelSpec, args: Any, kwargs: dict[str, Any]) -> Tensor | None:
     """The mask that a block is called with, if it is a tensor."""
-    names = () if column.anatomy is None else column.anatomy.block_inputs
+    names = () if spec.block_spec is None else spec.block_spec.block_inputs
     mask = {**dict(zip(names, args, strict=False)), **kwargs}.get("attention_mask")
     return mask if isinstance(mask, Tensor) else None
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from peft_bsr.backbones import AttentionScorer, Column, SdpaObserver, observed_interface
+from peft_bsr.backbones import AttentionScorer, ModelSpec, SdpaObserver, observed_interface
 from peft_bsr.core import CLASS_FREE_SCORE, BlockCall, ForwardContext, Route, ScoreKind
-from peft_bsr.engine.runner import ROUTER
+from peft_bsr.engine.runner import CONTROLLER
 
 
 @dataclass(frozen=True)
@@ -30,31 +30,31 @@ class BlockScores:
 
 
 @contextmanager
-def record_scores(model: nn.Module, column: Column, kind: ScoreKind | None = None) -> Iterator[list[BlockScores]]:
+def record_scores(model: nn.Module, spec: ModelSpec, kind: ScoreKind | None = None) -> Iterator[list[BlockScores]]:
     """Collect the token scores of every block that runs inside the `with` block, from the attention's own queries.
 
     Args:
         model: With or without one of our adapters; not compiled.
-        column: Of this model, its names as in `model`.
+        spec: Of this model, its names as in `model`.
         kind: What is collected; default the class token's row, or the mean query's where there is no such token.
 
     Yields:
         A list that fills up as the model runs.
 
     Examples:
-        >>> with record_scores(model, probe_column(model)) as found:  # doctest: +SKIP
+        >>> with record_scores(model, probe_model(model)) as found:  # doctest: +SKIP
         ...     model(pixel_values=images)
         >>> found[11].scores  # doctest: +SKIP
     """
-    wanted = kind or ("class" if column.num_prefix else CLASS_FREE_SCORE)
+    wanted = kind or ("class" if spec.num_prefix else CLASS_FREE_SCORE)
     own, found = ForwardContext(), list[BlockScores]()
     scorer = AttentionScorer(own)
 
-    def begin(router: Any, hidden_states: Tensor) -> None:
-        route = None if router is None else router.context.now.route
+    def begin(controller: Any, hidden_states: Tensor) -> None:
+        route = None if controller is None else controller.context.now.route
         if route is None:
-            patches = hidden_states.shape[1] - column.num_special
-            route = Route(column.num_prefix, patches, column.num_suffix)
+            patches = hidden_states.shape[1] - spec.num_special
+            route = Route(spec.num_prefix, patches, spec.num_suffix)
         own.now.running = BlockCall(route, score=wanted)
 
     def end(index: int) -> None:
@@ -63,20 +63,20 @@ def record_scores(model: nn.Module, column: Column, kind: ScoreKind | None = Non
             found.append(BlockScores(index, run.token_scores, run.route))
 
     with ExitStack() as stack:
-        if column.scores_from == "sdpa":
+        if spec.scores_from == "sdpa":
             stack.enter_context(SdpaObserver(scorer.observe))
-        for index, name in enumerate(column.blocks):
+        for index, name in enumerate(spec.blocks):
             block = model.get_submodule(name)
-            attention, router = block.get_submodule(column.attention), getattr(block, ROUTER, None)
-            if column.scores_from == "interface":
-                stack.enter_context(observed_interface(attention, _both(scorer, router)))
+            attention, controller = block.get_submodule(spec.attention), getattr(block, CONTROLLER, None)
+            if spec.scores_from == "interface":
+                stack.enter_context(observed_interface(attention, _both(scorer, controller)))
             hooks = [
                 attention.register_forward_pre_hook(
-                    lambda _, args, kwargs, r=router: begin(r, (*args, *kwargs.values())[0]),
+                    lambda _, args, kwargs, r=controller: begin(r, (*args, *kwargs.values())[0]),
                     with_kwargs=True,
                 )
             ]
-            if column.scores_from == "weights":
+            if spec.scores_from == "weights":
                 hooks.append(attention.register_forward_hook(scorer.observe_weights))
             hooks.append(attention.register_forward_hook(lambda *_, i=index: end(i)))
             for hook in hooks:
@@ -84,12 +84,12 @@ def record_scores(model: nn.Module, column: Column, kind: ScoreKind | None = Non
         yield found
 
 
-def _both(scorer: AttentionScorer, router: Any) -> Any:
+def _both(scorer: AttentionScorer, controller: Any) -> Any:
     """Tells the block's own scorer too, whose place on the attention is taken."""
 
     def observe(*seen: Any) -> None:
         scorer.observe(*seen)
-        if router is not None:
-            router.scorer.observe(*seen)
+        if controller is not None:
+            controller.scorer.observe(*seen)
 
     return observe

@@ -1,6 +1,6 @@
 """Makes a model's blocks follow a plan. The one file that changes a block's class.
 
-Each block gets a child module, its router, and a subclass of its own class with the same name (state-dict keys,
+Each block gets a child module, its controller, and a subclass of its own class with the same name (state-dict keys,
 `isinstance`, output capture and FSDP's wrapping stay intact). The block's *call* takes the running forward's route from
 the context and hands it to `forward` as a keyword. Gradient checkpointing, wherever transformers puts it (around
 `forward`, in earlier versions around the call of `nn.Module`), lies inside: a recomputation gets the very route of its
@@ -16,32 +16,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_bsr.backbones import Column, ScoringConfig
+from peft_bsr.backbones import ModelSpec, ScoringConfig
 from peft_bsr.compat.torch_api import remove_hooks
 from peft_bsr.core import BlockCall
+from peft_bsr.engine.controller import CONTROLLER, BlockController
 from peft_bsr.engine.int8 import saved_in_int8
-from peft_bsr.engine.router import ROUTER, BlockRouter
 from peft_bsr.engine.traced import half_readers, warn_of_budget
 
 
-class RoutedBlock(nn.Module):
-    """Mixin in front of a transformer block's own class; see `routed_class`."""
+class ControlledBlock(nn.Module):
+    """Mixin in front of a transformer block's own class; see `controlled_class`."""
 
-    unrouted_class: type
+    uncontrolled_class: type
 
     @property
     def is_leading(self) -> bool:
         """Whether nothing trains in this block or before it."""
-        plan = getattr(self, ROUTER).block_plan
+        plan = getattr(self, CONTROLLER).block_plan
         return plan is not None and not plan.in_graph
 
     def train(self, mode: bool = True) -> Any:
-        """Set the mode; inside of a block that always leads, only a router that learns leaves evaluation mode."""
+        """Set the mode; inside of a block that always leads, only a controller that learns leaves evaluation mode."""
         super().train(mode)
-        router: BlockRouter = getattr(self, ROUTER)
-        if self.is_leading and not router.is_dynamic:
+        controller: BlockController = getattr(self, CONTROLLER)
+        if self.is_leading and not controller.is_dynamic:
             for name, child in self.named_children():
-                child.train(mode and name == ROUTER and any(True for _ in child.parameters()))
+                child.train(mode and name == CONTROLLER and any(True for _ in child.parameters()))
         return self
 
     @property
@@ -55,11 +55,11 @@ class RoutedBlock(nn.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the block on the running forward's route."""
-        router: Any = self._modules[ROUTER]
+        controller: Any = self._modules[CONTROLLER]
         try:
-            return router.call(self, super().__call__, args, kwargs)
+            return controller.call(self, super().__call__, args, kwargs)
         except BaseException:  # the model's hooks are not told of interrupts, nor that only a part of the model ran
-            router.context.now.clear()
+            controller.context.now.clear()
             raise
 
     def forward(self, hidden_states: Tensor, *args: Any, block_call: BlockCall | None = None, **kwargs: Any) -> Any:
@@ -74,23 +74,27 @@ class RoutedBlock(nn.Module):
         stock = super().forward
         if block_call is None:
             return stock(hidden_states, *args, **kwargs)
-        router: Any = self._modules[ROUTER]
-        now, plan, column = router.context.now, block_call.plan, router.column
-        mix = functools.partial(router.mix, self, block_call.route.call) if plan.mixture and router.mixes else None
+        controller: Any = self._modules[CONTROLLER]
+        now, plan, spec = controller.context.now, block_call.plan, controller.spec
+        mix = (
+            functools.partial(controller.mix, self, block_call.route.call)
+            if plan.mixture and controller.mixes
+            else None
+        )
         if block_call.is_traced:
-            output, origins = router.bound(self).run(block_call, stock, hidden_states, args, kwargs, mix)
+            output, origins = controller.bound(self).run(block_call, stock, hidden_states, args, kwargs, mix)
             parts = output if isinstance(output, tuple) else (output,)
             return output if origins is None else (*parts, origins)
         block_call.token_scores = block_call.origins = None  # a recomputation finds its own
         packing: Any = nullcontext()
-        bound = router.bound(self)
+        bound = controller.bound(self)
         asked = bound.asked(block_call)
         if block_call.int8 and not (asked.is_traced or torch.compiler.is_compiling()):
-            packing = saved_in_int8(self, _fewest_values(column, block_call, hidden_states), (args, kwargs))
+            packing = saved_in_int8(self, _fewest_values(spec, block_call, hidden_states), (args, kwargs))
         earlier, now.running = now.running, asked
         try:
             with (
-                router.scorer.watching(None if plan.reduction is None or asked.is_traced else column.scores_from),
+                controller.scorer.watching(None if plan.reduction is None or asked.is_traced else spec.scores_from),
                 packing as block_call.admit,
             ):
                 output, block_call.origins = bound.run(asked, stock, hidden_states, args, kwargs, mix)
@@ -101,8 +105,8 @@ class RoutedBlock(nn.Module):
     @torch.compiler.assume_constant_result
     def traced_readers(self) -> tuple[str, str, str]:
         """See `half_readers`; a compiler takes the answer as fixed."""
-        router: BlockRouter = getattr(self, ROUTER)
-        return half_readers(self, router.column, (router, router.scorer, router.follower))
+        controller: BlockController = getattr(self, CONTROLLER)
+        return half_readers(self, controller.spec, (controller, controller.scorer, controller.side_input_hooks))
 
     @torch.compiler.assume_constant_result
     def traced_aside(self, reader: str | None) -> None:
@@ -111,78 +115,82 @@ class RoutedBlock(nn.Module):
         Args:
             reader: Why the last block gives all of its tokens, or None.
         """
-        router: BlockRouter = getattr(self, ROUTER)
-        router.aside = {} if reader is None else {"class token only": reader}
-        plan = router.block_plan
+        controller: BlockController = getattr(self, CONTROLLER)
+        controller.aside = {} if reader is None else {"class token only": reader}
+        plan = controller.block_plan
         if plan is not None and plan.int8:
-            router.step_aside("int8", "torch.compile traces the block")
+            controller.step_aside("int8", "torch.compile traces the block")
         warn_of_budget(self)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _new_routed_block, (self.unrouted_class,), self.__dict__
+        return _new_controlled_block, (self.uncontrolled_class,), self.__dict__
 
 
 @functools.cache
-def routed_class(block_class: type) -> type:
+def controlled_class(block_class: type) -> type:
     """The subclass of `block_class` that takes a route; made once, with the same name."""
-    namespace = {"unrouted_class": block_class, "__module__": block_class.__module__, "__doc__": block_class.__doc__}
-    return type(block_class.__name__, (RoutedBlock, block_class), namespace)
+    namespace = {
+        "uncontrolled_class": block_class,
+        "__module__": block_class.__module__,
+        "__doc__": block_class.__doc__,
+    }
+    return type(block_class.__name__, (ControlledBlock, block_class), namespace)
 
 
-def _new_routed_block(block_class: type) -> nn.Module:
-    cls: Any = routed_class(block_class)
+def _new_controlled_block(block_class: type) -> nn.Module:
+    cls: Any = controlled_class(block_class)
     return cls.__new__(cls)
 
 
-def attach_router(model: nn.Module, router: BlockRouter) -> None:
-    """Put `router` on its block of `model`. `detach_router` takes it all back."""
-    column = router.column
-    block = model.get_submodule(column.blocks[router.index])
-    setattr(block, ROUTER, router)
+def attach_controller(model: nn.Module, controller: BlockController) -> None:
+    """Put `controller` on its block of `model`. `detach_controller` takes it all back."""
+    spec = controller.spec
+    block = model.get_submodule(spec.blocks[controller.index])
+    setattr(block, CONTROLLER, controller)
     block_class: Any = type(block)
-    block.__class__ = routed_class(block_class)
-    attention: Any = block.get_submodule(column.attention)
-    router.follower.attach(block, column.attention)
-    if column.scores_from == "interface":
-        attention.config = ScoringConfig(attention.config, router.scorer)
-    elif column.scores_from == "weights":
-        attention.register_forward_hook(router.scorer.observe_weights)
-    for module in _openers(model, router):
-        module.register_forward_pre_hook(router.open_forward, prepend=True)
-        module.register_forward_hook(router.close_forward, always_call=True)
-    router.roots = [model]
-    router.attached(model)
+    block.__class__ = controlled_class(block_class)
+    attention: Any = block.get_submodule(spec.attention)
+    controller.side_input_hooks.attach(block, spec.attention)
+    if spec.scores_from == "interface":
+        attention.config = ScoringConfig(attention.config, controller.scorer)
+    elif spec.scores_from == "weights":
+        attention.register_forward_hook(controller.scorer.observe_weights)
+    for module in _openers(model, controller):
+        module.register_forward_pre_hook(controller.open_forward, prepend=True)
+        module.register_forward_hook(controller.close_forward, always_call=True)
+    controller.roots = [model]
+    controller.attached(model)
 
 
-def detach_router(model: nn.Module, router: BlockRouter) -> None:
-    """Undo `attach_router`."""
-    router.detached(model)
-    column = router.column
-    block: Any = model.get_submodule(column.blocks[router.index])
-    attention: Any = block.get_submodule(column.attention)
-    router.follower.detach(block, column.attention)
-    if column.scores_from == "interface":
+def detach_controller(model: nn.Module, controller: BlockController) -> None:
+    """Undo `attach_controller`."""
+    controller.detached(model)
+    spec = controller.spec
+    block: Any = model.get_submodule(spec.blocks[controller.index])
+    attention: Any = block.get_submodule(spec.attention)
+    controller.side_input_hooks.detach(block, spec.attention)
+    if spec.scores_from == "interface":
         attention.config = attention.config.config
-    elif column.scores_from == "weights":
-        remove_hooks(attention, router.scorer)
-    for module in _openers(model, router):
-        remove_hooks(module, router)
-    block.__class__ = block.unrouted_class
-    delattr(block, ROUTER)
+    elif spec.scores_from == "weights":
+        remove_hooks(attention, controller.scorer)
+    for module in _openers(model, controller):
+        remove_hooks(module, controller)
+    block.__class__ = block.uncontrolled_class
+    delattr(block, CONTROLLER)
 
 
-def _openers(model: nn.Module, router: BlockRouter) -> list[nn.Module]:
-    """The modules whose forward begins one of the blocks: the model and what calls the blocks, for the last router."""
-    column = router.column
-    if router.index != column.depth - 1:
+def _openers(model: nn.Module, controller: BlockController) -> list[nn.Module]:
+    """The model and the modules that call the blocks, for the last controller; else none."""
+    spec = controller.spec
+    if controller.index != spec.depth - 1:
         return []
-    caller = model.get_submodule(".".join(column.blocks[0].split(".")[:-2]))
+    caller = model.get_submodule(".".join(spec.blocks[0].split(".")[:-2]))
     return [model] if caller is model else [model, caller]
 
 
-def _fewest_values(column: Column, call: BlockCall, hidden_states: Tensor) -> float:
+def _fewest_values(spec: ModelSpec, call: BlockCall, hidden_states: Tensor) -> float:
     """Numbers in the smallest set of tokens that counts: those kept, or those dropped; above one for each head."""
     rate = 1.0 if call.plan.reduction is None else call.plan.reduction.keep_rate
     share = min(rate, 1 - rate) * 0.9 if rate < 1 else 1.0
-    numbers = max(share * hidden_states.shape[-1], 2 * column.num_heads)
+    numbers = max(share * hidden_states.shape[-1], 2 * spec.num_heads)
     return hidden_states.shape[0] * call.route.num_tokens * numbers

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from peft_bsr.backbones import Column, ScoreSource, TokenFollower, run_scored
+from peft_bsr.backbones import ModelSpec, ScoreSource, SideInputHooks, run_scored
 from peft_bsr.compat.torch_api import activation_memory_budget
 from peft_bsr.core import BlockCall
 from peft_bsr.engine.bound import BoundBlock, modules_of
@@ -41,20 +41,20 @@ class TracedBlock(BoundBlock):
 
     Args:
         block: The block.
-        column: Knows its parts.
-        follower: Selects the alive tokens' part of side inputs.
+        spec: Knows its parts.
+        side_input_hooks: Selects the alive tokens' part of side inputs.
     """
 
-    def __init__(self, block: Any, column: Column, follower: TokenFollower) -> None:
+    def __init__(self, block: Any, spec: ModelSpec, side_input_hooks: SideInputHooks) -> None:
         self.block: Any = block
-        self.column, self.follower = column, follower
-        if column.anatomy is not None:
-            self.attention, self.mlp = StockAttention(block, column.anatomy), StockMLP(block, column.anatomy)
+        self.spec, self.side_input_hooks = spec, side_input_hooks
+        if spec.block_spec is not None:
+            self.attention, self.mlp = StockAttention(block, spec.block_spec), StockMLP(block, spec.block_spec)
         self.run_attention, self.run_mlp = attention_half, mlp_half
 
     def asked(self, call: BlockCall) -> BlockCall:
         """The call as the halves need it."""
-        return call.traced() if self.column.anatomy is not None else call
+        return call.traced() if self.spec.block_spec is not None else call
 
     @property
     def readers(self) -> tuple[str, str, str]:
@@ -73,7 +73,7 @@ class TracedBlock(BoundBlock):
             change, others = self.attention(tokens, arguments)
             return tokens + change, others, None
         asked, *scores = self.run_attention(
-            self.attention, self.column.scores_from, kind, call.num_queries, keeps, tokens, arguments
+            self.attention, self.spec.scores_from, kind, call.num_queries, keeps, tokens, arguments
         )
         return asked, [], scores[0] if scores else None
 
@@ -90,7 +90,7 @@ class TracedBlock(BoundBlock):
         if lean.save_products and lean.num_queries is None:
             return "products"
         # for the few tokens that a head reads, products of all tokens would be kept
-        places = [leaf for role, leaf in zip(self.column.roles, self.column.leaves) if role == "attention.output"]  # noqa: B905
+        places = [leaf for role, leaf in self.spec.paths.items() if role == "attention.output"]
         trains = any(p.requires_grad for leaf in places for p in self.block.get_submodule(leaf).parameters())
         return "attention" if trains else "input"
 
@@ -173,15 +173,15 @@ def _keep_attention(ctx: Any, operator: Any, *args: Any, **kwargs: Any) -> Check
     return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def half_readers(block: nn.Module, column: Column, own: tuple[Any, ...]) -> tuple[str, str, str]:
+def half_readers(block: nn.Module, spec: ModelSpec, own: tuple[Any, ...]) -> tuple[str, str, str]:
     """Names of hooks that look at a block, at its first half and at its second, empty for none.
 
     Args:
         block: The block.
-        column: Knows its parts.
+        spec: Knows its parts.
         own: Objects whose hooks are our own.
     """
-    parts, every = column.anatomy, modules_of(block, ())
+    parts, every = spec.block_spec, modules_of(block, ())
     watch = Watch(every, own)
     if parts is None:
         return watch.hook or "", "", ""

@@ -131,9 +131,9 @@ def _report(
     batch_size: int | None,
     image_processor: str | None,
 ) -> ExportReport:
-    column = model.base_model.column
+    spec = model.base_model.spec
     with torch.no_grad():
-        num_tokens = _count_tokens(function, column.blocks[0], sample)
+        num_tokens = _count_tokens(function, spec.blocks[0], sample)
     files = [path, path.with_name(f"{path.name}.data")]
     return ExportReport(
         format=format,
@@ -143,7 +143,7 @@ def _report(
         input_name=function.input_name,
         input_shape=(batch_size, *sample.shape[1:]),
         image_processor=image_processor,
-        token_counts=function.plan.token_counts(num_tokens, column.num_special),
+        token_counts=function.plan.token_counts(num_tokens, spec.num_special),
         versions=versions_of(FORMATS[format].packages),
     )
 

@@ -1,4 +1,4 @@
-"""A model as a file format takes it: merged weights, reduction in force, one tensor in, a tuple of tensors out."""
+"""A model as a file format takes it: merged weights, reduction active, one tensor in, a tuple of tensors out."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from peft_bsr.backbones import find_rule, input_shapes, main_input, set_image_size
 from peft_bsr.core import ForwardContext
-from peft_bsr.engine import BlockRouter, Plan, attach_router
+from peft_bsr.engine import BlockController, Plan, attach_controller
 from peft_bsr.errors import ExportError, ReductionNotMergedWarning
-from peft_bsr.tuners.base.layer import find_routers
-from peft_bsr.tuners.base.tuner import RoutedTuner
+from peft_bsr.tuners.base.layer import find_controllers
+from peft_bsr.tuners.base.tuner import MethodTuner
 
 
 class ImageFunction(nn.Module):
@@ -69,7 +69,7 @@ class ImageFunction(nn.Module):
 def to_image_function(
     model: Any, all_tokens: bool = False, image_size: int | tuple[int, int] | None = None
 ) -> ImageFunction:
-    """A copy of `model` on the CPU in fp32, with its active adapter's weights merged and its reduction in force.
+    """A copy of `model` on the CPU in fp32, with its active adapter's weights merged and its reduction active.
 
     What has nothing to merge into (queries, heads of tasks, mixtures of experts) stays as it is.
 
@@ -84,7 +84,7 @@ def to_image_function(
         UnsupportedModelError: If the model takes no images of `image_size`.
     """
     tuner = getattr(model, "base_model", None)
-    if not isinstance(tuner, RoutedTuner):
+    if not isinstance(tuner, MethodTuner):
         raise ExportError(
             f"`export` takes a PeftModel with an adapter of peft_bsr, found {type(model).__name__}. Make one with "
             "`get_peft_model(model, BSRConfig())` or `PeftModel.from_pretrained`."
@@ -100,17 +100,17 @@ def to_image_function(
         plan = plan.without_reductions()
     copied = copy.deepcopy(model).to("cpu", torch.float32).eval()
     if tasks or not tuner.merges:
-        for router in find_routers(copied):
-            router.plans[name] = plan
+        for controller in find_controllers(copied):
+            controller.plans[name] = plan
         return ImageFunction(_at_size(copied.get_base_model(), image_size), plan)
-    column = tuner.column
+    spec = tuner.spec
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ReductionNotMergedWarning)  # it is attached again right here
         merged = _at_size(copied.merge_and_unload(), image_size)
     if plan.reduces:
         context = ForwardContext()
-        for index in range(column.depth):
-            attach_router(merged, BlockRouter(index, column, context, find_rule(merged), plan))
+        for index in range(spec.depth):
+            attach_controller(merged, BlockController(index, spec, context, find_rule(merged), plan))
     return ImageFunction(merged.eval(), plan)
 
 

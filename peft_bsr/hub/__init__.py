@@ -1,7 +1,7 @@
 """Adapters in folders and on the Hub: read in one call, written with a model card made of facts."""
 
 from peft_bsr.hub.card import model_card, write_card
-from peft_bsr.hub.facts import Facts, add_facts, facts_of
+from peft_bsr.hub.facts import CardFacts, add_facts, facts_of
 from peft_bsr.hub.loading import find_image_processor, load, load_base, load_image_processor, pipeline, read_config
 from peft_bsr.hub.push import push_to_hub
 from peft_bsr.hub.task import Task, task_of
@@ -11,7 +11,7 @@ if write_card not in AFTER_SAVE:
     AFTER_SAVE.append(write_card)
 
 __all__ = [
-    "Facts",
+    "CardFacts",
     "Task",
     "add_facts",
     "facts_of",

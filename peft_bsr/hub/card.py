@@ -14,7 +14,7 @@ import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from peft_bsr.cost import Cost
-from peft_bsr.hub.facts import Facts
+from peft_bsr.hub.facts import CardFacts
 from peft_bsr.hub.task import Task, task_of
 from peft_bsr.registration import package_version
 from peft_bsr.tuners import MethodInfo, describe_plan, known_method
@@ -34,7 +34,7 @@ def write_card(config: SavedConfig, folder: Path) -> None:
         config: Of an adapter that is attached.
         folder: Where the adapter was saved.
     """
-    facts: Facts = config.facts or Facts()
+    facts: CardFacts = config.facts or CardFacts()
     if facts.picture is not None and Path(facts.picture).resolve() != (folder / PICTURE).resolve():
         shutil.copyfile(facts.picture, folder / PICTURE)
     path = folder / "README.md"
@@ -45,7 +45,7 @@ def write_card(config: SavedConfig, folder: Path) -> None:
     path.write_text(f"---\n{data.to_yaml()}\n---\n\n{text.strip()}\n", encoding="utf-8")
 
 
-def model_card(config: SavedConfig, facts: Facts, base: str | None = None) -> str:
+def model_card(config: SavedConfig, facts: CardFacts, base: str | None = None) -> str:
     """The card's text.
 
     Args:
@@ -55,14 +55,14 @@ def model_card(config: SavedConfig, facts: Facts, base: str | None = None) -> st
     """
     assert config.attachment is not None, "the configuration of an attached adapter"
     method = known_method(config)
-    column, plan = config.attachment.column, config.attachment.plan
+    spec, plan = config.attachment.spec, config.attachment.plan
     task = task_of(config)
     called = f"[{base}](https://huggingface.co/{base})" if base else f"`{_folder(config.base_model_name_or_path)}`"
     parts = [
         f"# {method.title} adapter of {called}",
         f"{task.words} Made with peft_bsr, method {method.name} ({_linked(method.paper)}).",
         "## Use\n\n" + _snippet(task, facts.repo_id),
-        "## What it does\n\n" + "\n".join(f"- {sentence}" for sentence in describe_plan(config, column, plan)),
+        "## What it does\n\n" + "\n".join(f"- {sentence}" for sentence in describe_plan(config, spec, plan)),
     ]
     if facts.metrics or facts.dataset:
         on = f" on {_hub_id(facts.dataset) or _folder(facts.dataset)}" if facts.dataset else ""
@@ -108,7 +108,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     )
 
 
-def _cost_table(facts: Facts) -> str:
+def _cost_table(facts: CardFacts) -> str:
     costs: list[tuple[str, Cost]] = list(facts.costs.items())
     reference = costs[0][1].step_seconds
     rows = ["| | saved activations, MiB an image | FLOPs a step and image, G | step, ratio |", "|---|---|---|---|"]
@@ -135,7 +135,7 @@ def _limits(config: Any, method: MethodInfo) -> list[str]:
     return limits
 
 
-def _metadata(old: Any, config: SavedConfig, facts: Facts, base: str | None) -> ModelCardData:
+def _metadata(old: Any, config: SavedConfig, facts: CardFacts, base: str | None) -> ModelCardData:
     """Ours over what is there; a base model that is a path of some machine is no id, and the Hub would refuse it."""
     method = known_method(config).name
     kept = {k: v for k, v in old.to_dict().items() if k not in ("model-index", "base_model", "eval_results")}

@@ -15,7 +15,7 @@ from peft_bsr.tuners.base.config import SavedConfig
 
 
 @dataclass(frozen=True)
-class Facts:
+class CardFacts:
     """What only a run can know. The card says nothing about what is missing here.
 
     Attributes:
@@ -39,13 +39,13 @@ class Facts:
     repo_id: str | None = None
 
 
-def add_facts(model: nn.Module, *, adapter_name: str | None = None, **facts: Any) -> Facts:
+def add_facts(model: nn.Module, *, adapter_name: str | None = None, **facts: Any) -> CardFacts:
     """Tell an adapter what was measured of it; `save_pretrained` and `push_to_hub` write it into the model card.
 
     Args:
         model: With one of our adapters.
         adapter_name: Default the active one.
-        facts: Fields of `Facts`. What is not named stays as it was told before.
+        facts: Fields of `CardFacts`. What is not named stays as it was told before.
 
     Returns:
         All that is known now.
@@ -68,14 +68,14 @@ def add_facts(model: nn.Module, *, adapter_name: str | None = None, **facts: Any
     return config.facts
 
 
-def facts_of(model: nn.Module, adapter_name: str | None = None) -> Facts:
+def facts_of(model: nn.Module, adapter_name: str | None = None) -> CardFacts:
     """What an adapter was told.
 
     Args:
         model: See `add_facts`.
         adapter_name: See `add_facts`.
     """
-    return _config_of(model, adapter_name).facts or Facts()
+    return _config_of(model, adapter_name).facts or CardFacts()
 
 
 def _config_of(model: nn.Module, adapter_name: str | None) -> Any:
@@ -91,4 +91,4 @@ def _config_of(model: nn.Module, adapter_name: str | None) -> Any:
     return config
 
 
-__all__ = ["Facts", "add_facts", "facts_of"]
+__all__ = ["CardFacts", "add_facts", "facts_of"]

@@ -52,7 +52,7 @@ def task_of(config: SavedConfig) -> Task:
     if named:
         return Task(None, False, f"Several tasks, a head for each: {', '.join(task.name for task in named)}.")
     name = _pipeline_of(attachment.classes)
-    if name is None or (name == "image-feature-extraction" and len(attachment.column.image_shape) != 3):
+    if name is None or (name == "image-feature-extraction" and len(attachment.spec.image_shape) != 3):
         return Task(None, False, f"`{attachment.classes[0]}`, for which transformers has no pipeline.")
     if not name.endswith("classification") or config.labels is None:
         return Task(name, False, f"{name.replace('-', ' ').capitalize()}.")

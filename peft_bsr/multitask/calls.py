@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_bsr.backbones import Column
+from peft_bsr.backbones import ModelSpec
 from peft_bsr.core import TaskCall
 from peft_bsr.errors import AdapterError
 from peft_bsr.multitask.config import TaskConfig
@@ -60,7 +60,7 @@ def without_tasks(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 def read_call(
     tasks: Sequence[TaskConfig],
-    column: Column,
+    column: ModelSpec,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     num_images: int | None = None,

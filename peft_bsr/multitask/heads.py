@@ -39,8 +39,8 @@ class DenseHead(nn.Module):
 
     def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         """Tokens [b, N, D] of a grid (h, w) -> maps [b, C, h, w]."""
-        rows, columns = grid
-        patches = tokens[:, self.num_prefix : self.num_prefix + rows * columns]
+        rows, specs = grid
+        patches = tokens[:, self.num_prefix : self.num_prefix + rows * specs]
         output: Tensor = self.linear(self.norm(patches.to(self.norm.weight.dtype)))
         return output.transpose(1, 2).unflatten(2, grid)
 
@@ -51,7 +51,7 @@ class TaskHeads(nn.Module):
     Args:
         heads: One a task.
         tasks: The tasks.
-        context: Shared with the routers.
+        context: Shared with the controllers.
     """
 
     def __init__(self, heads: list[nn.Module], tasks: list[TaskConfig], context: ForwardContext) -> None:

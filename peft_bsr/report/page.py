@@ -49,10 +49,10 @@ def write_report(record: RunRecord, path: str | Path) -> Path:
 
 
 def _plan(record: RunRecord) -> str:
-    column, plan = record.column, record.plan
-    if column is None or plan is None:
+    spec, plan = record.spec, record.plan
+    if spec is None or plan is None:
         return _section("What trains", f"<p>{escape(' '.join(record.words))}</p>") if record.words else ""
-    tokens = [mlp for _, mlp in plan.token_counts(column.num_tokens, column.num_special)]
+    tokens = [mlp for _, mlp in plan.token_counts(spec.num_tokens, spec.num_special)]
     names = {"s0": "trains", "s1": "frozen, gradients pass", "frozen": "frozen, keeps nothing"}
     kinds = ["s0" if b.trained else "s1" if b.in_graph else "frozen" for b in plan.blocks]
     words = "".join(f"<li>{escape(sentence)}</li>" for sentence in record.words)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL.Image import Image
 
-from peft_bsr.backbones import Column
+from peft_bsr.backbones import ModelSpec
 from peft_bsr.cost import Cost
 from peft_bsr.engine import Plan
 from peft_bsr.training import BudgetRecord
@@ -42,7 +42,7 @@ class RunRecord:
 
     Attributes:
         title: Such as `"BSR on digits"`.
-        column: What the model is. None: it has no adapter of this package, and the report no plan.
+        spec: What the model is. None: it has no adapter of this package, and the report no plan.
         plan: What was done to it, or None.
         words: The plan in sentences, see `peft_bsr.tuners.describe_plan`.
         headline: Name -> text of the few numbers that stand on top.
@@ -64,7 +64,7 @@ class RunRecord:
     """
 
     title: str
-    column: Column | None
+    spec: ModelSpec | None
     plan: Plan | None
     words: Sequence[str] = ()
     headline: Mapping[str, str] = field(default_factory=dict)

@@ -3,6 +3,6 @@
 from peft_bsr.selftest.experts import verify_mixture
 from peft_bsr.selftest.lean import verify_lean
 from peft_bsr.selftest.queries import verify_queries
-from peft_bsr.selftest.reduction import routed, verify_plan
+from peft_bsr.selftest.reduction import controlled, verify_plan
 
-__all__ = ["routed", "verify_lean", "verify_mixture", "verify_plan", "verify_queries"]
+__all__ = ["controlled", "verify_lean", "verify_mixture", "verify_plan", "verify_queries"]

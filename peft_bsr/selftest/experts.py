@@ -5,34 +5,43 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from peft_bsr.backbones import Column, StockRun, probe_inputs, quiet, relative_error, run_stock, tensors_of, tolerance
+from peft_bsr.backbones import (
+    ModelSpec,
+    StockRun,
+    probe_inputs,
+    quiet,
+    relative_error,
+    run_stock,
+    tensors_of,
+    tolerance,
+)
 from peft_bsr.core import TaskCall
+from peft_bsr.engine.controller import BlockController
 from peft_bsr.engine.parts import plain_mlp
 from peft_bsr.engine.plan import Plan
-from peft_bsr.engine.router import BlockRouter
 from peft_bsr.errors import UnsupportedModelError
-from peft_bsr.selftest.reduction import routed
+from peft_bsr.selftest.reduction import controlled
 
 
-class _OneExpertRouter(BlockRouter):
+class _OneExpertController(BlockController):
     """Runs the parts of the MLP in its place."""
 
     mixes = True
 
     def mix(self, block: nn.Module, call: TaskCall | None, tokens: Tensor) -> Tensor:
-        parts = None if self.column.anatomy is None else plain_mlp(block, self.column.anatomy)
+        parts = None if self.spec.block_spec is None else plain_mlp(block, self.spec.block_spec)
         assert parts is not None, "checked before"
         first, activation, second = parts
         output: Tensor = second(activation(first(tokens)))
         return output
 
 
-def verify_mixture(model: nn.Module, column: Column, plan: Plan, stock: StockRun | None = None) -> None:
+def verify_mixture(model: nn.Module, spec: ModelSpec, plan: Plan, stock: StockRun | None = None) -> None:
     """Run one block that gets a mixture with the parts of its MLP in the MLP's place; the model is left as it was.
 
     Args:
         model: The model.
-        column: Its column.
+        spec: Its column.
         plan: A plan with or without mixtures.
         stock: The probe's forward, if there is one; default: one more is run.
 
@@ -42,17 +51,17 @@ def verify_mixture(model: nn.Module, column: Column, plan: Plan, stock: StockRun
     index = next((i for i, block in enumerate(plan.blocks) if block.mixture), None)
     if index is None:
         return
-    name, block = type(model).__name__, model.get_submodule(column.blocks[index])
-    if column.anatomy is None or plain_mlp(block, column.anatomy) is None:
+    name, block = type(model).__name__, model.get_submodule(spec.blocks[index])
+    if spec.block_spec is None or plain_mlp(block, spec.block_spec) is None:
         raise UnsupportedModelError(
             f"{name}: experts are copies of an MLP of two Linear modules with an activation between and no dropout, "
             "which the blocks of this model do not have. Leave `moe=None` for several tasks on dense blocks."
         )
     with quiet(model):
-        stock = stock or run_stock(model, column.blocks, probe_inputs(model, 1, column.image_shape))
+        stock = stock or run_stock(model, spec.blocks, probe_inputs(model, 1, spec.image_shape))
         args, kwargs, expected = stock.calls[index]
         plan = plan.with_reductions(keep_rate=1.0)
-        with routed(model, column, plan, index, args[0], _OneExpertRouter), torch.no_grad():
+        with controlled(model, spec, plan, index, args[0], _OneExpertController), torch.no_grad():
             found = tensors_of(block(*args, **kwargs))[0]
         error = relative_error(found, tensors_of(expected)[0])
     if not error <= tolerance(found.dtype):

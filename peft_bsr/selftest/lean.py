@@ -12,12 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_bsr.backbones import Column, StockRun, no_zero_tables, probe_inputs, quiet, run_stock, tensors_of, tolerance
+from peft_bsr.backbones import (
+    ModelSpec,
+    StockRun,
+    no_zero_tables,
+    probe_inputs,
+    quiet,
+    run_stock,
+    tensors_of,
+    tolerance,
+)
 from peft_bsr.core import is_quantized
 from peft_bsr.engine import BlockPlan, LivingBytes, Plan
 from peft_bsr.engine.parts import attention_dropouts
 from peft_bsr.engine.watch import without_hooks
-from peft_bsr.selftest.reduction import routed
+from peft_bsr.selftest.reduction import controlled
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +34,7 @@ _INT8_ERROR = 5e-2  # of a block's gradients, by their norm; 1e-2 is usual
 
 
 def verify_lean(
-    model: nn.Module, column: Column, plan: Plan, stock: StockRun | None = None, index: int | None = None
+    model: nn.Module, spec: ModelSpec, plan: Plan, stock: StockRun | None = None, index: int | None = None
 ) -> Plan:
     """Try every part of `plan`'s lean blocks on one of them, and leave out what is not equal; nothing is changed.
 
@@ -34,7 +43,7 @@ def verify_lean(
 
     Args:
         model: The model.
-        column: Its column.
+        spec: Its column.
         plan: A plan; the queries of its last block are restricted here, if the head reads special tokens alone.
         stock: The probe's forward, if there is one; default: one more is run.
         index: The block to try; default the first that saves less.
@@ -49,15 +58,15 @@ def verify_lean(
     wanted, notes = plan.blocks[index], list(plan.notes)
 
     def passes(block: int, candidate: BlockPlan, what: str) -> bool:
-        problem = _problem(model, column, block, candidate, run)
+        problem = _problem(model, spec, block, candidate, run)
         if problem is not None:
             notes.append(f"{what}: {problem}")
             logger.info("%s: %s: left out, %s", type(model).__name__, what, problem)
         return problem is None
 
     with quiet(model):
-        run = stock or run_stock(model, column.blocks, probe_inputs(model, 1, column.image_shape))
-        if wanted.lean is not None and column.anatomy is None:
+        run = stock or run_stock(model, spec.blocks, probe_inputs(model, 1, spec.image_shape))
+        if wanted.lean is not None and spec.block_spec is None:
             notes.append("lean blocks: their parts are not those of a pre-norm block")
             logger.info("%s: blocks run as they are, %s", type(model).__name__, notes[-1].partition(": ")[2])
             plan = plan.with_lean(None)
@@ -68,9 +77,9 @@ def verify_lean(
                 parts[part] = passes(index, BlockPlan(True, lean=alone), f"lean {part}")
             lean = replace(wanted.lean, **parts)
             plan = plan.with_lean(lean if any(parts.values()) else None)
-            if parts["attention"] and _reads_prefix_alone(column, plan):
-                last = replace(lean, num_queries=column.num_prefix)
-                if passes(column.depth - 1, BlockPlan(True, lean=last), "special tokens alone in the last block"):
+            if parts["attention"] and _reads_prefix_alone(spec, plan):
+                last = replace(lean, num_queries=spec.num_prefix)
+                if passes(spec.depth - 1, BlockPlan(True, lean=last), "special tokens alone in the last block"):
                     plan = replace(plan, blocks=(*plan.blocks[:-1], replace(plan.blocks[-1], lean=last)))
         if wanted.int8:
             candidate = BlockPlan(True, lean=plan.blocks[index].lean, int8=True)
@@ -78,9 +87,9 @@ def verify_lean(
     return replace(plan, notes=tuple(notes))
 
 
-def _reads_prefix_alone(column: Column, plan: Plan) -> bool:
+def _reads_prefix_alone(spec: ModelSpec, plan: Plan) -> bool:
     """Whether the patches that the last block gives are not looked at."""
-    reads_others = column.reads_patches or column.reads_suffix or not column.reads_prefix
+    reads_others = spec.reads_patches or spec.reads_suffix or not spec.reads_prefix
     last = plan.blocks[-1]
     return not reads_others and plan.mode == "compact" and last.reduction is None and last.lean is not None
 
@@ -100,11 +109,11 @@ class _Tried:
     aside: str | None
 
 
-def _problem(model: nn.Module, column: Column, index: int, candidate: BlockPlan, stock: StockRun) -> str | None:
+def _problem(model: nn.Module, spec: ModelSpec, index: int, candidate: BlockPlan, stock: StockRun) -> str | None:
     """Why block `index` cannot run by the candidate: outputs, gradients or bytes alive differ. None if it can."""
     num_queries = None if candidate.lean is None else candidate.lean.num_queries
-    expected = _try(model, column, index, BlockPlan(True), stock, num_queries)
-    found = _try(model, column, index, candidate, stock, num_queries)
+    expected = _try(model, spec, index, BlockPlan(True), stock, num_queries)
+    found = _try(model, spec, index, candidate, stock, num_queries)
     if found.aside is not None:
         return found.aside
     if found.living_bytes >= expected.living_bytes:
@@ -125,17 +134,17 @@ def _problem(model: nn.Module, column: Column, index: int, candidate: BlockPlan,
 
 
 def _try(
-    model: nn.Module, column: Column, index: int, plan: BlockPlan, stock: StockRun, num_queries: int | None
+    model: nn.Module, spec: ModelSpec, index: int, plan: BlockPlan, stock: StockRun, num_queries: int | None
 ) -> _Tried:
     """Run block `index` by `plan`, forward and backward, on what the stock model called it with."""
     (hidden, *others), kwargs, _ = stock.calls[index]
-    block = model.get_submodule(column.blocks[index])
-    blocks = [BlockPlan(cut_gradient=i < index) for i in range(column.depth)]
+    block = model.get_submodule(spec.blocks[index])
+    blocks = [BlockPlan(cut_gradient=i < index) for i in range(spec.depth)]
     blocks[index] = plan
     with (
         without_hooks(block.modules()),  # a half that they look at runs stock later, as long as they are there
-        routed(model, column, Plan(tuple(blocks)), start_at=index, like=hidden) as routers,
-        _in_training(block, column) as parameters,
+        controlled(model, spec, Plan(tuple(blocks)), start_at=index, like=hidden) as controllers,
+        _in_training(block, spec) as parameters,
     ):
         tokens = hidden.detach().clone().requires_grad_()
         torch.manual_seed(0)
@@ -145,17 +154,17 @@ def _try(
         output = output[:, :num_queries]
         weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output)
         gradients = torch.autograd.grad((output * weights).sum(), [tokens, *parameters], allow_unused=True)
-    return _Tried([output.detach(), *gradients], living_bytes, next(iter(routers[index].aside.values()), None))
+    return _Tried([output.detach(), *gradients], living_bytes, next(iter(controllers[index].aside.values()), None))
 
 
 @contextmanager
-def _in_training(block: nn.Module, column: Column) -> Iterator[list[Tensor]]:
+def _in_training(block: nn.Module, spec: ModelSpec) -> Iterator[list[Tensor]]:
     """`block` is in training mode, its parts too if there is dropout, and all its parameters ask for gradients."""
     parameters: list[Any] = list(block.parameters())
     frozen = [p for p in parameters if not p.requires_grad and p.is_floating_point() and not is_quantized(p)]
     for parameter in frozen:
         parameter.requires_grad_(True)
-    modules = list(block.modules()) if _has_dropout(block, column) else [block]
+    modules = list(block.modules()) if _has_dropout(block, spec) else [block]
     for module in modules:
         module.training = True
     checkpointing = block.__dict__.pop("gradient_checkpointing", None)  # its class says False then
@@ -171,9 +180,9 @@ def _in_training(block: nn.Module, column: Column) -> Iterator[list[Tensor]]:
             parameter.requires_grad_(False)
 
 
-def _has_dropout(block: nn.Module, column: Column) -> bool:
+def _has_dropout(block: nn.Module, spec: ModelSpec) -> bool:
     """Whether anything in the block drops numbers in training."""
     if any(isinstance(module, nn.Dropout) and module.p for module in block.modules()):
         return True
-    attention = block.get_submodule(column.attention)
+    attention = block.get_submodule(spec.attention)
     return any(read() > 0 for read in attention_dropouts(attention, attention)[0])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_bsr.backbones import (
-    Column,
+    ModelSpec,
     StockRun,
     excess,
     find_rule,
@@ -31,14 +31,14 @@ from peft_bsr.errors import UnsupportedModelError
 logger = logging.getLogger(__name__)
 
 
-def verify_queries(model: nn.Module, column: Column, index: int, path: QueryPath, stock: StockRun | None) -> QueryPath:
+def verify_queries(model: nn.Module, spec: ModelSpec, index: int, path: QueryPath, stock: StockRun | None) -> QueryPath:
     """Send the tokens of one block through the query path and compare with the block; the model is left as it was.
 
     Positions (rotary tables, relative biases) are taken out of the block for that, because queries have none.
 
     Args:
         model: The model, without adapters.
-        column: Its column.
+        spec: Its column.
         index: The block to try; all share their parts.
         path: The path asked for.
         stock: The probe's forward, if there is one; default: one more is run.
@@ -50,15 +50,15 @@ def verify_queries(model: nn.Module, column: Column, index: int, path: QueryPath
         UnsupportedModelError: If blocks cannot be read, with the reason.
     """
     name = type(model).__name__
-    block = model.get_submodule(column.blocks[index])
-    _check_parts(name, block, column)
+    block = model.get_submodule(spec.blocks[index])
+    _check_parts(name, block, spec)
     with quiet(model):
-        stock = stock or run_stock(model, column.blocks, probe_inputs(model, 1, column.image_shape))
+        stock = stock or run_stock(model, spec.blocks, probe_inputs(model, 1, spec.image_shape))
         (hidden_states, *others), kwargs, _ = stock.calls[index]
-        hidden = hidden_tokens(attention_mask(column, others, kwargs))
+        hidden = hidden_tokens(attention_mask(spec, others, kwargs))
         with no_zero_tables(block):
-            expected = _run_block(model, block, column, hidden_states, others, kwargs)
-            plain = _excess(QueryPath(column, absorbs=False), block, hidden_states, hidden, expected)
+            expected = _run_block(model, block, spec, hidden_states, others, kwargs)
+            plain = _excess(QueryPath(spec, absorbs=False), block, hidden_states, hidden, expected)
             if not plain <= 1:
                 raise UnsupportedModelError(
                     f"{name}: its blocks cannot be read by queries: a block's own tokens, sent as queries, come out "
@@ -68,10 +68,10 @@ def verify_queries(model: nn.Module, column: Column, index: int, path: QueryPath
                 )
             if not path.absorbs:
                 return path
-            if not all(_is_plain(module) for module in projections(block, column)[1:3]):
+            if not all(_is_plain(module) for module in projections(block, spec)[1:3]):
                 reason = "the projections are no plain Linear modules"
             else:
-                absorbed = _excess(QueryPath(column), block, hidden_states, hidden, expected)
+                absorbed = _excess(QueryPath(spec), block, hidden_states, hidden, expected)
                 if absorbed <= 1:
                     return path
                 reason = f"absorbed ones differ {absorbed:.0f} times the tolerance"
@@ -79,21 +79,21 @@ def verify_queries(model: nn.Module, column: Column, index: int, path: QueryPath
     return replace(path, absorbs=False)
 
 
-def _check_parts(name: str, block: nn.Module, column: Column) -> None:
-    if column.anatomy is None:
+def _check_parts(name: str, block: nn.Module, spec: ModelSpec) -> None:
+    if spec.block_spec is None:
         raise UnsupportedModelError(
             f"{name}: its blocks are something else than norm, attention, norm and MLP with two residuals, so queries "
             "cannot be sent through their parts. Use BSR, which takes blocks as they are."
         )
-    missing = [role for role, module in zip(ROLES, projections(block, column), strict=True) if module is None]
+    missing = [role for role, module in zip(ROLES, projections(block, spec), strict=True) if module is None]
     if missing:
-        attention = [leaf for leaf, role in zip(column.leaves, column.roles, strict=True) if "attention" in role]
+        attention = [leaf for role, leaf in spec.paths.items() if "attention" in role]
         raise UnsupportedModelError(
             f"{name}: queries need an attention with query, key, value and output projections of their own; no module "
             f"for {missing} was found among {attention} (one Linear for all three?). Use BSR instead."
         )
-    ask, key, value, _ = projections(block, column)
-    if not column.num_heads or not column.scaling or not (ask.out_features == key.out_features == value.out_features):
+    ask, key, value, _ = projections(block, spec)
+    if not spec.num_heads or not spec.scaling or not (ask.out_features == key.out_features == value.out_features):
         raise UnsupportedModelError(
             f"{name}: the number of heads and the scaling of its attention are not seen, or its queries, keys and "
             "values have different widths. Use `attn_implementation='sdpa'`, or BSR."
@@ -106,14 +106,14 @@ def _is_plain(module: Any) -> bool:
 
 
 def _run_block(
-    model: nn.Module, block: nn.Module, column: Column, hidden_states: Tensor, args: list[Any], kwargs: dict[str, Any]
+    model: nn.Module, block: nn.Module, spec: ModelSpec, hidden_states: Tensor, args: list[Any], kwargs: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
     """The stock attention's output and the stock block's, both [B, N, D], without positions."""
     seen: list[Tensor] = []
-    attention = block.get_submodule(column.anatomy.attention)  # type: ignore[union-attr]
+    attention = block.get_submodule(spec.block_spec.attention)  # type: ignore[union-attr]
     handle = attention.register_forward_hook(lambda _m, _a, output: seen.append(tensors_of(output)[0]))
     try:
-        with _without_positions(model, block, column):
+        with _without_positions(model, block, spec):
             output = tensors_of(block(hidden_states, *args, **kwargs))[0]
     finally:
         handle.remove()
@@ -132,9 +132,9 @@ def _excess(
 
 
 @contextmanager
-def _without_positions(model: nn.Module, block: nn.Module, column: Column) -> Iterator[None]:
+def _without_positions(model: nn.Module, block: nn.Module, spec: ModelSpec) -> Iterator[None]:
     """Attention inside gets tables that do not rotate, no relative biases, and masks of padding alone."""
-    attention = block.get_submodule(column.attention)
+    attention = block.get_submodule(spec.attention)
     names = input_names(attention)
 
     def strip(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

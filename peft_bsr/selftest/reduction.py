@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_bsr.backbones import (
-    Column,
+    ModelSpec,
     SdpaObserver,
     StockRun,
     explicit_attention,
@@ -25,17 +25,17 @@ from peft_bsr.backbones import (
     tolerance,
 )
 from peft_bsr.core import ForwardContext, mean_of_visible, token_scores, weights_to_scores
+from peft_bsr.engine.controller import BlockController
 from peft_bsr.engine.plan import Mode, Plan
 from peft_bsr.engine.record import record_routes
-from peft_bsr.engine.router import BlockRouter
-from peft_bsr.engine.runner import attach_router, detach_router
+from peft_bsr.engine.runner import attach_controller, detach_controller
 from peft_bsr.engine.watch import Watch
 from peft_bsr.errors import UnsupportedModelError
 
 
 def verify_plan(
     model: nn.Module,
-    column: Column,
+    spec: ModelSpec,
     plan: Plan,
     modes: tuple[Mode, ...] | None = None,
     stock: StockRun | None = None,
@@ -50,7 +50,7 @@ def verify_plan(
 
     Args:
         model: The model.
-        column: Its column.
+        spec: Its column.
         plan: The plan.
         modes: Modes to try for the third check, the first that passes is taken; default the plan's own.
         stock: The probe's forward, if there is one; default: one more is run.
@@ -65,16 +65,16 @@ def verify_plan(
     if not plan.reduces:
         return plan.with_reductions(modes[0])
     name = type(model).__name__
-    _check_reachable(model, column, name)
-    inputs = probe_inputs(model, 1, column.image_shape)
+    _check_reachable(model, spec, name)
+    inputs = probe_inputs(model, 1, spec.image_shape)
     with quiet(model):
-        stock = stock or run_stock(model, column.blocks, inputs)
-        _check_blocks(model, column, plan, stock)
+        stock = stock or run_stock(model, spec.blocks, inputs)
+        _check_blocks(model, spec, plan, stock)
         failures = []
         for mode in modes:
             candidate = plan.with_reductions(mode, **({"fuse": False} if mode == "full_view" else {}))
             may_shorten = len(modes) == 1  # who asks for compact mode wants shorter hidden states
-            failure = _try_reduced(model, column, candidate, inputs, stock.outputs, may_shorten)
+            failure = _try_reduced(model, spec, candidate, inputs, stock.outputs, may_shorten)
             if failure is None:
                 return candidate
             failures.append(f"in mode {mode!r}, {failure}")
@@ -82,14 +82,14 @@ def verify_plan(
     raise UnsupportedModelError(f"{name}: {'; '.join(failures)}. Use {instead}.")
 
 
-def _check_reachable(model: nn.Module, column: Column, name: str) -> None:
-    if column.scores_from is None:
+def _check_reachable(model: nn.Module, spec: ModelSpec, name: str) -> None:
+    if spec.scores_from is None:
         raise UnsupportedModelError(
             f"{name}: its attention is not looked up in transformers' AttentionInterface, does not call torch's "
             "scaled_dot_product_attention and does not return its weights, so the tokens' scores cannot be had. Use "
             "`keep_rate=1.0`, `attn_implementation='sdpa'`, or a newer transformers."
         )
-    for block in column.blocks:
+    for block in spec.blocks:
         if "forward" in vars(model.get_submodule(block)):
             raise UnsupportedModelError(
                 f"{name}: another library replaced the `forward` of {block!r} (accelerate does, for a device map over "
@@ -98,7 +98,7 @@ def _check_reachable(model: nn.Module, column: Column, name: str) -> None:
             )
 
 
-def _check_blocks(model: nn.Module, column: Column, plan: Plan, stock: StockRun) -> None:
+def _check_blocks(model: nn.Module, spec: ModelSpec, plan: Plan, stock: StockRun) -> None:
     """Identity with all tokens kept, and true scores, block by block on what the stock model called it with."""
     name = type(model).__name__
     keep_all = plan.with_reductions(keep_rate=1.0)
@@ -106,15 +106,15 @@ def _check_blocks(model: nn.Module, column: Column, plan: Plan, stock: StockRun)
         reduction = plan.blocks[index].reduction
         if reduction is None:
             continue
-        block = model.get_submodule(column.blocks[index])
-        with routed(model, column, keep_all, start_at=index, like=args[0]):
+        block = model.get_submodule(spec.blocks[index])
+        with controlled(model, spec, keep_all, start_at=index, like=args[0]):
             found = tensors_of(block(*args, **kwargs))
         if not all(torch.equal(a, b) for a, b in zip(found, tensors_of(expected), strict=True)):
             raise UnsupportedModelError(
                 f"{name}: its blocks compute something else than norm, attention, norm and MLP with two residuals, so "
                 "tokens cannot be reduced inside them. Use `reduce_at='after_block'` or `keep_rate=1.0`."
             )
-        error = _score_error(model, column, index, reduction.score, args, kwargs)
+        error = _score_error(model, spec, index, reduction.score, args, kwargs)
         if not error <= tolerance(args[0].dtype):
             raise UnsupportedModelError(
                 f"{name}: the token scores of block {index} differ by {error:.1e} from an explicit softmax. Use "
@@ -123,11 +123,11 @@ def _check_blocks(model: nn.Module, column: Column, plan: Plan, stock: StockRun)
 
 
 def _score_error(
-    model: nn.Module, column: Column, index: int, kind: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    model: nn.Module, spec: ModelSpec, index: int, kind: str, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> float:
     """How far the scores, and the attention's output, lie from an explicit softmax, relative to their maxima."""
-    block = model.get_submodule(column.blocks[index])
-    attention = block.get_submodule(column.attention)
+    block = model.get_submodule(spec.blocks[index])
+    attention = block.get_submodule(spec.attention)
     errors: list[float] = []
 
     def observe(query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: Any, output: Tensor) -> None:
@@ -141,9 +141,9 @@ def _score_error(
             expected = explicit_attention(mean, key, value, scaling, row_mask)[0][:, :, 0].mean(dim=1)
         errors.append(relative_error(token_scores(kind, query, key, scaling, mask).float(), expected))
 
-    if column.scores_from == "weights":
+    if spec.scores_from == "weights":
         return 0.0  # the scores are rows of what the attention itself returns
-    context = observed_interface(attention, observe) if column.scores_from == "interface" else SdpaObserver(observe)
+    context = observed_interface(attention, observe) if spec.scores_from == "interface" else SdpaObserver(observe)
     with context:
         block(*args, **kwargs)
     return max(errors)
@@ -151,27 +151,27 @@ def _score_error(
 
 def _try_reduced(
     model: nn.Module,
-    column: Column,
+    spec: ModelSpec,
     plan: Plan,
     inputs: dict[str, Tensor],
     stock: list[Tensor],
     may_shorten: bool,
 ) -> str | None:
     """What goes wrong in the reduced forward, or None."""
-    if plan.token_counts(column.num_tokens, column.num_special)[-1][1] == column.num_tokens:
+    if plan.token_counts(spec.num_tokens, spec.num_special)[-1][1] == spec.num_tokens:
         plan = plan.with_reductions(keep_rate=0.5)  # the rate keeps all of these few tokens; larger images lose some
-    if plan.mode == "compact" and not column.is_chained:
+    if plan.mode == "compact" and not spec.is_chained:
         return "something changes the tokens between two blocks, which it does to the whole sequence"
-    with routed(model, column, plan), record_routes(model) as routes:
+    with controlled(model, spec, plan), record_routes(model) as routes:
         try:
             reduced = tensors_of(run_probe(model, inputs))
             shuffled = reduced
-            if plan.mode == "compact" and column.reads_patches:
-                with _reversed(model, column, plan):
+            if plan.mode == "compact" and spec.reads_patches:
+                with _reversed(model, spec, plan):
                     shuffled = tensors_of(run_probe(model, inputs))
         except (RuntimeError, ValueError, IndexError, TypeError, NotImplementedError) as error:
             return f"what follows the blocks does not run on fewer tokens ({error}); it probably needs the whole grid"
-    counts = plan.token_counts(column.num_tokens, column.num_special)
+    counts = plan.token_counts(spec.num_tokens, spec.num_special)
     after = [*(attention for attention, _ in counts[1:]), None]
     found = {index: route.num_tokens for index, route in routes}
     # the reversed forward's routes overwrite those of the first, which are as long
@@ -180,7 +180,7 @@ def _try_reduced(
         return f"planned token counts {counts}, found {found}"
     changed = [(a.shape, b.shape) for a, b in zip(stock, reduced, strict=True) if a.shape != b.shape]
     if may_shorten:
-        changed = [(a, b) for a, b in changed if len(a) != 3 or a[1] not in (column.num_tokens, column.num_patches)]
+        changed = [(a, b) for a, b in changed if len(a) != 3 or a[1] not in (spec.num_tokens, spec.num_patches)]
     if changed:
         before, after_it = (tuple(shape) for shape in changed[0])
         return f"reducing tokens changes the shape of an output from {before} to {after_it}"
@@ -192,20 +192,20 @@ def _try_reduced(
 
 
 @contextmanager
-def _reversed(model: nn.Module, column: Column, plan: Plan) -> Iterator[None]:
+def _reversed(model: nn.Module, spec: ModelSpec, plan: Plan) -> Iterator[None]:
     """Reverse the order of the tokens that the first reduction leaves."""
     first = next(i for i, block in enumerate(plan.blocks) if block.reduction is not None)
 
     def reverse(block: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         tokens, *others = output if isinstance(output, tuple) else (output,)
         call = kwargs["block_call"]
-        end = column.num_prefix + call.origins.shape[1]
+        end = spec.num_prefix + call.origins.shape[1]
         call.origins = call.origins.flip(1)
-        prefix, alive, suffix = tokens[:, : column.num_prefix], tokens[:, column.num_prefix : end], tokens[:, end:]
+        prefix, alive, suffix = tokens[:, : spec.num_prefix], tokens[:, spec.num_prefix : end], tokens[:, end:]
         tokens = torch.cat([prefix, alive.flip(1), suffix], dim=1)
         return (tokens, *others) if isinstance(output, tuple) else tokens
 
-    block = model.get_submodule(column.blocks[first])
+    block = model.get_submodule(spec.blocks[first])
     handle = block.register_forward_hook(reverse, prepend=True, with_kwargs=True)
     try:
         yield
@@ -214,39 +214,39 @@ def _reversed(model: nn.Module, column: Column, plan: Plan) -> Iterator[None]:
 
 
 @contextmanager
-def routed(
+def controlled(
     model: nn.Module,
-    column: Column,
+    spec: ModelSpec,
     plan: Plan,
     start_at: int = 0,
     like: Tensor | None = None,
-    router_cls: type[BlockRouter] = BlockRouter,
-) -> Iterator[list[BlockRouter]]:
-    """Attach routers for a while.
+    controller_cls: type[BlockController] = BlockController,
+) -> Iterator[list[BlockController]]:
+    """Attach controllers for a while.
 
     Args:
         model: The model.
-        column: Its column.
-        plan: What the routers follow.
+        spec: Its column.
+        plan: What the controllers follow.
         start_at: A block that will be called on its own.
         like: Its hidden states [B, N, D].
-        router_cls: Class of the routers.
+        controller_cls: Class of the controllers.
 
     Yields:
-        The routers, which do not warn of halves that step aside.
+        The controllers, which do not warn of halves that step aside.
     """
     context, rule = ForwardContext(), find_rule(model)
     now = context.now
     now.has_warned = True
-    routers = [router_cls(i, column, context, rule, plan) for i in range(column.depth)]
-    for router in routers:
-        attach_router(model, router)
+    controllers = [controller_cls(i, spec, context, rule, plan) for i in range(spec.depth)]
+    for controller in controllers:
+        attach_controller(model, controller)
     if like is not None:
         now.outside = Watch([nn.Identity()])  # as in a model that looks at what its head reads alone
         now.open(now.outside.root)
-        now.route = routers[start_at].start_route(like)
+        now.route = controllers[start_at].start_route(like)
     try:
-        yield routers
+        yield controllers
     finally:
-        for router in routers:
-            detach_router(model, router)
+        for controller in controllers:
+            detach_controller(model, controller)

@@ -196,7 +196,7 @@ class CacheFiles:
             )
         return {name: torch.from_numpy(row)[0].view(getattr(torch, self.fields[name][0])) for name, row in rows.items()}
 
-    def column(self, name: str) -> list[Any]:
+    def spec(self, name: str) -> list[Any]:
         """One field of all rows that are done, unchecked."""
         values: list[Any] = self._maps[name][: self.num_done].tolist()
         return values

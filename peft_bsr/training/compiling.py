@@ -11,8 +11,8 @@ from torch import nn
 from peft_bsr.backbones import tensors_of
 from peft_bsr.engine import Compiler, warn_of_budget
 from peft_bsr.errors import AdapterError
-from peft_bsr.training.rehearsal import rehearsal
-from peft_bsr.tuners.base.layer import find_routers
+from peft_bsr.training.side_effect_free import side_effect_free
+from peft_bsr.tuners.base.layer import find_controllers
 
 _WITH_CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
 
@@ -54,21 +54,21 @@ def compile(
         >>> model = get_peft_model(vit, BSRConfig())  # doctest: +SKIP
         >>> peft_bsr.compile(model, inputs={"pixel_values": images, "labels": labels})  # doctest: +SKIP
     """
-    routers = find_routers(model)
-    if not routers:
+    controllers = find_controllers(model)
+    if not controllers:
         raise AdapterError(
             f"{type(model).__name__} has no adapter of peft_bsr. Call get_peft_model(model, BSRConfig()), or compile "
             "it with torch.compile."
         )
-    is_dynamic = any(router.is_dynamic for router in routers)
+    is_dynamic = any(controller.is_dynamic for controller in controllers)
     if is_dynamic:
-        _check_halves(routers, mode)
+        _check_halves(controllers, mode)
     warn_of_budget(model)
     if inputs is not None:
         _run(model, inputs)  # what only a first forward does (transformers: `problem_type`) would compile twice
     if is_dynamic:
-        for router in routers:
-            router.compile_halves(Compiler(mode, backend))
+        for controller in controllers:
+            controller.compile_halves(Compiler(mode, backend))
     else:
         model.compile(mode=mode, backend=backend, fullgraph=True)
     if inputs is not None:
@@ -76,17 +76,17 @@ def compile(
     return model
 
 
-def _check_halves(routers: list[Any], mode: str | None) -> None:
+def _check_halves(controllers: list[Any], mode: str | None) -> None:
     """Refuse what cannot be compiled half by half."""
     if mode in _WITH_CUDA_GRAPHS:
         raise AdapterError(
             f"`mode={mode!r}` records CUDA graphs, each for one sequence length, but ALaST's lengths change from step "
             'to step. Use `mode=None` or "max-autotune-no-cudagraphs".'
         )
-    for router in routers:
-        if (reason := router.halves_obstacle()) is not None:
+    for controller in controllers:
+        if (reason := controller.halves_obstacle()) is not None:
             raise AdapterError(
-                f"block {router.index} cannot be compiled half by half, as ALaST needs it: {reason}. Train without "
+                f"block {controller.index} cannot be compiled half by half, as ALaST needs it: {reason}. Train without "
                 "compiling; torch.compile(model) pays for evaluation alone."
             )
 
@@ -97,7 +97,7 @@ def _run(model: nn.Module, inputs: Mapping[str, Any]) -> None:
         with torch.no_grad():
             model(**inputs)
         return
-    with rehearsal(model):
+    with side_effect_free(model):
         outputs = model(**inputs)
         loss = getattr(outputs, "loss", None)
         (tensors_of(outputs)[0].float().mean() if loss is None else loss).backward()

@@ -21,10 +21,10 @@ from peft_bsr.backbones import in_mode, main_input, relative_error, tensors_of, 
 from peft_bsr.engine import run_from, run_until
 from peft_bsr.errors import FeatureCacheError
 from peft_bsr.training.cache_files import CacheFiles, num_bytes
+from peft_bsr.training.cache_point import CachePoint
 from peft_bsr.training.cache_samples import Samples
-from peft_bsr.training.cached_place import CachedPlace
 from peft_bsr.training.random_draws import drawn_before
-from peft_bsr.tuners.base.layer import find_routers
+from peft_bsr.tuners.base.layer import find_controllers
 
 _TOKENS, _ORIGINS, _DIGEST = "cached_tokens", "cached_origins", "digest"
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -104,7 +104,7 @@ class FeatureCache(Dataset):
                 f"`dtype={dtype!r}` and {len(dataset)} samples: tokens are kept as bfloat16, float16 or float32, and "
                 "there must be samples to keep."
             )
-        place = CachedPlace(model)
+        place = CachePoint(model)
         samples = Samples(dataset, collate, main_input(model), batch_size, num_workers, progress)
         samples.check_steady()
         pair = samples.take(samples.spread(2))
@@ -173,7 +173,7 @@ class FeatureCache(Dataset):
             FeatureCacheError: If it is another model's cache, the model draws at random in training what the cache has
                 frozen, or a batch comes while another adapter is active.
         """
-        place = CachedPlace(model)
+        place = CachePoint(model)
         _check_key(self.files, place.key())
         if not self.freeze_random:
             row = {n: value[None] for n, value in self[0].items() if n not in (_TOKENS, _ORIGINS)}
@@ -186,11 +186,11 @@ class FeatureCache(Dataset):
         def begin(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
             if _TOKENS not in kwargs:
                 return None
-            if find_routers(model)[0].plan is not place.plan:
+            if find_controllers(model)[0].plan is not place.plan:
                 raise FeatureCacheError("a batch of cached tokens came while another adapter is active, or none.")
             kwargs = dict(kwargs)
             tokens, origins = kwargs.pop(_TOKENS), kwargs.pop(_ORIGINS, None)
-            running.enter_context(run_from(model, place.entry(tokens, origins, lengths)))
+            running.enter_context(run_from(model, place.resume_point(tokens, origins, lengths)))
             weight = next(p for p in model.parameters() if p.is_floating_point())
             image = torch.zeros(1, *self.files.key["image"], device=tokens.device, dtype=weight.dtype)
             return args, {main_input(model): image, **kwargs}
@@ -210,13 +210,13 @@ def _rows(
     model: nn.Module, index: int, batch: dict[str, Any], samples: Samples, dtype: torch.dtype
 ) -> tuple[dict[str, Tensor], tuple[int, ...]]:
     """What is kept of a batch, and how many of the tokens are each layer's."""
-    entry = run_until(model, index, _to_model(batch, model))
-    assert entry.tokens is not None, "a forward that stops leaves its tokens"
+    resume_point = run_until(model, index, _to_model(batch, model))
+    assert resume_point.tokens is not None, "a forward that stops leaves its tokens"
     rows = {n: value for n, value in batch.items() if n != samples.name and isinstance(value, Tensor)}
-    rows |= {_TOKENS: entry.tokens.to(dtype), _DIGEST: torch.tensor(samples.digests(batch))}
-    if entry.origins is not None:
-        rows[_ORIGINS] = entry.origins.to(torch.int32)
-    return {n: value.cpu() for n, value in rows.items()}, entry.lengths
+    rows |= {_TOKENS: resume_point.tokens.to(dtype), _DIGEST: torch.tensor(samples.digests(batch))}
+    if resume_point.origins is not None:
+        rows[_ORIGINS] = resume_point.origins.to(torch.int32)
+    return {n: value.cpu() for n, value in rows.items()}, resume_point.lengths
 
 
 def _check_draws(model: nn.Module, index: int, batch: dict[str, Any]) -> None:
@@ -249,7 +249,7 @@ def _check_replay(model: nn.Module, index: int, batch: dict[str, Any], name: str
 def _check_same(files: CacheFiles, key: dict[str, Any], samples: Samples, check_all: bool) -> None:
     """Compare what the rows belong to, and the samples that are done."""
     _check_key(files, key)
-    done = files.column(_DIGEST)
+    done = files.spec(_DIGEST)
     picked: Sequence[int] = range(len(done)) if check_all else samples.spread(_SOME, len(done))
     indices = iter(picked)
     for batch in samples.batches(picked, "Checking the samples"):

@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import nn
 
-from peft_bsr.backbones import Column, probe_column
+from peft_bsr.backbones import ModelSpec, probe_model
 from peft_bsr.errors import ConfigError
-from peft_bsr.training.units import find_units
-from peft_bsr.tuners.base.layer import find_routers
+from peft_bsr.training.trainable_groups import find_trainable_groups
+from peft_bsr.tuners.base.layer import find_controllers
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -21,8 +21,10 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     Args:
         model: With or without an adapter.
     """
-    if find_routers(model):
-        return {name: parameter for unit in find_units(model) for name, parameter in unit.parameters.items()}
+    if find_controllers(model):
+        return {
+            name: parameter for group in find_trainable_groups(model) for name, parameter in group.parameters.items()
+        }
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
@@ -73,10 +75,10 @@ def param_groups(
     parameters = trained_parameters(model)
     if not parameters:
         raise ConfigError(f"{type(model).__name__}: no parameter asks for gradients, so there is nothing to group.")
-    column = None if layer_decay is None and head_lr is None else _column_of(model)
+    spec = None if layer_decay is None and head_lr is None else _spec_of(model)
     found: dict[tuple[int, float], dict[str, Any]] = {}
     for name, parameter in parameters.items():
-        below_head = 0 if column is None else _layers_below_head(name, column)
+        below_head = 0 if spec is None else _layers_below_head(name, spec)
         rate = learning_rate * (layer_decay or 1.0) ** below_head
         if head_lr is not None and below_head == 0:
             rate = head_lr
@@ -99,23 +101,23 @@ def _check(learning_rate: float, layer_decay: float | None, head_lr: float | Non
         raise ConfigError.from_problems("param_groups", problems)
 
 
-def _column_of(model: nn.Module) -> Column:
-    routers = find_routers(model)
-    if routers:
-        column: Column = routers[0].column
-        return column
+def _spec_of(model: nn.Module) -> ModelSpec:
+    controllers = find_controllers(model)
+    if controllers:
+        spec: ModelSpec = controllers[0].spec
+        return spec
     base: Any = getattr(model, "get_base_model", lambda: model)()
-    return probe_column(base)
+    return probe_model(base)
 
 
-def _layers_below_head(name: str, column: Column) -> int:
+def _layers_below_head(name: str, spec: ModelSpec) -> int:
     """0 for what comes after the blocks, 1 for the last block, L for the first, L + 1 for what comes before them."""
     inside = f".{name}"
-    for index, block in enumerate(column.blocks):
+    for index, block in enumerate(spec.blocks):
         if f".{block}." in inside:
-            return column.depth - index
-    is_head = any(f".{module}." in inside for module in (*column.head, *column.unread))
-    return 0 if is_head else column.depth + 1
+            return spec.depth - index
+    is_head = any(f".{module}." in inside for module in (*spec.head, *spec.unread))
+    return 0 if is_head else spec.depth + 1
 
 
 __all__ = ["param_groups", "trained_parameters"]

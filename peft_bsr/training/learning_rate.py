@@ -21,7 +21,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from peft_bsr.errors import ConfigError
 from peft_bsr.training.defaults import WARMUP_SHARE
 from peft_bsr.training.groups import trained_parameters
-from peft_bsr.training.rehearsal import rehearsal
+from peft_bsr.training.side_effect_free import side_effect_free
 from peft_bsr.tuners import method_of
 
 FACTORS = (0.1, 10**-0.5, 1.0, 10**0.5, 10.0)
@@ -174,7 +174,7 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     own: dict[str, Any] = {name: vars(model)[name] for name in _FORWARDS if name in vars(model)}
     states = random.getstate(), np.random.get_state()
     with ExitStack() as stack:
-        stack.enter_context(rehearsal(model))
+        stack.enter_context(side_effect_free(model))
         if torch.backends.mps.is_available():
             stack.callback(torch.mps.set_rng_state, torch.mps.get_rng_state())
         try:

@@ -14,9 +14,9 @@ from peft_bsr.backbones import probe_inputs
 from peft_bsr.compat.torch_api import tree_leaves, tree_map_only
 from peft_bsr.engine import saved_by_module
 from peft_bsr.errors import TrainabilityError
-from peft_bsr.training.rehearsal import Owners, owners_of, rehearsal, would_change
-from peft_bsr.training.units import Unit, find_units, of_adapters
-from peft_bsr.tuners.base.layer import find_routers
+from peft_bsr.training.side_effect_free import Owners, owners_of, side_effect_free, would_change
+from peft_bsr.training.trainable_groups import TrainableGroup, find_trainable_groups, of_adapters
+from peft_bsr.tuners.base.layer import find_controllers
 
 _NAMED = 4  # of the tensors that share a problem
 
@@ -56,20 +56,20 @@ def verify_trainability(
         >>> verify_trainability(model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]))
     """
     model = extract_model_from_parallel(model)
-    units, owners = find_units(model), {} if optimizer is None else owners_of(optimizer)
+    groups, owners = find_trainable_groups(model), {} if optimizer is None else owners_of(optimizer)
     # eager: another batch size would compile anew
-    with rehearsal(model), torch.compiler.set_stance("force_eager"):
+    with side_effect_free(model), torch.compiler.set_stance("force_eager"):
         batch = _own_batch(model) if batch is None else _moved(model, batch)
         problems, saved = [], {}
         try:
             saved = saved_by_module(model, lambda: _step(model, batch))
         except _NoGraphError as error:
             problems.append(str(error))
-        plan = find_routers(model)[0].plan
-        trained = [u for u in units if u.block is None or not _rests(model, u.block)]
+        plan = find_controllers(model)[0].plan
+        trained = [u for u in groups if u.block is None or not _rests(model, u.block)]
         problems += _check_trained(trained, owners if optimizer is not None else None, not problems)
         if optimizer is not None:
-            names = {n: p for unit in units for n, p in unit.parameters.items() if id(p) not in owners}
+            names = {n: p for group in groups for n, p in group.parameters.items() if id(p) not in owners}
             problems += _problem(names, "are meant to train, but the optimizer does not hold them", _REMAKE)
         problems += _check_frozen(model, owners)
         if plan is not None:
@@ -112,12 +112,12 @@ _UNFREEZE = "They were frozen behind our back, or loaded for use: load with `is_
 
 
 def _own_batch(model: nn.Module) -> dict[str, Any]:
-    router = find_routers(model)[0]
+    controller = find_controllers(model)[0]
     base: Any = getattr(model, "get_base_model", lambda: model)()
-    settings = getattr(router, "task_settings", None)
+    settings = getattr(controller, "task_settings", None)
     num_tasks = 1 if settings is None else len(settings.tasks)
     size = max(2, num_tasks)
-    batch: dict[str, Any] = dict(probe_inputs(base, size, router.column.image_shape))
+    batch: dict[str, Any] = dict(probe_inputs(base, size, controller.spec.image_shape))
     return batch if settings is None else {**batch, "task_ids": [i % num_tasks for i in range(size)]}
 
 
@@ -128,7 +128,7 @@ def _moved(model: nn.Module, batch: Mapping[str, Any]) -> Any:
             f"`batch` holds no images: {sorted(batch)} with {[tuple(t.shape) for t in tensors]}. Give a mapping of the "
             "model's keywords, such as `next(iter(loader))`, or leave it None."
         )
-    device = next(p.device for unit in find_units(model) for p in unit.parameters.values())
+    device = next(p.device for group in find_trainable_groups(model) for p in group.parameters.values())
     return tree_map_only(Tensor, lambda tensor: tensor.to(device), dict(batch))
 
 
@@ -154,19 +154,19 @@ def _step(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
 
 def _rests(model: nn.Module, block: int) -> bool:
     """Whether the running step's draw leaves the block out."""
-    router = find_routers(model)[0]
-    return router.is_dynamic and router.plan is not None and block not in router.plan.trained_blocks
+    controller = find_controllers(model)[0]
+    return controller.is_dynamic and controller.plan is not None and block not in controller.plan.trained_blocks
 
 
-def _check_trained(units: list[Unit], owners: Owners | None, has_stepped: bool) -> list[str]:
+def _check_trained(groups: list[TrainableGroup], owners: Owners | None, has_stepped: bool) -> list[str]:
     """What asks for no gradient, gets none, or would not change."""
-    tensors = {name: p for unit in units for name, p in unit.parameters.items()}
+    tensors = {name: p for group in groups for name, p in group.parameters.items()}
     asking = {name: p for name, p in tensors.items() if p.requires_grad}
     problems = _problem(tensors.keys() - asking.keys(), "are meant to train, but have `requires_grad=False`", _UNFREEZE)
     if not has_stepped:
         return problems
     read = {
-        n for u in units if u.is_named and any(p.grad is not None for p in u.parameters.values()) for n in u.parameters
+        n for u in groups if u.is_named and any(p.grad is not None for p in u.parameters.values()) for n in u.parameters
     }
     left_out = {name for name, p in asking.items() if p.grad is None}
     problems += _problem(
@@ -175,15 +175,15 @@ def _check_trained(units: list[Unit], owners: Owners | None, has_stepped: bool) 
     broken = {n for n, p in asking.items() if p.grad is not None and not bool(p.grad.isfinite().all())}
     problems += _problem(broken, "get a gradient that is NaN or infinite", "Look at the batch and the weights")
     usable = asking.keys() - left_out - broken
-    given = [{n: p for n, p in u.parameters.items() if n in usable} for u in units if usable & u.parameters.keys()]
-    zero = [unit for unit in given if not any(bool(_gradient(p).any()) for p in unit.values())]
-    if not _hides_gradients(units):
-        names = {name for unit in zero for name in unit}
+    given = [{n: p for n, p in u.parameters.items() if n in usable} for u in groups if usable & u.parameters.keys()]
+    zero = [group for group in given if not any(bool(_gradient(p).any()) for p in group.values())]
+    if not _hides_gradients(groups):
+        names = {name for group in zero for name in group}
         problems += _problem(names, "get a gradient of zeros alone", "The loss does not depend on them")
     still: set[str] = set()
-    for unit in given:
-        held = {name: p for name, p in unit.items() if id(p) in (owners or ())}
-        if held and unit not in zero and not any(would_change(p, _gradient(p), owners or {}) for p in held.values()):
+    for group in given:
+        held = {name: p for name, p in group.items() if id(p) in (owners or ())}
+        if held and group not in zero and not any(would_change(p, _gradient(p), owners or {}) for p in held.values()):
             still |= held.keys()
     return problems + _problem(still, "are not changed by the optimizer's step", "Its learning rate is 0 or too small")
 
@@ -193,9 +193,9 @@ def _gradient(parameter: nn.Parameter) -> Tensor:
     return parameter.grad
 
 
-def _hides_gradients(units: list[Unit]) -> bool:
+def _hides_gradients(groups: list[TrainableGroup]) -> bool:
     """Whether a classifier that begins at zero (timm's do) hides everything before it in the first step."""
-    behind = [p for unit in units if unit.block is None for p in unit.parameters.values()]
+    behind = [p for group in groups if group.block is None for p in group.parameters.values()]
     return any(p.ndim == 2 and not bool(p.any()) for p in behind)
 
 
@@ -214,14 +214,14 @@ def _check_frozen(model: nn.Module, owners: Owners) -> list[str]:
 
 def _check_leading(model: nn.Module, saved: Mapping[str, int]) -> list[str]:
     """Blocks that lie outside of the graph in the plan keep nothing for backward."""
-    router = find_routers(model)[0]
-    if not router.builds_graph:  # blocks run under no_grad, and what queries read of them is saved on their modules
+    controller = find_controllers(model)[0]
+    if not controller.builds_graph:  # blocks run under no_grad, and what queries read of them is saved on their modules
         return []
-    sizes = {b: sum(size for n, size in saved.items() if f".{b}." in f".{n}.") for b in router.column.blocks}
+    sizes = {b: sum(size for n, size in saved.items() if f".{b}." in f".{n}.") for b in controller.spec.blocks}
     return _problem(
         [
             f"{b} ({sizes[b]} bytes)"
-            for b, p in zip(sizes, router.plan.blocks, strict=True)
+            for b, p in zip(sizes, controller.plan.blocks, strict=True)
             if sizes[b] and not p.in_graph
         ],
         "lie outside of the graph in the plan, but keep activations for backward",

@@ -11,10 +11,10 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from peft_bsr.backbones import in_mode, probe_column
+from peft_bsr.backbones import in_mode, probe_model
 from peft_bsr.engine import BlockScores, record_scores
 from peft_bsr.errors import InputError, UnsupportedModelError
-from peft_bsr.tuners.base.layer import find_routers
+from peft_bsr.tuners.base.layer import find_controllers
 
 _COLUMNS = 7  # pictures side by side at most; a ViT-B's input and 12 blocks fill two lines
 
@@ -47,9 +47,9 @@ def draw_attention(model: nn.Module, pixel_values: Tensor, image: np.ndarray, pa
     if not found:
         raise UnsupportedModelError(f"the attention of {type(model).__name__} does not show its weights or queries.")
     lines = -(-(len(found) + 1) // _COLUMNS)
-    columns = -(-(len(found) + 1) // lines)
-    figure = Figure(figsize=(1.6 * columns, 1.8 * lines), layout="constrained")
-    axes = figure.subplots(lines, columns, squeeze=False).flatten()
+    specs = -(-(len(found) + 1) // lines)
+    figure = Figure(figsize=(1.6 * specs, 1.8 * lines), layout="constrained")
+    axes = figure.subplots(lines, specs, squeeze=False).flatten()
     axes[0].imshow(image, cmap="gray", vmin=0, vmax=1)
     axes[0].set_title("input", fontsize=8)
     palette = colormaps["magma"].with_extremes(bad="0.75")
@@ -68,9 +68,9 @@ def draw_attention(model: nn.Module, pixel_values: Tensor, image: np.ndarray, pa
 
 def _scores(model: Any, pixel_values: Tensor) -> list[BlockScores]:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    routers = find_routers(model)
-    column = routers[0].column if routers else probe_column(base)
-    with in_mode(False, model), torch.no_grad(), record_scores(base, column) as found:
+    controllers = find_controllers(model)
+    spec = controllers[0].spec if controllers else probe_model(base)
+    with in_mode(False, model), torch.no_grad(), record_scores(base, spec) as found:
         model(pixel_values=pixel_values)
     return found
 

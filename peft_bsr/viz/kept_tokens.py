@@ -19,7 +19,7 @@ from peft_bsr.backbones import in_mode
 from peft_bsr.core import Route
 from peft_bsr.engine import BlockScores, record_routes, record_scores
 from peft_bsr.errors import AdapterError
-from peft_bsr.tuners.base.layer import find_routers
+from peft_bsr.tuners.base.layer import find_controllers
 from peft_bsr.viz.fonts import families_for
 
 _VEIL = np.array([0.30, 0.42, 0.62])  # a blue that neither black nor white backgrounds have
@@ -62,14 +62,14 @@ def kept_token_pictures(model: nn.Module, pixel_values: Tensor, images: np.ndarr
     """
     wrapped: Any = model
     base = wrapped.get_base_model() if hasattr(model, "get_base_model") else model
-    routers = find_routers(model)
-    plan = routers[0].plan if routers else None
+    controllers = find_controllers(model)
+    plan = controllers[0].plan if controllers else None
     reductions = {} if plan is None else {i: b.reduction for i, b in enumerate(plan.blocks) if b.reduction}
     with in_mode(False, model), torch.no_grad(), record_routes(model) as routes, ExitStack() as watching:
         scores: list[BlockScores] = []
         if reductions:
             kind = next(iter(reductions.values())).score  # a plan ranks by one
-            scores = watching.enter_context(record_scores(base, routers[0].column, kind))
+            scores = watching.enter_context(record_scores(base, controllers[0].spec, kind))
         model(pixel_values=pixel_values)
     if not routes:
         raise AdapterError("the model dropped no tokens: its adapter keeps all of them in evaluation, or is disabled.")
@@ -165,6 +165,6 @@ def _veil(image: np.ndarray, alive: np.ndarray) -> np.ndarray:
     rows = round((alive.size * height / width) ** 0.5)
     grid = alive.reshape(rows, -1)
     # nearest patch of every pixel: the image need not be a multiple of the patch
-    row_of, column_of = (np.arange(n) * k // n for n, k in zip((height, width), grid.shape, strict=True))
-    is_alive = grid[row_of][:, column_of][..., None]
+    row_of, spec_of = (np.arange(n) * k // n for n, k in zip((height, width), grid.shape, strict=True))
+    is_alive = grid[row_of][:, spec_of][..., None]
     return np.where(is_alive, image, (1 - _OPACITY) * image + _OPACITY * _VEIL)

@@ -10,11 +10,11 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from peft_bsr.backbones import probe_column
+from peft_bsr.backbones import probe_model
 from peft_bsr.cost import saved_by_module
 from peft_bsr.errors import InputError
-from peft_bsr.training.rehearsal import rehearsal
-from peft_bsr.tuners.base.layer import ROOT, find_routers
+from peft_bsr.training.side_effect_free import side_effect_free
+from peft_bsr.tuners.base.layer import ROOT, find_controllers
 
 
 def saved_by_block(model: Any, batch: Mapping[str, Tensor]) -> dict[str, float]:
@@ -27,14 +27,14 @@ def saved_by_block(model: Any, batch: Mapping[str, Tensor]) -> dict[str, float]:
     Returns:
         `"embeddings"`, `"0"`, `"1"`, ..., `"head"` -> bytes, in the order of the forward.
     """
-    routers = find_routers(model)
+    controllers = find_controllers(model)
     is_wrapped = hasattr(model, "get_base_model")
-    column = routers[0].column if routers else probe_column(model.get_base_model() if is_wrapped else model)
-    blocks = [f"{ROOT if is_wrapped else ''}{name}." for name in column.blocks]
-    with rehearsal(model):
+    spec = controllers[0].spec if controllers else probe_model(model.get_base_model() if is_wrapped else model)
+    blocks = [f"{ROOT if is_wrapped else ''}{name}." for name in spec.blocks]
+    with side_effect_free(model):
         saved = saved_by_module(model, lambda: model(**batch).loss)
     images = len(next(iter(batch.values())))
-    parts = dict.fromkeys(["embeddings", *map(str, range(column.depth)), "head"], 0.0)
+    parts = dict.fromkeys(["embeddings", *map(str, range(spec.depth)), "head"], 0.0)
     part = "embeddings"
     for name, count in saved.items():
         index = next((i for i, block in enumerate(blocks) if f"{name}.".startswith(block)), None)

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 import peft_bsr
-from peft_bsr import BSRConfig, UnsupportedModelError, probe_column, verify_trainability
+from peft_bsr import BSRConfig, UnsupportedModelError, probe_model, verify_trainability
 from peft_bsr.cost import estimate
 from tests.conftest import SIZES
 
@@ -62,7 +62,7 @@ def test_a_dense_head_trains_with_the_blocks_asked_for(name):
     torch.manual_seed(0)
     model = get_peft_model(HEADS[name](), BSRConfig(trainable_blocks=[0, 2], reduction_blocks=[1]))
     assert model.base_model.plan().mode == "full_view"
-    assert model.base_model.column.reads_patches
+    assert model.base_model.spec.reads_patches
     verify_trainability(model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]))
 
 
@@ -110,4 +110,4 @@ def test_a_module_of_ones_own_is_told_where_to_attach(images):
 def test_an_outer_size_does_not_count():
     model = HEADS["dpt"]()
     model.config.image_size, model.config.num_hidden_layers = 999, 99
-    assert probe_column(model).depth == 24
+    assert probe_model(model).depth == 24

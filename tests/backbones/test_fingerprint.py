@@ -9,7 +9,7 @@ import torch
 from peft import get_peft_model
 from transformers import Dinov2Config, Dinov2ForImageClassification, DINOv3ViTConfig, DINOv3ViTModel, ViTModel
 
-from peft_bsr import BSRConfig, SynQTConfig, probe_column
+from peft_bsr import BSRConfig, SynQTConfig, probe_model
 from peft_bsr.backbones import Fingerprint, weights_digest
 from peft_bsr.backbones.fingerprint import fingerprint
 from tests.bad_input.conftest import make_vit
@@ -37,7 +37,7 @@ def test_what_others_are():
 )
 def test_an_adapter_is_no_part_of_it(config):
     model = get_peft_model(make_vit(), config)
-    assert fingerprint(model, model.base_model.column) == VIT
+    assert fingerprint(model, model.base_model.spec) == VIT
 
 
 @pytest.mark.parametrize(
@@ -63,10 +63,10 @@ def test_it_goes_through_json_and_what_is_not_known_agrees():
 
 def test_the_digest_is_of_the_weights_before_the_head():
     model = make_vit()
-    column = probe_column(model)
-    digest = weights_digest(model, column)
-    assert digest == weights_digest(make_vit(num_labels=7), column) == weights_digest(make_vit().bfloat16(), column)
-    assert digest != weights_digest(make_vit(seed=1), column)
-    assert weights_digest(make_vit().half(), column) is None
+    spec = probe_model(model)
+    digest = weights_digest(model, spec)
+    assert digest == weights_digest(make_vit(num_labels=7), spec) == weights_digest(make_vit().bfloat16(), spec)
+    assert digest != weights_digest(make_vit(seed=1), spec)
+    assert weights_digest(make_vit().half(), spec) is None
     with torch.device("meta"):
-        assert weights_digest(ViTModel(model.config), column) is None
+        assert weights_digest(ViTModel(model.config), spec) is None

@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from peft_bsr import BSRConfig, probe_column
+from peft_bsr import BSRConfig, probe_model
 
 WIDTH = 32
 
@@ -91,9 +91,9 @@ def make(**kwargs):
 @pytest.mark.parametrize("is_fixed", [False, True], ids=["any size", "one size"])
 def test_a_table_with_as_many_columns_as_rows_is_a_table(is_fixed):
     """32 tokens of 32 channels, an image of 4 x 8 patches: by its shape it is a mask."""
-    column = probe_column(make(image_size=(32, 64), is_fixed=is_fixed))
-    assert column.num_patches == WIDTH and column.uses_positions
-    assert dict(column.side_inputs) == {"table": "table"}
+    spec = probe_model(make(image_size=(32, 64), is_fixed=is_fixed))
+    assert spec.num_patches == WIDTH and spec.uses_positions
+    assert dict(spec.side_inputs) == {"table": "table"}
 
 
 def test_a_table_stays_one_at_a_size_where_its_shape_is_a_mask():
@@ -103,7 +103,7 @@ def test_a_table_stays_one_at_a_size_where_its_shape_is_a_mask():
         trainable_blocks=[2], reduction_blocks=[1], keep_rate=0.5, reduce_at="after_block", mode="compact"
     )
     adapted = get_peft_model(model, config).eval()
-    assert dict(adapted.base_model.column.side_inputs) == {"table": "table"}
+    assert dict(adapted.base_model.spec.side_inputs) == {"table": "table"}
     attention = model.blocks[2].attention
     attention.register_forward_hook(lambda _m, args, kwargs, _o: seen.append(kwargs["table"]), with_kwargs=True)
     adapted(pixel_values=torch.randn(2, 3, 32, 64))
@@ -115,6 +115,6 @@ def test_a_table_stays_one_at_a_size_where_its_shape_is_a_mask():
 
 def test_an_axis_that_is_as_long_by_chance_is_left_alone():
     """A context of 16 rows next to 16 patches: it does not grow with the image."""
-    assert dict(probe_column(make(rows=16)).side_inputs) == {"table": "table", "context": "other"}
-    fixed = probe_column(make(rows=16, is_fixed=True))
+    assert dict(probe_model(make(rows=16)).side_inputs) == {"table": "table", "context": "other"}
+    fixed = probe_model(make(rows=16, is_fixed=True))
     assert dict(fixed.side_inputs) == {"table": "table", "context": "other"}, "of one size: swapped, it would fail"

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from peft_bsr import UnsupportedModelError, probe_column, register_family, unregister_family
+from peft_bsr import UnsupportedModelError, probe_model, register_family, unregister_family
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "contract"))
@@ -119,7 +119,7 @@ def test_the_toy_model_passes_the_contract(entry, check, mode):
 
 def test_without_an_entry_it_is_refused():
     with pytest.raises(UnsupportedModelError, match="its config names no `image_size`"):
-        probe_column(make_toy())
+        probe_model(make_toy())
 
 
 def test_with_half_an_entry_it_is_refused_all_the_same(entry):
@@ -128,7 +128,7 @@ def test_with_half_an_entry_it_is_refused_all_the_same(entry):
     unregister_family("toy_vit")
     register_family("toy_vit", rule(probe_inputs=names["toy_inputs"]))
     with pytest.raises(UnsupportedModelError, match="its blocks use the position of a token inside"):
-        probe_column(make_toy())
+        probe_model(make_toy())
 
 
 def test_an_entry_is_made_once(entry):

@@ -20,7 +20,7 @@ from peft_bsr import (
     BSRConfig,
     ConfigError,
     UnsupportedModelError,
-    probe_column,
+    probe_model,
     register_family,
     unregister_family,
 )
@@ -49,10 +49,10 @@ EXPECTED = {  # prefix tokens, head, prefix positions read, patches read
 
 
 def test_column_of_every_family(family, make_model):
-    column = probe_column(make_model(family))
-    assert (column.num_prefix, column.head, column.reads_prefix, column.reads_patches) == EXPECTED[family]
-    assert (column.depth, column.width, column.grid, column.patch_size) == (4, 32, (4, 4), (8, 8))
-    assert column.num_tokens == column.num_prefix + 16
+    spec = probe_model(make_model(family))
+    assert (spec.num_prefix, spec.head, spec.reads_prefix, spec.reads_patches) == EXPECTED[family]
+    assert (spec.depth, spec.width, spec.grid, spec.patch_size) == (4, 32, (4, 4), (8, 8))
+    assert spec.num_tokens == spec.num_prefix + 16
 
 
 def test_probing_leaves_no_trace(family, make_model):
@@ -62,7 +62,7 @@ def test_probing_leaves_no_trace(family, make_model):
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     modes = {name: module.training for name, module in model.named_modules()}
     random_state = torch.get_rng_state()
-    probe_column(model)
+    probe_model(model)
     assert torch.equal(torch.get_rng_state(), random_state)
     assert {name: module.training for name, module in model.named_modules()} == modes
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
@@ -72,11 +72,11 @@ def test_probing_leaves_no_trace(family, make_model):
 
 
 def test_a_frozen_model_is_probed_alike(make_model):
-    assert probe_column(make_model().requires_grad_(False)) == probe_column(make_model())
+    assert probe_model(make_model().requires_grad_(False)) == probe_model(make_model())
 
 
 def test_half_precision_models_are_probed_alike(make_model):
-    assert probe_column(make_model().bfloat16()) == probe_column(make_model())
+    assert probe_model(make_model().bfloat16()) == probe_model(make_model())
 
 
 REFUSED = {
@@ -96,7 +96,7 @@ def test_other_models_are_refused_with_the_reason_and_what_is_supported(name):
     model = make().eval()
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     with pytest.raises(UnsupportedModelError, match=reason) as caught:
-        probe_column(model)
+        probe_model(model)
     message = str(caught.value)
     assert "see docs/new_model.md" in message or "Use PEFT's LoRA for it; docs/compatibility.md lists" in message
     assert len(message) < 250
@@ -106,11 +106,11 @@ def test_other_models_are_refused_with_the_reason_and_what_is_supported(name):
 
 def test_the_last_block_that_counts(make_model):
     """A backbone's `out_indices` and some dense heads leave the last blocks unread."""
-    assert probe_column(make_model()).last_read == 3
+    assert probe_model(make_model()).last_read == 3
     backbone = Dinov2Backbone(Dinov2Config(**SIZES, mlp_ratio=2, out_indices=[1, 2]))
-    column = probe_column(backbone)
-    assert column.last_read == 1
-    assert column.reads_patches
+    spec = probe_model(backbone)
+    assert spec.last_read == 1
+    assert spec.reads_patches
     get_peft_model(backbone, BSRConfig(trainable_blocks=[0, 1], reduction_blocks=[]))
 
 
@@ -133,7 +133,7 @@ def test_positions_that_nothing_tells_are_refused(make_model, monkeypatch):
 
     monkeypatch.setattr(attention_class, "forward", forward)
     with pytest.raises(UnsupportedModelError, match="what they compute on fewer tokens is not known"):
-        probe_column(model)
+        probe_model(model)
 
 
 def test_a_fresh_table_of_zeros_does_not_hide_that_positions_count():
@@ -145,12 +145,12 @@ def test_a_fresh_table_of_zeros_does_not_hide_that_positions_count():
         .any()
     )
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    assert probe_column(model).uses_positions
+    assert probe_model(model).uses_positions
     rule = find_rule(model)
     unregister_family("data2vec-vision")
     try:
         with pytest.raises(UnsupportedModelError, match="its blocks use the position of a token inside"):
-            probe_column(model)
+            probe_model(model)
     finally:
         register_family("data2vec-vision", rule)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -165,19 +165,19 @@ def test_tokens_that_do_not_depend_on_the_image_are_special_only_at_the_ends(mak
 
     model.vit.embeddings.register_forward_hook(blank_the_middle)
     with pytest.raises(UnsupportedModelError, match=r"sit among the patches, at \[0, 7\]"):
-        probe_column(model)
+        probe_model(model)
 
 
 def test_the_roles_of_leaves_do_not_depend_on_their_names(make_model):
     """ViT's and the older layout's parts (VideoMAE still has it) are called the same."""
     config = VideoMAEConfig(**{**SIZES, "image_size": 16}, num_frames=4)
-    old = probe_column(VideoMAEForVideoClassification(config))
-    new = probe_column(make_model("vit"))
-    assert set(old.roles) == set(new.roles)
-    assert dict(zip(old.roles, old.leaves, strict=True))["mlp.1"] == "output.dense"
-    assert dict(zip(new.roles, new.leaves, strict=True))["mlp.1"] == "mlp.fc2"
+    old = probe_model(VideoMAEForVideoClassification(config))
+    new = probe_model(make_model("vit"))
+    assert set(old.canonical_names) == set(new.canonical_names)
+    assert old.paths["mlp.1"] == "output.dense"
+    assert new.paths["mlp.1"] == "mlp.fc2"
 
 
 def test_weights_on_the_meta_device_are_refused(make_model):
     with pytest.raises(UnsupportedModelError, match="meta device"):
-        probe_column(make_model().to("meta"))
+        probe_model(make_model().to("meta"))

@@ -13,7 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.vit import modeling_vit
 from transformers.models.vit.modeling_vit import ViTAttention
 
-from peft_bsr import BSRConfig, UnsupportedModelError, probe_column
+from peft_bsr import BSRConfig, UnsupportedModelError, probe_model
 from peft_bsr.compat.transformers_api import function_of
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64}
@@ -85,6 +85,6 @@ def test_eager_attention_of_another_name_is_refused_with_the_reason():
     for block in model.vit.layers:
         block.attention.__class__ = OwnFunction
     with pytest.raises(UnsupportedModelError, match=r"OwnFunction.*no `eager_attention_forward`.*'sdpa'"):
-        probe_column(model)
+        probe_model(model)
     model.set_attn_implementation("sdpa")
-    assert probe_column(model).scores_from == "interface"
+    assert probe_model(model).scores_from == "interface"

@@ -265,21 +265,21 @@ MODELS: list[tuple[Callable[[], nn.Module], Any, type[Exception], str]] = [
         lambda: make_adapter("synqt").base_model.model,
         BSRConfig(),
         AdapterError,
-        "ViTForImageClassification carries adapters of another method (SynQTRouter). Call `unload()` there "
+        "ViTForImageClassification carries adapters of another method (SynQTController). Call `unload()` there "
         "first, or load the base model again.",
     ),
     (
         lambda: make_adapter("bsr").base_model.model,
         ALaSTConfig(),
         AdapterError,
-        "ViTForImageClassification carries adapters of another method (BSRRouter). Call `unload()` there "
+        "ViTForImageClassification carries adapters of another method (BSRController). Call `unload()` there "
         "first, or load the base model again.",
     ),
     (
         lambda: make_adapter("alast").base_model.model,
         SynQTConfig(),
         AdapterError,
-        "ViTForImageClassification carries adapters of another method (ALaSTRouter). Call `unload()` there "
+        "ViTForImageClassification carries adapters of another method (ALaSTController). Call `unload()` there "
         "first, or load the base model again.",
     ),
 ]

@@ -59,9 +59,9 @@ def check_identity(name: str, mode: str | None) -> None:
 def check_masking(name: str, mode: str | None, batch: dict[str, Any] | None = None) -> None:
     """Dropping tokens equals keeping them and masking their keys in the blocks behind, to 1e-5."""
     model = attach(name, mode, keep_rate=0.7, fuse_dropped=False)
-    column = model.base_model.column
+    spec = model.base_model.spec
     batch = batch or run_batch(model.base_model.model)
-    last = model.get_submodule(f"base_model.model.{column.blocks[-1]}")
+    last = model.get_submodule(f"base_model.model.{spec.blocks[-1]}")
     seen: dict[str, Tensor] = {}
     handle = last.register_forward_hook(lambda _m, _a, out: seen.update(reduced=tensors_of(out)[0]))
     with record_routes(model) as routes:
@@ -70,7 +70,7 @@ def check_masking(name: str, mode: str | None, batch: dict[str, Any] | None = No
     assert routes[-1][1].origins.shape[1] < routes[-1][1].num_patches
 
     stock = SUPPORTED[name]()
-    blocks = [stock.get_submodule(block) for block in column.blocks]
+    blocks = [stock.get_submodule(block) for block in spec.blocks]
     use_eager(stock, name)
     blocks[-1].register_forward_hook(lambda _m, _a, out: seen.update(masked=tensors_of(out)[0]))
 
@@ -78,14 +78,14 @@ def check_masking(name: str, mode: str | None, batch: dict[str, Any] | None = No
         behind = [route for block, route in routes if block < index]
         if not behind:
             return logits
-        special = torch.ones(len(logits), column.num_special, dtype=torch.bool)
-        prefix, suffix = special[:, : column.num_prefix], special[:, column.num_prefix :]
+        special = torch.ones(len(logits), spec.num_special, dtype=torch.bool)
+        prefix, suffix = special[:, : spec.num_prefix], special[:, spec.num_prefix :]
         visible = torch.cat([prefix, behind[-1].alive(), suffix], dim=1)
         return logits.masked_fill(~visible[:, None, None], -1e30)
 
     with watched_softmax(blocks, change=mask_dropped):
         outputs(stock, batch)
-    places = routes[-1][1].places()[..., None].expand(-1, -1, column.width)
+    places = routes[-1][1].places()[..., None].expand(-1, -1, spec.width)
     reduced = seen["reduced"]
     if model.peft_config["default"].mode == "full_view":
         reduced = reduced.gather(1, places)
@@ -95,7 +95,7 @@ def check_masking(name: str, mode: str | None, batch: dict[str, Any] | None = No
 def check_scores(name: str, mode: str | None) -> None:
     """The scores that tokens are ranked by equal those made of the stock model's eager attention, to 1e-5."""
     model = attach(name, mode, reduction_blocks=[1])
-    column, kind = model.base_model.column, model.peft_config["default"].score
+    spec, kind = model.base_model.spec, model.peft_config["default"].score
     batch = run_batch(model.base_model.model)
     found: list[Tensor] = []
     true_reduce = bound.reduce_tokens
@@ -110,7 +110,7 @@ def check_scores(name: str, mode: str | None) -> None:
     use_eager(stock, name)
     logits: dict[int, Tensor] = {}
     with watched_softmax(
-        [stock.get_submodule(block) for block in column.blocks],
+        [stock.get_submodule(block) for block in spec.blocks],
         change=lambda index, values: logits.setdefault(index, values),
     ):
         outputs(stock, batch)

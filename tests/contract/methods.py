@@ -93,9 +93,9 @@ class Method:
             names = (key for key, _ in model.named_parameters() if f".synqt_params.{name}." in key)
             return {key.replace(f".synqt_params.{name}.", ".synqt_params.") for key in names}
         in_blocks = LINEARS if self.is_lora else LINEARS | NORMS
-        leaves = {f"vit.layers.{block}.{leaf}" for block in self.blocks for leaf in in_blocks}
+        param_modules = {f"vit.layers.{block}.{leaf}" for block in self.blocks for leaf in in_blocks}
         parameters = ("lora_A", "lora_B") if self.is_lora else ("weight", "bias")
-        keys = {f"{leaf}.bsr_params.{p}" for leaf in leaves for p in parameters}
+        keys = {f"{leaf}.bsr_params.{p}" for leaf in param_modules for p in parameters}
         keys |= {f"{leaf}.bsr_params.{p}" for leaf in ("vit.layernorm", "classifier") for p in ("weight", "bias")}
         keys |= {"vit.layers.0.token_router.bsr_state"} if self.is_alast else set()
         return {f"base_model.model.{key}" for key in keys}

@@ -14,7 +14,7 @@ import transformers
 from checks import CHECKS, attach, lean_levels
 from families import REFUSED, SUPPORTED
 
-from peft_bsr import UnsupportedModelError, probe_column
+from peft_bsr import UnsupportedModelError, probe_model
 
 PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
 VERSIONS = """## Versions
@@ -72,15 +72,15 @@ def survey(run_checks: bool = True) -> list[Row]:
         row = Row(family, type(model).__name__)
         rows.append(row)
         try:
-            column = probe_column(model)
+            spec = probe_model(model)
         except UnsupportedModelError as error:
             row.refused = str(error).partition(" is not supported: ")[2].partition(". Use PEFT's LoRA")[0]
             continue
         config = attach(family, None).peft_config["default"]
         modes = [config.mode, *([other] if (other := _other_mode(family, config.mode)) else [])]
-        special = f"{column.num_prefix} + {column.num_suffix}"
-        positions = "side inputs follow" if column.uses_positions else "none inside"
-        row.cells = [special, positions, str(column.scores_from), config.score, ", ".join(modes), lean_levels(family)]
+        special = f"{spec.num_prefix} + {spec.num_suffix}"
+        positions = "side inputs follow" if spec.uses_positions else "none inside"
+        row.cells = [special, positions, str(spec.scores_from), config.score, ", ".join(modes), lean_levels(family)]
         if run_checks:
             row.cells.append(", ".join(_passed(family, config.mode, modes)))
     return rows

@@ -9,7 +9,7 @@ from families import REFUSED, SUPPORTED, run_batch
 from peft import get_peft_model
 from report import VERSIONS, render, survey
 
-from peft_bsr import BSRConfig, UnsupportedModelError, probe_column
+from peft_bsr import BSRConfig, UnsupportedModelError, probe_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*lru_cache.*")
 
@@ -140,7 +140,7 @@ def test_probing_and_attaching_leave_the_random_state_and_the_model_alone(family
     modes = {name: module.training for name, module in model.named_modules()}
     torch.manual_seed(11)
     expected = torch.get_rng_state()
-    probe_column(model)
+    probe_model(model)
     assert torch.equal(torch.get_rng_state(), expected)
     assert {name: module.training for name, module in model.named_modules()} == modes
     assert {n: (len(m._forward_hooks), len(m._forward_pre_hooks)) for n, m in model.named_modules()} == hooks

@@ -95,11 +95,13 @@ def test_status(model, method):
     layers = model.get_layer_status()
     kinds = [layer.module_type for layer in layers]
     if method.is_synqt:
-        assert sorted(kinds) == ["synqt.SynQTHead"] + 4 * ["synqt.SynQTRouter"]
+        assert sorted(kinds) == ["synqt.SynQTHead"] + 4 * ["synqt.SynQTController"]
     else:
-        router = "alast.ALaSTRouter" if method.is_alast else "bsr.BSRRouter"
-        leaves = 6 if method.is_lora else 8
-        assert sorted(kinds) == sorted((len(method.blocks) * leaves + 2) * ["bsr.BlockWeights"] + 4 * [router])
+        controller = "alast.ALaSTController" if method.is_alast else "bsr.BSRController"
+        param_modules = 6 if method.is_lora else 8
+        assert sorted(kinds) == sorted(
+            (len(method.blocks) * param_modules + 2) * ["bsr.BlockWeights"] + 4 * [controller]
+        )
         weights = [layer for layer in layers if layer.module_type == "bsr.BlockWeights"]
         assert all(layer.requires_grad == {"default": True} for layer in weights)
         assert all(layer.devices == {"default": ["cpu"]} for layer in weights)

@@ -175,10 +175,10 @@ def test_saving_while_merged_and_unloading(model, merges, make_vit, images, run,
 
 def test_deepcopy_is_independent(model, images, run, make_vit):
     output = run(model, images)
-    twin = copy.deepcopy(model)
-    assert torch.equal(run(twin, images), output)
+    reference = copy.deepcopy(model)
+    assert torch.equal(run(reference, images), output)
     with torch.no_grad():
-        for parameter in twin.parameters():
+        for parameter in reference.parameters():
             parameter.zero_()
     assert torch.equal(run(model, images), output)
     assert torch.equal(run(copy.deepcopy(model).unload(), images), run(make_vit(), images))
@@ -187,26 +187,26 @@ def test_deepcopy_is_independent(model, images, run, make_vit):
 
 def test_deepcopy_goes_on_switching_and_deleting(two, method):
     plans = {name: two.base_model.plan(name).trained_blocks for name in ("default", "other")}
-    twin = copy.deepcopy(two)
-    twin.set_adapter("other")
+    reference = copy.deepcopy(two)
+    reference.set_adapter("other")
     assert two.active_adapters == ["default"]
     assert {layer.active_adapters[0] for layer in two.get_layer_status()} == {"default"}
-    twin.delete_adapter("default")
+    reference.delete_adapter("default")
     assert list(two.peft_config) == ["default", "other"]
     assert two.base_model.plan().trained_blocks == plans["default"]
-    assert twin.base_model.plan().trained_blocks == plans["other"]
+    assert reference.base_model.plan().trained_blocks == plans["other"]
 
 
 @pytest.mark.parametrize("through", ["pickle", "torch"])
 def test_pickle(model, images, run, make_vit, tmp_path, through):
     if through == "pickle":
-        twin = pickle.loads(pickle.dumps(model))
+        reference = pickle.loads(pickle.dumps(model))
     else:
         torch.save(model, tmp_path / "model.pt")
-        twin = torch.load(tmp_path / "model.pt", weights_only=False)
-    assert torch.equal(run(twin, images), run(model, images))
-    assert twin.base_model.plan() == model.base_model.plan()
-    assert torch.equal(run(twin.unload(), images), run(make_vit(), images))
+        reference = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert torch.equal(run(reference, images), run(model, images))
+    assert reference.base_model.plan() == model.base_model.plan()
+    assert torch.equal(run(reference.unload(), images), run(make_vit(), images))
 
 
 @HALF

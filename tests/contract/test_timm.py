@@ -76,8 +76,8 @@ def test_its_checkpointing_works_without_reduction_and_is_refused_with_one(famil
 
 
 def test_column(family):
-    from peft_bsr import probe_column
+    from peft_bsr import probe_model
 
-    column = probe_column(maker(family)())
-    assert (column.num_prefix, column.uses_positions) == ARCHITECTURES[family][2:]
-    assert column.scores_from == "sdpa"
+    spec = probe_model(maker(family)())
+    assert (spec.num_prefix, spec.uses_positions) == ARCHITECTURES[family][2:]
+    assert spec.scores_from == "sdpa"

@@ -1,4 +1,4 @@
-"""ALaST's pure functions against a literal twin."""
+"""ALaST's pure functions against a literal reference."""
 
 from __future__ import annotations
 

@@ -22,31 +22,31 @@ def test_places_count_special_and_fused_tokens():
 
 def test_a_bias_loses_rows_and_columns_and_the_fused_token_takes_those_of_the_class_token():
     bias = torch.randn(1, 2, 8, 8)
-    followed = ROUTE.follow(bias)
+    followed = ROUTE.gather(bias)
     assert followed.shape == (2, 2, 5, 5)
     for image, tokens in enumerate(([0, 2, 5, 0, 7], [0, 1, 6, 0, 7])):
         assert torch.equal(followed[image], bias[0][:, tokens][:, :, tokens])
-    assert torch.equal(ROUTE.follow(bias[0]), followed), "a bias [H, N, N] without images is alike"
+    assert torch.equal(ROUTE.gather(bias[0]), followed), "a bias [H, N, N] without images is alike"
 
 
 @pytest.mark.parametrize("shape", [(2, 8), (2, 1, 1, 8)])
 def test_a_padding_mask_loses_columns(shape):
     mask = torch.rand(shape) > 0.5
     expected = mask.view(2, 8).gather(1, torch.tensor([[0, 2, 5, 0, 7], [0, 1, 6, 0, 7]]))
-    assert torch.equal(ROUTE.follow(mask).view(2, 5), expected)
+    assert torch.equal(ROUTE.gather(mask).view(2, 5), expected)
 
 
 def test_a_fused_token_is_visible_without_a_class_token():
     route = Route(0, 4, origins=torch.tensor([[0, 3, 4]]), num_reductions=1)
     mask = torch.zeros(1, 1, 4, 4, dtype=torch.bool)
-    assert route.follow(mask)[0, 0].tolist() == [[False, False, True]] * 2 + [[True] * 3]
-    assert route.follow(torch.full((1, 1, 1, 4), -1.0)).tolist() == [[[[-1.0, -1.0, 0.0]]]]
+    assert route.gather(mask)[0, 0].tolist() == [[False, False, True]] * 2 + [[True] * 3]
+    assert route.gather(torch.full((1, 1, 1, 4), -1.0)).tolist() == [[[[-1.0, -1.0, 0.0]]]]
 
 
 @pytest.mark.parametrize("rows", [6, 8], ids=["of patches", "of all tokens"])
 def test_a_pair_of_rotary_tables_loses_rows_and_does_not_rotate_the_fused_token(rows):
     cos, sin = torch.randn(rows, 4), torch.randn(rows, 4)
-    found_cos, found_sin = ROUTE.follow((cos, sin))
+    found_cos, found_sin = ROUTE.gather((cos, sin))
     tokens = [1, 4] if rows == 6 else [0, 2, 5]
     assert torch.equal(found_cos[0, 0, : len(tokens)], cos[tokens])
     assert torch.equal(found_sin[0, 0, : len(tokens)], sin[tokens])
@@ -57,17 +57,17 @@ def test_a_pair_of_rotary_tables_loses_rows_and_does_not_rotate_the_fused_token(
 
 def test_tables_with_axes_of_their_own_keep_them():
     table = torch.randn(2, 3, 6, 4)
-    followed = ROUTE.follow(table)
+    followed = ROUTE.gather(table)
     assert followed.shape == (2, 3, 3, 4)
     assert torch.equal(followed[1, :, :2], table[1][:, [0, 5]])
 
 
 def test_what_does_not_speak_of_tokens_stays():
     size = torch.tensor([4, 4])
-    assert ROUTE.follow(size) is size
-    assert ROUTE.follow((32, None, "x")) == (32, None, "x")
+    assert ROUTE.gather(size) is size
+    assert ROUTE.gather((32, None, "x")) == (32, None, "x")
     mask = torch.zeros(1, 1, 8, 8)
-    assert Route(1, 6, 1).follow(mask) is mask
+    assert Route(1, 6, 1).gather(mask) is mask
 
 
 def test_masks_of_flex_attention_are_refused():
@@ -75,7 +75,7 @@ def test_masks_of_flex_attention_are_refused():
         pass
 
     with pytest.raises(NotImplementedError, match="cannot follow a mask of flex attention; use sdpa or eager"):
-        ROUTE.follow(BlockMask())
+        ROUTE.gather(BlockMask())
 
 
 def test_a_context_is_one_for_each_thread_and_copies_start_empty():

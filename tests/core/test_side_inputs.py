@@ -47,7 +47,7 @@ def test_masks_and_biases(case, dtype, has_rows, axes):
     shape["B"] = (images, heads, rows, length)
     values = rng.standard_normal(shape[axes])
     mask = {"bool": values > 0, "float": values, "int": (values > 0).astype(np.int64)}[dtype]
-    found = route.follow(torch.from_numpy(mask), "mask").numpy()
+    found = route.gather(torch.from_numpy(mask), "mask").numpy()
     assert found.dtype == mask.dtype
     whole = {"2": mask[:, None, None], "3": mask[None]}.get(axes, mask)
     found = found[:, None, None] if axes == "2" else found
@@ -67,8 +67,8 @@ def test_tables(case, of_patches, axes, width):
     width = {"one": 1, "rows": rows, "three": 3}[width]
     leading = {"2": (), "3": (1,), "B": (images,), "4": (images, 2)}[axes]
     cos, sin = (torch.from_numpy(rng.standard_normal((*leading, rows, width))) for _ in range(2))
-    pair = route.follow((cos, sin), "rotary_tables")
-    assert torch.equal(pair[1], route.follow(sin, "table"))
+    pair = route.gather((cos, sin), "rotary_tables")
+    assert torch.equal(pair[1], route.gather(sin, "table"))
     first = route.num_prefix if of_patches else 0
     for table, found, fused in ((cos, pair[0], 1.0), (sin, pair[1], 0.0)):
         for image, tokens in enumerate(alive_of(route)):
@@ -87,15 +87,15 @@ def test_a_shape_alone_leaves_it_open():
     assert route.readings(table) == ("mask", "table", "other")
     assert route.readings((table, table)) == ("rotary_tables", "items")
     assert route.readings(torch.randn(1, 5, 4)) == ("table", "other") and route.readings(None) == ("other",)
-    assert torch.equal(route.follow(table, "table"), table[:, [0, 1, 4]])
-    assert torch.equal(route.follow(table, "mask")[0, 0], table[0][[0, 1, 4]][:, [0, 1, 4]])
-    assert route.follow(table, "other") is table
+    assert torch.equal(route.gather(table, "table"), table[:, [0, 1, 4]])
+    assert torch.equal(route.gather(table, "mask")[0, 0], table[0][[0, 1, 4]][:, [0, 1, 4]])
+    assert route.gather(table, "other") is table
 
 
 @pytest.mark.parametrize("kind", ["mask", "table", "rotary_tables", "other"])
 def test_what_is_not_there_stays_away(kind):
     """The probe saw one, this forward has none; and a mask of one column for all tokens stays as it is."""
     route = Route(1, 4, 0, origins=torch.tensor([[0, 3]]))
-    assert route.follow(None, kind) is None
+    assert route.gather(None, kind) is None
     mask = torch.zeros(1, 1, 5, 1)
-    assert route.follow(mask, "mask") is mask
+    assert route.gather(mask, "mask") is mask

@@ -103,8 +103,8 @@ def test_saved_by_module_adds_up_and_leaves_lean_blocks_lean(lean, make_model, i
 
     found = saved_by_module(model, loss)
     assert sum(found.values()) == saved_activations(model, loss)
-    column = model.base_model.column
-    blocks = {i: sum(v for n, v in found.items() if f"{column.blocks[i]}." in f"{n}.") for i in range(4)}
+    spec = model.base_model.spec
+    blocks = {i: sum(v for n, v in found.items() if f"{spec.blocks[i]}." in f"{n}.") for i in range(4)}
     assert blocks[0] == 0 and min(blocks[1], blocks[2], blocks[3]) > 0
 
 
@@ -141,7 +141,7 @@ def test_flops_by_module_adds_up_with_true_token_counts(lean, make_model, images
     found = flops_by_module(lambda: model(pixel_values=images).logits.sum().backward())
     with torch.no_grad():
         forward = flops_by_module(lambda: model(pixel_values=images))
-    blocks = [f"base_model.model.{name}" for name in model.base_model.column.blocks]
+    blocks = [f"base_model.model.{name}" for name in model.base_model.spec.blocks]
     for counts in (found, forward):
         outside = sum(counts[f"base_model.model.{name}"] for name in ("vit.embeddings", "classifier"))
         assert sum(counts[block] for block in blocks) + outside == counts[""]

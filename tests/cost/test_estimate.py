@@ -19,7 +19,7 @@ from transformers import (
 from peft_bsr import ALaSTConfig, BSRConfig, ConfigError, SynQTConfig, UnsupportedModelError
 from peft_bsr.backbones import tensors_of
 from peft_bsr.cost import count_flops, estimate, model_memory, plan_for_budget, saved_activations
-from peft_bsr.engine import Parking
+from peft_bsr.engine import WeightOffload
 from peft_bsr.tuners.blocks.layer import BlockWeights
 
 SMALL = {"num_hidden_layers": 4, "hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 768}
@@ -83,9 +83,9 @@ def test_frozen_weights_in_8_bits_are_counted(plain):
     pytest.importorskip("torchao", reason="torchao is not installed")
     model = get_peft_model(MODELS["vit"](), config)
     held = model_memory(model)
-    parked = sum(p.nbytes for layer in model.modules() if isinstance(layer, BlockWeights) and layer.parks_base
-                 for p in Parking.takes(layer.base_layer))  # fmt: skip
-    assert found.weights_bytes == pytest.approx(held.trainable_bytes + held.frozen_bytes - parked, rel=1e-6)
+    offloaded = sum(p.nbytes for layer in model.modules() if isinstance(layer, BlockWeights) and layer.offloads_base
+                 for p in WeightOffload.takes(layer.base_layer))  # fmt: skip
+    assert found.weights_bytes == pytest.approx(held.trainable_bytes + held.frozen_bytes - offloaded, rel=1e-6)
 
 
 @pytest.mark.parametrize("plain", ["exact", "synqt"])
@@ -94,9 +94,9 @@ def test_frozen_weights_in_bfloat16_are_counted(plain):
     found = estimate(on_meta(MODELS["vit"]), config, batch_size=2)
     model = get_peft_model(MODELS["vit"](), config).train()
     held = model_memory(model)
-    parked = sum(p.nbytes for layer in model.modules() if isinstance(layer, BlockWeights) and layer.parks_base
-                 for p in Parking.takes(layer.base_layer))  # fmt: skip
-    assert found.weights_bytes == pytest.approx(held.trainable_bytes + held.frozen_bytes - parked, rel=1e-6)
+    offloaded = sum(p.nbytes for layer in model.modules() if isinstance(layer, BlockWeights) and layer.offloads_base
+                 for p in WeightOffload.takes(layer.base_layer))  # fmt: skip
+    assert found.weights_bytes == pytest.approx(held.trainable_bytes + held.frozen_bytes - offloaded, rel=1e-6)
     images = torch.randn(2, 3, 96, 96)
     saved = saved_activations(model, lambda: sum(t.sum() for t in tensors_of(model(pixel_values=images))))
     assert found.saved_bytes == pytest.approx(saved, rel=0.02)
@@ -115,8 +115,8 @@ def test_weights_optimizer_and_gradients_are_counted_by_hand():
         assert found.total_bytes >= (2 + states) * trained * 4
     half = estimate(on_meta(MODELS["vit"]), batch_size=1, dtype=torch.bfloat16)
     assert half.weights_bytes == trained * 2
-    parked = estimate(on_meta(MODELS["vit"]), BSRConfig(trainable_blocks=[1, 3]), batch_size=1)
-    assert parked.weights_bytes <= 1.02 * trained * 4
+    offloaded = estimate(on_meta(MODELS["vit"]), BSRConfig(trainable_blocks=[1, 3]), batch_size=1)
+    assert offloaded.weights_bytes <= 1.02 * trained * 4
 
 
 def test_checkpointing_keeps_little_and_computes_more():

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import Dinov2Config, Dinov2ForImageClassification, ViTConfig, ViTForImageClassification
 
-from peft_bsr import ConfigError, Plan, Reduction, UnsupportedModelError, probe_column
+from peft_bsr import ConfigError, Plan, Reduction, UnsupportedModelError, probe_model
 from peft_bsr.cost import Dimensions, PaperCost, count_flops, paper_cost
 from peft_bsr.cost.paper import MB
 from peft_bsr.engine import BlockPlan, Lean
@@ -41,7 +41,7 @@ ROWS = {  # plan, whether the embeddings train, then MB and GMACs of ViT-B and o
 @pytest.fixture(scope="module")
 def dimensions() -> dict[str, Dimensions]:
     models = {name: ViTForImageClassification(ViTConfig(**sizes, num_labels=10)) for name, sizes in SIZES.items()}
-    return {name: Dimensions.of(model, probe_column(model)) for name, model in models.items()}
+    return {name: Dimensions.of(model, probe_model(model)) for name, model in models.items()}
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -94,7 +94,7 @@ def test_bsr_on_vit_b_by_hand(dimensions):
 
 def test_macs_are_those_that_run(make_model, images):
     model = make_model()
-    dimensions = Dimensions.of(model, probe_column(model))
+    dimensions = Dimensions.of(model, probe_model(model))
     with torch.no_grad():
         macs = count_flops(lambda: model(images[:1])) / 2
     assert paper_cost(dimensions, Plan.static(4, [3], {})).forward_macs_per_image == macs
@@ -110,7 +110,7 @@ def test_training_the_head_alone_keeps_no_blocks(dimensions):
 def test_the_final_norm_sees_what_comes_out_of_the_last_block(make_model, mode, num_normed):
     model = make_model()
     last = {3: Reduction(0.5, position="after_block")}
-    many_classes = replace(Dimensions.of(model, probe_column(model)), classifiers=((32, 10_000),))  # the peak is there
+    many_classes = replace(Dimensions.of(model, probe_model(model)), classifiers=((32, 10_000),))  # the peak is there
     cost = paper_cost(many_classes, Plan.static(4, [3], last, mode))
     block = 4 * 17**2 + 6 * 17 * 32 + 2 * 17 * 32 + 2 * 17 * 64
     assert cost.saved_bytes_per_image == 4 * (block + num_normed * 32)
@@ -125,14 +125,14 @@ def test_lean_and_int8_are_not_in_the_rules(dimensions):
 
 def test_shapes_are_enough(make_model):
     model = make_model()
-    column = probe_column(model)
-    assert Dimensions.of(model, column) == Dimensions.of(model.to("meta"), column)
+    spec = probe_model(model)
+    assert Dimensions.of(model, spec) == Dimensions.of(model.to("meta"), spec)
 
 
 @pytest.mark.parametrize("has_norm", [True, False])
 def test_heads_of_other_families(make_model, has_norm):
     model = make_model("dinov2" if has_norm else "clip")
-    dimensions = Dimensions.of(model, probe_column(model))
+    dimensions = Dimensions.of(model, probe_model(model))
     assert dimensions.has_final_norm == has_norm
     assert dimensions.classifiers == ((64 if has_norm else 32, 3),)
 
@@ -155,10 +155,10 @@ def test_a_plan_for_another_depth_is_refused(dimensions):
 def test_models_without_a_rule_are_refused(make_model):
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
     model = Dinov2ForImageClassification(Dinov2Config(**sizes, use_swiglu_ffn=True))
-    column = probe_column(model)
+    spec = probe_model(model)
     model.classifier = nn.Sequential(nn.Linear(64, 2))
     with pytest.raises(UnsupportedModelError, match="an MLP of two Linears, where this model's has weights") as caught:
-        Dimensions.of(model, column)
+        Dimensions.of(model, spec)
     assert "at most one norm and Linears behind the blocks, where this model has dinov2.layernorm, classifier" in str(
         caught.value
     )

@@ -13,7 +13,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from peft_bsr import ALaSTConfig, BSRConfig, MoEConfig, SynQTConfig, TaskConfig
 
-# wide enough that the base weights under trained copies are parked (64 KiB and more)
+# wide enough that the base weights under trained copies are offloaded (64 KiB and more)
 SIZES = {"hidden_size": 128, "num_attention_heads": 4, "intermediate_size": 256, "image_size": 32, "patch_size": 8}
 TASKS = {"a": 5, "b": 3, "parts": TaskConfig("parts", 2, "segmentation"), "never": 4}
 TASK_OF = ((0, 1), (2, 0), (1, 2), (0, 0))  # of each half of each step's batch

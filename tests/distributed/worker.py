@@ -61,7 +61,7 @@ def wrap(how: str, model: Any, is_static: bool) -> nn.Module:
         return model
     if how == "ddp":
         return DistributedDataParallel(model, find_unused_parameters=not is_static)
-    for block in model.base_model.column.blocks if how == "fsdp2" else ():
+    for block in model.base_model.spec.blocks if how == "fsdp2" else ():
         fully_shard(model.get_base_model().get_submodule(block))
     return fully_shard(model)
 

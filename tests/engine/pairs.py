@@ -67,12 +67,12 @@ def assert_alike(
 
 def stock_halves(model: Any) -> dict[str, str]:
     """What ran stock though it was planned lean, in the latest training forward: block and half -> reason."""
-    routers = model.base_model.routers
-    return {f"{r.index} {half}": reason for r in routers for half, reason in r.aside.items()}
+    controllers = model.base_model.controllers
+    return {f"{r.index} {half}": reason for r in controllers for half, reason in r.aside.items()}
 
 
 def modules_of(model: Any, index: int) -> dict[str, nn.Module]:
     """Name -> module of block `index` and all in it but what the adapter added around it."""
-    name = model.base_model.column.blocks[index]
+    name = model.base_model.spec.blocks[index]
     found = {n: m for n, m in base_of(model).named_modules() if f"{n}.".startswith(f"{name}.")}
     return {n: m for n, m in found.items() if "token_router" not in n}

@@ -102,7 +102,7 @@ def test_block_by_block(name):
     settings, allowed = PLANS[name]
     model = make(settings)
     expected = step(model, model)
-    for block in model.base_model.column.blocks:
+    for block in model.base_model.spec.blocks:
         model.get_base_model().get_submodule(block).compile(backend=PARTITIONED, fullgraph=True)
     found = step(model, model)
     assert_same(found, expected)
@@ -272,7 +272,9 @@ def test_trainer_compiles(tmp_path):
         rows = [{"pixel_values": image, "labels": int(label)} for image, label in zip(IMAGES, LABELS, strict=True)]
         trainer = Trainer(model, args, train_dataset=rows * 8)
         trainer.train()
-        losses[is_compiled] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        losses[is_compiled] = [
+            resume_point["loss"] for resume_point in trainer.state.log_history if "loss" in resume_point
+        ]
         assert (torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1) == is_compiled
     assert losses[True] == pytest.approx(losses[False], rel=1e-4)
 

@@ -21,7 +21,7 @@ METHODS = {
 
 
 def context_of(model):
-    return model.base_model.routers[0].context.now
+    return model.base_model.controllers[0].context.now
 
 
 def assert_empty(context):
@@ -33,7 +33,7 @@ def assert_empty(context):
 @pytest.mark.parametrize("method", METHODS)
 def test_nothing_is_left_after_an_exception(method, error, make_model, images):
     model = get_peft_model(make_model(), METHODS[method]()).train()
-    twin = copy.deepcopy(model)
+    reference = copy.deepcopy(model)
     base = model.base_model.model
     seen = []
 
@@ -54,7 +54,7 @@ def test_nothing_is_left_after_an_exception(method, error, make_model, images):
     torch.manual_seed(0)
     found = model(pixel_values=images).logits
     torch.manual_seed(0)
-    expected = twin(pixel_values=images).logits
+    expected = reference(pixel_values=images).logits
     if method != "alast":  # whose budgets have seen a part of a forward more
         assert torch.equal(found, expected)
     assert_empty(context_of(model))
@@ -122,9 +122,9 @@ def test_recorders_are_taken_off_whatever_happens(make_model, images):
 def test_copies_and_pickles_run_by_themselves(make_model, images, tmp_path):
     model = get_peft_model(make_model(), METHODS["bsr"]()).train()
     expected = model(pixel_values=images).logits
-    twin = copy.deepcopy(model)
+    reference = copy.deepcopy(model)
     torch.save(model, tmp_path / "model.pt")
-    for other in (twin, torch.load(tmp_path / "model.pt", weights_only=False)):
+    for other in (reference, torch.load(tmp_path / "model.pt", weights_only=False)):
         assert torch.equal(other(pixel_values=images).logits, expected)
         other(pixel_values=images).logits.sum().backward()
         assert context_of(other) is not context_of(model)

@@ -11,7 +11,7 @@ import torch
 from peft import get_peft_model
 from torch import nn
 
-from peft_bsr import BSRConfig, Reduction, probe_column, record_routes
+from peft_bsr import BSRConfig, Reduction, probe_model, record_routes
 from peft_bsr.core import BlockCall
 from peft_bsr.engine import Plan, bound
 from peft_bsr.errors import UnsupportedModelError
@@ -40,9 +40,9 @@ def test_keep_rate_one_is_the_untouched_model_bit_for_bit(family, implementation
 def test_the_composed_block_is_the_stock_block_bit_for_bit(family, position, make_model, images):
     """Here the blocks do run through our forward, with a reduction that happens to keep everything."""
     model = make_model(family)
-    column = probe_column(model)
+    spec = probe_model(model)
     plan = Plan.static(4, [1], {i: Reduction(0.5, position=position) for i in range(4)})
-    assert verify_plan(model, column, plan) == plan
+    assert verify_plan(model, spec, plan) == plan
 
 
 @pytest.mark.parametrize("reduce_at", ["mid_block", "after_block"])
@@ -51,10 +51,10 @@ def test_reduction_equals_masking_the_dropped_keys_afterwards(family, implementa
     base = make_model(family, attn_implementation=implementation)
     model = reduced_model(make_model, family, fuse_dropped=False, keep_rate=0.7, reduce_at=reduce_at)
     model.base_model.model.set_attn_implementation(implementation)
-    column = model.base_model.column
+    spec = model.base_model.spec
     last = {}
-    blocks = [base.get_submodule(name) for name in column.blocks]
-    stop = model.get_submodule(f"base_model.model.{column.blocks[-1]}").register_forward_hook(
+    blocks = [base.get_submodule(name) for name in spec.blocks]
+    stop = model.get_submodule(f"base_model.model.{spec.blocks[-1]}").register_forward_hook(
         lambda _m, _a, out: last.update(reduced=out)
     )
     with torch.no_grad(), record_routes(model) as routes:
@@ -66,7 +66,7 @@ def test_reduction_equals_masking_the_dropped_keys_afterwards(family, implementa
             behind = [route for block, route in routes if block < index]
             if not behind:
                 return None
-            visible = torch.cat([torch.ones(2, column.num_prefix, dtype=torch.bool), behind[-1].alive()], dim=1)
+            visible = torch.cat([torch.ones(2, spec.num_prefix, dtype=torch.bool), behind[-1].alive()], dim=1)
             mask = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)
             return (args[0], mask[:, None, None].expand(-1, -1, visible.shape[1], -1)), {}
 
@@ -79,7 +79,7 @@ def test_reduction_equals_masking_the_dropped_keys_afterwards(family, implementa
         base(pixel_values=images)
     origins = routes[-1][1].origins
     assert origins.shape[1] < 16
-    alive = torch.cat([torch.arange(column.num_prefix).expand(2, -1), column.num_prefix + origins], dim=1)
+    alive = torch.cat([torch.arange(spec.num_prefix).expand(2, -1), spec.num_prefix + origins], dim=1)
     expected = last["masked"].gather(1, alive[..., None].expand(-1, -1, 32))
     torch.testing.assert_close(last["reduced"], expected, atol=2e-6, rtol=1e-6)
 
@@ -89,8 +89,8 @@ def test_reduction_equals_masking_the_dropped_keys_afterwards(family, implementa
 def test_the_block_equals_its_numpy_twin(fuse, keep_rate, make_model):
     path = Path(__file__).parents[1] / "reference" / "bsr_block.py"
     spec = importlib.util.spec_from_file_location("bsr_block", path)
-    twin = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(twin)
+    reference = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(reference)
 
     model = make_model("vit").double()
     for name, parameter in model.named_parameters():  # biases and norms start at constants that hide mistakes
@@ -108,7 +108,7 @@ def test_the_block_equals_its_numpy_twin(fuse, keep_rate, make_model):
     block.register_forward_hook(lambda _m, _a, out: seen.update(leaving=out))
     peft(pixel_values=torch.randn(2, 3, 32, 32, dtype=torch.float64))
     for entering, leaving in zip(seen["entering"].detach().numpy(), seen["leaving"].detach().numpy(), strict=True):
-        expected = twin.bsr_block(entering, weights, 4, model.config.layer_norm_eps, 1, keep_rate, fuse)
+        expected = reference.bsr_block(entering, weights, 4, model.config.layer_norm_eps, 1, keep_rate, fuse)
         assert leaving.shape == expected.shape
         np.testing.assert_allclose(leaving, expected, atol=1e-10)
 
@@ -117,16 +117,16 @@ def test_the_block_equals_its_numpy_twin(fuse, keep_rate, make_model):
 def test_being_scored_changes_nothing_for_the_attention(family, implementation, make_model):
     model = reduced_model(make_model, family)
     model.base_model.model.set_attn_implementation(implementation)
-    column = model.base_model.column
-    block = model.get_submodule(f"base_model.model.{column.blocks[1]}")
-    attention = block.get_submodule(column.attention)
-    tokens = torch.randn(2, column.num_tokens, 32)
+    spec = model.base_model.spec
+    block = model.get_submodule(f"base_model.model.{spec.blocks[1]}")
+    attention = block.get_submodule(spec.attention)
+    tokens = torch.randn(2, spec.num_tokens, 32)
     expected = attention(tokens, attention_mask=None)
     block.token_router.context.now.running = run = BlockCall(block.token_router.start_route(tokens), score="class")
     found = attention(tokens, attention_mask=None)
     block.token_router.context.now.running = None
     assert torch.equal(found[0], expected[0])
-    assert run.token_scores.shape == (2, column.num_tokens)
+    assert run.token_scores.shape == (2, spec.num_tokens)
     if implementation == "eager":
         torch.testing.assert_close(run.token_scores, expected[1][:, :, 0].mean(dim=1), atol=1e-6, rtol=1e-5)
 
@@ -246,9 +246,9 @@ def test_an_attention_mask_follows_the_route(make_model, images):
 
 def test_nothing_is_left_over_from_a_forward(make_model, images):
     model = reduced_model(make_model, "vit")
-    router = model.base_model.model.vit.layers[0].token_router
+    controller = model.base_model.model.vit.layers[0].token_router
     model(pixel_values=images)
-    assert router.context.now.route is None
+    assert controller.context.now.route is None
 
 
 def test_forward_reducing_names_no_family(make_model):

@@ -1,4 +1,4 @@
-"""What `model.base_model.explain()` says of each block: the plan, what is in force, and why not."""
+"""What `model.base_model.explain()` says of each block: the plan, what is active, and why not."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pairs import SUPPORTED, base_of, batch_of, make, step
 
 pytestmark = pytest.mark.filterwarnings("ignore::peft_bsr.errors.LeanBlockWarning")
 FROZEN = "    {}  frozen, outside of the graph"
-NO_PLAN = "No plan is in force: adapters are off, or plans are for training alone and its first forward makes one."
+NO_PLAN = "No plan is active: adapters are off, or plans are for training alone and its first forward makes one."
 
 
 def explain(model):

@@ -22,13 +22,13 @@ def loss_of(model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
 def test_exactly_the_plan_gets_a_gradient(family, trainable, make_model, images):
     model = get_peft_model(make_model(family), BSRConfig(**CONFIG, trainable=trainable, init_weights=False)).train()
     loss_of(model, images).backward()
-    column = model.base_model.column
+    spec = model.base_model.spec
     expected = {
-        f"base_model.model.{column.blocks[i]}.{leaf}"
+        f"base_model.model.{spec.blocks[i]}.{leaf}"
         for i in (2, 3)
-        for leaf in column.leaves
-        if trainable == "full" or hasattr(make_model(family).get_submodule(f"{column.blocks[i]}.{leaf}"), "in_features")
-    } | {f"base_model.model.{name}" for name in column.head}
+        for leaf in spec.param_modules
+        if trainable == "full" or hasattr(make_model(family).get_submodule(f"{spec.blocks[i]}.{leaf}"), "in_features")
+    } | {f"base_model.model.{name}" for name in spec.head}
     if family == "vit_bare":
         expected.remove("base_model.model.pooler.dense")  # this loss does not read the pooler
     if family == "clip_bare":

@@ -173,4 +173,4 @@ def test_explain_says_what_is_planned_and_what_is_not(make_model):
     assert "    3  trained, attention and MLP lean (max), for the first 1 tokens only" in text
     model = build(make_model, "off")
     with model.disable_adapter():
-        assert model.base_model.explain().startswith("No plan is in force")
+        assert model.base_model.explain().startswith("No plan is active")

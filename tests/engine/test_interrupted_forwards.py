@@ -34,8 +34,8 @@ MAKERS = {"bsr": lambda: make("vit", "exact"), "last": lambda: make("vit", "max"
 
 
 def left_behind(model):
-    context = model.base_model.routers[0].context.now
-    names = ("owner", "route", "running", "reading", "call", "entry")
+    context = model.base_model.controllers[0].context.now
+    names = ("owner", "route", "running", "reading", "call", "resume_point")
     return {name: type(getattr(context, name)).__name__ for name in names if getattr(context, name) is not None}
 
 
@@ -97,8 +97,8 @@ def test_a_block_alone_after_a_forward_that_was_interrupted_is_refused():
 def test_a_forward_that_stops_on_purpose_leaves_nothing(index):
     model = make("vit", "exact", trainable_blocks=[3])
     expected = step(model)
-    entry = run_until(model, index, batch_of(model))
-    assert entry.tokens.shape[2] == 32
+    resume_point = run_until(model, index, batch_of(model))
+    assert resume_point.tokens.shape[2] == 32
     assert left_behind(model) == {}
     assert_alike(step(model), expected, 0.0)
 
@@ -175,7 +175,7 @@ def test_a_copy_made_while_a_forward_runs_is_a_model_of_its_own():
         base_of(other).vit.layers[2].mlp._forward_pre_hooks.clear()
         assert left_behind(other) == {}
         assert_alike(step(other), expected)
-        assert other.base_model.routers[0].context is not model.base_model.routers[0].context
+        assert other.base_model.controllers[0].context is not model.base_model.controllers[0].context
     assert all(p.grad is None for p in model.parameters())
 
 
@@ -256,4 +256,4 @@ def test_recorded_routes_of_threads_and_of_forwards_that_fail():
         thread.join()
     assert [index for index, _ in inner] == [1, 2]
     assert [index for index, _ in outer] == [1, 1, 2]
-    assert model.base_model.routers[0].context.now.recorders == []
+    assert model.base_model.controllers[0].context.now.recorders == []

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from peft_bsr import UnsupportedModelError, probe_column
+from peft_bsr import UnsupportedModelError, probe_model
 from peft_bsr.backbones import probe, probe_inputs
 from peft_bsr.cost import saved_activations
 from peft_bsr.engine import QueryPath
@@ -34,22 +34,22 @@ def tokens_and_queries(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor
 @pytest.mark.parametrize("family", READ)
 def test_every_plain_block_can_be_read(family):
     model = SUPPORTED[family]()
-    column, stock = probe(model)
-    path = verify_queries(model, column, column.depth - 1, QueryPath(column), stock)
+    spec, stock = probe(model)
+    path = verify_queries(model, spec, spec.depth - 1, QueryPath(spec), stock)
     assert path.absorbs
 
 
 @pytest.mark.parametrize("family", REFUSED)
 def test_others_are_refused_with_the_reason(family):
     model = SUPPORTED[family]()
-    column = probe_column(model)
+    spec = probe_model(model)
     with pytest.raises(UnsupportedModelError, match=REFUSED[family]):
-        verify_queries(model, column, 0, QueryPath(column), None)
+        verify_queries(model, spec, 0, QueryPath(spec), None)
 
 
 def test_a_block_that_is_no_plain_one_is_refused(make_model):
     model = make_model()
-    column = probe_column(model)
+    spec = probe_model(model)
     block = model.vit.layers[1]
     stock_forward = type(block.attention).forward
 
@@ -60,7 +60,7 @@ def test_a_block_that_is_no_plain_one_is_refused(make_model):
 
     block.attention.__class__ = Louder
     with pytest.raises(UnsupportedModelError, match=r"come out different from the block's output \(\d+ times"):
-        verify_queries(model, column, 1, QueryPath(column), None)
+        verify_queries(model, spec, 1, QueryPath(spec), None)
 
 
 def test_projections_that_are_no_plain_modules_are_not_absorbed(make_model, caplog):
@@ -68,11 +68,11 @@ def test_projections_that_are_no_plain_modules_are_not_absorbed(make_model, capl
         pass
 
     model = make_model()
-    column, stock = probe(model)
+    spec, stock = probe(model)
     for layer in model.vit.layers:
         layer.attention.k_proj.__class__ = Wrapped
     with caplog.at_level(logging.INFO, logger="peft_bsr"):
-        path = verify_queries(model, column, 0, QueryPath(column, kept="int8"), stock)
+        path = verify_queries(model, spec, 0, QueryPath(spec, kept="int8"), stock)
     assert (path.absorbs, path.kept) == (False, "int8")
     assert "keys and values are made and kept for backward, the projections are no plain Linear" in caplog.text
 
@@ -80,12 +80,12 @@ def test_projections_that_are_no_plain_modules_are_not_absorbed(make_model, capl
 @pytest.mark.parametrize("family", ["vit", "dinov2", "clip", "siglip", "videomae", "beit"])
 def test_absorbed_equals_plain_outputs_and_gradients(family):
     model = SUPPORTED[family]()
-    column, stock = probe(model)
-    block = model.get_submodule(column.blocks[1])
+    spec, stock = probe(model)
+    block = model.get_submodule(spec.blocks[1])
     hidden_states = stock.calls[1][0][0]
     found = []
     for absorbs in (True, False):
-        path = QueryPath(column, absorbs)
+        path = QueryPath(spec, absorbs)
         queries = torch.randn(1, 3, 32, generator=torch.Generator().manual_seed(1)).requires_grad_()
         outputs = path.read(block, queries, path.tokens_of(block, hidden_states))
         (outputs[0].sin().sum() + outputs[1].cos().sum()).backward()
@@ -137,7 +137,7 @@ def test_tokens_from_a_cache_stay_in_their_dtype():
 
 def test_padding_is_not_read():
     model = SUPPORTED["siglip2"]()
-    column = probe_column(model)
-    inputs = probe_inputs(model, 1, column.image_shape)
+    spec = probe_model(model)
+    inputs = probe_inputs(model, 1, spec.image_shape)
     assert not inputs["pixel_attention_mask"].all()
-    verify_queries(model, column, 0, QueryPath(column), None)
+    verify_queries(model, spec, 0, QueryPath(spec), None)

@@ -106,13 +106,13 @@ def test_inductor(make_wrapped):
 
 def compile_blocks(model, **settings) -> None:
     base = model.model.get_base_model()
-    for name in model.model.base_model.column.blocks:
+    for name in model.model.base_model.spec.blocks:
         base.get_submodule(name).compile(backend="aot_eager", **settings)
 
 
 def uncompile_blocks(model) -> None:
     base = model.model.get_base_model()
-    for name in model.model.base_model.column.blocks:
+    for name in model.model.base_model.spec.blocks:
         base.get_submodule(name)._compiled_call_impl = None
 
 

@@ -126,8 +126,8 @@ def test_facts_need_an_adapter_of_ours(make_model):
 def test_facts_travel_with_copies_and_stay_out_of_the_file(make_adapter):
     model = make_adapter()
     add_facts(model, dataset="beans")
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert twin.peft_config["default"].facts.dataset == "beans"
+    for reference in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert reference.peft_config["default"].facts.dataset == "beans"
     assert not {"facts", "attachment"} & model.peft_config["default"].to_dict().keys()
 
 

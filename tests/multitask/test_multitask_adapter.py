@@ -113,10 +113,10 @@ def test_merging_is_refused_and_changes_nothing(model, images, run):
 
 def test_copies_and_pickles_are_independent(model, make_vit, images, run):
     expected = every_task(model, images, run)
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert equal(every_task(twin, images, run), expected)
+    for reference in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert equal(every_task(reference, images, run), expected)
         with torch.no_grad():
-            for parameter in twin.parameters():
+            for parameter in reference.parameters():
                 parameter.zero_()
         assert equal(every_task(model, images, run), expected)
 
@@ -256,4 +256,4 @@ def test_a_deleted_adapters_heads_are_forgotten(make_vit):
     model.add_adapter("first", BSRConfig(trainable_blocks=[3]))
     model.set_adapter("first")
     classifier = model.base_model.model.classifier
-    assert classifier.leaf_in_force() == (classifier.bsr_params["first"], None)
+    assert classifier.active_module() == (classifier.bsr_params["first"], None)

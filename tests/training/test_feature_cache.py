@@ -64,7 +64,7 @@ def test_training_from_the_cache_is_training_from_images(tmp_path, reductions, m
 def test_every_kind_of_block_can_begin_in_the_middle(tmp_path, family):
     torch.manual_seed(0)
     model = get_peft_model(SUPPORTED[family](), BSRConfig(trainable_blocks=[2, 3], reduction_blocks=[1])).eval()
-    shape = model.base_model.column.image_shape
+    shape = model.base_model.spec.image_shape
     name = model.base_model.model.main_input_name
     data = [{name: torch.randn(*shape[-len(shape) :])} for _ in range(3)]
     freeze = {"freeze_random": family == "dinov3"}  # its positions are rescaled at random in training

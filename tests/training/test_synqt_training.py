@@ -103,7 +103,7 @@ def test_training_from_the_cache_is_training_from_images(make_model, tmp_path, k
 def test_every_kind_of_block_is_cached(tmp_path, family):
     torch.manual_seed(0)
     model = get_peft_model(SUPPORTED[family](), SynQTConfig(**SMALL)).eval()
-    name, shape = model.base_model.model.main_input_name, model.base_model.column.image_shape
+    name, shape = model.base_model.model.main_input_name, model.base_model.spec.image_shape
     data = [{name: torch.randn(*shape)} for _ in range(3)]
     cache = FeatureCache.build(model, data, tmp_path, dtype=torch.float32, progress=False)
     with cache.read_by(model), torch.no_grad():

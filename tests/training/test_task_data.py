@@ -142,10 +142,10 @@ def test_the_trainer_takes_a_task_column(tmp_path, accumulation):
     metrics = trainer.evaluate()
     assert {"eval_a_accuracy", "eval_b_accuracy", "eval_a_loss"} <= set(metrics)
     torch.manual_seed(0)
-    twin = ViTForImageClassification(ViTConfig(num_hidden_layers=2, num_labels=3, **TINY))
-    twin = get_peft_model(twin, config).train()
+    reference = ViTForImageClassification(ViTConfig(num_hidden_layers=2, num_labels=3, **TINY))
+    reference = get_peft_model(reference, config).train()
     batch = collate_tasks(rows)
-    twin(**batch).loss.backward()
-    for (name, trained), start in zip(model.named_parameters(), twin.parameters(), strict=True):
+    reference(**batch).loss.backward()
+    for (name, trained), start in zip(model.named_parameters(), reference.parameters(), strict=True):
         if start.requires_grad:
             torch.testing.assert_close(trained, start - 0.1 * start.grad, atol=1e-5, rtol=1e-4, msg=name)

@@ -317,11 +317,11 @@ def test_a_copy_has_a_state_of_its_own(make_vit, images):
     model = attach(make_vit)
     optimizer = optimizer_of(model)
     step(model, optimizer, images)
-    twin = copy.deepcopy(model)
-    assert twin.base_model.schedule().pack().equal(model.base_model.schedule().pack())
+    reference = copy.deepcopy(model)
+    assert reference.base_model.schedule().pack().equal(model.base_model.schedule().pack())
     first = step(model, optimizer, images)
-    assert twin.base_model.schedule().step == 1
-    assert step(twin, optimizer_of(twin), images) == first
+    assert reference.base_model.schedule().step == 1
+    assert step(reference, optimizer_of(reference), images) == first
 
 
 def test_an_adapter_loaded_for_use_draws_nothing(make_vit, images, tmp_path):

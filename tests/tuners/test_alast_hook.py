@@ -18,14 +18,14 @@ found = [len(hooks)]  # after the import
 bsr = get_peft_model(make(), peft_bsr.BSRConfig())
 found.append(len(hooks))  # with a method that needs none
 model = get_peft_model(make(), peft_bsr.ALaSTConfig())
-twin = copy.deepcopy(model)
+reference = copy.deepcopy(model)
 torch.save(model, file := io.BytesIO())
 found.append(len(hooks))  # with two schedules
 del model
 gc.collect()
 found.append(len(hooks))  # with the copy alone
-twin.unload()
-del twin
+reference.unload()
+del reference
 gc.collect()
 found.append(len(hooks))  # without any
 file.seek(0)

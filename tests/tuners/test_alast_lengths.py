@@ -23,7 +23,7 @@ def test_lengths_repeat_in_a_run_on_digits():
     model = get_peft_model(ViTForImageClassification(ViTConfig(**SIZES)), ALaSTConfig()).train()
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
     lengths: list[set[int]] = []
-    for block in model.base_model.column.blocks:
+    for block in model.base_model.spec.blocks:
         model.get_base_model().get_submodule(block).register_forward_pre_hook(
             lambda module, args: lengths[-1].add(args[0].shape[1])
         )

@@ -53,11 +53,11 @@ def test_what_is_set_on_it_is_set_on_the_models_config(model, images, run, name)
 @pytest.mark.parametrize("made", [copy.deepcopy, pickled])
 def test_copies_look_through_to_their_own_models_config(model, images, run, made):
     expected = run(model, images)
-    twin = made(model)
-    assert all(view.config is twin.get_base_model().vit.config for view in views_of(twin))
-    assert all(view.scorer is not own.scorer for view, own in zip(views_of(twin), views_of(model), strict=True))
-    twin.set_attn_implementation("eager")
-    assert [view._attn_implementation for view in views_of(twin)] == ["eager"] * 4
+    reference = made(model)
+    assert all(view.config is reference.get_base_model().vit.config for view in views_of(reference))
+    assert all(view.scorer is not own.scorer for view, own in zip(views_of(reference), views_of(model), strict=True))
+    reference.set_attn_implementation("eager")
+    assert [view._attn_implementation for view in views_of(reference)] == ["eager"] * 4
     assert [view._attn_implementation for view in views_of(model)] == ["sdpa"] * 4
-    torch.testing.assert_close(run(twin, images), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(run(reference, images), expected, rtol=1e-5, atol=1e-6)
     assert torch.equal(run(model, images), expected)

@@ -10,7 +10,7 @@ from peft import PeftModel, get_peft_model
 
 from peft_bsr import AdapterError, BSRConfig, ReductionNotMergedWarning
 from peft_bsr.backbones import ScoringConfig
-from peft_bsr.engine import BlockRouter
+from peft_bsr.engine import BlockController
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_merge_and_unload_gives_a_plain_model(model, keep_rate, make_vit, images
 def assert_is_stock(model, stock) -> None:
     assert [(n, type(m)) for n, m in model.named_modules()] == [(n, type(m)) for n, m in stock.named_modules()]
     assert not any(
-        isinstance(m, BlockRouter) or isinstance(getattr(m, "config", None), ScoringConfig) for m in model.modules()
+        isinstance(m, BlockController) or isinstance(getattr(m, "config", None), ScoringConfig) for m in model.modules()
     )
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     assert list(model.state_dict()) == list(stock.state_dict())

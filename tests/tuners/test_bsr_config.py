@@ -404,7 +404,7 @@ def test_the_class_score_is_refused_without_a_class_token(siglip, images, snapsh
 def test_a_model_without_class_token_trains_on_all_tokens(siglip, images):
     expected = siglip(pixel_values=images).pooler_output
     model = get_peft_model(siglip, BSRConfig(keep_rate=1.0)).eval()
-    assert model.base_model.column.num_prefix == 0
+    assert model.base_model.spec.num_prefix == 0
     torch.testing.assert_close(model(pixel_values=images).pooler_output, expected)
 
 

@@ -105,14 +105,17 @@ FILTERS = [
 
 
 @pytest.mark.parametrize(("filters", "leaves"), FILTERS, ids=[repr(filters) for filters, _ in FILTERS])
-def test_target_and_exclude_modules(make_vit, make_config, trainable, images, filters, leaves):
+def test_target_and_exclude_modules(make_vit, make_config, trainable, images, filters, param_modules):
     model = get_peft_model(make_vit(), make_config(**filters))
     names = {
         n.replace("base_model.model.", "").split(".bsr_params")[0]
         for n, p in model.named_parameters()
         if p.requires_grad
     }
-    assert names == {f"vit.layers.{i}.{leaf}" for i in (1, 3) for leaf in leaves} | {"vit.layernorm", "classifier"}
+    assert names == {f"vit.layers.{i}.{leaf}" for i in (1, 3) for leaf in param_modules} | {
+        "vit.layernorm",
+        "classifier",
+    }
     model.train()(pixel_values=images, labels=torch.tensor([0, 1])).loss.backward()
     assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
 

@@ -65,15 +65,15 @@ def frozen_linears(model: torch.nn.Module) -> list[str]:
 
 def rounded_by_hand(model: torch.nn.Module) -> torch.nn.Module:
     """A copy in full precision whose frozen weights have the rounded values."""
-    twin = copy.deepcopy(model)
-    for module in twin.modules():
+    reference = copy.deepcopy(model)
+    for module in reference.modules():
         if isinstance(module, FrozenLinear):
             module.__class__ = torch.nn.Linear
             in_8_bits = is_quantized(module.weight)  # only the weight is rounded then
             for name, p in list(module.named_parameters()):
                 whole = p.dequantize() if is_quantized(p) else p.detach() if in_8_bits else p.float()
                 setattr(module, name, torch.nn.Parameter(whole, requires_grad=False))
-    return twin
+    return reference
 
 
 def test_linears_of_frozen_blocks_are_rounded_and_nothing_else(key, how, make_vit):
@@ -81,10 +81,10 @@ def test_linears_of_frozen_blocks_are_rounded_and_nothing_else(key, how, make_vi
     before = {name: p.detach().clone() for name, p in base.named_parameters()}
     model = get_peft_model(base, make_config(key, how))
     is_synqt = key == "synqt"
-    leaves = ["attention.q_proj", "attention.o_proj", "mlp.fc1", "mlp.fc2"]
-    leaves += [] if is_synqt else ["attention.k_proj", "attention.v_proj"]
+    param_modules = ["attention.q_proj", "attention.o_proj", "mlp.fc1", "mlp.fc2"]
+    param_modules += [] if is_synqt else ["attention.k_proj", "attention.v_proj"]
     blocks = (0, 1, 2, 3) if is_synqt else (0, 2, 3)
-    expected = {f"base_model.model.vit.layers.{i}.{leaf}" for i in blocks for leaf in leaves}
+    expected = {f"base_model.model.vit.layers.{i}.{leaf}" for i in blocks for leaf in param_modules}
     assert set(frozen_linears(model)) == expected
     rounded = set()
     for name, parameter in model.named_parameters():
@@ -107,12 +107,12 @@ def test_gradients_are_those_of_the_rounded_values(key, how, make_vit, images):
     if key == "int8_activations":
         pytest.skip("its gradients are rounded at random")
     model = get_peft_model(make_vit(), make_config(key, how)).train()
-    twin = rounded_by_hand(model).train()
-    losses = [m(pixel_values=images, labels=LABELS).loss for m in (model, twin)]
+    reference = rounded_by_hand(model).train()
+    losses = [m(pixel_values=images, labels=LABELS).loss for m in (model, reference)]
     torch.testing.assert_close(*losses, atol=1e-5, rtol=1e-5)
     for loss in losses:
         loss.backward()
-    expected = dict(twin.named_parameters())
+    expected = dict(reference.named_parameters())
     trained = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     assert trained
     for name, gradient in trained.items():
@@ -295,10 +295,10 @@ def test_the_compiler_is_left_as_it_is_for_the_rest_of_the_process(make_vit):
 def test_a_copy_trains(how, make_vit, images):
     """A pickle of the whole model is what torchao does not offer; adapters are saved as ever."""
     model = get_peft_model(make_vit(), make_config("full", how))
-    twin = copy.deepcopy(model).train()
-    assert len(frozen_linears(twin)) == 18
-    twin(pixel_values=images, labels=LABELS).loss.backward()
-    assert all(p.grad is not None for p in twin.parameters() if p.requires_grad)
+    reference = copy.deepcopy(model).train()
+    assert len(frozen_linears(reference)) == 18
+    reference(pixel_values=images, labels=LABELS).loss.backward()
+    assert all(p.grad is not None for p in reference.parameters() if p.requires_grad)
     assert not any(p.grad is not None for p in model.parameters())
 
 

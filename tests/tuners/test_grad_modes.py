@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel, get_peft_model
 
 import peft_bsr
-from peft_bsr import ALaSTConfig, BSRConfig, HubError, MoEConfig, SynQTConfig, UnsupportedModelError, probe_column
+from peft_bsr import ALaSTConfig, BSRConfig, HubError, MoEConfig, SynQTConfig, UnsupportedModelError, probe_model
 from peft_bsr.cost import estimate
 
 CONFIGS: dict[str, Callable[[], Any]] = {
@@ -74,10 +74,10 @@ def test_loaded_there_it_is_the_same(make_vit, method, mode, is_trainable, image
 
 
 def test_probed_and_estimated_there(make_vit, mode):
-    expected = probe_column(make_vit()), estimate(make_vit(), BSRConfig())
+    expected = probe_model(make_vit()), estimate(make_vit(), BSRConfig())
     base = make_vit()
     with mode():
-        assert (probe_column(base), estimate(base, BSRConfig())) == expected
+        assert (probe_model(base), estimate(base, BSRConfig())) == expected
         peft_bsr.verify_trainability(get_peft_model(base, BSRConfig()))
 
 
@@ -137,7 +137,7 @@ def test_the_callers_state_is_not_the_models(make_vit, config, state, images, tm
     torch.manual_seed(3)
     with STATES[state]():
         model = get_peft_model(base, CONFIGS[config]())
-        assert probe_column(other) == expected.base_model.column
+        assert probe_model(other) == expected.base_model.spec
         loaded = [PeftModel.from_pretrained(other, tmp_path / "adapter", is_trainable=True)]
         if state == "default device":  # meta: transformers says why
             with pytest.raises(HubError, match="meta device context"):
@@ -145,10 +145,10 @@ def test_the_callers_state_is_not_the_models(make_vit, config, state, images, tm
         else:
             loaded.append(peft_bsr.load(tmp_path / "adapter", is_trainable=True))
     named = {"task": "a"} if config == "tasks" else {}
-    column, logits = expected.base_model.column, expected.eval()(pixel_values=images, **named).logits
+    spec, logits = expected.base_model.spec, expected.eval()(pixel_values=images, **named).logits
     for found in (model, *loaded):
         assert torch.equal(found.eval()(pixel_values=images, **named).logits, logits)
-        assert column == found.base_model.column == expected.base_model.column
+        assert spec == found.base_model.spec == expected.base_model.spec
         assert found.base_model.plan() == expected.base_model.plan()
         kinds = [[(n, p.dtype, p.device, p.requires_grad) for n, p in m.named_parameters()] for m in (found, expected)]
         assert kinds[0] == kinds[1]

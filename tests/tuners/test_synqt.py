@@ -13,7 +13,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTPreTrainedModel
 
 from peft_bsr import BSRConfig, ConfigError, SynQTConfig, UnsupportedModelError, record_routes
-from peft_bsr.tuners.base.layer import find_routers
+from peft_bsr.tuners.base.layer import find_controllers
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "contract"))
 
@@ -130,8 +130,8 @@ def test_queries_of_a_rotary_model_read_keys_that_are_not_rotated(images, keep_r
     torch.manual_seed(0)
     base = RotaryClassifier().eval()
     model = get_peft_model(base, SynQTConfig(**SMALL, layers=[0], keep_rate=keep_rate)).eval()
-    router = find_routers(model)[0]
-    path, block = router.paths["default"], base.backbone.get_submodule("model.layer.0")
+    controller = find_controllers(model)[0]
+    path, block = controller.paths["default"], base.backbone.get_submodule("model.layer.0")
     tokens, queries = torch.randn(1, 21, 32), torch.randn(1, 2, 32)
     order = torch.randperm(21)
     for a, b in zip(path.read(block, queries, tokens), path.read(block, queries, tokens[:, order]), strict=True):
@@ -160,7 +160,7 @@ def test_blocks_run_once_without_a_graph_and_the_last_read_one_not_at_all(make_v
 def test_nothing_stays_on_the_context(make_vit, images):
     model = get_peft_model(make_vit(), SynQTConfig(**SMALL, keep_rate=0.5))
     model(pixel_values=images)
-    context = find_routers(model)[0].context
+    context = find_controllers(model)[0].context
     assert context.now.reading is context.now.route is context.now.running is context.now.owner is None
 
 
@@ -183,9 +183,9 @@ def test_queries_read_the_tokens_that_bsr_would_keep(make_vit, images, mode):
         norm.register_forward_hook(lambda _m, _a, output, i=i: entering.setdefault(i, output))
     model = get_peft_model(make_vit(), SynQTConfig(**SMALL, **settings)).eval()
     read = {}
-    for router in find_routers(model):
-        stock = router._read
-        router._read = lambda n, b, tokens, h, i=router.index, stock=stock: (
+    for controller in find_controllers(model):
+        stock = controller._read
+        controller._read = lambda n, b, tokens, h, i=controller.index, stock=stock: (
             read.setdefault(i, tokens) is None or stock(n, b, tokens, h)
         )
     with torch.no_grad():
@@ -224,6 +224,6 @@ def test_the_probe_leaves_the_random_state_alone(make_vit):
     for _ in range(2):
         torch.manual_seed(11)
         adapted = get_peft_model(model, SynQTConfig(**SMALL))
-        outcomes.append(find_routers(adapted)[0].synqt_params["default"].prompts.detach().clone())
+        outcomes.append(find_controllers(adapted)[0].synqt_params["default"].prompts.detach().clone())
         model = adapted.unload()
     assert torch.equal(*outcomes)

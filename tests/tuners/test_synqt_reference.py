@@ -13,7 +13,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from peft_bsr import SynQTConfig
 from peft_bsr.cost import saved_activations
-from peft_bsr.tuners.base.layer import find_routers
+from peft_bsr.tuners.base.layer import find_controllers
 from peft_bsr.tuners.synqt.layer import Reading, SynQTHead
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "reference"))
@@ -49,11 +49,11 @@ def weights_of(module: torch.nn.Module) -> dict[str, np.ndarray]:
 
 
 def expected_features(model, images):
-    base, routers = model.get_base_model(), find_routers(model)
+    base, controllers = model.get_base_model(), find_controllers(model)
     with torch.no_grad():
         embedded = base.vit.embeddings(images).double().numpy()
     blocks = [weights_of(layer) for layer in base.vit.layers]
-    layers = {r.index: weights_of(r.synqt_params["default"]) for r in routers if r.synqt_params}
+    layers = {r.index: weights_of(r.synqt_params["default"]) for r in controllers if r.synqt_params}
     eps = base.config.layer_norm_eps
     return np.stack([synqt.features(x, blocks, layers, base.config.num_attention_heads, eps) for x in embedded])
 
@@ -71,8 +71,8 @@ def seen(monkeypatch):
 @pytest.mark.parametrize("absorbs", [True, False])
 def test_features_and_logits_equal_the_reference(make_vit, images, seen, layers, absorbs):
     model = synqt_vit(make_vit, layers=layers)
-    for router in find_routers(model):
-        router.paths["default"] = type(router.paths["default"])(router.column, absorbs)
+    for controller in find_controllers(model):
+        controller.paths["default"] = type(controller.paths["default"])(controller.spec, absorbs)
     with torch.no_grad():
         logits = model(pixel_values=images).logits
     expected = expected_features(model, images)
@@ -89,15 +89,15 @@ def test_a_fresh_adapter_starts_as_the_equations_say(make_vit):
     with torch.no_grad():
         base.vit.layernorm.weight.uniform_()
     model = get_peft_model(base, SynQTConfig(feature_scale=0.2, attention_scale=0.3, ffn_scale=0.4))
-    routers = find_routers(model)
-    for router in routers:
-        module = router.synqt_params["default"]
+    controllers = find_controllers(model)
+    for controller in controllers:
+        module = controller.synqt_params["default"]
         assert module.prompts.abs().max() <= 1 and module.prompts.std() > 0.5
         assert (module.attention_scale.item(), module.ffn_scale.item()) == pytest.approx((0.3, 0.4))
-        assert (module.feature_scale is None) == (router.index > 0)
+        assert (module.feature_scale is None) == (controller.index > 0)
         x = torch.randn(1, 2, 32)
         assert torch.equal(module.prompt_adapter(x), x)
-    assert routers[0].synqt_params["default"].feature_scale.item() == pytest.approx(0.2)
+    assert controllers[0].synqt_params["default"].feature_scale.item() == pytest.approx(0.2)
     head = base.classifier.synqt_params["default"]
     assert torch.equal(head.final_norm.weight, base.vit.layernorm.weight)
     assert head.final_norm.eps == base.vit.layernorm.eps
@@ -134,9 +134,9 @@ def test_dropout_and_drop_path_act_in_training_alone_and_blocks_stay_in_evaluati
     assert torch.equal(model(pixel_values=images).logits, model(pixel_values=images).logits)
     model.train()
     assert not torch.equal(model(pixel_values=images).logits, model(pixel_values=images).logits)
-    router = find_routers(model)[0]
+    controller = find_controllers(model)[0]
     block = model.get_base_model().vit.layers[0]
-    assert router.training and router.synqt_params["default"].training
+    assert controller.training and controller.synqt_params["default"].training
     assert not any(module.training for name, module in block.named_children() if name != "token_router")
     head = model.get_base_model().classifier.synqt_params["default"]
     branch = head._drop_paths(torch.ones(500, 13, 4))

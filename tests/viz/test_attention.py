@@ -6,7 +6,7 @@ import torch
 from peft import get_peft_model
 from PIL import Image
 
-from peft_bsr import BSRConfig, SynQTConfig, probe_column
+from peft_bsr import BSRConfig, SynQTConfig, probe_model
 from peft_bsr.engine import record_scores
 from peft_bsr.viz import draw_attention
 from peft_bsr.viz.attention import _on_grid, _scores
@@ -15,7 +15,7 @@ from peft_bsr.viz.attention import _on_grid, _scores
 @torch.no_grad()
 def test_scores_are_the_softmax_of_eager_attention(make_model, images):
     model = make_model("vit", attn_implementation="eager")
-    with record_scores(model, probe_column(model)) as found:
+    with record_scores(model, probe_model(model)) as found:
         output = model(pixel_values=images, output_attentions=True)
     assert [block.block for block in found] == [0, 1, 2, 3]
     for block, attention in zip(found, output.attentions, strict=True):
@@ -26,13 +26,13 @@ def test_scores_are_the_softmax_of_eager_attention(make_model, images):
 @torch.no_grad()
 def test_watching_does_not_change_a_model_that_drops_tokens(family, make_model, images):
     model = get_peft_model(make_model(family), BSRConfig(reduction_blocks=[1, 2], keep_rate=0.5)).eval()
-    base, column = model.get_base_model(), model.base_model.column
+    base, spec = model.get_base_model(), model.base_model.spec
     before = model(pixel_values=images)[0]
-    with record_scores(base, column) as found:
+    with record_scores(base, spec) as found:
         watched = model(pixel_values=images)[0]
     assert torch.equal(watched, before)
     assert torch.equal(model(pixel_values=images)[0], before), "nothing is left behind"
-    counts = model.base_model.plan().token_counts(column.num_tokens, column.num_special)
+    counts = model.base_model.plan().token_counts(spec.num_tokens, spec.num_special)
     assert [block.scores.shape[1] for block in found] == [attention for attention, _ in counts]
     assert counts[3][0] < counts[2][0] < counts[1][0]
     assert all(torch.allclose(block.scores.sum(dim=1), torch.ones(2)) for block in found)

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from peft_bsr.errors import AdapterError
-from peft_bsr.tuners.alast.layer import ALaSTRouter
+from peft_bsr.tuners.alast.layer import ALaSTController
 from peft_bsr.tuners.alast.schedule import ALaSTSchedule
 
 
@@ -67,13 +67,13 @@ class ALaSTCallback(TrainerCallback):
 
 
 def schedule_of(model: nn.Module) -> ALaSTSchedule:
-    """The schedule in force, whatever wraps the model.
+    """The schedule active, whatever wraps the model.
 
     Raises:
         AdapterError: If the model has no active ALaST adapter.
     """
     for module in model.modules():
-        if isinstance(module, ALaSTRouter) and module.schedule is not None:
+        if isinstance(module, ALaSTController) and module.schedule is not None:
             return module.schedule
     raise AdapterError(
         f"{type(model).__name__} has no active ALaST adapter. Attach one with `get_peft_model(model, ALaSTConfig())`, "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from peft_bsr.backbones import Column
+from peft_bsr.backbones import ModelSpec
 from peft_bsr.core import DELTA_REDUCTIONS, SELECTIONS
 from peft_bsr.core.checks import (
     NOT_NEGATIVE,
@@ -150,18 +150,18 @@ class ALaSTConfig(BlockConfig):
             problems.append(f"`seed={self.seed!r}` must be a whole number.")
         return [*problems, *check_ways(self), *super()._problems()]
 
-    def plan_for(self, column: Column) -> Plan:
+    def plan_for(self, spec: ModelSpec) -> Plan:
         """What every step's plan is made from: all blocks train, each drops tokens by the initial budget.
 
         Raises:
             ConfigError: Naming everything that this model does not allow.
         """
-        score: Any = resolve_score(self, column)
-        problems, count = check_score(score, column), self.trainable_blocks_per_step
-        if count is not None and count > column.depth:
+        score: Any = resolve_score(self, spec)
+        problems, count = check_score(score, spec), self.trainable_blocks_per_step
+        if count is not None and count > spec.depth:
             problems.append(
-                f"`trainable_blocks_per_step={count}` asks for more than this model's {column.depth} blocks. Use at "
-                f"most {column.depth}."
+                f"`trainable_blocks_per_step={count}` asks for more than this model's {spec.depth} blocks. Use at "
+                f"most {spec.depth}."
             )
         if problems:
             raise ConfigError.from_problems("ALaSTConfig", problems)
@@ -170,7 +170,7 @@ class ALaSTConfig(BlockConfig):
         cut = not self.train_embeddings
         blocks = tuple(
             BlockPlan(True, cut and index == 0, budgeted(plain, budget, budget ** (index + 1)))
-            for index in range(column.depth)
+            for index in range(spec.depth)
         )
         return saving_less(Plan(blocks, self.mode or "compact"), self)  # type: ignore[arg-type]
 

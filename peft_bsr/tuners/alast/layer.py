@@ -1,4 +1,4 @@
-"""The router of ALaST: a block's part of the plan of the step that runs."""
+"""The controller of ALaST: a block's part of the plan of the step that runs."""
 
 from __future__ import annotations
 
@@ -9,31 +9,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_bsr.backbones import Column, FamilyRule
+from peft_bsr.backbones import FamilyRule, ModelSpec
 from peft_bsr.compat.peft_api import BufferDict
 from peft_bsr.core import ForwardContext
 from peft_bsr.engine import Plan
 from peft_bsr.tuners.alast.schedule import ALaSTSchedule
-from peft_bsr.tuners.blocks.router import MergeableRouter
+from peft_bsr.tuners.blocks.controller import MergeableController
 
 STATE = "bsr_state"
 
 
-class ALaSTRouter(MergeableRouter):
-    """A block's router whose plan the schedule makes, in training; in evaluation the model runs as it is.
+class ALaSTController(MergeableController):
+    """A block's controller whose plan the schedule makes, in training; in evaluation the model runs as it is.
 
-    The first block's router carries the schedules' state into and out of state dicts, in buffers that only these look
-    at, `bsr_state.<adapter>`: what is no parameter and no buffer is lost on the way through torch's distributed
-    checkpoints.
+    The first block's controller saves and loads the schedules' state in buffers that only state dicts see,
+    `bsr_state.<adapter>`: torch's distributed checkpoints keep nothing but parameters and buffers.
 
     Args:
-        index, column, context, rule: See `BlockRouter`.
+        index, column, context, rule: See `BlockController`.
     """
 
     is_dynamic = True
 
-    def __init__(self, index: int, column: Column, context: ForwardContext, rule: FamilyRule) -> None:
-        super().__init__(index, column, context, rule)
+    def __init__(self, index: int, spec: ModelSpec, context: ForwardContext, rule: FamilyRule) -> None:
+        super().__init__(index, spec, context, rule)
         self.observes = True
         self.schedules: dict[str, ALaSTSchedule] = {}
         if index == 0:
@@ -74,14 +73,14 @@ class ALaSTRouter(MergeableRouter):
     def observe(self, before: Tensor, after: Tensor) -> None:
         """Show the schedule what the block did."""
         if self.training and torch.is_grad_enabled() and (schedule := self.schedule) is not None:
-            schedule.observe(before, after, self.column.num_prefix)
+            schedule.observe(before, after, self.spec.num_prefix)
 
-    def rehearsal(self) -> AbstractContextManager[Any]:
+    def side_effect_free(self) -> AbstractContextManager[Any]:
         """Forwards inside move no budget and draw for themselves alone."""
-        return nullcontext() if self.schedule is None else self.schedule.rehearsal()
+        return nullcontext() if self.schedule is None else self.schedule.side_effect_free()
 
     def add_schedule(self, adapter_name: str, schedule: ALaSTSchedule) -> None:
-        """Follow a schedule, which the routers of all blocks share, for an adapter."""
+        """Follow a schedule, which the controllers of all blocks share, for an adapter."""
         self.schedules[adapter_name] = schedule
         if self.index == 0:
             self.bsr_state[adapter_name] = schedule.pack()
@@ -98,20 +97,20 @@ class ALaSTRouter(MergeableRouter):
         return super().state_dict(*args, **kwargs)
 
     def __repr__(self) -> str:
-        return f"alast.ALaSTRouter(block={self.index}, schedules={sorted(self.schedules)})"
+        return f"alast.ALaSTController(block={self.index}, schedules={sorted(self.schedules)})"
 
 
-def _write_states(router: ALaSTRouter, *_: Any) -> None:
+def _write_states(controller: ALaSTController, *_: Any) -> None:
     """Put the state of each schedule into its buffer."""
-    for name, schedule in router.schedules.items() if router.index == 0 else ():
-        router.bsr_state[name] = schedule.pack().to(router.bsr_state[name].device)
+    for name, schedule in controller.schedules.items() if controller.index == 0 else ():
+        controller.bsr_state[name] = schedule.pack().to(controller.bsr_state[name].device)
 
 
-def _read_states(router: ALaSTRouter, _: Any) -> None:
+def _read_states(controller: ALaSTController, _: Any) -> None:
     """Go on from what was loaded, for the schedules whose buffer is not what `_write_states` left there."""
-    for name, schedule in router.schedules.items():
-        if not torch.equal(router.bsr_state[name].cpu(), schedule.pack()):
-            schedule.unpack(router.bsr_state[name])
+    for name, schedule in controller.schedules.items():
+        if not torch.equal(controller.bsr_state[name].cpu(), schedule.pack()):
+            schedule.unpack(controller.bsr_state[name])
 
 
-__all__ = ["STATE", "ALaSTRouter"]
+__all__ = ["STATE", "ALaSTController"]

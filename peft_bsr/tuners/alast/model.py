@@ -7,13 +7,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from peft_bsr.backbones import Column
+from peft_bsr.backbones import ModelSpec
 from peft_bsr.engine import Plan
 from peft_bsr.errors import AdapterError, UnsupportedModelError
 from peft_bsr.tuners.alast.config import ALaSTConfig
-from peft_bsr.tuners.alast.layer import STATE, ALaSTRouter
+from peft_bsr.tuners.alast.layer import STATE, ALaSTController
 from peft_bsr.tuners.alast.schedule import ALaSTSchedule, check_state
-from peft_bsr.tuners.base.layer import find_routers
+from peft_bsr.tuners.base.layer import find_controllers
 from peft_bsr.tuners.blocks.layer import BlockWeights
 from peft_bsr.tuners.blocks.tuner import BlockTuner
 
@@ -22,7 +22,7 @@ class ALaSTModel(BlockTuner):
     """ALaST on a vision transformer; made by `get_peft_model(model, ALaSTConfig())`.
 
     Args:
-        model: A supported vision transformer, see `peft_bsr.probe_column`.
+        model: A supported vision transformer, see `peft_bsr.probe_model`.
         config: The configuration.
         adapter_name: Name of the adapter, default `"default"`.
 
@@ -39,7 +39,7 @@ class ALaSTModel(BlockTuner):
         [0.95, 0.95, 0.95, 0.95]
     """
 
-    router_cls = ALaSTRouter
+    controller_cls = ALaSTController
     reduces_in_evaluation = False
 
     def schedule(self, adapter_name: str | None = None) -> ALaSTSchedule:
@@ -49,10 +49,10 @@ class ALaSTModel(BlockTuner):
             AdapterError: If there is none of that name.
         """
         name = adapter_name or (self.active_adapters or [None])[0]
-        routers: Any = find_routers(self.model)
-        if not routers or name not in routers[0].schedules:
+        controllers: Any = find_controllers(self.model)
+        if not controllers or name not in controllers[0].schedules:
             raise AdapterError(f"There is no adapter {name!r}; this model has {sorted(self.peft_config)}.")
-        return routers[0].schedules[name]
+        return controllers[0].schedules[name]
 
     def plan(self, adapter_name: str | None = None) -> Plan:
         """The plan of the step that runs; before the first, that of a step in which every block trains.
@@ -63,17 +63,17 @@ class ALaSTModel(BlockTuner):
         return self.schedule(adapter_name).plan or super().plan(adapter_name)
 
     def _assign(self, model: nn.Module, adapter_name: str, given: Any, found: Any) -> None:
-        """One schedule for all routers, which knows the adapter's weights in each block."""
-        column, plan = found.column, found.plan
-        blocks: list[list[nn.Module]] = [[] for _ in column.blocks]
+        """One schedule for all controllers, which knows the adapter's weights in each block."""
+        spec, plan = found.spec, found.plan
+        blocks: list[list[nn.Module]] = [[] for _ in spec.blocks]
         others: list[nn.Module] = []
         for name, module in model.named_modules():
             if isinstance(module, BlockWeights) and adapter_name in module.bsr_params:
-                index = next((i for i, block in enumerate(column.blocks) if name.startswith(f"{block}.")), None)
+                index = next((i for i, block in enumerate(spec.blocks) if name.startswith(f"{block}.")), None)
                 (others if index is None else blocks[index]).append(module.bsr_params[adapter_name])
         schedule = ALaSTSchedule(self.peft_config[adapter_name], plan, blocks, others)
-        for router in self._attached_routers(model, column):
-            router.add_schedule(adapter_name, schedule)
+        for controller in self._attached_controllers(model, spec):
+            controller.add_schedule(adapter_name, schedule)
         super()._assign(model, adapter_name, given, found)
 
     @classmethod
@@ -96,7 +96,7 @@ class ALaSTModel(BlockTuner):
     @classmethod
     def _own_state(cls, model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
         """With the schedule's state."""
-        places = {name: m for name, m in model.named_modules() if isinstance(m, ALaSTRouter) and m.index == 0}
+        places = {name: m for name, m in model.named_modules() if isinstance(m, ALaSTController) and m.index == 0}
         states = {f"{name}.{STATE}.{adapter_name}": m.bsr_state[adapter_name] for name, m in places.items()}
         return super()._own_state(model, adapter_name) | states
 
@@ -104,23 +104,23 @@ class ALaSTModel(BlockTuner):
     def _problems_of(cls, model: nn.Module, config: Any, state_dict: Mapping[str, Tensor]) -> list[str]:
         """Of the schedule's state, which decides what trains."""
         states = {name: tensor for name, tensor in state_dict.items() if f".{STATE}." in name}
-        depth = len(find_routers(model))
+        depth = len(find_controllers(model))
         return [f"{name}: {problem}." for name, t in states.items() for problem in check_state(t, depth, config)]
 
     def _record(self, model: nn.Module, config: Any, found: Any) -> Any:
         own: ALaSTConfig = super()._record(model, config, found)
         if own.train_embeddings:
-            own.modules_to_save = sorted({*(own.modules_to_save or ()), *find_embeddings(model, found.column)})
+            own.modules_to_save = sorted({*(own.modules_to_save or ()), *find_embeddings(model, found.spec)})
         return own
 
 
-def find_embeddings(model: nn.Module, column: Column) -> list[str]:
+def find_embeddings(model: nn.Module, spec: ModelSpec) -> list[str]:
     """Names of the outermost modules before the blocks that hold parameters themselves.
 
     Raises:
         UnsupportedModelError: If the model itself holds some: there is no module that could be saved.
     """
-    inside = (*column.blocks, *column.head, *column.unread)
+    inside = (*spec.blocks, *spec.head, *spec.unread)
     owners = {name.rpartition(".")[0] for name, _ in model.named_parameters()}
     owners = {n for n in owners if not any(f"{n}.".startswith(f"{part}.") for part in inside)}
     if "" in owners:

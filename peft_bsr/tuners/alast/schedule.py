@@ -137,7 +137,7 @@ class ALaSTSchedule:
         self._is_restored = True
 
     @contextmanager
-    def rehearsal(self) -> Iterator[None]:
+    def side_effect_free(self) -> Iterator[None]:
         """Forwards inside draw as the next step will, and nothing of it stays; who asks for gradients is not kept."""
         before = dict(self.__dict__)  # every step replaces the lists, none changes them
         self._stepped = None

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from peft_bsr.backbones import Column
+from peft_bsr.backbones import ModelSpec
 from peft_bsr.engine import Plan
 from peft_bsr.tuners.alast.config import ALaSTConfig
 
 
-def describe(config: ALaSTConfig, column: Column, plan: Plan) -> list[str]:
+def describe(config: ALaSTConfig, spec: ModelSpec, plan: Plan) -> list[str]:
     """What an adapter does to its model, one sentence an item."""
     count = config.trainable_blocks_per_step
     return [
-        f"Budgets decide in every training step which {count or 'three quarters'} of the {column.depth} blocks "
+        f"Budgets decide in every training step which {count or 'three quarters'} of the {spec.depth} blocks "
         "train and how many tokens each of them sees; the final norm and the head always train.",
         "When it is used, all blocks run on all tokens: a plain model.",
     ]

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from peft_bsr.backbones import Column, probe_inputs, quiet, run_probe
+from peft_bsr.backbones import ModelSpec, probe_inputs, quiet, run_probe
 from peft_bsr.errors import UnsupportedModelError
 
 
-def find_classifier(model: nn.Module, column: Column, who: str) -> str:
+def find_classifier(model: nn.Module, spec: ModelSpec, who: str) -> str:
     """Name of the Linear module whose output is the model's logits [B, classes].
 
     Args:
         model: The model.
-        column: Its column.
+        spec: Its column.
         who: Begins the sentence that says what takes the classifier's place, for the error.
 
     Raises:
         UnsupportedModelError: If there is none.
     """
-    linears = [name for name in column.head if isinstance(without_layer(model.get_submodule(name)), nn.Linear)]
+    linears = [name for name in spec.head if isinstance(without_layer(model.get_submodule(name)), nn.Linear)]
     outputs: dict[str, list[Tensor]] = {name: [] for name in linears}
     handles = [
         model.get_submodule(name).register_forward_hook(lambda _m, _a, output, name=name: outputs[name].append(output))
@@ -27,7 +27,7 @@ def find_classifier(model: nn.Module, column: Column, who: str) -> str:
     ]
     try:
         with quiet(model):
-            logits = getattr(run_probe(model, probe_inputs(model, 1, column.image_shape)), "logits", None)
+            logits = getattr(run_probe(model, probe_inputs(model, 1, spec.image_shape)), "logits", None)
     finally:
         for handle in handles:
             handle.remove()
@@ -42,10 +42,10 @@ def find_classifier(model: nn.Module, column: Column, who: str) -> str:
     return found[0]
 
 
-def find_final_norm(model: nn.Module, column: Column) -> nn.LayerNorm | None:
+def find_final_norm(model: nn.Module, spec: ModelSpec) -> nn.LayerNorm | None:
     """The LayerNorm behind the last block, as wide as its tokens, if there is one."""
-    norms = [without_layer(model.get_submodule(name)) for name in column.head]
-    return next((m for m in norms if isinstance(m, nn.LayerNorm) and m.normalized_shape == (column.width,)), None)
+    norms = [without_layer(model.get_submodule(name)) for name in spec.head]
+    return next((m for m in norms if isinstance(m, nn.LayerNorm) and m.normalized_shape == (spec.width,)), None)
 
 
 def without_layer(module: nn.Module) -> nn.Module:

@@ -13,7 +13,7 @@ from typing import Any, cast
 from peft import PeftConfig
 from torch import nn
 
-from peft_bsr.backbones import Column, Fingerprint, weights_digest
+from peft_bsr.backbones import Fingerprint, ModelSpec, weights_digest
 from peft_bsr.core.checks import MOST_CLASSES
 from peft_bsr.engine import Plan
 from peft_bsr.errors import AdapterFileError, ConfigError, OtherWeightsWarning
@@ -32,7 +32,7 @@ class Attachment:
     """What is known of the model that an adapter was attached to; no part of the adapter's file.
 
     Attributes:
-        column: What the model is.
+        spec: What the model is.
         plan: What is done to it; of ALaST, the plan its steps are made from.
         classes: Names of the model's class and of its bases.
         config: The model's configuration (a living object), or None.
@@ -40,7 +40,7 @@ class Attachment:
         parts: Names of the modules that the adapter has in the model; known once it is attached.
     """
 
-    column: Column
+    spec: ModelSpec
     plan: Plan
     classes: tuple[str, ...]
     config: Any
@@ -88,7 +88,7 @@ class SavedConfig(AdapterFiles, PeftConfig):
     resolution = None  # what to do to the model, a Resolution, where it is known before the adapter is attached
     attachment = None  # an Attachment; not annotated, because it is no field and not saved
     place = None  # where `peft_bsr.load` read it from
-    facts = None  # what was measured, see `peft_bsr.hub.Facts`
+    facts = None  # what was measured, see `peft_bsr.hub.CardFacts`
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -111,7 +111,7 @@ class SavedConfig(AdapterFiles, PeftConfig):
     def attached_to(
         self,
         model: nn.Module,
-        column: Column,
+        spec: ModelSpec,
         plan: Plan,
         held: Sequence[str],
         fingerprint: dict[str, Any] | None = None,
@@ -120,7 +120,7 @@ class SavedConfig(AdapterFiles, PeftConfig):
 
         Args:
             model: The model.
-            column: What it is.
+            spec: What it is.
             plan: What is done to it.
             held: Names of the modules whose weights the adapter has, takes the place of, or does not need.
             fingerprint: What the model was before the first adapter came, where another one is there. Default None: it
@@ -131,9 +131,9 @@ class SavedConfig(AdapterFiles, PeftConfig):
                 classes.
             ConfigError: If a weight that the adapter does not have is not from the base model's files.
         """
-        labels = self._labels(model, column)
+        labels = self._labels(model, spec)
         own = own_config(model)
-        found = fingerprint or self._fingerprint_of(model, column)
+        found = fingerprint or self._fingerprint_of(model, spec)
         if self.fills_weights or self.inference_mode:  # transformers' own loader reads the file another way
             _check_labels(self.labels, labels)
             _check_model(self.fingerprint, found, warn=self.fills_weights)
@@ -142,12 +142,12 @@ class SavedConfig(AdapterFiles, PeftConfig):
         elif own is not None:
             _check_new(model, new_weights(model, own), held, self)
         classes = tuple(cls.__name__ for cls in type(model).__mro__)
-        self.attachment = Attachment(column, plan, classes, getattr(model, "config", None), own)
+        self.attachment = Attachment(spec, plan, classes, getattr(model, "config", None), own)
         self.labels, self.fingerprint = labels, found
 
-    def _fingerprint_of(self, model: nn.Module, column: Column) -> dict[str, Any]:
+    def _fingerprint_of(self, model: nn.Module, spec: ModelSpec) -> dict[str, Any]:
         apart = getattr(self, "modules_to_save", None) or ()
-        return {**Fingerprint.of(model, column).to_dict(), "weights": weights_digest(model, column, apart)}
+        return {**Fingerprint.of(model, spec).to_dict(), "weights": weights_digest(model, spec, apart)}
 
     @property
     def has_dense_tasks(self) -> bool:
@@ -160,8 +160,8 @@ class SavedConfig(AdapterFiles, PeftConfig):
         write_down(config, resolution.plan)
         return config
 
-    def _labels(self, model: nn.Module, column: Column) -> list[str] | None:
-        return find_labels(model, column)
+    def _labels(self, model: nn.Module, spec: ModelSpec) -> list[str] | None:
+        return find_labels(model, spec)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """PEFT's own, and then whoever asked for it.
@@ -179,10 +179,10 @@ class SavedConfig(AdapterFiles, PeftConfig):
                 action(self, Path(save_directory))
 
 
-def find_labels(model: nn.Module, column: Column) -> list[str] | None:
+def find_labels(model: nn.Module, spec: ModelSpec) -> list[str] | None:
     """Names of the classes by number, or None where no part of the head is a classifier of so many."""
     named = getattr(getattr(model, "config", None), "id2label", None) or {}
-    heads = [without_layer(model.get_submodule(name)) for name in column.head]
+    heads = [without_layer(model.get_submodule(name)) for name in spec.head]
     if not any(isinstance(head, nn.Linear) and head.out_features == len(named) for head in heads):
         return None
     return [str(named[index]) for index in sorted(named)]

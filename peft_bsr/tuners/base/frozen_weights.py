@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from peft_bsr.backbones import Column, probe_inputs, quiet, run_probe, tensors_of
+from peft_bsr.backbones import ModelSpec, probe_inputs, quiet, run_probe, tensors_of
 from peft_bsr.compat.torch_api import PARAMETERS, leave_to_ddp
 from peft_bsr.core import is_quantized, kept_bytes
 from peft_bsr.errors import ConfigError, MissingDependencyError, UnsupportedModelError
@@ -28,16 +28,16 @@ _ROOT = "base_model.model."
 
 
 def linears_to_round(
-    model: nn.Module, column: Column, config: Any, trained: Collection[int], exact_roles: Collection[str] = ()
+    model: nn.Module, spec: ModelSpec, config: Any, trained: Collection[int], exact_names: Collection[str] = ()
 ) -> dict[str, str]:
     """Linear modules whose weights an adapter wants rounded, name -> how: those in blocks that do not train, or none.
 
     Args:
         model: The model.
-        column: Its column.
+        spec: Its column.
         config: Of the adapter.
         trained: Indices of the blocks that train.
-        exact_roles: Roles of leaf modules that stay as they are.
+        exact_names: Roles of leaf modules that stay as they are.
 
     Raises:
         ConfigError: If the model is in float16 and bfloat16 is asked for.
@@ -47,9 +47,9 @@ def linears_to_round(
         return {}
     names = [
         f"{block}.{leaf}"
-        for index, block in enumerate(column.blocks)
-        for role, leaf in zip(column.roles, column.leaves, strict=True)
-        if index not in trained and role not in exact_roles
+        for index, block in enumerate(spec.blocks)
+        for role, leaf in spec.paths.items()
+        if index not in trained and role not in exact_names
     ]
     modules: dict[str, Any] = {name: without_layer(model.get_submodule(name)) for name in names}
     modules = {name: module for name, module in modules.items() if type(module) in (nn.Linear, FrozenLinear)}
@@ -67,12 +67,12 @@ def linears_to_round(
     return dict.fromkeys(modules, how)
 
 
-def check_rounded(model: nn.Module, column: Column, wanted: Mapping[str, str], has_others: bool) -> None:
+def check_rounded(model: nn.Module, spec: ModelSpec, wanted: Mapping[str, str], has_others: bool) -> None:
     """Refuse an adapter that would run on other weights than those beside it, or than where it was trained.
 
     Args:
         model: The model.
-        column: Its column.
+        spec: Its column.
         wanted: Modules that the adapter wants rounded, see `linears_to_round`.
         has_others: Whether the model has adapters already.
 
@@ -88,7 +88,7 @@ def check_rounded(model: nn.Module, column: Column, wanted: Mapping[str, str], h
         return
 
     def told(rounded: Mapping[str, str]) -> str:
-        blocks = [i for i, block in enumerate(column.blocks) if any(name.startswith(f"{block}.") for name in rounded)]
+        blocks = [i for i, block in enumerate(spec.blocks) if any(name.startswith(f"{block}.") for name in rounded)]
         return f"{next(iter(rounded.values()))!r} in blocks {blocks}" if rounded else "'full'"
 
     raise ConfigError(
@@ -98,12 +98,12 @@ def check_rounded(model: nn.Module, column: Column, wanted: Mapping[str, str], h
 
 
 @contextmanager
-def tried_rounding(model: nn.Module, column: Column, wanted: Mapping[str, str]) -> Iterator[None]:
+def tried_rounding(model: nn.Module, spec: ModelSpec, wanted: Mapping[str, str]) -> Iterator[None]:
     """Round the modules for a while, and log what that does to the model's outputs.
 
     Args:
         model: The model.
-        column: Its column.
+        spec: Its column.
         wanted: The modules, some or all of them rounded already, see `linears_to_round`.
 
     Raises:
@@ -115,7 +115,7 @@ def tried_rounding(model: nn.Module, column: Column, wanted: Mapping[str, str]) 
         yield
         return
     how = _CALLED[next(iter(wanted.values()))]
-    inputs = probe_inputs(model, 1, column.image_shape)
+    inputs = probe_inputs(model, 1, spec.image_shape)
     with quiet(model):
         expected = _floats(run_probe(model, inputs))
     before = _mebibytes(modules.values())
@@ -157,16 +157,16 @@ def round_weights(model: nn.Module, wanted: Mapping[str, str]) -> None:
     _round(_not_rounded(model, wanted), wanted)
 
 
-def tell_ddp(model: nn.Module, parked: Sequence[str] = ()) -> None:
+def tell_ddp(model: nn.Module, offloaded: Sequence[str] = ()) -> None:
     """Tell DistributedDataParallel which weights to leave alone, itself or under PEFT's model.
 
-    Parked ones lie on the CPU, where it would refuse them beside others on accelerators; it cannot send rounded ones.
+    Offloaded ones are on the CPU, which it refuses next to others on accelerators; quantized ones it cannot send.
 
     Args:
         model: The model.
-        parked: Names of its parked parameters.
+        offloaded: Names of its offloaded parameters.
     """
-    names = [*parked, *(name for name, parameter in model.named_parameters() if is_quantized(parameter))]
+    names = [*offloaded, *(name for name, parameter in model.named_parameters() if is_quantized(parameter))]
     leave_to_ddp(model, [*names, *(f"{_ROOT}{name}" for name in names)])
 
 

@@ -6,16 +6,16 @@ from typing import Any
 
 from torch import Tensor
 
-from peft_bsr.backbones import Column
+from peft_bsr.backbones import ModelSpec
 from peft_bsr.errors import InputError
 
 
-def check_inputs(name: str, column: Column, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def check_inputs(name: str, spec: ModelSpec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Refuse what is no batch of images.
 
     Args:
         name: Of the model's main input.
-        column: Of the model.
+        spec: Of the model.
         args: Of the call.
         kwargs: Its keywords.
 
@@ -23,26 +23,26 @@ def check_inputs(name: str, column: Column, args: tuple[Any, ...], kwargs: dict[
         InputError: If there are none, or their shape cannot be.
     """
     images = kwargs.get(name, args[0] if args else None)
-    if problem := _problem(column, images):
-        expected = ", ".join(["images", *map(str, column.image_shape)])
+    if problem := _problem(spec, images):
+        expected = ", ".join(["images", *map(str, spec.image_shape)])
         found = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
         raise InputError(f"`{name}` is {found}: {problem}. Call the model with `{name}` [{expected}].")
 
 
-def _problem(column: Column, images: Any) -> str | None:
+def _problem(spec: ModelSpec, images: Any) -> str | None:
     if not isinstance(images, Tensor):
         return "that is no tensor"
-    shape, axes = images.shape, 1 + len(column.image_shape)
+    shape, axes = images.shape, 1 + len(spec.image_shape)
     if len(shape) != axes:
         return f"{len(shape)} axes instead of {axes}"
     if shape[0] == 0:
         return "the batch is empty"
-    if column.grid is None or len(column.grid) != 2 or axes != 4:
+    if spec.grid is None or len(spec.grid) != 2 or axes != 4:
         return None
-    if shape[1] != column.image_shape[0]:
-        return f"{shape[1]} channels instead of {column.image_shape[0]}"
-    if shape[2] < column.patch_size[0] or shape[3] < column.patch_size[1]:
-        return f"less than one patch of {column.patch_size[0]} x {column.patch_size[1]} px"
+    if shape[1] != spec.image_shape[0]:
+        return f"{shape[1]} channels instead of {spec.image_shape[0]}"
+    if shape[2] < spec.patch_size[0] or shape[3] < spec.patch_size[1]:
+        return f"less than one patch of {spec.patch_size[0]} x {spec.patch_size[1]} px"
     return None
 
 

@@ -1,4 +1,4 @@
-"""A layer that runs one adapter at a time, a block's router with one plan for each, and how they are found."""
+"""A layer that runs one adapter at a time, a block's controller with one plan for each, and how they are found."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from peft_bsr.backbones import Column, FamilyRule
+from peft_bsr.backbones import FamilyRule, ModelSpec
 from peft_bsr.compat.peft_api import ModulesToSaveWrapper
 from peft_bsr.compat.torch_api import MODULES
 from peft_bsr.core import ForwardContext
-from peft_bsr.engine import BlockRouter, Plan, attach_router, detach_router
+from peft_bsr.engine import BlockController, Plan, attach_controller, detach_controller
 from peft_bsr.errors import AdapterError
 
 ROOT = "base_model.model."
@@ -55,17 +55,17 @@ class SingleAdapterLayer(BaseTunerLayer):
         return getattr(self._modules[self.adapter_layer_names[0]], MODULES)
 
 
-class AdapterRouter(BlockRouter, SingleAdapterLayer):
-    """A block's router with one plan per adapter. Without a base layer: PEFT's calls on adapters reach it as a layer.
+class AdapterController(BlockController, SingleAdapterLayer):
+    """A block's controller with one plan per adapter. It has no base layer; PEFT calls it like a tuner layer.
 
     Args:
-        index, column, context, rule: See `BlockRouter`.
+        index, column, context, rule: See `BlockController`.
     """
 
     other_param_names: tuple[str, ...] = ("plans",)
 
-    def __init__(self, index: int, column: Column, context: ForwardContext, rule: FamilyRule) -> None:
-        super().__init__(index, column, context, rule)
+    def __init__(self, index: int, spec: ModelSpec, context: ForwardContext, rule: FamilyRule) -> None:
+        super().__init__(index, spec, context, rule)
         self.plans: dict[str, Plan] = {}
         self._active_adapter: list[str] = []
         self.merged_adapters: list[str] = []
@@ -79,7 +79,7 @@ class AdapterRouter(BlockRouter, SingleAdapterLayer):
     @property
     def weight(self) -> Tensor:
         """There is none; PEFT's own look-up would call itself for ever on a layer without a base."""
-        raise AttributeError("a router has no weight")
+        raise AttributeError("a controller has no weight")
 
     bias = weight
 
@@ -119,21 +119,23 @@ def adapter_parts(model: nn.Module, adapter_name: str) -> list[tuple[str, nn.Mod
     return parts
 
 
-def find_routers(model: nn.Module) -> list[Any]:
-    """The routers of `model`, by block; empty without an adapter of ours."""
-    return sorted((m for m in model.modules() if isinstance(m, AdapterRouter)), key=lambda router: router.index)
+def find_controllers(model: nn.Module) -> list[Any]:
+    """The controllers of `model`, by block; empty without an adapter of ours."""
+    return sorted(
+        (m for m in model.modules() if isinstance(m, AdapterController)), key=lambda controller: controller.index
+    )
 
 
 @contextmanager
-def detached(model: nn.Module, routers: list[Any]) -> Iterator[None]:
-    """Take the routers off for a while."""
-    for router in routers:
-        detach_router(model, router)
+def detached(model: nn.Module, controllers: list[Any]) -> Iterator[None]:
+    """Take the controllers off for a while."""
+    for controller in controllers:
+        detach_controller(model, controller)
     try:
         yield
     finally:
-        for router in routers:
-            attach_router(model, router)
+        for controller in controllers:
+            attach_controller(model, controller)
 
 
 def check_single(adapter_names: list[str], action: str) -> None:

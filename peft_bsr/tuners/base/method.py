@@ -10,12 +10,12 @@ from peft import PeftConfig
 from torch import nn
 from transformers import TrainerCallback
 
-from peft_bsr.backbones import Column
+from peft_bsr.backbones import ModelSpec
 from peft_bsr.engine import Plan
 from peft_bsr.registration import register_method
 from peft_bsr.tuners.base.config import SavedConfig
 from peft_bsr.tuners.base.resolution import Resolution
-from peft_bsr.tuners.base.tuner import RoutedTuner
+from peft_bsr.tuners.base.tuner import MethodTuner
 
 
 @dataclass(frozen=True)
@@ -38,15 +38,15 @@ class MethodInfo:
     title: str
     paper: str
     config: type[SavedConfig]
-    tuner: type[RoutedTuner]
+    tuner: type[MethodTuner]
     learning_rates: Mapping[str | None, float]
-    describe: Callable[[Any, Column, Plan], list[str]]
+    describe: Callable[[Any, ModelSpec, Plan], list[str]]
     callbacks: Callable[[], list[TrainerCallback]] = field(default=list)
 
     @property
     def is_dynamic(self) -> bool:
         """Whether the plan changes from step to step."""
-        return self.tuner.router_cls.is_dynamic
+        return self.tuner.controller_cls.is_dynamic
 
 
 METHODS: dict[str, MethodInfo] = {}
@@ -69,15 +69,15 @@ def method_of(config: PeftConfig) -> MethodInfo | None:
     return next((info for info in METHODS.values() if isinstance(config, info.config)), None)
 
 
-def describe_plan(config: SavedConfig, column: Column, plan: Plan) -> list[str]:
+def describe_plan(config: SavedConfig, spec: ModelSpec, plan: Plan) -> list[str]:
     """What an adapter does to its model, one sentence an item. Blocks are counted from 0.
 
     Args:
         config: The adapter's configuration.
-        column: What the model is.
+        spec: What the model is.
         plan: What is done to it.
     """
-    return known_method(config).describe(config, column, plan)
+    return known_method(config).describe(config, spec, plan)
 
 
 def resolve(model: nn.Module, config: SavedConfig) -> Resolution:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any, Protocol, get_args
 
-from peft_bsr.backbones import Column
+from peft_bsr.backbones import ModelSpec
 from peft_bsr.core import CLASS_FREE_SCORE, SCORE_KINDS
 from peft_bsr.core.checks import check_choice, is_whole
 from peft_bsr.engine import Mode, Plan, ReduceAt, Reduction
@@ -70,22 +70,22 @@ def check_indices(config: Any, name: str) -> list[str]:
     return problems
 
 
-def resolve_reductions(config: ReductionSettings, column: Column) -> tuple[dict[int, Reduction], list[str]]:
-    """Block index -> reduction in the model of `column`, and everything that this model does not allow."""
+def resolve_reductions(config: ReductionSettings, spec: ModelSpec) -> tuple[dict[int, Reduction], list[str]]:
+    """Block index -> reduction in the model of `spec`, and everything that this model does not allow."""
     reducing = config.reduction_blocks
     if reducing is None:
-        reducing = sorted({column.depth * k // 4 for k in (1, 2, 3)})
-    problems = check_within(config, "reduction_blocks", reducing, column.depth)
+        reducing = sorted({spec.depth * k // 4 for k in (1, 2, 3)})
+    problems = check_within(config, "reduction_blocks", reducing, spec.depth)
     rates = config.keep_rate if isinstance(config.keep_rate, list) else [config.keep_rate] * len(reducing)
     if len(rates) != len(reducing):
         problems.append(
             f"`keep_rate={config.keep_rate!r}` has {len(rates)} rates, but this model reduces at the "
             f"{len(reducing)} blocks {reducing}. Give one rate, or one for each block."
         )
-    score, reduce_at = resolve_score(config, column), config.reduce_at
+    score, reduce_at = resolve_score(config, spec), config.reduce_at
     reduces = bool(reducing) and any(rate < 1 for rate in rates)
-    problems += check_score(score, column) if reduces else []
-    if reduces and reduce_at == "mid_block" and column.anatomy is None:
+    problems += check_score(score, spec) if reduces else []
+    if reduces and reduce_at == "mid_block" and spec.block_spec is None:
         problems.append(
             "`reduce_at='mid_block'` needs blocks of norm, attention, norm and MLP with two residuals, which this "
             "model does not have. Use `reduce_at='after_block'`, or leave it None."
@@ -93,7 +93,7 @@ def resolve_reductions(config: ReductionSettings, column: Column) -> tuple[dict[
     if problems:
         return {}, problems
     fuse = config.fuse_dropped is not False and config.mode != "full_view"
-    position = reduce_at or ("after_block" if column.anatomy is None else "mid_block")
+    position = reduce_at or ("after_block" if spec.block_spec is None else "mid_block")
     return {
         index: Reduction(float(rate), fuse, position, score)  # type: ignore[arg-type]
         for index, rate in zip(reducing, rates, strict=True)
@@ -120,14 +120,14 @@ def check_within(config: Any, name: str, blocks: list[int], depth: int, instead:
     ]
 
 
-def check_score(score: str, column: Column) -> list[str]:
+def check_score(score: str, spec: ModelSpec) -> list[str]:
     """Why the tokens of this model cannot be ranked that way."""
-    if score == "class" and column.num_prefix == 0:
+    if score == "class" and spec.num_prefix == 0:
         return [
             f"`score='class'` ranks tokens by the class token's attention, but this model has no class token. Use "
             f"`score={CLASS_FREE_SCORE!r}`, or leave it None."
         ]
-    if score == "mean_query" and column.scores_from == "weights":
+    if score == "mean_query" and spec.scores_from == "weights":
         return [
             "`score='mean_query'` needs the queries, but this model's attention shows only its weights. Use "
             "`score='received'`, or `'class'` where there is a class token."
@@ -135,13 +135,13 @@ def check_score(score: str, column: Column) -> list[str]:
     return []
 
 
-def resolve_score(config: Any, column: Column) -> str:
+def resolve_score(config: Any, spec: ModelSpec) -> str:
     """What tokens are ranked by: the config's choice, or the best that the model allows."""
     if config.score is not None:
         return config.score
-    if column.num_prefix and not column.reads_suffix:
+    if spec.num_prefix and not spec.reads_suffix:
         return "class"
-    return "received" if column.scores_from == "weights" else CLASS_FREE_SCORE
+    return "received" if spec.scores_from == "weights" else CLASS_FREE_SCORE
 
 
 def allowed_modes(config: Any) -> tuple[Mode, ...]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from peft_bsr.backbones import Column
+from peft_bsr.backbones import ModelSpec
 from peft_bsr.engine import Plan
 from peft_bsr.tuners.base.frozen_weights import linears_to_round
 
@@ -18,12 +18,12 @@ class Resolution:
     """What was found on the model, and what the configuration means there. Names of modules, no modules.
 
     Attributes:
-        column: What the model is.
+        spec: What the model is.
         plan: What its blocks do, as the checks allowed it.
         rounded: Names of frozen Linear modules -> how their weights are rounded, `"int8"` or `"bfloat16"`.
     """
 
-    column: Column
+    spec: ModelSpec
     plan: Plan
     rounded: Mapping[str, str]
 
@@ -33,17 +33,17 @@ class Resolution:
         raise NotImplementedError(f"{type(self).__name__} does not say what its adapter holds")
 
     @property
-    def exact_roles(self) -> Collection[str]:
+    def exact_names(self) -> Collection[str]:
         """Roles of leaf modules that are never rounded."""
         return ()
 
     def with_width(self, width: int) -> Any:
         """The same for a model of that width."""
-        return replace(self, column=replace(self.column, width=width))
+        return replace(self, spec=replace(self.spec, width=width))
 
     def to_round(self, model: nn.Module, config: Any) -> dict[str, str]:
         """What `rounded` is for `config` on a model that has the same modules."""
-        return linears_to_round(model, self.column, config, self.plan.trained_blocks, self.exact_roles)
+        return linears_to_round(model, self.spec, config, self.plan.trained_blocks, self.exact_names)
 
 
 __all__ = ["Resolution"]

@@ -1,4 +1,4 @@
-"""What every tuner over routed blocks shares: layers that carry one active adapter, a router per block, the calls."""
+"""What all methods' tuners share: layers with one active adapter, a controller per block, the calls."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
-from peft_bsr.backbones import Column, default_state, main_input
-from peft_bsr.engine import Plan, detach_router, explain_blocks
+from peft_bsr.backbones import ModelSpec, default_state, main_input
+from peft_bsr.engine import Plan, detach_controller, explain_blocks
 from peft_bsr.errors import AdapterError, AdapterNameWarning, AdapterSwitchedWarning
 from peft_bsr.tuners.base.files import check_file
 from peft_bsr.tuners.base.frozen_weights import round_weights, tell_ddp
 from peft_bsr.tuners.base.inputs import check_inputs
-from peft_bsr.tuners.base.layer import AdapterRouter, SingleAdapterLayer, check_single, find_routers
+from peft_bsr.tuners.base.layer import AdapterController, SingleAdapterLayer, check_single, find_controllers
 from peft_bsr.tuners.base.loading import FileChecks
 from peft_bsr.tuners.base.resolution import Resolution
 
 
-class RoutedTuner(FileChecks, BaseTuner):
+class MethodTuner(FileChecks, BaseTuner):
     """A tuner whose adapters each have a plan for the blocks; one of them is active at a time."""
 
     tuner_layer_cls = SingleAdapterLayer
-    router_cls: ClassVar[type[AdapterRouter]]
+    controller_cls: ClassVar[type[AdapterController]]
     reduces_in_evaluation: ClassVar[bool] = True  # tokens are dropped when the model is used, too
     merges: ClassVar[bool] = True  # the trained weights can take the place of the model's own
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
@@ -39,10 +39,10 @@ class RoutedTuner(FileChecks, BaseTuner):
             AdapterError: If there is none of that name.
         """
         name = adapter_name or (self.active_adapters or [None])[0]
-        routers = find_routers(self.model)
-        if not routers or name not in routers[0].plans:
+        controllers = find_controllers(self.model)
+        if not controllers or name not in controllers[0].plans:
             raise AdapterError(f"There is no adapter {name!r}; this model has {sorted(self.peft_config)}.")
-        return routers[0].plans[name]
+        return controllers[0].plans[name]
 
     @classmethod
     def resolve(cls, model: nn.Module, config: Any) -> Resolution:
@@ -69,53 +69,53 @@ class RoutedTuner(FileChecks, BaseTuner):
         given: Any = self.peft_config[adapter_name]
         self._check_place(model, given)
         warn_of_names(model, list(self.peft_config))
-        for router in find_routers(model):
-            router.fetch_base()  # checks run the base model, and a new adapter goes where its weights are
+        for controller in find_controllers(model):
+            controller.fetch_base()  # checks run the base model, and a new adapter goes where its weights are
         found = given.resolution or self.resolve(model, given)
         config = self._record(model, given, found)
-        held = [*found.held, *found.column.unread]
-        config.attached_to(model, found.column, found.plan, held, self._known_fingerprint(adapter_name))
+        held = [*found.held, *found.spec.unread]
+        config.attached_to(model, found.spec, found.plan, held, self._known_fingerprint(adapter_name))
         config.resolution = found  # PEFT hands the configuration to the methods that it calls back
         self.peft_config[adapter_name] = config
         if "_asked" not in self.__dict__:
             self._asked = {name: p.requires_grad for name, p in model.named_parameters()}
-        self.__dict__.pop("_routers", None)
+        self.__dict__.pop("_controllers", None)
         with self._or_taken_back(adapter_name):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             config.resolution = None
             self._assign(model, adapter_name, given, found)
         round_weights(model, found.rounded)
         self._set_modes()
-        tell_ddp(model, self._parked(model))
+        tell_ddp(model, self._offloaded(model))
 
     def _record(self, model: nn.Module, config: Any, found: Any) -> Any:
         """The adapter's own copy of `config`, which names what was chosen for the model."""
         return config.recorded(found)
 
     def _assign(self, model: nn.Module, adapter_name: str, given: Any, found: Any) -> None:
-        """Give routers and layers what they need to follow the adapter's plan; they are in place."""
+        """Give controllers and layers what they need to follow the adapter's plan; they are in place."""
 
-    def _parked(self, model: nn.Module) -> list[str]:
+    def _offloaded(self, model: nn.Module) -> list[str]:
         """Names of parameters that are on the CPU while nothing reads them."""
         return []
 
     @property
-    def routers(self) -> list[Any]:
-        """The routers of the model's blocks, by block. The model is walked for them once, not at each forward."""
-        found = self.__dict__.get("_routers")
+    def controllers(self) -> list[Any]:
+        """The controllers of the model's blocks, by block. The model is walked for them once, not at each forward."""
+        found = self.__dict__.get("_controllers")
         if not found:
-            found = self.__dict__["_routers"] = find_routers(self.model)
+            found = self.__dict__["_controllers"] = find_controllers(self.model)
         return found
 
     @property
-    def column(self) -> Column:
+    def spec(self) -> ModelSpec:
         """What the probe found."""
-        return find_routers(self.model)[0].column
+        return find_controllers(self.model)[0].spec
 
     def explain(self) -> str:
-        """What each block was planned to do, what is in force, and why not if the two differ: one line a block."""
+        """What each block was planned to do, what is active, and why not if the two differ: one line a block."""
         model: Any = self.model
-        return explain_blocks([(model.get_submodule(r.column.blocks[r.index]), r) for r in find_routers(model)])
+        return explain_blocks([(model.get_submodule(r.spec.blocks[r.index]), r) for r in find_controllers(model)])
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
         return peft_config
@@ -141,9 +141,9 @@ class RoutedTuner(FileChecks, BaseTuner):
         self._set_modes()
 
     def _set_modes(self) -> None:
-        """Training mode in each block as the plan in force has it."""
-        for router in find_routers(self.model):
-            block = self.model.get_submodule(router.column.blocks[router.index])
+        """Training mode in each block as the active plan has it."""
+        for controller in find_controllers(self.model):
+            block = self.model.get_submodule(controller.spec.blocks[controller.index])
             block.train(block.training)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -162,13 +162,13 @@ class RoutedTuner(FileChecks, BaseTuner):
             )
             self.set_adapter(following)
 
-    def _detach_routers(self) -> None:
-        """Take the routers off for good."""
-        self.__dict__.pop("_routers", None)
-        for router in find_routers(self.model):
-            router.clear_base()
-            block = self.model.get_submodule(router.column.blocks[router.index])
-            detach_router(self.model, router)
+    def _detach_controllers(self) -> None:
+        """Take the controllers off for good."""
+        self.__dict__.pop("_controllers", None)
+        for controller in find_controllers(self.model):
+            controller.clear_base()
+            block = self.model.get_submodule(controller.spec.blocks[controller.index])
+            detach_controller(self.model, controller)
             block.train(block.training)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
@@ -192,7 +192,9 @@ class RoutedTuner(FileChecks, BaseTuner):
                 f"{type(model).__name__} has adapters already; another comes beside them with "
                 "`model.add_adapter(name, config)`. To start from the base model, call `model.unload()` first."
             )
-        if others := {type(router).__name__ for router in find_routers(model)} - {self.router_cls.__name__}:
+        if others := {type(controller).__name__ for controller in find_controllers(model)} - {
+            self.controller_cls.__name__
+        }:
             raise AdapterError(
                 f"{type(model).__name__} carries adapters of another method ({', '.join(sorted(others))}). Call "
                 "`unload()` there first, or load the base model again."
@@ -208,19 +210,19 @@ class RoutedTuner(FileChecks, BaseTuner):
                 "has blocks and token counts of its own. Use `set_adapter` and one batch for each."
             )
         named = [name for name in ("task", "task_ids") if kwargs.get(name) is not None]
-        routers = self.routers
-        if named and not any(getattr(router, "calls", None) for router in routers):
+        controllers = self.controllers
+        if named and not any(getattr(controller, "calls", None) for controller in controllers):
             raise AdapterError(
                 f"`{named[0]}={kwargs[named[0]]!r}` was given, but no adapter of this model has tasks. Attach one with "
                 "`BSRConfig(tasks={name: number of classes})`, or leave it out."
             )
-        if routers and routers[0].context.now.entry is None:
-            check_inputs(main_input(self.model), routers[0].column, args, kwargs)
+        if controllers and controllers[0].context.now.entry is None:
+            check_inputs(main_input(self.model), controllers[0].spec, args, kwargs)
         try:
             yield
         except BaseException:  # an interrupt, which the model's hooks are not told of
-            if routers:
-                routers[0].context.now.clear()
+            if controllers:
+                controllers[0].context.now.clear()
             raise
 
 

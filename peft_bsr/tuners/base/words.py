@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from peft_bsr.backbones import Column
+from peft_bsr.backbones import ModelSpec
 from peft_bsr.engine import Plan
 
 _RANKED = {
@@ -14,7 +14,7 @@ _RANKED = {
 }
 
 
-def describe_reductions(column: Column, plan: Plan) -> list[str]:
+def describe_reductions(spec: ModelSpec, plan: Plan) -> list[str]:
     """Where tokens are dropped, which, and how many are left: one sentence an item."""
     reduced = [(index, block.reduction) for index, block in enumerate(plan.blocks) if block.reduction is not None]
     if not reduced:
@@ -22,22 +22,22 @@ def describe_reductions(column: Column, plan: Plan) -> list[str]:
     rates = sorted({reduction.keep_rate for _, reduction in reduced})
     first = reduced[0][1]
     rate = " or ".join(f"{value:.0%}" for value in rates)
-    left = _tokens_left(column, plan)
+    left = _tokens_left(spec, plan)
     dropped = "the others are fused into one token" if first.fuse else "the others are dropped"
     sentence = (
         f"At {name_blocks([index for index, _ in reduced])}, {rate} of the patches stay, ranked "
-        f"{_RANKED.get(first.score, first.score)}; {dropped}: {column.num_tokens} tokens become {_listed(left)}."
+        f"{_RANKED.get(first.score, first.score)}; {dropped}: {spec.num_tokens} tokens become {_listed(left)}."
     )
     if plan.mode == "full_view":
         sentence += " Dropped tokens keep their place and their last value for the head."
     return [sentence, "The reduction runs in use as in training."]
 
 
-def _tokens_left(column: Column, plan: Plan) -> list[int]:
-    tokens, left = column.num_tokens, []
+def _tokens_left(spec: ModelSpec, plan: Plan) -> list[int]:
+    tokens, left = spec.num_tokens, []
     for block in plan.blocks:
         if block.reduction is not None:
-            tokens = block.reduction.count_after(tokens, column.num_special, column.num_tokens)
+            tokens = block.reduction.count_after(tokens, spec.num_special, spec.num_tokens)
             left.append(tokens)
     return left
 

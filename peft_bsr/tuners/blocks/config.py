@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from peft_bsr.backbones import Column
+from peft_bsr.backbones import ModelSpec
 from peft_bsr.core.checks import POSITIVE, check_choice, check_flags, check_numbers, check_whole
 from peft_bsr.engine import Lean, Plan
 from peft_bsr.errors import ConfigError
@@ -62,8 +62,8 @@ class BlockConfig(SavedConfig):
         places = [p for p in self.layout or ("blocks.",) if p.startswith("blocks.") and not p.endswith(".mixture")]
         return {"lora_A": (self.r,)} if self.trainable == "lora" and places else {}
 
-    def plan_for(self, column: Column) -> Plan:
-        """The plan that this config means for the model of `column`.
+    def plan_for(self, spec: ModelSpec) -> Plan:
+        """The plan that this config means for the model of `spec`.
 
         Raises:
             ConfigError: Naming everything that this model does not allow.

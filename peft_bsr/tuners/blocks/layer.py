@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from peft_bsr.compat.peft_api import cast_input_dtype, check_adapters_to_merge
 from peft_bsr.compat.torch_api import copy_with_hooks
-from peft_bsr.engine import Parking
+from peft_bsr.engine import WeightOffload
 from peft_bsr.errors import AdapterError
 from peft_bsr.tuners.base.layer import SingleAdapterLayer, check_single, drop_saved_name
 from peft_bsr.tuners.blocks.config import BlockConfig
@@ -62,7 +62,7 @@ def _replicated(module: nn.Module) -> Tensor:
 class BlockWeights(nn.Module, SingleAdapterLayer):
     """A leaf module whose weights train: one copy of the module, or one low-rank update, per adapter.
 
-    While a copy runs, the base module's weights are parked: see `peft_bsr.engine.Parking`.
+    While a copy runs, the base module's weights are offloaded: see `peft_bsr.engine.WeightOffload`.
 
     Args:
         base_layer: The frozen module.
@@ -80,7 +80,7 @@ class BlockWeights(nn.Module, SingleAdapterLayer):
         self.merged_adapters: list[str] = []
         self.unmerged_weights: dict[str, Tensor] = {}
         self.others: set[str] = set()  # adapters that have a module of another kind here
-        self.parking = Parking()
+        self.weight_offload = WeightOffload()
         self.adapter_state = object()  # another one after each change of what runs here
         self.saved_as: dict[str, str] = {}  # adapter -> this module's name where the adapter was saved, if another
         self.register_load_state_dict_pre_hook(drop_saved_name)
@@ -145,12 +145,12 @@ class BlockWeights(nn.Module, SingleAdapterLayer):
 
     @property
     def device(self) -> torch.device:
-        """Where the module runs; parked base weights are elsewhere."""
+        """Where the module runs; offloaded base weights are elsewhere."""
         trained = (p for module in self.bsr_params.values() for p in module.parameters())
         return next((p.device for p in trained if not p.is_meta), next(self.base_layer.parameters()).device)
 
     @property
-    def parks_base(self) -> bool:
+    def offloads_base(self) -> bool:
         """Whether nothing reads the base module's weights: a trained copy runs in its place."""
         name = self.carried_adapter
         return name is not None and not self.merged and not isinstance(self.bsr_params[name], LowRankUpdate)
@@ -161,10 +161,10 @@ class BlockWeights(nn.Module, SingleAdapterLayer):
         Called after each change of what runs, which is noted for those who looked the running module up.
         """
         self.adapter_state = object()
-        if self.parks_base:
-            self.parking.park(self.base_layer)
+        if self.offloads_base:
+            self.weight_offload.offload(self.base_layer)
         else:
-            self.parking.fetch(self.base_layer, self.device)
+            self.weight_offload.onload(self.base_layer, self.device)
 
     def _apply(self, fn: Any, recurse: bool = True) -> BlockWeights:
         super()._apply(fn, recurse)
@@ -176,7 +176,7 @@ class BlockWeights(nn.Module, SingleAdapterLayer):
         super().set_adapter(adapter_names, inference_mode)
         self.place_base()
 
-    def leaf_in_force(self) -> tuple[nn.Module | None, LowRankUpdate | None]:
+    def active_module(self) -> tuple[nn.Module | None, LowRankUpdate | None]:
         """The module that `forward` runs, None where it is not one module alone, and the update beside it."""
         name = self.carried_adapter
         if name is None or self.merged:

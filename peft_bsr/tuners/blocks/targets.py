@@ -8,38 +8,38 @@ from typing import Any, Literal
 
 from torch import nn
 
-from peft_bsr.backbones import Column
+from peft_bsr.backbones import ModelSpec
 from peft_bsr.compat.peft_api import TRANSLATES_KEYS, AuxiliaryTrainingWrapper
-from peft_bsr.engine import ROUTER, Plan
+from peft_bsr.engine import CONTROLLER, Plan
 from peft_bsr.errors import ConfigError
 from peft_bsr.tuners.blocks.config import BlockConfig
 from peft_bsr.tuners.blocks.layer import BlockWeights
 
 Way = Literal["copy", "low_rank", "heads", "mixture"]
-OtherTargets = Callable[[nn.Module, Column, Any, Plan], dict[str, Way]]
+OtherTargets = Callable[[nn.Module, ModelSpec, Any, Plan], dict[str, Way]]
 
 
 def resolve_targets(
-    model: nn.Module, column: Column, config: BlockConfig, others: OtherTargets
+    model: nn.Module, spec: ModelSpec, config: BlockConfig, others: OtherTargets
 ) -> tuple[Plan, dict[str, Way], dict[str, str]]:
     """The plan, the modules to train (name -> by what) and the layout. Nothing is changed.
 
     Args:
         model: The model.
-        column: Its column.
+        spec: Its column.
         config: Of the adapter.
         others: (model, column, config, plan) -> what else the method trains.
 
     Raises:
         ConfigError: Naming everything that this model does not allow.
     """
-    requested = config.plan_for(column)
-    if requested.trained_blocks[:1] == [0] and _early(model, column, requested, config):
+    requested = config.plan_for(spec)
+    if requested.trained_blocks[:1] == [0] and _early(model, spec, requested, config):
         requested = requested.without_cuts()
     targets: dict[str, Way] = {}
-    problems = _check_read(column, requested)
-    other = others(model, column, config, requested)
-    places = _places(column, requested, other)
+    problems = _check_read(spec, requested)
+    other = others(model, spec, config, requested)
+    places = _places(spec, requested, other)
     in_block: Way = "low_rank" if config.trainable == "lora" else "copy"
     layout = config.layout or {}
     is_foreign = any(places.get(place) != name for place, name in layout.items())
@@ -51,20 +51,19 @@ def resolve_targets(
         targets = {places[place]: in_block if place.startswith("blocks.") else "copy" for place in known}
         problems += _check_low_rank(model, targets)
     for index in [] if is_told else requested.trained_blocks:
-        roles = zip(column.roles, column.leaves, strict=True)
-        own = [leaf for role, leaf in roles if config.trains(role)]
-        leaves = [f"{column.blocks[index]}.{leaf}" for leaf in own]
-        chosen = [n for n in leaves if _matches(config.target_modules, n, True) and not is_excluded(config, n)]
+        own = [path for name, path in spec.paths.items() if config.trains(name)]
+        param_modules = [f"{spec.blocks[index]}.{leaf}" for leaf in own]
+        chosen = [n for n in param_modules if _matches(config.target_modules, n, True) and not is_excluded(config, n)]
         if config.trainable == "lora":
             chosen = [name for name in chosen if _is_linear(model.get_submodule(name))]
         if not chosen and not config.modules_to_save and not requested.blocks[index].mixture:
             problems.append(
                 f"`target_modules={config.target_modules!r}` with `exclude_modules={config.exclude_modules!r}` leaves "
-                f"nothing to train in block {index}, whose leaf modules are {list(column.leaves)}."
+                f"nothing to train in block {index}, whose leaf modules are {list(spec.param_modules)}."
             )
         targets.update(dict.fromkeys(chosen, in_block))
     if not is_told:
-        targets.update(dict.fromkeys([name for name in column.head if not is_excluded(config, name)], "copy"))
+        targets.update(dict.fromkeys([name for name in spec.head if not is_excluded(config, name)], "copy"))
     targets |= other
     for name in targets:
         if targets[name] != "mixture" and isinstance(model.get_submodule(name), AuxiliaryTrainingWrapper):
@@ -72,23 +71,23 @@ def resolve_targets(
                 f"another adapter trains {name!r} through `modules_to_save`, this one as part of its own weights. Name "
                 "it in `modules_to_save` of both or of neither."
             )
-    problems += _check_modules_to_save(model, column, requested, config)
+    problems += _check_modules_to_save(model, spec, requested, config)
     problems += _check_tied(model, [name for name, way in targets.items() if way in ("copy", "heads")])
     if problems:
         raise ConfigError.from_problems(type(config).__name__, problems)
     return requested, targets, {place: name for place, name in places.items() if name in targets}
 
 
-def _places(column: Column, plan: Plan, others: Collection[str]) -> dict[str, str]:
+def _places(spec: ModelSpec, plan: Plan, others: Collection[str]) -> dict[str, str]:
     """Canonical place -> module name of all that this plan may train."""
     places = {
-        f"blocks.{index}.{role}": f"{column.blocks[index]}.{leaf}"
+        f"blocks.{index}.{role}": f"{spec.blocks[index]}.{leaf}"
         for index in plan.trained_blocks
-        for role, leaf in zip(column.roles, column.leaves, strict=True)
+        for role, leaf in spec.paths.items()
     }
-    routers = {f"blocks.{index}.mixture": f"{block}.{ROUTER}" for index, block in enumerate(column.blocks)}
-    places |= {place: router for place, router in routers.items() if router in others}
-    return places | {f"head.{i}": name for i, name in enumerate(column.head)}
+    controllers = {f"blocks.{index}.mixture": f"{block}.{CONTROLLER}" for index, block in enumerate(spec.blocks)}
+    places |= {place: controller for place, controller in controllers.items() if controller in others}
+    return places | {f"head.{i}": name for i, name in enumerate(spec.head)}
 
 
 def _check_low_rank(model: nn.Module, targets: dict[str, Way]) -> list[str]:
@@ -127,20 +126,20 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear)
 
 
-def _check_read(column: Column, plan: Plan) -> list[str]:
+def _check_read(spec: ModelSpec, plan: Plan) -> list[str]:
     """Blocks that would train for nothing."""
-    unread = [index for index in plan.trained_blocks if index > column.last_read]
+    unread = [index for index in plan.trained_blocks if index > spec.last_read]
     if not unread:
         return []
     return [
         f"block {', '.join(map(str, unread))} would train for nothing: the model's output does not depend on blocks "
-        f"after {column.last_read}. Use `BSRConfig(trainable_blocks=[...])` with blocks 0 to {column.last_read}."
+        f"after {spec.last_read}. Use `BSRConfig(trainable_blocks=[...])` with blocks 0 to {spec.last_read}."
     ]
 
 
-def _check_modules_to_save(model: nn.Module, column: Column, plan: Plan, config: BlockConfig) -> list[str]:
+def _check_modules_to_save(model: nn.Module, spec: ModelSpec, plan: Plan, config: BlockConfig) -> list[str]:
     problems = []
-    early = _early(model, column, plan, config)
+    early = _early(model, spec, plan, config)
     for saved in config.modules_to_save or ():
         names = _named(model, saved)
         if any(isinstance(model.get_submodule(name), BlockWeights) for name in names):
@@ -148,7 +147,7 @@ def _check_modules_to_save(model: nn.Module, column: Column, plan: Plan, config:
                 f"`modules_to_save` names {saved!r}, which another adapter trains as part of its own weights. Name it "
                 "in `modules_to_save` of both or of neither."
             )
-        if unread := [name for name in names if any(_overlap(name, part) for part in column.unread)]:
+        if unread := [name for name in names if any(_overlap(name, part) for part in spec.unread)]:
             problems.append(
                 f"`modules_to_save={saved!r}` means {unread[0]!r}, which no gradient reaches: the model's output does "
                 "not depend on it. Leave it out; the final norm and the head that counts train without being named."
@@ -178,13 +177,13 @@ def _check_tied(model: nn.Module, names: list[str]) -> list[str]:
     return []
 
 
-def _early(model: nn.Module, column: Column, plan: Plan, config: BlockConfig) -> set[str]:
+def _early(model: nn.Module, spec: ModelSpec, plan: Plan, config: BlockConfig) -> set[str]:
     """Modules of `modules_to_save` that lie before the place where the gradient ends."""
     if not plan.cuts_gradient:
         return set()
-    reached = (*column.head, *column.blocks[min(plan.trained_blocks) :])
+    reached = (*spec.head, *spec.blocks[min(plan.trained_blocks) :])
     names = {name for saved in config.modules_to_save or () for name in _named(model, saved)}
-    return {name for name in names if not any(_overlap(name, part) for part in (*reached, *column.unread))}
+    return {name for name in names if not any(_overlap(name, part) for part in (*reached, *spec.unread))}
 
 
 def _named(model: nn.Module, saved: str) -> list[str]:

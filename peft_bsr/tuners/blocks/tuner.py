@@ -12,10 +12,10 @@ import torch
 from peft import PeftConfig
 from torch import Tensor, nn
 
-from peft_bsr.backbones import Column, StockRun, find_rule, probe, quiet
+from peft_bsr.backbones import ModelSpec, StockRun, find_rule, probe, quiet
 from peft_bsr.compat.peft_api import AuxiliaryTrainingWrapper, ExcludedModule
 from peft_bsr.core import ForwardContext
-from peft_bsr.engine import Plan, attach_router
+from peft_bsr.engine import Plan, attach_controller
 from peft_bsr.errors import AdapterError, ReductionNotMergedWarning
 from peft_bsr.selftest import verify_lean, verify_plan
 from peft_bsr.tuners.base.classifier import without_layer
@@ -26,10 +26,10 @@ from peft_bsr.tuners.base.frozen_weights import (
     tell_ddp,
     tried_rounding,
 )
-from peft_bsr.tuners.base.layer import ROOT, SingleAdapterLayer, check_single, detached, find_routers, parameter_of
+from peft_bsr.tuners.base.layer import ROOT, SingleAdapterLayer, check_single, detached, find_controllers, parameter_of
 from peft_bsr.tuners.base.reductions import allowed_modes
 from peft_bsr.tuners.base.resolution import Resolution
-from peft_bsr.tuners.base.tuner import RoutedTuner
+from peft_bsr.tuners.base.tuner import MethodTuner
 from peft_bsr.tuners.blocks.config import BlockConfig
 from peft_bsr.tuners.blocks.layer import BlockWeights
 from peft_bsr.tuners.blocks.targets import Way, is_excluded, resolve_targets
@@ -53,7 +53,7 @@ class BlockResolution(Resolution):
         return list(self.targets)
 
 
-class BlockTuner(RoutedTuner):
+class BlockTuner(MethodTuner):
     """Trains copies or low-rank updates of modules in blocks, and of the final norm and the head."""
 
     prefix = "bsr_"
@@ -70,24 +70,24 @@ class BlockTuner(RoutedTuner):
             UnsupportedModelError: With the reason that the probe found.
             ConfigError: Naming everything that this model does not allow.
         """
-        routers = find_routers(model)
-        column, stock = (routers[0].column, None) if routers else probe(model)
-        with detached(model, routers), cls._base_head(model):
-            requested, targets, layout = resolve_targets(model, column, config, cls._other_targets)
+        controllers = find_controllers(model)
+        spec, stock = (controllers[0].spec, None) if controllers else probe(model)
+        with detached(model, controllers), cls._base_head(model):
+            requested, targets, layout = resolve_targets(model, spec, config, cls._other_targets)
             with in_one_dtype(model):
-                cls._verify(model, column, requested, stock)
-                plan = verify_plan(model, column, requested, allowed_modes(config), stock)
+                cls._verify(model, spec, requested, stock)
+                plan = verify_plan(model, spec, requested, allowed_modes(config), stock)
                 with _tried_updates(model, config, targets):
-                    plan = verify_lean(model, column, plan, stock)
-                rounded = linears_to_round(model, column, config, plan.trained_blocks)
-                check_rounded(model, column, rounded, bool(routers))
-                with tried_rounding(model, column, rounded):
+                    plan = verify_lean(model, spec, plan, stock)
+                rounded = linears_to_round(model, spec, config, plan.trained_blocks)
+                check_rounded(model, spec, rounded, bool(controllers))
+                with tried_rounding(model, spec, rounded):
                     crossed = [i for i, b in enumerate(plan.blocks) if b.saves_less and not b.trained]
                     if "int8" in rounded.values() and crossed:  # in bfloat16 they are what autocast makes of them
-                        lean = verify_lean(model, column, plan, index=crossed[0]).blocks
+                        lean = verify_lean(model, spec, plan, index=crossed[0]).blocks
                         blocks = (lean[i] if i in crossed else b for i, b in enumerate(plan.blocks))
                         plan = replace(plan, blocks=tuple(blocks))
-        return BlockResolution(column, plan, rounded, targets, layout)
+        return BlockResolution(spec, plan, rounded, targets, layout)
 
     @classmethod
     def _base_head(cls, model: nn.Module) -> AbstractContextManager[None]:
@@ -95,35 +95,35 @@ class BlockTuner(RoutedTuner):
         return nullcontext()
 
     @classmethod
-    def _other_targets(cls, model: nn.Module, column: Column, config: Any, plan: Plan) -> dict[str, Way]:
+    def _other_targets(cls, model: nn.Module, spec: ModelSpec, config: Any, plan: Plan) -> dict[str, Way]:
         """What else an adapter trains, by place; called with the model's own head in place."""
         return {}
 
     @classmethod
-    def _verify(cls, model: nn.Module, column: Column, plan: Plan, stock: StockRun | None) -> None:
+    def _verify(cls, model: nn.Module, spec: ModelSpec, plan: Plan, stock: StockRun | None) -> None:
         """Check on the model what only this method asks of it."""
 
     def _assign(self, model: nn.Module, adapter_name: str, given: Any, found: Any) -> None:
-        routers = self._attached_routers(model, found.column)
+        controllers = self._attached_controllers(model, found.spec)
         for place, saved_name in (given.layout or {}).items():
             if (own_name := found.layout.get(place, saved_name)) != saved_name:
                 saved: Any = model.get_submodule(own_name)
                 saved.saved_as[adapter_name] = saved_name
-        for router in routers:
-            router.plans[adapter_name] = found.plan
-            router.set_adapter(self.active_adapters)
+        for controller in controllers:
+            controller.plans[adapter_name] = found.plan
+            controller.set_adapter(self.active_adapters)
 
-    def _parked(self, model: nn.Module) -> list[str]:
+    def _offloaded(self, model: nn.Module) -> list[str]:
         layers = [(n.removeprefix(ROOT), m) for n, m in model.named_modules() if isinstance(m, BlockWeights)]
         return [f"{name}.base_layer.{p}" for name, layer in layers for p, _ in layer.base_layer.named_parameters()]
 
-    def _attached_routers(self, model: nn.Module, column: Column) -> list[Any]:
-        """The routers, put on the blocks by the first adapter."""
-        if not find_routers(model):
+    def _attached_controllers(self, model: nn.Module, spec: ModelSpec) -> list[Any]:
+        """The controllers, put on the blocks by the first adapter."""
+        if not find_controllers(model):
             context = ForwardContext()
-            for index in range(column.depth):
-                attach_router(model, self.router_cls(index, column, context, find_rule(model)))
-        return find_routers(model)
+            for index in range(spec.depth):
+                attach_controller(model, self.controller_cls(index, spec, context, find_rule(model)))
+        return find_controllers(model)
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:
         return ExcludedModule() if is_excluded(peft_config, key) else key in peft_config.resolution.targets
@@ -152,7 +152,7 @@ class BlockTuner(RoutedTuner):
         return None
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Put an adapter's weights into the base modules. Token reduction stays in force, so outputs do not change.
+        """Put an adapter's weights into the base modules. Token reduction stays active, so outputs do not change.
 
         Raises:
             AdapterError: If several adapters are named, or a weight is not finite (`safe_merge=True`).
@@ -190,12 +190,12 @@ class BlockTuner(RoutedTuner):
                 )
         else:
             self._restore_base_modules()
-        self._detach_routers()
+        self._detach_controllers()
         tell_ddp(self.model)
         layers = [module for module in self.model.modules() if isinstance(module, BlockWeights)]
         model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         for layer in layers:
-            layer.parking.clear(layer.base_layer, layer.device)
+            layer.weight_offload.clear(layer.base_layer, layer.device)
         return model
 
     @classmethod

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import nn
 
-from peft_bsr.backbones import Column
+from peft_bsr.backbones import ModelSpec
 from peft_bsr.engine import Plan
 from peft_bsr.errors import ConfigError
 from peft_bsr.multitask import MoEConfig, TaskConfig, check_weights, read_moe, read_tasks
@@ -188,9 +188,9 @@ class BSRConfig(BlockConfig):
         """Not the MLPs whose place whole experts take."""
         return not (self.moe is not None and self.moe.expert_type == "full" and role.startswith("mlp."))
 
-    def _labels(self, model: nn.Module, column: Column) -> list[str] | None:
+    def _labels(self, model: nn.Module, spec: ModelSpec) -> list[str] | None:
         """Several tasks name their classes themselves."""
-        return None if self.tasks else super()._labels(model, column)
+        return None if self.tasks else super()._labels(model, spec)
 
     def sizes(self) -> dict[str, tuple[int | None, ...]]:
         """See `AdapterFiles.sizes`."""
@@ -204,19 +204,19 @@ class BSRConfig(BlockConfig):
                 sizes["experts.first_lora_A"] = (self.moe.num_experts, self.moe.r)
         return sizes
 
-    def plan_for(self, column: Column) -> Plan:
-        """The plan that this config means for the model of `column`.
+    def plan_for(self, spec: ModelSpec) -> Plan:
+        """The plan that this config means for the model of `spec`.
 
         Raises:
             ConfigError: Naming everything that this model does not allow.
         """
-        trainable = resolve_trainable_blocks(self, column.depth)
-        instead = f' or "last:{min(len(trainable), column.depth)}"'
-        reductions, not_allowed = resolve_reductions(self, column)
-        problems = check_within(self, "trainable_blocks", trainable, column.depth, instead) + not_allowed
+        trainable = resolve_trainable_blocks(self, spec.depth)
+        instead = f' or "last:{min(len(trainable), spec.depth)}"'
+        reductions, not_allowed = resolve_reductions(self, spec)
+        problems = check_within(self, "trainable_blocks", trainable, spec.depth, instead) + not_allowed
         if problems:
             raise ConfigError.from_problems("BSRConfig", problems)
-        plan = Plan.static(column.depth, trainable, reductions, self.mode or "compact")  # type: ignore[arg-type]
+        plan = Plan.static(spec.depth, trainable, reductions, self.mode or "compact")  # type: ignore[arg-type]
         return saving_less(plan.with_mixtures() if self.moe else plan, self)
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from peft_bsr.backbones import Column, StockRun
+from peft_bsr.backbones import ModelSpec, StockRun
 from peft_bsr.compat.peft_api import disabled_layers
-from peft_bsr.engine import ROUTER, Plan
+from peft_bsr.engine import CONTROLLER, Plan
 from peft_bsr.errors import AdapterError, ConfigError
 from peft_bsr.multitask import TaskHeads, new_head
 from peft_bsr.selftest import verify_mixture
@@ -18,7 +18,7 @@ from peft_bsr.tuners.base.classifier import find_classifier, find_final_norm
 from peft_bsr.tuners.blocks.layer import BlockWeights
 from peft_bsr.tuners.blocks.targets import Way
 from peft_bsr.tuners.blocks.tuner import BlockTuner
-from peft_bsr.tuners.bsr.router import BSRRouter, TaskSettings
+from peft_bsr.tuners.bsr.controller import BSRController, TaskSettings
 
 
 class BSRModel(BlockTuner):
@@ -27,7 +27,7 @@ class BSRModel(BlockTuner):
     All checks (the model's column, the plan on this model, exactness on a probe image) run before the first change.
 
     Args:
-        model: A supported vision transformer, see `peft_bsr.probe_column`.
+        model: A supported vision transformer, see `peft_bsr.probe_model`.
         config: The configuration.
         adapter_name: Name of the adapter, default `"default"`.
 
@@ -45,24 +45,24 @@ class BSRModel(BlockTuner):
         [3]
     """
 
-    router_cls = BSRRouter
+    controller_cls = BSRController
 
     @classmethod
     def _base_head(cls, model: nn.Module) -> AbstractContextManager[None]:
         return _without_heads(model)
 
     @classmethod
-    def _other_targets(cls, model: nn.Module, column: Column, config: Any, plan: Plan) -> dict[str, Way]:
-        """Heads of tasks in the classifier's place, and mixtures of experts at the blocks' routers."""
+    def _other_targets(cls, model: nn.Module, spec: ModelSpec, config: Any, plan: Plan) -> dict[str, Way]:
+        """Heads of tasks in the classifier's place, and mixtures of experts at the blocks' controllers."""
         if not config.tasks:
             return {}
-        mixtures = [column.blocks[index] for index, block in enumerate(plan.blocks) if block.mixture]
-        found: dict[str, Way] = {find_classifier(model, column, "the heads of `tasks` take"): "heads"}
-        return found | {f"{block}.{ROUTER}": "mixture" for block in mixtures}
+        mixtures = [spec.blocks[index] for index, block in enumerate(plan.blocks) if block.mixture]
+        found: dict[str, Way] = {find_classifier(model, spec, "the heads of `tasks` take"): "heads"}
+        return found | {f"{block}.{CONTROLLER}": "mixture" for block in mixtures}
 
     @classmethod
-    def _verify(cls, model: nn.Module, column: Column, plan: Plan, stock: StockRun | None) -> None:
-        verify_mixture(model, column, plan, stock)
+    def _verify(cls, model: nn.Module, spec: ModelSpec, plan: Plan, stock: StockRun | None) -> None:
+        verify_mixture(model, spec, plan, stock)
 
     def _record(self, model: nn.Module, config: Any, found: Any) -> Any:
         if config.tasks and any(parameter.is_meta for parameter in model.parameters()):
@@ -75,22 +75,22 @@ class BSRModel(BlockTuner):
     def _assign(self, model: nn.Module, adapter_name: str, given: Any, found: Any) -> None:
         super()._assign(model, adapter_name, given, found)
         if given.tasks:
-            first = self._attached_routers(model, found.column)[0]
+            first = self._attached_controllers(model, found.spec)[0]
             first.detached(model)
             balance_weight = given.moe.balance_weight if given.moe else 0.0
             first.calls[adapter_name] = TaskSettings(given.tasks, given.task_weights or {}, balance_weight)
             first.attached(model)
 
-    def _parked(self, model: nn.Module) -> list[str]:
-        mlps = {id(module) for router in self.routers for module, _ in router.parked}
+    def _offloaded(self, model: nn.Module) -> list[str]:
+        mlps = {id(module) for controller in self.controllers for module, _ in controller.offloaded}
         inside = [f"{name}.{p}" for name, m in model.named_modules() if id(m) in mlps for p, _ in m.named_parameters()]
-        return super()._parked(model) + inside
+        return super()._offloaded(model) + inside
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:
-        """A block with a mixture: its router, which may not be there yet, gets it."""
-        if f"{key}.{ROUTER}" in peft_config.resolution.targets:
+        """A block with a mixture: its controller, which may not be there yet, gets it."""
+        if f"{key}.{CONTROLLER}" in peft_config.resolution.targets:
             return True
-        return False if key.endswith(f".{ROUTER}") else super()._check_target_module_exists(peft_config, key)
+        return False if key.endswith(f".{CONTROLLER}") else super()._check_target_module_exists(peft_config, key)
 
     def _create_and_replace(
         self,
@@ -103,10 +103,10 @@ class BSRModel(BlockTuner):
         parameter_name: str | None = None,
     ) -> None:
         found = peft_config.resolution
-        if f"{current_key}.{ROUTER}" in found.targets:
-            router = self._attached_routers(self.model, found.column)[found.column.blocks.index(current_key)]
-            router.update_mixture(adapter_name, peft_config, target)
-            router.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
+        if f"{current_key}.{CONTROLLER}" in found.targets:
+            controller = self._attached_controllers(self.model, found.spec)[found.spec.blocks.index(current_key)]
+            controller.update_mixture(adapter_name, peft_config, target)
+            controller.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
             return
         super()._create_and_replace(peft_config, adapter_name, target, target_name, parent, current_key, parameter_name)
 
@@ -114,9 +114,9 @@ class BSRModel(BlockTuner):
         """Heads of several tasks."""
         if way != "heads":
             return None
-        column = config.resolution.column
-        context = self._attached_routers(self.model, column)[0].context
-        sizes = (layer.in_features, column.width, find_final_norm(self.model, column), column.num_prefix)
+        spec = config.resolution.spec
+        context = self._attached_controllers(self.model, spec)[0].context
+        sizes = (layer.in_features, spec.width, find_final_norm(self.model, spec), spec.num_prefix)
         return TaskHeads([new_head(task, *sizes) for task in config.tasks], config.tasks, context)
 
     def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> list[str]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from peft_bsr.errors import AdapterError
 from peft_bsr.multitask import TaskConfig, TaskHeads, new_gates, new_head, read_tasks
 from peft_bsr.tuners.base.classifier import find_final_norm
-from peft_bsr.tuners.base.layer import find_routers
+from peft_bsr.tuners.base.layer import find_controllers
 from peft_bsr.tuners.blocks.layer import BlockWeights, move_like
 
 _HEAD = re.compile(r"(.*\.heads\.)(\d+)(\..*)")
@@ -54,21 +54,21 @@ def add_task(model: PeftModel, name: str, task: int | TaskConfig, adapter_name: 
             f"Task {name!r} needs an output for each patch, but adapter {adapter!r} shortens the sequence. Train an "
             'adapter with `mode="full_view"`.'
         )
-    routers, column = find_routers(tuner.model), tuner.column
+    controllers, spec = find_controllers(tuner.model), tuner.spec
     layer = _heads_layer(tuner.model, adapter)
     heads: TaskHeads = layer.bsr_params[adapter]
     own = next(heads.parameters())
-    head = new_head(added, layer.in_features, column.width, find_final_norm(tuner.model, column), column.num_prefix)
+    head = new_head(added, layer.in_features, spec.width, find_final_norm(tuner.model, spec), spec.num_prefix)
     move_like(head, own, own.device)
     heads.heads.append(head.requires_grad_(own.requires_grad).train(heads.training))
-    for router in routers:
-        if adapter in router.bsr_params:
-            mixture = router.bsr_params[adapter]
-            row = new_gates(1, mixture.settings.num_experts, column.width, mixture.gates)
+    for controller in controllers:
+        if adapter in controller.bsr_params:
+            mixture = controller.bsr_params[adapter]
+            row = new_gates(1, mixture.settings.num_experts, spec.width, mixture.gates)
             gates = torch.cat([mixture.gates.detach(), row])
             mixture.gates = nn.Parameter(gates, requires_grad=mixture.gates.requires_grad)
     config.tasks = heads.tasks = [*config.tasks, added]
-    routers[0].calls[adapter] = replace(routers[0].calls[adapter], tasks=config.tasks)
+    controllers[0].calls[adapter] = replace(controllers[0].calls[adapter], tasks=config.tasks)
 
 
 def export_task(model: PeftModel, task: str, folder: str | Path, adapter_name: str | None = None) -> None:

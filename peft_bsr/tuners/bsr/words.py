@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from peft_bsr.backbones import Column
+from peft_bsr.backbones import ModelSpec
 from peft_bsr.engine import Plan
 from peft_bsr.tuners.base.words import describe_reductions, name_blocks
 from peft_bsr.tuners.bsr.config import BSRConfig
 
 
-def describe(config: BSRConfig, column: Column, plan: Plan) -> list[str]:
+def describe(config: BSRConfig, spec: ModelSpec, plan: Plan) -> list[str]:
     """What an adapter does to its model, one sentence an item."""
     trained = plan.trained_blocks
     how = "low-rank updates of" if config.trainable == "lora" else "all weights of"
     sentences = [
-        f"Of {column.depth} blocks, {how} {name_blocks(trained)} train, with the final norm and the head; the others "
+        f"Of {spec.depth} blocks, {how} {name_blocks(trained)} train, with the final norm and the head; the others "
         "are frozen."
     ]
     if trained and trained[0] > 0:
         sentences.append(f"No gradient runs further back than block {trained[0]}.")
-    return [*sentences, *describe_reductions(column, plan)]
+    return [*sentences, *describe_reductions(spec, plan)]
 
 
 __all__ = ["describe"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import get_args
 
-from peft_bsr.backbones import Column
+from peft_bsr.backbones import ModelSpec
 from peft_bsr.core.checks import EITHER_SIGN, RATE, check_choice, check_numbers, check_whole
 from peft_bsr.engine import BlockPlan, KeptTokens, Plan
 from peft_bsr.errors import ConfigError
@@ -126,23 +126,22 @@ class SynQTConfig(SavedConfig):
         }
 
 
-def build_plan(config: SynQTConfig, column: Column) -> tuple[Plan, list[int]]:
-    """The plan that `config` means for the model of `column`, and the blocks that are read, ascending.
+def build_plan(config: SynQTConfig, spec: ModelSpec) -> tuple[Plan, list[int]]:
+    """The plan that `config` means for the model of `spec`, and the blocks that are read, ascending.
 
     Args:
         config: A checked configuration.
-        column: The model's column.
+        spec: The model's column.
 
     Raises:
         ConfigError: Naming everything that this model does not allow.
     """
-    layers = list(range(column.depth)) if config.layers is None else sorted(config.layers)
-    reductions, problems = resolve_reductions(config, column)
-    problems = check_within(config, "layers", layers, column.depth) + problems
+    layers = list(range(spec.depth)) if config.layers is None else sorted(config.layers)
+    reductions, problems = resolve_reductions(config, spec)
+    problems = check_within(config, "layers", layers, spec.depth) + problems
     if problems:
         raise ConfigError.from_problems("SynQTConfig", problems)
     blocks = tuple(
-        BlockPlan(cut_gradient=True, reduction=reductions.get(i) if i < layers[-1] else None)
-        for i in range(column.depth)
+        BlockPlan(cut_gradient=True, reduction=reductions.get(i) if i < layers[-1] else None) for i in range(spec.depth)
     )
     return Plan(blocks, config.mode or "compact"), layers  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Tuner layers of SynQT: a router on each block that reads it, and the head in the classifier's place.
+"""Tuner layers of SynQT: a controller on each block that reads it, and the head in the classifier's place.
 
 What the queries made of the blocks so far goes from block to block, and to the head, on the context of the running
 forward; nothing stays on a module.
@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_bsr.backbones import Column, FamilyRule
+from peft_bsr.backbones import FamilyRule, ModelSpec
 from peft_bsr.core import ForwardContext, hidden_tokens, pick_tokens
-from peft_bsr.engine import Plan, QueryPath, ReachedError, attention_mask
+from peft_bsr.engine import Plan, QueryPath, StopForwardError, attention_mask
 from peft_bsr.errors import AdapterError, ForwardError
-from peft_bsr.tuners.base.layer import AdapterRouter, SingleAdapterLayer, drop_saved_name
+from peft_bsr.tuners.base.layer import AdapterController, SingleAdapterLayer, drop_saved_name
 from peft_bsr.tuners.synqt.config import SynQTConfig
 from peft_bsr.tuners.synqt.network import FusingHead, QuerySynthesis
 
@@ -44,13 +44,13 @@ class Reading:
         return torch.cat([self.reads[-1][0], *by_kind], dim=1)
 
 
-class SynQTRouter(AdapterRouter):
+class SynQTController(AdapterController):
     """Reads a block: makes queries of one adapter's prompts and sends them through the block's own weights.
 
     Args:
-        index: The block's place in the column.
-        column: The model's column.
-        context: Shared by the routers and the head of one model.
+        index: The block's place in the model.
+        spec: The model's column.
+        context: Shared by the controllers and the head of one model.
         rule: Exceptions of the model's family.
         like: A weight of the block; adapters go where it is, in its dtype.
     """
@@ -60,8 +60,8 @@ class SynQTRouter(AdapterRouter):
     other_param_names = ("plans", "paths", "layers")
     place: Tensor  # on the block's device, in its dtype; empty
 
-    def __init__(self, index: int, column: Column, context: ForwardContext, rule: FamilyRule, like: Tensor) -> None:
-        super().__init__(index, column, context, rule)
+    def __init__(self, index: int, spec: ModelSpec, context: ForwardContext, rule: FamilyRule, like: Tensor) -> None:
+        super().__init__(index, spec, context, rule)
         self.synqt_params = nn.ModuleDict()
         self.paths: dict[str, QueryPath] = {}
         self.layers: dict[str, list[int]] = {}
@@ -84,7 +84,7 @@ class SynQTRouter(AdapterRouter):
         self.plans[adapter_name], self.paths[adapter_name], self.layers[adapter_name] = plan, path, layers
         if self.index in layers:
             holds_scale = self.index == layers[0] and len(layers) > 1  # with one layer there is nothing to scale
-            self.synqt_params[adapter_name] = QuerySynthesis(self.column.width, config, holds_scale)
+            self.synqt_params[adapter_name] = QuerySynthesis(self.spec.width, config, holds_scale)
             self._move_adapter_to_device_of_base_layer(adapter_name)
 
     @property
@@ -103,25 +103,25 @@ class SynQTRouter(AdapterRouter):
             kwargs: Its keywords.
 
         Raises:
-            ReachedError: Behind the last layer, if the forward was to collect tokens alone.
+            StopForwardError: Behind the last layer, if the forward was to collect tokens alone.
             AdapterError: If the block is sharded by itself.
         """
         name = self.carried_adapter
-        assert name is not None, "a router without an adapter has no plan, and its block runs untouched"
-        layers, entry = self.layers[name], self.context.now.entry
-        begins_behind = entry is not None and entry.tokens is not None
+        assert name is not None, "a controller without an adapter has no plan, and its block runs untouched"
+        layers, resume_point = self.layers[name], self.context.now.resume_point
+        begins_behind = resume_point is not None and resume_point.tokens is not None
         if self.index in layers:
             if type(block) is not self._block_class:  # `fully_shard(block)` makes it another
                 _refuse_sharded(block, self.index)
                 self._block_class = type(block)
-            if entry is not None and begins_behind:
-                assert entry.tokens is not None, "it begins with them"
-                tokens = entry.tokens.split(entry.lengths, dim=1)[layers.index(self.index)]
+            if resume_point is not None and begins_behind:
+                assert resume_point.tokens is not None, "it begins with them"
+                tokens = resume_point.tokens.split(resume_point.lengths, dim=1)[layers.index(self.index)]
                 self._read(name, block, tokens, None)
             else:
                 alive, hidden = self._alive(hidden_states, args, kwargs)
                 tokens = self.paths[name].tokens_of(block, alive)
-                if entry is None:
+                if resume_point is None:
                     self._read(name, block, tokens, hidden)
                 else:
                     self._collect(tokens, layers)
@@ -129,9 +129,9 @@ class SynQTRouter(AdapterRouter):
 
     def _alive(self, hidden_states: Tensor, args: Any, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
         """The tokens that are left on the running route, and which of them are padding."""
-        route, mask = self.context.now.route, attention_mask(self.column, args, kwargs)
+        route, mask = self.context.now.route, attention_mask(self.spec, args, kwargs)
         if route is not None and route.origins is not None:
-            mask = route.follow(mask, "mask")
+            mask = route.gather(mask, "mask")
             if route.is_full_view and route.num_tokens < route.full_length:
                 hidden_states = pick_tokens(hidden_states, route.places())
         return hidden_states, hidden_tokens(mask)
@@ -152,16 +152,19 @@ class SynQTRouter(AdapterRouter):
         collected = [] if self.index == layers[0] else self.context.now.reading
         self.context.now.reading = [*collected, tokens]
         if self.index == layers[-1]:
-            entry, collected = self.context.now.entry, self.context.now.reading
-            assert entry is not None, "tokens are collected for an entry"
-            entry.tokens, entry.lengths = torch.cat(collected, dim=1), tuple(t.shape[1] for t in collected)
-            raise ReachedError
+            resume_point, collected = self.context.now.resume_point, self.context.now.reading
+            assert resume_point is not None, "tokens are collected for a resume point"
+            resume_point.tokens, resume_point.lengths = (
+                torch.cat(collected, dim=1),
+                tuple(t.shape[1] for t in collected),
+            )
+            raise StopForwardError
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: Any = None) -> None:
         _move(self.synqt_params, adapter_name, self.place)
 
     def __repr__(self) -> str:
-        return f"synqt.SynQTRouter(block={self.index}, adapters={sorted(self.plans)})"
+        return f"synqt.SynQTController(block={self.index}, adapters={sorted(self.plans)})"
 
 
 class SynQTHead(nn.Module, SingleAdapterLayer):
@@ -169,7 +172,7 @@ class SynQTHead(nn.Module, SingleAdapterLayer):
 
     Args:
         base_layer: The model's classifier.
-        context: Shared with the routers.
+        context: Shared with the controllers.
     """
 
     adapter_layer_names = ("synqt_params",)

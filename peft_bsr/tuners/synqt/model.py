@@ -13,20 +13,20 @@ from torch import Tensor, nn
 
 from peft_bsr.backbones import find_rule, probe
 from peft_bsr.core import ForwardContext
-from peft_bsr.engine import QueryPath, attach_router
+from peft_bsr.engine import QueryPath, attach_controller
 from peft_bsr.errors import AdapterError
 from peft_bsr.ops import exact_parameters
 from peft_bsr.selftest import verify_plan, verify_queries
 from peft_bsr.tuners.base.classifier import find_classifier, find_final_norm
 from peft_bsr.tuners.base.frozen_weights import check_rounded, linears_to_round, tried_rounding
-from peft_bsr.tuners.base.layer import ROOT, detached, find_routers, parameter_of
+from peft_bsr.tuners.base.layer import ROOT, detached, find_controllers, parameter_of
 from peft_bsr.tuners.base.reductions import allowed_modes
 from peft_bsr.tuners.base.resolution import Resolution
-from peft_bsr.tuners.base.tuner import RoutedTuner
+from peft_bsr.tuners.base.tuner import MethodTuner
 from peft_bsr.tuners.synqt.config import build_plan
-from peft_bsr.tuners.synqt.layer import SynQTHead, SynQTRouter
+from peft_bsr.tuners.synqt.layer import SynQTController, SynQTHead
 
-_ROUTER_PLACE = re.compile(r".*\.(\d+)\.token_router")
+_CONTROLLER_PLACE = re.compile(r".*\.(\d+)\.token_router")
 
 
 @dataclass(frozen=True)
@@ -49,24 +49,24 @@ class SynQTResolution(Resolution):
         return [self.classifier]
 
     @property
-    def exact_roles(self) -> Collection[str]:
+    def exact_names(self) -> Collection[str]:
         """Keys and values, which are absorbed."""
-        return self.path.exact_roles
+        return self.path.exact_names
 
     def with_width(self, width: int) -> SynQTResolution:
         """The same for a model of that width."""
         found: SynQTResolution = super().with_width(width)
-        return replace(found, path=replace(self.path, column=found.column))
+        return replace(found, path=replace(self.path, spec=found.spec))
 
 
-class SynQTModel(RoutedTuner):
+class SynQTModel(MethodTuner):
     """SynQT on a vision transformer with a classifier; made by `get_peft_model(model, SynQTConfig())`.
 
     All checks (the model's column, its classifier, the plan on this model, the query path against its own blocks) run
     before the first change.
 
     Args:
-        model: A supported vision transformer, see `peft_bsr.probe_column`.
+        model: A supported vision transformer, see `peft_bsr.probe_model`.
         config: The configuration.
         adapter_name: Name of the adapter, default `"default"`.
 
@@ -85,7 +85,7 @@ class SynQTModel(RoutedTuner):
     """
 
     prefix = "synqt_"
-    router_cls = SynQTRouter
+    controller_cls = SynQTController
     merges = False
 
     def layers(self, adapter_name: str | None = None) -> list[int]:
@@ -95,7 +95,7 @@ class SynQTModel(RoutedTuner):
             AdapterError: If there is none of that name.
         """
         self.plan(adapter_name)
-        layers: list[int] = find_routers(self.model)[0].layers[adapter_name or self.active_adapters[0]]
+        layers: list[int] = find_controllers(self.model)[0].layers[adapter_name or self.active_adapters[0]]
         return layers
 
     @classmethod
@@ -110,23 +110,23 @@ class SynQTModel(RoutedTuner):
             UnsupportedModelError: With the reason that was found.
             ConfigError: Naming everything that this model does not allow.
         """
-        routers = find_routers(model)
-        with _stock(model, routers):
-            column, stock = (routers[0].column, None) if routers else probe(model)
-            classifier = find_classifier(model, column, "the head of SynQT takes")
-            requested, layers = build_plan(config, column)
-            path = verify_queries(model, column, layers[0], QueryPath(column, kept=config.kept_tokens), stock)
-            plan = verify_plan(model, column, requested, allowed_modes(config), stock)
-            rounded = linears_to_round(model, column, config, [], path.exact_roles)
-            check_rounded(model, column, rounded, bool(routers))
+        controllers = find_controllers(model)
+        with _stock(model, controllers):
+            spec, stock = (controllers[0].spec, None) if controllers else probe(model)
+            classifier = find_classifier(model, spec, "the head of SynQT takes")
+            requested, layers = build_plan(config, spec)
+            path = verify_queries(model, spec, layers[0], QueryPath(spec, kept=config.kept_tokens), stock)
+            plan = verify_plan(model, spec, requested, allowed_modes(config), stock)
+            rounded = linears_to_round(model, spec, config, [], path.exact_names)
+            check_rounded(model, spec, rounded, bool(controllers))
             if rounded:
-                with tried_rounding(model, column, rounded):
-                    path = verify_queries(model, column, layers[0], path, None)
-        return SynQTResolution(column, plan, rounded, path, tuple(layers), classifier)
+                with tried_rounding(model, spec, rounded):
+                    path = verify_queries(model, spec, layers[0], path, None)
+        return SynQTResolution(spec, plan, rounded, path, tuple(layers), classifier)
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> bool:
         found: SynQTResolution = peft_config.resolution
-        return key in found.column.blocks or key == found.classifier
+        return key in found.spec.blocks or key == found.classifier
 
     def _create_and_replace(
         self,
@@ -139,21 +139,21 @@ class SynQTModel(RoutedTuner):
         parameter_name: str | None = None,
     ) -> None:
         found: SynQTResolution = peft_config.resolution
-        column = found.column
-        routers = {router.index: router for router in find_routers(self.model)}
-        context = next(iter(routers.values())).context if routers else ForwardContext()
+        spec = found.spec
+        controllers = {controller.index: controller for controller in find_controllers(self.model)}
+        context = next(iter(controllers.values())).context if controllers else ForwardContext()
         if current_key == found.classifier:
             layer: Any = target if isinstance(target, SynQTHead) else SynQTHead(target, context)
             setattr(parent, target_name, layer)
-            final_norm = find_final_norm(self.model, column)
-            layer.update_layer(adapter_name, peft_config, column.width, len(found.layers), final_norm)
+            final_norm = find_final_norm(self.model, spec)
+            layer.update_layer(adapter_name, peft_config, spec.width, len(found.layers), final_norm)
         else:
-            index = column.blocks.index(current_key)
-            if index not in routers:
+            index = spec.blocks.index(current_key)
+            if index not in controllers:
                 like = next(exact_parameters(target))
-                routers[index] = SynQTRouter(index, column, context, find_rule(self.model), like)
-                attach_router(self.model, routers[index])
-            layer = routers[index]
+                controllers[index] = SynQTController(index, spec, context, find_rule(self.model), like)
+                attach_controller(self.model, controllers[index])
+            layer = controllers[index]
             layer.update_layer(adapter_name, peft_config, found.plan, found.path, list(found.layers))
         layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
 
@@ -177,7 +177,7 @@ class SynQTModel(RoutedTuner):
     ) -> nn.Module:
         if merge:
             self.merge_adapter(adapter_names, safe_merge)
-        self._detach_routers()
+        self._detach_controllers()
         return super()._unload_and_optionally_merge(False, progressbar, safe_merge, adapter_names)
 
     @classmethod
@@ -187,13 +187,13 @@ class SynQTModel(RoutedTuner):
         """First to this model's names: the file may be from another layout of it, or from peft 0.20."""
         layers: dict[int | None, tuple[str, Any]] = {}
         for name, layer in model.named_modules():
-            if isinstance(layer, (SynQTRouter, SynQTHead)) and adapter_name in layer.synqt_params:
-                number = layer.index if isinstance(layer, SynQTRouter) else None
+            if isinstance(layer, (SynQTController, SynQTHead)) and adapter_name in layer.synqt_params:
+                number = layer.index if isinstance(layer, SynQTController) else None
                 layers[number] = f"{ROOT}{name.removeprefix(ROOT)}", layer.synqt_params[adapter_name]
         renamed = {}
         for key, tensor in state_dict.items():
             place, separator, parameter = key.partition(".synqt_params.")
-            match = _ROUTER_PLACE.fullmatch(place)
+            match = _CONTROLLER_PLACE.fullmatch(place)
             number = int(match[1]) if match else None
             if separator and number in layers:
                 name, module = layers[number]
@@ -203,10 +203,10 @@ class SynQTModel(RoutedTuner):
 
 
 @contextmanager
-def _stock(model: nn.Module, routers: list[Any]) -> Iterator[None]:
-    """Take the routers and the head off for a while."""
+def _stock(model: nn.Module, controllers: list[Any]) -> Iterator[None]:
+    """Take the controllers and the head off for a while."""
     heads = {name: module for name, module in model.named_modules() if isinstance(module, SynQTHead)}
-    with detached(model, routers):
+    with detached(model, controllers):
         for name, head in heads.items():
             model.set_submodule(name, head.base_layer)
         try:

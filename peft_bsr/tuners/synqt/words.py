@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from peft_bsr.backbones import Column
+from peft_bsr.backbones import ModelSpec
 from peft_bsr.engine import Plan
 from peft_bsr.tuners.base.words import describe_reductions, name_blocks
 from peft_bsr.tuners.synqt.config import SynQTConfig
 
 
-def describe(config: SynQTConfig, column: Column, plan: Plan) -> list[str]:
+def describe(config: SynQTConfig, spec: ModelSpec, plan: Plan) -> list[str]:
     """What an adapter does to its model, one sentence an item."""
-    read = config.layers if config.layers is not None else list(range(column.depth))
+    read = config.layers if config.layers is not None else list(range(spec.depth))
     return [
-        f"All {column.depth} blocks are frozen; {config.num_queries} learned queries a block read "
+        f"All {spec.depth} blocks are frozen; {config.num_queries} learned queries a block read "
         f"{name_blocks(read)}, and a head of its own classifies.",
-        *describe_reductions(column, plan),
+        *describe_reductions(spec, plan),
     ]
 
 

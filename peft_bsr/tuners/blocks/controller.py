@@ -1,16 +1,16 @@
-"""The router of methods that train blocks."""
+"""The controller of methods that train blocks."""
 
 from __future__ import annotations
 
 from peft_bsr.compat.peft_api import check_adapters_to_merge
-from peft_bsr.tuners.base.layer import AdapterRouter
+from peft_bsr.tuners.base.layer import AdapterController
 
 
-class MergeableRouter(AdapterRouter):
-    """A block's router, whose adapters may be merged. Not a weight: token reduction stays in force when weights merge.
+class MergeableController(AdapterController):
+    """A block's controller whose adapters can be merged. Token reduction stays active after a merge.
 
     Args:
-        index, column, context, rule: See `BlockRouter`.
+        index, column, context, rule: See `BlockController`.
     """
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -29,4 +29,4 @@ class MergeableRouter(AdapterRouter):
         super().enable_adapters(enabled)
 
 
-__all__ = ["MergeableRouter"]
+__all__ = ["MergeableController"]

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from peft_bsr.backbones.column import Anatomy
+from peft_bsr.backbones.model_spec import BlockSpec
 from peft_bsr.backbones.side_inputs import input_names, takes_any_keyword
 
 _PROJECTIONS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q", "k", "v"), ("qkv",))
@@ -41,7 +41,9 @@ def parameter_owners(module: nn.Module, prefix: str = "", avoid: str = "") -> It
             yield from parameter_owners(child, f"{name}.", avoid)
 
 
-def find_anatomy(block: nn.Module, order: list[str], residual_takers: set[str], attention_name: str) -> Anatomy | None:
+def find_block_spec(
+    block: nn.Module, order: list[str], residual_takers: set[str], attention_name: str
+) -> BlockSpec | None:
     """The parts of a pre-norm block, or None where it is something else.
 
     Args:
@@ -61,7 +63,7 @@ def find_anatomy(block: nn.Module, order: list[str], residual_takers: set[str], 
     scales = [name for name, p in block.named_parameters(recurse=False) if p.ndim == 1]
     if len(scales) not in (0, 2):
         return None
-    return Anatomy(
+    return BlockSpec(
         norm1=order[0],
         attention=attention,
         after_attention=(*scales[:1], *order[2 : first - 1]),
@@ -74,34 +76,36 @@ def find_anatomy(block: nn.Module, order: list[str], residual_takers: set[str], 
     )
 
 
-def leaf_roles(
-    block: nn.Module, leaves: tuple[str, ...], anatomy: Anatomy | None, attention_name: str
+def canonical_names_of(
+    block: nn.Module, param_modules: tuple[str, ...], block_spec: BlockSpec | None, attention_name: str
 ) -> tuple[str, ...]:
     """What each leaf is, under the same name whatever a layout calls it."""
-    return tuple(_role(block, leaf, leaves, anatomy, attention_name) for leaf in leaves)
+    return tuple(_role(block, leaf, param_modules, block_spec, attention_name) for leaf in param_modules)
 
 
-def _role(block: nn.Module, leaf: str, leaves: tuple[str, ...], anatomy: Anatomy | None, attention_name: str) -> str:
+def _role(
+    block: nn.Module, leaf: str, param_modules: tuple[str, ...], block_spec: BlockSpec | None, attention_name: str
+) -> str:
     if leaf.startswith(f"{attention_name}.") and leaf.split(".")[-1] in _PROJECTION_ROLES:
         return f"attention.{_PROJECTION_ROLES[leaf.split('.')[-1]]}"
-    if anatomy is None:
+    if block_spec is None:
         return leaf
     part, _, inner = leaf.partition(".")
-    if part == anatomy.attention:
+    if part == block_spec.attention:
         others = [
             other
-            for other in leaves
+            for other in param_modules
             if other.startswith(f"{part}.")
             and other.split(".")[-1] not in _PROJECTION_ROLES
             and isinstance(block.get_submodule(other), nn.Linear)
         ]
         return "attention.output" if others == [leaf] else ".".join(filter(None, ("attention", inner)))
-    names = {anatomy.norm1: "norm1", anatomy.norm2: "norm2"}
-    names |= {name: f"scale1.{i}" for i, name in enumerate(anatomy.after_attention)}
-    names |= {name: f"scale2.{i}" for i, name in enumerate(anatomy.after_mlp)}
-    if part in anatomy.mlp:
-        inside = [other for other in leaves if other.split(".")[0] in anatomy.mlp]
-        inside.sort(key=lambda other: anatomy.mlp.index(other.split(".")[0]))
+    names = {block_spec.norm1: "norm1", block_spec.norm2: "norm2"}
+    names |= {name: f"scale1.{i}" for i, name in enumerate(block_spec.after_attention)}
+    names |= {name: f"scale2.{i}" for i, name in enumerate(block_spec.after_mlp)}
+    if part in block_spec.mlp:
+        inside = [other for other in param_modules if other.split(".")[0] in block_spec.mlp]
+        inside.sort(key=lambda other: block_spec.mlp.index(other.split(".")[0]))
         return f"mlp.{inside.index(leaf)}"
     return ".".join(filter(None, (names.get(part, part), inner)))
 

@@ -43,7 +43,7 @@ _PEAK_NOTES = {
 
 
 @dataclass
-class Findings:
+class RunMeasurements:
     """What was measured and drawn; empty where it was not."""
 
     costs: dict[str, Cost] = field(default_factory=dict)
@@ -59,7 +59,7 @@ class Findings:
     peak: Peak = field(default_factory=Peak)
 
 
-def draw_pictures(found: Findings, model: Any, data: LabelledImages, processor: Any, output: Path) -> None:
+def draw_pictures(found: RunMeasurements, model: Any, data: LabelledImages, processor: Any, output: Path) -> None:
     """Draw what is kept of some test images, if the adapter drops tokens in use.
 
     Args:
@@ -80,7 +80,7 @@ def draw_pictures(found: Findings, model: Any, data: LabelledImages, processor: 
     found.picture = draw_kept(found.kept, found.images, output / PICTURE, found.titles)
 
 
-def draw_confusion_matrix(found: Findings, score: Score, path: Path) -> None:
+def draw_confusion_matrix(found: RunMeasurements, score: Score, path: Path) -> None:
     """Draw the confusion matrix, if the model has one that can be read as a picture.
 
     Args:
@@ -100,7 +100,7 @@ def draw_confusion_matrix(found: Findings, score: Score, path: Path) -> None:
             found.confusion_note = ", ".join(f"{number}: {name}" for number, name in enumerate(details["labels"]))
 
 
-def show_worst(found: Findings, score: Score) -> None:
+def show_worst(found: RunMeasurements, score: Score) -> None:
     """Open the images with the highest loss.
 
     Args:
@@ -115,7 +115,9 @@ def show_worst(found: Findings, score: Score) -> None:
         found.worst.append((image, "\n".join(f"{name}: {value}" for name, value in words.items() if name != "row")))
 
 
-def measure_costs(found: Findings, model: Any, settings: TrainSettings, data: LabelledImages, processor: Any) -> None:
+def measure_costs(
+    found: RunMeasurements, model: Any, settings: TrainSettings, data: LabelledImages, processor: Any
+) -> None:
     """Compare with full fine-tuning on some training images.
 
     Args:
@@ -164,7 +166,13 @@ def versions() -> dict[str, str]:
 
 
 def headline_of(
-    model: Any, settings: TrainSettings, found: Findings, scores: Mapping[str, Score], *, seconds: float, kept: str
+    model: Any,
+    settings: TrainSettings,
+    found: RunMeasurements,
+    scores: Mapping[str, Score],
+    *,
+    seconds: float,
+    kept: str,
 ) -> dict[str, str]:
     """The few numbers that stand on top, name -> text."""
     trained = sum(p.numel() for p in trained_parameters(model).values())
@@ -190,7 +198,7 @@ def in_words(name: str, value: float) -> str:
 def make_record(
     model: Any,
     settings: TrainSettings,
-    found: Findings,
+    found: RunMeasurements,
     words: Sequence[str],
     *,
     headline: Mapping[str, str],
@@ -204,7 +212,7 @@ def make_record(
     is_ours = settings.method in METHODS
     return RunRecord(
         title=f"{settings.method.upper()} of {settings.model} on {settings.dataset}",
-        column=model.base_model.column if is_ours else None,
+        spec=model.base_model.spec if is_ours else None,
         plan=model.base_model.plan() if is_ours else None,
         words=words,
         headline=headline,
@@ -226,7 +234,7 @@ def make_record(
     )
 
 
-def _results(scores: Mapping[str, Score], found: Findings) -> Results | None:
+def _results(scores: Mapping[str, Score], found: RunMeasurements) -> Results | None:
     """Of test, or else of validation images."""
     if not scores:
         return None
@@ -244,7 +252,7 @@ def _memory(peak: Peak) -> dict[str, int]:
 
 __all__ = [
     "FULL",
-    "Findings",
+    "RunMeasurements",
     "conditions",
     "draw_confusion_matrix",
     "draw_pictures",

@@ -1,4 +1,4 @@
-"""The Column: an immutable description of a vision transformer, found by probing and free of tensors."""
+"""The ModelSpec: an immutable description of a vision transformer, found by probing and free of tensors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ScoreSource = Literal["interface", "sdpa", "weights"]
 
 
 @dataclass(frozen=True)
-class Anatomy:
+class BlockSpec:
     """Names of a pre-norm block's direct children in the order in which they run.
 
     A block computes `x = x + after_attention(attention(norm1(x)))`, then `x = x + after_mlp(mlp(norm2(x)))`, where
@@ -34,15 +34,15 @@ class Anatomy:
 
 
 @dataclass(frozen=True)
-class Column:
+class ModelSpec:
     """What a vision transformer is made of, as far as training and token reduction care.
 
     Attributes:
         blocks: Module names of the transformer blocks, first to last.
-        leaves: Modules inside a block that hold its parameters, relative to the block: `"attention.q_proj"`, ...
-        roles: Canonical name of every leaf, the same whatever a layout calls it: `"attention.query"`, ...
+        param_modules: Modules inside a block that hold its parameters, relative to the block: `"attention.q_proj"`, ...
+        canonical_names: Name of each of them that does not depend on the model's own names: `"attention.query"`, ...
         attention: Name inside a block of the module that owns the query, key and value projections.
-        anatomy: Parts of a block, or None where it is not a plain pre-norm block; all blocks share it.
+        block_spec: Parts of a block, or None where it is not a plain pre-norm block; all blocks share it.
         head: Names of the modules behind the last block that hold parameters and change the output (final norm,
             pooler, classifiers).
         unread: Names of those there that the output does not depend on (a pooler that a classifier goes round).
@@ -60,7 +60,7 @@ class Column:
         is_chained: Whether every block's input is the output of the one before it.
         returns_tuple: Whether a block returns (hidden states, ...) and not the hidden states alone.
         uses_positions: Whether blocks use a token's position, through side inputs that follow the kept tokens.
-        side_inputs: (name, kind) of what a block's attention gets next to the hidden states; see `Route.follow`.
+        side_inputs: (name, kind) of what a block's attention gets next to the hidden states; see `Route.gather`.
         scores_from: How token scores are had: from the query and key that pass through transformers'
             `AttentionInterface` (`"interface"`) or torch's `scaled_dot_product_attention` (`"sdpa"`), from the
             `"weights"` that the attention returns, or not at all (None).
@@ -69,10 +69,10 @@ class Column:
     """
 
     blocks: tuple[str, ...]
-    leaves: tuple[str, ...]
-    roles: tuple[str, ...]
+    param_modules: tuple[str, ...]
+    canonical_names: tuple[str, ...]
     attention: str
-    anatomy: Anatomy | None
+    block_spec: BlockSpec | None
     head: tuple[str, ...]
     unread: tuple[str, ...]
     width: int
@@ -97,6 +97,11 @@ class Column:
     def depth(self) -> int:
         """Number of blocks (L)."""
         return len(self.blocks)
+
+    @property
+    def paths(self) -> dict[str, str]:
+        """Canonical name -> module name inside a block, of each module that holds parameters."""
+        return dict(zip(self.canonical_names, self.param_modules, strict=True))
 
     @property
     def num_special(self) -> int:

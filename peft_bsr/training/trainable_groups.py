@@ -8,11 +8,11 @@ from torch import nn
 
 from peft_bsr.compat.peft_api import ModulesToSaveWrapper
 from peft_bsr.errors import AdapterError
-from peft_bsr.tuners.base.layer import adapter_parts, find_routers
+from peft_bsr.tuners.base.layer import adapter_parts, find_controllers
 
 
 @dataclass(frozen=True)
-class Unit:
+class TrainableGroup:
     """The active adapter's part of one tuner layer: one leaf module's copy, one mixture, one query synthesis, one head.
 
     Attributes:
@@ -26,34 +26,34 @@ class Unit:
     is_named: bool = False
 
 
-def find_units(model: nn.Module) -> list[Unit]:
+def find_trainable_groups(model: nn.Module) -> list[TrainableGroup]:
     """What the active adapter of `model` means to train: its layers and its `modules_to_save`.
 
     Raises:
         AdapterError: If there is no adapter of peft_bsr, or it is disabled.
     """
-    routers = find_routers(model)
-    if not routers:
+    controllers = find_controllers(model)
+    if not controllers:
         raise AdapterError(
             f"{type(model).__name__} has no adapter of peft_bsr. Attach one with `get_peft_model(model, BSRConfig())`."
         )
-    name = routers[0].carried_adapter
+    name = controllers[0].carried_adapter
     if name is None:
         raise AdapterError("the adapter is disabled: the base model runs, and nothing trains. Enable or activate it.")
-    blocks = routers[0].column.blocks
+    blocks = controllers[0].spec.blocks
     wrappers = {place for place, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)}
-    units = []
+    groups = []
     for place, part in adapter_parts(model, name):
         parameters = {f"{place}.{n}": p for n, p in part.named_parameters() if p.is_floating_point()}
         block = next((i for i, block in enumerate(blocks) if f".{block}." in f".{place}."), None)
-        units.append(Unit(parameters, block, any(place.startswith(f"{w}.") for w in wrappers)))
-    return [unit for unit in units if unit.parameters]
+        groups.append(TrainableGroup(parameters, block, any(place.startswith(f"{w}.") for w in wrappers)))
+    return [group for group in groups if group.parameters]
 
 
 def of_adapters(model: nn.Module) -> set[int]:
     """Ids of the parameters of all adapters, active or not."""
-    names = {name for router in find_routers(model) for name in router.plans}
+    names = {name for controller in find_controllers(model) for name in controller.plans}
     return {id(p) for name in names for _, part in adapter_parts(model, name) for p in part.parameters()}
 
 
-__all__ = ["Unit", "find_units", "of_adapters"]
+__all__ = ["TrainableGroup", "find_trainable_groups", "of_adapters"]

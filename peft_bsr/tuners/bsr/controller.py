@@ -1,4 +1,4 @@
-"""A block's router in BSR: knows each adapter's plan, holds the block's mixtures, opens and closes calls with tasks."""
+"""A block's controller in BSR: each adapter's plan, the block's mixtures, and calls with tasks."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_bsr.backbones import Column, FamilyRule
+from peft_bsr.backbones import FamilyRule, ModelSpec
 from peft_bsr.compat.torch_api import remove_hooks
 from peft_bsr.core import ForwardContext, TaskCall, outliving
-from peft_bsr.engine import Parking, plain_mlp
+from peft_bsr.engine import WeightOffload, plain_mlp
 from peft_bsr.errors import ForwardError
 from peft_bsr.multitask import (
     FullExperts,
@@ -26,8 +26,8 @@ from peft_bsr.multitask import (
 )
 from peft_bsr.tuners.base.classifier import without_layer
 from peft_bsr.tuners.base.layer import drop_saved_name
+from peft_bsr.tuners.blocks.controller import MergeableController
 from peft_bsr.tuners.blocks.layer import BlockWeights, move_away
-from peft_bsr.tuners.blocks.router import MergeableRouter
 
 
 @dataclass(frozen=True)
@@ -45,28 +45,30 @@ class TaskSettings:
     balance_weight: float
 
 
-class BSRRouter(MergeableRouter):
-    """A block's router with one plan per adapter. Not a weight: token reduction stays in force when weights merge.
+class BSRController(MergeableController):
+    """A block's controller with one plan per adapter. Token reduction is not a weight: it stays active after a merge.
 
-    Where an adapter has mixtures of experts, its router has the block's; while they run, the weights of the block's own
-    MLP are parked (see `peft_bsr.engine.Parking`), unless the experts share it. The first block's router opens and
-    closes the forwards of adapters with tasks.
+    An adapter's mixture of experts for this block lives here. While it runs, the block's own MLP weights are offloaded
+    (see `peft_bsr.engine.WeightOffload`), unless the experts share them. The first block's controller opens and closes
+    the forwards of adapters with tasks.
 
     Args:
-        index, column, context, rule: See `BlockRouter`.
+        index, column, context, rule: See `BlockController`.
     """
 
     mixes = True
     adapter_layer_names: tuple[str, ...] = ("bsr_params",)
     other_param_names = ("plans", "calls")
 
-    def __init__(self, index: int, column: Column, context: ForwardContext, rule: FamilyRule) -> None:
-        super().__init__(index, column, context, rule)
+    def __init__(self, index: int, spec: ModelSpec, context: ForwardContext, rule: FamilyRule) -> None:
+        super().__init__(index, spec, context, rule)
         self.bsr_params = nn.ModuleDict()
         self.calls: dict[str, TaskSettings] = {}
         self.saved_as: dict[str, str] = {}  # adapter -> this module's name where the adapter was saved, if another
-        self.parked: tuple[tuple[nn.Module, Parking], ...] = ()  # a tuple: the block's modules are not the router's
-        self.observes = index == column.depth - 1
+        self.offloaded: tuple[
+            tuple[nn.Module, WeightOffload], ...
+        ] = ()  # a tuple: the block's modules are not the controller's
+        self.observes = index == spec.depth - 1
         self.register_load_state_dict_pre_hook(drop_saved_name)
 
     def update_mixture(self, adapter_name: str, config: Any, block: nn.Module) -> None:
@@ -78,7 +80,7 @@ class BSRRouter(MergeableRouter):
             block: The block.
         """
         first, _, second = self._mlp(block)
-        self.parked = self.parked or tuple((without_layer(module), Parking()) for module in (first, second))
+        self.offloaded = self.offloaded or tuple((without_layer(module), WeightOffload()) for module in (first, second))
         weight = next(without_layer(first).parameters())
         device = first.device if isinstance(first, BlockWeights) else weight.device
         like = torch.empty(0, dtype=weight.dtype, device=device)
@@ -86,8 +88,8 @@ class BSRRouter(MergeableRouter):
         if config.moe.expert_type == "full":
             experts = FullExperts(_pretrained(first, device), _pretrained(second, device), config.moe)
         else:
-            experts = LowRankExperts(self.column.width, first.out_features, config.moe, like)
-        mixture = Mixture(experts, len(config.tasks), self.column.width, config.moe, like)
+            experts = LowRankExperts(self.spec.width, first.out_features, config.moe, like)
+        mixture = Mixture(experts, len(config.tasks), self.spec.width, config.moe, like)
         if not config.init_weights:
             move_away(mixture)
         self.bsr_params[adapter_name] = mixture.train(block.training)
@@ -105,7 +107,7 @@ class BSRRouter(MergeableRouter):
         return output if torch.is_autocast_enabled(tokens.device.type) else output.to(tokens.dtype)
 
     @property
-    def parks_base(self) -> bool:
+    def offloads_base(self) -> bool:
         """Whether nothing reads the weights of the block's MLP: the active adapter's experts have their own."""
         name = self.carried_adapter
         mixture: Any = self.bsr_params[name] if name is not None and name in self.bsr_params else None
@@ -113,28 +115,28 @@ class BSRRouter(MergeableRouter):
 
     def place_base(self) -> None:
         """Park the weights of the block's MLP if nothing reads them, else have them where the experts are."""
-        if not self.parks_base:
+        if not self.offloads_base:
             self.fetch_base()
             return
-        for module, parking in self.parked:
-            parking.park(module)
+        for module, weight_offload in self.offloaded:
+            weight_offload.offload(module)
 
     def fetch_base(self) -> None:
         """Have the weights of the block's MLP where the experts are."""
-        for module, parking in self.parked:
-            parking.fetch(module, self._device)
+        for module, weight_offload in self.offloaded:
+            weight_offload.onload(module, self._device)
 
     def clear_base(self) -> None:
         """Have the weights of the block's MLP in memory, for good."""
-        for module, parking in self.parked:
-            parking.clear(module, self._device)
+        for module, weight_offload in self.offloaded:
+            weight_offload.clear(module, self._device)
 
     @property
     def _device(self) -> torch.device:
         own = (parameter for mixture in self.bsr_params.values() for parameter in mixture.parameters())
         return next((parameter.device for parameter in own if not parameter.is_meta), torch.device("cpu"))
 
-    def _apply(self, fn: Any, recurse: bool = True) -> BSRRouter:
+    def _apply(self, fn: Any, recurse: bool = True) -> BSRController:
         super()._apply(fn, recurse)
         self.place_base()
         return self
@@ -151,7 +153,7 @@ class BSRRouter(MergeableRouter):
         self.place_base()
 
     def _mlp(self, block: nn.Module) -> tuple[Any, Any, Any]:
-        parts = None if self.column.anatomy is None else plain_mlp(block, self.column.anatomy)
+        parts = None if self.spec.block_spec is None else plain_mlp(block, self.spec.block_spec)
         assert parts is not None, "checked when the adapter was attached"
         return parts
 
@@ -178,12 +180,12 @@ class BSRRouter(MergeableRouter):
 
     def open_call(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Take what concerns tasks out of the arguments."""
-        settings, entry = self.task_settings, self.context.now.entry
+        settings, resume_point = self.task_settings, self.context.now.resume_point
         self.context.now.call = None
-        if settings is None or (entry is not None and entry.tokens is None):
+        if settings is None or (resume_point is not None and resume_point.tokens is None):
             return args, without_tasks(kwargs)
-        num_images = None if entry is None or entry.tokens is None else len(entry.tokens)
-        call, kwargs = read_call(settings.tasks, self.column, args, kwargs, num_images)
+        num_images = None if resume_point is None or resume_point.tokens is None else len(resume_point.tokens)
+        call, kwargs = read_call(settings.tasks, self.spec, args, kwargs, num_images)
         call.usage = None if self.context.now.usage is None else {}
         self.context.now.call = call
         return args, kwargs
@@ -207,7 +209,7 @@ class BSRRouter(MergeableRouter):
         self.place_base()
 
     def __repr__(self) -> str:
-        return f"bsr.BSRRouter(block={self.index}, plans={sorted(self.plans)})"
+        return f"bsr.BSRController(block={self.index}, plans={sorted(self.plans)})"
 
 
 def _pretrained(module: Any, device: torch.device) -> tuple[Tensor, Tensor | None]:

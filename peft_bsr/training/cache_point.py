@@ -1,4 +1,4 @@
-"""Where in a column a feature cache stands: what its rows depend on, and how a forward begins there."""
+"""Where in a model a feature cache stands: what its rows depend on, and how a forward begins there."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from peft_bsr.backbones import Fingerprint
-from peft_bsr.core import Entry
+from peft_bsr.core import ResumePoint
 from peft_bsr.engine import Plan
 from peft_bsr.errors import FeatureCacheError
-from peft_bsr.tuners.base.layer import ROOT, AdapterRouter, SingleAdapterLayer, find_routers
+from peft_bsr.tuners.base.layer import ROOT, AdapterController, SingleAdapterLayer, find_controllers
 
 
-class CachedPlace:
+class CachePoint:
     """In front of the first trained block, or behind all blocks where none trains and queries read them.
 
     Args:
@@ -23,7 +23,7 @@ class CachedPlace:
 
     Attributes:
         plan: Of the active adapter.
-        index: Of the block in front of which the place is; the depth of the column behind the last.
+        index: Of the block in front of which the place is; the depth of the model behind the last.
         layers: Blocks whose tokens are kept, where queries read them; else empty.
 
     Raises:
@@ -31,30 +31,30 @@ class CachedPlace:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        routers: list[AdapterRouter] = find_routers(model)
-        if not routers:
+        controllers: list[AdapterController] = find_controllers(model)
+        if not controllers:
             raise FeatureCacheError(
                 f"{type(model).__name__} has no adapter of peft_bsr. Call get_peft_model(model, BSRConfig()) first."
             )
-        router = routers[0]
-        if router.is_dynamic:
+        controller = controllers[0]
+        if controller.is_dynamic:
             raise FeatureCacheError(
                 "this adapter's plan changes from step to step, so what its blocks give cannot be kept. Train without "
                 "a cache, or use `BSRConfig`."
             )
-        if router.plan is None:
+        if controller.plan is None:
             raise FeatureCacheError("the adapter is disabled: the base model has no trained block to begin at.")
-        self.model, self.column = model, router.column
-        self.plan: Plan = router.plan
-        self.layers = router.read_layers
-        self.index = router.column.depth if self.layers else self.plan.trained_blocks[0]
+        self.model, self.spec = model, controller.spec
+        self.plan: Plan = controller.plan
+        self.layers = controller.read_layers
+        self.index = controller.spec.depth if self.layers else self.plan.trained_blocks[0]
 
     def key(self) -> dict[str, Any]:
         """What the tokens depend on beside the images."""
         end = self.layers[-1] + 1 if self.layers else self.index
         modules = {name.removeprefix(ROOT): module for name, module in self.model.named_modules()}
         trained = [name for name, module in modules.items() if isinstance(module, SingleAdapterLayer)]
-        behind = (*self.column.blocks[end:], *(self.column.head if self.layers else ()))
+        behind = (*self.spec.blocks[end:], *(self.spec.head if self.layers else ()))
         others = tuple(f"{name}." for name in (*trained, *behind))
         digest = hashlib.blake2b(digest_size=16)
         for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers()):
@@ -63,7 +63,7 @@ class CachedPlace:
         blocks = self.plan.blocks[:end]
         reductions = {str(i): repr(block.reduction) for i, block in enumerate(blocks) if block.reduction}
         place = {"layers": self.layers} if self.layers else {"first_trained_block": self.index}
-        model = {f"model_{name}": value for name, value in Fingerprint.of(self.model, self.column).to_dict().items()}
+        model = {f"model_{name}": value for name, value in Fingerprint.of(self.model, self.spec).to_dict().items()}
         return {
             **model,
             "leading_weights": digest.hexdigest(),
@@ -72,16 +72,16 @@ class CachedPlace:
             "mode": self.plan.mode if reductions else "compact",
         }
 
-    def entry(self, tokens: Tensor, origins: Tensor | None, lengths: tuple[int, ...]) -> Entry:
+    def resume_point(self, tokens: Tensor, origins: Tensor | None, lengths: tuple[int, ...]) -> ResumePoint:
         """Where a forward on cached tokens begins.
 
         Args:
             tokens: [B, N, D].
             origins: [B, A] of the route there, or None.
-            lengths: Tokens of each layer that is read, see `Entry`.
+            lengths: Tokens of each layer that is read, see `ResumePoint`.
         """
         number = sum(block.reduction is not None for block in self.plan.blocks[: self.index])
-        return Entry(self.index, tokens, None if origins is None else origins.long(), number, lengths)
+        return ResumePoint(self.index, tokens, None if origins is None else origins.long(), number, lengths)
 
 
-__all__ = ["CachedPlace"]
+__all__ = ["CachePoint"]

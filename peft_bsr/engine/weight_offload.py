@@ -22,22 +22,22 @@ logger = logging.getLogger(__name__)
 _SMALLEST = 2**16  # bytes; a page for every bias would cost more than it gives
 
 
-class Parking:
+class WeightOffload:
     """Place for the parameters of one module.
 
     Examples:
-        >>> layer, parking = torch.nn.Linear(256, 256), Parking()
+        >>> layer, weight_offload = torch.nn.Linear(256, 256), WeightOffload()
         >>> before = layer.weight.detach().clone()
-        >>> parking.park(layer)
+        >>> weight_offload.offload(layer)
         >>> torch.equal(layer.weight, before)
         True
     """
 
     def __init__(self) -> None:
         self._mapped: dict[str, Tensor] = {}
-        self._fetched: dict[str, tuple[int, int]] = {}  # what `fetch` made: address and version
+        self._fetched: dict[str, tuple[int, int]] = {}  # what `onload` made: address and version
 
-    def park(self, module: nn.Module) -> None:
+    def offload(self, module: nn.Module) -> None:
         """Move the parameters' memory to a file and map it; values do not change. Without room they stay, logged.
 
         Args:
@@ -45,7 +45,7 @@ class Parking:
         """
         for name, parameter in module.named_parameters():
             data = parameter.data
-            if not _is_worth_it(data) or type(data) is not Tensor or data.is_meta or self._is_parked(name, data):
+            if not _is_worth_it(data) or type(data) is not Tensor or data.is_meta or self._is_offloaded(name, data):
                 continue
             is_known = name in self._mapped and self._fetched.get(name) == (data.data_ptr(), version_of(parameter))
             try:
@@ -57,31 +57,31 @@ class Parking:
 
     @staticmethod
     def takes(module: nn.Module) -> list[Tensor]:
-        """The parameters that `park` would move."""
+        """The parameters that `offload` would move."""
         return [parameter for parameter in module.parameters() if _is_worth_it(parameter)]
 
-    def fetch(self, module: nn.Module, device: torch.device) -> None:
-        """Bring parked parameters back to where they are computed with. On the CPU they are there already."""
+    def onload(self, module: nn.Module, device: torch.device) -> None:
+        """Bring offloaded parameters back to where they are computed with. On the CPU they are there already."""
         for name, parameter in module.named_parameters():
-            if self._is_parked(name, parameter.data) and device.type not in ("cpu", "meta"):
+            if self._is_offloaded(name, parameter.data) and device.type not in ("cpu", "meta"):
                 parameter.data = parameter.data.to(device)
                 self._fetched[name] = (parameter.data_ptr(), version_of(parameter))
 
     def clear(self, module: nn.Module, device: torch.device) -> None:
-        """Bring parked parameters back into memory and forget the files."""
+        """Bring offloaded parameters back into memory and forget the files."""
         for name, parameter in module.named_parameters():
-            if self._is_parked(name, parameter.data):
+            if self._is_offloaded(name, parameter.data):
                 parameter.data = parameter.data.to(device, copy=True)
         self.__init__()  # type: ignore[misc]
 
-    def _is_parked(self, name: str, data: Tensor) -> bool:
+    def _is_offloaded(self, name: str, data: Tensor) -> bool:
         return name in self._mapped and self._mapped[name].data_ptr() == data.data_ptr()
 
-    def __deepcopy__(self, memo: object) -> Parking:
-        return Parking()  # a copied parameter lies in memory
+    def __deepcopy__(self, memo: object) -> WeightOffload:
+        return WeightOffload()  # a copied parameter lies in memory
 
-    def __reduce__(self) -> tuple[type[Parking], tuple[()]]:
-        return Parking, ()
+    def __reduce__(self) -> tuple[type[WeightOffload], tuple[()]]:
+        return WeightOffload, ()
 
 
 def _is_worth_it(data: Tensor) -> bool:
@@ -102,4 +102,4 @@ def _map_to_file(data: Tensor) -> Tensor:
     return torch.empty(0, dtype=dense.dtype).set_(storage, 0, dense.shape, dense.stride())  # type: ignore[arg-type]
 
 
-__all__ = ["Parking"]
+__all__ = ["WeightOffload"]

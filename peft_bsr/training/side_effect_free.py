@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from peft_bsr.backbones import in_mode
 from peft_bsr.compat.torch_api import gradient_hooks, step_hook_names
 from peft_bsr.core import ForwardContext
-from peft_bsr.tuners.base.layer import find_routers
+from peft_bsr.tuners.base.layer import find_controllers
 
 Owners = dict[int, tuple[torch.optim.Optimizer, dict[str, Any]]]  # id of a parameter -> who steps it, in which group
 
 
 @contextmanager
-def rehearsal(model: nn.Module) -> Iterator[None]:
+def side_effect_free(model: nn.Module) -> Iterator[None]:
     """Forwards and backwards inside leave the model and the random state bit for bit as they were.
 
     Inside, the model is in training mode and no tensor has a gradient. Without an adapter of ours any model will do.
@@ -28,15 +28,15 @@ def rehearsal(model: nn.Module) -> Iterator[None]:
     parameters = [(p, p.requires_grad, p.grad, dict(gradient_hooks(p))) for p in model.parameters()]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-    routers = find_routers(model)
-    now = (routers[0].context if routers else ForwardContext()).now
+    controllers = find_controllers(model)
+    now = (controllers[0].context if controllers else ForwardContext()).now
     recorders, usage = now.recorders, now.usage
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.random.fork_rng(devices))
         stack.enter_context(in_mode(True, model))
-        for router in routers:
-            stack.enter_context(router.rehearsal())
+        for controller in controllers:
+            stack.enter_context(controller.side_effect_free())
         try:
             now.recorders, now.usage = [], None
             for parameter, *_, hooks in parameters:
@@ -93,4 +93,4 @@ def would_change(parameter: nn.Parameter, gradient: Tensor, owners: Owners) -> b
     return not torch.equal(stand_in, parameter)
 
 
-__all__ = ["Owners", "owners_of", "rehearsal", "would_change"]
+__all__ = ["Owners", "owners_of", "side_effect_free", "would_change"]

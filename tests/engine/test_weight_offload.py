@@ -15,7 +15,7 @@ from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
 from peft_bsr import BSRConfig, MoEConfig
-from peft_bsr.engine import ROUTER, Parking
+from peft_bsr.engine import CONTROLLER, WeightOffload
 from peft_bsr.multitask import FullExperts
 from peft_bsr.tuners.blocks.layer import BlockWeights
 
@@ -59,15 +59,15 @@ def mlp_weights(model: nn.Module) -> list[torch.Tensor]:
 
 @linux
 def test_a_parked_module_is_mapped_and_equal():
-    layer, parking = nn.Linear(256, 256), Parking()
+    layer, weight_offload = nn.Linear(256, 256), WeightOffload()
     before = copy.deepcopy(layer)
-    parking.park(layer)
+    weight_offload.offload(layer)
     assert is_mapped(layer.weight) and not is_mapped(layer.bias)
     assert torch.equal(layer.weight, before.weight)
     address = layer.weight.data_ptr()
-    parking.park(layer)
+    weight_offload.offload(layer)
     assert layer.weight.data_ptr() == address
-    parking.clear(layer, torch.device("cpu"))
+    weight_offload.clear(layer, torch.device("cpu"))
     assert not is_mapped(layer.weight) and torch.equal(layer.weight, before.weight)
 
 
@@ -76,7 +76,7 @@ def test_without_room_weights_stay_and_it_is_said(monkeypatch, tmp_path, caplog)
     layer = nn.Linear(256, 256)
     address = layer.weight.data_ptr()
     with caplog.at_level(logging.WARNING, "peft_bsr"):
-        Parking().park(layer)
+        WeightOffload().offload(layer)
     assert layer.weight.data_ptr() == address
     assert "base weights stay in memory" in caplog.text
 
@@ -174,10 +174,10 @@ def test_distributed_data_parallel_leaves_parked_weights_alone(tmp_path, setting
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         parallel = nn.parallel.DistributedDataParallel(model.train())
-        parked = [name for name, _ in model.named_parameters() if ".base_layer." in name]
+        offloaded = [name for name, _ in model.named_parameters() if ".base_layer." in name]
         if settings:
-            parked += [n for i in (1, 3) for n, _ in model.named_parameters() if f".{i}.mlp." in n]
-        assert set(parked) <= parallel.parameters_to_ignore
+            offloaded += [n for i in (1, 3) for n, _ in model.named_parameters() if f".{i}.mlp." in n]
+        assert set(offloaded) <= parallel.parameters_to_ignore
         parallel(**BATCH).logits.sum().backward()
         assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     finally:
@@ -228,7 +228,7 @@ def test_other_adapters_beside_experts_start_from_the_pretrained_mlps():
         assert torch.equal(model(**BATCH).logits, logits), name
     model.set_adapter("experts")
     block = model.base_model.model.vit.layers[1]
-    experts = block.get_submodule(ROUTER).bsr_params["experts"].experts
+    experts = block.get_submodule(CONTROLLER).bsr_params["experts"].experts
     assert torch.equal(experts.first_weight[1], block.mlp.fc1.base_layer.weight)
     for name in ("dense", "experts", "default"):
         model.delete_adapter(name)

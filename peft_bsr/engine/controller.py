@@ -11,30 +11,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_bsr.backbones import AttentionScorer, Column, FamilyRule, TokenFollower, hidden_first
+from peft_bsr.backbones import AttentionScorer, FamilyRule, ModelSpec, SideInputHooks, hidden_first
 from peft_bsr.compat.transformers_api import CHECKPOINT_FUNCTION
 from peft_bsr.core import BLOCKS, BlockCall, ForwardContext, Route, TaskCall
 from peft_bsr.engine.bound import BoundBlock
 from peft_bsr.engine.compiled import CompiledBlock, Compiler, halves_obstacle
-from peft_bsr.engine.entry import meet_entry
 from peft_bsr.engine.plan import BlockPlan, Lean, Plan
+from peft_bsr.engine.resume import stop_or_resume
 from peft_bsr.engine.traced import TracedBlock
 from peft_bsr.engine.watch import Watch
 from peft_bsr.errors import LeanBlockWarning
 
 _PART = "a part of the model was called by itself"
-ROUTER = "token_router"  # name of a block's router among its children
+CONTROLLER = "token_router"  # name of a block's controller among its children
 
 
-class BlockRouter(nn.Module):
+class BlockController(nn.Module):
     """What a block needs to follow its plan. No parameters.
 
     Args:
-        index: The block's place in the column.
-        column: The model's column.
-        context: Shared by the routers of one model.
+        index: The block's place in the model.
+        spec: The model's column.
+        context: Shared by the controllers of one model.
         rule: Exceptions of the model's family.
-        plan: What to do; a tuner's router answers per adapter instead.
+        plan: What to do; a tuner's controller answers per adapter instead.
 
     Attributes:
         builds_graph: Whether gradients may cross the blocks; if not, they run under `no_grad` in any mode.
@@ -52,15 +52,15 @@ class BlockRouter(nn.Module):
     observes = False
 
     def __init__(
-        self, index: int, column: Column, context: ForwardContext, rule: FamilyRule, plan: Plan | None = None
+        self, index: int, spec: ModelSpec, context: ForwardContext, rule: FamilyRule, plan: Plan | None = None
     ) -> None:
         super().__init__()
         self.index = index
-        self.column = column
+        self.spec = spec
         self.context = context
         self.rule = rule
         self.scorer = AttentionScorer(context)
-        self.follower = TokenFollower(context, rule, dict(column.side_inputs))
+        self.side_input_hooks = SideInputHooks(context, rule, dict(spec.side_inputs))
         self.aside: dict[str, str] = {}
         self.roots: list[nn.Module] = []
         self._plan = plan
@@ -69,17 +69,17 @@ class BlockRouter(nn.Module):
 
     @property
     def plan(self) -> Plan | None:
-        """The plan in force, or None to run the model untouched."""
+        """The active plan, or None to run the model untouched."""
         return self._plan
 
     def begin(self) -> None:
-        """A forward begins; called on the first block's router, before the plan is asked for."""
+        """A forward begins; called on the first block's controller, before the plan is asked for."""
 
     def observe(self, before: Tensor, after: Tensor) -> None:
         """See the block's tokens [B, N, D] before and [B, N', D] after it."""
 
-    def rehearsal(self) -> AbstractContextManager[Any]:
-        """Forwards inside leave no trace on what the router learns from forwards."""
+    def side_effect_free(self) -> AbstractContextManager[Any]:
+        """Forwards inside leave no trace on what the controller learns from forwards."""
         return nullcontext()
 
     def mix(self, block: nn.Module, call: TaskCall | None, tokens: Tensor) -> Tensor:
@@ -93,23 +93,23 @@ class BlockRouter(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} has no mixture")
 
     def attached(self, model: nn.Module) -> None:
-        """The router was put on its block of `model`."""
+        """The controller was put on its block of `model`."""
 
     def detached(self, model: nn.Module) -> None:
-        """The router was taken off."""
+        """The controller was taken off."""
 
     @property
     def block_plan(self) -> BlockPlan | None:
-        """This block's part of the plan in force."""
+        """This block's part of the active plan."""
         plan = self.plan
         return None if plan is None else plan.blocks[self.index]
 
     def start_route(self, hidden_states: Tensor, plan: Plan | None = None) -> Route:
         """The route of a forward that begins with these tokens [B, N, D]."""
-        column, plan = self.column, plan or self.plan
-        num_patches = hidden_states.shape[1] - column.num_special
+        spec, plan = self.spec, plan or self.plan
+        num_patches = hidden_states.shape[1] - spec.num_special
         is_full_view = plan is not None and plan.mode == "full_view"
-        return Route(column.num_prefix, num_patches, column.num_suffix, is_full_view, call=self.context.now.call)
+        return Route(spec.num_prefix, num_patches, spec.num_suffix, is_full_view, call=self.context.now.call)
 
     def passes(self, block: nn.Module, hidden_states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether the block need not run: the forward begins behind it. Asked at each call, before anything else.
@@ -120,27 +120,27 @@ class BlockRouter(nn.Module):
             args: Further arguments of the call.
             kwargs: Its keywords.
         """
-        entry = self.context.now.entry
-        return entry is not None and entry.tokens is not None and self.index < entry.index
+        resume_point = self.context.now.resume_point
+        return resume_point is not None and resume_point.tokens is not None and self.index < resume_point.index
 
     def bound(self, block: nn.Module) -> BoundBlock:
         """The block's halves, looked up again if anything in the block has changed."""
         bound = self._bound
         if torch.compiler.is_compiling():
-            return TracedBlock(block, self.column, self.follower)
+            return TracedBlock(block, self.spec, self.side_input_hooks)
         if bound is None or bound.block is not block or not bound.watch.is_current():
             own, compiler = (self, self.scorer), self.compiler
             if compiler is not None and self.halves_obstacle() is None:
-                bound = CompiledBlock(block, self.column, self.follower, own, compiler)
+                bound = CompiledBlock(block, self.spec, self.side_input_hooks, own, compiler)
             else:
-                bound = BoundBlock(block, self.column, self.follower, own, self.step_aside)
+                bound = BoundBlock(block, self.spec, self.side_input_hooks, own, self.step_aside)
             self._bound = bound
         return bound
 
     def halves_obstacle(self) -> str | None:
         """Why the block's halves cannot be compiled as functions, or None."""
-        block = self.roots[0].get_submodule(self.column.blocks[self.index])
-        return halves_obstacle(block, self.column, self.follower, (self, self.scorer))
+        block = self.roots[0].get_submodule(self.spec.blocks[self.index])
+        return halves_obstacle(block, self.spec, self.side_input_hooks, (self, self.scorer))
 
     def compile_halves(self, compiler: Compiler) -> None:
         """From now on compile the block's halves as functions, see `peft_bsr.engine.compiled`."""
@@ -173,14 +173,14 @@ class BlockRouter(nn.Module):
             )
 
     def open_forward(self, model: nn.Module, args: Any) -> None:
-        """A forward pre-hook, of the last block's router, on the model and on what calls its blocks."""
+        """A forward pre-hook, of the last block's controller, on the model and on what calls its blocks."""
         now = self.context.now
         if now.open(model):
             outside = now.outside
             if torch.compiler.is_compiling():  # it asks `traced_reader`
                 return
             if outside is None or outside.root is not model or not outside.is_current():
-                around = _around_blocks(model, self.column)
+                around = _around_blocks(model, self.spec)
                 now.outside = Watch(around, (self,)) if around else None
 
     def close_forward(self, model: nn.Module, args: Any, output: Any) -> None:
@@ -208,10 +208,10 @@ class BlockRouter(nn.Module):
             now.route = self.start_route(hidden_states, plan) if plan.reduces else None
         if self.passes(block, hidden_states, tuple(others), kwargs):
             self._leave(None)
-            return (hidden_states,) if self.column.returns_tuple else hidden_states
+            return (hidden_states,) if self.spec.returns_tuple else hidden_states
         own = plan.blocks[index]
-        if now.entry is not None and index == now.entry.index:
-            hidden_states = meet_entry(now, hidden_states)
+        if now.resume_point is not None and index == now.resume_point.index:
+            hidden_states = stop_or_resume(now, hidden_states)
         if own.cut_gradient and block.training:
             hidden_states = _cut_gradient(block, own, hidden_states)
         call = self._block_call(block, plan, own, hidden_states)
@@ -228,7 +228,7 @@ class BlockRouter(nn.Module):
             now.running = None
             if call.score is not None:
                 *parts, call.origins = output
-                output = tuple(parts) if self.column.returns_tuple else parts[0]
+                output = tuple(parts) if self.spec.returns_tuple else parts[0]
         if self.observes:
             self.observe(hidden_states, output[0] if isinstance(output, tuple) else output)
         self._leave(None if call is None else call.origins)
@@ -242,7 +242,7 @@ class BlockRouter(nn.Module):
         if not is_special and (route is None or (own.reduction is None and route.origins is None)):
             return None
         score = None if own.reduction is None else own.reduction.score
-        is_traced = torch.compiler.is_compiling() and self.column.anatomy is not None
+        is_traced = torch.compiler.is_compiling() and self.spec.block_spec is not None
         return BlockCall(route or self.start_route(hidden_states, plan), score, own, lean, int8, is_traced)
 
     def _saving(self, block: Any, plan: BlockPlan) -> tuple[Lean | None, bool]:
@@ -254,7 +254,7 @@ class BlockRouter(nn.Module):
         if not (block.training and plan.in_graph and torch.is_grad_enabled()):
             return None, False
         lean, is_traced = plan.lean, torch.compiler.is_compiling()
-        if is_traced and (block.gradient_checkpointing or self.column.anatomy is None):
+        if is_traced and (block.gradient_checkpointing or self.spec.block_spec is None):
             return None, False
         reason = None if lean is None or lean.num_queries is None else self._other_reader(block)
         if lean is not None and reason is not None:
@@ -289,7 +289,7 @@ class BlockRouter(nn.Module):
     @torch.compiler.assume_constant_result
     def traced_reader(self) -> str:
         """Name of a hook around the blocks, empty for none; a compiler takes the answer as fixed."""
-        return Watch(_around_blocks(self.roots[0], self.column), (self,)).hook or ""
+        return Watch(_around_blocks(self.roots[0], self.spec), (self,)).hook or ""
 
     @torch.compiler.assume_constant_result
     def called_reader(self) -> str | None:
@@ -301,23 +301,23 @@ class BlockRouter(nn.Module):
         now = self.context.now
         if origins is not None:
             now.reduced(self.index, origins)
-        if self.index == self.column.depth - 1:
+        if self.index == self.spec.depth - 1:
             now.route = None
             now.close(BLOCKS)
 
 
-def _around_blocks(model: nn.Module, column: Column) -> list[nn.Module]:
+def _around_blocks(model: nn.Module, spec: ModelSpec) -> list[nn.Module]:
     """What may see the tokens that the last block gives: the model first, and what runs around and after its blocks.
 
     Args:
         model: The model, or the module in it that calls the blocks: then the list is empty, whoever calls it sees them.
-        column: Its names are those of the whole model.
+        spec: Its names are those of the whole model.
     """
     names = dict(model.named_modules())
-    if column.blocks[0] not in names:
+    if spec.blocks[0] not in names:
         return []
-    behind = tuple(f"{head}." for head in (*column.head, *column.unread))
-    around = column.blocks[0].rpartition(".")[0]
+    behind = tuple(f"{head}." for head in (*spec.head, *spec.unread))
+    around = spec.blocks[0].rpartition(".")[0]
     return [
         module
         for name, module in names.items()
@@ -335,4 +335,4 @@ def _cut_gradient(block: Any, plan: BlockPlan, hidden_states: Tensor) -> Tensor:
     return hidden_states
 
 
-__all__ = ["ROUTER", "BlockRouter"]
+__all__ = ["CONTROLLER", "BlockController"]

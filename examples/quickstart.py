@@ -123,9 +123,9 @@ def main() -> None:
     model = get_peft_model(load_base(source, data.labels), config)
     size = processor.size["height"]
     console.print(f"\n[bold]{model_name}[/bold], {len(train)} training and {len(test)} test images at {size} px")
-    column = model.base_model.column
-    num_tokens = column.num_prefix + (size // column.patch_size[0]) * (size // column.patch_size[1])
-    console.print(model.base_model.plan().describe(num_tokens, column.num_prefix), "\n")
+    spec = model.base_model.spec
+    num_tokens = spec.num_prefix + (size // spec.patch_size[0]) * (size // spec.patch_size[1])
+    console.print(model.base_model.plan().describe(num_tokens, spec.num_prefix), "\n")
 
     trainer = Trainer(
         model=model,

@@ -21,6 +21,7 @@ import peft_bsr
 ROOT = Path(peft_bsr.__file__).parent
 LAYERS = [
     "errors",
+    "renamed",
     "problem_type",
     "compat",
     "core",

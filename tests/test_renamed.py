@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from peft import get_peft_model
+from transformers import ViTConfig, ViTForImageClassification
 
 import peft_bsr
 from peft_bsr import backbones
@@ -30,3 +32,12 @@ def test_old_method_of_a_route():
     route, mask = peft_bsr.Route(1, 6, 1), torch.zeros(1, 1, 8, 8)
     with pytest.warns(DeprecationWarning, match="`Route.gather`"):
         assert route.follow(mask) is mask
+
+
+def test_old_property_of_a_model():
+    vit = ViTForImageClassification(
+        ViTConfig(num_hidden_layers=4, hidden_size=32, num_attention_heads=2, image_size=32)
+    )
+    model = get_peft_model(vit, peft_bsr.BSRConfig())
+    with pytest.warns(DeprecationWarning, match="`base_model.spec`"):
+        assert model.base_model.column is model.base_model.spec

@@ -55,12 +55,12 @@ def full_record(model, images, tmp_path):
     confusion = tmp_path / "confusion.png"
     Image.new("RGB", (8, 8)).save(confusion)
     pictures = np.random.default_rng(0).random((2, 32, 32, 3))
-    column, plan = model.base_model.column, model.base_model.plan()
+    spec, plan = model.base_model.spec, model.base_model.plan()
     return RunRecord(
         title="BSR of <b>vit</b>",
-        column=column,
+        spec=spec,
         plan=plan,
-        words=describe_plan(model.peft_config["default"], column, plan),
+        words=describe_plan(model.peft_config["default"], spec, plan),
         headline={"test accuracy": "50 %"},
         log_history=[
             {"step": 1, "loss": 2.0, "learning_rate": 1e-3},
@@ -124,14 +124,14 @@ def test_a_picture_that_is_not_there_is_explained(model, tmp_path):
 
 
 def test_what_is_not_known_has_no_place(model, tmp_path):
-    record = RunRecord("bare", model.base_model.column, model.base_model.plan())
+    record = RunRecord("bare", model.base_model.spec, model.base_model.plan())
     text = write_report(record, tmp_path / "report.html").read_text()
     assert re.findall(r"<h2>(.*?)</h2>", text) == ["What trains"]
 
 
 def test_blocks_have_the_colour_of_what_they_do(model, tmp_path):
     text = write_report(
-        RunRecord("bare", model.base_model.column, model.base_model.plan()), tmp_path / "report.html"
+        RunRecord("bare", model.base_model.spec, model.base_model.plan()), tmp_path / "report.html"
     ).read_text()
     assert re.findall(r'<rect class="bar (\w+)"', text) == ["frozen", "s0", "s1", "s0"]
 

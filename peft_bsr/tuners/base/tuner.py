@@ -15,6 +15,7 @@ from torch import nn
 from peft_bsr.backbones import ModelSpec, default_state, main_input
 from peft_bsr.engine import Plan, detach_controller, explain_blocks
 from peft_bsr.errors import AdapterError, AdapterNameWarning, AdapterSwitchedWarning
+from peft_bsr.renamed import warn_renamed
 from peft_bsr.tuners.base.files import check_file
 from peft_bsr.tuners.base.frozen_weights import round_weights, tell_ddp
 from peft_bsr.tuners.base.inputs import check_inputs
@@ -111,6 +112,12 @@ class MethodTuner(FileChecks, BaseTuner):
     def spec(self) -> ModelSpec:
         """What the probe found."""
         return find_controllers(self.model)[0].spec
+
+    @property
+    def column(self) -> ModelSpec:
+        """Old name of `spec`."""
+        warn_renamed("base_model.column", "base_model.spec")
+        return self.spec
 
     def explain(self) -> str:
         """What each block was planned to do, what is active, and why not if the two differ: one line a block."""
@@ -216,7 +223,7 @@ class MethodTuner(FileChecks, BaseTuner):
                 f"`{named[0]}={kwargs[named[0]]!r}` was given, but no adapter of this model has tasks. Attach one with "
                 "`BSRConfig(tasks={name: number of classes})`, or leave it out."
             )
-        if controllers and controllers[0].context.now.entry is None:
+        if controllers and controllers[0].context.now.resume_point is None:
             check_inputs(main_input(self.model), controllers[0].spec, args, kwargs)
         try:
             yield

@@ -16,10 +16,10 @@ from typing import Any
 COMMANDS = {
     "inspect": "what a model is made of, and which methods it takes",
     "plan": "ways to train that fit into a memory budget, before anything runs",
-    "check": "what is in a data set, before anything trains on it",
+    "check": "what is in a dataset, before anything trains on it",
     "check-adapter": "what is in an adapter's files, and whether they are whole",
     "train": "fine-tune, keep an adapter, write a report",
-    "evaluate": "accuracy of an adapter, a model or an ONNX file on a data set",
+    "evaluate": "accuracy of an adapter, a model or an ONNX file on a dataset",
     "predict": "classes of images, as CSV",
     "show": "which patches of images an adapter keeps",
     "export": "one file that runs elsewhere, token reduction included",

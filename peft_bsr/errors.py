@@ -93,7 +93,7 @@ class FeatureCacheError(PeftBsrError, ValueError):
 
 
 class DatasetError(PeftBsrError, ValueError):
-    """A data set does not exist, or has no labelled images."""
+    """A dataset does not exist, or has no labelled images."""
 
 
 class HubError(PeftBsrError, ValueError):

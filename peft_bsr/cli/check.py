@@ -1,4 +1,4 @@
-"""What is in a data set: classes, splits, modes, sizes, images that cannot be decoded, duplicates."""
+"""What is in a dataset: classes, splits, modes, sizes, images that cannot be decoded, duplicates."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Methods side by side on a model: memory, compute and time of a training step; with a data set, accuracy too.
+"""Methods side by side on a model: memory, compute and time of a training step; with a dataset, accuracy too.
 
-Without a data set only the model's configuration is read; weights and images are random, which changes nothing of what
+Without a dataset only the model's configuration is read; weights and images are random, which changes nothing of what
 is measured. With one, every method is trained for a short time on it.
 """
 

@@ -32,7 +32,7 @@ DATA_HELP = "digits (default), a folder by class, a .csv, .jsonl or .parquet fil
 
 
 def add_columns(parser: argparse.ArgumentParser) -> None:
-    """Which columns of a table or a data set are meant."""
+    """Which columns of a table or a dataset are meant."""
     parser.add_argument("--image-column", metavar="NAME", help="column of images or paths (default: the one there is)")
     parser.add_argument(
         "--label-column", metavar="NAME", help="of classes, or several: a,b,c (default: the one there is)"

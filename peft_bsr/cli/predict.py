@@ -28,7 +28,7 @@ _SHOWN = 20  # rows on the screen
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What the command takes."""
-    parser.add_argument("input", nargs="+", metavar="INPUT", help="folders, image files, or one table or data set")
+    parser.add_argument("input", nargs="+", metavar="INPUT", help="folders, image files, or one table or dataset")
     parser.add_argument("--model", required=True, metavar="MODEL", help="adapter, model, or .onnx file")
     parser.add_argument("--output", type=Path, metavar="CSV", help="file to write (default: a table on the screen)")
     parser.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shown.add_argument("--all", action="store_true", help="probabilities of all classes")
     parser.add_argument("--threshold", type=float, help=f"of a multi-label model (default {THRESHOLD})")
     parser.add_argument("--image-column", metavar="NAME", help="column of images or paths (default: the one there is)")
-    parser.add_argument("--split", help="of a data set (default: all of it)")
+    parser.add_argument("--split", help="of a dataset (default: all of it)")
     add_predicting(parser)
 
 

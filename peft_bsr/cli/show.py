@@ -26,11 +26,11 @@ examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What the command takes."""
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders, or one table or data set")
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders, or one table or dataset")
     parser.add_argument("--model", required=True, metavar="ADAPTER", help="Hub id or folder of an adapter")
     parser.add_argument("--image-size", type=int, help="pixels of a side (default: those it was trained at)")
     parser.add_argument("--base", help="base model, where the adapter does not name one that can be read")
-    parser.add_argument("--split", help="of a data set (default: all of it)")
+    parser.add_argument("--split", help="of a dataset (default: all of it)")
     parser.add_argument("--image-column", metavar="NAME", help="spec of images or paths (default: the one there is)")
     parser.add_argument("--limit", type=int, default=16, help="images to draw at most (default 16)")
     parser.add_argument("--output", type=Path, default=Path("kept_tokens.png"), help="default kept_tokens.png")

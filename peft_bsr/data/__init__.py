@@ -1,10 +1,10 @@
-"""Images from wherever they lie, as a model's own processor wants them: what commands, examples and benchmarks share.
+"""Reading image datasets and preprocessing them for a model. Commands, examples and benchmarks all use it.
 
-`load_images` reads, `put_aside` splits, `check_images` decodes everything once and says what is there, `load_processor`
-and `with_pixels` make what the model sees. Nothing outside of this package decides these things.
+`load_images` reads a dataset, `put_aside` splits it, `check_images` decodes every image once and reports what it found,
+`load_processor` and `with_pixels` make the model's inputs.
 
-Not imported by `peft_bsr` itself: it needs `datasets` and Pillow (`pip install 'peft-bsr[cli]'`), and scikit-learn for
-its digits.
+`peft_bsr` does not import this package: it needs `datasets` and Pillow (`pip install 'peft-bsr[cli]'`), and
+scikit-learn for the digits.
 """
 
 from peft_bsr.data.check import BadImage, DataReport, check_images, refuse_bad

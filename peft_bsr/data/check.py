@@ -1,4 +1,4 @@
-"""What is in a data set, found out before the first step: every image is decoded once, in threads."""
+"""Checks a dataset before training: every image is decoded once, in threads."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ class BadImage:
     """An image that cannot be decoded.
 
     Attributes:
-        split: Where it is.
+        split: Name of its split.
         name: File name, or row.
-        reason: What Pillow says.
+        reason: Pillow's error.
     """
 
     split: str
@@ -47,22 +47,22 @@ class BadImage:
 
 @dataclass(frozen=True)
 class DataReport:
-    """What is in a data set.
+    """What is in a dataset.
 
     Attributes:
-        name: What it was asked for by.
+        name: Name that was passed to `load_images`.
         problem_type: As in transformers' configurations.
-        images: Split -> images that can be decoded.
-        counts: Split -> class -> those of them that have it. Empty for a regression.
-        values: Split -> name -> smallest, median and largest value, mean and standard deviation. Of a regression.
-        modes: Mode of Pillow -> images.
-        widths: Smallest, median and largest, in pixels, upright.
-        heights: The same.
-        bad: Images that cannot be decoded, all of them.
+        images: Split -> number of images that can be decoded.
+        counts: Split -> class -> number of its images. Empty for a regression.
+        values: Split -> name -> smallest, median and largest value, mean and standard deviation, for a regression.
+        modes: Pillow mode -> number of images.
+        widths: Smallest, median and largest width in pixels, after rotating images upright.
+        heights: Smallest, median and largest height.
+        bad: All images that cannot be decoded.
         duplicates: Images with the same bytes in several splits, one list of `split: name` each.
-        few: Class -> images in all splits, of classes with less than 5.
+        few: Class -> number of images in all splits, for classes with less than 5.
         unseen: Classes with images in other splits and none in train.
-        notes: What was decided and left out when it was read.
+        notes: Decisions and skipped rows while reading.
     """
 
     name: str
@@ -80,7 +80,7 @@ class DataReport:
     notes: list[str]
 
     def findings(self) -> list[str]:
-        """One sentence for each thing that a person should look at."""
+        """One sentence for each finding that needs attention."""
         said = []
         if self.bad:
             said.append(
@@ -97,7 +97,7 @@ class DataReport:
             said.append(f"classes with less than {FEW} images: {some([f'{n} ({c})' for n, c in self.few.items()])}")
         strange = [mode for mode in self.modes if mode not in _PLAIN]
         if strange:
-            said.append(f"modes other than 8 bits: {', '.join(strange)}; they are made RGB by their range")
+            said.append(f"modes other than 8 bits: {', '.join(strange)}; they are converted to RGB by their range")
         return said
 
     def to_dict(self) -> dict[str, Any]:
@@ -108,12 +108,12 @@ class DataReport:
 def check_images(
     data: LabelledImages, *, workers: int | None = None, progress: bool = True
 ) -> tuple[DataReport, LabelledImages]:
-    """Decode every image once, and say what is in the data.
+    """Decode every image once, and report what is in the data.
 
     Args:
         data: From `load_images` or `put_aside`.
-        workers: Threads. Default None: one a core, 8 at most.
-        progress: Whether to show a bar.
+        workers: Number of threads. Default None: one per core, at most 8.
+        progress: Whether to show a progress bar.
 
     Returns:
         The report, and the data without rows that have no image and without images that cannot be decoded.
@@ -144,7 +144,7 @@ def check_images(
     notes = list(data.notes)
     for split, found in seen.items():
         if missing := sum(one is None for one in found):
-            notes.append(f"{split}: {missing} of {len(found)} rows have no image and are left out")
+            notes.append(f"{split}: {missing} of {len(found)} rows have no image and are skipped")
     clean = replace(data, splits=kept, notes=notes)
     return _report(data, clean, seen, bad), clean
 
@@ -154,16 +154,16 @@ def refuse_bad(report: DataReport, skip: bool) -> None:
 
     Args:
         report: From `check_images`.
-        skip: Whether to go on without them.
+        skip: Whether to continue without them.
 
     Raises:
-        DatasetError: Naming all of them.
+        DatasetError: If there are any; the message names all of them.
     """
     if report.bad and not skip:
         names = "; ".join(f"{bad.name} ({bad.reason})" for bad in report.bad)
         raise DatasetError(
-            f"`{report.name}`: {len(report.bad)} images cannot be decoded: {names}. Mend or remove them, or "
-            "go on without them by `--skip-bad`."
+            f"`{report.name}`: {len(report.bad)} images cannot be decoded: {names}. Repair or remove them, or "
+            "continue without them with `--skip-bad`."
         )
 
 
@@ -176,7 +176,7 @@ class _Seen:
 
 
 def _look(source: Any) -> _Seen | DatasetError | None:
-    """What an image is, None where there is none, or why it cannot be decoded."""
+    """Properties of an image, None if there is none, or the error if it cannot be decoded."""
     if source is None or (source["bytes"] is None and not source["path"]):
         return None
     try:
@@ -190,18 +190,18 @@ def _look(source: Any) -> _Seen | DatasetError | None:
             if mode not in _PLAIN:
                 to_rgb(image)
         return _Seen(mode, width, height, hashlib.blake2b(encoded, digest_size=16).digest())
-    except Exception:  # said in the words of the one way in
+    except Exception:  # raised again by `open_image`, with its message
         try:
             to_rgb(open_image(source))
         except DatasetError as error:
             return error
         except Exception as error:
-            return DatasetError(f"`{image_name(source) or 'an image'}` cannot be made RGB: {one_line(error)}")
+            return DatasetError(f"`{image_name(source) or 'an image'}` cannot be converted to RGB: {one_line(error)}")
         return _Seen(mode, width, height, hashlib.blake2b(encoded, digest_size=16).digest())
 
 
 def _reason(error: DatasetError, source: Any) -> str:
-    """The message without the name, which is said beside it."""
+    """The message without the name of the image, which is printed next to it."""
     name = f"`{image_name(source) or 'an image'}`"
     return str(error).replace(f"{name} ", "").replace(f" {name}", "").rstrip(".")
 
@@ -236,7 +236,7 @@ def _report(data: LabelledImages, clean: LabelledImages, seen: dict[str, list[An
 
 
 def _values(data: LabelledImages, split: str) -> dict[str, dict[str, float]]:
-    """Name -> what the values of a regression are like."""
+    """Name -> statistics of the values of a regression."""
     labels = labels_of(data.splits[split]).astype(np.float64)
     figures = {"least": labels.min(0), "median": np.median(labels, axis=0), "largest": labels.max(0)}
     figures |= {"mean": labels.mean(0), "deviation": labels.std(0)}
@@ -258,7 +258,7 @@ def _duplicates(data: LabelledImages, seen: dict[str, list[Any]]) -> list[list[s
 
 
 def _called(data: LabelledImages, split: str, index: int) -> str:
-    """The file's name; of bytes in a row, the row's number."""
+    """The file name, or the row index for bytes in a row."""
     source = stored(data.splits[split].select([index]).select_columns(["image"]))[0]["image"]
     name = image_name(source)
     return name if name and source["bytes"] is None else f"row {index} of {split}" + (f" ({name})" if name else "")

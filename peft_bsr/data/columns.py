@@ -1,4 +1,4 @@
-"""Which column holds the images. Several candidates are named, and never taken without a word."""
+"""Finding the column of images. If there are several candidates, a note or an error names them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from peft_bsr.data.rows import some
 from peft_bsr.errors import DatasetError
 
 IMAGE_NAMES = ("image", "images", "img", "file_name")
-_LOOKED_AT = 100  # rows whose values say what a column of texts holds
+_LOOKED_AT = 100  # rows that decide what a column of strings holds
 
 
 def image_column(rows: Dataset, wanted: str | None = None) -> tuple[str, str | None]:
@@ -38,19 +38,19 @@ def values_of(rows: Dataset, column: str) -> list[Any]:
 
     Args:
         rows: The rows.
-        column: Its name.
+        column: Name of the column.
     """
     values: list[Any] = rows.select_columns([column]).with_format("arrow")[:][column].to_pylist()
     return values
 
 
 def as_images(rows: Dataset, column: str, root: Path | None) -> Dataset:
-    """The same with a column `image` of `datasets.Image`.
+    """The rows with a column `image` of type `datasets.Image`.
 
     Args:
         rows: The rows.
-        column: Of images, see `image_column`.
-        root: Folder that paths in it are relative to. Default None: the working directory.
+        column: Name of the column of images, see `image_column`.
+        root: Folder that its paths are relative to. Default None: the working directory.
     """
     if column != "image":
         rows = (rows.remove_columns("image") if "image" in rows.column_names else rows).rename_column(column, "image")
@@ -62,7 +62,7 @@ def as_images(rows: Dataset, column: str, root: Path | None) -> Dataset:
             rows = rows.cast_column("image", Image())
         except (TypeError, ValueError, NotImplementedError) as error:
             raise DatasetError(
-                f"the column `{column}` holds {kind_name(feature)}: no images, and no paths of images."
+                f"the column `{column}` holds {kind_name(feature)}, not images or paths of images."
             ) from error
     stored = rows.cast_column("image", Image(decode=False)).with_format("arrow").select_columns(["image"])
     if root is None or not _has_relative_paths(stored):
@@ -76,7 +76,7 @@ def _with_paths(rows: Dataset, paths: Sequence[str | None]) -> Dataset:
 
 
 def _has_relative_paths(stored: Dataset) -> bool:
-    """Whether images lie in files of their own, and are named from some folder; by the first row that has one."""
+    """Whether images are files with relative paths, judged by the first row that has an image."""
     for (value,) in (stored[i : i + 1]["image"].to_pylist() for i in range(len(stored))):
         if value and (value["bytes"] is not None or value["path"]):
             return value["bytes"] is None and not Path(value["path"]).is_absolute()
@@ -90,48 +90,48 @@ def _joined(root: Path | None, path: Any) -> str | None:
 
 
 def asked_column(rows: Dataset, wanted: str, option: str) -> str:
-    """The column that was asked for.
+    """Check that a column exists, and return its name.
 
     Args:
         rows: The rows.
-        wanted: Its name.
-        option: That it was given by, for the error.
+        wanted: Name of the column.
+        option: Command-line option that set it, for the error.
 
     Raises:
-        DatasetError: If there is none of that name.
+        DatasetError: If there is no column of that name.
     """
     if wanted not in rows.column_names:
         close = difflib.get_close_matches(wanted, rows.column_names, 3) or rows.column_names
-        raise DatasetError(f"`{option} {wanted}`: there is no such column. Did you mean {some(close)}?")
+        raise DatasetError(f"`{option} {wanted}`: there is no column of this name. Did you mean {some(close)}?")
     return wanted
 
 
 def one_column(
     rows: Dataset, found: list[str], names: Sequence[str], what: str, option: str, otherwise: str = ""
 ) -> tuple[str, str | None]:
-    """The only one of some columns, or the only one that is called as expected; and a note if there were several.
+    """The only candidate, or the only one with an expected name; and a note if there were several.
 
     Args:
         rows: The rows.
-        found: Candidates.
+        found: Names of the candidates.
         names: Expected names.
-        what: Is in the column, for messages.
-        option: That chooses.
-        otherwise: What else can be done if there are several.
+        what: Content of the column, for messages.
+        option: Command-line option that chooses the column.
+        otherwise: Further advice for the error if there are several.
 
     Raises:
         DatasetError: If there is none, or several.
     """
     columns = some([f"{name} ({kind_name(feature)})" for name, feature in rows.features.items()])
     if not found:
-        raise DatasetError(f"the columns are {columns}: none of them holds {what}. Name it by `{option}`.")
+        raise DatasetError(f"the columns are {columns}: none of them holds {what}. Choose one with `{option}`.")
     named = [name for name in found if name in names]
     taken = found[0] if len(found) == 1 else named[0] if len(named) == 1 else None
     if taken is None:
-        raise DatasetError(f"several columns may hold {what}: {some(found)}. Choose one by `{option}`{otherwise}.")
+        raise DatasetError(f"several columns may hold {what}: {some(found)}. Choose one with `{option}`{otherwise}.")
     left = [name for name in found if name != taken]
     if left:
-        return taken, f"{what} are the column `{taken}`, not {some(left)} (`{option}` chooses)"
+        return taken, f"{what} are the column `{taken}`, not {some(left)} (change it with `{option}`)"
     return taken, None if taken in names else f"{what} are the column `{taken}`"
 
 
@@ -140,7 +140,7 @@ def may_be_images(rows: Dataset, name: str) -> bool:
 
     Args:
         rows: The rows.
-        name: Of the column.
+        name: Name of the column.
     """
     feature = rows.features[name]
     if isinstance(feature, Image):
@@ -164,10 +164,10 @@ def _first(rows: Dataset, name: str) -> list[Any]:
 
 
 def kind_name(feature: Any) -> str:
-    """What a column holds, in a word: `int64`, `Image`.
+    """The type of a column in one word: `int64`, `Image`.
 
     Args:
-        feature: Of `datasets`.
+        feature: Feature of `datasets`.
     """
     return feature.dtype if isinstance(feature, Value) else type(feature).__name__
 

@@ -1,4 +1,4 @@
-"""Folders of images: by class, in splits by class, or flat beside a table."""
+"""Folders of images: by class, in splits by class, or next to a table."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ _STUBS = {"BUFR", "FITS", "GRIB", "HDF5", "MPEG", "WMF", "EPS"}  # Pillow knows 
 def read_folder(folder: Path) -> Rows:
     """Images and labels of a folder.
 
-    By class: `daisy/*.jpg`, `rose/2024/*.jpg`, the class is the first folder. In splits: `train/daisy/*.jpg`,
-    `test/daisy/*.jpg`, where every folder of the first level is called like a split and holds folders of classes. With
+    By class: `daisy/*.jpg`, `rose/2024/*.jpg`; the class is the first folder. In splits: `train/daisy/*.jpg`,
+    `test/daisy/*.jpg`, where every folder of the first level has the name of a split and contains class folders. With
     a table: `metadata.csv` (or `.jsonl`, `.parquet`) with a column `file_name`, at the top or in each split; or
     `train.csv`, `test.csv`, ... if there are no folders of classes.
 
     Args:
-        folder: An existing one.
+        folder: An existing folder.
 
     Raises:
-        DatasetError: If it has none of these forms, or if it could be read in two ways.
+        DatasetError: If it has none of these layouts, or if it is ambiguous.
     """
     images, others = list_images(folder)
     tables = [path for path in others if path.name.lower() in _METADATA and len(path.parts) <= 2]
@@ -56,12 +56,12 @@ def read_folder(folder: Path) -> Rows:
 
 
 def list_images(folder: Path) -> tuple[list[PurePath], list[PurePath]]:
-    """Files that Pillow reads, by their ending, and other files; sorted, relative to the folder.
+    """Files that Pillow can read, by their extension, and other files; sorted, relative to the folder.
 
-    Hidden files, `._*` and `__MACOSX` are passed over. Links are followed, each folder once.
+    Hidden files, `._*` and `__MACOSX` are ignored. Links are followed, each folder once.
 
     Args:
-        folder: An existing one.
+        folder: An existing folder.
     """
     endings = image_endings()
     images: list[PurePath] = []
@@ -82,7 +82,7 @@ def list_images(folder: Path) -> tuple[list[PurePath], list[PurePath]]:
 
 
 def image_endings() -> set[str]:
-    """Endings of the files that Pillow decodes, `.jpg` and so on; plugins such as `pillow_heif` add theirs."""
+    """Extensions of the files that Pillow can decode, such as `.jpg`; plugins such as `pillow_heif` add theirs."""
     PILImage.init()
     known = PILImage.registered_extensions()
     return {ending for ending, kind in known.items() if kind in PILImage.OPEN and kind not in _STUBS}
@@ -92,9 +92,9 @@ def _splits(folder: Path, below: dict[str, list[PurePath]], named: dict[str, str
     strange = sorted(set(below) - set(named))
     if strange:
         raise DatasetError(
-            f"`{folder}`: folders called like splits ({some(sorted(named))}) hold folders of classes, but these lie "
-            f"beside them and would not be read: {some(strange)}. Move what is no split elsewhere; or, if all are "
-            "classes, say so in a metadata.csv with the columns file_name and label."
+            f"`{folder}`: folders called like splits ({some(sorted(named))}) contain class folders, but these "
+            f"next to them would not be read: {some(strange)}. Move folders that are not splits elsewhere; or, if all "
+            "are classes, list the images in a metadata.csv with the columns file_name and label."
         )
     twice = [split for split, count in Counter(named.values()).items() if count > 1]
     if twice:
@@ -104,7 +104,7 @@ def _splits(folder: Path, below: dict[str, list[PurePath]], named: dict[str, str
 
 
 def _labelled(folder: Path, splits: Mapping[str, Sequence[PurePath]], depth: int) -> dict[str, Dataset]:
-    """Rows whose class is the folder at `depth`; an image that lies above has none."""
+    """Rows whose class is the folder at `depth`; an image above it has no class."""
     labels = {
         split: [normal(path.parts[depth]) if len(path.parts) > depth + 1 else None for path in paths]
         for split, paths in splits.items()
@@ -126,7 +126,7 @@ def _from_metadata(folder: Path, images: list[PurePath], tables: list[PurePath])
             split = split_of(table.parts[0])
             if split is None:
                 raise DatasetError(
-                    f"`{folder / table}` lies in a folder that is no split. Give `{folder / table.parts[0]}`."
+                    f"`{folder / table}` is in a folder that is not a split. Give `{folder / table.parts[0]}`."
                 )
             parts.append(read_table(folder / table, split))
         else:
@@ -141,7 +141,7 @@ def _from_metadata(folder: Path, images: list[PurePath], tables: list[PurePath])
 
 
 def _by_folder(rows: Rows) -> Rows:
-    """Divided by the first folder of the file names, if every one is a split's."""
+    """Split by the first folder of the file names, if all of them are names of splits."""
     data = next(iter(rows.splits.values()))
     if len(rows.splits) > 1 or "file_name" not in data.column_names:
         return rows
@@ -160,9 +160,9 @@ def _from_tables(folder: Path, tables: list[PurePath]) -> Rows:
 def _notes(folder: Path, images: list[PurePath], others: list[PurePath]) -> list[str]:
     notes = []
     if others:
-        counts = Counter(path.suffix.lower() or "no ending" for path in others)
+        counts = Counter(path.suffix.lower() or "no extension" for path in others)
         kinds = some([f"{ending} ({count})" for ending, count in counts.most_common()])
-        notes.append(f"not read, no images by their ending: {kinds}")
+        notes.append(f"not read, because their extension is not that of an image: {kinds}")
     full = {parent for path in images for parent in path.parents}
     empty = [str(PurePath(entry.name)) for entry in sorted(os.scandir(folder), key=lambda e: e.name) if entry.is_dir()]
     empty = [name for name in empty if not name.startswith((".", "__")) and PurePath(name) not in full]
@@ -172,13 +172,13 @@ def _notes(folder: Path, images: list[PurePath], others: list[PurePath]) -> list
 def _no_classes(folder: Path, loose: list[PurePath], named: list[str], others: list[PurePath]) -> str:
     tables = [str(folder / path) for path in others if path.suffix.lower() in _TABLES]
     advice = f"Give the table itself: {some(tables)}." if tables else (
-        "Put the images into one folder a class, or add a metadata.csv with the columns file_name and label."
+        "Put the images into one folder per class, or add a metadata.csv with the columns file_name and label."
     )  # fmt: skip
     if named:
-        return f"`{folder}`: there are no class folders below {some(named)}: the images lie directly there. {advice}"
+        return f"`{folder}`: there are no class folders in {some(named)}: the images are directly there. {advice}"
     if loose:
-        return f"`{folder}`: there are no class folders, the {len(loose)} images lie directly in it. {advice}"
-    return f"`{folder}`: there are no images in it that Pillow reads. {advice}"
+        return f"`{folder}`: there are no class folders, the {len(loose)} images are directly in it. {advice}"
+    return f"`{folder}`: there are no images in it that Pillow can read. {advice}"
 
 
 __all__ = ["image_endings", "list_images", "read_folder"]

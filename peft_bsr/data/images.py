@@ -1,4 +1,4 @@
-"""Data sets of images, with labels for training and scoring, or without for prediction."""
+"""Image datasets, with labels for training and evaluation, or without for prediction."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from peft_bsr.problem_type import MULTI_LABEL, REGRESSION, SINGLE_LABEL, Problem
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """Images of one data set.
+    """Images of one dataset.
 
     Attributes:
-        name: What it was asked for by.
-        splits: `"train"`, `"validation"`, `"test"`, those that there are -> rows with the columns `image` and `label`:
-            the number of a class; of several labels a vector of 0 and 1; of a regression a vector of values. Without
-            splits, all of them are `"train"`.
-        labels: Names of the classes, or of the values, by number.
-        notes: What was decided and left out when it was read, one sentence each.
+        name: Name that was passed to `load_images`.
+        splits: `"train"`, `"validation"`, `"test"`, as far as they exist -> rows with the columns `image` and `label`:
+            the index of a class; for several labels a vector of 0 and 1; for a regression a vector of values. Without
+            splits, all rows are `"train"`.
+        labels: Names of the classes, or of the values, by index.
+        notes: Decisions and skipped rows while reading, one sentence each.
         problem_type: As in transformers' configurations.
     """
 
@@ -47,16 +47,16 @@ class LabelledImages:
 
     @property
     def validation(self) -> Dataset | None:
-        """Rows to score epochs on, or None."""
+        """Rows to evaluate each epoch on, or None."""
         return self.splits.get("validation")
 
     @property
     def test(self) -> Dataset:
-        """Rows to score the trained model on, once."""
+        """Rows to evaluate the trained model on, once."""
         return self._get("test")
 
     def counts(self, split: str) -> dict[str, int]:
-        """Class -> images of a split that have it. Empty for a regression.
+        """Class -> number of its images in a split. Empty for a regression.
 
         Args:
             split: One of `splits`.
@@ -68,10 +68,10 @@ class LabelledImages:
         return dict(zip(self.labels, numbers.tolist(), strict=True))
 
     def words(self, label: Any) -> str:
-        """A label for people: `daisy`; `cat, dog`; `age 31`.
+        """A label as text: `daisy`; `cat, dog`; `age 31`.
 
         Args:
-            label: Of a row.
+            label: Label of a row.
         """
         if self.problem_type == SINGLE_LABEL:
             return self.labels[int(label)]
@@ -81,7 +81,7 @@ class LabelledImages:
         return ", ".join(name for name, value in pairs if value) or "none"
 
     def describe(self) -> str:
-        """What it is for, from its training images, or else all: 10 classes or values at most.
+        """The task in one line, by the training images, or all images if there are none; at most 10 classes or values.
 
         `3 classes: daisy (24), rose (30), tulip (28)`; `multi-label, 2 labels: cat (3), dog (5)`;
         `regression, 1 value: age (1 to 90)`.
@@ -112,21 +112,21 @@ def load_images(
     problem_type: ProblemType | None = None,
     labels: Sequence[str] | None = None,
 ) -> LabelledImages:
-    """Images and labels of a data set. Nothing is decoded.
+    """Images and labels of a dataset. No image is decoded.
 
     Args:
         name: `"digits"` (scikit-learn's, without network), a folder, a table (`.csv`, `.tsv`, `.jsonl`, `.json`,
-            `.parquet`) or the id of a data set on the Hub. Folders hold images by class, at any depth below the class;
-            or folders train, validation and test of such; or images and a `metadata.csv`.
-        image_column: Of a table or a data set. Default None: the one there is.
-        label_column: The same; or several columns of 0 and 1, or of values, as a list or as `"a,b,c"`.
-        problem_type: One class an image, several labels, or a regression. Default None: what the labels are, see
-            `peft_bsr.data.targets.find_target`; whole numbers are classes.
-        labels: Names of a model's classes or values: they are matched by name. Default None: those of the data.
+            `.parquet`) or the id of a dataset on the Hub. A folder contains images by class, at any depth below the
+            class; or folders train, validation and test of such; or images and a `metadata.csv`.
+        image_column: Column of images in a table or a dataset. Default None: the only candidate.
+        label_column: Column of labels; or several columns of 0 and 1, or of values, as a list or as `"a,b,c"`.
+        problem_type: One class per image, several labels, or a regression. Default None: determined from the labels,
+            see `peft_bsr.data.targets.find_target`; integers are classes.
+        labels: Names of a model's classes or values, to match by name. Default None: those of the data.
 
     Raises:
-        DatasetError: If there is none of that name, or if it has no images or no labels, or if several columns may be
-            meant.
+        DatasetError: If there is no dataset of that name, if it has no images or no labels, or if several columns are
+            candidates.
     """
     rows = read_rows(name)
     try:
@@ -149,18 +149,18 @@ def load_images(
     except DatasetError as error:
         raise DatasetError(f"`{name}`: {error}") from error
     empty = [split for split in splits if split not in encoded]
-    left += [f"the {split} split is left out" for split in empty]
+    left += [f"the {split} split is skipped" for split in empty]
     said = [*rows.notes, *filter(None, notes), *target.notes, *left]
     return LabelledImages(name, encoded, names, said, target.problem_type)
 
 
 def load_unlabelled(inputs: Sequence[str], *, image_column: str | None = None, split: str | None = None) -> Dataset:
-    """Images to predict, in the column `image`; other columns stay as they are.
+    """Images to predict, in the column `image`; other columns are not changed.
 
     Args:
-        inputs: Files of images, folders (all images in them, at any depth), or one table or data set.
-        image_column: Of a table or a data set. Default None: the one there is.
-        split: Of a data set, or its folder. Default None: all of it.
+        inputs: Image files, folders (all images in them, at any depth), or one table or dataset.
+        image_column: Column of images in a table or a dataset. Default None: the only candidate.
+        split: Split of a dataset, or its folder. Default None: all splits.
 
     Raises:
         DatasetError: If there is nothing of that name, or no image in it.
@@ -177,15 +177,15 @@ def load_unlabelled(inputs: Sequence[str], *, image_column: str | None = None, s
         else:
             return _rows_of(name, image_column, split)
     if not files:
-        raise DatasetError(f"there are no images in {some(list(inputs))} that Pillow reads.")
+        raise DatasetError(f"there are no images in {some(list(inputs))} that Pillow can read.")
     return Dataset.from_dict({"image": files}, features=Features({"image": Image()}))
 
 
 def labels_of(images: Dataset) -> np.ndarray:
-    """[N] numbers of classes, or [N, C] vectors, without decoding an image.
+    """Class indices [N], or vectors [N, C], without decoding an image.
 
     Args:
-        images: With the column `label`.
+        images: Rows with the column `label`.
     """
     labels: np.ndarray = images.select_columns(["label"]).with_format("numpy")[:]["label"]
     return labels
@@ -206,6 +206,6 @@ def _rows_of(name: str, column: str | None, split: str | None) -> Dataset:
     return as_images(data, _image_column(data, column)[0], rows.root)
 
 
-_image_column = image_column  # an argument is called like the function
+_image_column = image_column  # an argument has the name of the function
 
 __all__ = ["LabelledImages", "labels_of", "load_images", "load_unlabelled"]

@@ -1,4 +1,4 @@
-"""Labels as numbers of classes: encoded from texts and whole numbers, or matched by name with a model's own."""
+"""Labels as class indices: encoded from strings and integers, or matched by name with a model's classes."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ def encode(
 
     Args:
         splits: Name -> rows.
-        column: Of `ClassLabel`, texts, whole numbers or truth values. None, NaN, empty texts and, among numbers, -1 are
-            no label.
+        column: Column of `ClassLabel`, strings, integers or booleans. None, NaN, empty strings and, among numbers, -1
+            are missing labels.
         known: Names of a model's classes. Default None: those of the rows.
 
     Returns:
-        The splits that have rows left; the names of the classes by number, sorted, whole numbers by their value; notes
-        on what was left out.
+        The splits that have rows left; the names of the classes by index, sorted, integers by value; notes on skipped
+        rows.
 
     Raises:
-        DatasetError: If the column holds something else, or if rows have classes that are not known.
+        DatasetError: If the column holds something else, or if rows have unknown classes.
     """
     texts = {split: _texts(rows, column) for split, rows in splits.items()}
     found = sorted_names({text for values in texts.values() for text in values if text is not None})
@@ -47,7 +47,7 @@ def encode(
         numbers = np.array([-1 if text is None else index[text] for text in texts[split]], dtype=np.int64)
         kept = np.flatnonzero(numbers >= 0)
         if len(kept) < len(numbers):
-            notes.append(f"{split}: {len(numbers) - len(kept)} of {len(numbers)} rows have no label and are left out")
+            notes.append(f"{split}: {len(numbers) - len(kept)} of {len(numbers)} rows have no label and are skipped")
         if len(kept):
             labelled = rows.remove_columns(list({column, "label"} & set(rows.column_names)))
             labelled = labelled.add_column("label", numbers, feature=ClassLabel(names=names))
@@ -58,10 +58,10 @@ def encode(
 
 
 def sorted_names(names: set[str]) -> list[str]:
-    """Sorted; by their value if all of them are whole numbers.
+    """Sort names of classes; by value if all of them are integers.
 
     Args:
-        names: Of classes.
+        names: Names of classes.
 
     Examples:
         >>> sorted_names({"10", "9"}), sorted_names({"b", "10", "9"})
@@ -74,37 +74,37 @@ def sorted_names(names: set[str]) -> list[str]:
 
 
 def match_names(names: list[str], found: list[str], known: list[str]) -> tuple[list[str], list[str]]:
-    """The names of the data by the model's numbers, and how they were matched.
+    """The class names of the data by the model's indices, and notes on how they were matched.
 
     Args:
-        names: Of the data's classes, by number.
-        found: Those that there are images of.
-        known: The model's.
+        names: Class names of the data, by index.
+        found: Class names that have images.
+        known: Class names of the model.
 
     Raises:
-        DatasetError: If the model does not know one of those found.
+        DatasetError: If the model does not know one of `found`.
     """
     if known == [f"LABEL_{number}" for number in range(len(known))] and not set(found) <= set(known):
         if len(names) != len(known):
             raise DatasetError(
                 f"the model's classes have no names (LABEL_0, ...), and there are {len(known)} of them; the data have "
-                f"{len(names)}: {some(names)}. Only equal numbers of classes can be matched by number."
+                f"{len(names)}: {some(names)}. Classes can only be matched by index if their numbers are equal."
             )
-        return names, [f"the model's classes have no names: they are matched by number, 0 is `{names[0]}`"]
+        return names, [f"the model's classes have no names: they are matched by index, 0 is `{names[0]}`"]
     strange = [name for name in found if name not in known]
     absent = [name for name in known if name not in found]
     if strange:
         raise DatasetError(
             f"the model does not know {len(strange)} of the {len(found)} classes: {', '.join(strange)}. "
             + (
-                f"Of its own {len(known)} there are no images of: {', '.join(absent)}."
+                f"Of its own {len(known)} classes there are no images of: {', '.join(absent)}."
                 if absent
                 else "It knows all others."
             )
         )
     if absent:
         return known, [
-            f"{len(found)} of the model's {len(known)} classes are scored, no images of: {', '.join(absent)}"
+            f"{len(found)} of the model's {len(known)} classes are scored; there are no images of: {', '.join(absent)}"
         ]
     return known, []
 
@@ -116,14 +116,14 @@ def _texts(rows: Dataset, column: str) -> list[str | None]:
         isinstance(feature, Value) and feature.dtype.startswith(("binary", "timestamp", "date"))
     ):
         raise DatasetError(
-            f"the column `{column}` holds {kind_name(feature)}: a class is a text or a whole number, one a row."
+            f"the column `{column}` holds {kind_name(feature)}: a class is a string or an integer, one per row."
         )
     texts = [normal(text) if text else None for text in cells_of(rows, column)]
     numbers = [number_of(text) for text in texts if text is not None]
     if isinstance(feature, Value) and numbers and all(number is not None for number in numbers):
         if any(number % 1 for number in numbers if number is not None):
             raise DatasetError(
-                f"the column `{column}` holds numbers with fractions: a class is a text or a whole number. If they "
+                f"the column `{column}` holds numbers with fractions: a class is a string or an integer. If they "
                 "are values, add `--task regression`."
             )
         texts = [None if text is None or number_of(text) == -1 else _whole(text) for text in texts]
@@ -131,10 +131,10 @@ def _texts(rows: Dataset, column: str) -> list[str | None]:
 
 
 def normal(name: str) -> str:
-    """A name with each letter and its accent as one character; file systems of a Mac have two.
+    """A name in Unicode NFC: each accented letter is one character (two in file names on macOS).
 
     Args:
-        name: Of a class.
+        name: Name of a class.
     """
     return unicodedata.normalize("NFC", name)
 

@@ -1,4 +1,4 @@
-"""The one way from a file or a row to what the model sees: upright, RGB, squeezed and normalized by the processor."""
+"""From a file or a row to the model's input: rotated upright, RGB, resized and normalized by the processor."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _TOPS = {"I": (255, 65535), "F": (1, 255, 65535)}  # ends of the ranges in use, 
 
 
 def open_image(source: Any) -> PILImage.Image:
-    """A decoded image, turned upright by its EXIF orientation, in the mode it was stored in.
+    """A decoded image, rotated upright by its EXIF orientation, in the mode it was stored in.
 
     Args:
-        source: Path, bytes, `{"path": ..., "bytes": ...}` as `datasets` stores it, or an image of Pillow.
+        source: Path, bytes, `{"path": ..., "bytes": ...}` as `datasets` stores it, or a Pillow image.
 
     Raises:
-        DatasetError: If there is none, or if it cannot be decoded. The message names the file.
+        DatasetError: If there is no image, or if it cannot be decoded. The message names the file.
     """
     name = image_name(source) or "an image"
     if isinstance(source, dict):
@@ -45,13 +45,13 @@ def open_image(source: Any) -> PILImage.Image:
     except FileNotFoundError:
         raise DatasetError(f"there is no file `{name}`.") from None
     except (UnidentifiedImageError, IsADirectoryError):
-        raise DatasetError(f"`{name}` is no image.") from None
+        raise DatasetError(f"`{name}` is not an image.") from None
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, ...
         raise DatasetError(f"`{name}` cannot be decoded: {one_line(error)}") from error
 
 
 def image_name(source: Any) -> str | None:
-    """What to call an image in a message, or None where it has no file name.
+    """File name of an image for messages, or None if it has none.
 
     Args:
         source: See `open_image`.
@@ -64,14 +64,14 @@ def image_name(source: Any) -> str | None:
 
 
 def to_rgb(image: PILImage.Image) -> PILImage.Image:
-    """The same picture in 8-bit RGB, by the range of its mode.
+    """Convert an image to 8-bit RGB, by the range of its mode.
 
     16-bit grey is divided by 257. 32-bit integers and floats are scaled from the smallest range in use that holds their
     values (0 to 1 for floats, 0 to 255, 0 to 65535), or else from the image's own smallest and largest value. Alpha is
-    dropped, as `transformers.pipeline` does. Of several frames the first is taken.
+    dropped, as in `transformers.pipeline`. Of several frames the first is used.
 
     Args:
-        image: Of any size and mode.
+        image: Image of any size and mode.
     """
     if image.mode.startswith("I") or image.mode == "F":
         image = PILImage.fromarray(_eight_bits(image))
@@ -84,10 +84,10 @@ def to_rgb(image: PILImage.Image) -> PILImage.Image:
 
 
 def to_pixels(images: Sequence[PILImage.Image], processor: Any) -> Tensor:
-    """[B, 3, H, W], as the model takes them.
+    """Images as a tensor [B, 3, H, W] for the model.
 
     Args:
-        images: Of any size and mode.
+        images: Images of any size and mode.
         processor: From `load_processor`.
     """
     upright = [to_rgb(open_image(image)) for image in images]
@@ -96,11 +96,11 @@ def to_pixels(images: Sequence[PILImage.Image], processor: Any) -> Tensor:
 
 
 def to_pictures(pixels: Tensor, processor: Any) -> np.ndarray:
-    """[B, H, W, 3] in 0 to 1: what the model was shown, for drawing.
+    """The model's input as pictures [B, H, W, 3] in 0 to 1, for drawing.
 
     Args:
         pixels: [B, 3, H, W], from `to_pixels`.
-        processor: The same.
+        processor: The processor that made them.
     """
     shown = pixels.permute(0, 2, 3, 1).cpu().float().numpy()
     pictures: np.ndarray = (shown * np.array(processor.image_std) + np.array(processor.image_mean)).clip(0, 1)
@@ -108,10 +108,10 @@ def to_pictures(pixels: Tensor, processor: Any) -> np.ndarray:
 
 
 def with_pixels(images: Dataset, processor: Any, transform: Transform | None = None) -> Dataset:
-    """The same images as `pixel_values` (and `labels`, if they have any), made when they are asked for.
+    """The images as `pixel_values` (and `labels`, if there are any), computed when a row is read.
 
     Args:
-        images: With the column `image`, and `label` or not.
+        images: Rows with the column `image`, and optionally `label`.
         processor: From `load_processor`.
         transform: Applied to each upright RGB image before the processor: augmentation, for training. Default None.
     """
@@ -127,16 +127,16 @@ def with_pixels(images: Dataset, processor: Any, transform: Transform | None = N
 
 
 def stored(images: Dataset) -> Dataset:
-    """The same with images as they are stored, `{"path": ..., "bytes": ...}`: nothing is decoded.
+    """The rows with images as they are stored, `{"path": ..., "bytes": ...}`, without decoding.
 
     Args:
-        images: With the column `image`.
+        images: Rows with the column `image`.
     """
     return images.cast_column("image", Image(decode=False))
 
 
 def collate(examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-    """A batch: `pixel_values` [B, 3, H, W] and, where there are any, `labels` [B] ([B, C] if each is C numbers)."""
+    """A batch: `pixel_values` [B, 3, H, W] and, if there are any, `labels` [B] ([B, C] for vectors of C numbers)."""
     batch = {"pixel_values": torch.stack([example["pixel_values"] for example in examples])}
     if "labels" in examples[0]:
         batch["labels"] = torch.stack([torch.as_tensor(example["labels"]) for example in examples])

@@ -1,4 +1,4 @@
-"""A model's image processor: how large images are made, and how they are normalized."""
+"""A model's image processor: image size and normalization."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ def load_processor(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> Any:
-    """A model's image processor, set to squeeze whole images into one size, so that no part of them is cut off.
+    """A model's image processor, set to resize whole images to one size, without a crop.
 
     Args:
-        source: Folder or Hub id of the model. If it has no processor, the default one of its model type is taken, with
-            a `ProcessorWarning` that names mean and std.
-        image_size: Pixels of a side. Default None: what the model's own processor makes (DINOv2: 224); of a model whose
-            positions are of one size (ViT, CLIP), that size.
-        mean: Subtracted from each channel of an image in 0 to 1. Default None: the processor's.
-        std: Divides what is left. Default None: the processor's.
+        source: Folder or Hub id of the model. If it has no processor, the default one of its model type is used, with a
+            `ProcessorWarning` that gives mean and std.
+        image_size: Side length in pixels. Default None: the size of the model's own processor (DINOv2: 224); for a
+            model whose position embeddings have one size (ViT, CLIP), that size.
+        mean: Mean of each channel, for images in 0 to 1. Default None: the processor's.
+        std: Standard deviation of each channel. Default None: the processor's.
 
     Returns:
-        A processor of transformers. Saved beside an adapter, it makes a pipeline see what training saw.
+        A transformers image processor. Saved with an adapter, it gives a pipeline the preprocessing of training.
 
     Raises:
-        DatasetError: If there is no processor, and the model type has none either.
+        DatasetError: If neither the model nor its model type has a processor.
     """
     processor, is_own = _find(source)
     for name in ("do_resize", "do_rescale", "do_normalize"):
@@ -50,14 +50,14 @@ def load_processor(
         if values is not None:
             if len(values) != 3:
                 raise DatasetError(
-                    f"`--{name.removeprefix('image_')}` needs 3 numbers, one a channel, not {len(values)}."
+                    f"`--{name.removeprefix('image_')}` needs 3 numbers, one per channel, not {len(values)}."
                 )
             setattr(processor, name, [float(value) for value in values])
     if not is_own and (mean is None or std is None):
         warnings.warn(
-            f"`{source}` has no image processor. Taken is the default of its model type, {type(processor).__name__}: "
+            f"`{source}` has no image processor. The default of its model type is used, {type(processor).__name__}: "
             f"mean {_numbers(processor.image_mean)}, std {_numbers(processor.image_std)}. If the model was "
-            "trained with others, give them: `--mean`, `--std`.",
+            "trained with others, set them with `--mean` and `--std`.",
             ProcessorWarning,
             stacklevel=2,
         )
@@ -65,17 +65,17 @@ def load_processor(
 
 
 def size_of(processor: Any) -> tuple[int, int]:
-    """Height and width in pixels of what a processor makes.
+    """Height and width in pixels of a processor's output.
 
     Args:
-        processor: From `load_processor`, or any of transformers.
+        processor: From `load_processor`, or any transformers image processor.
 
     Raises:
-        DatasetError: If it does not say.
+        DatasetError: If the processor does not define them.
     """
     size = _size_made(processor)
     if size is None:
-        raise DatasetError(f"{type(processor).__name__} does not say which size it makes. Give `--image-size`.")
+        raise DatasetError(f"{type(processor).__name__} does not define an image size. Give `--image-size`.")
     return size
 
 
@@ -98,23 +98,23 @@ def _find(source: str) -> tuple[Any, bool]:
     if made is None:
         raise DatasetError(
             f"`{source}` has no image processor ({reason}), and transformers has none for models of type `{kind}`. "
-            "Put a preprocessor_config.json beside its weights."
+            "Put a preprocessor_config.json next to its weights."
         )
     return made(), False
 
 
 def _size(processor: Any, source: str, is_own: bool) -> tuple[int, int]:
-    """What the model's own processor makes, if the model takes it; else what the model was pretrained at."""
+    """The size of the model's own processor, if the model accepts it; otherwise the size of pretraining."""
     size, is_fixed = _pretrained(source)
     takes_made = is_own and not is_fixed and _size_made(processor) is not None
     return size_of(processor) if size is None or takes_made else size
 
 
 def _pretrained(source: str) -> tuple[tuple[int, int] | None, bool]:
-    """Size of the images that the model was pretrained at, if its configuration says so; whether it takes no other."""
+    """Image size of pretraining, if the configuration has it, and whether the model accepts only that size."""
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError):  # a processor by itself; a missing model is told where it is loaded
+    except (OSError, ValueError):  # a processor without a model; loading reports a missing model
         return None, False
     size = getattr(getattr(config, "vision_config", config), "image_size", None)
     if size is None:
@@ -124,7 +124,7 @@ def _pretrained(source: str) -> tuple[tuple[int, int] | None, bool]:
 
 
 def _is_fixed(config: Any) -> bool:
-    """Whether the model takes images of one size, unless it is asked to interpolate its positions."""
+    """Whether the model accepts one image size, unless it interpolates its position embeddings."""
     parts = (config, getattr(config, "vision_config", config))
     classes = [cls for part in parts for cls in model_classes_of(part)]
     return any("interpolate_pos_encoding" in inspect.signature(cls.forward).parameters for cls in classes)

@@ -1,4 +1,4 @@
-"""Rows of images before anybody asked what is in them: tables, data sets of the Hub, digits."""
+"""Reading rows without interpreting them: tables, datasets on the Hub, digits."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ _SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows as they were found, columns and all.
+    """Rows with all of their columns.
 
     Attributes:
-        splits: `"train"`, `"validation"`, `"test"` -> rows. Without splits, all of them are `"train"`.
+        splits: `"train"`, `"validation"`, `"test"` -> rows. Without splits, all rows are `"train"`.
         root: Folder that file names in the rows are relative to. Default None: the working directory.
-        notes: What a person should know of how they were read.
+        notes: Messages about how they were read.
     """
 
     splits: dict[str, Dataset]
@@ -47,7 +47,7 @@ class Rows:
 
 
 def split_of(name: str) -> str | None:
-    """`"train"`, `"validation"` or `"test"`, or None where the name is that of no split.
+    """`"train"`, `"validation"` or `"test"`, or None if the name is not that of a split.
 
     Args:
         name: Exactly train, training, val, valid, validation, dev, eval, test or testing, in any case.
@@ -56,7 +56,7 @@ def split_of(name: str) -> str | None:
 
 
 def read_rows(name: str) -> Rows:
-    """Rows of a data set.
+    """Rows of a dataset.
 
     Args:
         name: `"digits"`, a folder, a table (`.csv`, `.tsv`, `.jsonl`, `.json`, `.parquet`), or a Hub id.
@@ -76,7 +76,7 @@ def read_rows(name: str) -> Rows:
     if path.suffix.lower() in _SUFFIXES and path.is_file():
         return read_table(path)
     if path.is_file():
-        raise DatasetError(f"`{name}` is a file of another kind. Give a folder, or a table: {', '.join(_SUFFIXES)}.")
+        raise DatasetError(f"`{name}` is not a table. Give a folder, or a table: {', '.join(_SUFFIXES)}.")
     advice = f'Give "{DIGITS}", a folder of images by class, a table ({", ".join(_SUFFIXES)}) or a Hub id.'
     if path.suffix.lower() in _SUFFIXES or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise DatasetError(f"`{name}` cannot be read: there is no such file or folder. {advice}")
@@ -89,12 +89,12 @@ def read_rows(name: str) -> Rows:
 
 
 def read_table(path: Path, split: str | None = None) -> Rows:
-    """Rows of a table. A column `split` that holds nothing but names of splits divides them.
+    """Rows of a table. A column `split` that holds only names of splits divides them.
 
     Args:
-        path: Of a `.csv` (commas or semicolons), `.tsv`, `.jsonl`, `.json` or `.parquet` file. In text files every cell
-            is read as text, so that the label `007` stays `007` and `NA` stays `NA`.
-        split: The split that all of them are, whatever the column says. Default None.
+        path: A `.csv` (commas or semicolons), `.tsv`, `.jsonl`, `.json` or `.parquet` file. In text files every cell is
+            read as a string, so that the label `007` stays `007` and `NA` stays `NA`.
+        split: Split of all rows, instead of the column. Default None.
 
     Raises:
         DatasetError: If it cannot be read, or has no rows.
@@ -116,12 +116,12 @@ def read_table(path: Path, split: str | None = None) -> Rows:
 
 
 def divide(rows: Rows, splits: Sequence[str | None], note: str | None = None) -> Rows:
-    """The rows of the only split, one split for each name.
+    """Divide the rows of one split into several.
 
     Args:
-        rows: With one split.
+        rows: Rows with one split.
         splits: Name of the split of each row.
-        note: Added to the notes.
+        note: A message to add to the notes.
     """
     (data,) = rows.splits.values()
     names = np.array(splits)
@@ -130,10 +130,10 @@ def divide(rows: Rows, splits: Sequence[str | None], note: str | None = None) ->
 
 
 def merged(parts: Sequence[Rows]) -> Rows:
-    """The rows of several tables; those of one split are put together.
+    """The rows of several tables; rows of the same split are concatenated.
 
     Args:
-        parts: With the same columns. Where they lie in several folders, `file_name` is made absolute.
+        parts: Rows with the same columns. If they come from several folders, `file_name` is made absolute.
     """
     roots = {part.root for part in parts}
     splits: dict[str, list[Dataset]] = {}
@@ -145,7 +145,7 @@ def merged(parts: Sequence[Rows]) -> Rows:
 
 
 def some(names: Sequence[str], limit: int = 10) -> str:
-    """`a, b, c`; of more than `limit`, the first ones and how many there are."""
+    """`a, b, c`; for more than `limit` names the first ones and the total."""
     shown = ", ".join(names[:limit])
     return shown if len(names) <= limit else f"{shown}, ... ({len(names)} in all)"
 
@@ -182,7 +182,7 @@ def _read(path: Path) -> Dataset:
 
 
 def _of_datasets(data: Any) -> Rows:
-    """Splits by their names; others are left out, and said."""
+    """Splits by their names; others are skipped, with a note."""
     if isinstance(data, Dataset):
         return Rows({"train": data})
     assert isinstance(data, DatasetDict)

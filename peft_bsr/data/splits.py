@@ -1,4 +1,4 @@
-"""Splits: validation for epochs, test once at the end. What is missing is put aside from the training images."""
+"""Splits: validation for epochs, test once at the end. Missing splits are held out from the training images."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from peft_bsr.data.rows import SPLITS, some, split_of
 from peft_bsr.errors import DatasetError
 from peft_bsr.problem_type import REGRESSION, SINGLE_LABEL
 
-TEST_SIZE, VALIDATION_SIZE = 0.2, 0.1  # of the images that are there to train on
+TEST_SIZE, VALIDATION_SIZE = 0.2, 0.1  # shares of the training images
 
 
 def put_aside(
     data: LabelledImages, test_size: float | None = None, validation_size: float | None = None, seed: int = 0
 ) -> LabelledImages:
-    """The same with what training needs: train, and where there are images for it, validation and test.
+    """Hold out a test and a validation split from the training images, if they are missing.
 
-    A part is drawn from the training images by class, always the same for the same images. A test part takes at least
-    one image of every class that has two, a validation part at least one of every class that has three left. With
-    several labels an image, and of a regression, it is drawn from all of them.
+    Images are drawn by class, always the same for the same images. The test split gets at least one image of every
+    class that has two, the validation split at least one of every class that has three left. With several labels per
+    image, and for a regression, they are drawn from all images.
 
     Args:
         data: From `load_images`.
         test_size: Share of the training images (below 1) or number of them (from 1). Default None: 0.2 if there is
             neither a test nor a validation split; 0 for none.
-        validation_size: The same of those that are left. Default None: 0.1 if there is no validation split.
-        seed: Of the drawing, default 0.
+        validation_size: The same for the remaining images. Default None: 0.1 if there is no validation split.
+        seed: Random seed, default 0.
 
     Raises:
-        DatasetError: If there is nothing to train on or nothing to tell apart, if a size cannot be, or if one is given
-            for a split that is there.
+        DatasetError: If there are no training images or only one class, if a size is invalid, or if one is given for a
+            split that exists.
     """
     for split, size in (("test", test_size), ("validation", validation_size)):
         if size and split in data.splits:
-            raise DatasetError(f"`--{split}-size {size}`: `{data.name}` has a {split} split of its own.")
+            raise DatasetError(f"`--{split}-size {size}`: `{data.name}` already has a {split} split.")
     if "train" not in data.splits:
         raise DatasetError(f"`{data.name}` has only {some(list(data.splits))}: there are no images to train on.")
     if test_size is None:
@@ -53,12 +53,12 @@ def put_aside(
 
 
 def draw_for_trial(data: LabelledImages, images: int, seed: int = 0) -> LabelledImages:
-    """Training and validation images for a short run, at most so many of each, always the same; test images stay away.
+    """A random choice of training and validation images for a short run, always the same; no test images.
 
     Args:
         data: From `put_aside`.
-        images: At most.
-        seed: Of the drawing, default 0.
+        images: Maximum number of images of each split.
+        seed: Random seed, default 0.
 
     Raises:
         DatasetError: If there are no validation images.
@@ -71,7 +71,7 @@ def draw_for_trial(data: LabelledImages, images: int, seed: int = 0) -> Labelled
         if len(rows) > images:
             drawn = np.random.default_rng(seed).permutation(len(rows))[:images]
             splits[split] = rows.select(np.sort(drawn))
-            notes.append(f"{split}: {images} of {len(rows)} images are drawn at random")
+            notes.append(f"{split}: {images} of {len(rows)} images are selected at random")
     return replace(data, splits=splits, notes=[*data.notes, *notes])
 
 
@@ -81,12 +81,12 @@ def choose(
     test_size: float | None = None,
     validation_size: float | None = None,
 ) -> tuple[str, Dataset, list[str]]:
-    """The images to score: the name of the split, its rows, and notes.
+    """The images to evaluate: the name of the split, its rows, and notes.
 
     Args:
         data: From `load_images`.
-        split: Its name; one that is not there is the part that `put_aside` draws. Default None: the test split, or
-            without one all images.
+        split: Name of the split; a missing one is the part that `put_aside` holds out. Default None: the test split,
+            or all images if there is none.
         test_size: See `put_aside`.
         validation_size: See `put_aside`.
 
@@ -100,8 +100,8 @@ def choose(
         note = f"there is no test split: all {len(rows)} images are scored"
         if "train" in data.splits:
             note += (
-                ". If the model was trained on this data set, most of them are its training images, and the figures "
-                "are too good: `--split test` scores those that `train` put aside"
+                ". If the model was trained on this dataset, most of them are its training images, and the scores "
+                "are too good: `--split test` scores those that `train` held out"
             )
         return "all", rows, [note]
     wanted = split_of(split) or split
@@ -115,19 +115,19 @@ def choose(
 
 
 def _check_different(data: LabelledImages) -> None:
-    """Refuse training images that are all alike."""
+    """Refuse training images that all have the same label."""
     labels = labels_of(data.train)
     if data.problem_type == SINGLE_LABEL:
         if len(np.unique(labels)) < 2:
             raise DatasetError(
-                f"`{data.name}` has one class to train on, `{data.labels[0]}`: there is nothing to tell apart. If "
-                "the classes are folders inside of it, give that folder."
+                f"`{data.name}` has only one class to train on, `{data.labels[0]}`. If "
+                "the classes are folders inside it, give that folder."
             )
         return
     same = labels.min(axis=0) == labels.max(axis=0)
     if data.problem_type == REGRESSION and same.any():
         name, value = data.labels[same.argmax()], labels[0, same.argmax()]
-        raise DatasetError(f"`{data.name}`: `{name}` is {value:.4g} in all {len(labels)} training rows. Leave it out.")
+        raise DatasetError(f"`{data.name}`: `{name}` is {value:.4g} in all {len(labels)} training rows. Remove it.")
     if same.all():
         raise DatasetError(f"`{data.name}`: all {len(labels)} training images have the same labels.")
 
@@ -150,11 +150,11 @@ def _drawn(data: LabelledImages, split: str, size: float, left: int, seed: int) 
             drawn[generator.permutation(members)[:count]] = True
         elif len(members):
             without.append(f"{name} ({len(members)})")
-    how = "by class" if is_by_class else "at random, whatever their labels"
-    notes = [f"{split}: {drawn.sum()} of the {len(labels)} training images are put aside, {how}"]
+    how = "by class" if is_by_class else "at random, not by label"
+    notes = [f"{split}: {drawn.sum()} of the {len(labels)} training images are held out, {how}"]
     if without:
         notes.append(
-            f"{split}: nothing is put aside of classes with {left} training image{'s or less' if left > 1 else ''}: "
+            f"{split}: no images are held out of classes with {left} training image{'s or less' if left > 1 else ''}: "
             + some(without)
         )
     if not drawn.any():

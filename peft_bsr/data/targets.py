@@ -1,4 +1,4 @@
-"""What a table's labels are: one class an image, several labels, or values; in one column or in several."""
+"""Finding the labels of a table: one class per image, several labels, or values; in one or several columns."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ LABEL_NAMES = ("label", "labels", "fine_label")
 _OPTION = "--label-column"
 _MISSING = ("nan", "NaN")
 _WHAT = {None: "labels", SINGLE_LABEL: "class labels", MULTI_LABEL: "labels", REGRESSION: "values"}
-_WORDS = {SINGLE_LABEL: "one class an image", MULTI_LABEL: "several labels an image", REGRESSION: "regression"}
+_WORDS = {SINGLE_LABEL: "one class per image", MULTI_LABEL: "several labels per image", REGRESSION: "regression"}
 
 
 @dataclass(frozen=True)
 class Target:
-    """What is learned or scored.
+    """The labels to train or evaluate on.
 
     Attributes:
-        columns: One column, or several of 0 and 1 (one a label) or of values.
+        columns: One column, or several columns of 0 and 1 (one per label) or of values.
         problem_type: As in transformers' configurations.
         notes: How they were found, one sentence each.
     """
@@ -43,19 +43,19 @@ def find_target(
     problem_type: ProblemType | None = None,
     known: Sequence[str] | None = None,
 ) -> Target:
-    """The columns of labels, and what they hold.
+    """The columns of labels, and their kind.
 
     Args:
-        rows: Of one split.
-        images: The column of images.
-        wanted: `--label-column`: a name, several, or `"a,b,c"`. Default None: the columns with the names of what the
-            model gives, or else the only candidate, or the only one of `LABEL_NAMES`.
-        problem_type: Default None: several labels where cells are lists or texts with a `|`, or where several columns
-            hold 0 and 1; a regression where numbers have fractions; or else one class an image.
-        known: Names of what a model gives.
+        rows: Rows of one split.
+        images: Name of the column of images.
+        wanted: `--label-column`: a name, several, or `"a,b,c"`. Default None: the columns with the names of the model's
+            outputs, or else the only candidate, or the only one of `LABEL_NAMES`.
+        problem_type: Default None: several labels if cells are lists or strings with a `|`, or if several columns hold
+            0 and 1; a regression if numbers have fractions; otherwise one class per image.
+        known: Names of a model's outputs.
 
     Raises:
-        DatasetError: If there are no such columns, or several that may be meant.
+        DatasetError: If there is no such column, or if there are several candidates.
     """
     if wanted is None and known and problem_type in (MULTI_LABEL, REGRESSION) and set(known) <= set(rows.column_names):
         columns = f"columns {some(known)}" if len(known) > 1 else f"column `{known[0]}`"
@@ -66,15 +66,15 @@ def find_target(
         return Target(names, problem_type, notes)
     found, why = _kind_of_several(rows, names) if len(names) > 1 else _kind(rows, names[0]) or (SINGLE_LABEL, "")
     if why:
-        notes.append(f"{_WORDS[found]}, because {why} (`--task` chooses)")
+        notes.append(f"{_WORDS[found]}, because {why} (change it with `--task`)")
     return Target(names, found, notes)
 
 
 def list_item(feature: Any) -> Any:
-    """What the lists of a column hold, or None where it holds no lists.
+    """Feature of the items in a column of lists, or None for other columns.
 
     Args:
-        feature: Of `datasets`.
+        feature: Feature of `datasets`.
     """
     if isinstance(feature, list):  # as older versions write it
         return feature[0]
@@ -82,11 +82,11 @@ def list_item(feature: Any) -> Any:
 
 
 def cells_of(rows: Dataset, column: str) -> list[str | None]:
-    """Cells as texts, classes by their names; None where there is nothing (None, NaN), which an empty text is not.
+    """Cells as strings, classes by name; None for missing values (None, NaN). An empty string is not missing.
 
     Args:
         rows: The rows.
-        column: Of texts, numbers, truth values or `ClassLabel`.
+        column: Column of strings, numbers, booleans or `ClassLabel`.
     """
     feature, values = rows.features[column], values_of(rows, column)
     if isinstance(feature, ClassLabel):
@@ -97,10 +97,10 @@ def cells_of(rows: Dataset, column: str) -> list[str | None]:
 
 
 def number_of(text: str | None) -> float | None:
-    """The finite number that a text is, or None.
+    """Parse a finite number, or return None.
 
     Args:
-        text: Such as `1.5` or `2e3`, but not `1_000`.
+        text: A string such as `1.5` or `2e3`, but not `1_000`.
     """
     try:
         return float(text) if text and "_" not in text and isfinite(float(text)) else None
@@ -109,7 +109,7 @@ def number_of(text: str | None) -> float | None:
 
 
 def bit_of(text: str) -> float | None:
-    """0 or 1, or None where a text is neither.
+    """Parse 0 or 1, or return None.
 
     Args:
         text: 0, 1, 0.0, 1.0, true or false, in any case.
@@ -133,12 +133,12 @@ def _columns(
     if len(set(names)) < len(names):
         raise DatasetError(f"`{_OPTION} {','.join(names)}` names a column twice.")
     if len(names) > 1 and problem_type == SINGLE_LABEL:
-        raise DatasetError(f"`{_OPTION} {','.join(names)}`: one class an image is one column.")
+        raise DatasetError(f"`{_OPTION} {','.join(names)}`: with one class per image there is one column.")
     return names, None
 
 
 def _may_be(rows: Dataset, name: str, problem_type: ProblemType | None) -> bool:
-    """Whether a column may hold labels of that type, or without one, of any."""
+    """Whether a column may hold labels of that type, or of any type for None."""
     kind, _ = _kind(rows, name) or (None, "")
     if problem_type == REGRESSION:
         return isinstance(rows.features[name], (Value, ClassLabel)) and _numbers(rows, name) is not None
@@ -148,7 +148,7 @@ def _may_be(rows: Dataset, name: str, problem_type: ProblemType | None) -> bool:
 
 
 def _kind(rows: Dataset, name: str) -> tuple[ProblemType, str] | None:
-    """What a column's own values say that it is, and why; None where they are no labels, such as file names."""
+    """The kind of labels in a column, and why; None if they are not labels, such as file names."""
     feature = rows.features[name]
     if isinstance(feature, ClassLabel):
         return SINGLE_LABEL, ""
@@ -166,7 +166,7 @@ def _kind(rows: Dataset, name: str) -> tuple[ProblemType, str] | None:
         return SINGLE_LABEL, ""
     texts = cells_of(rows, name)
     if "string" in feature.dtype and any("|" in text for text in texts if text):
-        return MULTI_LABEL, f"texts in the column `{name}` have a `|`"
+        return MULTI_LABEL, f"strings in the column `{name}` contain `|`"
     is_repeated = len(set(texts)) < len(texts)  # as many values as rows: an id, a file name
     return (SINGLE_LABEL, "") if is_repeated or name in LABEL_NAMES else None
 
@@ -180,13 +180,13 @@ def _kind_of_several(rows: Dataset, names: Sequence[str]) -> tuple[ProblemType, 
         return REGRESSION, f"the columns {some(names)} hold numbers with fractions"
     name, text = next((name, text) for name, text in texts if bit_of(text) is None)
     raise DatasetError(
-        f"`{_OPTION} {','.join(names)}`: several columns hold 0 and 1, one column a label; `{name}` holds `{text}`. "
-        "If they are values, add `--task regression`."
+        f"`{_OPTION} {','.join(names)}`: several columns must hold 0 and 1, one column per label; `{name}` holds "
+        f"`{text}`. If they are values, add `--task regression`."
     )
 
 
 def _numbers(rows: Dataset, name: str) -> list[float] | None:
-    """Those of a column, or None where a cell is something else."""
+    """The numbers of a column, or None if a cell is not a number."""
     numbers = [number_of(text) for text in cells_of(rows, name) if text]
     found = [number for number in numbers if number is not None]
     return found if found and len(found) == len(numbers) else None

@@ -25,16 +25,16 @@ def encode_vectors(
 
     Args:
         splits: Name -> rows.
-        target: Several labels an image, or a regression. One column of several labels holds lists, or texts separated
-            by `|`, or where no cell has one, by `;` or `,`; an empty cell is an image with none of them. Several
-            columns hold 0 and 1. None and NaN are no label, and so is an empty cell of numbers.
-        known: Names of what a model gives. Default None: those of the rows.
+        target: Several labels per image, or a regression. One column of several labels holds lists, or strings
+            separated by `|`, or, if no cell has one, by `;` or `,`; an empty cell is an image without labels. Several
+            columns hold 0 and 1. None, NaN and an empty cell of numbers are missing labels.
+        known: Names of a model's outputs. Default None: those of the rows.
 
     Returns:
-        The splits that have rows left; the names of labels or values by number; notes on what was decided and left out.
+        The splits that have rows left; the names of labels or values by index; notes on decisions and skipped rows.
 
     Raises:
-        DatasetError: If a cell holds something else, or if the names are not the model's.
+        DatasetError: If a cell holds something else, or if the names are not those of the model.
     """
     if target.problem_type == REGRESSION or len(target.columns) > 1:
         read = _value if target.problem_type == REGRESSION else _bit
@@ -46,7 +46,7 @@ def encode_vectors(
     for split, rows in splits.items():
         has_labels = ~np.isnan(vectors[split]).any(axis=1)
         if left := int((~has_labels).sum()):
-            notes.append(f"{split}: {left} of {len(rows)} rows lack a label and are left out")
+            notes.append(f"{split}: {left} of {len(rows)} rows have no label and are skipped")
         if has_labels.any():
             kept = np.flatnonzero(has_labels)
             others = [name for name in rows.column_names if name in {*target.columns, "label"} - {"image"}]
@@ -60,7 +60,7 @@ def encode_vectors(
 
 
 def _match_columns(columns: list[str], known: Sequence[str] | None) -> tuple[list[str], list[str], list[str]]:
-    """Names by number, the columns in their order, and how they were matched."""
+    """Names by index, the columns in the same order, and notes on how they were matched."""
     if known is None or list(known) == columns:
         return columns, columns, []
     has_names = list(known) != [f"LABEL_{number}" for number in range(len(known))]
@@ -69,8 +69,8 @@ def _match_columns(columns: list[str], known: Sequence[str] | None) -> tuple[lis
     if len(known) == len(columns) and (len(known) == 1 or not has_names):
         return list(known), columns, [f"{some(columns)} are scored as the model's {some(list(known))}"]
     raise DatasetError(
-        f"the model gives {some(list(known))}, but the columns are {some(columns)}. Name one for each, in this order, "
-        "by `--label-column a,b,c`."
+        f"the model gives {some(list(known))}, but the columns are {some(columns)}. Choose one for each, in this "
+        "order, with `--label-column a,b,c`."
     )
 
 
@@ -82,14 +82,14 @@ def _of_columns(rows: Dataset, columns: Sequence[str], read: Callable[[str, str]
 
 def _bit(text: str, column: str) -> float:
     if (bit := bit_of(text)) is None:
-        raise DatasetError(f"the column `{column}` holds `{text}`: several columns of labels hold 0 and 1.")
+        raise DatasetError(f"the column `{column}` holds `{text}`: several label columns must hold 0 and 1.")
     return bit
 
 
 def _value(text: str, column: str) -> float:
     value = number_of(text)
     if value is None or abs(value) > float(np.finfo(np.float32).max):
-        raise DatasetError(f"the column `{column}` holds `{text}`: a value is a number, such as 2.5.")
+        raise DatasetError(f"the column `{column}` holds `{text}`: a value must be a number, such as 2.5.")
     return value
 
 
@@ -104,7 +104,7 @@ def _of_sets(
     found = sorted_names({name for of_split in sets.values() for one in of_split if one for name in one})
     notes = [f"labels in the column `{column}` are separated by `{separator}`"] if separator else []
     if not found:
-        raise DatasetError(f"the column `{column}` names no label.")
+        raise DatasetError(f"there are no labels in the column `{column}`.")
     names = found
     items = [list_item(feature) or feature for feature in features]
     if separator is None and all(isinstance(i, ClassLabel) and i.names == items[0].names for i in items):
@@ -125,31 +125,31 @@ def _of_sets(
 
 
 def _separator(column: str, texts: Sequence[str]) -> str | None:
-    """What separates labels, or None where every text is one label."""
+    """The separator of labels, or None if every string is one label."""
     found = [one for one in _SEPARATORS if any(one in text for text in texts)]
     if found == [";", ","]:
-        raise DatasetError(f"texts in the column `{column}` have `;` and `,`: separate labels by `|`.")
+        raise DatasetError(f"strings in the column `{column}` contain `;` and `,`: separate labels with `|`.")
     return found[0] if found else None
 
 
 def _sets(rows: Dataset, column: str, separator: str | None) -> list[set[str] | None]:
-    """The labels of each row, or None where they are not known."""
+    """The labels of each row, or None if they are missing."""
     item = list_item(rows.features[column])
     if item is None:
         parts = [None if t is None else t.split(separator) if separator else [t] for t in cells_of(rows, column)]
         return [None if one is None else {normal(part.strip()) for part in one if part.strip()} for one in parts]
     if not isinstance(item, (Value, ClassLabel)) or (isinstance(item, Value) and item.dtype.startswith("float")):
         raise DatasetError(
-            f"the column `{column}` holds lists of {kind_name(item)}: a label is a text or a whole number. Values "
-            "go into one column each."
+            f"the column `{column}` holds lists of {kind_name(item)}: a label is a string or an integer. Values "
+            "need one column each."
         )
     names: Callable[[object], str] = (lambda v: item.names[v]) if isinstance(item, ClassLabel) else str
     cells = values_of(rows, column)
     for row, cell in enumerate(cells):
         if cell and len(set(cell)) < len(cell):
             raise DatasetError(
-                f"the column `{column}`: row {row} names a label twice, {cell[:10]}. Lists name the labels of an "
-                "image; 0 and 1 go into one column a label."
+                f"the column `{column}`: row {row} has a label twice, {cell[:10]}. Lists contain the labels of an "
+                "image; 0 and 1 need one column per label."
             )
     return [None if cell is None else {normal(names(v).strip()) for v in cell if v is not None} for cell in cells]
 

@@ -32,7 +32,7 @@ def predict(
     Args:
         model: Folder or Hub id of an adapter or of a model of transformers, an `.onnx` file of `peft_bsr.export`, or a
             model in memory, which runs where it is.
-        images: A file, a folder (all images in it, at any depth), a table or a data set by name, an image of Pillow, a
+        images: A file, a folder (all images in it, at any depth), a table or a dataset by name, an image of Pillow, a
             list of files, folders or images, or a `datasets.Dataset` with a column `image`.
         top_k: Number of classes, the most probable ones. Default 1; None: all, also of several labels.
         threshold: Of a model for several labels: those at least so probable are given. Default 0.5.

@@ -32,7 +32,7 @@ def read_rows(images: Any, *, image_column: str | None = None, split: str | None
     """Rows with an `image`, nothing decoded.
 
     Args:
-        images: A file, a folder, a table or a data set by name, an image of Pillow, several of those, or a
+        images: A file, a folder, a table or a dataset by name, an image of Pillow, several of those, or a
             `datasets.Dataset` with a column `image`.
         image_column: See `peft_bsr.data.load_unlabelled`.
         split: The same.
@@ -113,7 +113,7 @@ class _Pixels(TorchDataset):
         except DatasetError as error:
             return str(error).removeprefix(f"`{image_name(source)}` ").rstrip(".")
         except Exception as error:  # of Pillow's converters
-            return f"cannot be made RGB: {one_line(error)}"
+            return f"cannot be converted to RGB: {one_line(error)}"
         return to_pixels([image], self.processor)[0]
 
 

@@ -1,4 +1,4 @@
-"""Several data sets as one, in batches that a model with tasks takes."""
+"""Several datasets as one, in batches that a model with tasks takes."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ STRATEGIES = ("round_robin", "proportional", "temperature")
 
 
 class TaskDataset(Dataset):
-    """Data sets one behind the other, each example with the index of its task.
+    """Datasets one behind the other, each example with the index of its task.
 
     Args:
-        datasets: Task -> data set of dicts, in the order of the adapter's tasks.
+        datasets: Task -> dataset of dicts, in the order of the adapter's tasks.
 
     Examples:
         >>> data = TaskDataset({"a": [{"labels": 1}], "b": [{"labels": 5}]})

@@ -173,7 +173,7 @@ def test_evaluate(run, run_json, trained, images):
     assert [one["file"] for one in said["worst"]] == [one["file"] for one in scored["worst"]]
     code, out, err = run("evaluate", trained / "adapter", "--dataset", images)
     assert code == 0
-    assert "all 20 images are scored. If the model was trained on this data set, most of them are its training" in err
+    assert "all 20 images are scored. If the model was trained on this dataset, most of them are its training" in err
     assert "images             20" in out and "loss               0." in out
     code, _, err = run("evaluate", trained / "adapter")
     assert code == 2
@@ -206,7 +206,7 @@ def test_compare_trains_on_a_data_set(run, base, images, tmp_path):
     command += ["--batch-size", "4", "--repeats", "1", "--validation-size", "6", "--output", tmp_path / "a" / "b.json"]
     code, out, err = run(*command, "--epochs", "2", "--images", "6")
     assert code == 0, err
-    assert "train: 6 of 10 images are drawn at random" in err
+    assert "train: 6 of 10 images are selected at random" in err
     assert "bsr, 2 of 2: 4 steps" in err
     assert "accuracy: on 6 validation images after a short run" in " ".join(out.split())
     assert "train_runtime" not in out

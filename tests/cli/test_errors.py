@@ -42,7 +42,7 @@ from peft_bsr_cli import COMMANDS
         (["train", "--model", "{adapter}", "--dataset", "digits", "--output", "new"], "is an adapter"),
         (["merge", "{base}", "--output", "merged"], "is a model, no adapter"),
         (["show", "nowhere.png", "--model", "{adapter}"], "there is no file `nowhere.png`."),
-        (["show", "{adapter}/README.md", "--model", "{adapter}"], "README.md` is no image."),
+        (["show", "{adapter}/README.md", "--model", "{adapter}"], "README.md` is not an image."),
         (["compare", "{base}", "--repeats", "0"], "must be at least 1"),
         (["plan", "{base}", "--memory", "lots"], "`memory='lots'` is not understood"),
     ],

@@ -82,7 +82,7 @@ def test_a_folder_to_csv(run, adapter, photos, tmp_path):
     err = " ".join(err.split())
     assert "2 of 6 images cannot be read and are left out" in err
     assert "broken.png: cannot be decoded" in err
-    assert "empty.jpg: is no image" in err
+    assert "empty.jpg: is not an image" in err
     assert "4 images" in out
     assert sorted(path.name for path in output.parent.iterdir()) == ["pred.csv"], "no draft is left"
 

@@ -95,7 +95,7 @@ def test_what_is_in_the_data_is_said(run, base, images, tmp_path):
     assert code == 0
     said = " ".join(err.split())
     assert "2 classes: dark (7), light (7)" in said
-    assert "test: 4 of the 20 training images are put aside, by class" in said
+    assert "test: 4 of the 20 training images are held out, by class" in said
     assert "14 train, 2 validation, 4 test images; 32 x 32 px, 17 tokens" in said
     page = (tmp_path / "report.html").read_text()
     assert "validation accuracy" in page
@@ -122,7 +122,7 @@ def test_a_model_without_a_processor_is_trained_and_it_is_said(run, run_json, ba
     command = ["train", "--model", tmp_path / "bare", "--dataset", images, "--max-steps", "1", "--no-measuring"]
     code, _, err = run(*command, "--output", tmp_path / "a")
     assert code == 0
-    assert "has no image processor. Taken is the default of its model type" in " ".join(err.split())
+    assert "has no image processor. The default of its model type is used" in " ".join(err.split())
     processor = json.loads((tmp_path / "a" / "adapter" / "preprocessor_config.json").read_text())
     assert (processor["image_mean"], processor["size"]) == ([0.5] * 3, {"height": 32, "width": 32})
 

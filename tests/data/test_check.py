@@ -1,4 +1,4 @@
-"""Everything that a person should know of a data set is found before the first step."""
+"""Everything that a person should know of a dataset is found before the first step."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_a_report(messy):
         "val/a/4.jpg",
     ]
     assert "runcated" in report.bad[0].reason
-    assert report.bad[3].reason == "is no image"
+    assert report.bad[3].reason == "is not an image"
     assert report.counts == {"train": {"a": 5, "b": 6, "c": 0}, "validation": {"a": 5, "b": 0, "c": 6}}
     assert report.modes == {"RGB": 21, "I;16": 1}
     assert (report.widths, report.heights) == ((20, 20, 70), (5, 30, 30))
@@ -70,7 +70,7 @@ def test_rows_without_an_image(tmp_path, picture):
     rows = {"image": [picture(), None, picture()], "label": ["a", "b", "b"]}
     datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "t.parquet")
     report, clean = check_images(load_images(str(tmp_path / "t.parquet")), progress=False)
-    assert report.notes == ["train: 1 of 3 rows have no image and are left out"]
+    assert report.notes == ["train: 1 of 3 rows have no image and are skipped"]
     assert (report.bad, clean.train["label"][:]) == ([], [0, 1])
 
 

@@ -67,7 +67,7 @@ def test_only_a_test_split(put):
 def test_a_test_split_without_labels_is_left_out_with_a_note(put):
     data = load_images(str(put("train/a", "train/b", "test")))
     assert sizes(data) == {"train": 6}
-    assert data.notes == ["test: 3 of 3 rows have no label and are left out", "the test split is left out"]
+    assert data.notes == ["test: 3 of 3 rows have no label and are skipped", "the test split is skipped"]
 
 
 def test_what_is_not_read_is_said(put):
@@ -76,9 +76,9 @@ def test_what_is_not_read_is_said(put):
     (folder / "a" / "._0.png").write_bytes(b"x")
     (folder / "empty").mkdir()
     assert load_images(str(folder)).notes == [
-        "not read, no images by their ending: .heic (1)",
+        "not read, because their extension is not that of an image: .heic (1)",
         "folders without images: empty",
-        "train: 3 of 9 rows have no label and are left out",
+        "train: 3 of 9 rows have no label and are skipped",
     ]
 
 
@@ -86,9 +86,9 @@ def test_what_is_not_read_is_said(put):
     ("folders", "message"),
     [
         (["train", "test"], "there are no class folders below test, train"),
-        (["train/a", "train/b", "extra"], "lie beside them and would not be read: extra."),
+        (["train/a", "train/b", "extra"], "but these next to them would not be read: extra."),
         (["train/a", "val/a", "valid/a"], "val, valid are both the validation split"),
-        (["."], "there are no class folders, the 3 images lie directly in it. Put the images"),
+        (["."], "there are no class folders, the 3 images are directly in it. Put the images"),
         ([], "there are no images in it"),
     ],
     ids=str,

@@ -120,8 +120,8 @@ def test_an_image_that_cannot_be_read_is_named(tmp_path, picture):
     whole = (tmp_path / "x.jpg").read_bytes()
     for content, reason in (
         (whole[: len(whole) // 2], "cannot be decoded: "),
-        (b"text", "is no image"),
-        (b"", "is no image"),
+        (b"text", "is not an image"),
+        (b"", "is not an image"),
     ):
         (tmp_path / "x.jpg").write_bytes(content)
         with pytest.raises(DatasetError, match=rf"x.jpg` {reason}"):

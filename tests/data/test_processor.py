@@ -52,5 +52,5 @@ def test_what_cannot_be(tmp_path):
     with pytest.raises(DatasetError, match="has no image processor and no configuration"):
         load_processor(str(tmp_path))
     ViTConfig().save_pretrained(tmp_path)
-    with pytest.raises(DatasetError, match="`--mean` needs 3 numbers, one a channel, not 1"):
+    with pytest.raises(DatasetError, match="`--mean` needs 3 numbers, one per channel, not 1"):
         load_processor(str(tmp_path), mean=[0.5])

@@ -56,8 +56,8 @@ def test_it_is_always_the_same():
 
 def test_a_class_with_one_image_is_named():
     notes = put_aside(data_of(1, 10)).notes
-    assert "test: nothing is put aside of classes with 1 training image: a (1)" in notes
-    assert "test: 2 of the 11 training images are put aside, by class" in notes
+    assert "test: no images are held out of classes with 1 training image: a (1)" in notes
+    assert "test: 2 of the 11 training images are held out, by class" in notes
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_a_trial_draws_a_few_and_no_test_images():
     data = put_aside(data_of(20, 20, test=(1, 2)))
     few = draw_for_trial(data, 9)
     assert {split: len(rows) for split, rows in few.splits.items()} == {"train": 9, "validation": 4}
-    assert few.notes[-1] == "train: 9 of 36 images are drawn at random"
+    assert few.notes[-1] == "train: 9 of 36 images are selected at random"
     assert set(few.train["image"]) < set(data.train["image"]), "where validation images are not"
     assert draw_for_trial(data, 9).train["image"][:] == few.train["image"][:]
     with pytest.raises(DatasetError, match="has no validation images"):
@@ -123,8 +123,8 @@ def test_what_is_scored():
     split, rows, notes = choose(alone)
     assert (split, len(rows)) == ("all", 40)
     assert notes == [
-        "there is no test split: all 40 images are scored. If the model was trained on this data set, most of them are "
-        "its training images, and the figures are too good: `--split test` scores those that `train` put aside"
+        "there is no test split: all 40 images are scored. If the model was trained on this dataset, most of them are "
+        "its training images, and the scores are too good: `--split test` scores those that `train` held out"
     ]
     assert len(choose(both)[1]) == 46
     assert choose(data_of(20, 20, test=(1, 2)))[:1] == ("test",)

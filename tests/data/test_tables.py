@@ -49,7 +49,7 @@ def test_labels_of_any_kind(parquet, values, kind, names):
     assert data.labels == sorted(set(names), key=lambda name: int(name) if name.isdigit() else name)
     assert [data.labels[number] for number in data.train["label"]] == names
     left = len(values) - len(names)
-    assert data.notes == ([f"train: {left} of 4 rows have no label and are left out"] if left else [])
+    assert data.notes == ([f"train: {left} of 4 rows have no label and are skipped"] if left else [])
     assert isinstance(data.train.features["label"], datasets.ClassLabel)
     assert data.train[0]["image"].size == (20, 30)
 
@@ -135,14 +135,14 @@ def test_one_of_several_columns_is_named(parquet, picture):
 REFUSED = [
     ({"species": ["a", "a"], "who": ["b", "b"]}, {}, "several columns may hold labels: species, who."),
     ({"label": ["a", "a"], "labels": ["b", "b"]}, {}, "Choose one by `--label-column`, or several"),
-    ({"species": ["a", "a"]}, {"label_column": "specie"}, "there is no such column. Did you mean species"),
+    ({"species": ["a", "a"]}, {"label_column": "specie"}, "there is no column of this name. Did you mean species"),
     ({"id": ["x", "y"]}, {}, "the columns are image (Image), id (string): none of them holds labels."),
     ({"score": [0.5, 1.5], "who": ["b", "b"]}, {}, "several columns may hold labels: score, who."),
     ({"score": [0.5, 1.5]}, {"label_column": "score", "problem_type": SINGLE_LABEL}, "holds numbers with fractions"),
     (
         {"tags": [["a"], ["a", "b"]]},
         {"label_column": "tags", "problem_type": SINGLE_LABEL},
-        "a class is a text or a whole number, one a row",
+        "a class is a string or an integer, one per row",
     ),
     ({"label": [-1, -1]}, {}, "none of the 2 rows has a label in the column `label`"),
 ]

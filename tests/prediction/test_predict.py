@@ -96,9 +96,9 @@ def test_what_cannot_be_read_is_told(make_adapter, pictures, tmp_path):
     adapter = make_adapter(num_labels=3)
     (tmp_path / "bad.jpg").write_text("no image")
     pictures[0].save(tmp_path / "good.png")
-    with pytest.warns(UnreadableImageWarning, match=r"1 of 2 images cannot be read: .*bad.jpg \(is no image\)"):
+    with pytest.warns(UnreadableImageWarning, match=r"1 of 2 images cannot be read: .*bad.jpg \(is not an image\)"):
         bad, good = peft_bsr.predict(adapter, [tmp_path / "bad.jpg", tmp_path / "good.png"])
-    assert (bad.error, bad.labels, bad.probability) == ("is no image", (), None)
+    assert (bad.error, bad.labels, bad.probability) == ("is not an image", (), None)
     assert good.error is None and good.label is not None
     with pytest.raises(DatasetError, match=r"None of the 1 images can be read: .*bad\.jpg"):
         peft_bsr.predict(adapter, tmp_path / "bad.jpg")

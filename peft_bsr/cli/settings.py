@@ -233,7 +233,7 @@ def _number(name: str, value: Any) -> Any:
     except (TypeError, ValueError):
         raise UsageError(f"`{name}: {value}` is no number.") from None
     if kind is int and number % 1:
-        raise UsageError(f"`{name}: {value}` must be a whole number.")
+        raise UsageError(f"`{name}: {value}` must be an integer.")
     if not isfinite(number) or not low <= number <= high or (number == low and not has_end):
         least = f"at least {low:g}" if has_end else f"above {low:g}"
         raise UsageError(f"`{name}: {value}` must be {least}{'' if high == inf else f' and at most {high:g}'}.")

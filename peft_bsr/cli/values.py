@@ -105,7 +105,7 @@ def _number(name: str, text: str, is_whole: bool) -> float:
     except ValueError:
         raise UsageError(f"`{name}={text}` must be a number.") from None
     if is_whole and not value.is_integer():
-        raise UsageError(f"`{name}={text}` must be a whole number.")
+        raise UsageError(f"`{name}={text}` must be an integer.")
     return int(value) if is_whole else value
 
 

@@ -49,7 +49,7 @@ def is_number(value: Any, within: Within | None = None) -> bool:
 def check_whole(settings: Any, *names: str, high: int = LARGEST_SIZE, instead: str = "") -> list[str]:
     """Fields that are no whole number from 1 to `high`; `instead` names what else they may be."""
     return [
-        f"`{name}={getattr(settings, name)!r}` must be a whole number from 1 to {high}{instead}."
+        f"`{name}={getattr(settings, name)!r}` must be an integer from 1 to {high}{instead}."
         for name in names
         if not is_whole(getattr(settings, name), 1, high)
     ]

@@ -65,7 +65,7 @@ class Setup:
 
     def __post_init__(self) -> None:
         problems = [
-            f"`{name}={value!r}` must be a whole number of at least 1."
+            f"`{name}={value!r}` must be an integer of at least 1."
             for name, value in (("batch_size", self.batch_size), ("image_size", self.image_size))
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1)
         ]

@@ -1,4 +1,4 @@
-"""Files that run without this package: adapters' weights merged, token reduction kept."""
+"""Export to files that run without this package, with merged weights and token reduction."""
 
 from peft_bsr.exporting.check import ExportReport
 from peft_bsr.exporting.description import fit_processor, problem_type_of, processor_of

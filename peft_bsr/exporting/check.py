@@ -1,4 +1,4 @@
-"""What is known of a written file: its outputs beside PyTorch's, its time beside that of the unreduced model."""
+"""Checks of a written file: its outputs against PyTorch's, its time against the unreduced model's."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ _REPEATS = 7
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was written, and what was measured on it.
+    """A written file and its measurements.
 
     Attributes:
         format: `"onnx"`, `"torch.export"` or `"executorch"`.
         path: The file.
-        file_bytes: Its size, with that of external weights.
+        file_bytes: Its size, including external weights.
         quantize: `"int8"` or None.
-        input_name: Of the images.
-        input_shape: Of the images, None where any batch runs.
+        input_name: Name of the input.
+        input_shape: Shape of the input, with None for a dynamic batch size.
         token_counts: (tokens in the attention, tokens in the MLP) of every block.
-        versions: Of Python, torch and what runs the file.
-        image_processor: Where the image processor that the file describes is from; None where it describes none.
-        max_difference: Largest absolute difference of its outputs from PyTorch's; None where it was not checked.
+        versions: Versions of Python, torch and the runtime.
+        image_processor: Origin of the image processor that the file describes, or None.
+        max_difference: Largest absolute difference of its outputs from PyTorch's; None if it was not checked.
         batch_size: Images in the timed batch.
-        threads: That computed it; None where the runtime chooses.
-        seconds: Median time of that batch; None where it was not checked.
-        unreduced_seconds: The same of the model without token reduction, in the same format, quantised as the file is;
-            None where it was not checked or nothing is reduced.
+        threads: Number of threads; None if the runtime chooses.
+        seconds: Median time of that batch; None if it was not checked.
+        unreduced_seconds: The same for the model without token reduction, in the same format and quantisation; None if
+            it was not checked or nothing is reduced.
     """
 
     format: str
@@ -58,13 +58,13 @@ class ExportReport:
 
     @property
     def speedup(self) -> float | None:
-        """How many times faster than the unreduced model; None where that was not measured."""
+        """How many times faster than the unreduced model; None if it was not measured."""
         if self.seconds is None or self.unreduced_seconds is None:
             return None
         return self.unreduced_seconds / self.seconds
 
     def describe(self) -> str:
-        """All of it in a few lines."""
+        """The report in a few lines."""
         shape = ["any" if size is None else str(size) for size in self.input_shape]
         first, last = self.token_counts[0][0], self.token_counts[-1][1]
         kind = "int8 weights" if self.quantize else "fp32"
@@ -94,8 +94,8 @@ def largest_difference(found: list[Tensor], expected: tuple[Tensor, ...]) -> tup
     """Largest absolute difference, and largest absolute value or 1, whichever is more.
 
     Args:
-        found: What the file gives.
-        expected: What PyTorch gives.
+        found: Outputs of the file.
+        expected: PyTorch's outputs.
     """
     pairs = list(zip(found, expected, strict=True))
     difference = max(float((a - b).abs().max()) for a, b in pairs)
@@ -103,7 +103,7 @@ def largest_difference(found: list[Tensor], expected: tuple[Tensor, ...]) -> tup
 
 
 def median_seconds(runs: Mapping[str, Run], images: Tensor, repeats: int = _REPEATS) -> dict[str, float]:
-    """Median time of each, taken in turn, so that a busy machine is busy for all; after one run that is not counted.
+    """Median time of each function, run alternately so that other load affects all of them, after one warm-up run.
 
     Args:
         runs: Name -> function of images.
@@ -123,7 +123,7 @@ def median_seconds(runs: Mapping[str, Run], images: Tensor, repeats: int = _REPE
 
 
 def versions_of(packages: tuple[str, ...]) -> dict[str, str]:
-    """Of Python, torch and `packages`."""
+    """Versions of Python, torch and `packages`."""
     found = {name: importlib.metadata.version(name) for name in ("torch", *packages)}
     return {"Python": platform.python_version(), **found}
 

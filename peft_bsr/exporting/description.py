@@ -1,4 +1,4 @@
-"""What an ONNX file says of itself: names of the classes, and how its images are made."""
+"""Metadata of an ONNX file: names of the classes, and the preprocessing of images."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ _PROCESSOR = "preprocessor_config"  # transformers' own file of that name
 
 
 def describe_model(model: Any, shape: Sequence[int], processor: Any = None) -> dict[str, str]:
-    """What is written into the file: texts by name; what is no text is JSON.
+    """Metadata of the file: name -> string, with other values as JSON.
 
     Args:
         model: The base model.
-        shape: Of an image, (channels, height, width).
+        shape: Shape of an image, (channels, height, width).
         processor: From `fit_processor`. Default None: unknown.
 
     Returns:
-        `labels` and `problem_type` of a model with classes; `image_size` [height, width]; and with a processor
+        `labels` and `problem_type` for a model with classes; `image_size` [height, width]; and with a processor
         `image_mean`, `image_std`, `rescale_factor`, `resample` (`"bicubic"`, ...) and `preprocessor_config`,
         transformers' own file.
     """
@@ -43,14 +43,14 @@ def describe_model(model: Any, shape: Sequence[int], processor: Any = None) -> d
 
 
 def fit_processor(processor: Any, shape: Sequence[int]) -> Any | None:
-    """The processor, if it makes images of that shape, or else a copy that squeezes whole images into its size.
+    """The processor, if it makes images of that shape, otherwise a copy that resizes whole images to it.
 
     Args:
-        processor: Of transformers. It is not changed.
+        processor: A transformers image processor. It is not changed.
         shape: (channels, height, width).
 
     Returns:
-        None if it does not make images of that shape, whatever their size.
+        The processor or its copy; None if it cannot make images of that shape.
     """
     if _made_by(processor) == tuple(shape):
         return processor
@@ -61,10 +61,10 @@ def fit_processor(processor: Any, shape: Sequence[int]) -> Any | None:
 
 
 def problem_type_of(config: Any) -> ProblemType:
-    """What a model's labels are.
+    """The problem type of a model.
 
     Args:
-        config: Of a model with classes. Without a `problem_type`, one output is a regression, as in transformers.
+        config: Configuration of a model. Without a `problem_type`, one output is a regression, as in transformers.
     """
     named: ProblemType | None = getattr(config, "problem_type", None)
     return named or (REGRESSION if config.num_labels == 1 else SINGLE_LABEL)
@@ -90,7 +90,7 @@ def processor_of(description: Mapping[str, str]) -> Any | None:
 
 
 def add_description(path: Path, description: Mapping[str, str]) -> None:
-    """Write texts into an ONNX file, whose weights stay as and where they are.
+    """Write metadata into an ONNX file without touching its weights.
 
     Args:
         path: The file.
@@ -104,7 +104,7 @@ def add_description(path: Path, description: Mapping[str, str]) -> None:
 
 
 def _describe_processor(processor: Any) -> dict[str, Any]:
-    from PIL.Image import Resampling  # Pillow is no dependency of the package
+    from PIL.Image import Resampling  # Pillow is not a dependency of the package
 
     scale = processor.rescale_factor if getattr(processor, "do_rescale", True) else 1.0
     normalizes = getattr(processor, "do_normalize", True)
@@ -118,7 +118,7 @@ def _describe_processor(processor: Any) -> dict[str, Any]:
 
 
 def _made_by(processor: Any) -> tuple[int, ...]:
-    """Shape of what a processor makes of a photograph in landscape format; empty if it makes none."""
+    """Shape of a processor's output for a landscape image; empty if it fails."""
     from PIL import Image
 
     try:

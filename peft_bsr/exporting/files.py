@@ -1,4 +1,4 @@
-"""`export`: one call from an adapter to a file that runs without this package."""
+"""`export`: write an adapter as a file that runs without this package."""
 
 from __future__ import annotations
 
@@ -34,30 +34,31 @@ def export(
 ) -> ExportReport:
     """Write a model as a file that runs without this package: weights merged, token reduction kept, fp32, for the CPU.
 
-    Numbers of tokens are constants of the graph, so one file is for one image size.
+    Numbers of tokens are constants of the graph, so a file has one image size.
 
     Args:
         model: From `get_peft_model` or `PeftModel.from_pretrained`; its active adapter is written. It is not changed.
         format: `"onnx"`, `"torch.export"` (for `torch.export.load`) or `"executorch"` (for XNNPACK).
         path: The file to write, ending in `.onnx`, `.pt2` or `.pte`.
-        batch_size: Images a call; default any number, in ExecuTorch, which plans its memory ahead, 1.
-        image_size: Pixels, one number or (height, width), see `peft_bsr.set_image_size`; default what the model's
-            config says.
-        quantize: `"int8"`: weights of Linear modules in 8 bits, but for the MLPs' second; about half of the size; ONNX
-            only. Outputs are close, not equal: check the accuracy on images of your own.
-        image_processor: Of transformers; an ONNX file says how its images are made, so that `peft-bsr predict` and
-            `evaluate` need nothing else. Default None: the one beside the adapter that `peft_bsr.load` read, or else
-            the base model's own, where its files are on this machine. The report says which.
-        check: Run the file beside PyTorch, and time it beside the unreduced model (which takes another export).
+        batch_size: Fixed batch size. Default None: dynamic, except for ExecuTorch, which plans its memory ahead: 1.
+        image_size: Pixels, one number or (height, width), see `peft_bsr.set_image_size`. Default None: that of the
+            model's config.
+        quantize: `"int8"`: weights of Linear modules in 8 bits, except the second one of each MLP; about half of the
+            size; ONNX only. Outputs are close, not equal: check the accuracy on your images.
+        image_processor: A transformers image processor, which is described in an ONNX file, so that `peft-bsr predict`
+            and `evaluate` need nothing else. Default None: the one saved with the adapter that `peft_bsr.load` loaded,
+            or the base model's own, if its files are on this machine. The report says which.
+        check: Compare the file's outputs with PyTorch's, and time it against the unreduced model (a second export).
 
     Returns:
-        What was written and measured; `print(report.describe())`.
+        The file and its measurements; `print(report.describe())`.
 
     Raises:
         ConfigError: If `image_size` does not fit the model.
-        UnsupportedModelError: If the model takes no images of `image_size`.
-        ExportError: If the format cannot take the model, a package is missing, or with `check`, if outputs are more
-            than 1e-4 away from PyTorch's (of the largest output where that is above 1) without `quantize`.
+        UnsupportedModelError: If the model cannot take images of `image_size`.
+        ExportError: If the model cannot be exported to the format, a package is missing, or, with `check` and without
+            `quantize`, if outputs differ by more than 1e-4 from PyTorch's (relative to the largest output if that is
+            above 1).
 
     Examples:
         >>> from peft import get_peft_model
@@ -68,9 +69,9 @@ def export(
         >>> report = export(model, "onnx", "vit.onnx")  # doctest: +SKIP
     """
     if format not in FORMATS:
-        raise ExportError(f"`format={format!r}` is not known. Use one of {', '.join(map(repr, FORMATS))}.")
+        raise ExportError(f"`format={format!r}` is unknown. Use one of {', '.join(map(repr, FORMATS))}.")
     if quantize not in (None, "int8") or (quantize and format != "onnx"):
-        raise ExportError(f'`quantize={quantize!r}` with `format={format!r}`: only "int8" in "onnx" is there.')
+        raise ExportError(f'`quantize={quantize!r}` with `format={format!r}`: only "int8" with "onnx" is supported.')
     if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
         raise ExportError(f"`batch_size={batch_size!r}` must be a number of images, or None for any.")
     FORMATS[format].check_installed(format)
@@ -78,11 +79,11 @@ def export(
     if path.suffix != (ending := FORMATS[format].ending):
         raise ExportError(f"`path={str(path)!r}` must end in {ending!r} for `format={format!r}`.")
     if not path.parent.is_dir():
-        raise ExportError(f"There is no folder {str(path.parent)!r} to write {path.name!r} to. Make it first.")
+        raise ExportError(f"There is no folder {str(path.parent)!r} to write {path.name!r} to. Create it first.")
     if batch_size is None and not FORMATS[format].any_batch:
         batch_size = 1
     function = to_image_function(model, image_size=image_size)
-    # a batch of one would be taken for a constant
+    # torch.export would make a batch of one a constant
     sample = function.sample(batch_size or 2, image_size)
     description, origin = _describe(model, function, sample, image_processor) if format == "onnx" else ({}, None)
     _write(function, format, path, sample, batch_size is None, quantize)
@@ -95,7 +96,7 @@ def export(
 def _write(
     function: ImageFunction, format: str, path: Path, sample: Tensor, is_any_batch: bool, quantize: str | None
 ) -> None:
-    """Write the file, by way of one in fp32 where it is quantised."""
+    """Write the file; a quantised one from a temporary fp32 file."""
     if quantize:
         with tempfile.TemporaryDirectory() as folder:
             full = Path(folder) / "fp32.onnx"
@@ -104,18 +105,19 @@ def _write(
         return
     try:
         FORMATS[format].write(function, sample, path, is_any_batch)
-    except Exception as error:  # the exporters raise whatever they meet
-        raise ExportError(f"{format} cannot take {type(function.model).__name__}: {headline(error)}") from error
+    except Exception as error:  # the exporters raise all kinds of errors
+        name = type(function.model).__name__
+        raise ExportError(f"{name} cannot be exported to {format}: {headline(error)}") from error
 
 
 def _describe(model: Any, function: ImageFunction, sample: Tensor, given: Any) -> tuple[dict[str, str], str | None]:
-    """What the file says of itself, and where its image processor is from."""
+    """Metadata of the file, and the origin of its image processor."""
     processor, origin = (given, "as it was given") if given is not None else find_image_processor(model)
     fitting = None if processor is None else fit_processor(processor, sample.shape[1:])
     if given is not None and fitting is None:
         raise ExportError(
             f"`image_processor`: {type(given).__name__} does not make images of {list(sample.shape[1:])}, which the "
-            "file takes. Give another one, or another `image_size`."
+            "file needs. Pass another one, or another `image_size`."
         )
     description = describe_model(function.model, sample.shape[1:], fitting)
     return description, None if fitting is None else origin
@@ -149,7 +151,7 @@ def _report(
 
 
 def _count_tokens(function: ImageFunction, block: str, sample: Tensor) -> int:
-    """Tokens that go into the first block."""
+    """Number of tokens in the first block."""
     seen: list[int] = []
     handle = function.model.get_submodule(block).register_forward_pre_hook(
         lambda _, args, kwargs: seen.append((args[0] if args else kwargs["hidden_states"]).shape[1]), with_kwargs=True
@@ -164,7 +166,7 @@ def _count_tokens(function: ImageFunction, block: str, sample: Tensor) -> int:
 def _checked(
     report: ExportReport, model: Any, function: ImageFunction, image_size: int | tuple[int, int] | None
 ) -> ExportReport:
-    """The report with what the file gives and takes."""
+    """The report with the file's accuracy and time."""
     fixed = report.input_shape[0]
     images = function.sample(fixed or _TIMED_BATCH, image_size)
     written: Run = FORMATS[report.format].load(report.path)
@@ -175,8 +177,8 @@ def _checked(
     difference, scale = max(found)
     if not report.quantize and difference > TOLERANCE * scale:
         raise ExportError(
-            f"{report.path} was written, but its outputs are {difference:.1e} away from PyTorch's, more than "
-            f"{TOLERANCE * scale:.1e}, on random images. Do not use it; `check=False` writes it without a look."
+            f"{report.path} was written, but its outputs differ by {difference:.1e} from PyTorch's, more than "
+            f"{TOLERANCE * scale:.1e}, on random images. Do not use it; `check=False` skips this check."
         )
     runs = {"reduced": written}
     with tempfile.TemporaryDirectory() as folder:

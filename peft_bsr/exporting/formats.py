@@ -1,4 +1,4 @@
-"""The file formats: how a model is written in each, and how its file is run."""
+"""The file formats: how each is written and run."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ class Format:
     """One file format.
 
     Attributes:
-        ending: Of its files' names.
-        write: (model, sample images, path, whether a batch of any size must run).
+        ending: File extension.
+        write: (model, sample images, path, whether the batch size is dynamic).
         load: path -> a function of images that runs the file.
-        packages: What it needs, as they are imported.
-        install: How to get them.
-        any_batch: Whether a file can take batches of any size.
-        takes_threads: Whether `load` runs it on `torch.get_num_threads()` threads, not on as many as it likes.
+        packages: Required packages, by import name.
+        install: Command that installs them.
+        any_batch: Whether the batch size can be dynamic.
+        takes_threads: Whether `load` runs it on `torch.get_num_threads()` threads.
     """
 
     ending: str
@@ -45,10 +45,10 @@ class Format:
     takes_threads: bool = True
 
     def check_installed(self, name: str) -> None:
-        """Raise what is missing.
+        """Check that the required packages are installed.
 
         Raises:
-            ExportError: Naming the packages and how to install them.
+            ExportError: If not; it names the packages and how to install them.
         """
         missing = [package for package in self.packages if importlib.util.find_spec(package) is None]
         if missing:
@@ -56,7 +56,7 @@ class Format:
 
 
 def trace(model: ImageFunction, sample: Tensor, is_any_batch: bool) -> torch.export.ExportedProgram:
-    """The model's graph, by `torch.export`: static but for the batch."""
+    """The model's graph by `torch.export`, static except for the batch size."""
     dimensions = {0: torch.export.Dim("batch")} if is_any_batch else None
     with torch.no_grad(), _quiet():
         return torch.export.export(model, (sample,), dynamic_shapes=(dimensions,))
@@ -94,11 +94,11 @@ def _load_onnx(path: Path) -> Run:
 
 
 def open_onnx(path: Path, providers: Sequence[str] = ("CPUExecutionProvider",)) -> Any:
-    """A session of onnxruntime, on as many threads as torch.
+    """An onnxruntime session with as many threads as torch.
 
     Args:
         path: An ONNX file.
-        providers: Names of what computes, first choice first.
+        providers: Names of execution providers, in order of preference.
     """
     import onnxruntime
 
@@ -108,10 +108,10 @@ def open_onnx(path: Path, providers: Sequence[str] = ("CPUExecutionProvider",)) 
 
 
 def quantize_onnx(path: Path, to: Path) -> None:
-    """Weights of Linear modules in int8, a scale for each output; what they multiply is quantised as it comes.
+    """Quantise weights of Linear modules to int8, with one scale per output and dynamic quantisation of activations.
 
-    Those that take more than they give stay in fp32: behind an MLP's activation a few values are so large that one
-    scale for all loses the rest.
+    Linear modules with more inputs than outputs stay in fp32: after an MLP's activation a few values are so large that
+    a common scale would lose the others.
 
     Args:
         path: An ONNX file.
@@ -163,14 +163,14 @@ def _load_executorch(path: Path) -> Run:
 
 
 def _is_large(model: ImageFunction) -> bool:
-    """Whether the weights do not fit into one protobuf file, which ends at 2 GiB."""
+    """Whether the weights are too large for one protobuf file (2 GiB)."""
     return sum(p.nbytes for p in model.parameters()) > 2**31 - 2**27
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporters print their progress, and warn about themselves."""
-    logger = logging.getLogger(ONNX_REGISTRATION_LOGGER)  # that torchvision is not there
+    """Silence the exporters' progress output and warnings."""
+    logger = logging.getLogger(ONNX_REGISTRATION_LOGGER)  # it warns that torchvision is missing
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:

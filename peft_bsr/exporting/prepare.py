@@ -1,4 +1,4 @@
-"""A model as a file format takes it: merged weights, reduction active, one tensor in, a tuple of tensors out."""
+"""A model prepared for export: merged weights, active reduction, one tensor in, a tuple of tensors out."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from peft_bsr.tuners.base.tuner import MethodTuner
 
 
 class ImageFunction(nn.Module):
-    """A model as a function of its images alone.
+    """A model as a function of its images.
 
     Args:
-        model: In evaluation mode.
-        plan: What is done to its tokens.
+        model: The model, in evaluation mode.
+        plan: Plan of the token reduction.
 
     Attributes:
-        input_name: What the model calls its images, `"pixel_values"` as a rule.
+        input_name: The model's name for its images, usually `"pixel_values"`.
     """
 
     def __init__(self, model: nn.Module, plan: Plan) -> None:
@@ -35,11 +35,11 @@ class ImageFunction(nn.Module):
         self.input_name = main_input(model)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Images [B, C, H, W] -> the model's outputs, without those that are no tensors."""
+        """Images [B, C, H, W] -> the model's outputs that are tensors."""
         return tuple(self.named_outputs(images).values())
 
     def named_outputs(self, images: Tensor) -> dict[str, Tensor]:
-        """The same by the names that the model gives them: `"logits"`, `"last_hidden_state"`, ..."""
+        """The outputs by name: `"logits"`, `"last_hidden_state"`, ..."""
         output = self.model(**{self.input_name: images})
         return {name: value for name, value in output.items() if isinstance(value, Tensor)}
 
@@ -48,20 +48,22 @@ class ImageFunction(nn.Module):
 
         Args:
             batch_size: B.
-            image_size: Pixels, one number or (height, width); None = what the model's config says.
+            image_size: Pixels, one number or (height, width); None: that of the model's config.
 
         Raises:
-            ExportError: If the model takes more than images, or none of a size.
+            ExportError: If the model has other inputs, or no image size.
         """
         if find_rule(self.model).probe_inputs is not None:
             raise ExportError(
-                f"{type(self.model).__name__} takes more than one input (see its FamilyRule); what is exported takes "
-                "images alone. Wrap the model in a module that makes the other inputs."
+                f"{type(self.model).__name__} takes more than one input (see its FamilyRule); an exported file takes "
+                "images only. Wrap the model in a module that makes the other inputs."
             )
         shape = input_shapes(self.model)[-1]
         if image_size is not None:
             if len(shape) != 3 or self.input_name != "pixel_values":
-                raise ExportError(f"`image_size={image_size!r}` is for models of images; this one takes {shape}.")
+                raise ExportError(
+                    f"`image_size={image_size!r}` works with image models only; the input of this one is {shape}."
+                )
             shape = (shape[0], *((image_size, image_size) if isinstance(image_size, int) else image_size))
         return torch.randn(batch_size, *shape, generator=torch.Generator().manual_seed(0))
 
@@ -71,17 +73,17 @@ def to_image_function(
 ) -> ImageFunction:
     """A copy of `model` on the CPU in fp32, with its active adapter's weights merged and its reduction active.
 
-    What has nothing to merge into (queries, heads of tasks, mixtures of experts) stays as it is.
+    Parts that cannot be merged (queries, heads of tasks, mixtures of experts) stay in the model.
 
     Args:
         model: From `get_peft_model` or `PeftModel.from_pretrained`; it is not changed.
-        all_tokens: Leave the token reduction out.
+        all_tokens: Whether to disable token reduction.
         image_size: Pixels, see `peft_bsr.set_image_size`. Default None: the model's.
 
     Raises:
         ConfigError: If `image_size` does not fit the model.
         ExportError: If the model has no adapter of ours, or several tasks.
-        UnsupportedModelError: If the model takes no images of `image_size`.
+        UnsupportedModelError: If the model cannot take images of `image_size`.
     """
     tuner = getattr(model, "base_model", None)
     if not isinstance(tuner, MethodTuner):
@@ -93,8 +95,8 @@ def to_image_function(
     tasks = [task.name for task in getattr(tuner.peft_config[name], "tasks", None) or ()]
     if len(tasks) > 1:
         raise ExportError(
-            f"Adapter {name!r} has the tasks {tasks}; a file answers one. Write one of them as an adapter of its own "
-            f"with `export_task(model, {tasks[0]!r}, folder)`, load it and export that."
+            f"Adapter {name!r} has the tasks {tasks}; a file has one. Save one of them as a separate adapter with "
+            f"`export_task(model, {tasks[0]!r}, folder)`, load it and export that."
         )
     if all_tokens or not tuner.reduces_in_evaluation:
         plan = plan.without_reductions()

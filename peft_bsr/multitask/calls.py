@@ -1,4 +1,4 @@
-"""What a forward of a model with tasks is asked, read from its arguments."""
+"""The tasks and labels of a forward, read from its arguments."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from peft_bsr.core import TaskCall
 from peft_bsr.errors import AdapterError
 from peft_bsr.multitask.config import TaskConfig
 
-_OWN = ("task", "task_ids")  # keywords of calls that the model itself does not know
+_OWN = ("task", "task_ids")  # keyword arguments that the model itself does not take
 
 
 @dataclass(eq=False)
@@ -22,11 +22,11 @@ class ImageCall(TaskCall):
     """A call on images.
 
     Attributes:
-        rows: Index of each task in the batch -> its images, [b] int64 on the images' device; None = all of them.
+        rows: Index of each task in the batch -> indices of its images, [b] int64 on the images' device; None: all.
         places: The same as Python numbers.
-        labels: As they were given.
-        num_items: What the Trainer counts in the labels of all batches of an accumulated step, if it told.
-        grid: (rows, columns) of the images' patches, where the model has such a grid.
+        labels: Labels as they were passed.
+        num_items: Trainer's number of label items in all batches of an accumulated step, if it was passed.
+        grid: (rows, columns) of the images' patches, if the model has such a grid.
     """
 
     rows: dict[int, Tensor | None] = field(default_factory=dict)
@@ -36,7 +36,7 @@ class ImageCall(TaskCall):
     grid: tuple[int, int] | None = None
 
     def labels_of(self, task: TaskConfig, index: int) -> Any:
-        """Labels of one task, at that index among the adapter's; None where there are none."""
+        """Labels of a task, given by its index among the adapter's tasks; None if there are none."""
         labels, rows = self.labels, self.rows[index]
         if isinstance(labels, dict):
             return labels.get(task.name)
@@ -47,14 +47,14 @@ class ImageCall(TaskCall):
         return torch.stack([torch.as_tensor(labels[place]) for place in self.places[index]])
 
     def num_images(self, batch: int) -> Any:
-        """Images to take the mean over: those of the batch, or of all batches of an accumulated step."""
+        """Number of images that the loss is averaged over: the batch, or all batches of an accumulated step."""
         if self.num_items is None or not isinstance(self.labels, Tensor):
             return batch
         return self.num_items / (self.labels.numel() / len(self.labels))
 
 
 def without_tasks(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The keywords that the model itself knows."""
+    """The keyword arguments without `task` and `task_ids`."""
     return {name: value for name, value in kwargs.items() if name not in _OWN}
 
 
@@ -65,18 +65,19 @@ def read_call(
     kwargs: dict[str, Any],
     num_images: int | None = None,
 ) -> tuple[ImageCall, dict[str, Any]]:
-    """What is asked, and the keywords that are left for the model itself.
+    """The tasks and labels of a call, and the keyword arguments for the model itself.
 
     Args:
-        tasks: The adapter's.
-        column: The model's.
-        args: Of the call.
-        kwargs: Its keywords; `task` (a name, or one for each image), `task_ids` (indices, [B]), `labels` and the
-            Trainer's `num_items_in_batch` are taken.
-        num_images: Where the forward begins at cached tokens of so many; default those of the call.
+        tasks: Tasks of the adapter.
+        column: Description of the model.
+        args: Positional arguments of the call.
+        kwargs: Keyword arguments; `task` (a name, or one per image), `task_ids` (indices [B]), `labels` and Trainer's
+            `num_items_in_batch` are removed.
+        num_images: Number of images in cached tokens, if the forward starts from a cache. Default None: that of the
+            call.
 
     Raises:
-        AdapterError: If no task or an unknown one is named.
+        AdapterError: If no task or an unknown task is named.
     """
     images = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.ndim > 1), None)
     assert images is not None, "a vision model is called with images"
@@ -120,12 +121,12 @@ def _indices(tasks: Sequence[TaskConfig], task: Any, task_ids: Any, batch: int) 
     if unknown := sorted({repr(a) for a in asked if a not in (names if task is not None else range(len(names)))}):
         what = "`task`" if task is not None else "`task_ids`"
         raise AdapterError(
-            f"{what} asks for {', '.join(unknown)}, but the tasks of this adapter are {names}"
+            f"{what} has {', '.join(unknown)}, but the tasks of this adapter are {names}"
             + ("." if task is not None else f" (0 to {len(names) - 1}).")
         )
     is_whole_batch = isinstance(task, str) or (task_ids is not None and not isinstance(given, (list, tuple)))
     if not is_whole_batch and len(asked) != batch:
-        raise AdapterError(f"{len(asked)} tasks were given for {batch} images. Give one, or one for each image.")
+        raise AdapterError(f"{len(asked)} tasks were given for {batch} images. Give one, or one per image.")
     return [names.index(a) if task is not None else int(a) for a in asked]
 
 

@@ -1,4 +1,4 @@
-"""What tasks there are, and what their mixtures of experts are made of."""
+"""Configuration of tasks and mixtures of experts."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ class TaskConfig:
     """One task.
 
     Attributes:
-        name: What calls and outputs name it by.
-        num_outputs: Classes, or numbers.
-        kind: `"classification"` (labels [B] int) and `"regression"` (labels [B, num_outputs]) read what the model's
-            classifier reads; `"segmentation"` (labels [B, height, width] int, 255 is ignored) and `"regression_map"`
-            (labels [B, num_outputs, height, width], what is not finite is ignored) read each patch of the last block,
-            and keep the sequence whole (`mode="full_view"`).
+        name: Name of the task in calls and outputs.
+        num_outputs: Number of classes or values.
+        kind: `"classification"` (labels [B] int) and `"regression"` (labels [B, num_outputs]) have the input of the
+            model's classifier. `"segmentation"` (labels [B, height, width] int, 255 is ignored) and `"regression_map"`
+            (labels [B, num_outputs, height, width], values that are not finite are ignored) read each patch of the last
+            block and need the whole sequence (`mode="full_view"`).
 
     Raises:
-        ConfigError: Naming every value that cannot be.
+        ConfigError: If values are invalid; it names all of them.
     """
 
     name: str
@@ -46,10 +46,10 @@ class TaskConfig:
     def __post_init__(self) -> None:
         problems = []
         if not isinstance(self.name, str) or not self.name:
-            problems.append(f"`name={self.name!r}` must be a text.")
+            problems.append(f"`name={self.name!r}` must be a string.")
         if not is_whole(self.num_outputs, 1, MOST_CLASSES):
             problems.append(
-                f"task {self.name!r}: `num_outputs={self.num_outputs!r}` must be a whole number, 1 to {MOST_CLASSES}."
+                f"task {self.name!r}: `num_outputs={self.num_outputs!r}` must be an integer from 1 to {MOST_CLASSES}."
             )
         if self.kind not in get_args(TaskKind):
             kinds = ", ".join(map(repr, get_args(TaskKind)))
@@ -59,32 +59,32 @@ class TaskConfig:
 
     @property
     def is_dense(self) -> bool:
-        """Whether every patch gets an output of its own."""
+        """Whether every patch has its own output."""
         return self.kind in ("segmentation", "regression_map")
 
 
 @dataclass
 class MoEConfig:
-    """Mixtures of experts in the place of the trained blocks' MLPs.
+    """Mixtures of experts that replace the MLPs of the trained blocks.
 
-    Source: the multitask part of BSR (arXiv 2405.10951). Departure: `renormalize=True`, so that training starts at the
-    dense model; the release starts each layer at about `top_k / num_experts` of its MLP.
+    Source: the multitask part of BSR (arXiv 2405.10951). Departure: `renormalize=True`, so that training starts with
+    the outputs of the dense model; the release starts each layer at about `top_k / num_experts` of its MLP.
 
     Args:
-        num_experts: E. Default 16.
-        top_k: Experts that compute a token. Default 4.
-        renormalize: Whether a token's weights sum to 1. Default True; the release does not.
-        expert_type: `"full"`: every expert is a copy of the pretrained MLP, all of it trains. `"lora"`: one MLP that
-            all experts share (it trains as blocks do without experts) and a low-rank update of each expert. Its second
-            Linear runs once, on the weighted sum; its bias counts once, whatever the weights sum to.
-        r: Rank of the update, `expert_type="lora"` only. Default 8.
+        num_experts: Number of experts E. Default 16.
+        top_k: Number of experts per token. Default 4.
+        renormalize: Whether a token's weights sum to 1. Default True; the release does not renormalise.
+        expert_type: `"full"`: every expert is a trained copy of the pretrained MLP. `"lora"`: all experts share one MLP
+            (trained as in blocks without experts), and each has a low-rank update. The second Linear runs once, on the
+            weighted sum; its bias is added once, whatever the weights sum to.
+        r: Rank of the update, for `expert_type="lora"`. Default 8.
         lora_alpha: The update is scaled by `lora_alpha / r`. Default 16.
-        balance_weight: Of the balance loss, which is added in training. M3ViT's is 0.01. Default 0, as in the release.
+        balance_weight: Weight of the balance loss in training; 0.01 in M3ViT. Default 0, as in the release.
         noise: Standard deviation of noise on the gates' logits in training, times `num_experts`. Default 0.
-        dropout: Of the experts' hidden activations in training. Default 0.
+        dropout: Dropout rate of the experts' hidden activations. Default 0.
 
     Raises:
-        ConfigError: Naming every value that cannot be.
+        ConfigError: If values are invalid; it names all of them.
 
     Examples:
         >>> MoEConfig(num_experts=8, top_k=2).expert_type
@@ -104,7 +104,7 @@ class MoEConfig:
     def __post_init__(self) -> None:
         problems = check_whole(self, "num_experts", "top_k", "r")
         if not problems and self.top_k > self.num_experts:
-            problems.append(f"`top_k={self.top_k}` asks for more than the `num_experts={self.num_experts}` there are.")
+            problems.append(f"`top_k={self.top_k}` must not be larger than `num_experts={self.num_experts}`.")
         problems += check_flags(self, "renormalize")
         if self.expert_type not in get_args(ExpertType):
             problems.append(f"`expert_type={self.expert_type!r}` is unknown. Use 'full' or 'lora'.")
@@ -116,10 +116,10 @@ class MoEConfig:
 
 
 def read_moe(value: Any) -> tuple[MoEConfig | None, list[str]]:
-    """A config's `moe` as `MoEConfig`, and what is wrong with it.
+    """A config's `moe` as `MoEConfig`, and its problems.
 
     Args:
-        value: `MoEConfig`, None, or the dict that a file has.
+        value: `MoEConfig`, None, or a dict from a file.
     """
     if value is None or isinstance(value, MoEConfig):
         return value, []
@@ -132,10 +132,11 @@ def read_moe(value: Any) -> tuple[MoEConfig | None, list[str]]:
 
 
 def read_tasks(value: Any) -> tuple[list[TaskConfig] | None, list[str]]:
-    """A config's `tasks` in order, and what is wrong with them.
+    """A config's `tasks` in order, and their problems.
 
     Args:
-        value: None; name -> number of classes, settings of a `TaskConfig` or one; or a list of these with their names.
+        value: None; a dict from name to a number of classes, to settings of a `TaskConfig`, or to a `TaskConfig`; or a
+            list of `TaskConfig`s or their settings.
     """
     if value is None:
         return None, []
@@ -160,7 +161,7 @@ def read_tasks(value: Any) -> tuple[list[TaskConfig] | None, list[str]]:
 
 
 def check_weights(weights: Any, tasks: list[TaskConfig] | None) -> list[str]:
-    """What is wrong with a config's `task_weights`."""
+    """Problems of a config's `task_weights`."""
     if weights is None:
         return []
     names = [task.name for task in tasks or ()]
@@ -182,7 +183,7 @@ def _tried(cls: Any, settings: Mapping[str, Any], name: str) -> tuple[Any, list[
     except ConfigError as error:
         return None, [f"`{name}`: {str(error).partition(': ')[2]}"]
     except TypeError as error:
-        return None, [f"`{name}` has an entry {dict(settings)!r} that is not understood: {error}."]
+        return None, [f"`{name}` has an entry {dict(settings)!r} that is invalid: {error}."]
 
 
 __all__ = ["ExpertType", "MoEConfig", "TaskConfig", "TaskKind", "check_weights", "read_moe", "read_tasks"]

@@ -1,4 +1,4 @@
-"""A head for each task in the classifier's place, and their losses.
+"""A head for each task instead of the classifier, and their losses.
 
 Shapes: B images, b of them of one task, N tokens, P prefix tokens, D width, C outputs, h x w patches.
 """
@@ -23,7 +23,7 @@ class DenseHead(nn.Module):
     """Norm and a linear map on every patch of the last block.
 
     Args:
-        norm: A LayerNorm of width D to start from, the backbone's final one, or None for a new one.
+        norm: Initial LayerNorm of width D (the backbone's final norm), or None for a new one.
         width: D.
         num_outputs: C.
         num_prefix: P.
@@ -46,10 +46,10 @@ class DenseHead(nn.Module):
 
 
 class TaskHeads(nn.Module):
-    """Heads in the order of the tasks. What they read of the running forward comes from its call.
+    """Heads in the order of the tasks. They read the tasks of the batch from the current forward's call.
 
     Args:
-        heads: One a task.
+        heads: One per task.
         tasks: The tasks.
         context: Shared with the controllers.
     """
@@ -61,20 +61,20 @@ class TaskHeads(nn.Module):
         self.context = context
 
     def forward(self, pooled: Tensor) -> dict[str, Tensor]:
-        """Outputs of the tasks in the batch, by their names.
+        """Outputs of the tasks in the batch, by name.
 
-        Heads that the batch has nothing for get gradients of zero, so that no process of a distributed run waits for
-        another's, and a step is the same on any number of them.
+        Heads without images in the batch get gradients of zero, so that no process of a distributed run waits for
+        another, and a step does not depend on the number of processes.
 
         Args:
-            pooled: [B, width], what the classifier reads.
+            pooled: [B, width], the input of the classifier.
 
         Raises:
-            ForwardError: If it was called outside of the model's forward.
+            ForwardError: If it is called outside of the model's forward.
         """
         call = self.context.now.call
         if not isinstance(call, ImageCall):
-            raise ForwardError("the heads of the tasks were called without a forward of the model. Call the model.")
+            raise ForwardError("the task heads were called outside of the model's forward. Call the model.")
         outputs: dict[str, Tensor] = {}
         unused: list[Tensor] = [p for i, head in enumerate(self.heads) if i not in call.rows for p in head.parameters()]
         for index, rows in call.rows.items():
@@ -93,13 +93,13 @@ class TaskHeads(nn.Module):
 
 
 def new_head(task: TaskConfig, in_features: int, width: int, norm: nn.LayerNorm | None, num_prefix: int) -> nn.Module:
-    """A head that has not learned anything: weights N(0, .02), biases 0.
+    """A new head with weights N(0, .02) and biases 0.
 
     Args:
-        task: What it is for.
-        in_features: Of what the classifier reads.
+        task: The task.
+        in_features: Input width of the classifier.
         width: D.
-        norm: The backbone's final one, for dense heads.
+        norm: The backbone's final norm, for dense heads.
         num_prefix: P.
     """
     if task.is_dense:
@@ -122,17 +122,17 @@ def task_loss(task: TaskConfig, output: Tensor, labels: Any) -> Tensor:
 
     Args:
         task: The task.
-        output: [b, C], of dense tasks [b, C, h, w].
+        output: [b, C], or [b, C, h, w] for dense tasks.
         labels: See `TaskConfig`.
 
     Raises:
-        AdapterError: If there is not one label for each image.
+        AdapterError: If the number of labels is not the number of images.
     """
     labels = torch.as_tensor(labels).to(output.device, non_blocking=True)
     if labels.ndim == 0 or len(labels) != len(output):
         raise AdapterError(
             f"Task {task.name!r} has {len(output)} images in this batch, but `labels` for it have the shape "
-            f"{tuple(labels.shape)}. Give one label an image; with several tasks, a tensor over the whole batch, or a "
+            f"{tuple(labels.shape)}. Give one label per image; with several tasks, a tensor over the whole batch, or a "
             "dict of task -> labels."
         )
     output = output.float()
@@ -144,7 +144,7 @@ def task_loss(task: TaskConfig, output: Tensor, labels: Any) -> Tensor:
         return loss / (labels != ignored).sum().clamp_min(1)
     target = labels.to(output.dtype).reshape(output.shape)
     valid = target.isfinite()
-    target = torch.where(valid, target, output.detach())  # no error; picking the valid ones would make the host wait
+    target = torch.where(valid, target, output.detach())  # no error; selecting the valid ones would make the host wait
     return mse_loss(output, target, reduction="sum") / valid.sum().clamp_min(1)
 
 

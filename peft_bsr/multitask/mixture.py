@@ -1,4 +1,4 @@
-"""The mixture of experts in the place of one block's MLP.
+"""The mixture of experts that replaces the MLP of a block.
 
 Shapes: B images, N tokens, n = B * N, D width, F hidden width of the MLP, E experts, r rank, T tasks.
 """
@@ -19,7 +19,7 @@ from peft_bsr.multitask.config import MoEConfig
 
 @dataclass(frozen=True)
 class PlainMLP:
-    """The parts of a block's own MLP, as they are called.
+    """The parts of a block's own MLP, as functions.
 
     Attributes:
         first: D -> F.
@@ -33,12 +33,12 @@ class PlainMLP:
 
 
 class FullExperts(nn.Module):
-    """Experts that are MLPs of their own, stacked; all start as the pretrained one.
+    """Experts that are separate MLPs, stacked; all start as copies of the pretrained MLP.
 
     Args:
         first: Weight [F, D] and bias [F] or None.
         second: Weight [D, F] and bias [D] or None.
-        config: Of the mixture.
+        config: Configuration of the mixture.
     """
 
     first_weight: Tensor
@@ -69,12 +69,12 @@ class FullExperts(nn.Module):
 class LowRankExperts(nn.Module):
     """Experts that share one MLP and each add a low-rank update to its two Linear modules; updates start at zero.
 
-    The second Linear is the same for all, so it runs once, on the weighted sum of what the experts make of a token.
+    The second Linear is shared, so it runs once, on the weighted sum of the experts' hidden states of a token.
 
     Args:
         width: D.
         hidden_width: F.
-        config: Of the mixture.
+        config: Configuration of the mixture.
         like: A tensor whose dtype and device the experts get.
     """
 
@@ -115,10 +115,10 @@ class Mixture(nn.Module):
     """A gate for each task, and experts that all tasks share.
 
     Args:
-        experts: Run on the tokens that were routed to them.
+        experts: The experts.
         num_tasks: T.
         width: D.
-        config: Of the mixture.
+        config: Configuration of the mixture.
         like: A tensor whose dtype and device the gates get.
     """
 
@@ -131,13 +131,13 @@ class Mixture(nn.Module):
         self.gates = nn.Parameter(new_gates(num_tasks, config.num_experts, width, like))
 
     def forward(self, tokens: Tensor, call: TaskCall, index: int, mlp: PlainMLP) -> Tensor:
-        """Run the experts, and leave in `call` what the end of the forward asks for.
+        """Run the experts, and store balance loss and usage in `call` for the end of the forward.
 
         Args:
-            tokens: [B, N, D], behind the block's norm.
-            call: Which tasks the images are of.
-            index: Of the block.
-            mlp: The block's own.
+            tokens: [B, N, D], after the block's norm.
+            call: Tasks of the images.
+            index: Index of the block.
+            mlp: The block's own MLP.
 
         Returns:
             [B, N, D].
@@ -157,7 +157,7 @@ class Mixture(nn.Module):
 
 
 def new_gates(num_tasks: int, num_experts: int, width: int, like: Tensor) -> Tensor:
-    """Gates [T, E, D] as `nn.Linear` starts: logits of normed tokens have a standard deviation of about 0.6."""
+    """Gates [T, E, D] initialized as `nn.Linear`: logits of normed tokens have a standard deviation of about 0.6."""
     gates = torch.empty(num_tasks, num_experts, width, dtype=like.dtype, device=like.device)
     return nn.init.uniform_(gates, -(width**-0.5), width**-0.5)
 

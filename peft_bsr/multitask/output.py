@@ -1,4 +1,4 @@
-"""What a model with tasks returns."""
+"""Output of a model with tasks."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class MultitaskOutput(ModelOutput):
 
     Attributes:
         loss: Mean over the images of their task's weight times its loss, plus the weighted balance loss; with labels.
-        logits: Output of the batch's task, [B, C] or [B, C, h, w]; of several tasks, name -> output of its images.
-        task_losses: Name -> loss before weighing, of several tasks.
-        rows: Name -> its images' places in the batch, [b] int64, of several tasks.
-        hidden_states: As the model gives them, if asked.
-        attentions: Likewise.
+        logits: Output of the batch's task, [B, C] or [B, C, h, w]; for several tasks, name -> output of its images.
+        task_losses: Name -> unweighted loss, for several tasks.
+        rows: Name -> indices of its images in the batch, [b] int64, for several tasks.
+        hidden_states: The model's hidden states, with `output_hidden_states=True`.
+        attentions: The model's attention weights, with `output_attentions=True`.
 
-    `task` is the batch's task, or the list of them: a plain attribute, not one of the keys, because it is no tensor.
+    `task` is the task or the list of tasks of the batch: a plain attribute, not a key, because it is not a tensor.
     """
 
     loss: Tensor | None = None
@@ -42,14 +42,14 @@ class MultitaskOutput(ModelOutput):
 def collect_output(
     tasks: Sequence[TaskConfig], weights: Mapping[str, float], balance_weight: float, call: ImageCall, stock: Any
 ) -> MultitaskOutput:
-    """Make the output of a forward that has ended.
+    """Build the output at the end of a forward.
 
     Args:
-        tasks: The adapter's.
-        weights: Name -> weight of its loss; 1 where there is none.
-        balance_weight: Of the balance loss.
-        call: What was asked.
-        stock: What the model returned, with the heads' outputs by name in the place of logits.
+        tasks: Tasks of the adapter.
+        weights: Name -> weight of its loss, 1 if missing.
+        balance_weight: Weight of the balance loss.
+        call: Tasks and labels of the forward.
+        stock: The model's output, with the heads' outputs by name as logits.
 
     Raises:
         AdapterError: If labels do not fit, or the balance loss would have no gradient.
@@ -95,7 +95,7 @@ def _balance(call: ImageCall) -> Tensor:
     balance = torch.stack(list(call.balance.values())).mean()
     if torch.is_grad_enabled() and not balance.requires_grad:
         raise AdapterError(
-            "`balance_weight` asks for a loss on the gates, but reentrant gradient checkpointing runs the blocks "
+            "`balance_weight` adds a loss on the gates, but reentrant gradient checkpointing runs the blocks "
             'without a graph. Use `gradient_checkpointing_kwargs={"use_reentrant": False}`, or `balance_weight=0`.'
         )
     return balance

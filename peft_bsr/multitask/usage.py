@@ -1,4 +1,4 @@
-"""Watching which experts are used."""
+"""Recording which experts are used."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def record_usage(model: nn.Module) -> Iterator[dict[int, Tensor]]:
         Block -> counts [T, E] int64, tasks in the order of the config; filled as forwards run.
 
     Raises:
-        AdapterError: If the model carries none of our adapters.
+        AdapterError: If the model has no adapter of ours.
 
     Examples:
         >>> with record_usage(model) as usage:  # doctest: +SKIP

@@ -1,4 +1,4 @@
-"""Predictions of adapters, of plain models of transformers and of ONNX files: one path from an image to an answer."""
+"""Predictions of adapters, transformers models and ONNX files."""
 
 from peft_bsr.prediction.answers import Prediction, to_prediction
 from peft_bsr.prediction.entry import predict

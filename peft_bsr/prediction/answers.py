@@ -1,4 +1,4 @@
-"""What a model's outputs for one image mean."""
+"""From a model's outputs for one image to a prediction."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ THRESHOLD = 0.5  # of a probability, for several labels
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model says of one image.
+    """A model's prediction for one image.
 
     Attributes:
-        file: Its name; `row 3` where it has none.
-        labels: Names of classes, the most probable first; of a regression, the names of its values in their order.
-        classes: Their numbers, as in the model's configuration.
-        probabilities: Of `labels`: of several exclusive classes (softmax), or each by itself (sigmoid). Empty for a
+        file: File name, or `row 3` if there is none.
+        labels: Names of classes, the most probable first; for a regression, the names of its values in order.
+        classes: Indices of `labels`, as in the model's configuration.
+        probabilities: Probabilities of `labels`: softmax for exclusive classes, sigmoid for several labels. Empty for a
             regression.
-        values: Of a regression. Empty for classes.
-        error: Why the image could not be read; all else is empty then. Or None.
+        values: Values of a regression. Empty for classes.
+        error: Why the image could not be read, or None. With an error, everything else is empty.
     """
 
     file: str
@@ -40,21 +40,21 @@ class Prediction:
 
     @property
     def probability(self) -> float | None:
-        """Of `label`, or None."""
+        """Probability of `label`, or None."""
         return self.probabilities[0] if self.probabilities else None
 
 
 def to_prediction(
     predictor: Predictor, file: str, outputs: Tensor | str, *, top_k: int | None = 1, threshold: float = THRESHOLD
 ) -> Prediction:
-    """The answer for one image.
+    """The prediction for one image.
 
     Args:
-        predictor: That gave the outputs.
+        predictor: The model.
         file: Name of the image.
-        outputs: [C] logits or values, or why there are none.
-        top_k: Number of classes, the most probable ones. None: all. Of a model for several labels only None counts.
-        threshold: Of a model for several labels: those at least so probable are given.
+        outputs: Logits or values [C], or the error if there are none.
+        top_k: Number of most probable classes. None: all. For several labels, only None has an effect: all labels.
+        threshold: Probability from which a label is predicted, for several labels.
     """
     if isinstance(outputs, str):
         return Prediction(file, error=outputs)

@@ -1,4 +1,4 @@
-"""`predict`: one call from images to answers."""
+"""`predict`: predictions for images in one call."""
 
 from __future__ import annotations
 
@@ -27,29 +27,30 @@ def predict(
     image_processor: Any = None,
     progress: bool = False,
 ) -> list[Prediction]:
-    """Classes, several labels, or values of images.
+    """Predict classes, several labels, or values of images.
 
     Args:
-        model: Folder or Hub id of an adapter or of a model of transformers, an `.onnx` file of `peft_bsr.export`, or a
-            model in memory, which runs where it is.
-        images: A file, a folder (all images in it, at any depth), a table or a dataset by name, an image of Pillow, a
-            list of files, folders or images, or a `datasets.Dataset` with a column `image`.
-        top_k: Number of classes, the most probable ones. Default 1; None: all, also of several labels.
-        threshold: Of a model for several labels: those at least so probable are given. Default 0.5.
-        batch_size: Images a call. Default 32.
-        workers: Processes that read images. Default None: 0 on a machine without a GPU, else 4 at most.
-        device: `"cpu"`, `"cuda"`, `"mps"`. Default None: what there is.
-        base: Base model of an adapter, where it does not name one that can be read.
-        image_processor: Of transformers, for a model in memory. Default None: the one beside its adapter, if
-            `peft_bsr.load` read it, or else its base model's own, where its files are on this machine.
-        progress: Whether to show a bar.
+        model: Folder or Hub id of an adapter or a transformers model, an `.onnx` file of `peft_bsr.export`, or a model
+            in memory, which runs on its device.
+        images: A file, a folder (all images in it, at any depth), a table or a dataset by name, a Pillow image, a list
+            of files, folders or images, or a `datasets.Dataset` with a column `image`.
+        top_k: Number of most probable classes. Default 1; None: all, also for several labels.
+        threshold: Probability from which a label is predicted, for several labels. Default 0.5.
+        batch_size: Images per forward. Default 32.
+        workers: Number of processes that read images. Default None: 0 without a GPU, otherwise at most 4.
+        device: `"cpu"`, `"cuda"`, `"mps"`. Default None: the best available.
+        base: Base model of an adapter, if the one it names cannot be read.
+        image_processor: A transformers image processor, for a model in memory. Default None: the one saved with the
+            adapter, if `peft_bsr.load` loaded it, or the base model's own, if its files are on this machine.
+        progress: Whether to show a progress bar.
 
     Returns:
-        One for each image, in their order. Those that cannot be read have an `error`, and a warning counts them.
+        One prediction per image, in order. Those of images that cannot be read have an `error`, and a warning gives
+        their number.
 
     Raises:
         DatasetError: If there are no images, or if none of them can be read.
-        HubError: If there is no such model, or if it gives no classes or values.
+        HubError: If there is no such model, or if it does not predict classes or values.
         InputError: If a model in memory has no image processor.
 
     Examples:
@@ -60,7 +61,7 @@ def predict(
         from peft_bsr.prediction.images import outputs_of, read_rows, row_name
     except ModuleNotFoundError as error:
         raise MissingDependencyError(
-            f"`predict` reads images by `{error.name}`, which is not installed. Run `pip install 'peft-bsr[cli]'`."
+            f"`predict` reads images with `{error.name}`, which is not installed. Run `pip install 'peft-bsr[cli]'`."
         ) from error
     if top_k is not None and top_k < 1:
         raise InputError(f"`top_k={top_k}` must be at least 1, or None for all.")
@@ -88,11 +89,11 @@ def predict(
 
 def _in_memory(model: Any, processor: Any, device: str | None) -> Predictor:
     if device is not None:
-        raise InputError(f"`device={device!r}`: a model in memory runs where it is. Move it: `model.to({device!r})`.")
+        raise InputError(f"`device={device!r}`: a model in memory stays on its device. Use `model.to({device!r})`.")
     if processor is None and hasattr(model, "peft_config"):
         processor, _ = find_image_processor(model)
     if processor is None:
-        raise InputError(f"{type(model).__name__} in memory has no image processor. Give it as `image_processor=`.")
+        raise InputError(f"{type(model).__name__} in memory has no image processor. Pass `image_processor=`.")
     return to_predictor(model, processor)
 
 

@@ -1,4 +1,4 @@
-"""Images in, a model's outputs out, one after the other; those that cannot be read are told, not raised."""
+"""A model's outputs for images, one after the other. Unreadable images give an error text, not an exception."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from peft_bsr.prediction.predictor import Predictor
 
 
 class Rows(Protocol):
-    """Rows by number, each with an `image`, see `peft_bsr.data.open_image`."""
+    """A sequence of rows, each with an `image`, see `peft_bsr.data.open_image`."""
 
     def __len__(self) -> int: ...
 
@@ -29,16 +29,16 @@ class Rows(Protocol):
 
 
 def read_rows(images: Any, *, image_column: str | None = None, split: str | None = None) -> Rows:
-    """Rows with an `image`, nothing decoded.
+    """Rows with an `image`, without decoding.
 
     Args:
-        images: A file, a folder, a table or a dataset by name, an image of Pillow, several of those, or a
+        images: A file, a folder, a table or a dataset by name, a Pillow image, several of those, or a
             `datasets.Dataset` with a column `image`.
         image_column: See `peft_bsr.data.load_unlabelled`.
-        split: The same.
+        split: See `peft_bsr.data.load_unlabelled`.
 
     Raises:
-        DatasetError: If there are none.
+        DatasetError: If there are no images.
     """
     if isinstance(images, Dataset):
         return stored(images).select_columns(["image"])
@@ -56,7 +56,7 @@ def row_name(rows: Rows, index: int) -> str:
 
     Args:
         rows: From `read_rows`.
-        index: Of the row.
+        index: Index of the row.
     """
     return image_name(rows[index]["image"]) or f"row {index}"
 
@@ -64,14 +64,14 @@ def row_name(rows: Rows, index: int) -> str:
 def outputs_of(
     predictor: Predictor, rows: Rows, *, batch_size: int = 32, workers: int | None = None, progress: bool = True
 ) -> Iterator[Tensor | str]:
-    """For each row in its order: the model's outputs [C], or why the image could not be read.
+    """For each row, in order: the model's outputs [C], or why the image could not be read.
 
     Args:
         predictor: The model.
         rows: From `read_rows`.
-        batch_size: Images a call. A predictor that takes only one number of images gets that.
-        workers: Processes that read images. Default None: 0 on a machine without a GPU, else 4 at most.
-        progress: Whether to show a bar.
+        batch_size: Images per forward. A predictor with a fixed batch size uses its own.
+        workers: Number of processes that read images. Default None: 0 without a GPU, otherwise at most 4.
+        progress: Whether to show a progress bar.
     """
     if workers is None:
         workers = min(4, os.cpu_count() or 1) if torch.accelerator.is_available() else 0
@@ -91,14 +91,14 @@ def outputs_of(
 
 
 def _run(predictor: Predictor, pixels: Tensor) -> Tensor:
-    """Outputs [B, C]; a batch that must be larger is filled with its last image."""
+    """Outputs [B, C]; a batch that is too small is padded with its last image."""
     missing = 0 if predictor.batch_size is None else predictor.batch_size - len(pixels)
     filled = torch.cat([pixels, pixels[-1:].expand(missing, -1, -1, -1)]) if missing else pixels
     return predictor.run(filled)[: len(pixels)]
 
 
 class _Pixels(TorchDataset):
-    """Each image as the model sees it [3, H, W], or why it cannot be read."""
+    """Each image as the model's input [3, H, W], or why it cannot be read."""
 
     def __init__(self, rows: Rows, processor: Any) -> None:
         self.rows, self.processor = rows, processor

@@ -1,4 +1,4 @@
-"""A model that answers: an adapter, a plain model of transformers, or an ONNX file, by the same few attributes."""
+"""A model to predict with: an adapter, a transformers model or an ONNX file, behind one interface."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from peft_bsr.problem_type import ProblemType
 
 @dataclass(frozen=True)
 class Predictor:
-    """A model that answers.
+    """A model to predict with.
 
     Attributes:
-        name: What it was asked for by.
-        labels: Names of its classes, or of its values, by number.
+        name: Name that was passed to `open_predictor`.
+        labels: Names of its classes, or of its values, by index.
         problem_type: As in transformers' configurations.
-        processor: Of transformers, makes an image what the model sees.
+        processor: A transformers image processor.
         run: Pixels [B, 3, H, W] -> logits or values [B, C], fp32, on the CPU.
-        batch_size: The only one that it takes, or None for any.
+        batch_size: The fixed batch size, or None for any.
     """
 
     name: str
@@ -44,22 +44,22 @@ class Predictor:
 def open_predictor(
     name: str | Path, *, base: str | Path | None = None, device: str | None = None, image_size: int | None = None
 ) -> Predictor:
-    """Read a model that answers.
+    """Load a model to predict with.
 
     Args:
-        name: Folder or Hub id of an adapter or of a model of transformers, or an `.onnx` file of `peft_bsr.export`.
-        base: Of an adapter, see `peft_bsr.load`.
-        device: `"cpu"`, `"cuda"`, `"mps"`. Default None: cuda, or else mps, or else cpu, whichever is there; for an
-            ONNX file cuda where onnxruntime has it, or else cpu.
-        image_size: Pixels of a side, see `peft_bsr.set_image_size`. Default None: those the model was trained at.
+        name: Folder or Hub id of an adapter or a transformers model, or an `.onnx` file of `peft_bsr.export`.
+        base: Base model of an adapter, see `peft_bsr.load`.
+        device: `"cpu"`, `"cuda"`, `"mps"`. Default None: cuda, mps or cpu, the first one available; for an ONNX file
+            cuda if onnxruntime has it, otherwise cpu.
+        image_size: Side length in pixels, see `peft_bsr.set_image_size`. Default None: the size in training.
 
     Raises:
         ConfigError: If `image_size` does not fit the model.
-        UnsupportedModelError: The same.
-        HubError: If there is no such model, if it does not tell classes apart or give values, or if it does not say
-            how its images are made.
+        UnsupportedModelError: If the model cannot take images of `image_size`.
+        HubError: If there is no such model, if it does not predict classes or values, or if it has no description of
+            its preprocessing.
         MissingDependencyError: If onnxruntime is needed and not installed.
-        UsageError: If there is no such device, or if an ONNX file is for another size.
+        UsageError: If there is no such device, or if an ONNX file has another image size.
     """
     if Path(name).suffix.lower() == ".onnx":
         return _open_onnx(Path(name).expanduser(), device, image_size)
@@ -70,7 +70,7 @@ def open_predictor(
         processor = at_size(load_image_processor(name, base=base), image_size)
         return to_predictor(adapted.to(device), processor, name=str(name))
     if MODEL not in files:
-        raise HubError(f"`{name}` has neither {MODEL} nor {ADAPTER}: it is no model and no adapter.")
+        raise HubError(f"`{name}` has neither {MODEL} nor {ADAPTER}: it is neither a model nor an adapter.")
     place = str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else str(name)
     try:
         model, report = AutoModelForImageClassification.from_pretrained(
@@ -82,7 +82,7 @@ def open_predictor(
     if report["missing_keys"]:
         raise HubError(
             f"`{name}` lacks weights of {type(model).__name__}, such as {sorted(report['missing_keys'])[0]}: it has "
-            "not been trained to tell classes apart. Give an adapter, or a model that has."
+            "not been trained as a classifier. Give an adapter, or a model that has."
         )
     if image_size is not None:
         set_image_size(model, image_size)
@@ -90,38 +90,38 @@ def open_predictor(
 
 
 def at_size(processor: Any, image_size: int | None) -> Any:
-    """An image processor that makes images of that size.
+    """An image processor with the given image size.
 
     Args:
-        processor: Of transformers. It is not changed.
-        image_size: Pixels of a side. None: as it is.
+        processor: A transformers image processor. It is not changed.
+        image_size: Side length in pixels. None: return `processor`.
 
     Raises:
-        HubError: If it makes no images.
+        HubError: If it cannot make images of that size.
     """
     fitting = processor if image_size is None else fit_processor(processor, (3, image_size, image_size))
     if fitting is None:
-        raise HubError(f"{type(processor).__name__} does not make images of {image_size} px. Leave the size out.")
+        raise HubError(f"{type(processor).__name__} cannot make images of {image_size} px. Do not pass a size.")
     return fitting
 
 
 def to_predictor(model: Any, processor: Any, *, name: str | None = None) -> Predictor:
-    """A model in memory that answers, in evaluation mode, on the device where it is.
+    """A predictor for a model in memory, in evaluation mode, on the model's device.
 
     Args:
-        model: A `PeftModel` or a model of transformers, with classes or values.
-        processor: Of transformers.
-        name: For messages. Default None: its class.
+        model: A `PeftModel` or a transformers model that predicts classes or values.
+        processor: A transformers image processor.
+        name: Name for messages. Default None: the model's class.
 
     Raises:
-        HubError: If it does not tell classes apart or give values.
+        HubError: If it does not predict classes or values.
     """
     name = name or type(model).__name__
     config: Any = getattr(model, "peft_config", {}).get(getattr(model, "active_adapter", None))
     if getattr(config, "attachment", None) is not None:
         task = task_of(config)
         if task.pipeline != "image-classification":
-            raise HubError(f"`{name}` gives no classes or values of images to predict. {task.words}")
+            raise HubError(f"`{name}` does not predict classes or values of images. {task.words}")
 
     def run(pixels: Tensor) -> Tensor:
         with in_mode(False, model), torch.no_grad():
@@ -134,17 +134,17 @@ def to_predictor(model: Any, processor: Any, *, name: str | None = None) -> Pred
 
 
 def find_device(asked: str | None) -> str:
-    """What was asked for, or what there is: cuda, mps or cpu.
+    """The requested device, or the best available: cuda, mps or cpu.
 
     Args:
-        asked: Default None.
+        asked: Name of the device. None: the best available.
 
     Raises:
         UsageError: If this machine has no such device.
     """
     there = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if asked not in (None, "cpu", there):
-        raise UsageError(f"`device {asked}`: this machine has none that torch can use. Use {there}.")
+        raise UsageError(f"`device {asked}`: this machine has no such device that torch can use. Use {there}.")
     return asked or there
 
 
@@ -159,7 +159,7 @@ def _open_onnx(path: Path, device: str | None, image_size: int | None) -> Predic
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers() and device in (None, "cuda"):
         providers = ["CUDAExecutionProvider", *providers]
     elif device not in (None, "cpu"):
-        raise UsageError(f"`device {device}`: this onnxruntime has the CPU only; `onnxruntime-gpu` has cuda.")
+        raise UsageError(f"`device {device}`: onnxruntime is installed for the CPU only; `onnxruntime-gpu` has cuda.")
     try:
         session = open_onnx(path, providers)
     except Exception as error:  # of onnxruntime, no common class
@@ -170,13 +170,13 @@ def _open_onnx(path: Path, device: str | None, image_size: int | None) -> Predic
     if missing:
         raise HubError(
             f"`{path}` does not describe {' and '.join(missing)}. Write it again: `peft-bsr export ADAPTER`, or "
-            "`peft_bsr.export(model, ..., image_processor=...)` of a model with classes."
+            "`peft_bsr.export(model, ..., image_processor=...)` with a model with classes."
         )
     (images,) = session.get_inputs()
     if image_size not in (None, *images.shape[-2:]):
         raise UsageError(
-            f"`image_size {image_size}`: `{path}` takes images of {images.shape[-2]} x {images.shape[-1]} px alone. "
-            f"Write one for that size: `peft-bsr export ADAPTER --image-size {image_size}`."
+            f"`image_size {image_size}`: `{path}` takes images of {images.shape[-2]} x {images.shape[-1]} px only. "
+            f"Export one for that size: `peft-bsr export ADAPTER --image-size {image_size}`."
         )
     fixed = images.shape[0] if isinstance(images.shape[0], int) else None
 

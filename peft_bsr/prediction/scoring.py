@@ -1,4 +1,4 @@
-"""What a model answers on labelled images, in figures: one function for `evaluate`, for `train` and for its card."""
+"""Evaluation on labelled images: one function for `evaluate`, `train` and the model card."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _KEYS, _SHOWN, _PAIRS, _WORST = ("precision", "recall", "f1", "images"), 20, 10,
 
 
 class Table(NamedTuple):
-    """A table for people.
+    """A table to print.
 
     Attributes:
-        title: Above.
-        columns: Headings.
-        rows: As many texts each.
+        title: Title.
+        columns: Column headings.
+        rows: Cells of each row.
         left: Indices of columns that are aligned left.
     """
 
@@ -41,14 +41,14 @@ class Table(NamedTuple):
 
 @dataclass(frozen=True)
 class Score(ABC):
-    """What a model answered on labelled images. Whoever shows it does not ask of which kind the model is.
+    """A model's outputs on labelled images, with metrics. Subclasses hide the kind of labels.
 
     Attributes:
         logits: [N, C].
-        labels: What is right: [N] numbers of classes, [N, C] of 0 and 1, or [N, C] values.
-        names: Of the C classes or values, by number.
+        labels: The true labels: class indices [N], 0 and 1 [N, C], or values [N, C].
+        names: Names of the C classes or values, by index.
         rows: The images, `{"image": ...}` each.
-        images_per_second: Reading them included.
+        images_per_second: Speed, including reading the images.
     """
 
     logits: Tensor
@@ -59,20 +59,20 @@ class Score(ABC):
 
     @abstractmethod
     def figures(self) -> dict[str, float]:
-        """Name -> figure of all images; the first one sums it up, and `loss` is the last."""
+        """Name -> metric over all images; the first one is the main metric, the last is `loss`."""
 
     @abstractmethod
     def details(self) -> dict[str, Any]:
-        """What else there is, for JSON; `worst` images among it."""
+        """Further results for JSON, including the `worst` images."""
 
     @abstractmethod
     def tables(self) -> list[Table]:
-        """For people."""
+        """Tables to print."""
 
     @property
     @abstractmethod
     def losses(self) -> Tensor:
-        """[N], of each image."""
+        """Loss of each image, [N]."""
 
     @property
     def loss(self) -> float:
@@ -81,17 +81,17 @@ class Score(ABC):
 
     @abstractmethod
     def said(self, index: int) -> dict[str, Any]:
-        """What is right for an image, `label`, and what was answered, `answer`, for people.
+        """True `label` and predicted `answer` of an image as text.
 
         Args:
-            index: Of the image.
+            index: Index of the image.
         """
 
     def worst(self, count: int = _WORST) -> list[dict[str, Any]]:
         """Images with the highest loss: `row`, `file`, `label`, `answer`, `loss`, highest first.
 
         Args:
-            count: Images at most. Default 20.
+            count: Maximum number of images. Default 20.
         """
         losses = self.losses
         return [
@@ -107,15 +107,15 @@ class Score(ABC):
 
 @dataclass(frozen=True)
 class ClassScore(Score):
-    """Of a model with one class an image; `labels` are [N] numbers of classes."""
+    """Score of a model with one class per image; `labels` are class indices [N]."""
 
     def figures(self) -> dict[str, float]:
-        """`accuracy` (the one that sums it up), `balanced_accuracy`, `top5_accuracy` of more than 5 classes, `loss`."""
+        """`accuracy` (the main metric), `balanced_accuracy`, `top5_accuracy` with more than 5 classes, `loss`."""
         top5 = {"top5_accuracy": self.top_accuracy(5)} if len(self.names) > 5 else {}
         return {"accuracy": self.accuracy, "balanced_accuracy": self.balanced_accuracy(), **top5, "loss": self.loss}
 
     def details(self) -> dict[str, Any]:
-        """For JSON: `classes` (figures of each), `labels`, `confusion` in the order of `labels`, `worst` images."""
+        """For JSON: `classes` (metrics of each), `labels`, `confusion` in the order of `labels`, `worst` images."""
         return {
             "classes": self.by_class(),
             "labels": list(self.names),
@@ -124,7 +124,7 @@ class ClassScore(Score):
         }
 
     def tables(self) -> list[Table]:
-        """Classes with their figures, the lowest F1 first; pairs of classes that were taken for each other."""
+        """Classes with their metrics, the lowest F1 first; pairs of classes that were confused."""
         tables = [class_table(self.by_class())]
         if pairs := self.confused():
             texts = [(label, answer, str(count)) for label, answer, count in pairs]
@@ -133,13 +133,13 @@ class ClassScore(Score):
 
     @property
     def answers(self) -> np.ndarray:
-        """[N], the most probable classes."""
+        """The most probable classes, [N]."""
         found: np.ndarray = self.logits.argmax(-1).numpy()
         return found
 
     @property
     def accuracy(self) -> float:
-        """Share of right answers."""
+        """Share of correct predictions."""
         return float((self.answers == self.labels).mean())
 
     @property
@@ -153,7 +153,7 @@ class ClassScore(Score):
         return float((best == self.labels[:, None]).any(axis=1).mean())
 
     def by_class(self) -> dict[str, dict[str, float]]:
-        """Class -> `precision`, `recall`, `f1` (0 where there is nothing to divide by), `images`; those with images."""
+        """Class -> `precision`, `recall`, `f1` (0 for a division by zero), `images`; only classes with images."""
         from sklearn.metrics import precision_recall_fscore_support
 
         there = np.unique(self.labels)
@@ -162,23 +162,23 @@ class ClassScore(Score):
         return {self.names[label]: dict(zip(_KEYS, row, strict=True)) for label, row in zip(there, rows, strict=True)}
 
     def balanced_accuracy(self) -> float:
-        """Mean over the classes that have images of their share of right answers."""
+        """Mean recall over the classes that have images."""
         from sklearn.metrics import recall_score
 
         return float(recall_score(self.labels, self.answers, labels=np.unique(self.labels), average="macro"))
 
     def confusion(self) -> list[list[int]]:
-        """[C][C], images of the class of the row that were taken for the class of the column."""
+        """[C][C], number of images of the row's class that were predicted as the column's class."""
         from sklearn.metrics import confusion_matrix
 
         counts: list[list[int]] = confusion_matrix(self.labels, self.answers, labels=range(len(self.names))).tolist()
         return counts
 
     def confused(self, count: int = _PAIRS) -> list[tuple[str, str, int]]:
-        """Class, the other class that it was taken for, and images, the most images first.
+        """Class, the predicted other class, and number of images, the most frequent pairs first.
 
         Args:
-            count: Pairs at most. Default 10.
+            count: Maximum number of pairs. Default 10.
         """
         wrong = np.array(self.confusion())
         np.fill_diagonal(wrong, 0)
@@ -195,18 +195,18 @@ class ClassScore(Score):
 
 @dataclass(frozen=True)
 class LabelScore(Score):
-    """Of a model with several labels an image; `labels` are [N, C] of 0 and 1. A label is given from 0.5 on."""
+    """Score of a model with several labels per image; `labels` are 0 and 1 [N, C]. A label is predicted from 0.5 on."""
 
     def figures(self) -> dict[str, float]:
-        """`f1_micro` (the one that sums it up), `f1_macro`, `mAP`, see `label_figures`; `loss`."""
+        """`f1_micro` (the main metric), `f1_macro`, `mAP`, see `label_figures`; `loss`."""
         return {**label_figures(self.logits.numpy(), self.labels), "loss": self.loss}
 
     def details(self) -> dict[str, Any]:
-        """For JSON: `classes` (figures of each label), `labels`, `worst` images."""
+        """For JSON: `classes` (metrics of each label), `labels`, `worst` images."""
         return {"classes": self.by_label(), "labels": list(self.names), "worst": self.worst()}
 
     def tables(self) -> list[Table]:
-        """Labels with their figures, the lowest F1 first."""
+        """Labels with their metrics, the lowest F1 first."""
         return [class_table(self.by_label())]
 
     @property
@@ -216,12 +216,12 @@ class LabelScore(Score):
         return losses.mean(-1)
 
     def by_label(self) -> dict[str, dict[str, float]]:
-        """Label -> `precision`, `recall`, `f1`, `images` with it, `average_precision`; those that images have."""
+        """Label -> `precision`, `recall`, `f1`, `images` with it, `average_precision`; only labels that occur."""
         each = zip(self.names, figures_by_label(self.logits.numpy(), self.labels), strict=True)
         return {name: own for name, own in each if own["images"]}
 
     def said(self, index: int) -> dict[str, Any]:
-        """`label` and `answer`, names with commas."""
+        """`label` and `answer`, names separated by commas."""
         both = (self.labels[index] > 0, (self.logits[index] >= 0).numpy())
         names = [", ".join(name for name, is_there in zip(self.names, one, strict=True) if is_there) for one in both]
         return {"label": names[0] or "none", "answer": names[1] or "none"}
@@ -229,18 +229,18 @@ class LabelScore(Score):
 
 @dataclass(frozen=True)
 class ValueScore(Score):
-    """Of a regression; `labels` are [N, C] values, and so are `logits`."""
+    """Score of a regression; `labels` and `logits` are values [N, C]."""
 
     def figures(self) -> dict[str, float]:
-        """`mae` (the one that sums it up), `rmse`, `r2`, see `value_figures`; `loss`."""
+        """`mae` (the main metric), `rmse`, `r2`, see `value_figures`; `loss`."""
         return {**value_figures(self.logits.numpy(), self.labels), "loss": self.loss}
 
     def details(self) -> dict[str, Any]:
-        """For JSON: `values` (figures of each), `labels` (their names), `worst` images."""
+        """For JSON: `values` (metrics of each), `labels` (their names), `worst` images."""
         return {"values": self.by_value(), "labels": list(self.names), "worst": self.worst()}
 
     def tables(self) -> list[Table]:
-        """Figures of each value, if there are several."""
+        """Metrics of each value, if there are several."""
         if len(self.names) == 1:
             return []
         rows = [(name, *(f"{figure:.4g}" for figure in own.values())) for name, own in self.by_value().items()]
@@ -252,19 +252,19 @@ class ValueScore(Score):
         return mse_loss(self.logits, torch.from_numpy(self.labels), reduction="none").mean(-1)
 
     def by_value(self) -> dict[str, dict[str, float]]:
-        """Value -> its `mae`, `rmse`, and of two images or more `r2`."""
+        """Value -> its `mae`, `rmse` and, with at least two images, `r2`."""
         columns = zip(self.names, self.logits.numpy().T, self.labels.T, strict=True)
         return {name: value_figures(found[:, None], right[:, None]) for name, found, right in columns}
 
     def said(self, index: int) -> dict[str, Any]:
-        """`label` and `answer`, numbers with commas."""
+        """`label` and `answer`, numbers separated by commas."""
         both = (self.labels[index].tolist(), self.logits[index].tolist())
         label, answer = (", ".join(f"{value:.4g}" for value in one) for one in both)
         return {"label": label, "answer": answer}
 
 
 def class_table(classes: dict[str, dict[str, float]]) -> Table:
-    """Classes with their figures, the lowest F1 first.
+    """Classes with their metrics, the lowest F1 first.
 
     Args:
         classes: Class -> `precision`, `recall`, `f1`, `images`.
@@ -278,14 +278,14 @@ def class_table(classes: dict[str, dict[str, float]]) -> Table:
 def score(
     predictor: Predictor, images: Any, *, batch_size: int = 32, workers: int | None = None, progress: bool = True
 ) -> Score:
-    """Let a model answer on labelled images.
+    """Evaluate a model on labelled images.
 
     Args:
         predictor: The model.
         images: A `datasets.Dataset` with the columns `image` and `label`, see `peft_bsr.data.LabelledImages`.
-        batch_size: Images a call.
+        batch_size: Images per forward.
         workers: See `outputs_of`.
-        progress: Whether to show a bar.
+        progress: Whether to show a progress bar.
 
     Raises:
         DatasetError: If an image cannot be read.

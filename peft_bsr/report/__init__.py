@@ -1,4 +1,4 @@
-"""One page of HTML about one training run, complete in itself."""
+"""A self-contained HTML report of a training run."""
 
 from peft_bsr.report.page import write_report
 from peft_bsr.report.record import Results, RunRecord

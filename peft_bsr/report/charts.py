@@ -1,4 +1,4 @@
-"""Small charts as inline SVG: colours come from the page, so that they follow light and dark.
+"""Small charts as inline SVG, with the page's colours, so that they follow the light and dark themes.
 
 Every chart is 420 units wide and scales with its column; text is 12 units high, which is 10 pixels on a phone.
 """
@@ -18,8 +18,8 @@ def line_chart(series: Mapping[str, _Points], x_label: str, y_label: str, mark: 
 
     Args:
         series: Name -> (x, y), ascending in x. A single point is drawn as a dot.
-        x_label: Below.
-        y_label: Above.
+        x_label: Label of the x axis.
+        y_label: Label of the y axis.
         mark: x of a vertical line. Default None: no line.
     """
     xs = [x for points in series.values() for x, _ in points]
@@ -55,15 +55,15 @@ def bar_chart(
     last: str | None = None,
     top: float | None = None,
 ) -> str:
-    """One bar a block.
+    """A bar chart with one bar per block.
 
     Args:
-        values: Heights.
-        y_label: Above.
-        kinds: CSS class of each bar. Default all the same.
-        x_label: Below.
-        last: Name of the last bar, if it is no block.
-        top: What the axis must reach. Default the largest value.
+        values: Heights of the bars.
+        y_label: Label of the y axis.
+        kinds: CSS class of each bar. Default None: the same for all.
+        x_label: Label of the x axis.
+        last: Name of the last bar, if it is not a block.
+        top: Smallest end of the y axis. Default None: the largest value.
     """
     top = _nice(max(values) if top is None else top)
     height, step = 170, 1 / len(values)
@@ -91,14 +91,14 @@ def bar_chart(
 def heat_map(
     rows: Sequence[Sequence[float]], colour: Callable[[float], str], ends: tuple[int, int], x_label: str, y_label: str
 ) -> str:
-    """Cells, the first row at the bottom.
+    """A heat map with the first row at the bottom.
 
     Args:
-        rows: Of equal length; more than 200 columns are thinned out.
-        colour: Value -> fill.
-        ends: What stands under the first and the last column.
-        x_label: Below.
-        y_label: Above.
+        rows: Rows of equal length; more than 200 columns are thinned out.
+        colour: Value -> fill colour.
+        ends: Labels of the first and the last column.
+        x_label: Label of the x axis.
+        y_label: Label of the y axis.
     """
     cell = max(6.0, min(16.0, 190 / len(rows)))
     height = int(cell * len(rows)) + _TOP + _BOTTOM + 14

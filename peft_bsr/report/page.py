@@ -1,4 +1,4 @@
-"""A run as one page of HTML: style, charts and pictures inside of it, nothing from the network."""
+"""A training run as one HTML page with inline style, charts and pictures, without network access."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _plan(record: RunRecord) -> str:
     names = {"s0": "trains", "s1": "frozen, gradients pass", "frozen": "frozen, keeps nothing"}
     kinds = ["s0" if b.trained else "s1" if b.in_graph else "frozen" for b in plan.blocks]
     words = "".join(f"<li>{escape(sentence)}</li>" for sentence in record.words)
-    chart = bar_chart(tokens, "tokens that the block's MLP sees", kinds)
+    chart = bar_chart(tokens, "tokens in the block's MLP", kinds)
     key = _key({kind: name for kind, name in names.items() if kind in kinds})
     return _section("What trains", f"<ul>{words}</ul>{chart}{key}")
 
@@ -112,18 +112,18 @@ def _memory(record: RunRecord) -> str:
     top = max(max(values) for values in found.values())
     charts = []
     for number, (name, values) in enumerate(found.items()):
-        chart = bar_chart(values, "MiB an image", [f"s{number}"] * len(values), last="rest", top=top)
+        chart = bar_chart(values, "MiB per image", [f"s{number}"] * len(values), last="rest", top=top)
         charts.append(f"<div>{chart}{_key({f's{number}': f'{name}: {sum(values):.3g} MiB in all'})}</div>")
-    note = '<p class="quiet">Activations kept for backward by each block, one image.</p>'
+    note = '<p class="quiet">Activations that each block keeps for backward, for one image.</p>'
     return _section("Memory over the blocks", f'{note}<div class="pair">{"".join(charts)}</div>', True)
 
 
 def _costs(record: RunRecord) -> str:
     if not record.costs:
         return ""
-    note = "Saved activations and FLOPs of a step are those of one image; the ratio is of times, to the first row."
+    note = "Saved activations and FLOPs of a step are per image; the ratio is the time relative to the first row."
     text = f'{_table(*cost_rows(record.costs))}<p class="quiet">{note} {escape(record.conditions)}</p>'
-    return _section("Against full fine-tuning", text, True)
+    return _section("Compared with full fine-tuning", text, True)
 
 
 def _kept(record: RunRecord) -> str:
@@ -136,7 +136,7 @@ def _kept(record: RunRecord) -> str:
         for k in record.kept:
             figures.append(_figure(_picture(k.pictures[row]), f"block {k.block}: {k.share:.0%}", is_named=row == 0))
     columns = f"grid-template-columns: repeat({len(record.kept) + 1}, minmax(0, 1fr))"
-    note = '<p class="quiet">Which patches are left behind each reduction; dropped ones are veiled.</p>'
+    note = '<p class="quiet">Patches that are left after each reduction; dropped ones are shaded.</p>'
     return _section("Kept tokens", f'{note}<div class="kept" style="{columns}">{"".join(figures)}</div>', True)
 
 

@@ -1,4 +1,4 @@
-"""What a report tells of a run."""
+"""The content of a report."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from peft_bsr.viz import KeptTokens
 
 @dataclass(frozen=True)
 class Results:
-    """What the trained model answered on images that it was not trained on. What is empty has no place on the page.
+    """Results of the trained model on images that it was not trained on. Empty fields are not shown.
 
     Attributes:
-        title: Such as `"Results on 400 test images"`.
-        tables: Title, headings and rows of each.
-        confusion: PNG file, or None.
-        note: Below it: names of the classes by number, or why there is no picture.
-        worst: The images with the highest loss and what to say of each.
+        title: Title, such as `"Results on 400 test images"`.
+        tables: Title, headings and rows of each table.
+        confusion: PNG file of the confusion matrix, or None.
+        note: Text below it: names of the classes by index, or why there is no picture.
+        worst: The images with the highest loss, with a text for each.
     """
 
     title: str
@@ -38,29 +38,29 @@ class Results:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A training run. What is empty has no place on the page.
+    """A training run. Empty fields are not shown.
 
     Attributes:
-        title: Such as `"BSR on digits"`.
-        spec: What the model is. None: it has no adapter of this package, and the report no plan.
-        plan: What was done to it, or None.
+        title: Title, such as `"BSR on digits"`.
+        spec: Description of the model. None: it has no adapter of this package, and no plan is shown.
+        plan: Plan of the adapter, or None.
         words: The plan in sentences, see `peft_bsr.tuners.describe_plan`.
-        headline: Name -> text of the few numbers that stand on top.
-        log_history: Trainer's, `trainer.state.log_history`.
-        kept_step: Step whose weights were kept, marked in the curves; None: it is not marked.
-        results: On test or validation images, or None.
-        memory: Name -> bytes, such as the peak that was predicted and the one that was measured.
-        memory_note: What the measured one is of.
-        saved_by_block: Name -> bytes an image that each part keeps for backward, from `peft_bsr.viz.saved_by_block`.
+        headline: Name -> text of the key figures at the top.
+        log_history: `trainer.state.log_history`.
+        kept_step: Step whose weights were saved, marked in the curves. None: no mark.
+        results: Results on test or validation images, or None.
+        memory: Name -> bytes, such as the predicted and the measured peak.
+        memory_note: How the peak was measured.
+        saved_by_block: Name -> bytes per image that each part keeps for backward, from `peft_bsr.viz.saved_by_block`.
         costs: Name -> `Cost`; the first is the reference.
-        conditions: Under which memory and costs were measured.
-        images: [B, H, W, 3] in 0 to 1, as the model was shown them.
-        titles: One text an image.
-        kept: Of those images, from `peft_bsr.viz.kept_token_pictures`.
+        conditions: Conditions under which memory and costs were measured.
+        images: Input images [B, H, W, 3] in 0 to 1.
+        titles: One title per image.
+        kept: Kept tokens of these images, from `peft_bsr.viz.kept_token_pictures`.
         budgets: ALaST's history, from `ALaSTCallback`.
-        settings: Name -> value of what was asked.
+        settings: Name -> value of each setting.
         versions: Name -> version.
-        command: That makes the run again.
+        command: Command that repeats the run.
     """
 
     title: str

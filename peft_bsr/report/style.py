@@ -1,4 +1,4 @@
-"""The page's style: light and dark by the reader's choice, one column on a phone."""
+"""CSS of the page: light and dark themes, one column on a phone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the class token looks at in every block."""
+"""Attention of the class token in every block."""
 
 from __future__ import annotations
 
@@ -22,30 +22,30 @@ _COLUMNS = 7  # pictures side by side at most; a ViT-B's input and 12 blocks fil
 def draw_attention(model: nn.Module, pixel_values: Tensor, image: np.ndarray, path: str | Path) -> Path:
     """Run the model on one image and draw the attention of its class token in each block, mean over heads.
 
-    It is the softmax that the block itself computed, on the tokens that were alive in it: dropped patches are grey.
-    Without a class token it is the attention of the mean query. Each block has a colour scale of its own, from 0 to the
-    number in its title; 1 is the sum over all tokens, special and fused ones included.
+    It is the softmax that the block computed, on its remaining tokens; dropped patches are grey. Without a class token
+    it is the attention of the mean query. Each block has its own colour scale, from 0 to the number in its title; 1 is
+    the sum over all tokens, including special and fused ones.
 
     Args:
         model: A supported vision transformer, with or without one of our adapters.
-        pixel_values: [1, C, H, W], as the model takes it.
+        pixel_values: [1, C, H, W], the model's input.
         image: [H, W, 3] or [H, W], values in 0 to 1.
-        path: File to write; its ending says the format (`.png`, `.svg`, `.pdf`).
+        path: File to write; its extension sets the format (`.png`, `.svg`, `.pdf`).
 
     Returns:
         `path`.
 
     Raises:
         InputError: If several images are given.
-        UnsupportedModelError: If attention cannot be seen in this model.
+        UnsupportedModelError: If the attention of this model cannot be observed.
     """
     if len(pixel_values) != 1:
         raise InputError(
-            f"`pixel_values` holds {len(pixel_values)} images; one is drawn. Give `pixel_values[i : i + 1]`."
+            f"`pixel_values` holds {len(pixel_values)} images; one can be drawn. Pass `pixel_values[i : i + 1]`."
         )
     found = _scores(model, pixel_values)
     if not found:
-        raise UnsupportedModelError(f"the attention of {type(model).__name__} does not show its weights or queries.")
+        raise UnsupportedModelError(f"the attention of {type(model).__name__} does not expose its weights or queries.")
     lines = -(-(len(found) + 1) // _COLUMNS)
     specs = -(-(len(found) + 1) // lines)
     figure = Figure(figsize=(1.6 * specs, 1.8 * lines), layout="constrained")

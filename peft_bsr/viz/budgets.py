@@ -17,7 +17,7 @@ def draw_budgets(history: Sequence[Any], path: str | Path) -> Path:
 
     Args:
         history: `BudgetRecord`s, from `ALaSTCallback.history`.
-        path: File to write; its ending says the format (`.png`, `.svg`, `.pdf`).
+        path: File to write; its extension sets the format (`.png`, `.svg`, `.pdf`).
 
     Returns:
         `path`.
@@ -42,7 +42,7 @@ def draw_budgets(history: Sequence[Any], path: str | Path) -> Path:
     shown = axes[0].imshow(budgets, cmap="viridis", **settings)
     figure.colorbar(shown, ax=axes[0], label="budget")
     axes[1].imshow(trained, cmap="Greys", vmin=0, vmax=1.4, **settings)
-    for axis, title in zip(axes, ("share of tokens kept behind each block", "blocks that trained (dark)"), strict=True):
+    for axis, title in zip(axes, ("share of tokens kept after each block", "blocks that trained (dark)"), strict=True):
         axis.set_title(title, fontsize=10)
         axis.set_ylabel("block")
         axis.set_yticks(range(depth))

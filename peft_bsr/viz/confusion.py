@@ -1,4 +1,4 @@
-"""Which classes a model takes for which."""
+"""Confusion matrix as a picture."""
 
 from __future__ import annotations
 
@@ -12,33 +12,31 @@ from matplotlib.figure import Figure
 from peft_bsr.errors import InputError
 from peft_bsr.viz.fonts import families_for
 
-MOST_CLASSES = 50  # of which names can be read
-_NUMBERED, _LONGEST = 20, 24  # classes up to which counts stand in the cells; letters of a name
+MOST_CLASSES = 50  # with more, names cannot be read
+_NUMBERED, _LONGEST = 20, 24  # maximum number of classes with counts in the cells; maximum length of a name
 
 
 def draw_confusion(counts: Sequence[Sequence[int]], names: Sequence[str], path: str | Path) -> Path:
     """Draw the confusion matrix: a row for each class, coloured by the share of its images in each column.
 
-    Classes that no image has and that no image was taken for are left out. Where no font here has the letters of a
-    name, classes are called by their numbers.
+    Classes without images and predictions are not shown. If no installed font has the characters of a name, classes are
+    shown by index.
 
     Args:
-        counts: C rows of C, images of the class of the row that were taken for the class of the column.
-        names: Of the C classes.
-        path: File to write; its ending picks the format (`.png`, `.svg`, ...).
+        counts: [C][C], number of images of the row's class that were predicted as the column's class.
+        names: Names of the C classes.
+        path: File to write; its extension sets the format (`.png`, `.svg`, ...).
 
     Returns:
         `path`.
 
     Raises:
-        InputError: If more than 50 classes are left: nobody could read the names.
+        InputError: If there are more than 50 classes: their names could not be read.
     """
     matrix = np.array(counts)
     there = np.flatnonzero(matrix.sum(axis=0) + matrix.sum(axis=1))
     if len(there) > MOST_CLASSES:
-        raise InputError(
-            f"{len(there)} classes are too many to be read in a picture, {MOST_CLASSES} at most are drawn."
-        )
+        raise InputError(f"{len(there)} classes are too many for a picture; at most {MOST_CLASSES} can be drawn.")
     matrix, shown = matrix[np.ix_(there, there)], [_short(names[index]) for index in there.tolist()]
     families, is_complete = families_for(shown)
     labels = shown if is_complete else [str(index) for index in there]

@@ -1,4 +1,4 @@
-"""Fonts that have the letters of class names: matplotlib's own lacks most scripts, and would draw boxes."""
+"""Fonts for class names: matplotlib's default font lacks most scripts and would draw boxes."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from matplotlib.font_manager import FontProperties, findfont, fontManager, get_f
 
 
 def families_for(texts: Iterable[str]) -> tuple[list[str], bool]:
-    """Font families to draw texts with, and whether they have all letters.
+    """Font families for some texts, and whether they have all characters.
 
-    The default family, and with it one of this machine that has what it lacks, if there is one.
+    They are the default family and, if needed, an installed one that has the missing characters.
 
     Args:
-        texts: To be drawn.
+        texts: Texts to draw.
     """
     default = FontProperties().get_family()
     missing = {ord(letter) for text in texts for letter in text} - _letters(findfont(FontProperties()))

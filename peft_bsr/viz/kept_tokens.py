@@ -28,15 +28,15 @@ _OPACITY = 0.8  # how much of a dropped patch the veil hides
 
 @dataclass(frozen=True)
 class KeptTokens:
-    """What is left of some images behind one reduction.
+    """The tokens of some images that are left after one reduction.
 
     Attributes:
         block: Index of the block.
-        share: Of the patches that are left by themselves.
-        dropped_mass: [B], attention (what tokens are ranked by; 1 is the sum over all tokens of the block) that what
-            it dropped had: the sum of the weights in the fused token, where there is one.
-        is_fused: Whether there is.
-        pictures: [B, H, W, 3] in 0 to 1, dropped patches veiled.
+        share: Share of the patches that are left.
+        dropped_mass: [B], sum of the scores of the dropped tokens (the sum over all tokens of the block is 1). With a
+            fused token it is the sum of the weights in it.
+        is_fused: Whether there is a fused token.
+        pictures: [B, H, W, 3] in 0 to 1, with dropped patches shaded.
     """
 
     block: int
@@ -47,7 +47,7 @@ class KeptTokens:
 
 
 def kept_token_pictures(model: nn.Module, pixel_values: Tensor, images: np.ndarray) -> list[KeptTokens]:
-    """Run the model and veil what each reduction dropped.
+    """Run the model and shade the patches that each reduction dropped.
 
     Args:
         model: See `draw_kept_tokens`.
@@ -55,7 +55,7 @@ def kept_token_pictures(model: nn.Module, pixel_values: Tensor, images: np.ndarr
         images: See `draw_kept_tokens`.
 
     Returns:
-        One a reduction, in the order of the blocks.
+        One per reduction, in the order of the blocks.
 
     Raises:
         AdapterError: If the model has no adapter of ours, or none that reduces tokens.
@@ -95,18 +95,18 @@ def _dropped_mass(before: BlockScores, route: Route) -> np.ndarray:
 def draw_kept_tokens(
     model: nn.Module, pixel_values: Tensor, images: np.ndarray, path: str | Path, titles: Sequence[str] | None = None
 ) -> Path:
-    """Run the model and draw, one row an image, the image and what is left of it behind each reduction.
+    """Run the model and draw one row per image: the image, and the patches that are left after each reduction.
 
-    Dropped patches lie under a blue veil. Below stands how much attention they had: the sum of the weights in the fused
-    token, where there is one; 100 % is the sum over all tokens of the block. Images are drawn as given, so `images` and
+    Dropped patches are shaded blue. The number below is the attention that they had (with a fused token, the sum of the
+    weights in it); 100 % is the sum over all tokens of the block. Images are drawn as given, so `images` and
     `pixel_values` must show the same.
 
     Args:
-        model: A model with one of our adapters active, reducing tokens.
-        pixel_values: [B, C, H, W], as the model takes them.
+        model: A model with an active adapter of ours that reduces tokens.
+        pixel_values: [B, C, H, W], the model's input.
         images: [B, H, W, 3] or [B, H, W], values in 0 to 1.
-        path: File to write; its ending picks the format (`.png`, `.svg`, ...).
-        titles: One text an image.
+        path: File to write; its extension sets the format (`.png`, `.svg`, ...).
+        titles: One title per image.
 
     Returns:
         `path`.
@@ -120,13 +120,13 @@ def draw_kept_tokens(
 def draw_kept(
     kept: Sequence[KeptTokens], images: np.ndarray, path: str | Path, titles: Sequence[str] | None = None
 ) -> Path:
-    """Draw what `kept_token_pictures` found; see `draw_kept_tokens`.
+    """Draw the output of `kept_token_pictures`; see `draw_kept_tokens`.
 
     Args:
-        kept: One a reduction.
+        kept: One per reduction.
         images: [B, H, W, 3] or [B, H, W], values in 0 to 1.
         path: File to write.
-        titles: One text an image.
+        titles: One title per image.
 
     Returns:
         `path`.
@@ -160,7 +160,7 @@ def _coloured(image: np.ndarray) -> np.ndarray:
 
 
 def _veil(image: np.ndarray, alive: np.ndarray) -> np.ndarray:
-    """[H, W, 3] with the patches that are not in `alive` [patches] veiled."""
+    """[H, W, 3] with the patches that are not in `alive` [patches] shaded."""
     height, width = image.shape[:2]
     rows = round((alive.size * height / width) ** 0.5)
     grid = alive.reshape(rows, -1)

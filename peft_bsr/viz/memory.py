@@ -1,4 +1,4 @@
-"""Where the activations kept for backward lie: a bar for each block."""
+"""Activations kept for backward, as a bar chart over the blocks."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from peft_bsr.tuners.base.layer import ROOT, find_controllers
 
 
 def saved_by_block(model: Any, batch: Mapping[str, Tensor]) -> dict[str, float]:
-    """Bytes an image that a training forward keeps for backward, by the part of the model that keeps them.
+    """Bytes per image that a training forward keeps for backward, by part of the model.
 
     Args:
-        model: Called as `model(**batch)`, with a `loss` in the output; it is left as it was, ALaST's budgets too.
+        model: Called as `model(**batch)`, with a `loss` in the output. It is not changed, ALaST's budgets included.
         batch: Inputs and labels, first dimension = images.
 
     Returns:
@@ -47,12 +47,12 @@ def saved_by_block(model: Any, batch: Mapping[str, Tensor]) -> dict[str, float]:
 
 
 def draw_saved_memory(models: Mapping[str, nn.Module], batch: Mapping[str, Tensor], path: str | Path) -> Path:
-    """Bars of the activations that each block of each model keeps for backward, per image, side by side.
+    """Draw the activations that each block of each model keeps for backward, per image, as a bar chart.
 
     Args:
         models: Name -> model, all of the same depth; see `saved_by_block`.
         batch: See `saved_by_block`.
-        path: File to write; its ending says the format (`.png`, `.svg`, `.pdf`).
+        path: File to write; its extension sets the format (`.png`, `.svg`, `.pdf`).
 
     Returns:
         `path`.
@@ -63,9 +63,7 @@ def draw_saved_memory(models: Mapping[str, nn.Module], batch: Mapping[str, Tenso
     found = {name: saved_by_block(model, batch) for name, model in models.items()}
     if not found or len({tuple(parts) for parts in found.values()}) != 1:
         depths = {name: len(parts) - 2 for name, parts in found.items()}
-        raise InputError(
-            f"`models` must be models of one depth, found {depths}. Draw others in a picture of their own."
-        )
+        raise InputError(f"`models` must have the same depth, found {depths}. Draw the others in a separate picture.")
     parts = next(iter(found.values()))
     places, width = np.arange(len(parts)), 0.8 / len(found)
     figure = Figure(figsize=(max(8.0, 0.6 * len(parts)), 3.2), layout="constrained")
@@ -76,7 +74,7 @@ def draw_saved_memory(models: Mapping[str, nn.Module], batch: Mapping[str, Tenso
         axis.bar(places + offset, heights, width, label=f"{name}: {heights.sum():.1f} MiB")
     axis.set_xticks(places, list(parts), fontsize=8)
     axis.set_xlabel("block")
-    axis.set_ylabel("kept for backward, MiB an image", fontsize=8)
+    axis.set_ylabel("kept for backward, MiB per image", fontsize=8)
     axis.spines[["top", "right"]].set_visible(False)
     legend = figure.legend(loc="outside upper center", ncols=4, frameon=False, fontsize=8)
     for text in legend.get_texts():

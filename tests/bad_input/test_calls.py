@@ -407,7 +407,7 @@ CALLS: list[tuple[str, Callable[[Any], Any], type[Exception], str]] = [
         "tasks",
         lambda m: m(pixel_values=IMAGES, task_ids=[0]),
         AdapterError,
-        "1 tasks were given for 2 images. Give one, or one for each image.",
+        "1 tasks were given for 2 images. Give one, or one per image.",
     ),
     (
         "tasks",
@@ -524,7 +524,7 @@ CALLS: list[tuple[str, Callable[[Any], Any], type[Exception], str]] = [
         "tasks",
         lambda m: add_task(m, "cars", 0),
         AdapterError,
-        "add_task: `tasks`: task 'cars': `num_outputs=0` must be a whole number, 1 to 262144.",
+        "add_task: `tasks`: task 'cars': `num_outputs=0` must be an integer from 1 to 262144.",
     ),
     (
         "tasks",

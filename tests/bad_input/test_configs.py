@@ -99,12 +99,12 @@ CONFIGS: list[tuple[type, dict[str, Any], str]] = [
     (
         BSRConfig,
         {"r": "8"},
-        "BSRConfig: `r='8'` must be a whole number from 1 to 65536.",
+        "BSRConfig: `r='8'` must be an integer from 1 to 65536.",
     ),
     (
         BSRConfig,
         {"r": True},
-        "BSRConfig: `r=True` must be a whole number from 1 to 65536.",
+        "BSRConfig: `r=True` must be an integer from 1 to 65536.",
     ),
     (
         BSRConfig,
@@ -168,22 +168,22 @@ CONFIGS: list[tuple[type, dict[str, Any], str]] = [
     (
         BSRConfig,
         {"tasks": {"a": 0}},
-        "BSRConfig: `tasks`: task 'a': `num_outputs=0` must be a whole number, 1 to 262144.",
+        "BSRConfig: `tasks`: task 'a': `num_outputs=0` must be an integer from 1 to 262144.",
     ),
     (
         BSRConfig,
         {"tasks": {"a": True}},
-        "BSRConfig: `tasks`: task 'a': `num_outputs=True` must be a whole number, 1 to 262144.",
+        "BSRConfig: `tasks`: task 'a': `num_outputs=True` must be an integer from 1 to 262144.",
     ),
     (
         BSRConfig,
         {"tasks": {"": 2}},
-        "BSRConfig: `tasks`: `name=''` must be a text.",
+        "BSRConfig: `tasks`: `name=''` must be a string.",
     ),
     (
         BSRConfig,
         {"tasks": {"a": "b"}},
-        "BSRConfig: `tasks`: task 'a': `num_outputs='b'` must be a whole number, 1 to 262144.",
+        "BSRConfig: `tasks`: task 'a': `num_outputs='b'` must be an integer from 1 to 262144.",
     ),
     (
         BSRConfig,
@@ -193,7 +193,7 @@ CONFIGS: list[tuple[type, dict[str, Any], str]] = [
     (
         BSRConfig,
         {"moe": {"top_k": 20}, "tasks": {"a": 2}},
-        "BSRConfig: `moe`: `top_k=20` asks for more than the `num_experts=16` there are.",
+        "BSRConfig: `moe`: `top_k=20` must not be larger than `num_experts=16`.",
     ),
     (
         BSRConfig,
@@ -218,12 +218,12 @@ CONFIGS: list[tuple[type, dict[str, Any], str]] = [
     (
         ALaSTConfig,
         {"trainable_blocks_per_step": 0},
-        "ALaSTConfig: `trainable_blocks_per_step=0` must be a whole number of at least 1, or None.",
+        "ALaSTConfig: `trainable_blocks_per_step=0` must be an integer of at least 1, or None.",
     ),
     (
         ALaSTConfig,
         {"trainable_blocks_per_step": 2.0},
-        "ALaSTConfig: `trainable_blocks_per_step=2.0` must be a whole number of at least 1, or None.",
+        "ALaSTConfig: `trainable_blocks_per_step=2.0` must be an integer of at least 1, or None.",
     ),
     (
         ALaSTConfig,
@@ -288,7 +288,7 @@ CONFIGS: list[tuple[type, dict[str, Any], str]] = [
     (
         ALaSTConfig,
         {"seed": 1.5},
-        "ALaSTConfig: `seed=1.5` must be a whole number.",
+        "ALaSTConfig: `seed=1.5` must be an integer.",
     ),
     (
         ALaSTConfig,
@@ -308,22 +308,22 @@ CONFIGS: list[tuple[type, dict[str, Any], str]] = [
     (
         SynQTConfig,
         {"num_queries": 0},
-        "SynQTConfig: `num_queries=0` must be a whole number from 1 to 65536.",
+        "SynQTConfig: `num_queries=0` must be an integer from 1 to 65536.",
     ),
     (
         SynQTConfig,
         {"num_queries": 1.5},
-        "SynQTConfig: `num_queries=1.5` must be a whole number from 1 to 65536.",
+        "SynQTConfig: `num_queries=1.5` must be an integer from 1 to 65536.",
     ),
     (
         SynQTConfig,
         {"bottleneck": 0},
-        "SynQTConfig: `bottleneck=0` must be a whole number from 1 to 65536.",
+        "SynQTConfig: `bottleneck=0` must be an integer from 1 to 65536.",
     ),
     (
         SynQTConfig,
         {"attention_bottleneck": "8"},
-        "SynQTConfig: `attention_bottleneck='8'` must be a whole number from 1 to 65536.",
+        "SynQTConfig: `attention_bottleneck='8'` must be an integer from 1 to 65536.",
     ),
     (
         SynQTConfig,
@@ -383,12 +383,12 @@ CONFIGS: list[tuple[type, dict[str, Any], str]] = [
     (
         MoEConfig,
         {"num_experts": 0},
-        "MoEConfig: `num_experts=0` must be a whole number from 1 to 65536.",
+        "MoEConfig: `num_experts=0` must be an integer from 1 to 65536.",
     ),
     (
         MoEConfig,
         {"top_k": 0},
-        "MoEConfig: `top_k=0` must be a whole number from 1 to 65536.",
+        "MoEConfig: `top_k=0` must be an integer from 1 to 65536.",
     ),
     (
         MoEConfig,
@@ -403,12 +403,12 @@ CONFIGS: list[tuple[type, dict[str, Any], str]] = [
     (
         TaskConfig,
         {"name": "", "num_outputs": 2},
-        "TaskConfig: `name=''` must be a text.",
+        "TaskConfig: `name=''` must be a string.",
     ),
     (
         TaskConfig,
         {"name": "a", "num_outputs": -1},
-        "TaskConfig: task 'a': `num_outputs=-1` must be a whole number, 1 to 262144.",
+        "TaskConfig: task 'a': `num_outputs=-1` must be an integer from 1 to 262144.",
     ),
     (
         TaskConfig,

@@ -34,7 +34,7 @@ from peft_bsr_cli import COMMANDS
             "`keep_rate=[1` must be NAME=VALUE, with a value",
         ),
         (["train", "--model", "{base}", "--trainer", "warmup_steps=few"], "`warmup_steps=few` must be a number"),
-        (["train", "--model", "{base}", "--set", "r=1.5"], "`r=1.5` must be a whole number"),
+        (["train", "--model", "{base}", "--set", "r=1.5"], "`r=1.5` must be an integer"),
         (["train", "--model", "{base}", "--trainer", "fp61=true"], "`fp61` is no field of TrainingArguments"),
         (["train", "--model", "{base}", "--trainer", "seed=1"], "`--trainer seed=...`: it has a flag of its own"),
         (["train", "--model", "{base}", "--resume", "--output", "nowhere"], "there is no checkpoint in `nowhere"),

@@ -50,7 +50,7 @@ def test_every_command_at_the_size_of_training(run, run_json, base, images, tmp_
     assert (model.config.image_size, model.vit.embeddings.position_embeddings.shape[1]) == (64, 65)
     code, _, err = run("predict", images, "--model", file, "--image-size", "48")
     assert code == 2
-    assert "takes images of 64 x 64 px alone. Write one for that size" in err
+    assert "takes images of 64 x 64 px only. Export one for that size" in err
 
 
 def test_another_size_than_that_of_training(run_json, larger, images):

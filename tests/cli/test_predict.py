@@ -249,9 +249,9 @@ def test_merged_weights_are_the_rounded_ones_in_one_dtype(run, adapter, images, 
         (["{images}", "--model", "{adapter}", "--top-k", "1", "--all"], "not allowed with"),
         (["{images}", "--model", "{adapter}", "--workers", "-1"], "`--workers -1` must be at least 0"),
         (["{images}", "--model", "nowhere.onnx"], "There is no file `nowhere.onnx`"),
-        (["{images}", "--model", "{images}"], "no model and no adapter"),
+        (["{images}", "--model", "{images}"], "neither a model nor an adapter"),
         (["nowhere.jpg", "--model", "{adapter}"], "there is no file `nowhere.jpg`"),
-        (["{images}", "--model", "{adapter}", "--device", "warp"], "this machine has none that torch can use"),
+        (["{images}", "--model", "{adapter}", "--device", "warp"], "this machine has no such device that torch"),
     ],
 )
 def test_refusals(run, adapter, images, arguments, message):

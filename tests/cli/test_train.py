@@ -108,7 +108,7 @@ def test_a_cache_trains_the_same(fit, tmp_path):
         (["--epochs", "-1"], "`epochs: -1` must be above 0."),
         (["--epochs", "nan"], "`epochs: nan` must be"),
         (["--batch-size", "0"], "`batch_size: 0` must be at least 1."),
-        (["--batch-size", "2.5"], "`batch_size: 2.5` must be a whole number."),
+        (["--batch-size", "2.5"], "`batch_size: 2.5` must be an integer."),
         (["--learning-rate", "fast"], "`learning_rate: fast` is no number."),
         (["--learning-rate", "0"], "`learning_rate: 0` must be above 0."),
         (["--max-steps", "0"], "`max_steps: 0` trains nothing."),
@@ -144,7 +144,7 @@ def test_what_cannot_be_is_told_before_anything_is_read(arguments, message, run,
 
 def test_devices_and_folders_that_are_not_there(fit, tmp_path):
     if not torch.cuda.is_available():
-        assert "this machine has none that torch can use" in fit("--device", "cuda", code=2)[1]
+        assert "this machine has no such device that torch can use" in fit("--device", "cuda", code=2)[1]
         assert "`--precision fp16` needs a GPU" in fit("--precision", "fp16", code=2)[1]
     (tmp_path / "file").write_text("")
     assert "is no folder that takes files" in fit(code=2, output=tmp_path / "file" / "below")[1]

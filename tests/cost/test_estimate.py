@@ -162,7 +162,7 @@ def test_the_model_is_left_as_it_was():
 
 def test_bad_questions_are_answered_in_words():
     model = on_meta(MODELS["vit"])
-    with pytest.raises(ConfigError, match="`batch_size=0` must be a whole number"):
+    with pytest.raises(ConfigError, match="`batch_size=0` must be an integer"):
         estimate(model, batch_size=0)
     with pytest.raises(ConfigError, match=r"`optimizer='lion'` is unknown. Use one of 'adamw', 'adamw_fused', "):
         estimate(model, optimizer="lion")

@@ -189,14 +189,14 @@ def test_a_file_that_computes_otherwise_is_refused(make_peft, monkeypatch, tmp_p
         return lambda images: [output + 2e-4 * (len(images) == 1) for output in run(images)]  # in a batch of one alone
 
     monkeypatch.setitem(FORMATS, "torch.export", replace(right, load=load_wrong))
-    with pytest.raises(ExportError, match=r"outputs are 2\.0e-04 away from PyTorch's, more than 1\.0e-04"):
+    with pytest.raises(ExportError, match=r"outputs differ by 2\.0e-04 from PyTorch's, more than 1\.0e-04"):
         peft_bsr.export(make_peft("bsr"), "torch.export", tmp_path / "vit.pt2")
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"format": "tflite"}, "`format='tflite'` is not known. Use one of 'onnx', 'torch.export', 'executorch'"),
+        ({"format": "tflite"}, "`format='tflite'` is unknown. Use one of 'onnx', 'torch.export', 'executorch'"),
         ({"quantize": "int8"}, "`quantize='int8'` with `format='torch.export'`: only \"int8\" in \"onnx\""),
         ({"format": "onnx", "quantize": "int4"}, "`quantize='int4'` with `format='onnx'`"),
         ({"batch_size": 0}, "`batch_size=0` must be a number of images"),
@@ -226,7 +226,7 @@ def test_a_model_without_an_adapter(make_model):
 def test_several_tasks_are_exported_one_by_one(make_model, five_images, tmp_path):
     tasks = BSRConfig(trainable_blocks=[2], tasks={"a": 2, "b": 5}, reduction_blocks=[1], init_weights=False)
     model = get_peft_model(make_model(), tasks).eval()
-    with pytest.raises(ExportError, match=r"has the tasks \['a', 'b'\]; a file answers one.*export_task\(model, 'a'"):
+    with pytest.raises(ExportError, match=r"has the tasks \['a', 'b'\]; a file has one.*export_task\(model, 'a'"):
         to_image_function(model)
     export_task(model, "b", tmp_path)
     alone = PeftModel.from_pretrained(make_model(), tmp_path)
@@ -245,5 +245,5 @@ def test_what_a_format_cannot_take_is_one_error(make_peft, monkeypatch, tmp_path
         raise RuntimeError("no kernel\nand a long trace")
 
     monkeypatch.setitem(FORMATS, "torch.export", replace(FORMATS["torch.export"], write=write))
-    with pytest.raises(ExportError, match=r"cannot take ViTForImageClassification: RuntimeError: no kernel$"):
+    with pytest.raises(ExportError, match=r"^ViTForImage.* cannot be exported to .*: RuntimeError: no kernel$"):
         peft_bsr.export(make_peft(), "torch.export", tmp_path / "vit.pt2")

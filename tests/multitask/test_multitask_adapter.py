@@ -197,12 +197,12 @@ def test_wrong_calls_say_what_to_do_and_leave_nothing(model, images, run, kwargs
 
 CONFIGS = [
     ({"tasks": {}}, "must name at least one task"),
-    ({"tasks": {"a": 0}}, "task 'a': `num_outputs=0` must be a whole number, 1 to 262144"),
+    ({"tasks": {"a": 0}}, "task 'a': `num_outputs=0` must be an integer from 1 to 262144"),
     ({"tasks": {"a": {"num_outputs": 2, "kind": "ranking"}}}, "`kind='ranking'` is unknown"),
     ({"tasks": [TaskConfig("a", 2), TaskConfig("a", 3)]}, r"`tasks` names \['a'\] more than once"),
     ({"moe": MoEConfig()}, "`moe` routes by task, but there are no `tasks`"),
     ({"tasks": {"a": 2}, "moe": {"experts": 3}}, r"unknown settings \['experts'\]"),
-    ({"tasks": {"a": 2}, "moe": {"top_k": 20}}, "`top_k=20` asks for more than the `num_experts=16`"),
+    ({"tasks": {"a": 2}, "moe": {"top_k": 20}}, "`top_k=20` must not be larger than `num_experts=16`"),
     ({"tasks": {"a": 2}, "task_weights": {"b": 1.0}}, "`task_weights={'b': 1.0}` must give numbers"),
     ({"tasks": {"a": 2}, "preset": "paper"}, "`preset='paper'` is of mixtures of experts"),
     ({"tasks": {"a": 2}, "preset": "mine"}, "`preset='mine'` is unknown"),

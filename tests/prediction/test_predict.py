@@ -134,7 +134,7 @@ def test_models_that_predict_nothing(pictures, tmp_path):
         open_predictor(tmp_path / "bare")
     base = ViTForImageClassification(ViTConfig(**SIZES, image_size=32, patch_size=8))
     tasks = get_peft_model(base, BSRConfig(tasks={"a": 2, "b": 3}))
-    with pytest.raises(HubError, match=r"no classes or values of images to predict\. Several tasks"):
+    with pytest.raises(HubError, match=r"does not predict classes or values of images\. Several tasks"):
         peft_bsr.predict(tasks, pictures, image_processor=PROCESSOR)
     (tmp_path / "broken.onnx").write_bytes(b"nothing")
     with pytest.raises(HubError, match="cannot be read by onnxruntime"):
@@ -147,7 +147,7 @@ def test_models_that_predict_nothing(pictures, tmp_path):
         ({"images": []}, "the list is empty"),
         ({"images": "nowhere.png"}, "there is no file `nowhere.png`"),
         ({"top_k": 0}, "`top_k=0` must be at least 1"),
-        ({"device": "cpu"}, "a model in memory runs where it is"),
+        ({"device": "cpu"}, "a model in memory stays on its device"),
     ],
 )
 def test_refusals(pictures, arguments, message):

@@ -350,7 +350,7 @@ def test_models_without_a_class_token():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"trainable_blocks_per_step": 0}, "`trainable_blocks_per_step=0` must be a whole number of at least 1"),
+        ({"trainable_blocks_per_step": 0}, "`trainable_blocks_per_step=0` must be an integer of at least 1"),
         ({"initial_budget": 0.4}, r"`initial_budget=0.4` must lie in `budget_range=\[0.5, 1.0\]`"),
         ({"budget_range": (0.9, 0.5)}, r"`budget_range=\[0.9, 0.5\]` must lie in \(0, 1\], the least budget first"),
         ({"budget_range": 0.5}, "`budget_range=0.5` must be two numbers"),
@@ -358,9 +358,9 @@ def test_models_without_a_class_token():
         ({"alpha": "rate"}, "`alpha='rate'` must be a number"),
         ({"delta_reduction": "sum"}, "`delta_reduction='sum'` is unknown. Use one of 'relative', 'paper', 'mean'"),
         ({"selection": "best"}, "`selection='best'` is unknown. Use one of 'prefix', 'sample', 'topk'"),
-        ({"token_multiple": 0}, "`token_multiple=0` must be a whole number from 1 to 65536, or None"),
+        ({"token_multiple": 0}, "`token_multiple=0` must be an integer from 1 to 65536, or None"),
         ({"train_embeddings": 1}, "`train_embeddings=1` must be True, False or None"),
-        ({"seed": 0.5}, "`seed=0.5` must be a whole number"),
+        ({"seed": 0.5}, "`seed=0.5` must be an integer"),
         ({"preset": "release"}, "`preset='release'` is unknown. Use 'paper' or None"),
         ({"lean": "yes"}, "`lean='yes'` is unknown"),
     ],

@@ -70,8 +70,8 @@ BAD_VALUES: list[tuple[dict[str, Any], str]] = [
         "keeps its length and the dropped tokens their place. Leave one of them None.",
     ),
     ({"init_weights": "no"}, "BSRConfig: `init_weights='no'` must be True or False."),
-    ({"r": 0}, "BSRConfig: `r=0` must be a whole number from 1 to 65536."),
-    ({"r": 2.5}, "BSRConfig: `r=2.5` must be a whole number from 1 to 65536."),
+    ({"r": 0}, "BSRConfig: `r=0` must be an integer from 1 to 65536."),
+    ({"r": 2.5}, "BSRConfig: `r=2.5` must be an integer from 1 to 65536."),
     ({"lora_alpha": 0}, "BSRConfig: `lora_alpha=0` must be a number above 0, 1e+06 at most."),
     (
         {"target_modules": "all-linear"},

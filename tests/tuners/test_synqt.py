@@ -28,7 +28,7 @@ SMALL = {"num_queries": 2, "bottleneck": 4, "attention_bottleneck": 2}
 @pytest.mark.parametrize(
     ("values", "text"),
     [
-        ({"num_queries": 0}, "`num_queries=0` must be a whole number from 1 to 65536"),
+        ({"num_queries": 0}, "`num_queries=0` must be an integer from 1 to 65536"),
         ({"num_queries": True}, "`num_queries=True`"),
         ({"bottleneck": 4.5}, "`bottleneck=4.5`"),
         ({"attention_bottleneck": "8"}, "`attention_bottleneck='8'`"),

@@ -59,5 +59,5 @@ def test_the_picture(adapter, make_model, images, tmp_path):
 
 
 def test_one_image_at_a_time(make_model, images, tmp_path):
-    with pytest.raises(ValueError, match="holds 2 images; one is drawn"):
+    with pytest.raises(ValueError, match="holds 2 images; one can be drawn"):
         draw_attention(make_model(), images, np.zeros((32, 32)), tmp_path / "attention.png")

@@ -52,7 +52,7 @@ def test_the_picture(make_model, batch, tmp_path):
 def test_models_of_one_depth(make_model, batch, tmp_path):
     models = {"vit": make_model(), "deit": make_model("deit")}
     draw_saved_memory(models, batch, tmp_path / "memory.png")
-    with pytest.raises(InputError, match=r"must be models of one depth, found \{\}"):
+    with pytest.raises(InputError, match=r"must have the same depth, found \{\}"):
         draw_saved_memory({}, batch, tmp_path / "memory.png")
 
 

@@ -128,7 +128,7 @@ class ALaSTConfig(BlockConfig):
             return [f"`preset={self.preset!r}` is unknown. Use 'paper' or None."]
         count, low_high = self.trainable_blocks_per_step, self.budget_range
         if count is not None and not is_whole(count, 1):
-            problems.append(f"`trainable_blocks_per_step={count!r}` must be a whole number of at least 1, or None.")
+            problems.append(f"`trainable_blocks_per_step={count!r}` must be an integer of at least 1, or None.")
         if not (isinstance(low_high, list) and len(low_high) == 2 and all(map(is_number, low_high))):
             problems.append(f"`budget_range={low_high!r}` must be two numbers, the least and the largest budget.")
         elif not 0 < low_high[0] <= low_high[1] <= 1:
@@ -147,7 +147,7 @@ class ALaSTConfig(BlockConfig):
             )
         problems += check_whole(self, "token_multiple", instead=", or None")
         if not is_whole(self.seed):
-            problems.append(f"`seed={self.seed!r}` must be a whole number.")
+            problems.append(f"`seed={self.seed!r}` must be an integer.")
         return [*problems, *check_ways(self), *super()._problems()]
 
     def plan_for(self, spec: ModelSpec) -> Plan:

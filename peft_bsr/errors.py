@@ -16,56 +16,56 @@ class PeftBsrError(Exception):
 
     @classmethod
     def from_problems(cls, subject: str, problems: Sequence[str]) -> Self:
-        """Build the one error that names all `problems` of `subject`.
+        """One error with all `problems` of `subject`.
 
         Args:
-            subject: What was being checked, for example `"BSRConfig"`.
-            problems: One sentence a problem: what was asked, what was found, what to do.
+            subject: What was checked, for example `"BSRConfig"`.
+            problems: One sentence per problem: what was given, what was found, what to do.
         """
         return cls(f"{subject}: " + (problems[0] if len(problems) == 1 else "".join(f"\n  - {p}" for p in problems)))
 
 
 def one_line(error: BaseException) -> str:
-    """All that `error` says, without line breaks."""
+    """The message of `error` in one line."""
     return " ".join(str(error).split())
 
 
 _UNWRITABLE = {errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.ENOSPC, errno.EPERM, errno.EROFS}
-_OS_ERROR = re.compile(r"\(os error (\d+)\)")  # as safetensors tells it
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")  # format of safetensors' messages
 
 
 def unwritable(error: BaseException) -> str | None:
-    """Why a folder takes no file, or None where the error is of something else.
+    """Why a file cannot be written, or None if the error has another cause.
 
     Args:
-        error: Python's, torch's or safetensors'.
+        error: An error of Python, torch or safetensors.
     """
     number = getattr(error, "errno", None)
     if type(error).__name__ == "SafetensorError" and (match := _OS_ERROR.search(str(error))):
         number = int(match[1])
     if number in _UNWRITABLE:
         return one_line(error)
-    if isinstance(error, RuntimeError) and "PytorchStreamWriter" in str(error):  # torch.save tells no more
+    if isinstance(error, RuntimeError) and "PytorchStreamWriter" in str(error):  # torch.save gives no reason
         return "the disk is full, or the folder is not writable"
     return None
 
 
 def headline(error: BaseException) -> str:
-    """The class of another library's error and its first line, 200 characters at most, to be told within ours."""
+    """Class and first line, at most 200 characters, of another library's error, for use in our messages."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
 class ConfigError(PeftBsrError, ValueError):
-    """A configuration asks for something impossible. The message lists every problem found, not only the first."""
+    """A configuration is invalid. The message lists all problems, not only the first."""
 
 
 class UnsupportedModelError(PeftBsrError, ValueError):
-    """The model cannot be used exactly; the message says what the probe found. The model was not changed."""
+    """The model is not supported; the message says what the probe found. The model was not changed."""
 
 
 class UnsupportedPeftError(PeftBsrError, ImportError):
-    """The installed version of peft lies outside the supported range."""
+    """The installed version of peft is outside the supported range."""
 
 
 class MissingDependencyError(PeftBsrError, ImportError):
@@ -73,23 +73,23 @@ class MissingDependencyError(PeftBsrError, ImportError):
 
 
 class AdapterError(PeftBsrError, ValueError):
-    """A call on adapters (merge, set, mixed batch) asks for what this method cannot do."""
+    """A call on adapters (merge, set, mixed batch) is not supported by the method."""
 
 
 class AdapterFileError(PeftBsrError, ValueError):
-    """A file of an adapter is missing, damaged, pickled, or of something else; nothing of it was loaded."""
+    """A file of an adapter is missing, damaged, pickled, or belongs to something else; nothing of it was loaded."""
 
 
 class InputError(PeftBsrError, ValueError):
-    """What a model or a picture was called with is not what it takes."""
+    """The inputs of a model or of a picture are invalid."""
 
 
 class ForwardError(PeftBsrError, RuntimeError, ValueError):
-    """Part of a model was called outside of the model's forward, or what it was given does not belong together."""
+    """Part of a model was called outside of the model's forward, or with inputs that do not fit together."""
 
 
 class FeatureCacheError(PeftBsrError, ValueError):
-    """A feature cache does not belong to this model or these samples, is not complete, or has no room."""
+    """A feature cache belongs to another model or other samples, is incomplete, or has too little disk space."""
 
 
 class DatasetError(PeftBsrError, ValueError):
@@ -101,19 +101,19 @@ class HubError(PeftBsrError, ValueError):
 
 
 class ExportError(PeftBsrError, ValueError):
-    """A model cannot be written in a format, a package for it is missing, or what was written computes otherwise."""
+    """A model cannot be exported, a package is missing, or the outputs of the exported file differ."""
 
 
 class TrainabilityError(PeftBsrError, RuntimeError):
-    """What was to train does not; the message names it."""
+    """Parameters that should train do not; the message names them."""
 
 
 class NonFiniteLossError(PeftBsrError, RuntimeError):
-    """A training loss is NaN or infinite; the message names the step and the file that keeps its batch."""
+    """A training loss is NaN or infinite; the message names the step and the file with its batch."""
 
 
 class UsageError(PeftBsrError, ValueError):
-    """The command line was asked for what cannot be; it ends with exit code 2."""
+    """Invalid input of the command line; it ends with exit code 2."""
 
 
 class PeftBsrWarning(UserWarning):
@@ -121,11 +121,11 @@ class PeftBsrWarning(UserWarning):
 
 
 class AdapterNameWarning(PeftBsrWarning):
-    """An adapter is called like a module: saving another one beside it would lose weights."""
+    """An adapter has the name of a module: saving another adapter next to it would lose weights."""
 
 
 class OtherWeightsWarning(PeftBsrWarning):
-    """An adapter is loaded on a base model of the right architecture, but of other weights."""
+    """An adapter is loaded on a base model with the right architecture, but other weights."""
 
 
 class AdapterSwitchedWarning(PeftBsrWarning):
@@ -137,11 +137,15 @@ class ReductionNotMergedWarning(PeftBsrWarning):
 
 
 class ProcessorWarning(PeftBsrWarning):
-    """A model has no image processor, and the default one of its type was taken."""
+    """A model has no image processor, and the default one of its type is used."""
 
 
 class UnreadableImageWarning(PeftBsrWarning):
-    """Some of the images to predict cannot be read; the message counts and names them."""
+    """Some images to predict cannot be read; the message gives their number and names."""
+
+
+class RoundedUpdatesWarning(PeftBsrWarning):
+    """More than half of the optimizer's changes to a module in bfloat16 or float16 are rounded away."""
 
 
 class LeanBlockWarning(PeftBsrWarning):
@@ -149,4 +153,4 @@ class LeanBlockWarning(PeftBsrWarning):
 
 
 class MemoryBudgetWarning(PeftBsrWarning):
-    """Random operations are compiled with a memory budget below 1: torch gives wrong gradients then."""
+    """Random operations are compiled with a memory budget below 1, with which torch gives wrong gradients."""

@@ -55,7 +55,7 @@ def read_model_config(name: str) -> Any:
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0][:200]
-        raise UsageError(f"`{name}` is no folder here, and no model that can be read from the Hub: {reason}") from error
+        raise UsageError(f"`{name}` is neither a local folder nor a model on the Hub: {reason}") from error
 
 
 def model_of(adapter: PeftConfig | None, name: str) -> str:

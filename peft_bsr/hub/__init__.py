@@ -1,4 +1,4 @@
-"""Adapters in folders and on the Hub: read in one call, written with a model card made of facts."""
+"""Adapters in folders and on the Hub: loading in one call, saving with a model card."""
 
 from peft_bsr.hub.card import model_card, write_card
 from peft_bsr.hub.facts import CardFacts, add_facts, facts_of

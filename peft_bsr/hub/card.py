@@ -1,4 +1,4 @@
-"""The model card: filled from facts, and silent about what nobody measured."""
+"""The model card. It contains only what is known or was measured."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from peft_bsr.tuners.base.config import SavedConfig
 
 BEGIN, END = "<!-- peft_bsr: written by save_pretrained; edit outside of it -->", "<!-- peft_bsr: end -->"
 PICTURE = "kept_tokens.png"
-_TEMPLATE = "[More Information Needed]"  # of PEFT's own card, which says nothing
+_TEMPLATE = "[More Information Needed]"  # text of PEFT's own, empty card
 
 
 def write_card(config: SavedConfig, folder: Path) -> None:
-    """Write `README.md` beside an adapter. What a person wrote around our part of it stays.
+    """Write `README.md` next to an adapter. Text around the generated part is kept.
 
-    Runs by itself, whenever one of our adapters is saved.
+    It runs whenever one of our adapters is saved.
 
     Args:
-        config: Of an adapter that is attached.
-        folder: Where the adapter was saved.
+        config: Configuration of an attached adapter.
+        folder: Folder of the saved adapter.
     """
     facts: CardFacts = config.facts or CardFacts()
     if facts.picture is not None and Path(facts.picture).resolve() != (folder / PICTURE).resolve():
@@ -49,9 +49,9 @@ def model_card(config: SavedConfig, facts: CardFacts, base: str | None = None) -
     """The card's text.
 
     Args:
-        config: Of an adapter that is attached.
-        facts: What was measured.
-        base: Hub id of the base model, or None where it is none.
+        config: Configuration of an attached adapter.
+        facts: Facts about the run.
+        base: Hub id of the base model, or None if it has none.
     """
     assert config.attachment is not None, "the configuration of an attached adapter"
     method = known_method(config)
@@ -67,12 +67,12 @@ def model_card(config: SavedConfig, facts: CardFacts, base: str | None = None) -
     if facts.metrics or facts.dataset:
         on = f" on {_hub_id(facts.dataset) or _folder(facts.dataset)}" if facts.dataset else ""
         scores = [f"- {name.replace('_', ' ')}{on}: {value:.4g}" for name, value in facts.metrics.items()]
-        parts.append("## Results\n\n" + ("\n".join(scores) or f"Trained{on}; nothing was scored."))
+        parts.append("## Results\n\n" + ("\n".join(scores) or f"Trained{on}; not evaluated."))
         parts += [f"### {title}\n\n{_table(head, rows)}" for title, head, rows, *_ in facts.tables]
     if facts.costs:
         parts.append("## Measured\n\n" + _cost_table(facts))
     if facts.picture is not None:
-        parts.append(f"## Kept tokens\n\n![Which patches each reduction keeps; dropped ones are veiled]({PICTURE})")
+        parts.append(f"## Kept tokens\n\n![Patches that each reduction keeps; dropped ones are shaded]({PICTURE})")
     parts.append("## Limits\n\n" + "\n".join(f"- {limit}" for limit in _limits(config, method)))
     parts.append(
         "## Versions\n\n"
@@ -83,7 +83,7 @@ def model_card(config: SavedConfig, facts: CardFacts, base: str | None = None) -
 
 
 def _linked(paper: str) -> str:
-    """A paper on arXiv as a link; anything else as it is."""
+    """A paper on arXiv as a link; other text unchanged."""
     server, _, number = paper.partition(" ")
     return f"[{paper}](https://arxiv.org/abs/{number})" if server == "arXiv" else paper
 
@@ -92,16 +92,16 @@ def _snippet(task: Task, repo_id: str | None) -> str:
     place = f'"{repo_id}"' if repo_id else '"."  # this folder'
     lines = [
         f"adapter = {place}",
-        "model = peft_bsr.load(adapter)  # base model, adapter, head and names of the labels",
+        "model = peft_bsr.load(adapter)  # base model, adapter, head and label names",
     ]
     if task.pipeline is not None:
-        lines += ["predict = peft_bsr.pipeline(adapter)  # the same in a pipeline of transformers"]
+        lines += ["predict = peft_bsr.pipeline(adapter)  # the same in a transformers pipeline"]
         lines += [f'predict("{task.example}")' + ("  # `score` is the value" if task.is_regression else "")]
     return "\n".join(["```python", "import peft_bsr", "", *lines, "```"])
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """In Markdown; a class may be called `|` or `<b>`."""
+    """A Markdown table; class names are escaped."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(
         f"| {' | '.join(escape(cell, quote=False).replace('|', '&#124;') for cell in row)} |" for row in lines
@@ -111,7 +111,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _cost_table(facts: CardFacts) -> str:
     costs: list[tuple[str, Cost]] = list(facts.costs.items())
     reference = costs[0][1].step_seconds
-    rows = ["| | saved activations, MiB an image | FLOPs a step and image, G | step, ratio |", "|---|---|---|---|"]
+    rows = ["| | saved activations, MiB per image | GFLOPs per step and image | step, ratio |", "|---|---|---|---|"]
     rows += [
         f"| {name} | {cost.saved_bytes_per_image / 2**20:.3g} | {cost.training_flops_per_image / 1e9:.3g} "
         f"| {cost.step_seconds / reference:.2f} |"
@@ -121,22 +121,22 @@ def _cost_table(facts: CardFacts) -> str:
 
 
 def _limits(config: Any, method: MethodInfo) -> list[str]:
-    limits = ["`import peft_bsr` must come first: without it, PEFT does not know the method."]
+    limits = ["Run `import peft_bsr` before loading: without it, PEFT does not know the method."]
     if method.tuner.merges and method.tuner.reduces_in_evaluation:
-        limits.append("Token reduction is not in the weights: a merged model runs on all tokens, and differs.")
+        limits.append("Token reduction is not part of the weights: a merged model runs on all tokens and differs.")
     if not method.tuner.merges:
         limits.append("It cannot be merged into the base model.")
     if _hub_id(config.base_model_name_or_path) is None:
         name = _folder(config.base_model_name_or_path)
         limits.append(
-            f"The base model was read from a folder, `{name}`. On another machine give its place: "
+            f"The base model was read from a folder, `{name}`. On another machine pass its location: "
             "`peft_bsr.load(adapter, base=...)`."
         )
     return limits
 
 
 def _metadata(old: Any, config: SavedConfig, facts: CardFacts, base: str | None) -> ModelCardData:
-    """Ours over what is there; a base model that is a path of some machine is no id, and the Hub would refuse it."""
+    """Existing metadata updated with ours; a local path is not a valid base model on the Hub and is left out."""
     method = known_method(config).name
     kept = {k: v for k, v in old.to_dict().items() if k not in ("model-index", "base_model", "eval_results")}
     tags = {tag for tag in kept.pop("tags", None) or [] if not tag.startswith("base_model:")}
@@ -161,7 +161,7 @@ def _metadata(old: Any, config: SavedConfig, facts: CardFacts, base: str | None)
 
 
 def _merged(old: str, ours: str) -> str:
-    """Our part in the place of our old part, or behind what a person wrote."""
+    """The old text with the generated part replaced, or appended."""
     part = f"{BEGIN}\n\n{ours}\n\n{END}"
     before, begin, rest = old.partition(BEGIN)
     if begin:
@@ -170,14 +170,14 @@ def _merged(old: str, ours: str) -> str:
 
 
 def _hub_id(name: str | None) -> str | None:
-    """The name, if it looks like an id on the Hub and is no folder here."""
+    """The name, if it looks like a Hub id and is not a local folder."""
     if not name or Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
         return None
     return name if "/" in name else None
 
 
 def _folder(name: str | Path | None) -> str:
-    """A folder's own name, without the path that leads to it on this machine."""
+    """The name of a folder without its path."""
     return Path(str(name)).name
 
 

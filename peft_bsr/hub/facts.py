@@ -1,4 +1,4 @@
-"""What was measured of an adapter, kept with it in memory until its model card is written."""
+"""Facts about an adapter's run, kept in memory until its model card is written."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from peft_bsr.tuners.base.config import SavedConfig
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What only a run can know. The card says nothing about what is missing here.
+    """Facts about a run for the model card. Missing facts are not on the card.
 
     Attributes:
-        dataset: Hub id or name of what it was trained on.
-        metrics: Name -> value, for example `{"test accuracy": 0.95}`: the split, if it is told, and the metric, in one
-            word (`"test balanced_accuracy"`).
-        tables: Title, headings and rows of tables below them, such as figures by class.
-        costs: Name -> `Cost` of this adapter and of what it is compared with, from `peft_bsr.cost.compare`; the first
-            is the reference.
-        conditions: Under which the costs were measured (device, dtype, batch, versions).
-        picture: PNG file of kept tokens, copied beside the card.
-        repo_id: Repository on the Hub that the card is for; `push_to_hub` says it.
+        dataset: Hub id or name of the training dataset.
+        metrics: Name -> value, for example `{"test accuracy": 0.95}`: optionally the split, and the metric as one word
+            (`"test balanced_accuracy"`).
+        tables: Title, headings and rows of further tables, such as metrics per class.
+        costs: Name -> `Cost` of this adapter and of other methods, from `peft_bsr.cost.compare`; the first is the
+            reference.
+        conditions: Conditions of the measurement (device, dtype, batch, versions).
+        picture: PNG file of kept tokens, copied next to the card.
+        repo_id: Repository on the Hub; set by `push_to_hub`.
     """
 
     dataset: str | None = None
@@ -40,15 +40,15 @@ class CardFacts:
 
 
 def add_facts(model: nn.Module, *, adapter_name: str | None = None, **facts: Any) -> CardFacts:
-    """Tell an adapter what was measured of it; `save_pretrained` and `push_to_hub` write it into the model card.
+    """Add facts to an adapter's model card, which `save_pretrained` and `push_to_hub` write.
 
     Args:
-        model: With one of our adapters.
-        adapter_name: Default the active one.
-        facts: Fields of `CardFacts`. What is not named stays as it was told before.
+        model: A model with one of our adapters.
+        adapter_name: Name of the adapter. Default None: the active one.
+        facts: Fields of `CardFacts`. Other fields keep their values.
 
     Returns:
-        All that is known now.
+        All facts of the adapter.
 
     Raises:
         AdapterError: If the model has no such adapter of ours.
@@ -69,7 +69,7 @@ def add_facts(model: nn.Module, *, adapter_name: str | None = None, **facts: Any
 
 
 def facts_of(model: nn.Module, adapter_name: str | None = None) -> CardFacts:
-    """What an adapter was told.
+    """The facts that were added to an adapter.
 
     Args:
         model: See `add_facts`.

@@ -1,4 +1,4 @@
-"""What lies in a folder or a repository, found out with one request instead of a download that retries for a minute."""
+"""Listing the files of a folder or repository, with one request instead of a download that retries for a minute."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from huggingface_hub import HfApi, try_to_load_from_cache
 from peft_bsr.errors import HubError, headline
 
 ADAPTER, MODEL = "adapter_config.json", "config.json"
-_TIMEOUT = 5.0  # seconds that the Hub may take to answer
+_TIMEOUT = 5.0  # seconds
 
 
 def list_files(name: str | Path, *, revision: str | None = None, token: str | bool | None = None) -> set[str]:
@@ -18,22 +18,21 @@ def list_files(name: str | Path, *, revision: str | None = None, token: str | bo
 
     Args:
         name: Folder or Hub id.
-        revision: Of the repository. Default None: its main branch.
-        token: For private repositories. Default None: the one of `hf auth login`.
+        revision: Revision of the repository. Default None: its main branch.
+        token: Token for private repositories. Default None: the one of `hf auth login`.
 
     Returns:
-        Of a repository that was downloaded before, only those of `ADAPTER` and `MODEL` that are in the cache: the Hub
-        is not asked.
+        The names. For a repository in the cache, only `ADAPTER` and `MODEL` if they are cached: no request is sent.
 
     Raises:
-        HubError: If there is neither, or if the Hub does not answer within 5 seconds.
+        HubError: If there is no such folder or repository, or if the Hub does not answer within 5 seconds.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
         return {path.name for path in folder.iterdir()}
     name = str(name)
     if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
-        raise HubError(f"there is no folder `{name}`{_close(folder)}. A repository on the Hub is called `owner/name`.")
+        raise HubError(f"there is no folder `{name}`{_close(folder)}. A Hub repository is named `owner/name`.")
     cached = {f for f in (ADAPTER, MODEL) if isinstance(try_to_load_from_cache(name, f, revision=revision), str)}
     if cached:
         return cached
@@ -41,13 +40,13 @@ def list_files(name: str | Path, *, revision: str | None = None, token: str | bo
         info = HfApi().model_info(name, revision=revision, timeout=_TIMEOUT, token=token)
     except Exception as error:  # the Hub's and the HTTP library's own errors
         raise HubError(
-            f"`{name}` is no folder here{_close(folder)}, and cannot be read from the Hub ({headline(error)})."
+            f"`{name}` is not a local folder{_close(folder)}, and cannot be read from the Hub ({headline(error)})."
         ) from error
     return {file.rfilename for file in info.siblings or ()}
 
 
 def _close(folder: Path) -> str:
-    """Folders next to it whose names are close."""
+    """Folders next to it with similar names."""
     try:
         names = [path.name for path in folder.parent.iterdir() if path.is_dir()]
     except OSError:

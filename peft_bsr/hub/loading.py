@@ -22,7 +22,7 @@ from peft_bsr.hub.files import ADAPTER, MODEL, list_files
 from peft_bsr.hub.task import task_of
 from peft_bsr.tuners.base.base_model import with_settings
 
-_SPARE = 0.01  # share of the weights that a base model's file may lack
+_SPARE = 0.01  # share of the weights that may be missing in a base model's file
 
 
 @torch.inference_mode(False)  # weights that are made there can never train
@@ -36,26 +36,26 @@ def load(
     image_size: int | tuple[int, int] | None = None,
     is_trainable: bool = False,
 ) -> PeftModel:
-    """Read an adapter and the model it belongs to.
+    """Load an adapter and its base model.
 
-    The base model is of the class that the adapter was trained on, with a classifier for the adapter's own labels and
-    with the settings that differed from its own file (`problem_type`, input channels, image size: see
-    `peft_bsr.set_image_size`); new weights come from the adapter.
+    The base model has the class that the adapter was trained on, a classifier for the adapter's labels, and the
+    settings that differ from its own file (`problem_type`, input channels, image size: see `peft_bsr.set_image_size`);
+    new weights come from the adapter.
 
     Args:
         name: Hub id or folder of the adapter.
-        base: Hub id or folder of the base model. Default None: what the adapter names.
-        revision: Of the adapter on the Hub. Default None: its main branch.
-        token: For private repositories. Default None: the one of `hf auth login`.
-        dtype: Of the base model. Default None: the one it was saved in.
-        image_size: Pixels of a side, or (height, width). Default None: those the adapter was trained at.
-        is_trainable: Whether training goes on. Default False: evaluation mode, nothing asks for gradients.
+        base: Hub id or folder of the base model. Default None: the one that the adapter names.
+        revision: Revision of the adapter on the Hub. Default None: its main branch.
+        token: Token for private repositories. Default None: the one of `hf auth login`.
+        dtype: Dtype of the base model. Default None: the one it was saved in.
+        image_size: Side length in pixels, or (height, width). Default None: the size in training.
+        is_trainable: Whether to load it for further training. Default False: evaluation mode, without gradients.
 
     Returns:
-        The model. `peft_bsr.pipeline` makes a pipeline of it in one call.
+        The model. `peft_bsr.pipeline` makes a pipeline in one call.
 
     Raises:
-        HubError: If there is no adapter or no base model, or if they do not fit.
+        HubError: If there is no adapter or base model, or if they do not fit together.
 
     Examples:
         >>> model = load("me/pets-bsr")  # doctest: +SKIP
@@ -86,13 +86,13 @@ def read_config(name: str | Path, *, revision: str | None = None, token: str | b
         token: See `load`.
 
     Raises:
-        HubError: If there is none.
+        HubError: If there is no adapter.
     """
     files = list_files(name, revision=revision, token=token)
     if ADAPTER not in files:
         why = f"it has no {ADAPTER}"
         raise HubError(
-            f"`{name}` is no adapter ({why}). Give a folder with adapter_config.json, or the id of a "
+            f"`{name}` is not an adapter ({why}). Give a folder with adapter_config.json, or the id of a "
             "repository on the Hub that has one."
         )
     place: dict[str, Any] = {"revision": revision, "token": token}
@@ -117,7 +117,7 @@ def load_base(
     dtype: torch.dtype | str | None = None,
     image_size: int | tuple[int, int] | None = None,
 ) -> Any:
-    """The base model of an adapter, with a classifier for the adapter's labels (of random weights).
+    """The base model of an adapter, with a classifier with random weights for the adapter's labels.
 
     Args:
         config: From `read_config`.
@@ -127,13 +127,13 @@ def load_base(
         image_size: See `load`.
 
     Raises:
-        HubError: If there is none.
-        ConfigError: If `image_size` does not fit it.
-        UnsupportedModelError: The same.
+        HubError: If it cannot be read.
+        ConfigError: If `image_size` does not fit the model.
+        UnsupportedModelError: If the model cannot take images of `image_size`.
     """
     source = str(base or config.base_model_name_or_path or "")
     if not source:
-        raise HubError("The adapter does not name its base model. Give it as `base=`, a Hub id or a folder.")
+        raise HubError("The adapter does not name its base model. Pass `base=`, a Hub id or a folder.")
     model_class = _class_of(config)
     settings_class = getattr(model_class, "config_class", None) or AutoConfig
     place: dict[str, Any] = {"token": token, "revision": None if base else config.revision, "trust_remote_code": False}
@@ -144,11 +144,11 @@ def load_base(
         named["label2id"] = {label: index for index, label in enumerate(labels)}
     try:
         list_files(source, token=token, revision=place["revision"])  # within seconds, also without a network
-        with _quiet():  # that the classifier's weights are new is what we want
+        with _quiet():  # the warning about new classifier weights is expected
             own = settings_class.from_pretrained(_place(source), **place, **named)
             settings = with_settings(own, changes or {})
             size = image_size or getattr(config, "image_size", None) or native_size(settings)
-            if native_size(own) is not None:  # positions are read as they are, and resized then
+            if native_size(own) is not None:  # position embeddings are loaded at their own size, then resized
                 inner_config(settings).image_size = inner_config(own).image_size
             model, report = model_class.from_pretrained(
                 _place(source),
@@ -162,7 +162,7 @@ def load_base(
         raise
     except Exception as error:  # transformers', torch's and the Hub's own, of any class if settings are odd
         raise HubError(
-            f"The base model `{source}` cannot be read ({headline(error)}). Give another copy of it as `base=`, a "
+            f"The base model `{source}` cannot be read ({headline(error)}). Pass another copy of it as `base=`, a "
             "Hub id or a folder."
         ) from error
     _check_complete(model, report, config, source)
@@ -174,7 +174,7 @@ def load_base(
 def load_image_processor(
     name: str | Path, *, base: str | Path | None = None, revision: str | None = None, token: str | bool | None = None
 ) -> Any:
-    """The image processor saved beside an adapter, or else its base model's.
+    """The image processor saved with an adapter, or its base model's.
 
     Args:
         name: See `load`.
@@ -189,17 +189,18 @@ def load_image_processor(
 
 
 def find_image_processor(model: Any) -> tuple[Any, str] | tuple[None, None]:
-    """The image processor of a loaded model, and where it is from in words. The Hub is not asked.
+    """The image processor of a loaded model, and its origin as text. Only local files are read.
 
     Args:
-        model: A `PeftModel`: the processor beside its active adapter, if `load` read it, or else its base model's.
+        model: A `PeftModel`. The processor is the one saved with its active adapter, if `load` loaded it, or its base
+            model's.
 
     Returns:
-        (None, None) where there is none on this machine.
+        The processor and its origin, or (None, None) if there is none on this machine.
     """
     config = model.peft_config[model.active_adapter]
     sources = {
-        "from beside the adapter": getattr(config, "place", None),
+        "saved with the adapter": getattr(config, "place", None),
         "the base model's own": source_of(model.config),
     }
     for words, source in sources.items():
@@ -218,7 +219,7 @@ def pipeline(
     dtype: torch.dtype | str | None = None,
     **settings: Any,
 ) -> transformers.Pipeline:
-    """A pipeline of transformers for an adapter: its task, its model, its processor.
+    """A transformers pipeline for an adapter, with its task, model and processor.
 
     Args:
         name: See `load`.
@@ -229,8 +230,8 @@ def pipeline(
         settings: Further arguments of `transformers.pipeline`, such as `device` and `batch_size`.
 
     Returns:
-        For example an `ImageClassificationPipeline`: call it with images, paths or addresses. Of a model for
-        regression, `score` is the value itself.
+        For example an `ImageClassificationPipeline`: call it with images, paths or URLs. For a regression model,
+        `score` is the value.
 
     Raises:
         HubError: As `load`, and if transformers has no pipeline for the model.
@@ -242,7 +243,7 @@ def pipeline(
     model: Any = load(name, base=base, revision=revision, token=token, dtype=dtype)
     task = task_of(model.peft_config[model.active_adapter])
     if task.pipeline is None:
-        raise HubError(f"There is no pipeline for `{name}`: {task.words} Call what `peft_bsr.load` returns.")
+        raise HubError(f"There is no pipeline for `{name}`: {task.words} Call the model of `peft_bsr.load` instead.")
     if task.is_regression:
         settings.setdefault("function_to_apply", "none")
     kind = "feature_extractor" if task.pipeline.startswith("audio") else "image_processor"
@@ -255,7 +256,7 @@ def pipeline(
 def _load_processor(
     auto: Any, kind: str, name: str | Path, base: str | Path | None, revision: str | None, token: str | bool | None
 ) -> Any:
-    """The adapter's own, or else its base model's."""
+    """The processor of the adapter, or of its base model."""
     config = read_config(name, revision=revision, token=token)
     sources = [(str(name), revision), (str(base or config.base_model_name_or_path), None if base else config.revision)]
     problems = []
@@ -281,7 +282,7 @@ def _class_of(config: Any) -> Any:
     """The class that the adapter was attached to, if it is one of transformers.
 
     Raises:
-        HubError: If the adapter names something there that is no model.
+        HubError: If the adapter names a class that is not a model.
     """
     mapping = config.auto_mapping if isinstance(config.auto_mapping, dict) else {}
     library, name = (str(mapping.get(key, "")) for key in ("parent_library", "base_model_class"))
@@ -293,14 +294,14 @@ def _class_of(config: Any) -> Any:
         found = getattr(transformers, name, AutoModelForImageClassification)
     is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
     if not is_model and found is not AutoModelForImageClassification:
-        raise HubError(f"The adapter names `{library}.{name}` as the class of its base model, which is no model.")
+        raise HubError(f"The adapter names `{library}.{name}` as its base model's class: not a model.")
     return found
 
 
 def _check_complete(model: Any, report: dict[str, Any], config: Any, source: str) -> None:
-    """Refuse another model's file: transformers fills what it lacks at random, with only a log line.
+    """Refuse another model's file: transformers initializes missing weights at random and only logs it.
 
-    The head may be missing, the adapter brings it; so may a little that is only there for pretraining.
+    The head may be missing, because the adapter has it; so may a few weights that are only used in pretraining.
     """
     heads = {name for place, name in (getattr(config, "layout", None) or {}).items() if place.startswith("head.")}
     classes = len(getattr(config, "labels", None) or ())
@@ -318,17 +319,17 @@ def _check_complete(model: Any, report: dict[str, Any], config: Any, source: str
     if sum(sizes[name] for name in lost) > _SPARE * sum(sizes.values()):
         raise HubError(
             f"`{source}` lacks {len(lost)} of the {len(sizes)} weights of {type(model).__name__}, such as "
-            f"{sorted(lost)[0]}: it is another model. Give the one the adapter was trained on as `base=`."
+            f"{sorted(lost)[0]}: it is another model. Pass the one the adapter was trained on as `base=`."
         )
     if other:
         raise HubError(
-            f"`{source}` has another shape of {len(other)} of the weights of {type(model).__name__}, such as "
-            f"{other[0]}, and the adapter does not bring them. Give the model it was trained on as `base=`."
+            f"`{source}` has other shapes for {len(other)} of the weights of {type(model).__name__}, such as "
+            f"{other[0]}, and the adapter does not have them. Pass the model it was trained on as `base=`."
         )
 
 
 def _backbone_of(model: Any, config: Any) -> str:
-    """How names of the part with the blocks begin: what lies beside it is head, or not read at all."""
+    """Prefix of the names in the part with the blocks; the rest is the head, or is not used."""
     places = (getattr(config, "layout", None) or {}).items()
     top = next((name.partition(".")[0] for place, name in places if place.startswith("blocks.")), "")
     return f"{top}." if isinstance(getattr(model, top or "config", None), transformers.PreTrainedModel) else ""

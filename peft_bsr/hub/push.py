@@ -1,4 +1,4 @@
-"""An adapter onto the Hub, with its own model card."""
+"""Uploading an adapter to the Hub with its model card."""
 
 from __future__ import annotations
 
@@ -24,19 +24,20 @@ def push_to_hub(
 ) -> str:
     """Upload the model's adapters and the model card.
 
-    `model.push_to_hub` uploads the same weights, but transformers puts a blank card in the place of ours afterwards.
+    `model.push_to_hub` uploads the same weights, but transformers then replaces our card with an empty one.
 
     Args:
-        model: With adapters of ours.
-        repo_id: Such as `"me/pets-bsr"`; made if there is none. Its README keeps what a person wrote.
-        image_processor: Saved beside the adapter, so that a pipeline sees images as training did. Default none.
-        private: Whether a new repository is private. Default None: the account's choice.
-        token: Default None: the one of `hf auth login`.
-        revision: Branch. Default None: the main one.
-        commit_message: Of the one commit. Default `"Upload adapter"`.
+        model: A model with adapters of ours.
+        repo_id: Id such as `"me/pets-bsr"`; created if it does not exist. Your own text in its README is kept.
+        image_processor: Image processor to save with the adapter, so that a pipeline preprocesses images as in
+            training. Default None.
+        private: Whether a new repository is private. Default None: the default of the account.
+        token: Hub token. Default None: the one of `hf auth login`.
+        revision: Branch. Default None: the main branch.
+        commit_message: Commit message. Default `"Upload adapter"`.
 
     Returns:
-        Address of the commit.
+        URL of the commit.
     """
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id

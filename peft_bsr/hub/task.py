@@ -1,4 +1,4 @@
-"""What a model is for, in the words of transformers' pipelines and of the Hub."""
+"""The task of a model, as in transformers' pipelines and on the Hub."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from peft_bsr.tuners.base.config import SavedConfig
 _TASKS = [f"{kind}-classification" for kind in ("image", "video", "audio")]
 _TASKS += ["image-segmentation", "depth-estimation", "object-detection", "image-feature-extraction"]
 _INPUTS = {"video": "clip.mp4", "audio": "sound.wav"}
-_NAMED = 20  # classes on a card
+_NAMED = 20  # maximum number of classes on a card
 
 
 @dataclass(frozen=True)
 class Task:
-    """What an adapter's model is for.
+    """The task of an adapter's model.
 
     Attributes:
-        pipeline: Name of transformers' pipeline, or None where it has none.
-        is_regression: Whether its outputs are values, not scores of classes.
-        words: One sentence.
+        pipeline: Name of transformers' pipeline, or None if there is none.
+        is_regression: Whether its outputs are values, not class scores.
+        words: The task in one sentence.
     """
 
     pipeline: str | None
@@ -36,7 +36,7 @@ class Task:
 
     @property
     def example(self) -> str:
-        """Name of a file that the pipeline could be given."""
+        """Name of a file as an example input of the pipeline."""
         return _INPUTS.get((self.pipeline or "").partition("-")[0], "image.jpg")
 
 
@@ -44,13 +44,13 @@ def task_of(config: SavedConfig) -> Task:
     """The task of an attached adapter.
 
     Args:
-        config: Of an adapter that is attached.
+        config: Configuration of an attached adapter.
     """
     attachment = config.attachment
     assert attachment is not None, "the configuration of an attached adapter"
     named = getattr(config, "tasks", None)
     if named:
-        return Task(None, False, f"Several tasks, a head for each: {', '.join(task.name for task in named)}.")
+        return Task(None, False, f"Several tasks with a head each: {', '.join(task.name for task in named)}.")
     name = _pipeline_of(attachment.classes)
     if name is None or (name == "image-feature-extraction" and len(attachment.spec.image_shape) != 3):
         return Task(None, False, f"`{attachment.classes[0]}`, for which transformers has no pipeline.")
@@ -69,7 +69,7 @@ def task_of(config: SavedConfig) -> Task:
 
 
 def _pipeline_of(classes: Sequence[str]) -> str | None:
-    """The first pipeline one of whose automatic classes knows one of `classes`, a model's class and its bases."""
+    """The first pipeline whose auto classes contain one of `classes`, a model's class and its bases."""
     for task in _TASKS:
         if class_names_of_task(task) & set(classes):
             return task

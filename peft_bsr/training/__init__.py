@@ -1,4 +1,4 @@
-"""Training: pieces that work with transformers' Trainer, and the proof that an adapter trains."""
+"""Training: building blocks for transformers' Trainer, and a check that an adapter trains."""
 
 from peft_bsr.training.compiling import compile
 from peft_bsr.training.defaults import LEARNING_RATES, WARMUP_SHARE, default_learning_rate

@@ -1,7 +1,7 @@
-"""Random changes of training images with Pillow alone: flip, crop, colour, RandAugment.
+"""Augmentation of training images with Pillow: flip, crop, colour, RandAugment.
 
-Not imported by `peft_bsr` itself: Pillow is needed here (`pip install 'peft-bsr[cli]'`). Random numbers are torch's, so
-that a seed fixes them and every worker of a `DataLoader` has its own.
+`peft_bsr` does not import this module: it needs Pillow (`pip install 'peft-bsr[cli]'`). Random numbers come from torch:
+a seed makes them reproducible, and every worker of a `DataLoader` has its own.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ _FILL = (128, 128, 128)
 
 @dataclass(frozen=True)
 class Augmentation:
-    """One image in, one changed at random out.
+    """Random augmentation of an image.
 
-    `"light"`: a crop of 50 to 100 % of the area, flipped left to right half of the times. `"strong"`: a crop of 25 to
-    100 %, the flip, brightness, contrast and saturation by up to 30 %, then two operations of RandAugment (Cubuk et al.
-    2020). Crops have sides of 3:4 to 4:3 and come out as large as the image was.
+    `"light"`: a crop of 50 to 100 % of the area, flipped left to right with probability 0.5. `"strong"`: a crop of 25
+    to 100 %, the flip, brightness, contrast and saturation by up to 30 %, then two operations of RandAugment (Cubuk et
+    al. 2020). Crops have aspect ratios of 3:4 to 4:3 and are resized to the size of the image.
 
     Args:
         strength: `"none"`, `"light"` or `"strong"`.
-        flip: Whether images may be flipped. False where left and right mean something (digits, text). Default True.
+        flip: Whether to flip. False if left and right differ in meaning (digits, text). Default True.
 
     Raises:
         ConfigError: If there is no such strength.
@@ -49,13 +49,13 @@ class Augmentation:
             raise ConfigError(f"Augmentation: `strength={self.strength!r}` is unknown. Use none, light or strong.")
 
     def __call__(self, image: Image.Image) -> Image.Image:
-        """Change an image.
+        """Augment an image.
 
         Args:
-            image: Of any size; other modes than RGB are converted.
+            image: An image of any size; modes other than RGB are converted.
 
         Returns:
-            RGB, of the same size.
+            An RGB image of the same size.
         """
         image = image.convert("RGB")
         if self.strength == "none":
@@ -69,11 +69,11 @@ class Augmentation:
 
 
 def random_crop(image: Image.Image, smallest: float) -> Image.Image:
-    """A crop of a random place, area and shape, resized to the image's own size.
+    """A crop with random position, area and aspect ratio, resized to the size of the image.
 
     Args:
-        image: RGB.
-        smallest: Share of the area that is left at least.
+        image: An RGB image.
+        smallest: Minimum share of the area.
     """
     width, height = image.size
     for _ in range(10):
@@ -98,9 +98,9 @@ def rand_augment(image: Image.Image, operations: int = 2, magnitude: float = 0.3
     """RandAugment: some operations of a list, all with one magnitude, in random directions.
 
     Args:
-        image: RGB.
-        operations: How many. Default 2.
-        magnitude: From 0 (nothing) to 1 (as far as they go). Default 0.3, the paper's 9 of 30.
+        image: An RGB image.
+        operations: Number of operations. Default 2.
+        magnitude: From 0 (no change) to 1 (maximum). Default 0.3, the paper's 9 of 30.
     """
     for index in torch.randint(len(_OPERATIONS), (operations,)).tolist():
         image = _OPERATIONS[index](image, magnitude if _uniform() < 0.5 else -magnitude)

@@ -1,4 +1,4 @@
-"""Rows of tensors in files: append, be interrupted, go on. Each row is checked when it is read."""
+"""Rows of tensors in files. Appending can be interrupted and continued; each row is checked when it is read."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from peft_bsr.errors import FeatureCacheError
 
-_FLUSH_SECONDS = 10.0  # work that an interruption loses at most
+_FLUSH_SECONDS = 10.0  # maximum work lost by an interruption
 _CHECKSUMS = "row_crc32"
 _ABOUT, _DONE, _LOCK = "cache.json", "done", ".lock"
 
@@ -28,18 +28,18 @@ Fields = dict[str, tuple[str, list[int]]]  # name -> dtype and shape of a row
 
 
 class CacheFiles:
-    """One file a field in a folder, `cache.json` that says what they are, and `done` with the number of finished rows.
+    """A folder with one file per field, `cache.json` that describes them, and `done` with the number of finished rows.
 
-    Each row has a checksum of its numbers, its place and `cache.json`.
+    Each row has a checksum of its numbers, its index and `cache.json`.
 
     Args:
-        folder: Need not exist.
+        folder: The folder. It need not exist.
 
     Attributes:
-        key: What the rows belong to.
+        key: What the rows depend on: model, weights, samples.
         fields: Name -> (dtype, shape of a row).
-        num_rows: Rows when complete.
-        num_done: Rows there are.
+        num_rows: Number of rows when complete.
+        num_done: Number of finished rows.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -57,7 +57,7 @@ class CacheFiles:
         return (self.folder / _ABOUT).is_file()
 
     def is_complete(self) -> bool:
-        """Whether there is a whole cache in the folder, which is opened then.
+        """Whether there is a complete cache in the folder. If so, it is opened.
 
         Raises:
             FeatureCacheError: If it is damaged.
@@ -68,10 +68,10 @@ class CacheFiles:
 
     @contextmanager
     def locked(self, wait: Callable[[], None]) -> Iterator[None]:
-        """Inside, no other process writes here. The lock of a process that was killed is free.
+        """Lock the folder against writes of other processes. The lock of a killed process is released.
 
         Args:
-            wait: Called if another process has the lock, before this one waits for it.
+            wait: Function that is called before waiting for another process.
 
         Raises:
             FeatureCacheError: If the folder cannot be written.
@@ -90,17 +90,17 @@ class CacheFiles:
             lock.release()
 
     def create(self, key: dict[str, Any], fields: Fields, num_rows: int) -> None:
-        """Make the files at their full size, which is taken from the disk now.
+        """Create the files at their full size, which reserves the disk space.
 
         Raises:
-            FeatureCacheError: If the disk has no room for them, or other files have their names. Nothing is left.
+            FeatureCacheError: If there is too little disk space, or other files have their names. No file is left.
         """
         fields = {**fields, _CHECKSUMS: ("int64", [])}
-        draft = self.folder / f"{_ABOUT}.new"  # there as long as the files are not whole
+        draft = self.folder / f"{_ABOUT}.new"  # exists as long as the files are not complete
         _remove_unfinished(draft)
         if taken := [path.name for path in _paths(self.folder, fields) if path.exists()]:
             raise FeatureCacheError(
-                f"{str(self.folder)!r} holds {', '.join(taken)}, but no cache.json: that is no feature cache, and "
+                f"{str(self.folder)!r} holds {', '.join(taken)}, but no cache.json: that is not a feature cache, and "
                 "would be overwritten. Choose another folder."
             )
         needed, free = num_bytes(fields, num_rows), shutil.disk_usage(self.folder).free
@@ -121,13 +121,13 @@ class CacheFiles:
         os.replace(draft, self.folder / _ABOUT)
 
     def open(self) -> None:
-        """Map the files, to read.
+        """Map the files for reading.
 
         Raises:
-            FeatureCacheError: If there are none, or they are damaged.
+            FeatureCacheError: If there is no cache, or it is damaged.
         """
         if not self.exists:
-            raise FeatureCacheError(f"there is no feature cache in {str(self.folder)!r}. Make one: FeatureCache.build.")
+            raise FeatureCacheError(f"there is no feature cache in {str(self.folder)!r}. Use FeatureCache.build.")
         try:
             text = (self.folder / _ABOUT).read_bytes()
             self.key, self.fields, self.num_rows = _parsed(text)
@@ -146,10 +146,10 @@ class CacheFiles:
             ) from error
 
     def append(self, rows: Mapping[str, Tensor]) -> None:
-        """Add rows, each field [R, ...]. They count as done when they are on disk.
+        """Add rows, each field [R, ...]. They count as finished when they are on disk.
 
         Raises:
-            FeatureCacheError: If they are not of the kind of the first rows, or cannot be written.
+            FeatureCacheError: If their dtypes or shapes differ from those of the first rows, or they cannot be written.
         """
         own = {name: field for name, field in self.fields.items() if name != _CHECKSUMS}
         found = {name: (str(row.dtype).removeprefix("torch."), list(row.shape[1:])) for name, row in rows.items()}
@@ -173,7 +173,7 @@ class CacheFiles:
             self.flush()
 
     def flush(self) -> None:
-        """Put everything on disk."""
+        """Write everything to disk."""
         with self._writing():
             for name in self.fields:
                 with open(self._path(name), "r+b") as file:
@@ -185,19 +185,19 @@ class CacheFiles:
         """One row.
 
         Raises:
-            FeatureCacheError: If it is not what was written.
+            FeatureCacheError: If its checksum is wrong.
         """
         index = range(self.num_rows)[index]
         rows = {name: np.array(mapped[index : index + 1]) for name, mapped in self._maps.items()}
         if self._checksum(index, rows) != int(rows.pop(_CHECKSUMS)[0]):
             raise FeatureCacheError(
-                f"the feature cache in {str(self.folder)!r} is damaged (row {index} is not what was written). Delete "
+                f"the feature cache in {str(self.folder)!r} is damaged (row {index} has another checksum). Delete "
                 "the folder and build it again."
             )
         return {name: torch.from_numpy(row)[0].view(getattr(torch, self.fields[name][0])) for name, row in rows.items()}
 
     def spec(self, name: str) -> list[Any]:
-        """One field of all rows that are done, unchecked."""
+        """One field of all finished rows, without checking them."""
         values: list[Any] = self._maps[name][: self.num_done].tolist()
         return values
 
@@ -211,7 +211,7 @@ class CacheFiles:
         return self.folder / f"{name}.bin"
 
     def _write(self, name: str, text: str) -> None:
-        """All or nothing."""
+        """Write a file atomically."""
         draft = self.folder / f"{name}.new"
         draft.write_text(text)
         os.replace(draft, self.folder / name)
@@ -222,16 +222,16 @@ class CacheFiles:
             yield
         except OSError as error:
             raise FeatureCacheError(
-                f"the feature cache in {str(self.folder)!r} cannot be written ({error.strerror or error}). Make "
-                "room, or choose another folder. What is done is kept."
+                f"the feature cache in {str(self.folder)!r} cannot be written ({error.strerror or error}). Free "
+                "disk space, or choose another folder. Finished rows are kept."
             ) from error
 
-    def __reduce__(self) -> tuple[Any, ...]:  # a memory map would be pickled as all its numbers
+    def __reduce__(self) -> tuple[Any, ...]:  # a memory map would be pickled with all of its numbers
         return _reopen, (self.folder,)
 
 
 def num_bytes(fields: Fields, num_rows: int) -> int:
-    """What rows take on disk."""
+    """Size of rows on disk, in bytes."""
     return sum(num_rows * math.prod(shape) * getattr(torch, dtype).itemsize for dtype, shape in fields.values())
 
 
@@ -240,7 +240,7 @@ def _parsed(text: bytes) -> tuple[dict[str, Any], Fields, int]:
     about = json.loads(text)
     key, fields, num_rows = about["key"], about["fields"], about["num_rows"]
     if type(num_rows) is not int or num_rows < 1 or not isinstance(key, dict) or _CHECKSUMS not in fields:
-        raise ValueError(f"{_ABOUT} is of another kind")
+        raise ValueError(f"{_ABOUT} has an unknown format")
     for name, (dtype, shape) in fields.items():
         if Path(name).name != name or not isinstance(getattr(torch, dtype), torch.dtype):
             raise ValueError(f"{_ABOUT} names {name!r} of {dtype!r}")
@@ -254,7 +254,7 @@ def _paths(folder: Path, fields: Fields) -> list[Path]:
 
 
 def _remove_unfinished(draft: Path) -> None:
-    """Take away what a process that ended in `create` has left."""
+    """Remove the files of a process that was killed in `create`."""
     if not draft.exists():
         return
     try:
@@ -266,7 +266,7 @@ def _remove_unfinished(draft: Path) -> None:
 
 
 def _allocate(path: Path, size: int) -> None:
-    """Make a file of that size and take the room for it, so that a full disk is met here."""
+    """Create a file of that size and reserve its disk space, so that a full disk raises here."""
     with open(path, "wb") as file:
         file.truncate(size)
         if size and hasattr(os, "posix_fallocate"):
@@ -284,7 +284,7 @@ def _told(field: tuple[str, list[int]] | None) -> str:
 
 
 def _view_dtype(dtype: str) -> torch.dtype:
-    """What NumPy can hold: it has no bfloat16."""
+    """A dtype that NumPy has: it lacks bfloat16."""
     return torch.int16 if dtype == "bfloat16" else getattr(torch, dtype)
 
 

@@ -1,4 +1,4 @@
-"""Where in a model a feature cache stands: what its rows depend on, and how a forward begins there."""
+"""The place in a model whose tokens a feature cache stores: what they depend on, and how a forward resumes there."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from peft_bsr.tuners.base.layer import ROOT, AdapterController, SingleAdapterLay
 
 
 class CachePoint:
-    """In front of the first trained block, or behind all blocks where none trains and queries read them.
+    """The input of the first trained block, or the output of all blocks if none trains and queries read them.
 
     Args:
-        model: With an active adapter of ours.
+        model: A model with an active adapter of ours.
 
     Attributes:
-        plan: Of the active adapter.
-        index: Of the block in front of which the place is; the depth of the model behind the last.
-        layers: Blocks whose tokens are kept, where queries read them; else empty.
+        plan: Plan of the active adapter.
+        index: Index of the block whose input is stored; the depth of the model for the output of the last block.
+        layers: Blocks whose tokens are stored, if queries read them; otherwise empty.
 
     Raises:
         FeatureCacheError: If there is no adapter, it is disabled, or its plan changes from step to step.
@@ -39,18 +39,18 @@ class CachePoint:
         controller = controllers[0]
         if controller.is_dynamic:
             raise FeatureCacheError(
-                "this adapter's plan changes from step to step, so what its blocks give cannot be kept. Train without "
-                "a cache, or use `BSRConfig`."
+                "this adapter's plan changes from step to step, so the output of its blocks cannot be cached. Train "
+                "without a cache, or use `BSRConfig`."
             )
         if controller.plan is None:
-            raise FeatureCacheError("the adapter is disabled: the base model has no trained block to begin at.")
+            raise FeatureCacheError("the adapter is disabled: the base model has no trained block to start from.")
         self.model, self.spec = model, controller.spec
         self.plan: Plan = controller.plan
         self.layers = controller.read_layers
         self.index = controller.spec.depth if self.layers else self.plan.trained_blocks[0]
 
     def key(self) -> dict[str, Any]:
-        """What the tokens depend on beside the images."""
+        """What the tokens depend on, other than the images."""
         end = self.layers[-1] + 1 if self.layers else self.index
         modules = {name.removeprefix(ROOT): module for name, module in self.model.named_modules()}
         trained = [name for name, module in modules.items() if isinstance(module, SingleAdapterLayer)]
@@ -73,12 +73,12 @@ class CachePoint:
         }
 
     def resume_point(self, tokens: Tensor, origins: Tensor | None, lengths: tuple[int, ...]) -> ResumePoint:
-        """Where a forward on cached tokens begins.
+        """The point from which a forward on cached tokens resumes.
 
         Args:
             tokens: [B, N, D].
-            origins: [B, A] of the route there, or None.
-            lengths: Tokens of each layer that is read, see `ResumePoint`.
+            origins: Origins [B, A] of the route there, or None.
+            lengths: Number of tokens of each layer that is read, see `ResumePoint`.
         """
         number = sum(block.reduction is not None for block in self.plan.blocks[: self.index])
         return ResumePoint(self.index, tokens, None if origins is None else origins.long(), number, lengths)

@@ -1,4 +1,4 @@
-"""The samples that a feature cache is made of: read in batches, told from others, looked at for random augmentation."""
+"""The samples of a feature cache: read in batches, identified by digests, checked for random augmentation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from peft_bsr.errors import FeatureCacheError
 
-_READ_AGAIN, _TIMES = 8, 4  # samples that are looked at for random augmentation, and how often
+_READ_AGAIN, _TIMES = 8, 4  # number of samples that are checked for random augmentation, and how often each is read
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,11 @@ class Samples:
 
     Attributes:
         dataset: Samples by index.
-        collate: Makes a batch of them.
-        name: Of the images in a batch.
-        batch_size: Samples a batch.
-        num_workers: Processes that load samples.
-        progress: Whether to show a bar.
+        collate: Makes a batch from samples.
+        name: Key of the images in a batch.
+        batch_size: Samples per batch.
+        num_workers: Number of processes that load samples.
+        progress: Whether to show a progress bar.
     """
 
     dataset: Any
@@ -41,15 +41,15 @@ class Samples:
         return len(self.dataset)
 
     def take(self, indices: Sequence[int]) -> dict[str, Any]:
-        """One batch, read as a loader reads it."""
+        """One batch, read as a DataLoader reads it."""
         return self.collate(Subset(self.dataset, indices).__getitems__([*range(len(indices))]))
 
     def batches(self, indices: Sequence[int], title: str) -> Iterator[dict[str, Any]]:
         """Batches of these samples, in order.
 
         Args:
-            indices: Of the samples.
-            title: Of the bar.
+            indices: Indices of the samples.
+            title: Title of the progress bar.
         """
         subset: Any = Subset(self.dataset, indices)
         loader: Any = DataLoader(subset, self.batch_size, collate_fn=self.collate, num_workers=self.num_workers)
@@ -62,7 +62,7 @@ class Samples:
                 bar.update(len(batch[self.name]))
 
     def spread(self, number: int, among: int | None = None) -> list[int]:
-        """Indices of so many samples, or fewer, evenly among the first ones, the first and the last among them."""
+        """At most `number` indices, evenly spread over the first `among` samples, including the first and the last."""
         last = (len(self) if among is None else among) - 1
         return sorted({round(last * i / max(1, number - 1)) for i in range(number)}) if last >= 0 else []
 
@@ -70,17 +70,17 @@ class Samples:
         """Read some samples several times.
 
         Raises:
-            FeatureCacheError: If one of them comes out different.
+            FeatureCacheError: If one of them differs.
         """
         picked = self.spread(_READ_AGAIN)
         if len({tuple(self.digests(self.take(picked))) for _ in range(_TIMES)}) > 1:
             raise FeatureCacheError(
-                "a sample came out different when it was read again: random augmentation, or no fixed order. A cache "
-                "would freeze it. Leave it out, or train without a cache."
+                "a sample was different when it was read again: random augmentation, or no fixed order. A cache would "
+                "freeze it. Turn it off, or train without a cache."
             )
 
     def digests(self, batch: dict[str, Any]) -> list[int]:
-        """One number a sample, by which its tensors are told from those of another: [B]."""
+        """One digest of the tensors of each sample, [B]."""
         tensors = sorted((n, value.detach().cpu()) for n, value in batch.items() if isinstance(value, Tensor))
         found = []
         for index in range(len(batch[self.name])):

@@ -24,31 +24,31 @@ def compile(
     inputs: Mapping[str, Any] | None = None,
     backend: Any = "inductor",
 ) -> nn.Module:
-    """Compile a model with one of our adapters, in place, and check that nothing is left out.
+    """Compile a model with one of our adapters in place, without graph breaks.
 
-    BSR, low-rank or not, and SynQT become one graph, the same as by `torch.compile(model)`, without compilations in
-    later steps. ALaST's plan is another one in each step: the two halves of a block are compiled in its place, as
-    functions that all blocks and lengths share, about five graphs; what lies around them and evaluation run as before.
-    Either way, what lean blocks keep for backward is kept, see docs/memory.md.
+    BSR, low-rank or not, and SynQT become one graph, as with `torch.compile(model)`, and later steps compile nothing.
+    ALaST has a new plan in each step: instead of the model, the two halves of a block are compiled, as functions that
+    all blocks and lengths share, about five graphs; everything around them and evaluation run as before. In both cases
+    blocks keep the same for backward as lean blocks, see docs/memory.md.
 
     Args:
-        model: From `get_peft_model`; Trainer and Accelerate take it as it is, without `torch_compile=True`.
-        mode: See `torch.compile`; `"reduce-overhead"` records CUDA graphs, which are for one length each: not for
+        model: From `get_peft_model`; pass it to Trainer and Accelerate without `torch_compile=True`.
+        mode: See `torch.compile`; `"reduce-overhead"` records CUDA graphs for one length each and does not work with
             ALaST. Default None.
-        inputs: A batch as the model is called with. With it, a training step (if the model is in training mode; else a
-            forward) runs now and leaves no trace: weights, gradients, buffers and random state stay. Call `compile`
-            inside of the autocast that training uses. Default None: the first batch compiles.
+        inputs: A batch, as keyword arguments of the model. With it, a training step (a forward, if the model is in
+            evaluation mode) runs now, without changing weights, gradients, buffers and random state. Call `compile`
+            inside the autocast context of training. Default None: the first batch compiles.
         backend: See `torch.compile`. Default inductor.
 
     Returns:
         The model.
 
     Raises:
-        AdapterError: If the model has no adapter of ours; or if it is ALaST's, and CUDA graphs are asked for, or the
-            halves of a block cannot be compiled, with the reason.
+        AdapterError: If the model has no adapter of ours; or, with ALaST, if `mode` uses CUDA graphs or the halves of a
+            block cannot be compiled, with the reason.
 
     Warns:
-        MemoryBudgetWarning: If torch's memory budget is below 1 and dropout or drop path is on.
+        MemoryBudgetWarning: If torch's memory budget is below 1 and dropout or drop path is active.
 
     Examples:
         >>> model = get_peft_model(vit, BSRConfig())  # doctest: +SKIP
@@ -65,7 +65,7 @@ def compile(
         _check_halves(controllers, mode)
     warn_of_budget(model)
     if inputs is not None:
-        _run(model, inputs)  # what only a first forward does (transformers: `problem_type`) would compile twice
+        _run(model, inputs)  # a first forward sets `problem_type` in transformers, which would compile twice
     if is_dynamic:
         for controller in controllers:
             controller.compile_halves(Compiler(mode, backend))
@@ -77,7 +77,7 @@ def compile(
 
 
 def _check_halves(controllers: list[Any], mode: str | None) -> None:
-    """Refuse what cannot be compiled half by half."""
+    """Raise an error if blocks cannot be compiled half by half."""
     if mode in _WITH_CUDA_GRAPHS:
         raise AdapterError(
             f"`mode={mode!r}` records CUDA graphs, each for one sequence length, but ALaST's lengths change from step "
@@ -87,12 +87,12 @@ def _check_halves(controllers: list[Any], mode: str | None) -> None:
         if (reason := controller.halves_obstacle()) is not None:
             raise AdapterError(
                 f"block {controller.index} cannot be compiled half by half, as ALaST needs it: {reason}. Train without "
-                "compiling; torch.compile(model) pays for evaluation alone."
+                "compiling; torch.compile(model) helps in evaluation only."
             )
 
 
 def _run(model: nn.Module, inputs: Mapping[str, Any]) -> None:
-    """A training step that leaves no trace, or a forward if the model is in evaluation mode."""
+    """A training step without side effects, or a forward if the model is in evaluation mode."""
     if not model.training:
         with torch.no_grad():
             model(**inputs)

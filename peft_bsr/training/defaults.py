@@ -1,6 +1,7 @@
-"""Learning rates that the project's benchmark found, in one place: the command line, plans and documentation read it.
+"""Default learning rates from the project's benchmark, for the command line, plans and documentation.
 
-Each is the best of a sweep in half decades for AdamW with a cosine schedule and 10 % warm-up, see docs/benchmarks.md.
+Each is the best of a sweep in steps of half a decade, for AdamW with a cosine schedule and 10 % warm-up, see
+docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -19,15 +20,15 @@ LEARNING_RATES: dict[tuple[str, str | None], float] = {
     ("full", None): 3e-4,
     ("linear", None): 1e-2,
 }
-"""(method, its option `trainable`) -> learning rate at its highest."""
+"""(method, its option `trainable`) -> peak learning rate."""
 
 
 def default_learning_rate(method: str, options: Mapping[str, Any] | None = None) -> float:
-    """The learning rate to begin with.
+    """The default learning rate of a method.
 
     Args:
         method: `"bsr"`, `"alast"`, `"synqt"`, `"lora"`, `"full"` (fine-tuning) or `"linear"` (the classifier alone).
-        options: Fields of the method's configuration; `trainable` counts. Default None: the method as it is.
+        options: Fields of the method's configuration, of which `trainable` is used. Default None: its defaults.
 
     Raises:
         KeyError: If there is no such method.

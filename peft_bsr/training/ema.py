@@ -1,4 +1,4 @@
-"""Exponential moving average of the trained weights alone."""
+"""Exponential moving average of the trained weights."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from peft_bsr.errors import AdapterFileError, ConfigError
 from peft_bsr.training.groups import trained_parameters
 
 FILE = "trained_weights.safetensors"
-"""In a checkpoint of Trainer, beside the averaged adapter: the weights that the optimizer goes on with."""
+"""File in a Trainer checkpoint, next to the averaged adapter, with the unaveraged weights of the optimizer."""
 
 
 class TrainedEMA(TrainerCallback):
-    """Keeps a moving average of what trains, in float32: an adapter's weights, never the frozen model's.
+    """Keeps a moving average of the trained weights in float32, without the frozen ones.
 
     After each optimizer step, `average = decay * average + (1 - decay) * weights`, where the decay of step t is at most
-    `(1 + t) / (10 + t)`, so that short runs forget where they began.
+    `(1 + t) / (10 + t)`, so that short runs forget their initial weights.
 
-    As a callback of Trainer it does all by itself: evaluation, checkpoints and the trained model have the average; the
-    weights that the optimizer works on come back for the next step, and lie in the checkpoint for resuming. In a loop
-    of your own, call `update()` after each step and evaluate or save inside `applied()`.
+    As a Trainer callback it needs nothing else: evaluation, checkpoints and the final model use the average; the
+    optimizer's weights are restored for the next step and stored in the checkpoint for resuming. In a training loop of
+    your own, call `update()` after each step, and evaluate or save inside `applied()`.
 
     Args:
-        model: With an active adapter, or any model of which something asks for gradients.
-        decay: In [0, 1). Default 0.999.
+        model: A model with an active adapter, or any model with trainable parameters.
+        decay: Decay in [0, 1). Default 0.999.
 
     Raises:
-        ConfigError: If `decay` cannot be, or nothing trains.
+        ConfigError: If `decay` is invalid, or nothing trains.
 
     Examples:
         >>> model = nn.Linear(2, 1)
@@ -52,12 +52,12 @@ class TrainedEMA(TrainerCallback):
             raise ConfigError(f"TrainedEMA: `decay={decay!r}` must be from 0 to below 1, such as 0.999.")
         self.decay = decay
         self.updates = 0
-        self._weights: dict[str, Tensor] = {}  # those of the optimizer, while the model has the average
+        self._weights: dict[str, Tensor] = {}  # weights of the optimizer, while the model has the average
         self._start(model)
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take the weights as they are into the average. Call it after the optimizer's step."""
+        """Update the average with the current weights. Call it after the optimizer's step."""
         self._leave()
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
@@ -67,7 +67,7 @@ class TrainedEMA(TrainerCallback):
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Inside, the model has the averaged weights."""
+        """Context manager: the model has the averaged weights."""
         self._enter()
         try:
             yield
@@ -79,17 +79,17 @@ class TrainedEMA(TrainerCallback):
         return {"updates": self.updates, "averages": {name: t.clone() for name, t in self._averages.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` gave.
+        """Load the result of `state_dict`.
 
         Raises:
-            AdapterFileError: If it is of other weights.
+            AdapterFileError: If it belongs to other weights.
         """
         _check_names(set(state["averages"]), self._parameters, "the state")
         self.updates = int(state["updates"])
         self._averages = {name: state["averages"][name].float().clone() for name in self._parameters}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Begin at the weights as they are; a resumed run goes on with its average.
+        """Start from the current weights; a resumed run continues its average.
 
         Raises:
             AdapterFileError: If the run is resumed from a checkpoint that was saved without an average.
@@ -99,38 +99,38 @@ class TrainedEMA(TrainerCallback):
             self._resume(_checkpoint(args, state))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Give the optimizer its weights back."""
+        """Restore the optimizer's weights."""
         self._leave()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Update; where Trainer evaluates or saves after this step, the average is what it sees."""
+        """Update the average; if Trainer evaluates or saves after this step, apply it."""
         self.update()
         if control.should_evaluate or control.should_save:
             self._enter()
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """What Trainer evaluates, saves or keeps now is the average."""
+        """Apply the average for evaluation and saving."""
         self._enter()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Put the optimizer's weights beside the averaged ones."""
+        """Save the optimizer's weights next to the averaged ones."""
         if args.should_save:
             tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self._own().items()}
             save_file(tensors, _checkpoint(args, state) / FILE, {"updates": str(self.updates)})
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The trained model keeps the average, or the best checkpoint's where Trainer has loaded it."""
+        """Keep the average in the model, or the best checkpoint if Trainer has loaded it."""
         self._weights = {}
 
     def _start(self, model: nn.Module) -> None:
         self._parameters = trained_parameters(extract_model_from_parallel(model))
         if not self._parameters:
-            raise ConfigError(f"TrainedEMA: nothing of {type(model).__name__} asks for gradients.")
+            raise ConfigError(f"TrainedEMA: {type(model).__name__} has no trainable parameters.")
         self._averages = {name: p.detach().float().clone() for name, p in self._parameters.items()}
         self._weights, self.updates = {}, 0
 
     def _own(self) -> dict[str, Tensor]:
-        """What the optimizer works on, also while the model has the average."""
+        """Weights of the optimizer, also while the model has the average."""
         return self._weights or {name: p.detach() for name, p in self._parameters.items()}
 
     def _enter(self) -> None:
@@ -149,11 +149,11 @@ class TrainedEMA(TrainerCallback):
             parameter.copy_(tensors[name])
 
     def _resume(self, checkpoint: Path) -> None:
-        """The model has the checkpoint's average; the optimizer goes on with the weights beside it."""
+        """Restore the optimizer's weights from the checkpoint; the model has loaded the average."""
         path = checkpoint / FILE
         if not path.exists():
             raise AdapterFileError(
-                f"`{checkpoint}` has no {FILE}: its run had no TrainedEMA. Resume without it, or begin a new run."
+                f"`{checkpoint}` has no {FILE}: its run had no TrainedEMA. Resume without it, or start a new run."
             )
         with safe_open(path, "pt") as file:
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
@@ -171,7 +171,7 @@ def _check_names(found: set[str], parameters: dict[str, nn.Parameter], what: str
     if different := sorted(found ^ set(parameters)):
         raise AdapterFileError(
             f"{what} is an average of other weights: {different[:4]}{' ...' if len(different) > 4 else ''} "
-            "are on one side only. Give it to the model that it was made with."
+            "are on one side only. Use it with the model that it was made from."
         )
 
 

@@ -1,7 +1,7 @@
-"""What the frozen leading blocks make of each image, computed once and read from disk in every epoch.
+"""The output of the frozen blocks before the first trained one, computed once and read from disk in every epoch.
 
-Blocks in front of the first trained one, and the embeddings, never change; without random augmentation they give the
-same tokens in every epoch. Where all blocks are frozen and queries read them (SynQT), it is the tokens that they read.
+These blocks and the embeddings never change; without random augmentation they give the same tokens in every epoch. If
+all blocks are frozen and queries read them (SynQT), the cache stores the tokens that the queries read.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ _SOME = 64  # samples compared with `check_all=False`
 
 
 class FeatureCache(Dataset):
-    """Tokens in front of the first trained block, one row an image, memory-mapped: a dataset that trains its model.
+    """Memory-mapped input tokens of the first trained block, one row per image: a dataset to train its model on.
 
-    With SynQT they are the normalised tokens of every layer that is read, side by side, and no block runs any more.
+    With SynQT they are the normalised tokens of every layer that is read, concatenated, and no block runs in training.
 
-    Items are `cached_tokens` [N, D], `cached_origins` [A] (the patches alive, if a leading block reduces) and the
-    tensors that the samples had beside the image (labels). Inside of `read_by(model)` the model takes batches of them
-    in the place of images; images go on as before, for evaluation.
+    Items are `cached_tokens` [N, D], `cached_origins` [A] (the kept patches, if a frozen block before reduces) and the
+    other tensors of the samples (labels). Inside `read_by(model)` the model takes batches of them instead of images;
+    it still takes images, for evaluation.
 
-    A cache belongs to how the model computes, its weights in front of the first trained block, the reductions there, a
-    dtype and all tensors of the samples as processed; on a mismatch it is refused. What is drawn at random is refused,
-    because it would be frozen: augmentation always, the model's own draws but for `freeze_random`. Every row is checked
-    against its checksum when it is read.
+    A cache is tied to the model's architecture, the weights before the first trained block, the reductions there, a
+    dtype and all tensors of the processed samples; a mismatch is an error. Randomness is an error too, because it would
+    be frozen: augmentation always, randomness in the model unless `freeze_random` is set. Every row is checked against
+    its checksum when it is read.
 
     Args:
         files: Made by `build` or `open`.
-        freeze_random: Whether the model's own random draws may be frozen.
+        freeze_random: Whether randomness in the model may be frozen.
 
     Examples:
         >>> cache = FeatureCache.build(model, train_dataset, "cache")  # doctest: +SKIP
@@ -73,36 +73,36 @@ class FeatureCache(Dataset):
         freeze_random: bool = False,
         check_all: bool = True,
     ) -> FeatureCache:
-        """Run the leading blocks on every sample. An interrupted run goes on; a complete cache is checked and taken.
+        """Compute the tokens of every sample. An interrupted run continues; a complete cache is checked and returned.
 
-        A complete cache is only read. While another process builds in the folder, this one waits for it.
+        A complete cache is only read. If another process builds in the same folder, this one waits for it.
 
         Args:
-            model: With an active adapter of ours, on the device to compute on. Its modes are left as they were.
+            model: A model with an active adapter of ours, on the device to compute on. Its modes are not changed.
             dataset: Samples with the model's main input (`pixel_values` [3, H, W]), all of one size, in a fixed order.
-            folder: Of the cache; made if missing.
-            collate: Makes a batch of samples. Default torch's.
-            dtype: Of the tokens on disk: bfloat16, float16 or float32. Default bfloat16.
-            batch_size: Images a forward. Default 32.
-            num_workers: Processes that load samples. Default 0.
-            progress: Say what it takes on disk before it starts, and show a bar. Default True.
-            freeze_random: Keep what the model gives in evaluation mode where it draws at random in training before the
-                first trained block (dropout of embeddings, DINOv3's rescaled positions). Default False: refuse.
-            check_all: Compare all samples that are there already with the dataset's, which reads it once. False: 64 of
-                them. Default True.
+            folder: Folder of the cache; created if missing.
+            collate: Makes a batch from samples. Default torch's.
+            dtype: Dtype of the tokens on disk: bfloat16, float16 or float32. Default bfloat16.
+            batch_size: Images per forward. Default 32.
+            num_workers: Number of processes that load samples. Default 0.
+            progress: Whether to print the size on disk and show a progress bar. Default True.
+            freeze_random: Whether to store the tokens of evaluation mode if the model is random in training before the
+                first trained block (dropout of embeddings, DINOv3's rescaled positions). Default False: an error.
+            check_all: Whether to compare all existing samples with the dataset, which reads it once. False: compare 64
+                of them. Default True.
 
         Returns:
             The cache.
 
         Raises:
-            FeatureCacheError: If the folder holds another cache or cannot be written, the disk has no room, samples
-                come out different when they are read again, the model draws at random, or does not give the same from
-                its tokens as from images.
+            FeatureCacheError: If the folder holds another cache or cannot be written, there is too little disk space,
+                samples differ when they are read again, the model is random before the first trained block, or its
+                output from the tokens differs from its output from images.
         """
         if dtype not in _DTYPES or len(dataset) == 0:
             raise FeatureCacheError(
-                f"`dtype={dtype!r}` and {len(dataset)} samples: tokens are kept as bfloat16, float16 or float32, and "
-                "there must be samples to keep."
+                f"`dtype={dtype!r}` and {len(dataset)} samples: tokens are stored as bfloat16, float16 or float32, and "
+                "there must be at least one sample."
             )
         place = CachePoint(model)
         samples = Samples(dataset, collate, main_input(model), batch_size, num_workers, progress)
@@ -138,10 +138,10 @@ class FeatureCache(Dataset):
 
     @classmethod
     def open(cls, folder: str | Path, freeze_random: bool = False) -> FeatureCache:
-        """A complete cache, without its dataset. `read_by` checks that it is the model's.
+        """Open a complete cache without its dataset. `read_by` checks that it belongs to the model.
 
         Args:
-            folder: Of the cache.
+            folder: Folder of the cache.
             freeze_random: See `build`.
 
         Raises:
@@ -151,8 +151,8 @@ class FeatureCache(Dataset):
         files.open()
         if files.num_done < files.num_rows:
             raise FeatureCacheError(
-                f"the feature cache in {str(folder)!r} holds {files.num_done} of {files.num_rows} samples: its making "
-                "was interrupted. Call FeatureCache.build with the same model and dataset to go on."
+                f"the feature cache in {str(folder)!r} holds {files.num_done} of {files.num_rows} samples: its "
+                "build was interrupted. Call FeatureCache.build with the same model and dataset to continue."
             )
         return cls(files, freeze_random)
 
@@ -164,14 +164,14 @@ class FeatureCache(Dataset):
 
     @contextmanager
     def read_by(self, model: nn.Module) -> Iterator[None]:
-        """Inside, `model` takes batches of this cache in the place of images.
+        """Context manager: `model` takes batches of this cache instead of images.
 
         Args:
-            model: The one whose cache it is: its leading weights are compared.
+            model: The model of the cache; its weights before the first trained block are compared.
 
         Raises:
-            FeatureCacheError: If it is another model's cache, the model draws at random in training what the cache has
-                frozen, or a batch comes while another adapter is active.
+            FeatureCacheError: If the cache belongs to another model, if the model is random in training where the cache
+                is frozen, or if it gets a batch while another adapter is active.
         """
         place = CachePoint(model)
         _check_key(self.files, place.key())
@@ -187,7 +187,7 @@ class FeatureCache(Dataset):
             if _TOKENS not in kwargs:
                 return None
             if find_controllers(model)[0].plan is not place.plan:
-                raise FeatureCacheError("a batch of cached tokens came while another adapter is active, or none.")
+                raise FeatureCacheError("the model got cached tokens while another adapter is active, or none.")
             kwargs = dict(kwargs)
             tokens, origins = kwargs.pop(_TOKENS), kwargs.pop(_ORIGINS, None)
             running.enter_context(run_from(model, place.resume_point(tokens, origins, lengths)))
@@ -209,7 +209,7 @@ class FeatureCache(Dataset):
 def _rows(
     model: nn.Module, index: int, batch: dict[str, Any], samples: Samples, dtype: torch.dtype
 ) -> tuple[dict[str, Tensor], tuple[int, ...]]:
-    """What is kept of a batch, and how many of the tokens are each layer's."""
+    """The rows of a batch, and the number of tokens of each layer."""
     resume_point = run_until(model, index, _to_model(batch, model))
     assert resume_point.tokens is not None, "a forward that stops leaves its tokens"
     rows = {n: value for n, value in batch.items() if n != samples.name and isinstance(value, Tensor)}
@@ -220,17 +220,17 @@ def _rows(
 
 
 def _check_draws(model: nn.Module, index: int, batch: dict[str, Any]) -> None:
-    """Refuse a model whose training would not be the same without what it draws before the block."""
+    """Refuse a model that is random in training before the block."""
     if drawing := drawn_before(model, index, _to_model(batch, model)):
         raise FeatureCacheError(
-            f"`{drawing}` draws at random in training (dropout, positions that are shifted or rescaled), before block "
-            f"{index}: a cache would take that away. Switch it off in the model's config, train without a cache, or "
-            "keep what it gives in evaluation mode by `freeze_random=True`."
+            f"`{drawing}` is random in training (dropout, positions that are shifted or rescaled), before block "
+            f"{index}: a cache would freeze that. Turn it off in the model's config, train without a cache, or store "
+            "the tokens of evaluation mode with `freeze_random=True`."
         )
 
 
 def _check_replay(model: nn.Module, index: int, batch: dict[str, Any], name: str) -> None:
-    """Refuse a model that reads more of an image than its tokens."""
+    """Refuse a model that reads more than the cached tokens of an image."""
     batch = _to_model(batch, model)
     with torch.no_grad():
         expected = tensors_of(model(**batch))
@@ -241,13 +241,13 @@ def _check_replay(model: nn.Module, index: int, batch: dict[str, Any], name: str
     error = max(relative_error(a, b) if a.shape == b.shape else float("inf") for a, b in pairs)
     if not error <= tolerance(expected[0].dtype):
         raise FeatureCacheError(
-            f"{type(model).__name__} gives another output from the tokens in front of block {index} than from the "
-            f"images they were made of (off by {error:.1e}): it reads more than that. Train without a cache."
+            f"{type(model).__name__} gives another output from the input tokens of block {index} than from the "
+            f"images (off by {error:.1e}): it reads more than these tokens. Train without a cache."
         )
 
 
 def _check_same(files: CacheFiles, key: dict[str, Any], samples: Samples, check_all: bool) -> None:
-    """Compare what the rows belong to, and the samples that are done."""
+    """Compare the key of the cache, and the samples that are finished."""
     _check_key(files, key)
     done = files.spec(_DIGEST)
     picked: Sequence[int] = range(len(done)) if check_all else samples.spread(_SOME, len(done))
@@ -256,7 +256,7 @@ def _check_same(files: CacheFiles, key: dict[str, Any], samples: Samples, check_
         for digest, index in zip(samples.digests(batch), indices, strict=False):
             if digest != done[index]:
                 raise FeatureCacheError(
-                    f"sample {index} is not the one that the feature cache in {str(files.folder)!r} was made of: "
+                    f"sample {index} is not the one that the feature cache in {str(files.folder)!r} was built from: "
                     "another image or label, another order or another processor. Use another folder, or delete this "
                     "one."
                 )
@@ -266,7 +266,7 @@ def _check_key(files: CacheFiles, key: dict[str, Any]) -> None:
     differing = [f"{n} is {key[n]!r}, in the cache {files.key.get(n)!r}" for n in key if key[n] != files.key.get(n)]
     if differing:
         raise FeatureCacheError(
-            f"the feature cache in {str(files.folder)!r} is of something else: {'; '.join(differing)}. "
+            f"the feature cache in {str(files.folder)!r} belongs to something else: {'; '.join(differing)}. "
             "Use another folder, or delete this one."
         )
 

@@ -1,4 +1,4 @@
-"""Optimizer groups over what trains: no weight decay on norms and biases, smaller steps for earlier blocks."""
+"""Parameter groups for optimizers: no weight decay on norms and biases, smaller steps for earlier blocks."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from peft_bsr.tuners.base.layer import find_controllers
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Full name -> parameter of what `model` trains.
+    """Full name -> parameter, for all trained parameters.
 
-    With an adapter of peft_bsr, everything that the active adapter means to train: a block that an ALaST schedule did
-    not select for the running step counts. Otherwise, what asks for gradients.
+    With an adapter of peft_bsr these are all parameters that the active adapter trains, including blocks that an ALaST
+    schedule did not select in this step. Otherwise they are the parameters with `requires_grad=True`.
 
     Args:
-        model: With or without an adapter.
+        model: A model with or without an adapter.
     """
     if find_controllers(model):
         return {
@@ -36,27 +36,27 @@ def param_groups(
     head_lr: float | None = None,
     weight_decay: float = 0.0,
 ) -> list[dict[str, Any]]:
-    """Groups for a torch optimizer, of the trained parameters alone.
+    """Parameter groups of the trained parameters, for a torch optimizer.
 
     Layer decay is that of BEiT (Bao et al. 2022) and timm: the head and the final norm train at `learning_rate`, block
     `i` of `L` at `learning_rate * layer_decay ** (L - i)`, the embeddings at `learning_rate * layer_decay ** (L + 1)`.
     `i` counts all blocks of the model, also those that do not train.
 
     Args:
-        model: A vision transformer, with an adapter of peft_bsr, another adapter of PEFT, or none.
-        learning_rate: Of the layers after the last block.
+        model: A vision transformer with an adapter of peft_bsr, with another PEFT adapter, or without an adapter.
+        learning_rate: Learning rate of the layers after the last block.
         layer_decay: Factor from one block to the one before it, above 0 and at most 1; 0.65 to 0.9 are usual. Default
             None: one learning rate for all.
         head_lr: Learning rate of the modules after the last block (final norm and classifier). Default None:
             `learning_rate`.
-        weight_decay: For weights; norms, biases and other vectors have none. Default 0.
+        weight_decay: Weight decay of matrices; norms, biases and other vectors have none. Default 0.
 
     Returns:
-        One dict a group with `params`, `lr` and `weight_decay`, the head first. Give them to an optimizer, and that to
-        Trainer: `Trainer(..., optimizers=(torch.optim.AdamW(groups), None))`.
+        One dict per group with `params`, `lr` and `weight_decay`, the head first. For Trainer:
+        `Trainer(..., optimizers=(torch.optim.AdamW(groups), None))`.
 
     Raises:
-        ConfigError: If a number cannot be, or nothing trains.
+        ConfigError: If a number is invalid, or nothing trains.
         UnsupportedModelError: If there is no adapter of peft_bsr and the model's blocks cannot be found.
 
     Examples:
@@ -74,7 +74,7 @@ def param_groups(
     _check(learning_rate, layer_decay, head_lr, weight_decay)
     parameters = trained_parameters(model)
     if not parameters:
-        raise ConfigError(f"{type(model).__name__}: no parameter asks for gradients, so there is nothing to group.")
+        raise ConfigError(f"{type(model).__name__}: no parameter has `requires_grad=True`, nothing to group.")
     spec = None if layer_decay is None and head_lr is None else _spec_of(model)
     found: dict[tuple[int, float], dict[str, Any]] = {}
     for name, parameter in parameters.items():
@@ -92,11 +92,11 @@ def _check(learning_rate: float, layer_decay: float | None, head_lr: float | Non
     problems = []
     for name, rate in (("learning_rate", learning_rate), ("head_lr", head_lr)):
         if rate is not None and not rate >= 0:
-            problems.append(f"`{name}={rate!r}` must be a number from 0.")
+            problems.append(f"`{name}={rate!r}` must be at least 0.")
     if layer_decay is not None and not 0 < layer_decay <= 1:
         problems.append(f"`layer_decay={layer_decay!r}` must be above 0 and at most 1, such as 0.75.")
     if not weight_decay >= 0:
-        problems.append(f"`weight_decay={weight_decay!r}` must be a number from 0.")
+        problems.append(f"`weight_decay={weight_decay!r}` must be at least 0.")
     if problems:
         raise ConfigError.from_problems("param_groups", problems)
 

@@ -1,4 +1,4 @@
-"""Names of `peft_bsr.data`, which is the place to import them from."""
+"""Names of `peft_bsr.data`; import them from there."""
 
 from peft_bsr.data import LabelledImages, collate, load_images, load_processor, to_pictures, to_pixels, with_pixels
 from peft_bsr.training.scores import compute_accuracy

@@ -1,4 +1,4 @@
-"""A learning rate by a short sweep on a part of the training images, of which nothing is left in the model."""
+"""Finding a learning rate by a short sweep on a part of the training images, without changing the model."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ from peft_bsr.training.side_effect_free import side_effect_free
 from peft_bsr.tuners import method_of
 
 FACTORS = (0.1, 10**-0.5, 1.0, 10**0.5, 10.0)
-"""What the learning rate that a sweep begins at is multiplied by."""
+"""Factors of the initial learning rate that a sweep may try."""
 _BEGIN = len(FACTORS) // 2
 _FORWARDS = ("forward", "_original_forward")  # what accelerate puts on a model for mixed precision
 
 
 @dataclass(frozen=True)
 class LearningRateSweep:
-    """What a sweep found.
+    """Result of a sweep.
 
     Attributes:
-        learning_rate: The best.
-        losses: Learning rate -> mean loss of the held-out images, ascending by rate; infinite where it diverged.
-        steps: Optimizer steps of each.
-        train_images: Images it trained on.
-        held_out_images: Images of the training set it was scored on.
+        learning_rate: The best learning rate.
+        losses: Learning rate -> mean loss on the held-out images, ascending by rate; infinite if it diverged.
+        steps: Optimizer steps of each run.
+        train_images: Number of training images.
+        held_out_images: Number of images of the training set for evaluation.
     """
 
     learning_rate: float
@@ -63,23 +63,24 @@ def find_learning_rate(
     held_out: int = 128,
     make_optimizer: Callable[[float], torch.optim.Optimizer] | None = None,
 ) -> LearningRateSweep:
-    """Try learning rates around that of `trainer.args`, each for a few steps, and take the best.
+    """Try learning rates around that of `trainer.args` for a few steps each, and return the best.
 
-    Half decades: the rate as it is, the ones below and above it, then outwards while that is better; five at most, so
-    at most `5 * steps` optimizer steps. Each trains from the model as it is, on the same images in the same order, with
-    warm-up and cosine schedule, in the precision and with the loss of `trainer`; what counts is the loss of other
-    images of the training set. Weights, gradients, random states and an ALaST schedule are bit for bit as they were.
+    In steps of half a decade: the given rate, the next lower and higher one, then further while the loss improves; at
+    most five rates, so at most `5 * steps` optimizer steps. Each run starts from the current weights and uses the same
+    images in the same order, warm-up and a cosine schedule, and the precision and loss of `trainer`; it is judged by
+    the loss on other images of the training set. Weights, gradients, random states and an ALaST schedule are restored
+    bit for bit.
 
-    Short runs favour larger rates a little. For long trainings the next one below may be better.
+    Short runs favour larger rates slightly. For long training runs the next lower rate may be better.
 
     Args:
-        trainer: Before its training. `trainer.args.learning_rate` is where the sweep begins; it is not changed.
-        steps: Of each rate, at most as many as the training has. Default 20.
-        held_out: Images to score on, at most a fifth of the training set. Default 128.
-        make_optimizer: Learning rate -> optimizer, where Trainer's own is not what trains (`param_groups`).
+        trainer: A Trainer before training. The sweep starts at `trainer.args.learning_rate`, which is not changed.
+        steps: Optimizer steps per rate, at most those of the training. Default 20.
+        held_out: Number of images for evaluation, at most a fifth of the training set. Default 128.
+        make_optimizer: Learning rate -> optimizer, if training does not use Trainer's own (`param_groups`).
 
     Returns:
-        The best learning rate and what was tried.
+        The best learning rate and the losses of all rates.
 
     Raises:
         ConfigError: If there are fewer than 10 training images, or no rate gives a finite loss.
@@ -90,7 +91,7 @@ def find_learning_rate(
     """
     dataset: Any = trainer.train_dataset
     if dataset is None or len(dataset) < 10:
-        raise ConfigError("find_learning_rate: 10 training images at least are needed. Give a learning rate instead.")
+        raise ConfigError("find_learning_rate: at least 10 training images are needed. Set a learning rate instead.")
     args = trainer.args
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(args.seed)).tolist()
     scored = min(held_out, len(order) // 5)
@@ -113,7 +114,7 @@ def find_learning_rate(
         best = min(losses, key=lambda index: losses[index])
     if losses[best] == float("inf"):
         rates = ", ".join(f"{args.learning_rate * FACTORS[index]:.1e}" for index in sorted(losses))
-        raise ConfigError(f"find_learning_rate: no learning rate of {rates} gives a finite loss. Give a smaller one.")
+        raise ConfigError(f"find_learning_rate: no learning rate of {rates} gives a finite loss. Set a smaller one.")
     tried = {args.learning_rate * FACTORS[index]: losses[index] for index in sorted(losses)}
     return LearningRateSweep(args.learning_rate * FACTORS[best], tried, steps, len(train), len(held))
 
@@ -146,14 +147,14 @@ def _loss_after(
 
 
 def _callbacks(model: Any) -> list[TrainerCallback]:
-    """What the active adapter's method needs; nothing for a model without adapters of this package."""
+    """Callbacks of the active adapter's method; none for a model without adapters of this package."""
     config = getattr(model, "peft_config", {}).get(getattr(model, "active_adapter", None))
     method = None if config is None else method_of(config)
     return [] if method is None else method.callbacks()
 
 
 def _short(args: TrainingArguments, folder: str, rate: float, steps: int) -> TrainingArguments:
-    """The same arguments for a few steps; nothing is scored on the way, saved or logged."""
+    """The arguments for a few steps, without evaluation, saving and logging."""
     short = copy.copy(args)
     short.output_dir, short.learning_rate, short.max_steps = folder, rate, steps
     short.lr_scheduler_type, short.warmup_steps = SchedulerType.COSINE, WARMUP_SHARE
@@ -165,10 +166,10 @@ def _short(args: TrainingArguments, folder: str, rate: float, steps: int) -> Tra
 
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
-    """Steps inside leave weights, gradients, buffers, random states and schedules bit for bit as they were.
+    """Context manager: weights, gradients, buffers, random states and schedules are restored bit for bit.
 
     Args:
-        model: With or without an adapter.
+        model: A model with or without an adapter.
     """
     weights = {name: p.detach().clone() for name, p in trained_parameters(model).items()}
     own: dict[str, Any] = {name: vars(model)[name] for name in _FORWARDS if name in vars(model)}

@@ -1,4 +1,4 @@
-"""Losses of classification, multi-label classification and regression, for Trainer's `compute_loss_func`."""
+"""Losses for classification, multi-label classification and regression, for Trainer's `compute_loss_func`."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from peft_bsr.problem_type import REGRESSION, SINGLE_LABEL, ProblemType
 
 
 class TrainingLoss:
-    """The loss of a batch, right for soft labels, class weights and gradient accumulation.
+    """The loss of a batch, for soft labels, class weights and gradient accumulation.
 
-    Weights and smoothing belong to training: where no gradient is asked for (evaluation), the plain loss is given, so
-    that losses of different runs compare.
+    Without gradients (in evaluation) it is the plain loss, without class weights and label smoothing, so that losses of
+    different runs can be compared.
 
     Args:
-        problem_type: `"single_label_classification"` (cross entropy; labels [B] of whole numbers, or [B, C] of
-            shares as mixup gives), `"multi_label_classification"` (binary cross entropy, labels [B, C] of 0 and 1) or
+        problem_type: `"single_label_classification"` (cross entropy; class indices [B], or class probabilities [B, C]
+            as with mixup), `"multi_label_classification"` (binary cross entropy, labels [B, C] of 0 and 1) or
             `"regression"` (squared error, labels [B] or [B, C]). Default single_label_classification.
-        class_weights: One a class, by which the loss of its images is multiplied; with several labels an image, that
-            of the images that have it (`pos_weight`). See `balanced_weights`. Default None: 1 each.
-        label_smoothing: Share of a label that is spread over all classes, in [0, 1). Default 0.
+        class_weights: Factor of the loss for each class; with several labels per image, of the images that have the
+            label (`pos_weight`). See `balanced_weights`. Default None: 1 each.
+        label_smoothing: Label smoothing in [0, 1). Default 0.
 
     Raises:
-        ConfigError: If a value cannot be.
+        ConfigError: If a value is invalid.
 
     Examples:
         >>> loss = TrainingLoss(class_weights=[1.0, 3.0], label_smoothing=0.1)
@@ -53,7 +53,7 @@ class TrainingLoss:
             problems.append(f"`label_smoothing={label_smoothing!r}` must be from 0 to below 1, such as 0.1.")
         weights = None if class_weights is None else torch.as_tensor(class_weights, dtype=torch.float32)
         if weights is not None and not (weights.ndim == 1 and bool((weights >= 0).all() & weights.isfinite().all())):
-            problems.append("`class_weights` must be one number from 0 a class.")
+            problems.append("`class_weights` must be one number of at least 0 per class.")
         if problem_type == REGRESSION and (weights is not None or label_smoothing):
             problems.append("`problem_type='regression'` has no classes to weight or smooth.")
         if problems:
@@ -61,10 +61,10 @@ class TrainingLoss:
         self.problem_type, self.class_weights, self.label_smoothing = problem_type, weights, label_smoothing
 
     def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        """The mean over images, or over those of all batches that are accumulated.
+        """The mean over images, or over the images of all accumulated batches.
 
         Args:
-            outputs: Of the model, with `logits` [B, C].
+            outputs: Outputs of the model, with `logits` [B, C].
             labels: See `problem_type`.
             num_items_in_batch: Trainer's count of numbers in the labels of all accumulated batches.
 
@@ -86,12 +86,12 @@ class TrainingLoss:
         return losses.sum() / (num_items_in_batch / numbers_an_image)
 
     def _losses(self, logits: Tensor, labels: Tensor, weights: Tensor | None, smoothing: float) -> Tensor:
-        """One an image, [B]."""
+        """Loss of each image, [B]."""
         if self.problem_type == SINGLE_LABEL:
             if labels.is_floating_point() and labels.shape != logits.shape:
                 raise InputError(
-                    f"labels {tuple(labels.shape)} of {labels.dtype} with logits {tuple(logits.shape)}: classes are "
-                    "whole numbers [B], or shares [B, C]."
+                    f"labels {tuple(labels.shape)} of {labels.dtype} with logits {tuple(logits.shape)}: labels must "
+                    "be class indices [B], or class probabilities [B, C]."
                 )
             return functional.cross_entropy(logits, labels, weight=weights, label_smoothing=smoothing, reduction="none")
         logits = logits.squeeze(-1) if labels.ndim < logits.ndim else logits
@@ -107,18 +107,18 @@ class TrainingLoss:
 
 
 def balanced_weights(labels: Any, num_classes: int | None = None) -> Tensor:
-    """Weights with which all classes count the same, however many images they have.
+    """Class weights that give every class the same influence, however many images it has.
 
     Args:
-        labels: [N] whole numbers, or [N, C] of 0 and 1 where an image has several labels.
-        num_classes: C; classes that no label names have the weight 1. Default None: as many as the labels show.
+        labels: Class indices [N], or 0 and 1 [N, C] for several labels per image.
+        num_classes: C; classes without images have weight 1. Default None: the largest label + 1.
 
     Returns:
-        [C]. One label an image: `N / (classes found * images of the class)`, so that the mean weight of an image is 1
-        (scikit-learn's "balanced"). Several: images without the label over images with it, for `pos_weight`.
+        [C]. For one label per image: `N / (classes found * images of the class)`, so that the mean weight of an image
+        is 1 (scikit-learn's "balanced"). For several: images without the label over images with it, for `pos_weight`.
 
     Raises:
-        ConfigError: If there are no labels, or a label lies outside of the classes.
+        ConfigError: If there are no labels, or a label is out of range.
 
     Examples:
         >>> balanced_weights([0, 0, 0, 1])

@@ -1,6 +1,6 @@
-"""Metrics of tasks, in the form of the library `evaluate`, without its Hub.
+"""Metrics of tasks as `evaluate.Metric` classes that do not need the Hub.
 
-Not imported by `peft_bsr` itself: `evaluate` is needed here alone (`pip install 'peft-bsr[multitask]'`).
+`peft_bsr` does not import this module: it needs `evaluate` (`pip install 'peft-bsr[multitask]'`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def _info(description: str, **features: Any) -> evaluate.MetricInfo:
 
 
 class TaskAccuracy(evaluate.Metric):
-    """Accuracy of each task and their mean, each task counting alike.
+    """Accuracy of each task, and the unweighted mean over the tasks.
 
     Examples:
         >>> metric = TaskAccuracy()
@@ -47,7 +47,7 @@ class TaskAccuracy(evaluate.Metric):
 class MeanIoU(evaluate.Metric):
     """Mean intersection over union of the classes that occur, over all pixels; 255 is ignored.
 
-    Maps are given flat, one list of pixels an image.
+    Maps are passed as flat lists of pixels, one per image.
 
     Examples:
         >>> MeanIoU().compute(predictions=[[0, 1, 1, 1]], references=[[0, 0, 1, 255]])
@@ -86,19 +86,19 @@ class RootMeanSquaredError(evaluate.Metric):
 
 
 def metric_of(task: TaskConfig) -> evaluate.Metric:
-    """The metric that fits a task's kind."""
+    """The metric for a task's kind."""
     kinds = {"classification": TaskAccuracy, "segmentation": MeanIoU}
     metric: evaluate.Metric = kinds.get(task.kind, RootMeanSquaredError)(experiment_id=task.name)
     return metric
 
 
 def add_outputs(metric: evaluate.Metric, task: TaskConfig, outputs: Any, labels: Any) -> None:
-    """Hand a batch of one task to its metric.
+    """Add a batch of one task to its metric.
 
     Args:
         metric: From `metric_of`.
         task: The task.
-        outputs: [B, C] or [B, C, h, w]; maps are scaled to the labels as for the loss.
+        outputs: [B, C] or [B, C, h, w]; maps are resized to the labels as for the loss.
         labels: See `TaskConfig`.
     """
     if task.is_dense:

@@ -1,4 +1,4 @@
-"""Mixup and CutMix within a batch, as a dataset: evaluation, which reads another dataset, never sees them."""
+"""Mixup and CutMix within a batch, as a dataset wrapper, so that evaluation is not affected."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ from peft_bsr.errors import ConfigError
 
 
 class MixupDataset(Dataset):
-    """The same examples with soft labels, mixed with each other batch by batch.
+    """The examples of a dataset with soft labels, mixed within each batch.
 
-    A `DataLoader` asks it for a whole batch at once. With `probability`, the batch is mixed with its own images in
-    another order: by Mixup (Zhang et al. 2018; `share * image + (1 - share) * other`) or by CutMix (Yun et al. 2019; a
-    rectangle of the other image), each half of the times if both are on. Labels become shares of the classes. Random
-    numbers are those of torch in the process that loads.
+    A `DataLoader` reads a whole batch at once. With `probability`, the batch is mixed with its own images in another
+    order: by Mixup (Zhang et al. 2018; `share * image + (1 - share) * other`) or CutMix (Yun et al. 2019; a rectangle
+    of the other image), each with probability 0.5 if both are on. Labels become class probabilities. Random numbers
+    come from torch in the process that loads.
 
-    Labels are floats [C], which a model's own loss takes for several labels an image: give Trainer
-    `compute_loss_func=TrainingLoss()`.
+    Labels are floats [C], which a model's own loss would treat as several labels per image: pass
+    `compute_loss_func=TrainingLoss()` to Trainer.
 
     Args:
-        dataset: Of dicts with `pixel_values` [3, H, W], all of one size, and `labels` (the number of a class, or of
-            several labels [C] floats of 0 and 1).
-        num_classes: C.
+        dataset: Dataset of dicts with `pixel_values` [3, H, W], all of one size, and `labels` (a class index, or floats
+            [C] of 0 and 1 for several labels).
+        num_classes: Number of classes C.
         mixup: Alpha of Mixup's Beta(alpha, alpha); 0 turns it off. Default 0.2.
-        cutmix: Alpha of CutMix's. Default 1.
+        cutmix: Alpha of CutMix's Beta(alpha, alpha); 0 turns it off. Default 1.
         probability: Share of batches that are mixed. Default 0.5.
 
     Raises:
-        ConfigError: If a number cannot be.
+        ConfigError: If a number is invalid.
 
     Examples:
         >>> images = [{"pixel_values": torch.full((3, 4, 4), float(i)), "labels": i} for i in range(2)]
         >>> mixed = MixupDataset(images, num_classes=2, cutmix=0, probability=1.0)
-        >>> mixed[1]["labels"]  # alone, an example is as it was
+        >>> mixed[1]["labels"]  # a single example is not mixed
         tensor([0., 1.])
         >>> batch = next(iter(torch.utils.data.DataLoader(mixed, batch_size=2)))
         >>> batch["labels"].sum(1)
@@ -50,7 +50,7 @@ class MixupDataset(Dataset):
         self, dataset: Any, num_classes: int, *, mixup: float = 0.2, cutmix: float = 1.0, probability: float = 0.5
     ) -> None:
         problems = [
-            f"`{name}={value!r}` must be a number from 0."
+            f"`{name}={value!r}` must be at least 0."
             for name, value in (("mixup", mixup), ("cutmix", cutmix))
             if not value >= 0
         ]
@@ -70,7 +70,7 @@ class MixupDataset(Dataset):
         return self._softened(self.dataset[index])
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
-        """A batch, in the form that torch's loader asks for."""
+        """A batch, for torch's DataLoader."""
         together = getattr(self.dataset, "__getitems__", None)
         examples = together(indices) if together else [self.dataset[index] for index in indices]
         examples = [self._softened(example) for example in examples]
@@ -101,7 +101,7 @@ class MixupDataset(Dataset):
 
 
 def _rectangle(height: int, width: int, share: float) -> tuple[slice, slice, float]:
-    """A random rectangle of about `1 - share` of the image, and the share that is really left outside of it."""
+    """A random rectangle of about `1 - share` of the image, and the exact share outside of it."""
     side = math.sqrt(1 - share)
     middle_row, middle_column = int(torch.randint(height, ())), int(torch.randint(width, ()))
     half_height, half_width = int(height * side) // 2, int(width * side) // 2

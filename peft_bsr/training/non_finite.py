@@ -1,4 +1,4 @@
-"""Stops a run at the first loss that is not finite, and keeps the batch."""
+"""Stops a run at the first loss that is not finite, and saves the batch."""
 
 from __future__ import annotations
 
@@ -15,17 +15,16 @@ from peft_bsr.training.groups import trained_parameters
 
 
 class NonFiniteLossCallback(TrainerCallback):
-    """Raises at the first training loss that is NaN or infinite; Trainer alone goes on and logs the losses before it.
+    """Raises at the first training loss that is NaN or infinite; Trainer itself would continue and not log that loss.
 
-    The batch is kept in `non_finite_step_N.pt` (`torch.load` gives the model's keywords), and the message says whether
-    the trained weights were finite still: if so, the batch is to be looked at, else the learning rate.
+    The batch is saved in `non_finite_step_N.pt` (`torch.load` gives the model's keyword arguments). The message says
+    whether the trained weights were still finite: if so, check the batch, otherwise the learning rate.
 
-    The loss is what the model returns, or without one its logits are looked at. Where Trainer has a
-    `compute_loss_func`, wrap it by `watch`, so that its result counts. Looking at the loss waits for the device once a
-    step, as Trainer itself does.
+    The loss is the one that the model returns; without a loss, the logits are checked. If Trainer has a
+    `compute_loss_func`, wrap it with `watch`. The check waits for the device once per step, as Trainer does.
 
     Args:
-        folder: Where the batch is kept; made if missing.
+        folder: Folder for the batch; created if missing.
 
     Examples:
         >>> callback = NonFiniteLossCallback("out")  # Trainer(..., callbacks=[callback])
@@ -42,10 +41,10 @@ class NonFiniteLossCallback(TrainerCallback):
         self._rate = 0.0
 
     def watch(self, loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """The same loss function, its results looked at in training.
+        """Wrap a loss function to check its results in training.
 
         Args:
-            loss: For `compute_loss_func`: of (outputs, labels, num_items_in_batch).
+            loss: Loss function for `compute_loss_func`, of (outputs, labels, num_items_in_batch).
         """
         self._is_watching = True
 
@@ -58,7 +57,7 @@ class NonFiniteLossCallback(TrainerCallback):
         return watched
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Begin to look at what the model is called with."""
+        """Add hooks that record the model's inputs."""
         self._release()
         model: nn.Module = kwargs["model"]
         self._model, self._state = model, state
@@ -68,11 +67,11 @@ class NonFiniteLossCallback(TrainerCallback):
         ]
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Know the learning rate, for the message."""
+        """Record the learning rate for the message."""
         self._rate = float(kwargs["optimizer"].param_groups[0]["lr"])
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Look no longer."""
+        """Remove the hooks."""
         self._release()
 
     @torch.compiler.disable
@@ -95,14 +94,14 @@ class NonFiniteLossCallback(TrainerCallback):
         torch.save({name: t.detach().cpu() if isinstance(t, Tensor) else t for name, t in batch.items()}, path)
         broken = [n for n, p in trained_parameters(self._model).items() if not bool(p.detach().isfinite().all())]
         reason = (
-            f"{len(broken)} trained tensors are not finite, {broken[0]!r} first: the steps before were too large. "
+            f"{len(broken)} trained tensors are not finite, {broken[0]!r} first: the previous steps were too large. "
             f"Lower the learning rate ({self._rate:.3g} in this step)"
             if broken
-            else "The trained weights are finite: look at this batch, or lower the learning rate "
+            else "The trained weights are finite: check this batch, or lower the learning rate "
             f"({self._rate:.3g} in this step) if the loss rose before"
         )
         self._release()
-        raise NonFiniteLossError(f"the loss of step {step} is not finite. {reason}. The batch is kept in `{path}`.")
+        raise NonFiniteLossError(f"the loss of step {step} is not finite. {reason}. The batch is saved in `{path}`.")
 
     def _release(self) -> None:
         for handle in self._handles:

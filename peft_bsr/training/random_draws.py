@@ -1,4 +1,4 @@
-"""What a model draws at random in training before one of its blocks runs."""
+"""Finding modules that are random in training before a given block."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from peft_bsr.tuners.base.layer import ROOT
 
 
 def drawn_before(model: nn.Module, index: int, inputs: dict[str, Any]) -> str | None:
-    """The first module that gives something else when a training forward is run again, if the tokens do as well.
+    """The first module whose output depends on the random seed, if the tokens depend on it as well.
 
-    Two forwards of another seed up to block `index`, in training mode. Modes and the random state are as before.
+    Runs two forwards with different seeds up to block `index`, in training mode. Modes and the random state are
+    restored.
 
     Args:
-        model: With an active adapter of ours.
-        index: The block that does not run any more; the depth for all blocks.
-        inputs: Of the model.
+        model: A model with an active adapter of ours.
+        index: Index of the block to stop at; the depth of the model for all blocks.
+        inputs: Keyword arguments of the model.
 
     Returns:
-        Its name, or None where nothing that counts is drawn.
+        Name of the module, or None if the tokens are not random.
     """
     with quiet(model), in_mode(True, model):
         (first, outputs), (second, others) = (_seeded(model, index, inputs, seed) for seed in (0, 1))
@@ -36,7 +37,7 @@ def drawn_before(model: nn.Module, index: int, inputs: dict[str, Any]) -> str | 
 def _seeded(
     model: nn.Module, index: int, inputs: dict[str, Any], seed: int
 ) -> tuple[Tensor, list[tuple[str, list[float]]]]:
-    """Tokens before the block, and of each module in front of it a sum of what it gave."""
+    """Input tokens of the block, and a sum of the output of each module before it."""
     outputs: list[tuple[str, list[float]]] = []
 
     def note(name: str, output: Any) -> None:

@@ -1,4 +1,4 @@
-"""What Trainer is told of predictions: figures of classes, of several labels an image, and of values."""
+"""Metrics for Trainer: of classes, of several labels per image, and of values."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ import numpy as np
 from peft_bsr.problem_type import MULTI_LABEL, REGRESSION, SINGLE_LABEL, ProblemType
 
 BEST_BY = {SINGLE_LABEL: "accuracy", MULTI_LABEL: "f1_micro", REGRESSION: "loss"}
-"""Problem type -> by what the best epoch is found; all but a loss are the better the higher they are."""
+"""Problem type -> metric that selects the best epoch; higher is better, except for a loss."""
 
 
 def compute_accuracy(prediction: Any) -> dict[str, float]:
-    """Share of right answers, for Trainer's `compute_metrics`."""
+    """Accuracy, for Trainer's `compute_metrics`."""
     return {"accuracy": float((_outputs(prediction).argmax(-1) == prediction.label_ids).mean())}
 
 
 def compute_metrics_of(
     problem_type: ProblemType, restore: Callable[[np.ndarray], np.ndarray] = lambda values: values
 ) -> Callable[[Any], dict[str, float]]:
-    """Trainer's `compute_metrics` of a problem type.
+    """Trainer's `compute_metrics` for a problem type.
 
     Args:
-        problem_type: One class an image: `accuracy`. Several labels: see `label_figures`. A regression: see
+        problem_type: One class per image: `accuracy`. Several labels: see `label_figures`. A regression: see
             `value_figures`.
-        restore: Of a regression: makes values of what the model trains on, see `TargetScale.restore`. Default: they are
-            the same.
+        restore: Function from scaled to original values, for a regression, see `TargetScale.restore`. Default: the
+            identity.
     """
     if problem_type == SINGLE_LABEL:
         return compute_accuracy
@@ -37,15 +37,15 @@ def compute_metrics_of(
 
 
 def label_figures(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Figures of several labels an image.
+    """Metrics for several labels per image.
 
     Args:
-        logits: [N, C]. A label is given from 0 on, which is a probability of 0.5.
-        labels: [N, C] of 0 and 1.
+        logits: [N, C]. A label is predicted from 0 on, a probability of 0.5.
+        labels: 0 and 1 [N, C].
 
     Returns:
-        `f1_micro`, of all answers together; `f1_macro`, the mean over labels; `mAP`, the mean over labels of their
-        average precision, which needs no threshold. Both means are of the labels that images here have, 0 without any.
+        `f1_micro`, over all predictions; `f1_macro`, the mean over labels; `mAP`, the mean average precision over
+        labels, which needs no threshold. Both means are over the labels that occur, 0 if there are none.
     """
     each = [one for one in figures_by_label(logits, labels) if one["images"]]
     means = {key: float(np.mean([one[key] for one in each])) if each else 0.0 for key in ("average_precision", "f1")}
@@ -53,13 +53,13 @@ def label_figures(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
 
 
 def figures_by_label(logits: np.ndarray, labels: np.ndarray) -> list[dict[str, float]]:
-    """Figures of each of C labels: `precision`, `recall`, `f1`, `images` with it, `average_precision`.
+    """Metrics of each of C labels: `precision`, `recall`, `f1`, `images` with it, `average_precision`.
 
-    They are 0 where there is nothing to divide by.
+    They are 0 for a division by zero.
 
     Args:
         logits: [N, C].
-        labels: [N, C] of 0 and 1.
+        labels: 0 and 1 [N, C].
     """
     from sklearn.metrics import average_precision_score, precision_recall_fscore_support
 
@@ -73,15 +73,15 @@ def figures_by_label(logits: np.ndarray, labels: np.ndarray) -> list[dict[str, f
 
 
 def value_figures(values: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Figures of a regression: means over its values.
+    """Metrics of a regression, averaged over its values.
 
     Args:
-        values: [N, C] answers.
-        labels: [N, C] what is right.
+        values: Predictions [N, C].
+        labels: True values [N, C].
 
     Returns:
-        `mae`, the mean absolute error; `rmse`, the root of the mean squared error; of two images or more `r2`, the
-        share of the variance that is explained.
+        `mae`, the mean absolute error; `rmse`, the root of the mean squared error; with at least two images `r2`, the
+        coefficient of determination.
     """
     from sklearn.metrics import r2_score
 
@@ -93,12 +93,12 @@ def value_figures(values: np.ndarray, labels: np.ndarray) -> dict[str, float]:
 def _micro_f1(answers: np.ndarray, labels: np.ndarray) -> float:
     from sklearn.metrics import f1_score
 
-    return float(f1_score(labels.ravel(), answers.ravel(), zero_division=0.0))  # of one label sklearn takes no average
+    return float(f1_score(labels.ravel(), answers.ravel(), zero_division=0.0))  # for one label sklearn needs no average
 
 
 def _outputs(prediction: Any) -> np.ndarray:
     found = prediction.predictions
-    outputs: np.ndarray = found[0] if isinstance(found, tuple) else found  # some models give more than logits
+    outputs: np.ndarray = found[0] if isinstance(found, tuple) else found  # some models return more than logits
     return outputs
 
 

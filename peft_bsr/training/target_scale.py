@@ -1,6 +1,6 @@
-"""Values of a regression on a scale that trains, and back: the saved head gives them as they are.
+"""Scaling of regression targets for training, and folding the scale into the trained head.
 
-Not imported by `peft_bsr` itself: it needs `datasets` (`pip install 'peft-bsr[cli]'`).
+`peft_bsr` does not import this module: it needs `datasets` (`pip install 'peft-bsr[cli]'`).
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from peft_bsr.errors import UnsupportedModelError
 
 @dataclass(frozen=True)
 class TargetScale:
-    """Mean 0 and standard deviation 1 over the training images, for each value.
+    """Scales each value to mean 0 and standard deviation 1 over the training images.
 
-    A head begins near 0 and moves in steps of the learning rate: prices around 100000 are out of its reach. Train on
-    batches of `collate`, then `fold_into(model, pixels)`: the last layer takes over the scale, and the model gives
-    values as they are.
+    A head starts near 0 and moves in steps of the learning rate: it cannot reach prices around 100000. Train on batches
+    of `collate`, then call `fold_into(model, pixels)`: it changes the last layer so that the model gives unscaled
+    values.
 
     Attributes:
-        mean: [C], of the training values.
-        deviation: [C], their standard deviation, above 0.
+        mean: Mean of the training values, [C].
+        deviation: Standard deviation of the training values, [C], above 0.
 
     Examples:
         >>> scale = TargetScale.of(labels_of(data.train))  # doctest: +SKIP
@@ -44,7 +44,7 @@ class TargetScale:
         """The scale of some values.
 
         Args:
-            values: [N, C]. Those that are the same in all rows have the deviation 1.
+            values: [N, C]. A constant column gets deviation 1.
         """
         found = values.astype(np.float64)
         deviation = found.std(axis=0)
@@ -54,26 +54,26 @@ class TargetScale:
         """A batch with scaled labels, see `peft_bsr.data.collate`.
 
         Args:
-            examples: With `labels` [C] each.
+            examples: Examples with `labels` [C].
         """
         batch = collate(examples)
         values = (batch["labels"].double().numpy() - self.mean) / self.deviation
         return {**batch, "labels": torch.from_numpy(values).float()}
 
     def restore(self, values: np.ndarray) -> np.ndarray:
-        """[N, C] values as they are.
+        """Original values [N, C].
 
         Args:
-            values: [N, C], scaled.
+            values: Scaled values [N, C].
         """
         return values * self.deviation + self.mean
 
     def fold_into(self, model: nn.Module, pixels: Tensor) -> None:
-        """Let a model that was trained on scaled values give them as they are.
+        """Change a model that was trained on scaled values so that it gives unscaled ones.
 
         Args:
-            model: The trained one; its last layer is changed in place.
-            pixels: [B, 3, H, W], some images, by which the layer is found.
+            model: The trained model; its last layer is changed in place.
+            pixels: Some images [B, 3, H, W], to find the last layer.
 
         Raises:
             UnsupportedModelError: See `output_layer`.
@@ -87,25 +87,25 @@ class TargetScale:
             layer.bias.copy_(bias.double() * deviation + mean)
 
     def describe(self, names: Sequence[str]) -> str:
-        """What is done, for people.
+        """The scale as text.
 
         Args:
-            names: Of the values.
+            names: Names of the values.
         """
         pairs = zip(names, self.mean, self.deviation, strict=True)
         said = "; ".join(f"{name}: mean {mean:.4g}, deviation {deviation:.4g}" for name, mean, deviation in pairs)
-        return f"trained on values with mean 0 and deviation 1 ({said}); the saved model gives them as they are"
+        return f"trained on values with mean 0 and deviation 1 ({said}); the saved model gives unscaled values"
 
 
 def output_layer(model: Any, pixels: Tensor) -> nn.Linear:
     """The trained Linear module with a bias whose output is the model's `logits`.
 
     Args:
-        model: With a classifier.
-        pixels: [B, 3, H, W], some images.
+        model: A model with a classifier.
+        pixels: Some images [B, 3, H, W].
 
     Raises:
-        UnsupportedModelError: If there is none.
+        UnsupportedModelError: If there is no such module.
     """
     seen: list[tuple[nn.Linear, Tensor]] = []
     trained = [m for m in model.modules() if isinstance(m, nn.Linear) and m.weight.requires_grad and m.bias is not None]
@@ -119,8 +119,8 @@ def output_layer(model: Any, pixels: Tensor) -> nn.Linear:
     found = [m for m, output in seen if output.shape == logits.shape and torch.equal(output.to(logits.dtype), logits)]
     if not found:
         raise UnsupportedModelError(
-            f"{type(model).__name__}: no trained Linear module with a bias gives its `logits`, so that none can take "
-            "over the scale of the values."
+            f"{type(model).__name__}: no trained Linear module with a bias gives its `logits`, so the scale of the "
+            "values cannot be folded in."
         )
     return found[-1]
 

@@ -1,4 +1,4 @@
-"""Several datasets as one, in batches that a model with tasks takes."""
+"""Several datasets as one, in batches for a model with tasks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STRATEGIES = ("round_robin", "proportional", "temperature")
 
 
 class TaskDataset(Dataset):
-    """Datasets one behind the other, each example with the index of its task.
+    """Concatenated datasets, each example with the index of its task.
 
     Args:
         datasets: Task -> dataset of dicts, in the order of the adapter's tasks.
@@ -43,18 +43,18 @@ class TaskDataset(Dataset):
 
 
 class TaskBatchSampler(Sampler[list[int]]):
-    """Batches of one task each, for a `TaskDataset`. All are full; a task's data begins anew when it is used up.
+    """Batches of one task each, for a `TaskDataset`. All are full; the data of a task is repeated when used up.
 
-    Drawing depends on seed and epoch alone, so that a resumed run (`accelerate.skip_first_batches`) goes on equal.
+    Batches depend on seed and epoch alone, so a resumed run (`accelerate.skip_first_batches`) gets the same ones.
 
     Args:
         data: The data.
-        batch_size: Images a batch.
-        strategy: Whose turn it is: `"round_robin"` (the paper's), `"proportional"` (drawn by the size of its data) or
+        batch_size: Images per batch.
+        strategy: Order of the tasks: `"round_robin"` (as in the paper), `"proportional"` (at random by dataset size) or
             `"temperature"` (by size ** (1 / temperature); between the two others). Default `"round_robin"`.
-        temperature: Above 0, default 2.
-        seed: Default 0.
-        num_batches: In an epoch, default as many full batches as there are data.
+        temperature: Temperature above 0. Default 2.
+        seed: Random seed. Default 0.
+        num_batches: Batches per epoch. Default None: the number of full batches in the data.
 
     Raises:
         ConfigError: If the strategy is unknown, or a number is not above 0.
@@ -89,7 +89,7 @@ class TaskBatchSampler(Sampler[list[int]]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw as in this epoch, counted from 0."""
+        """Set the epoch, counted from 0, that determines the batches."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -107,8 +107,8 @@ class TaskBatchSampler(Sampler[list[int]]):
             else:
                 (task,) = generator.choices(range(len(self.sizes)), chances)
             while len(left[task]) < self.batch_size:
-                anew = generator.sample(range(self.sizes[task]), self.sizes[task])
-                left[task] += [self.starts[task] + index for index in anew]
+                order = generator.sample(range(self.sizes[task]), self.sizes[task])
+                left[task] += [self.starts[task] + index for index in order]
             batch, left[task] = left[task][: self.batch_size], left[task][self.batch_size :]
             yield batch
 
@@ -118,11 +118,11 @@ def collate_tasks(examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
     Args:
         examples: Dicts with `pixel_values`, `labels` or `label`, and `task_ids` (an index) or `task` (a name); other
-            entries are left out. Labels of several tasks may have several shapes.
+            entries are ignored. Labels of several tasks may have different shapes.
 
     Returns:
         `pixel_values`, `task_ids` [B] or `task` (a list of names), and `labels` if there are any: a tensor, or a list
-        where their shapes differ.
+        if their shapes differ.
     """
     batch: dict[str, Any] = {"pixel_values": torch.stack([torch.as_tensor(e["pixel_values"]) for e in examples])}
     if "task_ids" in examples[0]:

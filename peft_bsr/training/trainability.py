@@ -1,8 +1,10 @@
-"""Proof that what is meant to train does, and nothing else: one step that leaves no trace."""
+"""Checks that an adapter trains, completely and without side effects on the base model, with one trial step."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -13,39 +15,50 @@ from transformers import TrainerCallback
 from peft_bsr.backbones import probe_inputs
 from peft_bsr.compat.torch_api import tree_leaves, tree_map_only
 from peft_bsr.engine import saved_by_module
-from peft_bsr.errors import TrainabilityError
-from peft_bsr.training.side_effect_free import Owners, owners_of, side_effect_free, would_change
+from peft_bsr.errors import RoundedUpdatesWarning, TrainabilityError
+from peft_bsr.training.side_effect_free import Owners, owners_of, rounded_away, side_effect_free, stepped
 from peft_bsr.training.trainable_groups import TrainableGroup, find_trainable_groups, of_adapters
 from peft_bsr.tuners.base.layer import find_controllers
 
-_NAMED = 4  # of the tensors that share a problem
+_NAMED = 4  # maximum number of names in a message
+_LOW = (torch.bfloat16, torch.float16)
+_MOST_ROUNDED = 0.5  # share of a module's changes
 
 
 def verify_trainability(
     model: nn.Module, optimizer: torch.optim.Optimizer | None = None, batch: Mapping[str, Any] | None = None
-) -> None:
-    """Run one step and take it back: does the adapter train, all of it, and nothing else?
+) -> dict[str, float]:
+    """Check with one trial step that the adapter trains, all of it and nothing else.
 
-    One forward and backward in training mode; then, tensor by tensor, the optimizer's own step on a stand-in. Weights,
-    gradients, buffers, the random state and the optimizer's state are bit for bit the same afterwards, and nothing is
-    copied but one tensor at a time. Costs about one step on the batch.
+    Runs one forward and backward in training mode; then, tensor by tensor, the optimizer's step on a copy. Weights,
+    gradients, buffers, the random state and the optimizer's state are not changed, and only one tensor at a time is
+    copied. Costs about one step on the batch.
 
-    What is meant to train is read from the adapter's layers, not from `requires_grad`. Blocks that an ALaST schedule
-    does not draw rest with right. A gradient of zeros, and a step that changes nothing, count for a whole module (a
-    LoRA pair, a Linear with its bias): single tensors may begin so.
+    The parameters that should train are read from the adapter's layers, not from `requires_grad`. Blocks that the ALaST
+    schedule did not select in this step are expected to have no gradient. A gradient of zeros, and a step that changes
+    nothing, are reported for whole modules (a LoRA pair, a Linear with its bias): single tensors may start like that.
 
     Args:
-        model: With an active adapter of peft_bsr; also as accelerate prepared it (DistributedDataParallel, autocast).
-        optimizer: A torch optimizer whose step needs no closure, also as accelerate prepared it. Default None: only
-            the gradients are looked at.
-        batch: Keywords of the model. Without labels, the loss is a random weighting of all that the model returns.
+        model: A model with an active adapter of peft_bsr; it may be prepared by accelerate (DistributedDataParallel,
+            autocast).
+        optimizer: A torch optimizer whose step needs no closure; it may be prepared by accelerate. Default None: only
+            the gradients are checked.
+        batch: Keyword arguments of the model. Without labels, the loss is a random weighting of the model's outputs.
             Default None: two random images, or one for each task.
 
+    Returns:
+        Trained module in bfloat16 or float16 -> share of the optimizer's changes that its dtype rounds away, from 0 to
+        1. Empty without an optimizer, and for an optimizer with stochastic rounding.
+
     Raises:
-        TrainabilityError: Naming every tensor that is meant to train but asks for no gradient, is not in the
-            optimizer, gets no gradient or is not changed by the step; every frozen one that asks for gradients, would
-            be changed, or would decay; every frozen leading block that keeps activations for backward.
+        TrainabilityError: If a parameter that should train does not require gradients, is not in the optimizer, gets no
+            gradient or is not changed by the step; if a frozen parameter requires gradients or would be changed or
+            decayed; if a frozen block before the first trained one keeps activations for backward. It names all of
+            them.
         AdapterError: If there is no adapter of peft_bsr, or it is disabled.
+
+    Warns:
+        RoundedUpdatesWarning: If more than half of the changes of a module are rounded away.
 
     Examples:
         >>> from peft import get_peft_model
@@ -57,10 +70,10 @@ def verify_trainability(
     """
     model = extract_model_from_parallel(model)
     groups, owners = find_trainable_groups(model), {} if optimizer is None else owners_of(optimizer)
-    # eager: another batch size would compile anew
+    # eager: another batch size would compile again
     with side_effect_free(model), torch.compiler.set_stance("force_eager"):
         batch = _own_batch(model) if batch is None else _moved(model, batch)
-        problems, saved = [], {}
+        problems, saved, rounded = [], {}, {}
         try:
             saved = saved_by_module(model, lambda: _step(model, batch))
         except _NoGraphError as error:
@@ -71,15 +84,18 @@ def verify_trainability(
         if optimizer is not None:
             names = {n: p for group in groups for n, p in group.parameters.items() if id(p) not in owners}
             problems += _problem(names, "are meant to train, but the optimizer does not hold them", _REMAKE)
+            rounded = _rounded(trained, owners)
         problems += _check_frozen(model, owners)
         if plan is not None:
             problems += _check_leading(model, saved)
     if problems:
         raise TrainabilityError.from_problems(type(model).__name__, problems)
+    _warn_of_rounding(rounded)
+    return rounded
 
 
 class TrainabilityCallback(TrainerCallback):
-    """Runs `verify_trainability` before the first step of each `Trainer.train()`, resumed ones too, on random images.
+    """Runs `verify_trainability` on random images before the first step of each `Trainer.train()`, also a resumed one.
 
     Examples:
         >>> callback = TrainabilityCallback()  # Trainer(..., callbacks=[callback]).train() stops if something is wrong
@@ -89,11 +105,11 @@ class TrainabilityCallback(TrainerCallback):
         self._is_due = True
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """A run begins."""
+        """Run the check again in a new run."""
         self._is_due = True
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Verify, once in a run.
+        """Run the check, once per run.
 
         Raises:
             TrainabilityError: See `verify_trainability`.
@@ -104,11 +120,11 @@ class TrainabilityCallback(TrainerCallback):
 
 
 class _NoGraphError(Exception):
-    """The loss cannot be propagated back; never leaves `verify_trainability`."""
+    """The loss has no graph; caught in `verify_trainability`."""
 
 
-_REMAKE = "Make the optimizer behind `get_peft_model`, from `[p for p in model.parameters() if p.requires_grad]`"
-_UNFREEZE = "They were frozen behind our back, or loaded for use: load with `is_trainable=True`, or `set_adapter` again"
+_REMAKE = "Create the optimizer after `get_peft_model`, from `[p for p in model.parameters() if p.requires_grad]`"
+_UNFREEZE = "They were frozen by other code, or loaded for inference: use `is_trainable=True`, or `set_adapter` again"
 
 
 def _own_batch(model: nn.Module) -> dict[str, Any]:
@@ -143,23 +159,23 @@ def _step(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
             weighted = [(t.float() * torch.randn(t.shape, generator=generator).to(t.device)).sum() for t in tensors]
             loss = torch.stack(weighted).sum()
     if not loss.requires_grad:
-        raise _NoGraphError("the loss hangs on nothing that asks for a gradient.")
+        raise _NoGraphError("the loss does not depend on a parameter that requires gradients.")
     if not bool(loss.isfinite()):
         raise TrainabilityError(
-            f"{type(model).__name__}: the loss is {float(loss.detach())}. Look at the batch and the weights."
+            f"{type(model).__name__}: the loss is {float(loss.detach())}. Check the batch and the weights."
         )
     loss.backward()
     return loss
 
 
 def _rests(model: nn.Module, block: int) -> bool:
-    """Whether the running step's draw leaves the block out."""
+    """Whether the block is not selected in this step."""
     controller = find_controllers(model)[0]
     return controller.is_dynamic and controller.plan is not None and block not in controller.plan.trained_blocks
 
 
 def _check_trained(groups: list[TrainableGroup], owners: Owners | None, has_stepped: bool) -> list[str]:
-    """What asks for no gradient, gets none, or would not change."""
+    """Problems of parameters that require no gradient, get none, or would not change."""
     tensors = {name: p for group in groups for name, p in group.parameters.items()}
     asking = {name: p for name, p in tensors.items() if p.requires_grad}
     problems = _problem(tensors.keys() - asking.keys(), "are meant to train, but have `requires_grad=False`", _UNFREEZE)
@@ -173,47 +189,92 @@ def _check_trained(groups: list[TrainableGroup], owners: Owners | None, has_step
         left_out - read, "are meant to train, but get no gradient", "The loss does not read them, or the graph is cut"
     )
     broken = {n for n, p in asking.items() if p.grad is not None and not bool(p.grad.isfinite().all())}
-    problems += _problem(broken, "get a gradient that is NaN or infinite", "Look at the batch and the weights")
+    problems += _problem(broken, "get a gradient that is NaN or infinite", "Check the batch and the weights")
     usable = asking.keys() - left_out - broken
     given = [{n: p for n, p in u.parameters.items() if n in usable} for u in groups if usable & u.parameters.keys()]
     zero = [group for group in given if not any(bool(_gradient(p).any()) for p in group.values())]
     if not _hides_gradients(groups):
         names = {name for group in zero for name in group}
-        problems += _problem(names, "get a gradient of zeros alone", "The loss does not depend on them")
+        problems += _problem(names, "get a gradient of zeros only", "The loss does not depend on them")
     still: set[str] = set()
     for group in given:
         held = {name: p for name, p in group.items() if id(p) in (owners or ())}
-        if held and group not in zero and not any(would_change(p, _gradient(p), owners or {}) for p in held.values()):
+        if held and group not in zero and not any(_would_change(p, owners or {}) for p in held.values()):
             still |= held.keys()
     return problems + _problem(still, "are not changed by the optimizer's step", "Its learning rate is 0 or too small")
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:
-    assert parameter.grad is not None, "asked for before"
+    assert parameter.grad is not None, "checked before"
     return parameter.grad
 
 
+def _would_change(parameter: nn.Parameter, owners: Owners) -> bool:
+    """Whether the optimizer's step changes the parameter."""
+    return not torch.equal(stepped(parameter, _gradient(parameter), owners), parameter)
+
+
+def _rounded(groups: list[TrainableGroup], owners: Owners) -> dict[str, float]:
+    """Module -> share of the changes of its low-precision parameters that are rounded away."""
+    found = {}
+    for group in groups:
+        counts = [
+            rounded_away(p, p.grad, owners)
+            for p in group.parameters.values()
+            if p.dtype in _LOW and p.grad is not None and id(p) in owners and not _rounds_at_random(owners[id(p)][0])
+        ]
+        if changed := sum(count for _, count in counts):
+            found[_module_of(list(group.parameters))] = sum(lost for lost, _ in counts) / changed
+    return found
+
+
+def _module_of(names: list[str]) -> str:
+    """The innermost module that holds all of these parameters."""
+    parts = zip(*(name.split(".")[:-1] for name in names), strict=False)
+    return ".".join(part[0] for part in takewhile(lambda part: len(set(part)) == 1, parts))
+
+
+def _rounds_at_random(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether it has torchao's stochastic rounding, which loses no update on average."""
+    return bool(getattr(optimizer, "bf16_stochastic_round", False))
+
+
+def _warn_of_rounding(shares: Mapping[str, float]) -> None:
+    """Warn of modules that mostly stand still."""
+    found = sorted((-share, name) for name, share in shares.items() if share > _MOST_ROUNDED)
+    if found:
+        named = ", ".join(f"{name!r} ({-share:.0%})" for share, name in found[:_NAMED])
+        more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+        warnings.warn(
+            f"more than half of the optimizer's changes are rounded away in {named}{more}, because their weights are "
+            "in bfloat16 or float16. Keep trained weights in float32 (`autocast_adapter_dtype=True`, PEFT's default) and "
+            "use autocast, raise the learning rate, or use an optimizer with stochastic rounding.",
+            RoundedUpdatesWarning,
+            stacklevel=3,
+        )
+
+
 def _hides_gradients(groups: list[TrainableGroup]) -> bool:
-    """Whether a classifier that begins at zero (timm's do) hides everything before it in the first step."""
+    """Whether a classifier that starts at zero (as in timm) blocks all gradients before it in the first step."""
     behind = [p for group in groups if group.block is None for p in group.parameters.values()]
     return any(p.ndim == 2 and not bool(p.any()) for p in behind)
 
 
 def _check_frozen(model: nn.Module, owners: Owners) -> list[str]:
-    """What is not of an adapter must stay as it is."""
+    """Problems of parameters that do not belong to an adapter and must not change."""
     adapters = of_adapters(model)
     frozen = {name: p for name, p in model.named_parameters() if id(p) not in adapters}
     asking = [name for name, p in frozen.items() if p.requires_grad]
-    problems = _problem(asking, "are frozen in the plan, but ask for gradients", "Freeze them: `requires_grad_(False)`")
+    problems = _problem(asking, "are frozen in the plan, but require gradients", "Freeze them: `requires_grad_(False)`")
     held = {name: p for name, p in frozen.items() if id(p) in owners}
-    changing = {n for n, p in held.items() if p.grad is not None and would_change(p, p.grad, owners)}
+    changing = {n for n, p in held.items() if p.grad is not None and _would_change(p, owners)}
     problems += _problem(changing, "are frozen in the plan, but the optimizer's step would change them", _REMAKE)
     decaying = [n for n, p in held.items() if n not in changing and owners[id(p)][1].get("weight_decay")]
     return problems + _problem(decaying, "are frozen, but the optimizer holds them with weight decay", _REMAKE)
 
 
 def _check_leading(model: nn.Module, saved: Mapping[str, int]) -> list[str]:
-    """Blocks that lie outside of the graph in the plan keep nothing for backward."""
+    """Problems of blocks that are outside of the graph in the plan, but keep activations."""
     controller = find_controllers(model)[0]
     if not controller.builds_graph:  # blocks run under no_grad, and what queries read of them is saved on their modules
         return []
@@ -224,8 +285,8 @@ def _check_leading(model: nn.Module, saved: Mapping[str, int]) -> list[str]:
             for b, p in zip(sizes, controller.plan.blocks, strict=True)
             if sizes[b] and not p.in_graph
         ],
-        "lie outside of the graph in the plan, but keep activations for backward",
-        "A hook or a wrapper put them into the graph; take it off",
+        "are outside of the graph in the plan, but keep activations for backward",
+        "A hook or a wrapper put them into the graph; remove it",
     )
 
 

@@ -1,4 +1,4 @@
-"""What an adapter means to train, read from its tuner layers: not from `requires_grad`, which may be what is wrong."""
+"""The parameters that an adapter should train, read from its tuner layers and not from `requires_grad`."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class TrainableGroup:
     """The active adapter's part of one tuner layer: one leaf module's copy, one mixture, one query synthesis, one head.
 
     Attributes:
-        parameters: Full name -> parameter; those that are not floating-point are left out.
-        block: Index of the block that it lies in, None in front of or behind them.
-        is_named: Named as a whole in `modules_to_save`: the model may leave a tensor of it unread (a mask token).
+        parameters: Full name -> parameter, only floating-point ones.
+        block: Index of its block, or None before and after the blocks.
+        is_named: Whether it belongs to `modules_to_save`: the model may not use some of its tensors (a mask token).
     """
 
     parameters: dict[str, nn.Parameter]
@@ -27,7 +27,7 @@ class TrainableGroup:
 
 
 def find_trainable_groups(model: nn.Module) -> list[TrainableGroup]:
-    """What the active adapter of `model` means to train: its layers and its `modules_to_save`.
+    """The parameters that the active adapter of `model` should train: its layers and its `modules_to_save`.
 
     Raises:
         AdapterError: If there is no adapter of peft_bsr, or it is disabled.

@@ -395,13 +395,13 @@ CALLS: list[tuple[str, Callable[[Any], Any], type[Exception], str]] = [
         "tasks",
         lambda m: m(pixel_values=IMAGES, task="cars"),
         AdapterError,
-        "`task` asks for 'cars', but the tasks of this adapter are ['zoo', 'digits'].",
+        "`task` has 'cars', but the tasks of this adapter are ['zoo', 'digits'].",
     ),
     (
         "tasks",
         lambda m: m(pixel_values=IMAGES, task_ids=[0, 2]),
         AdapterError,
-        "`task_ids` asks for 2, but the tasks of this adapter are ['zoo', 'digits'] (0 to 1).",
+        "`task_ids` has 2, but the tasks of this adapter are ['zoo', 'digits'] (0 to 1).",
     ),
     (
         "tasks",
@@ -554,28 +554,28 @@ CALLS: list[tuple[str, Callable[[Any], Any], type[Exception], str]] = [
         "bsr",
         lambda m: FeatureCache.build(m, [], "nowhere"),
         FeatureCacheError,
-        "`dtype=torch.bfloat16` and 0 samples: tokens are kept as bfloat16, float16 or float32, and there "
-        "must be samples to keep.",
+        "`dtype=torch.bfloat16` and 0 samples: tokens are stored as bfloat16, float16 or float32, and there "
+        "must be at least one sample.",
     ),
     (
         "alast",
         lambda m: FeatureCache.build(m, [], "nowhere"),
         FeatureCacheError,
-        "`dtype=torch.bfloat16` and 0 samples: tokens are kept as bfloat16, float16 or float32, and there "
-        "must be samples to keep.",
+        "`dtype=torch.bfloat16` and 0 samples: tokens are stored as bfloat16, float16 or float32, and there "
+        "must be at least one sample.",
     ),
     (
         "bsr",
         lambda m: FeatureCache.build(make_vit(), [], "nowhere"),
         FeatureCacheError,
-        "`dtype=torch.bfloat16` and 0 samples: tokens are kept as bfloat16, float16 or float32, and there "
-        "must be samples to keep.",
+        "`dtype=torch.bfloat16` and 0 samples: tokens are stored as bfloat16, float16 or float32, and there "
+        "must be at least one sample.",
     ),
     (
         "bsr",
         lambda m: FeatureCache.open("nowhere"),
         FeatureCacheError,
-        "there is no feature cache in 'nowhere'. Make one: FeatureCache.build.",
+        "there is no feature cache in 'nowhere'. Use FeatureCache.build.",
     ),
     (
         "bsr",

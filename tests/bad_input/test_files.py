@@ -67,17 +67,17 @@ def pickled(folder: Path) -> None:
 
 
 FILES: list[tuple[str, Callable[[Path], Any], type[Exception], str]] = [
-    ("bsr", cut(WEIGHTS, 0.0), AdapterFileError, "'{weights}' is no whole safetensors file"),
-    ("bsr", cut(WEIGHTS, 0.01), AdapterFileError, "'{weights}' is no whole safetensors file"),
-    ("bsr", cut(WEIGHTS, 0.5), AdapterFileError, "'{weights}' is no whole safetensors file"),
-    ("synqt", cut(WEIGHTS, 0.999), AdapterFileError, "'{weights}' is no whole safetensors file"),
-    ("bsr", written(WEIGHTS, b"\x80\x04."), AdapterFileError, "'{weights}' is no whole safetensors file"),
-    ("bsr", written(WEIGHTS, pickle.dumps(Bomb())), AdapterFileError, "'{weights}' is no whole safetensors file"),
+    ("bsr", cut(WEIGHTS, 0.0), AdapterFileError, "'{weights}' is not a complete safetensors file"),
+    ("bsr", cut(WEIGHTS, 0.01), AdapterFileError, "'{weights}' is not a complete safetensors file"),
+    ("bsr", cut(WEIGHTS, 0.5), AdapterFileError, "'{weights}' is not a complete safetensors file"),
+    ("synqt", cut(WEIGHTS, 0.999), AdapterFileError, "'{weights}' is not a complete safetensors file"),
+    ("bsr", written(WEIGHTS, b"\x80\x04."), AdapterFileError, "'{weights}' is not a complete safetensors file"),
+    ("bsr", written(WEIGHTS, pickle.dumps(Bomb())), AdapterFileError, "'{weights}' is not a complete safetensors file"),
     (
         "bsr",
         written(WEIGHTS, struct.pack("<Q", 2**62) + b"{}"),
         AdapterFileError,
-        "'{weights}' is no whole safetensors file",
+        "'{weights}' is not a complete safetensors file",
     ),
     ("bsr", pickled, AdapterFileError, "'{weights}' is missing; there is 'adapter_model.bin', but pickled files can"),
     ("synqt", pickled, AdapterFileError, "'{weights}' is missing; there is 'adapter_model.bin', but pickled files can"),

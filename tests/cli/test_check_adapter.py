@@ -27,7 +27,7 @@ def test_what_would_be_refused(run, trained, tmp_path):
     assert "refused: '" in (words := " ".join(out.split())) and "fc1" in words, "what is inside is told all the same"
     (folder / "adapter_model.safetensors").write_bytes(content[:-1])
     code, out, _ = run("check-adapter", folder)
-    assert code == 1 and "no whole safetensors file" in " ".join(out.split())
+    assert code == 1 and "not a complete safetensors file" in " ".join(out.split())
 
 
 def test_an_adapter_of_an_earlier_version_has_no_digests(run_json, trained, tmp_path):

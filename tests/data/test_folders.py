@@ -85,7 +85,7 @@ def test_what_is_not_read_is_said(put):
 @pytest.mark.parametrize(
     ("folders", "message"),
     [
-        (["train", "test"], "there are no class folders below test, train"),
+        (["train", "test"], "there are no class folders in test, train"),
         (["train/a", "train/b", "extra"], "but these next to them would not be read: extra."),
         (["train/a", "val/a", "valid/a"], "val, valid are both the validation split"),
         (["."], "there are no class folders, the 3 images are directly in it. Put the images"),

@@ -87,11 +87,11 @@ def test_sizes_are_shares_or_numbers(asked, splits):
 
 
 REFUSED = [
-    (data_of(5, 5, test=(1, 1)), {"test_size": 0.3}, "`--test-size 0.3`: `them` has a test split of its own."),
+    (data_of(5, 5, test=(1, 1)), {"test_size": 0.3}, "`--test-size 0.3`: `them` already has a test split."),
     (data_of(5, 5), {"test_size": 1.5}, "must be a share below 1, or a number of images below 10"),
     (data_of(5, 5), {"validation_size": -1}, "must be a share below 1"),
     (data_of(5, 5), {"test_size": 10}, "must be a share below 1"),
-    (data_of(5), {}, "has one class to train on, `a`"),
+    (data_of(5), {}, "has only one class to train on, `a`"),
     (
         LabelledImages("them", {"test": data_of(5, 5).train}, ["a", "b"]),
         {},

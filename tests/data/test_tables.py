@@ -128,13 +128,13 @@ def test_one_of_several_columns_is_named(parquet, picture):
     path = parquet(many, **kinds, who=datasets.Value("string"))
     data = load_images(path)
     assert data.labels == ["cat", "dog"]
-    assert data.notes == ["labels are the column `label`, not kind, who (`--label-column` chooses)"]
+    assert data.notes == ["labels are the column `label`, not kind, who (change it with `--label-column`)"]
     assert load_images(path, label_column="who").labels == ["x", "y"]
 
 
 REFUSED = [
     ({"species": ["a", "a"], "who": ["b", "b"]}, {}, "several columns may hold labels: species, who."),
-    ({"label": ["a", "a"], "labels": ["b", "b"]}, {}, "Choose one by `--label-column`, or several"),
+    ({"label": ["a", "a"], "labels": ["b", "b"]}, {}, "Choose one with `--label-column`, or several"),
     ({"species": ["a", "a"]}, {"label_column": "specie"}, "there is no column of this name. Did you mean species"),
     ({"id": ["x", "y"]}, {}, "the columns are image (Image), id (string): none of them holds labels."),
     ({"score": [0.5, 1.5], "who": ["b", "b"]}, {}, "several columns may hold labels: score, who."),
@@ -189,7 +189,7 @@ def test_what_is_no_table(tmp_path):
     for name, message in (
         ("t.csv", "row 1 has 1 cells, the header has 2."),
         ("empty.csv", "has no rows"),
-        ("x.txt", "is a file of another kind"),
+        ("x.txt", "is not a table"),
         ("nowhere.csv", "there is no such file or folder"),
     ):
         with pytest.raises(DatasetError, match=message):

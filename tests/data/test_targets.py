@@ -57,7 +57,7 @@ def test_lists(table, put, picture):
     notes = load_images(path).notes
     assert "train: 1 of 4 images have none of the labels" in notes
     assert "train: 1 of 4 rows have no label and are skipped" in notes
-    assert "several labels an image, because the column `tags` holds lists (`--task` chooses)" in notes
+    assert "several labels per image, because the column `tags` holds lists (change it with `--task`)" in notes
     kinds = datasets.Features(
         {"image": datasets.Image(), "tags": datasets.Sequence(datasets.ClassLabel(names=["z", "a", "never"]))}
     )
@@ -99,14 +99,14 @@ def test_names_are_the_models(table):
 
 REFUSED = [
     ({"a": [0, 1, 1], "b": [1, 1, 0], "c": [0, 0, 1]}, {}, "several columns may hold labels: a, b, c. Choose one"),
-    ({"a": [0, 2], "b": [1, 1]}, {"label_column": "a,b"}, "one column a label; `a` holds `2`. If they are values, add"),
+    ({"a": [0, 2], "b": [1, 1]}, {"label_column": "a,b"}, "one column per label; `a` holds `2`. If they are values"),
     ({"a": [0, 1], "b": [1, 1]}, {"label_column": "a,c"}, "`--label-column c`: there is no column of this name"),
     ({"a": [0, 1], "b": [1, 1]}, {"label_column": "a,a"}, "names a column twice"),
-    ({"a": [0, 1], "b": [1, 1]}, {"label_column": "a,b", "problem_type": SINGLE_LABEL}, "one class an image is one"),
-    ({"tags": ["a,b;c", "a"]}, {"label_column": "tags", "problem_type": MULTI_LABEL}, "separate labels by `|`"),
-    ({"label": ["a", "3"]}, {"problem_type": REGRESSION, "label_column": "label"}, "`a`: a value is a number"),
-    ({"label": ["1e99", "3"]}, {"problem_type": REGRESSION, "label_column": "label"}, "`1e99`: a value is a number"),
-    ({"label": [[0, 0, 1], [1, 0, 0]]}, {}, "row 0 names a label twice, [0, 0, 1]. Lists name the labels"),
+    ({"a": [0, 1], "b": [1, 1]}, {"label_column": "a,b", "problem_type": SINGLE_LABEL}, "one class per image there is"),
+    ({"tags": ["a,b;c", "a"]}, {"label_column": "tags", "problem_type": MULTI_LABEL}, "separate labels with `|`"),
+    ({"label": ["a", "3"]}, {"problem_type": REGRESSION, "label_column": "label"}, "`a`: a value must be a number"),
+    ({"label": ["1e99", "3"]}, {"problem_type": REGRESSION, "label_column": "label"}, "`1e99`: a value must be a"),
+    ({"label": [[0, 0, 1], [1, 0, 0]]}, {}, "row 0 has a label twice, [0, 0, 1]. Lists contain the labels"),
     ({"label": [[0.5], [1.5]]}, {}, "lists of float64: a label is a string or an integer"),
 ]
 

@@ -24,7 +24,13 @@ from peft_bsr import BSRConfig
 from peft_bsr_cli import COMMANDS, main
 from tests.docs.test_code_blocks import PAGES
 
-SLOW = {"index", "planner", "cli", "export"}  # README, help texts, tests/cli and tests/export have their commands
+SLOW = {
+    "index",
+    "planner",
+    "cli",
+    "export",
+    "paper_index",
+}  # README, help texts, tests/cli and tests/export have their commands
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 TRAIN_FIRST = sorted(COMMANDS, key=lambda command: command not in ("train", "export"))  # the others use what it writes
 

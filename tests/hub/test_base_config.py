@@ -128,7 +128,7 @@ def test_a_base_of_other_shape_is_refused(base, make_model, tmp_path):
     model = get_peft_model(ViTForImageClassification.from_pretrained(tmp_path / "four"), BSRConfig())
     model.save_pretrained(tmp_path / "adapter")
     unseal(tmp_path / "adapter", base_config={"num_channels": 4})
-    with pytest.raises(HubError, match="has another shape of 1 of the weights of ViTForImageClassification"):
+    with pytest.raises(HubError, match="has other shapes for 1 of the weights of ViTForImageClassification"):
         peft_bsr.load(tmp_path / "adapter", base=base)
 
 

@@ -74,7 +74,7 @@ def test_a_base_model_that_moved_is_given(make_adapter, base, images, tmp_path):
 
 
 def test_what_is_no_adapter_is_refused(base):
-    with pytest.raises(HubError, match=r"is no adapter \(.*Give a folder with adapter_config.json"):
+    with pytest.raises(HubError, match=r"is not an adapter \(.*Give a folder with adapter_config.json"):
         peft_bsr.load(base)
 
 

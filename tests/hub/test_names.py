@@ -29,7 +29,7 @@ def asked(monkeypatch):
 
 @pytest.mark.parametrize("read", [peft_bsr.load, peft_bsr.pipeline, find_adapter], ids=["load", "pipeline", "cli"])
 def test_the_hub_is_asked_once_and_not_for_long(read, asked):
-    with pytest.raises(HubError, match=r"`me/pets` is no folder here, and cannot be read from the Hub \(Connection"):
+    with pytest.raises(HubError, match=r"`me/pets` is not a local folder, and cannot be read from the Hub \(Conn"):
         read("me/pets")
     assert asked == [("me/pets", 5.0)]
 
@@ -46,7 +46,7 @@ def test_folders_that_are_close_are_named(asked, tmp_path, monkeypatch):
     (tmp_path / "outputs" / "adapter").mkdir(parents=True)
     with pytest.raises(HubError, match=r"there is no folder `output` \(close: `outputs`\)"):
         list_files("output")
-    with pytest.raises(HubError, match=r"`outputs/adaptor` is no folder here \(close: `outputs/adapter`\)"):
+    with pytest.raises(HubError, match=r"`outputs/adaptor` is not a local folder \(close: `outputs/adapter`\)"):
         list_files("outputs/adaptor")
 
 

@@ -64,7 +64,7 @@ def test_an_adapter_goes_to_the_hub_and_comes_back(hub, base, tmp_path):
     assert said["equal"] == "True"
     assert said["labels"] == "['cat', 'dog', 'owl', 'yak']"
     assert said["size"] == "32"
-    assert "`user/nothing` is no folder here, and cannot be read from the Hub" in said["refused"]
+    assert "`user/nothing` is not a local folder, and cannot be read from the Hub" in said["refused"]
     files = hub.repositories["user/pets-bsr"]
     assert {"README.md", "adapter_config.json", "adapter_model.safetensors", "preprocessor_config.json"} <= set(files)
     assert any(line.startswith("PUT /objects/") for line in hub.log), "weights go by LFS"

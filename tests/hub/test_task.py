@@ -120,5 +120,5 @@ def test_the_cards_own_code_runs_in_its_folder(base, tmp_path, monkeypatch):
 
 def test_several_tasks_have_no_pipeline(base, tmp_path):
     get_peft_model(base_of(base), BSRConfig(tasks={"a": 2, "b": 3})).save_pretrained(tmp_path / "adapter")
-    with pytest.raises(HubError, match=r"no pipeline for .*Several tasks, a head for each: a, b\."):
+    with pytest.raises(HubError, match=r"no pipeline for .*Several tasks with a head each: a, b\."):
         peft_bsr.pipeline(tmp_path / "adapter")

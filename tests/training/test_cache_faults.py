@@ -82,7 +82,7 @@ class Rarely(Blobs):
 def test_random_augmentation_is_found_where_it_is_rare_and_in_batches(tmp_path):
     torch.manual_seed(0)
     for data in (Rarely(21, seed=0), MixupDataset(DATA, 3, probability=0.5)):
-        with pytest.raises(FeatureCacheError, match="came out different when it was read again"):
+        with pytest.raises(FeatureCacheError, match="was different when it was read again"):
             FeatureCache.build(vit(), data, tmp_path, progress=False)
     assert not list(tmp_path.iterdir())
 
@@ -116,7 +116,7 @@ IMAGES = [{"pixel_values": DATA[i]["pixel_values"]} for i in range(6)]
 def test_what_a_model_draws_is_not_taken_away_silently(tmp_path, make, part):
     model = make(True).train()
     state, modes = torch.get_rng_state(), [m.training for m in model.modules()]
-    with pytest.raises(FeatureCacheError, match=f"`{part}` draws at random in training .*`freeze_random=True`"):
+    with pytest.raises(FeatureCacheError, match=f"`{part}` is random in training .*`freeze_random=True`"):
         FeatureCache.build(model, IMAGES, tmp_path, progress=False)
     assert torch.equal(torch.get_rng_state(), state) and modes == [m.training for m in model.modules()]
     assert not list(tmp_path.iterdir())
@@ -127,7 +127,7 @@ def test_what_a_model_draws_is_not_taken_away_silently(tmp_path, make, part):
     with steady.read_by(make(False)):
         pass
     for cache in (steady, FeatureCache.open(tmp_path)):
-        with pytest.raises(FeatureCacheError, match=f"`{part}` draws at random"), cache.read_by(model):
+        with pytest.raises(FeatureCacheError, match=f"`{part}` is random in training"), cache.read_by(model):
             pass
     with FeatureCache.open(tmp_path, freeze_random=True).read_by(model):
         pass
@@ -217,7 +217,7 @@ def test_rows_belong_to_their_description(tmp_path):
         (tmp_path / "cache.json").write_text(text.replace(old, new))
         files = CacheFiles(tmp_path)
         files.open()
-        with pytest.raises(FeatureCacheError, match="row 0 is not what was written"):
+        with pytest.raises(FeatureCacheError, match="row 0 has another checksum"):
             files.read(0)
 
 
@@ -227,7 +227,7 @@ def test_rows_that_changed_places_are_damaged(tmp_path):
         damage(tmp_path, name, lambda c, size=size: c[size : 2 * size] + c[:size] + c[2 * size :])
     files = CacheFiles(tmp_path)
     files.open()
-    with pytest.raises(FeatureCacheError, match=r"row 0 is not what was written\). Delete"):
+    with pytest.raises(FeatureCacheError, match=r"row 0 has another checksum\). Delete"):
         files.read(0)
     files.read(2)
 

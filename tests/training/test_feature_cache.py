@@ -125,7 +125,7 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(cache_files, "_FLUSH_SECONDS", 0.0)
     with pytest.raises(KeyboardInterrupt):
         FeatureCache.build(model, data, tmp_path, batch_size=4, progress=False)
-    with pytest.raises(FeatureCacheError, match="holds 12 of 21 samples: its making was interrupted"):
+    with pytest.raises(FeatureCacheError, match="holds 12 of 21 samples: its build was interrupted"):
         FeatureCache.open(tmp_path)
     data.broken = False
     seen = []
@@ -155,7 +155,7 @@ def test_a_cache_of_something_else_is_refused(tmp_path):
         (vit(reduction_blocks=[1], keep_rate=0.7), "reductions"),
         (vit(reduction_blocks=[1], mode="full_view"), "mode"),
     ):
-        with pytest.raises(FeatureCacheError, match=f"is of something else: .*{word} is "), cache.read_by(other):
+        with pytest.raises(FeatureCacheError, match=f"belongs to something else:  .*{word} is "), cache.read_by(other):
             pass
     changed = vit(reduction_blocks=[1])
     with torch.no_grad():
@@ -192,7 +192,7 @@ def test_augmentation_is_refused(tmp_path):
             item = super().__getitem__(index)
             return {**item, "pixel_values": item["pixel_values"] + next(self.counter)}
 
-    with pytest.raises(FeatureCacheError, match="came out different when it was read again: random augmentation"):
+    with pytest.raises(FeatureCacheError, match="was different when it was read again: random augmentation"):
         FeatureCache.build(vit(), Noisy(4, seed=0), tmp_path, progress=False)
     assert not list(tmp_path.iterdir())
 

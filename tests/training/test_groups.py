@@ -81,5 +81,5 @@ def test_numbers_that_cannot_be_are_named(wrong, make_model):
 
 
 def test_nothing_to_train_is_said(make_model):
-    with pytest.raises(ConfigError, match="no parameter asks for gradients"):
+    with pytest.raises(ConfigError, match="no parameter has `requires_grad=True`"):
         param_groups(make_model().requires_grad_(False), learning_rate=1e-3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import warnings
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from peft_bsr import (
     ALaSTConfig,
     BSRConfig,
     MoEConfig,
+    RoundedUpdatesWarning,
     SynQTConfig,
     TrainabilityCallback,
     TrainabilityError,
@@ -165,7 +167,9 @@ def test_a_tensor_that_the_optimizer_does_not_hold(make_model, method):
     held = [p for p in model.parameters() if p.requires_grad]
     text = refused(model, torch.optim.SGD(held[:-1], lr=0.1))
     last = [name for name, p in model.named_parameters() if p is held[-1]]
-    assert text.startswith(f"PeftModel: {last[0]!r} are meant to train, but the optimizer does not hold them. Make the")
+    assert text.startswith(
+        f"PeftModel: {last[0]!r} are meant to train, but the optimizer does not hold them. Create the"
+    )
 
 
 def test_a_tensor_that_asks_for_no_gradient(make_model):
@@ -183,7 +187,7 @@ def test_all_of_it_frozen(make_model):
     model = build(make_model)
     model.requires_grad_(False)
     text = refused(model)
-    assert "the loss hangs on nothing that asks for a gradient" in text
+    assert "the loss does not depend on a parameter that requires gradients" in text
     assert "more are meant to train, but have `requires_grad=False`" in text
 
 
@@ -201,7 +205,7 @@ def test_a_gradient_of_zeros_and_one_that_is_not_a_number(make_model):
     model = build(make_model)
     layer = model.get_submodule(BLOCK.format(3))
     layer.register_forward_hook(lambda m, args, output: output * 0.0)
-    assert f"'{BLOCK.format(3)}.bsr_params.default.weight' get a gradient of zeros alone" in refused(model)
+    assert f"'{BLOCK.format(3)}.bsr_params.default.weight' get a gradient of zeros only" in refused(model)
     model = build(make_model)
     weight = model.get_submodule(BLOCK.format(3)).bsr_params["default"].weight
     weight.register_hook(lambda gradient: gradient * float("nan"))
@@ -218,12 +222,45 @@ def test_a_step_that_changes_nothing(make_model):
     assert "are not changed by the optimizer's step" in text
 
 
+@pytest.mark.parametrize("rate", [1e-2, 1e-5])
+def test_updates_that_low_precision_rounds_away(make_model, rate):
+    """The shares are those of a literal step of SGD; above a half there is a warning that names the module."""
+    model = build(make_model).to(torch.bfloat16)
+    optimizer = optimizer_of(model, torch.optim.SGD, lr=rate)
+    generator = torch.Generator().manual_seed(0)
+    batch = {"pixel_values": torch.randn(2, 3, 32, 32, generator=generator).bfloat16(), "labels": torch.tensor([0, 1])}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", RoundedUpdatesWarning)
+        shares = verify_trainability(model, optimizer, batch)
+    model.train()(**batch).loss.backward()
+    for name, share in shares.items():
+        lost = changed = 0
+        for weight in (p for n, p in model.named_parameters() if n.rpartition(".")[0] == name):
+            moved = (weight.float() - rate * weight.grad.float() != weight) & (weight.grad != 0)
+            lost += int((moved & (weight - rate * weight.grad == weight)).sum())
+            changed += int(moved.sum())
+        assert share == pytest.approx(lost / changed, abs=0.01)
+    assert shares.keys() == {n.rpartition(".")[0] for n, p in model.named_parameters() if p.requires_grad}
+    assert min(shares.values()) < 0.5 if rate == 1e-2 else min(shares.values()) > 0.9
+    worst = max(shares, key=lambda name: shares[name])
+    assert [worst in str(w.message) for w in caught] == ([True] if shares[worst] > 0.5 else [])
+
+
+def test_no_updates_are_rounded_away_in_float32_or_with_stochastic_rounding(make_model):
+    model = build(make_model)
+    assert verify_trainability(model, optimizer_of(model, lr=1e-6)) == {} == verify_trainability(model)
+    model = model.to(torch.bfloat16)
+    optimizer = optimizer_of(model, lr=1e-3)
+    optimizer.bf16_stochastic_round = True  # as torchao's optimizers have it
+    assert verify_trainability(model, optimizer) == {}
+
+
 def test_a_frozen_tensor_that_would_change_or_decay(make_model):
     model = build(make_model)
     name = "base_model.model.vit.layers.2.mlp.fc1.base_layer.weight"
     head = "base_model.model.vit.layers.0.mlp.fc1.weight"
     model.get_parameter(head).requires_grad_(True)
-    assert f"'{head}' are frozen in the plan, but ask for gradients" in refused(model, optimizer_of(model))
+    assert f"'{head}' are frozen in the plan, but require gradients" in refused(model, optimizer_of(model))
     model.get_parameter(head).requires_grad_(False)
     everything = torch.optim.AdamW(model.parameters(), lr=1e-3)
     assert "are frozen, but the optimizer holds them with weight decay" in refused(model, everything)
@@ -242,7 +279,7 @@ def test_a_frozen_block_in_the_graph(make_model):
     block = model.base_model.model.vit.layers[1]
     block.layernorm_before.register_forward_pre_hook(lambda m, args: (args[0].detach().requires_grad_(),))
     assert "'vit.layers.1 (" in refused(model)
-    assert "lie outside of the graph in the plan, but keep activations for backward" in refused(model)
+    assert "are outside of the graph in the plan, but keep activations for backward" in refused(model)
 
 
 def test_a_model_without_an_adapter_or_with_a_disabled_one(make_model):

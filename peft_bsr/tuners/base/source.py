@@ -75,7 +75,9 @@ def read_header(path: Path) -> dict[str, Tensor]:
                 for name, part in slices.items()
             }
     except (OSError, SafetensorError, ValueError, RuntimeError) as error:
-        raise AdapterFileError(f"{str(path)!r} is no whole safetensors file ({headline(error)}). {AGAIN}.") from error
+        raise AdapterFileError(
+            f"{str(path)!r} is not a complete safetensors file ({headline(error)}). {AGAIN}."
+        ) from error
 
 
 def missing(path: Path, *, pickled: bool) -> str:

@@ -3,6 +3,7 @@
     python tests/mutations.py                        # all of them, 25 minutes on 2 cores
     python tests/mutations.py core/route core/experts  # those of files whose path has this in it
     python tests/mutations.py --jobs 1 --verbose
+    python tests/mutations.py --invariant            # ten of them, against tests/invariant alone
 
 Run by hand. One that no test fails on has survived: a test is missing. It exits with 1 if more than one in 25 survives,
 or if one does not apply, as the text that it replaces is not there exactly once.
@@ -20,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -118,6 +120,11 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ),
     ],
     "training/feature_cache.py": [
+        (
+            "_TOKENS: resume_point.tokens.to(dtype),",
+            "_TOKENS: resume_point.tokens.flip(0).to(dtype),",
+            "images trade places",
+        ),
         ("if files.is_complete():", "if False:", "a read-only cache is written"),
         (
             "range(len(done)) if check_all else",
@@ -401,6 +408,11 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
     "ops/int8.py": [
         (
             "torch.addcdiv(torch.rand_like(above), above, step)",
+            "torch.addcdiv(torch.zeros_like(above), above, step)",
+            "numbers are rounded down",
+        ),
+        (
+            "torch.addcdiv(torch.rand_like(above), above, step)",
             "torch.addcdiv(torch.full_like(above, 0.5), above, step)",
             "rounding is no more without bias",
         ),
@@ -437,6 +449,20 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
     ],
 }
 
+# what tests/invariant has to see by itself: file, what goes wrong
+INVARIANT = [
+    ("ops/linear.py", "the scaling is lost"),
+    ("ops/linear.py", "a bias learns too little"),
+    ("ops/linear.py", "the other projections' gradients are lost"),
+    ("ops/projections.py", "keys' gradients of special tokens are lost"),
+    ("ops/projections.py", "key and value trade places"),
+    ("ops/reduce.py", "dropped tokens get no gradient"),
+    ("ops/reduce.py", "the scores' gradient is doubled"),
+    ("ops/reduce.py", "the worst tokens stay"),
+    ("ops/int8.py", "numbers are rounded down"),
+    ("training/feature_cache.py", "images trade places"),
+]
+
 
 def mutations(parts: list[str]) -> list[Mutation]:
     """Those of files whose path has one of `parts` in it; all, if there are none."""
@@ -444,7 +470,7 @@ def mutations(parts: list[str]) -> list[Mutation]:
     return [Mutation(file, *texts) for file in files for texts in MUTATIONS[file]]
 
 
-def run(source: Path, tests: list[str], mutation: Mutation | None = None) -> tuple[bool, str]:
+def run(source: Path, tests: Sequence[str], mutation: Mutation | None = None) -> tuple[bool, str]:
     """Whether a test fails on a copy of `source`, and what pytest says."""
     with tempfile.TemporaryDirectory() as folder:
         shutil.copytree(source, folder, dirs_exist_ok=True)
@@ -466,8 +492,13 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", help="only files whose path below peft_bsr has one of these in it")
     parser.add_argument("--jobs", type=int, default=2, help="mutations at a time (default 2)")
     parser.add_argument("--verbose", action="store_true", help="also which test fails")
+    parser.add_argument("--invariant", action="store_true", help="ten mutations, against tests/invariant alone")
     args = parser.parse_args()
     chosen = mutations(args.parts)
+    tests = TESTS
+    if args.invariant:
+        chosen = [mutation for mutation in chosen if (mutation.file, mutation.why) in INVARIANT]
+        tests = dict.fromkeys(TESTS, ["tests/invariant"])
     if not chosen:
         parser.error(f"no file of {list(MUTATIONS)} has any of {args.parts} in its path")
     stale = [f"{m.file}: {m.problem}" for m in chosen if m.problem]
@@ -479,11 +510,11 @@ def main() -> None:
         for name in COPIED:
             copy = shutil.copy if (ROOT / name).is_file() else partial(shutil.copytree, ignore=IGNORED)
             copy(ROOT / name, source / name)
-        files = list({mutation.file: None for mutation in chosen})
-        for file, (fails, found) in zip(files, pool.map(lambda file: run(source, TESTS[file]), files), strict=True):
+        suites = list({tuple(tests[mutation.file]): None for mutation in chosen})
+        for suite, (fails, found) in zip(suites, pool.map(lambda suite: run(source, suite), suites), strict=True):
             if fails:
-                sys.exit(f"The tests of {file} fail without a mutation: {found}")
-        results = pool.map(lambda mutation: run(source, TESTS[mutation.file], mutation), chosen)
+                sys.exit(f"{', '.join(suite)} fail without a mutation: {found}")
+        results = pool.map(lambda mutation: run(source, tests[mutation.file], mutation), chosen)
         for mutation, (is_caught, found) in zip(chosen, results, strict=True):
             verdict = "caught  " if is_caught else "SURVIVED"
             print(f"{verdict} {mutation.file}: {mutation.why}" + (f"  [{found}]" if args.verbose else ""), flush=True)

@@ -498,7 +498,7 @@ def main() -> None:
     tests = TESTS
     if args.invariant:
         chosen = [mutation for mutation in chosen if (mutation.file, mutation.why) in INVARIANT]
-        tests = dict.fromkeys(TESTS, ["tests/invariant"])
+        tests = {file: ["tests/invariant"] for file in TESTS}
     if not chosen:
         parser.error(f"no file of {list(MUTATIONS)} has any of {args.parts} in its path")
     stale = [f"{m.file}: {m.problem}" for m in chosen if m.problem]

@@ -32,7 +32,9 @@ EVERY: dict[str, Any] = {"trainable_blocks": "every:1", "keep_rate": 1.0}
 def stock(**config: Any) -> nn.Module:
     """The model, all of it trained."""
     torch.manual_seed(0)
-    return ViTForImageClassification(ViTConfig(**SIZES, **DROPOUT, image_size=32, patch_size=8, num_labels=5, **config)).train()
+    return ViTForImageClassification(
+        ViTConfig(**SIZES, **DROPOUT, image_size=32, patch_size=8, num_labels=5, **config)
+    ).train()
 
 
 def checkpointed(**how: Any) -> nn.Module:

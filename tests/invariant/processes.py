@@ -19,7 +19,7 @@ def main() -> None:
     dist.init_process_group("gloo")
     numbers = torch.Generator().manual_seed(0)
     model = DistributedDataParallel(build("bsr", WAYS["exact"], numbers))
-    found = train(model, data(numbers), steps=20, rank=dist.get_rank(), processes=dist.get_world_size())
+    found = train(model, data(numbers), steps=10, rank=dist.get_rank(), processes=dist.get_world_size())
     (Path(sys.argv[1]) / f"{dist.get_rank()}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 

@@ -77,18 +77,23 @@ def test_two_processes_train_as_one(tmp_path):
 
 
 def test_int8_is_right_on_average():
-    """One run is off by its random rounding; twelve are off to both sides, and nearer to the exact one."""
-    exact = trajectory("bsr", WAYS["exact"])[:10, 0]
-    numbers = [torch.Generator().manual_seed(0) for _ in range(12)]
-    losses = []
-    for seed, generator in enumerate(numbers):
-        model = build("bsr", WAYS["exact"], generator, saved_activations="int8")
-        samples = data(generator)
+    """One gradient is off by its random rounding; the mean of many is not, to either side."""
+
+    def gradient(**settings):
+        numbers = torch.Generator().manual_seed(0)
+        model, batch = build("bsr", WAYS["exact"], numbers, **settings), data(numbers)[:8]
+        images = torch.stack([row["pixel_values"] for row in batch])
+        model(pixel_values=images, labels=torch.stack([row["labels"] for row in batch])).loss.backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).double()
+
+    exact, projections, errors = gradient(), [], []
+    for seed in range(24):
         torch.manual_seed(seed)
-        losses.append([loss for loss, _ in train(model, samples, steps=10)])
-    residuals = (torch.tensor(losses, dtype=torch.float64) / exact - 1).mean(1)
-    assert residuals.abs().max() > 0, "else nothing was rounded"
-    assert residuals.abs().max() < 0.02
+        found = gradient(saved_activations="int8")
+        projections.append(found @ exact / exact.square().sum() - 1)
+        errors.append((found - exact).norm() / exact.norm())
+    residuals = torch.stack(projections)
+    assert 1e-4 < min(errors) and max(errors) < 0.05, "rounded, but near"
     assert residuals.mean().abs() < 3 * residuals.std() / len(residuals) ** 0.5
 
 
@@ -116,7 +121,7 @@ def command_losses(tmp_path_factory: pytest.TempPathFactory) -> Any:
     for way, settings in COMMAND_WAYS.items():
         output = tmp_path_factory.mktemp("trained")
         asked = ["train", "--model", str(base), "--dataset", "digits", "--output", str(output), "--max-steps", "10"]
-        asked += ["--batch-size", "8", "--set", "trainable_blocks=1,3", "--trainer", "logging_steps=1"]
+        asked += ["--batch-size", "8", "--set", "trainable_blocks=[1,3]", "--trainer", "logging_steps=1"]
         assert main([*asked, *settings, "--trainer", "save_strategy=steps", "--trainer", "save_steps=10"]) == 0
         (state,) = output.rglob("trainer_state.json")
         log = json.loads(state.read_text())["log_history"]
@@ -127,7 +132,8 @@ def command_losses(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.mark.parametrize("way", [way for way in COMMAND_WAYS if way != "off"])
 def test_the_command_line_trains_alike(command_losses, way):
     assert len(command_losses["off"]) == 10
-    assert command_losses[way] == pytest.approx(command_losses["off"], rel=2e-4)
+    rounded = 1e-3 if way == "cached" else 2e-4  # the command keeps cached tokens in half precision
+    assert command_losses[way] == pytest.approx(command_losses["off"], rel=rounded)
 
 
 @pytest.mark.slow

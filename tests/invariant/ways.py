@@ -67,12 +67,14 @@ WAYS = {
 
 
 def is_possible(name: str, way: Way) -> bool:
-    """ALaST's plan changes from step to step: it is not cached, and compiled block by block (test_compiled_halves)."""
+    """ALaST's plan changes from step to step: it is not cached, and compiled block by block."""
     if way.is_cached:
         return name in ("bsr", "bsr low-rank")  # the others train from the first block on
     if name == "alast sampled" and way.parts > 1:
         return False  # a draw for each forward
-    return not (way.is_compiled and name.startswith("alast"))
+    if way.is_compiled:  # a quarter of a minute each; more of them in tests/engine/test_compiled_lean.py
+        return name == "bsr" or (name == "bsr low-rank" and way.lean == "exact")
+    return True
 
 
 def build(name: str, way: Way, numbers: torch.Generator, **settings: Any) -> nn.Module:

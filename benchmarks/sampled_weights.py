@@ -1,4 +1,4 @@
-"""Would sampling the rows of weight gradients (WTA-CRS, 2305.15265) make a lean step faster? Not enough to be an option.
+"""Would sampled rows of weight gradients (WTA-CRS, 2305.15265) make a lean step faster? Too little to be an option.
 
     python benchmarks/sampled_weights.py
 
@@ -50,8 +50,8 @@ def sampled_product(gradient: Tensor, inputs: Tensor, share: float) -> Tensor:
 def draw_rows(norms: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Places of `count` rows and the factors by which they count, from the rows' norms [M].
 
-    The C largest are taken, the others drawn with replacement; C makes `(1 - P_C) / (count - C)` least, where P_C is the
-    share of the C largest in the sum of all norms.
+    The C largest are taken, the others drawn with replacement. C makes `(1 - P_C) / (count - C)` least, where P_C is
+    the share of the C largest in the sum of all norms.
     """
     chances, order = (norms / norms.sum()).sort(descending=True)
     places = torch.arange(len(norms))

@@ -363,10 +363,14 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ),
     ],
     "ops/projections.py": [
-        ("[:, :num_queries] += of_asked", "[:, :num_queries] = of_asked", "keys' gradients of special tokens are lost"),
         (
-            "of_tokens, rest = linears_grads(linears[1:]",
-            "of_tokens, rest = linears_grads(linears[:0:-1]",
+            "[:, :num_queries] += query_grad",
+            "[:, :num_queries] = query_grad",
+            "keys' gradients of special tokens are lost",
+        ),
+        (
+            "tokens_grad, other_grads = linears_grads(linears[1:]",
+            "tokens_grad, other_grads = linears_grads(linears[:0:-1]",
             "key and value trade places",
         ),
     ],
@@ -394,8 +398,8 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("descending=True, stable=True", "descending=False, stable=True", "the worst tokens stay"),
         ("order[:, :keep].sort(dim=1).values", "order[:, :keep]", "tokens are out of order"),
         (
-            "weights.transpose(1, 2) * of_fused",
-            "weights.transpose(1, 2) * 0 * of_fused",
+            "weights.transpose(1, 2) * fused_grad",
+            "weights.transpose(1, 2) * 0 * fused_grad",
             "dropped tokens get no gradient",
         ),
         ("saved = (*saved, dropped, picked)", "pass", "scores get no gradient"),

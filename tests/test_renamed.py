@@ -7,6 +7,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 import peft_bsr
 from peft_bsr import backbones
+from peft_bsr.training import BudgetRecord
 
 
 @pytest.mark.parametrize("module", [peft_bsr, backbones], ids=["peft_bsr", "peft_bsr.backbones"])
@@ -41,3 +42,9 @@ def test_old_property_of_a_model():
     model = get_peft_model(vit, peft_bsr.BSRConfig())
     with pytest.warns(DeprecationWarning, match="`base_model.spec`"):
         assert model.base_model.column is model.base_model.spec
+
+
+def test_old_field_of_a_budget_record():
+    record = BudgetRecord(1, (0.9,), (0,))
+    with pytest.warns(DeprecationWarning, match=r"`BudgetRecord\.selected`"):
+        assert record.drawn == record.selected

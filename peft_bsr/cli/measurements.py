@@ -75,7 +75,7 @@ def draw_pictures(found: RunMeasurements, model: Any, data: LabelledImages, proc
     shown = collate([examples[i] for i in range(min(_SHOWN, len(examples)))])
     pixels = shown["pixel_values"].to(model.device)
     found.images = to_pictures(pixels, processor)
-    found.titles = [data.words(label) for label in shown["labels"].tolist()]
+    found.titles = [data.label_text(label) for label in shown["labels"].tolist()]
     found.kept = kept_token_pictures(model, pixels, found.images)
     found.picture = draw_kept(found.kept, found.images, output / PICTURE, found.titles)
 
@@ -214,7 +214,7 @@ def make_record(
         title=f"{settings.method.upper()} of {settings.model} on {settings.dataset}",
         spec=model.base_model.spec if is_ours else None,
         plan=model.base_model.plan() if is_ours else None,
-        words=words,
+        description=words,
         headline=headline,
         log_history=log_history,
         kept_step=kept_step,

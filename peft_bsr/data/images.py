@@ -67,7 +67,7 @@ class LabelledImages:
         numbers = np.bincount(found, minlength=len(self.labels)) if found.ndim == 1 else found.sum(axis=0).astype(int)
         return dict(zip(self.labels, numbers.tolist(), strict=True))
 
-    def words(self, label: Any) -> str:
+    def label_text(self, label: Any) -> str:
         """A label as text: `daisy`; `cat, dog`; `age 31`.
 
         Args:

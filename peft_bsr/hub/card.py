@@ -60,7 +60,7 @@ def model_card(config: SavedConfig, facts: CardFacts, base: str | None = None) -
     called = f"[{base}](https://huggingface.co/{base})" if base else f"`{_folder(config.base_model_name_or_path)}`"
     parts = [
         f"# {method.title} adapter of {called}",
-        f"{task.words} Made with peft_bsr, method {method.name} ({_linked(method.paper)}).",
+        f"{task.description} Made with peft_bsr, method {method.name} ({_linked(method.paper)}).",
         "## Use\n\n" + _snippet(task, facts.repo_id),
         "## What it does\n\n" + "\n".join(f"- {sentence}" for sentence in describe_plan(config, spec, plan)),
     ]

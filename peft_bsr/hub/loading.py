@@ -243,7 +243,7 @@ def pipeline(
     model: Any = load(name, base=base, revision=revision, token=token, dtype=dtype)
     task = task_of(model.peft_config[model.active_adapter])
     if task.pipeline is None:
-        raise HubError(f"There is no pipeline for `{name}`: {task.words} Call the model of `peft_bsr.load` instead.")
+        raise HubError(f"There is no pipeline for `{name}`: {task.description} Call the model of `peft_bsr.load`.")
     if task.is_regression:
         settings.setdefault("function_to_apply", "none")
     kind = "feature_extractor" if task.pipeline.startswith("audio") else "image_processor"

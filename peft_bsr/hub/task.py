@@ -22,12 +22,12 @@ class Task:
     Attributes:
         pipeline: Name of transformers' pipeline, or None if there is none.
         is_regression: Whether its outputs are values, not class scores.
-        words: The task in one sentence.
+        description: The task in one sentence.
     """
 
     pipeline: str | None
     is_regression: bool
-    words: str
+    description: str
 
     @property
     def tag(self) -> str | None:
@@ -60,8 +60,9 @@ def task_of(config: SavedConfig) -> Task:
     shown = ", ".join(labels[:_NAMED]) + (", ..." if len(labels) > _NAMED else "")
     if attachment.problem_type == MULTI_LABEL:
         plural = "s" if len(labels) > 1 else ""
-        words = f"Multi-label {kind} classification, {len(labels)} label{plural}, each by itself (sigmoid): {shown}."
-        return Task(name, False, words)
+        labels_text = f"{len(labels)} label{plural}, each by itself (sigmoid): {shown}"
+        description = f"Multi-label {kind} classification, {labels_text}."
+        return Task(name, False, description)
     if attachment.problem_type == REGRESSION or len(labels) == 1:
         plural = "s" if len(labels) > 1 else ""
         return Task(name, True, f"{kind.capitalize()} regression, {len(labels)} value{plural}: {shown}.")

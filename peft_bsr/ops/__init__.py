@@ -1,4 +1,4 @@
-"""What runs on a device and has a backward of its own: tensors in, tensors out, no modules."""
+"""Operators with their own backward: functions of tensors, without modules."""
 
 from peft_bsr.ops.activation import Activation, Gate
 from peft_bsr.ops.dropout import lean_dropout

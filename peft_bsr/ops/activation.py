@@ -1,4 +1,4 @@
-"""Element-wise functions with their derivatives, by torch's own kernels, and how an MLP combines its first products."""
+"""Activation functions with their derivatives, by torch's kernels, and the combination of an MLP's first products."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _silu_backward = torch.ops.aten.silu_backward.default
 
 @dataclass(frozen=True)
 class Activation:
-    """An element-wise function with its derivative; also an MLP's way from one first product to its hidden states.
+    """An element-wise function with its derivative; it also maps an MLP's first product to its hidden states.
 
     Attributes:
         forward: Tensor -> tensor.
@@ -28,7 +28,7 @@ class Activation:
 
     @classmethod
     def of(cls, module: Any) -> Activation | None:
-        """That of a module of torch or transformers, or None if it is not known."""
+        """The activation of a torch or transformers module, or None if it is unknown."""
         name = type(module).__name__
         by_tanh = ("GELUTanh", "PytorchGELUTanh", "NewGELUActivation", "FastGELUActivation")
         if name in ("GELU", "GELUActivation", *by_tanh):
@@ -63,8 +63,8 @@ class Gate(Activation):
     def combine_grads(self, gradient: Tensor, products: Sequence[Tensor]) -> list[Tensor]:
         """Gradients of the products from that of the hidden states."""
         gate, up = _both(products)
-        found = [self.backward(gradient * up, gate), gradient * self.forward(gate)]
-        return found if len(products) == 2 else [torch.cat(found, dim=-1)]
+        grads = [self.backward(gradient * up, gate), gradient * self.forward(gate)]
+        return grads if len(products) == 2 else [torch.cat(grads, dim=-1)]
 
 
 def _both(products: Sequence[Tensor]) -> Sequence[Tensor]:

@@ -1,4 +1,4 @@
-"""Dropout that keeps the state of the generator for backward, not the mask: backward draws the same mask again."""
+"""Dropout that keeps the random state for backward instead of the mask; backward draws the same mask again."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def generator_state(device: torch.device) -> Tensor:
 
 @contextmanager
 def generator_at(state: Tensor | None, device: torch.device) -> Iterator[None]:
-    """Draw from an earlier state inside, and go on from the present one afterwards. None = nothing is done."""
+    """Context manager: use an earlier random state, and restore the current one afterwards. None: do nothing."""
     if state is None:
         yield
         return
@@ -37,7 +37,7 @@ def draw_mask(like: Tensor, rate: float) -> Tensor:
 
 
 def lean_dropout(tokens: Tensor, rate: float) -> Tensor:
-    """`torch.nn.functional.dropout(tokens, rate)` in training, the same numbers, without a mask kept for backward."""
+    """`torch.nn.functional.dropout(tokens, rate)` in training, with the same numbers, but without keeping the mask."""
     output: Tensor = _LeanDropout.apply(tokens, rate)
     return output
 

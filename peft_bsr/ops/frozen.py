@@ -1,8 +1,8 @@
-"""Linear modules that never train, their weights in 8 bits or in bfloat16.
+"""Frozen Linear modules with weights in 8 bits or bfloat16.
 
-Autograd on a weight in 8 bits would keep it for backward as it was before rounding, in full: 27 MiB a block of ViT-B
-instead of 7. Here backward makes it anew from the 8 bits, one module at a time. A weight in bfloat16 is what autocast
-makes of it at each call; where no autocast runs, it is made anew in the dtype of the inputs in the same way.
+Autograd on an 8-bit weight would keep the dequantised weight for backward: 27 MiB per block of ViT-B instead of 7. Here
+backward dequantises it again, one module at a time. A bfloat16 weight equals autocast's copy; without autocast, it is
+cast to the dtype of the inputs, and again in backward.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from peft_bsr.core import as_plain, is_quantized
 
 
 class FrozenLinear(nn.Linear):
-    """A Linear whose weight is a quantised tensor or held in bfloat16: gradients cross it, none reaches the weight."""
+    """A Linear with a quantised or bfloat16 weight: it has input gradients, but no weight gradient."""
 
     def forward(self, inputs: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
@@ -31,12 +31,12 @@ class FrozenLinear(nn.Linear):
 
 
 def freeze_linear(module: nn.Linear) -> None:
-    """Make a Linear, whose weight was rounded, a `FrozenLinear`; its names and keys stay."""
+    """Make a Linear whose weight was rounded a `FrozenLinear`; names and keys do not change."""
     module.__class__ = FrozenLinear
 
 
 def exact_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
-    """Floating-point parameters that nobody rounded: their dtype is what the module computes in."""
+    """Floating-point parameters that were not rounded: their dtype is the compute dtype of the module."""
     for part in module.modules():
         if not isinstance(part, FrozenLinear):
             yield from (p for p in part.parameters(recurse=False) if p.is_floating_point())
@@ -45,7 +45,7 @@ def exact_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
 class _FrozenProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.weight = weight  # a constant: nothing that saves activations in another way has to see it
+        ctx.weight = weight  # a constant, not an activation: hidden from saved-tensor hooks
         if not is_quantized(weight):
             weight, bias = weight.to(inputs.dtype), None if bias is None else bias.to(inputs.dtype)
         return linear(inputs, weight, bias)

@@ -1,6 +1,6 @@
-"""What the two halves of a pre-norm block have in common: a norm, then Linears of the same normalized tokens.
+"""The common part of the two halves of a pre-norm block: a norm, then Linears of the same normalized tokens.
 
-Restoring the norm's output from its input, one pass over the tokens, spares keeping it for backward.
+The norm's output is recomputed from its input in one pass over the tokens, so it is not kept for backward.
 
 Shapes: B images, N tokens, M = B * N rows, D width.
 """
@@ -20,14 +20,14 @@ from peft_bsr.errors import ForwardError
 from peft_bsr.ops.linear import LinearOp
 from peft_bsr.ops.norm import NormOp
 
-_NORM, _LINEAR = 2, 4  # tensors of each
+_NORM, _LINEAR = 2, 4  # number of tensors
 
 
 class Compute(NamedTuple):
-    """What Linear modules compute in.
+    """Compute dtype of Linear modules.
 
     Attributes:
-        dtype: Autocast's, or that of the tokens.
+        dtype: Autocast's dtype, or that of the tokens.
         casts: Whether autocast is on, which casts every weight.
     """
 
@@ -36,7 +36,7 @@ class Compute(NamedTuple):
 
     @classmethod
     def of(cls, tokens: Tensor) -> Compute:
-        """That of the present call."""
+        """The compute dtype of the current call."""
         device = tokens.device.type
         if torch.is_autocast_enabled(device):
             return cls(torch.get_autocast_dtype(device), True)
@@ -45,7 +45,7 @@ class Compute(NamedTuple):
 
 @dataclass(frozen=True)
 class HalfSettings:
-    """What does not depend on a half's tensors.
+    """Settings of a half.
 
     Attributes:
         norm: Operator of the norm.
@@ -58,11 +58,11 @@ class HalfSettings:
     scalings: tuple[float, ...]
 
     def bind(self, tensors: Sequence[Any], compute: Compute) -> tuple[Any, list[LinearOp]]:
-        """Norm and Linears of the half, these cast to compute.
+        """The norm and the Linears of the half, with Linears cast to the compute dtype.
 
         Args:
             tensors: Weight and bias of the norm, then weight, bias, lora_A and lora_B of each Linear.
-            compute: What Linears compute in.
+            compute: Compute dtype of the Linears.
         """
         starts = range(_NORM, len(tensors), _LINEAR)
         linears = [
@@ -73,7 +73,7 @@ class HalfSettings:
 
 
 def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorator of an autograd function's forward or backward, which chooses its dtypes itself."""
+    """Decorator that runs an autograd function's forward or backward without autocast."""
 
     @wraps(function)
     def run(ctx: Any, tensor: Tensor, *others: Any) -> Any:
@@ -92,28 +92,28 @@ def linears_grads(
     inputs: Sequence[Tensor],
     needs: Sequence[bool],
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """Gradient of what several Linears share as input, and those of their tensors.
+    """Gradients of the common input of several Linears, and of their tensors.
 
     Args:
-        linears: In the dtype that is computed in.
-        gradients: Of each product, [M, E].
-        inputs: Of each, [M, D].
-        needs: One bool for each tensor of each Linear.
+        linears: Linears in the compute dtype.
+        gradients: Gradient of each product, [M, E].
+        inputs: Inputs of each Linear, [M, D].
+        needs: Whether each tensor of each Linear needs a gradient.
 
     Returns:
-        [M, D], summed over all Linears; and the gradients in the order of the tensors.
+        The input gradient [M, D], summed over all Linears; and the gradients in the order of the tensors.
     """
     total: Any = None
-    found: list[Tensor | None] = []
+    grads: list[Tensor | None] = []
     for i, (op, gradient, seen) in enumerate(zip(linears, gradients, inputs, strict=True)):
         hidden_grad = op.lora_hidden_grad(gradient)
-        found += op.parameter_grads(gradient, hidden_grad, seen, needs[_LINEAR * i : _LINEAR * (i + 1)])
+        grads += op.parameter_grads(gradient, hidden_grad, seen, needs[_LINEAR * i : _LINEAR * (i + 1)])
         total = op.input_grad(gradient, hidden_grad, total)
-    return total, found
+    return total, grads
 
 
 def in_dtypes(tensors: Sequence[Tensor | None], gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Gradients in the dtypes of what they are of."""
+    """Gradients cast to the dtypes of their tensors."""
     return [
         gradient if gradient is None or tensor is None else in_dtype(gradient, tensor.dtype)
         for tensor, gradient in zip(tensors, gradients, strict=True)
@@ -121,14 +121,14 @@ def in_dtypes(tensors: Sequence[Tensor | None], gradients: Sequence[Tensor | Non
 
 
 def refuse_second_derivatives(what: str = "lean blocks", instead: str = '`lean="off"`') -> None:
-    """Raise where a gradient of a gradient is asked for.
+    """Raise an error if a second derivative is computed.
 
     Args:
-        what: Has none.
-        instead: With what to attach the adapter.
+        what: Name of the operation that has none.
+        instead: Setting with which to attach the adapter.
 
     Raises:
-        ForwardError: If so.
+        ForwardError: If gradients are enabled in backward.
     """
     if torch.is_grad_enabled():
         raise ForwardError(

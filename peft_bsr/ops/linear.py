@@ -1,4 +1,4 @@
-"""A Linear with a low-rank update next to it: its product and the gradients of it.
+"""A Linear with a low-rank update: its output and gradients.
 
 Shapes: M rows (images times tokens), D inputs, E outputs, r rank of the update.
 """
@@ -14,7 +14,7 @@ from torch.nn.functional import linear
 
 from peft_bsr.core import as_plain, in_dtype
 
-_PLAIN = (Tensor, torch.nn.Parameter)  # not one of those that are made from fewer bits
+_PLAIN = (Tensor, torch.nn.Parameter)  # not quantised
 LinearGrads = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # of weight, bias, lora_A, lora_B
 
 
@@ -36,12 +36,12 @@ class LinearOp(NamedTuple):
     scaling: float = 1.0
 
     def cast(self, dtype: torch.dtype, all_of_it: bool) -> LinearOp:
-        """The same operator to compute in `dtype`; itself where nothing has to be cast.
+        """The operator with tensors in `dtype`; itself if nothing has to be cast.
 
         Args:
-            dtype: Autocast's, or that of the tokens.
-            all_of_it: Cast every tensor, as autocast does. False: only weights that are rounded to fewer bits; wider
-                ones compute in their own dtype, as tuner layers in fp32 on a model in bf16 do.
+            dtype: Autocast's dtype, or that of the tokens.
+            all_of_it: Whether to cast every tensor, as autocast does. False: only quantised and narrower weights; wider
+                ones compute in their own dtype, as fp32 tuner layers on a bf16 model do.
         """
         weight, bias, down, up, scaling = self
         is_plain = weight.dtype is dtype and type(weight) in _PLAIN and (bias is None or bias.dtype is dtype)
@@ -69,32 +69,32 @@ class LinearOp(NamedTuple):
         """Gradient [M, D] of the inputs, added to `onto` [M, D] if that is given.
 
         Args:
-            gradient: Of the product, [M, E].
+            gradient: Gradient of the product, [M, E].
             hidden_grad: From `lora_hidden_grad`.
-            onto: Sum of other gradients of the same inputs; adding while multiplying spares a pass over the tokens.
+            onto: Sum of other gradients of the same inputs; a fused multiply-add saves a pass over the tokens.
         """
         weight, dtype = self.weight, gradient.dtype
         if weight.dtype is not dtype:
             own = (gradient.to(weight.dtype) @ weight).to(dtype)
-            found = own if onto is None else onto + own
+            grad = own if onto is None else onto + own
         else:
-            found = gradient @ weight if onto is None else onto.addmm(gradient, weight)
+            grad = gradient @ weight if onto is None else onto.addmm(gradient, weight)
         if hidden_grad is None or self.lora_A is None:
-            return found
+            return grad
         if hidden_grad.dtype is not dtype:
-            return found.add_((hidden_grad @ self.lora_A).to(dtype))
-        return found.addmm_(hidden_grad, self.lora_A)
+            return grad.add_((hidden_grad @ self.lora_A).to(dtype))
+        return grad.addmm_(hidden_grad, self.lora_A)
 
     def parameter_grads(
         self, gradient: Tensor, hidden_grad: Tensor | None, inputs: Tensor | None, needs: Sequence[bool]
     ) -> LinearGrads:
-        """Gradients of the four tensors, None where one is not needed.
+        """Gradients of the four tensors, None if not needed.
 
         Args:
-            gradient: Of the product, [M, E].
+            gradient: Gradient of the product, [M, E].
             hidden_grad: From `lora_hidden_grad`.
-            inputs: [M, D]; may be None if at most the bias needs a gradient.
-            needs: One bool for each of the four tensors.
+            inputs: [M, D]; may be None if only the bias needs a gradient.
+            needs: Whether each of the four tensors needs a gradient.
         """
         weight = bias = down = up = None
         own = in_dtype(gradient, self.weight.dtype)

@@ -1,7 +1,7 @@
-"""Norm and MLP of a block, keeping the tokens and the first products for backward, or the tokens alone.
+"""Norm and MLP of a block, keeping only the tokens, or the tokens and the first products, for backward.
 
-The stock half keeps the norm's input and output, the products and the hidden states made of them. Shapes: B images, N
-tokens, M = B * N rows, D width, F hidden width.
+A stock half keeps the norm's input and output, the products and the hidden states. Shapes: B images, N tokens, M = B *
+N rows, D width, F hidden width.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ from peft_bsr.ops.half import (
 
 @dataclass(frozen=True)
 class MLPOp(HalfSettings):
-    """`last(activation(first(norm(tokens))))`, or a gated MLP with one or two Linears in the place of `first`.
+    """`last(activation(first(norm(tokens))))`, or a gated MLP with one or two Linears as `first`.
 
     Attributes:
-        activation: What makes the hidden states [M, F] of the first products, an `Activation` or a `Gate`.
+        activation: Function from the first products to the hidden states [M, F], an `Activation` or a `Gate`.
     """
 
     activation: Activation
 
     def __call__(self, tokens: Tensor, tensors: Sequence[Any], save_products: bool = True, rate: float = 0.0) -> Tensor:
-        """The MLP's change of the tokens, without the residual.
+        """Output of the MLP without the residual.
 
         Args:
             tokens: [B, N, D], the residual stream.
             tensors: See `HalfSettings.bind`; the last Linear is F -> D.
-            save_products: Keep the products of the first Linears, instead of computing them again in backward.
-            rate: Of dropout on the hidden states; its mask is drawn again in backward.
+            save_products: Whether to keep the products of the first Linears instead of recomputing them in backward.
+            rate: Dropout rate of the hidden states; the mask is drawn again in backward.
 
         Returns:
             [B, N, D].
@@ -93,16 +93,16 @@ class _LeanMLP(torch.autograd.Function):
         if mask is not None and hidden is not None:
             hidden = hidden * mask
         hidden_grad = last.lora_hidden_grad(gradient)
-        of_last = last.parameter_grads(gradient, hidden_grad, hidden, needs[-4:])
+        last_grads = last.parameter_grads(gradient, hidden_grad, hidden, needs[-4:])
         del hidden  # one wide tensor less at the peak
         gradient = last.input_grad(gradient, hidden_grad)
         gradient = gradient if mask is None else gradient * mask
         gradients = op.activation.combine_grads(gradient, products)
         del products, saved, gradient
-        of_tokens, found = linears_grads(first, gradients, [normalized] * len(first), needs[2:-4])
-        into = norm.grads(of_tokens.view_as(tokens), tokens, stats, (ctx.needs_input_grad[0], *needs[:2]))
-        of_tensors = in_dtypes(tensors, (*into[1:], *found, *of_last))
-        return into[0], None, None, None, None, *of_tensors
+        tokens_grad, grads = linears_grads(first, gradients, [normalized] * len(first), needs[2:-4])
+        norm_grads = norm.grads(tokens_grad.view_as(tokens), tokens, stats, (ctx.needs_input_grad[0], *needs[:2]))
+        parameter_grads = in_dtypes(tensors, (*norm_grads[1:], *grads, *last_grads))
+        return norm_grads[0], None, None, None, None, *parameter_grads
 
 
 __all__ = ["MLPOp"]

@@ -1,4 +1,4 @@
-"""LayerNorm and RMSNorm: what they give, and their gradients from the restored output. Shapes: [..., D] tokens."""
+"""LayerNorm and RMSNorm with their gradients from the recomputed output. Shapes: [..., D] tokens."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NormGrads = tuple[Tensor | None, Tensor | None, Tensor | None]  # of tokens, wei
 
 
 class LayerNormOp(NamedTuple):
-    """`nn.LayerNorm` over the last axis.
+    """`nn.LayerNorm` over the last dimension.
 
     Attributes:
         weight: [D].
@@ -28,7 +28,7 @@ class LayerNormOp(NamedTuple):
     eps: float
 
     def run(self, tokens: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The normalized tokens, and the statistics that `grads` needs."""
+        """The normalized tokens, and the statistics for `grads`."""
         tokens = _at_least(tokens, self.weight)
         output, *stats = torch.native_layer_norm(tokens, tokens.shape[-1:], self.weight, self.bias, self.eps)
         return output, tuple(stats)
@@ -36,11 +36,11 @@ class LayerNormOp(NamedTuple):
     def grads(self, gradient: Tensor, tokens: Tensor, stats: tuple[Tensor, ...], needs: Sequence[bool]) -> NormGrads:
         """Gradients of tokens, weight and bias, None where one is not needed."""
         wide = _at_least(tokens, self.weight)
-        found = _layer_norm_backward(
+        grads = _layer_norm_backward(
             in_dtype(gradient, wide.dtype), wide, wide.shape[-1:], *stats, self.weight, self.bias, list(needs)
         )
-        of_tokens = in_dtype(found[0], tokens.dtype) if needs[0] else None
-        return of_tokens, found[1] if needs[1] else None, found[2] if needs[2] else None
+        tokens_grad = in_dtype(grads[0], tokens.dtype) if needs[0] else None
+        return tokens_grad, grads[1] if needs[1] else None, grads[2] if needs[2] else None
 
 
 class RMSNormOp(NamedTuple):
@@ -48,7 +48,7 @@ class RMSNormOp(NamedTuple):
 
     Attributes:
         weight: [D].
-        bias: None; there for one call with `LayerNormOp`.
+        bias: None, for the same signature as `LayerNormOp`.
         eps: Added to the mean square.
     """
 
@@ -67,19 +67,19 @@ class RMSNormOp(NamedTuple):
         """Gradients of tokens, weight and bias, None where one is not needed."""
         (inverse,) = stats
         unit, wide = tokens.float() * inverse, gradient.float()
-        of_weight = (wide * unit).flatten(0, -2).sum(dim=0).to(self.weight.dtype) if needs[1] else None
+        weight_grad = (wide * unit).flatten(0, -2).sum(dim=0).to(self.weight.dtype) if needs[1] else None
         if not needs[0]:
-            return None, of_weight, None
+            return None, weight_grad, None
         scaled = wide * self.weight.float()
-        of_tokens = inverse * (scaled - unit * (scaled * unit).mean(dim=-1, keepdim=True))
-        return of_tokens.to(tokens.dtype), of_weight, None
+        tokens_grad = inverse * (scaled - unit * (scaled * unit).mean(dim=-1, keepdim=True))
+        return tokens_grad.to(tokens.dtype), weight_grad, None
 
 
 NormOp = LayerNormOp | RMSNormOp
 
 
 def norm_kind(module: Any) -> tuple[type[NormOp], float] | None:
-    """Operator and epsilon of a norm module, or None if it is not known. The self-test holds it against the module."""
+    """Operator and epsilon of a norm module, or None if it is unknown. The self-test compares it with the module."""
     if type(module) is nn.LayerNorm and module.weight is not None:
         return LayerNormOp, module.eps
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
@@ -90,7 +90,7 @@ def norm_kind(module: Any) -> tuple[type[NormOp], float] | None:
 
 
 def _at_least(tokens: Tensor, weight: Tensor) -> Tensor:
-    """bf16 tokens next to an fp32 weight are normalized in fp32, as by autocast, and by tuner layers in fp32."""
+    """Cast bf16 tokens for an fp32 weight to fp32, as in autocast and in fp32 tuner layers."""
     return tokens if tokens.dtype is weight.dtype else tokens.to(torch.promote_types(tokens.dtype, weight.dtype))
 
 

@@ -1,6 +1,6 @@
-"""Norm, then query, key and value projections of a block, keeping the tokens alone for backward.
+"""Norm, then query, key and value projections of a block, keeping only the tokens for backward.
 
-Shapes: B images, N tokens, Q of them asked for queries, M = B * N rows, D width, H heads, d head width.
+Shapes: B images, N tokens, Q of them used as queries, M = B * N rows, D width, H heads, d head width.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ Heads = tuple[Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True)
 class ProjectionsOp(HalfSettings):
-    """Queries, keys and values of `norm(tokens)`: three Linears, or one whose rows are those of the three (`qkv`).
+    """Queries, keys and values of `norm(tokens)`, by three Linears or a fused one (`qkv`).
 
     Attributes:
-        head_width: d.
-        num_queries: Q, ask the first Q tokens only; None = all.
+        head_width: Width d of a head.
+        num_queries: Number Q of first tokens with queries. None: all tokens.
     """
 
     head_width: int
@@ -49,20 +49,20 @@ class ProjectionsOp(HalfSettings):
         return heads
 
     def plain(self, tokens: Tensor, tensors: Sequence[Any]) -> Heads:
-        """The same by plain operations, which autograd or a compiler may record."""
+        """The same with plain operations, for autograd or a compiler."""
         compute = Compute.of(tokens)
         with torch.autocast(tokens.device.type, enabled=False):
             return self.run(tokens, compute, tensors)
 
     def run(self, tokens: Tensor, compute: Compute, tensors: Sequence[Any]) -> Heads:
-        """`plain` where no autocast is on."""
+        """`plain` without autocast."""
         norm, (query, *others) = self.bind(tensors, compute)
         (batch, num_tokens, _), width = tokens.shape, self.head_width
         normalized = in_dtype(norm.run(tokens)[0], compute.dtype)
         flat = normalized.flatten(0, 1)
         if others:
-            asked = flat if self.num_queries is None else normalized[:, : self.num_queries].flatten(0, 1)
-            products = [query.product(asked), *[linear.product(flat) for linear in others]]
+            query_tokens = flat if self.num_queries is None else normalized[:, : self.num_queries].flatten(0, 1)
+            products = [query.product(query_tokens), *[linear.product(flat) for linear in others]]
             q, k, v = [product.view(batch, -1, product.shape[1] // width, width) for product in products]
         else:
             q, k, v = query.product(flat).view(batch, num_tokens, 3, -1, width).unbind(2)
@@ -94,20 +94,21 @@ class _LeanProjections(torch.autograd.Function):
             if num_queries is not None:
                 parts[0] = pad(parts[0], (0, 0, 0, 0, 0, tokens.shape[1] - num_queries))
             joined = torch.stack(parts, dim=2).reshape(flat.shape[0], -1)
-            of_tokens, found = linears_grads(linears, [joined], [flat], needs[2:])
+            tokens_grad, grads = linears_grads(linears, [joined], [flat], needs[2:])
         elif num_queries is None:
             rows = [part.reshape(flat.shape[0], -1) for part in parts]
-            of_tokens, found = linears_grads(linears, rows, [flat] * 3, needs[2:])
+            tokens_grad, grads = linears_grads(linears, rows, [flat] * 3, needs[2:])
         else:
             query, *others = parts
-            asked = normalized[:, :num_queries].flatten(0, 1)
-            of_asked, found = linears_grads(linears[:1], [query.reshape(asked.shape[0], -1)], [asked], needs[2:6])
+            query_tokens = normalized[:, :num_queries].flatten(0, 1)
+            queries = query.reshape(query_tokens.shape[0], -1)
+            query_grad, grads = linears_grads(linears[:1], [queries], [query_tokens], needs[2:6])
             rows = [part.reshape(flat.shape[0], -1) for part in others]
-            of_tokens, rest = linears_grads(linears[1:], rows, [flat] * 2, needs[6:])
-            of_tokens.view_as(tokens)[:, :num_queries] += of_asked.view(tokens.shape[0], num_queries, -1)
-            found += rest
-        into = norm.grads(of_tokens.view_as(tokens), tokens, stats, (ctx.needs_input_grad[0], *needs[:2]))
-        return into[0], None, None, *in_dtypes(tensors, (*into[1:], *found))
+            tokens_grad, other_grads = linears_grads(linears[1:], rows, [flat] * 2, needs[6:])
+            tokens_grad.view_as(tokens)[:, :num_queries] += query_grad.view(tokens.shape[0], num_queries, -1)
+            grads += other_grads
+        norm_grads = norm.grads(tokens_grad.view_as(tokens), tokens, stats, (ctx.needs_input_grad[0], *needs[:2]))
+        return norm_grads[0], None, None, *in_dtypes(tensors, (*norm_grads[1:], *grads))
 
 
 __all__ = ["Heads", "ProjectionsOp"]

@@ -54,10 +54,10 @@ class _Recomputed(torch.autograd.Function):
         ):
             outputs = ctx.run(*inputs)
         asked = [i for i, output in enumerate(outputs) if output.requires_grad]
-        found = iter(
+        grads = iter(
             torch.autograd.grad([outputs[i] for i in asked], wanted, [gradients[i] for i in asked], allow_unused=True)
         )
-        return None, None, *(next(found) if need else None for need in needs)
+        return None, None, *(next(grads) if need else None for need in needs)
 
 
 __all__ = ["recomputed"]

@@ -1,6 +1,6 @@
-"""Token reduction as one function with a backward of its own: few operations, no round trip to the host.
+"""Token reduction as one function with its own backward: few operations, no round trip to the host.
 
-The same numbers as `peft_bsr.core.reduce_tokens`, which says what is computed and is what compilers and exporters see.
+It gives the same numbers as `peft_bsr.core.reduce_tokens`, the definition that compilers and exporters use.
 Shapes: B images, N tokens = P prefix + M competing + S suffix, K kept, D width, H heads, d head width.
 """
 
@@ -30,7 +30,7 @@ def reduce_tokens(
     fused_origin: int | None,
     num_suffix: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """`peft_bsr.core.reduce_tokens`; `origins=None` stands for those of a whole image, 0 to M - 1."""
+    """`peft_bsr.core.reduce_tokens`; `origins=None` means those of a whole image, 0 to M - 1."""
     num_competing = hidden_states.shape[1] - num_prefix - num_suffix
     if keep == num_competing or is_traced():
         if origins is None:
@@ -44,7 +44,7 @@ def reduce_tokens(
 
 
 def token_scores(kind: str, query: Tensor, key: Tensor, scaling: float, attention_mask: Tensor | None = None) -> Tensor:
-    """`peft_bsr.core.token_scores`, in few operations where the class token is asked without a mask."""
+    """`peft_bsr.core.token_scores`, in few operations for the class token without a mask."""
     if kind == "class" and attention_mask is None and not is_traced():
         scores: Tensor = _ClassScores.apply(query, key, scaling)
         return scores
@@ -88,24 +88,24 @@ class _Reduced(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         kept_rows, *fused = ctx.saved_tensors
         shape, dtype, num_prefix, end, keep = ctx.sizes
-        of_hidden = gradient.new_empty(shape) if fused else gradient.new_zeros(shape)
-        flat, behind = of_hidden.view(-1, shape[2]), num_prefix + keep
-        flat.index_copy_(0, kept_rows, gradient[:, num_prefix:behind].reshape(-1, shape[2]))
-        of_hidden[:, :num_prefix] = gradient[:, :num_prefix]
+        hidden_grad = gradient.new_empty(shape) if fused else gradient.new_zeros(shape)
+        flat, reduced_end = hidden_grad.view(-1, shape[2]), num_prefix + keep
+        flat.index_copy_(0, kept_rows, gradient[:, num_prefix:reduced_end].reshape(-1, shape[2]))
+        hidden_grad[:, :num_prefix] = gradient[:, :num_prefix]
         if end < shape[1]:
-            of_hidden[:, end:] = gradient[:, end - shape[1] :]
-        of_scores = None
+            hidden_grad[:, end:] = gradient[:, end - shape[1] :]
+        scores_grad = None
         if fused:
-            refuse_second_derivatives(*_REFUSED)  # the weights of what was fused are kept without their graph
+            refuse_second_derivatives(*_REFUSED)  # fusion weights are kept without their graph
             dropped_rows, weights, *asked = fused
-            of_fused = gradient[:, behind : behind + 1]
-            flat.index_copy_(0, dropped_rows, (weights.transpose(1, 2) * of_fused).view(-1, shape[2]))
+            fused_grad = gradient[:, reduced_end : reduced_end + 1]
+            flat.index_copy_(0, dropped_rows, (weights.transpose(1, 2) * fused_grad).view(-1, shape[2]))
             if asked:
                 dropped, picked = asked
-                of_scores = torch.zeros(shape[:2], dtype=dtype, device=gradient.device)
-                of_weights = torch.bmm(picked, of_fused.transpose(1, 2))[:, :, 0].to(dtype)
-                of_scores[:, num_prefix:end].scatter_(1, dropped, of_weights)
-        return of_hidden, of_scores, None, None, None, None
+                scores_grad = torch.zeros(shape[:2], dtype=dtype, device=gradient.device)
+                weights_grad = torch.bmm(picked, fused_grad.transpose(1, 2))[:, :, 0].to(dtype)
+                scores_grad[:, num_prefix:end].scatter_(1, dropped, weights_grad)
+        return hidden_grad, scores_grad, None, None, None, None
 
 
 class _ClassScores(torch.autograd.Function):
@@ -123,9 +123,9 @@ class _ClassScores(torch.autograd.Function):
         refuse_second_derivatives(*_REFUSED)
         query, key, weights = ctx.saved_tensors
         shared = (gradient * (ctx.scaling / weights.shape[1]))[:, None].to(weights.dtype).expand_as(weights)
-        of_logits = softmax_backward(shared, weights, -1, weights.dtype).to(query.dtype)[..., None]
-        of_first = (of_logits * key).sum(dim=2, keepdim=True)
-        return pad(of_first, (0, 0, 0, query.shape[2] - 1)), of_logits * query[:, :, :1], None
+        logits_grad = softmax_backward(shared, weights, -1, weights.dtype).to(query.dtype)[..., None]
+        first_grad = (logits_grad * key).sum(dim=2, keepdim=True)
+        return pad(first_grad, (0, 0, 0, query.shape[2] - 1)), logits_grad * query[:, :, :1], None
 
 
 __all__ = ["reduce_tokens", "token_scores"]

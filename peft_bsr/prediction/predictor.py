@@ -121,7 +121,7 @@ def to_predictor(model: Any, processor: Any, *, name: str | None = None) -> Pred
     if getattr(config, "attachment", None) is not None:
         task = task_of(config)
         if task.pipeline != "image-classification":
-            raise HubError(f"`{name}` does not predict classes or values of images. {task.words}")
+            raise HubError(f"`{name}` does not predict classes or values of images. {task.description}")
 
     def run(pixels: Tensor) -> Tensor:
         with in_mode(False, model), torch.no_grad():

@@ -51,14 +51,14 @@ def write_report(record: RunRecord, path: str | Path) -> Path:
 def _plan(record: RunRecord) -> str:
     spec, plan = record.spec, record.plan
     if spec is None or plan is None:
-        return _section("What trains", f"<p>{escape(' '.join(record.words))}</p>") if record.words else ""
+        return _section("What trains", f"<p>{escape(' '.join(record.description))}</p>") if record.description else ""
     tokens = [mlp for _, mlp in plan.token_counts(spec.num_tokens, spec.num_special)]
     names = {"s0": "trains", "s1": "frozen, gradients pass", "frozen": "frozen, keeps nothing"}
     kinds = ["s0" if b.trained else "s1" if b.in_graph else "frozen" for b in plan.blocks]
-    words = "".join(f"<li>{escape(sentence)}</li>" for sentence in record.words)
+    items = "".join(f"<li>{escape(sentence)}</li>" for sentence in record.description)
     chart = bar_chart(tokens, "tokens in the block's MLP", kinds)
     key = _key({kind: name for kind, name in names.items() if kind in kinds})
-    return _section("What trains", f"<ul>{words}</ul>{chart}{key}")
+    return _section("What trains", f"<ul>{items}</ul>{chart}{key}")
 
 
 def _curves(record: RunRecord) -> str:
@@ -145,7 +145,7 @@ def _budgets(record: RunRecord) -> str:
         return ""
     depth = len(record.budgets[0].budgets)
     budgets = [[entry.budgets[block] for entry in record.budgets] for block in range(depth)]
-    trained = [[float(block in entry.drawn) for entry in record.budgets] for block in range(depth)]
+    trained = [[float(block in entry.selected) for entry in record.budgets] for block in range(depth)]
     low, high = min(map(min, budgets)), max(map(max, budgets))
 
     def shade(value: float) -> str:

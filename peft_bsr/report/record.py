@@ -44,7 +44,7 @@ class RunRecord:
         title: Title, such as `"BSR on digits"`.
         spec: Description of the model. None: it has no adapter of this package, and no plan is shown.
         plan: Plan of the adapter, or None.
-        words: The plan in sentences, see `peft_bsr.tuners.describe_plan`.
+        description: The plan in sentences, see `peft_bsr.tuners.describe_plan`.
         headline: Name -> text of the key figures at the top.
         log_history: `trainer.state.log_history`.
         kept_step: Step whose weights were saved, marked in the curves. None: no mark.
@@ -66,7 +66,7 @@ class RunRecord:
     title: str
     spec: ModelSpec | None
     plan: Plan | None
-    words: Sequence[str] = ()
+    description: Sequence[str] = ()
     headline: Mapping[str, str] = field(default_factory=dict)
     log_history: Sequence[Mapping[str, Any]] = ()
     kept_step: int | None = None

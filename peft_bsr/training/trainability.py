@@ -247,8 +247,8 @@ def _warn_of_rounding(shares: Mapping[str, float]) -> None:
         more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
         warnings.warn(
             f"more than half of the optimizer's changes are rounded away in {named}{more}, because their weights are "
-            "in bfloat16 or float16. Keep trained weights in float32 (`autocast_adapter_dtype=True`, PEFT's default) and "
-            "use autocast, raise the learning rate, or use an optimizer with stochastic rounding.",
+            "in bfloat16 or float16. Keep trained weights in float32 (PEFT's default) with autocast, "
+            "raise the learning rate, or use an optimizer with stochastic rounding.",
             RoundedUpdatesWarning,
             stacklevel=3,
         )

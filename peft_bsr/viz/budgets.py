@@ -29,7 +29,7 @@ def draw_budgets(history: Sequence[Any], path: str | Path) -> Path:
         raise AdapterError("`history` is empty: no step was recorded. Pass the callback to Trainer before it trains.")
     depth = len(history[0].budgets)
     budgets = np.array([record.budgets for record in history]).T
-    trained = np.array([[index in record.drawn for record in history] for index in range(depth)])
+    trained = np.array([[index in record.selected for record in history] for index in range(depth)])
     figure = Figure(figsize=(10, 1.5 + 0.4 * depth), layout="constrained")
     axes = figure.subplots(2, 1, sharex=True)
     steps = (history[0].step - 0.5, history[-1].step + 0.5)

@@ -24,7 +24,7 @@ def test_alast_with_unequal_batches(tmp_path: Path):
     model = make_model(CASE)
     train(CASE, model, make_optimizer(model), [0, 1, 2], range(STEPS))
     schedule = model.base_model.schedule()
-    assert first["drawn"] == second["drawn"] and first["drawn"][-1] == schedule.drawn
+    assert first["drawn"] == second["drawn"] and first["drawn"][-1] == schedule.selected
     for name, tensor in weights_of(model).items():
         assert torch.equal(first["weights"][name], second["weights"][name]), name
         torch.testing.assert_close(first["weights"][name], tensor, rtol=1e-4, atol=1e-6, msg=name)

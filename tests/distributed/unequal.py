@@ -36,7 +36,7 @@ def main() -> None:
         for batch in batches:
             with nullcontext() if batch is batches[-1] else wrapped.no_sync():
                 (wrapped(**batch).loss / 3).backward()
-        drawn.append(state().drawn)
+        drawn.append(state().selected)
         inside.append(state().pack())
         restored = copy.deepcopy(state())
         restored.unpack(inside[-1])

@@ -60,7 +60,7 @@ def full_record(model, images, tmp_path):
         title="BSR of <b>vit</b>",
         spec=spec,
         plan=plan,
-        words=describe_plan(model.peft_config["default"], spec, plan),
+        description=describe_plan(model.peft_config["default"], spec, plan),
         headline={"test accuracy": "50 %"},
         log_history=[
             {"step": 1, "loss": 2.0, "learning_rate": 1e-3},

@@ -30,7 +30,7 @@ def test_a_resumed_training_ends_where_an_uninterrupted_one_does(make_model, tmp
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-6"))
     assert later.history == record.history[6:]
     assert [entry.step for entry in record.history] == list(range(1, 13))
-    assert len({entry.drawn for entry in record.history}) > 1
+    assert len({entry.selected for entry in record.history}) > 1
     found, expected = resumed.model.state_dict(), whole.model.state_dict()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 

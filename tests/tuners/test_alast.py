@@ -54,7 +54,7 @@ def test_just_the_drawn_blocks_train(lean, trainable, make_vit, images):
     for _ in range(6):
         before = weights(model)
         model(pixel_values=images, labels=LABELS).loss.backward()
-        drawn = model.base_model.schedule().drawn
+        drawn = model.base_model.schedule().selected
         assert blocks_in(n for n, p in model.named_parameters() if p.grad is not None) == drawn
         optimizer.step()
         optimizer.zero_grad()
@@ -70,7 +70,7 @@ def test_gradients_equal_those_of_a_model_frozen_by_hand(make_vit, images):
     model = attach(make_vit, initial_budget=1.0, budget_range=(1.0, 1.0), trainable_blocks_per_step=2)
     loss = model(pixel_values=images, labels=LABELS).loss
     loss.backward()
-    drawn = model.base_model.schedule().drawn
+    drawn = model.base_model.schedule().selected
     plain = make_vit().train()
     for name, parameter in plain.named_parameters():
         parts = name.split(".")
@@ -206,13 +206,13 @@ def test_accumulated_batches_share_a_draw_and_count_as_one(make_vit):
             drawn = []
             for pixels, targets in zip(images.chunk(parts), labels.chunk(parts), strict=True):
                 (model(pixel_values=pixels, labels=targets).loss / parts).backward()
-                drawn.append(model.base_model.schedule().drawn)
+                drawn.append(model.base_model.schedule().selected)
             assert all(d == drawn[0] for d in drawn)
             optimizer.step()
             optimizer.zero_grad()
         states.append((model.base_model.schedule(), weights(model)))
     (whole, one), (split, two) = states
-    assert (whole.step, whole.drawn) == (split.step, split.drawn)
+    assert (whole.step, whole.selected) == (split.step, split.selected)
     assert split.budgets == pytest.approx(whole.budgets, abs=1e-5)
     assert all(torch.allclose(tensor, two[name], atol=1e-5) for name, tensor in one.items())
 
@@ -235,9 +235,9 @@ def test_leading_frozen_blocks_leave_the_graph(make_vit, images):
     for selection in ("prefix", "sample"):
         model = attach(make_vit, 6, selection=selection, trainable_blocks_per_step=2, lean="off", seed=2)
         kept[selection] = saved_activations(model, lambda m=model: m(pixel_values=images, labels=LABELS).loss)
-        drawn = model.base_model.schedule().drawn
+        drawn = model.base_model.schedule().selected
         assert [b.in_graph for b in model.base_model.plan().blocks] == [i >= drawn[0] for i in range(6)]
-    assert model.base_model.schedule().drawn[0] < 4
+    assert model.base_model.schedule().selected[0] < 4
     assert kept["prefix"] < 0.6 * kept["sample"]
 
 
@@ -256,7 +256,7 @@ def test_the_learning_rate_as_step_size(make_vit, images):
     optimizer, schedule = optimizer_of(model), model.base_model.schedule()
     step(model, optimizer, images)
     step(model, optimizer, images)  # the first change of importance is known behind this one
-    with pytest.raises(ConfigError, match="`alpha='lr'` moves budgets by the learning rate, which nobody told"):
+    with pytest.raises(ConfigError, match="`alpha='lr'` updates budgets by the learning rate, which is not set"):
         step(model, optimizer, images)
     schedule.learning_rate = 1e-2
     step(model, optimizer, images)
@@ -400,7 +400,7 @@ def test_autocast_trains_in_half_precision(make_vit, images):
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(pixel_values=images, labels=LABELS).loss
         loss.backward()
-        assert blocks_in(n for n, p in model.named_parameters() if p.grad is not None) == schedule.drawn
+        assert blocks_in(n for n, p in model.named_parameters() if p.grad is not None) == schedule.selected
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())

@@ -70,7 +70,7 @@ def test_measuring_leaves_no_trace(measure, make_model, batch):
 
     def state():
         asking = [p.requires_grad for p in model.parameters()]
-        return schedule.pack(), schedule.drawn, asking, [module.training for module in model.modules()]
+        return schedule.pack(), schedule.selected, asking, [module.training for module in model.modules()]
 
     (packed, *before), _ = state(), measure(model, batch)
     assert torch.equal(schedule.pack(), packed)

@@ -2,8 +2,8 @@
 
 from peft_bsr.tuners.alast.callback import ALaSTCallback, BudgetRecord, schedule_of
 from peft_bsr.tuners.alast.config import ALaSTConfig
+from peft_bsr.tuners.alast.description import describe
 from peft_bsr.tuners.alast.model import ALaSTModel
-from peft_bsr.tuners.alast.words import describe
 from peft_bsr.tuners.base.method import MethodInfo, register
 
 register(

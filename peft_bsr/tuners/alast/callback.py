@@ -1,4 +1,4 @@
-"""ALaST in Trainer: the learning rate for the budgets, and what they did."""
+"""ALaST in Trainer: passes the learning rate to the budgets and records them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from peft_bsr.errors import AdapterError
+from peft_bsr.renamed import warn_renamed
 from peft_bsr.tuners.alast.layer import ALaSTController
 from peft_bsr.tuners.alast.schedule import ALaSTSchedule
 
@@ -18,23 +19,29 @@ class BudgetRecord:
     """One optimizer step.
 
     Attributes:
-        step: Its number, from 1.
-        budgets: One a block, as they counted in it.
-        drawn: Indices of the blocks that trained, ascending.
+        step: Number of the step, from 1.
+        budgets: Budget of each block in this step.
+        selected: Indices of the blocks that trained, ascending.
     """
 
     step: int
     budgets: tuple[float, ...]
-    drawn: tuple[int, ...]
+    selected: tuple[int, ...]
+
+    @property
+    def drawn(self) -> tuple[int, ...]:
+        """Old name of `selected`."""
+        warn_renamed("BudgetRecord.drawn", "BudgetRecord.selected")
+        return self.selected
 
 
 class ALaSTCallback(TrainerCallback):
-    """Tells the schedule the learning rate (`alpha="lr"`) and keeps a record of every step.
+    """Passes the learning rate to the schedule (`alpha="lr"`) and records every step.
 
-    Logs get `budget_mean`, `budget_min` and `budget_max`, for reporters that come after this callback.
+    Adds `budget_mean`, `budget_min` and `budget_max` to the logs, for reporting callbacks after this one.
 
     Attributes:
-        history: One `BudgetRecord` a step, for `peft_bsr.viz.draw_budgets`.
+        history: One `BudgetRecord` per step, for `peft_bsr.viz.draw_budgets`.
 
     Examples:
         >>> ALaSTCallback().history  # Trainer(..., callbacks=[callback]).train() fills it
@@ -45,18 +52,18 @@ class ALaSTCallback(TrainerCallback):
         self.history: list[BudgetRecord] = []
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Hand over the learning rate."""
+        """Pass the learning rate to the schedule."""
         schedule = schedule_of(kwargs["model"])
         schedule.learning_rate = float(kwargs["optimizer"].param_groups[0]["lr"])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Write down what the step did."""
+        """Record the step."""
         schedule = schedule_of(kwargs["model"])
         schedule.next_step()
-        self.history.append(BudgetRecord(state.global_step, tuple(schedule.budgets), tuple(schedule.drawn)))
+        self.history.append(BudgetRecord(state.global_step, tuple(schedule.budgets), tuple(schedule.selected)))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Add the budgets' range."""
+        """Add mean, minimum and maximum of the budgets."""
         budgets = schedule_of(kwargs["model"]).budgets
         if logs is not None and "loss" in logs:
             logs |= {

@@ -1,4 +1,4 @@
-"""The state of ALaST: budgets, importances, and the plan of the step that runs."""
+"""The state of ALaST: budgets, importances, and the plan of the current step."""
 
 from __future__ import annotations
 
@@ -23,24 +23,25 @@ _NUMBERS: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}  # of the s
 
 
 class ALaSTSchedule:
-    """Draws the blocks that train, once per optimizer step, and moves the budgets by what the blocks did.
+    """Selects the blocks that train, once per optimizer step, and updates the budgets by the blocks' importances.
 
-    The first training forward after an optimizer step draws anew, so batches that are accumulated share a draw, and a
-    step that a gradient scaler skips costs none. The step is seen through torch's hook on optimizers; one that is not
-    torch's, or holds other tensors than the model, needs `next_step()` in the loop (`ALaSTCallback` calls it).
+    The first training forward after an optimizer step makes a new selection, so accumulated batches share one, and a
+    step that a gradient scaler skips does not count. Steps are noticed through torch's optimizer hook. An optimizer
+    that is not torch's, or holds other tensors than the model, needs `next_step()` in the loop (`ALaSTCallback` calls
+    it).
 
     Args:
-        config: Of the adapter.
+        config: Configuration of the adapter.
         template: The plan of a step in which every block trains.
-        blocks: Modules that hold the trained weights, one list a block.
-        others: Modules that hold those behind (or before) the blocks, which always train.
+        blocks: Modules with the trained weights, one list per block.
+        others: Modules with trained weights before and after the blocks, which always train.
 
     Attributes:
-        budgets: One a block, as they count now.
-        deltas: Importances of the last step that ended, or None before that.
-        drawn: Blocks that train in this step, ascending.
-        step: Draws so far.
-        learning_rate: For `alpha="lr"`.
+        budgets: Current budget of each block.
+        deltas: Importances of the last step, or None before the first step has ended.
+        selected: Indices of the blocks that train in this step, ascending.
+        step: Number of selections so far.
+        learning_rate: Learning rate, for `alpha="lr"`.
     """
 
     def __init__(
@@ -50,7 +51,7 @@ class ALaSTSchedule:
         self.config = config
         self.budgets = [float(config.initial_budget)] * depth
         self.deltas: list[float] | None = None
-        self.drawn = list(range(depth))
+        self.selected = list(range(depth))
         self.step = 0
         self.learning_rate: float | None = None
         self.plan: Plan | None = None
@@ -58,21 +59,21 @@ class ALaSTSchedule:
         self._blocks, self._others = [list(modules) for modules in blocks], list(others)
         self._is_due = True
         self._is_restored = False
-        self._stepped: set[int] | None = None  # ids of parameters that an optimizer had in hand since the draw
+        self._stepped: set[int] | None = None  # ids of parameters that an optimizer has stepped since the selection
         self._total: Tensor | None = None  # [L + 1]: changes summed over this step's forwards, and their images
-        self._changes: list[Tensor] = []  # of the forward that runs
+        self._changes: list[Tensor] = []  # of the current forward
         _watch_optimizers(self)
 
     def begin(self) -> None:
-        """A training forward begins: draw, if the optimizer has stepped since the last draw.
+        """Start a training forward: select blocks if the optimizer has stepped since the last selection.
 
         Raises:
-            TrainabilityError: If an optimizer has stepped that does not hold what was to train.
-            ConfigError: If `alpha="lr"` and nobody told the learning rate.
+            TrainabilityError: If the optimizer that stepped does not hold the selected blocks.
+            ConfigError: If `alpha="lr"` and no learning rate was set.
         """
         self._changes = []
         if not any(p.requires_grad for modules in self._all() for module in modules for p in module.parameters()):
-            self.plan = None  # loaded to be used, not to be trained
+            self.plan = None  # loaded for inference
             return
         if self._is_due:
             self._check_trained()
@@ -82,10 +83,10 @@ class ALaSTSchedule:
         self._is_restored = False
 
     def next_step(self) -> None:
-        """Say that the optimizer has stepped; the next training forward draws. Saying it twice does no harm.
+        """Report an optimizer step; the next training forward selects blocks. Calling it twice has no effect.
 
-        Where `torch.distributed` runs, every process must say it: the totals of all are summed here, so that budgets
-        and draws are the same everywhere. A forward never communicates, and processes may differ in their number.
+        With `torch.distributed`, every process must call it: the totals are summed over all processes here, so that
+        budgets and selections are the same. Forwards never communicate, so processes may run different numbers of them.
         """
         if not self._is_due:
             self._is_due = True
@@ -96,7 +97,7 @@ class ALaSTSchedule:
                 dist.all_reduce(self._total)
 
     def observe(self, before: Tensor, after: Tensor, num_prefix: int) -> None:
-        """See a block's tokens before and after it, [B, N, D] and [B, N', D], block after block."""
+        """Record a block's tokens before and after it, [B, N, D] and [B, N', D]; called block after block."""
         if self.plan is None:
             return
         entering, leaving = (t[:, 0] if num_prefix else t.detach().mean(dim=1) for t in (before, after))
@@ -108,9 +109,9 @@ class ALaSTSchedule:
             self._changes = []
 
     def pack(self) -> Tensor:
-        """The state as one tensor, int64 bit patterns of float64 numbers [5, max(L, 3)], that no cast can touch.
+        """The state as one tensor: int64 bit patterns of float64 numbers [5, max(L, 3)], safe from casts.
 
-        After the optimizer's step it is the same in every process; before it, the totals are those of this process.
+        After the optimizer's step it is the same in every process; before it, the totals belong to this process.
         """
         depth = len(self.budgets)
         rows = torch.zeros(5, max(depth, 3), **_NUMBERS)
@@ -120,17 +121,17 @@ class ALaSTSchedule:
         if self._total is not None:
             *changes, images = self._total.tolist()
             rows[2, :depth] = torch.tensor(changes, **_NUMBERS)
-        rows[3, self.drawn] = 1
+        rows[3, self.selected] = 1
         rows[4, :3] = torch.tensor([self.step, images, self._is_due], **_NUMBERS)
         return rows.view(torch.int64)
 
     def unpack(self, packed: Tensor) -> None:
-        """Go on from what `pack` gave."""
+        """Restore a state of `pack`."""
         depth, rows = len(self.budgets), packed.cpu().view(torch.float64)
         self.budgets = rows[0, :depth].tolist()
         deltas = rows[1, :depth].tolist()
         self.deltas = None if deltas[0] != deltas[0] else deltas
-        self.drawn = rows[3, :depth].nonzero().flatten().tolist()
+        self.selected = rows[3, :depth].nonzero().flatten().tolist()
         step, images, is_due = rows[4, :3].tolist()
         self.step, self._is_due = int(step), bool(is_due)
         self._total = torch.tensor([*rows[2, :depth].tolist(), images], device="cpu") if images else None
@@ -138,20 +139,20 @@ class ALaSTSchedule:
 
     @contextmanager
     def side_effect_free(self) -> Iterator[None]:
-        """Forwards inside draw as the next step will, and nothing of it stays; who asks for gradients is not kept."""
+        """Context manager: forwards select blocks as the next step will, and the state is restored afterwards."""
         before = dict(self.__dict__)  # every step replaces the lists, none changes them
         self._stepped = None
-        self.learning_rate = self.learning_rate or 0.0  # whoever tells it may come later
+        self.learning_rate = self.learning_rate or 0.0  # a callback may set it later
         try:
             yield
         finally:
             self.__dict__ = before
 
     def see_step(self, parameters: set[int]) -> None:
-        """An optimizer has stepped.
+        """Handle an optimizer step.
 
         Args:
-            parameters: Ids of those that it holds.
+            parameters: Ids of the optimizer's parameters.
         """
         if parameters & {id(p) for modules in self._all() for module in modules for p in module.parameters()}:
             self.next_step()
@@ -166,7 +167,7 @@ class ALaSTSchedule:
         return str(self.config.delta_reduction)
 
     def _advance(self) -> None:
-        """Take in what the last step's forwards showed, and draw for the next."""
+        """Update the budgets from the last step's forwards, and select the blocks of the next step."""
         if self._total is not None:
             *changes, images = self._total.tolist()  # the one time a step that the host waits for the device
             deltas = [reduced_delta(change, images, self._reduction) for change in changes]
@@ -179,12 +180,12 @@ class ALaSTSchedule:
         depth = len(self.budgets)
         count = self.config.trainable_blocks_per_step or max(1, round(0.75 * depth))
         generator = random.Random(f"{self.config.seed} {self.step}")
-        self.drawn = select_blocks(self.budgets, count, str(self.config.selection), generator)
+        self.selected = select_blocks(self.budgets, count, str(self.config.selection), generator)
         self._apply()
 
     def _apply(self) -> None:
-        """Make plan and weights follow the draw. What is frozen loses its gradient, so that no optimizer touches it."""
-        first, share = self.drawn[0], 1.0
+        """Apply the selection to plan and weights. Frozen blocks lose their gradients, so no optimizer changes them."""
+        first, share = self.selected[0], 1.0
         blocks = []
         for index, (block, budget) in enumerate(zip(self._template.blocks, self.budgets, strict=True)):
             assert block.reduction is not None, "every block of the template reduces"
@@ -192,7 +193,7 @@ class ALaSTSchedule:
             share *= budget
             block = replace(
                 block,
-                trained=index in self.drawn,
+                trained=index in self.selected,
                 cut_gradient=cut,
                 reduction=budgeted(block.reduction, budget, share),
             )
@@ -200,8 +201,8 @@ class ALaSTSchedule:
         self.plan = replace(self._template, blocks=tuple(blocks))
         for index, modules in enumerate(self._blocks):
             for parameter in (p for module in modules for p in module.parameters()):
-                parameter.requires_grad_(index in self.drawn)
-                if index not in self.drawn:
+                parameter.requires_grad_(index in self.selected)
+                if index not in self.selected:
                     parameter.grad = None
 
     def _alpha(self) -> float:
@@ -209,7 +210,7 @@ class ALaSTSchedule:
             return float(self.config.alpha)  # type: ignore[arg-type]
         if self.learning_rate is None:
             raise ConfigError(
-                "`alpha='lr'` moves budgets by the learning rate, which nobody told this model. Give Trainer "
+                "`alpha='lr'` updates budgets by the learning rate, which is not set. Give Trainer "
                 "`callbacks=[ALaSTCallback()]`, or set `model.base_model.schedule().learning_rate` before each step, "
                 "or use a number."
             )
@@ -219,38 +220,38 @@ class ALaSTSchedule:
         return [*self._blocks, self._others]
 
     def _check_trained(self) -> None:
-        """Every block that trained must have been in an optimizer's hands."""
+        """Check that every selected block was in an optimizer that stepped."""
         stepped, self._stepped = self._stepped, None
         if stepped is None:
             return
         held = [any(id(p) in stepped for module in modules for p in module.parameters()) for modules in self._blocks]
-        if missed := [index for index in self.drawn if not held[index]]:
+        if missed := [index for index in self.selected if not held[index]]:
             raise TrainabilityError(
                 f"blocks {missed} were to train in step {self.step}, but the optimizer that stepped does not hold "
-                "their weights. It was probably made from the parameters that asked for gradients in the middle of "
-                "the training; make it before the first training forward, from all parameters of the adapter."
+                "their weights. It was probably created in the middle of training, from the parameters with "
+                "`requires_grad=True`; create it before the first training forward, from all parameters of the adapter."
             )
 
 
 def check_state(packed: Tensor, depth: int, config: ALaSTConfig) -> list[str]:
-    """What `ALaSTSchedule.pack` cannot have given: a state from a file is not believed.
+    """Problems of a state from a file.
 
     Args:
-        packed: The state, see `pack`.
+        packed: The state, see `ALaSTSchedule.pack`.
         depth: Number of the model's blocks.
-        config: Of the adapter.
+        config: Configuration of the adapter.
     """
     if packed.dtype != torch.int64 or tuple(packed.shape) != (5, max(depth, 3)):
-        return []  # told with the shapes of all tensors
+        return []  # reported with the shapes of all tensors
     rows = packed.cpu().contiguous().view(torch.float64)
-    budgets, deltas, totals, drawn = rows[:4, :depth]
+    budgets, deltas, totals, selected = rows[:4, :depth]
     step, images, is_due = rows[4, :3].tolist()
     low, high = config.budget_range
     is_right = (
         bool(((low <= budgets) & (budgets <= high)).all())
         and bool(deltas.isnan().all() | deltas.isfinite().all())
         and bool(totals.isfinite().all())
-        and bool(((drawn == 0) | (drawn == 1)).all() & drawn.any())
+        and bool(((selected == 0) | (selected == 1)).all() & selected.any())
         and is_due in (0.0, 1.0)
         and all(0 <= value < 2**53 and value == int(value) for value in (step, images))
     )
@@ -262,7 +263,7 @@ _HOOKS: list[Any] = []  # torch's handle of `_see_step`, while there are schedul
 
 
 def _watch_optimizers(schedule: ALaSTSchedule) -> None:
-    """Tell `schedule` of optimizer steps. torch calls the hook for every optimizer; it goes with the last schedule."""
+    """Notify `schedule` of optimizer steps. torch's hook is global; it is removed with the last schedule."""
     if not _HOOKS:
         _HOOKS.append(register_optimizer_step_post_hook(_see_step))
     _SCHEDULES.add(schedule)

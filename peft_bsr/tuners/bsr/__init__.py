@@ -2,9 +2,9 @@
 
 from peft_bsr.tuners.base.method import MethodInfo, register
 from peft_bsr.tuners.bsr.config import BSRConfig
+from peft_bsr.tuners.bsr.description import describe
 from peft_bsr.tuners.bsr.model import BSRModel
 from peft_bsr.tuners.bsr.tasks import add_task, export_task
-from peft_bsr.tuners.bsr.words import describe
 
 register(
     MethodInfo(

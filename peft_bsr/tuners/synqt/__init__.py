@@ -2,8 +2,8 @@
 
 from peft_bsr.tuners.base.method import MethodInfo, register
 from peft_bsr.tuners.synqt.config import SynQTConfig
+from peft_bsr.tuners.synqt.description import describe
 from peft_bsr.tuners.synqt.model import SynQTModel
-from peft_bsr.tuners.synqt.words import describe
 
 register(
     MethodInfo(

@@ -5,6 +5,11 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 OLDEST_PEFT := $(VENV)/peft-0.20.0
+# What goes through PEFT's own names, files, switching and merging; numbers and checks of configs do not depend on it
+PEFT_TESTS := tests/compat tests/test_registration.py $(patsubst %,tests/tuners/test_%.py, \
+  alast bsr_adapters bsr_modules interrupted_saves layouts saved_before synqt)
+# Each worker goes through one half of the tests in order, so that what a module's tests share is made once
+PYTEST := -m pytest -n auto --dist worksteal
 
 .PHONY: demo test test-all test-contract test-distributed test-gpu lint bench bench-gpu docs compatibility clean
 
@@ -12,12 +17,12 @@ demo: $(VENV)/installed
 	$(BIN)/python examples/quickstart.py $(ARGS)
 
 test: lint $(OLDEST_PEFT)
-	PYTHONPATH=$(OLDEST_PEFT) $(BIN)/python -m pytest -q -n auto tests/tuners tests/compat tests/test_registration.py
-	$(BIN)/python -m pytest -n auto $(ARGS)
+	PYTHONPATH=$(OLDEST_PEFT) $(BIN)/python $(PYTEST) -q $(PEFT_TESTS)
+	$(BIN)/python $(PYTEST) $(ARGS)
 
 # A family of tests by itself; every run ends with the counts of each
 test-contract: $(VENV)/installed
-	$(BIN)/python -m pytest -n auto tests/contract tests/test_registration.py $(ARGS)
+	$(BIN)/python $(PYTEST) tests/contract tests/test_registration.py $(ARGS)
 
 test-distributed: $(VENV)/installed
 	$(BIN)/python -m pytest -n0 -m dist tests/distributed tests/examples $(ARGS)

@@ -15,6 +15,7 @@ from peft_bsr.backbones.inputs import (
     relative_error,
     run_probe,
     run_stock,
+    seed,
     tensors_of,
     tolerance,
 )
@@ -76,6 +77,7 @@ __all__ = [
     "run_probe",
     "run_scored",
     "run_stock",
+    "seed",
     "set_image_size",
     "tensors_of",
     "tolerance",

@@ -24,11 +24,13 @@ def in_mode(training: bool, *models: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for model in models for module in model.modules()]
     try:
         for model in models:
-            model.train(training)
+            if training or any(module.training for module in model.modules()):
+                model.train(training)
         yield
     finally:
         for module, mode in modes:
-            module.training = mode
+            if module.training != mode:
+                module.training = mode
 
 
 @contextmanager
@@ -180,8 +182,19 @@ def hidden_first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[A
 
 def run_probe(model: nn.Module, inputs: dict[str, Tensor]) -> Any:
     """One forward, inside `quiet`, with the same random numbers every time (a masked autoencoder draws its masks)."""
-    torch.manual_seed(0)
+    seed(model)
     return model(**inputs)
+
+
+def seed(model: nn.Module) -> None:
+    """Start the random numbers of the CPU and of the model's devices; other devices' are left, in use or not."""
+    for device in {torch.device("cpu"), *(p.device for p in model.parameters())}:
+        if device.type == "cpu":
+            torch.default_generator.manual_seed(0)
+        elif device.type == "cuda":
+            torch.cuda.default_generators[device.index].manual_seed(0)
+        else:
+            torch.get_device_module(device).manual_seed(0)
 
 
 def tensors_of(output: Any) -> list[Tensor]:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from peft_bsr.backbones import (
     probe_inputs,
     quiet,
     run_stock,
+    seed,
     tensors_of,
     tolerance,
 )
@@ -58,11 +60,17 @@ def verify_lean(
     wanted, notes = plan.blocks[index], list(plan.notes)
 
     def passes(block: int, candidate: BlockPlan, what: str) -> bool:
-        problem = _problem(model, spec, block, candidate, run)
+        num_queries = None if candidate.lean is None else candidate.lean.num_queries
+        expected = stock_block(block, num_queries)
+        problem = _problem(expected, _try(model, spec, block, candidate, run, num_queries), candidate.int8)
         if problem is not None:
             notes.append(f"{what}: {problem}")
             logger.info("%s: %s: left out, %s", type(model).__name__, what, problem)
         return problem is None
+
+    @cache
+    def stock_block(block: int, num_queries: int | None) -> _Tried:
+        return _try(model, spec, block, BlockPlan(True), run, num_queries)
 
     with quiet(model):
         run = stock or run_stock(model, spec.blocks, probe_inputs(model, 1, spec.image_shape))
@@ -109,11 +117,8 @@ class _Tried:
     aside: str | None
 
 
-def _problem(model: nn.Module, spec: ModelSpec, index: int, candidate: BlockPlan, stock: StockRun) -> str | None:
-    """Why block `index` cannot run by the candidate: outputs, gradients or bytes alive differ. None if it can."""
-    num_queries = None if candidate.lean is None else candidate.lean.num_queries
-    expected = _try(model, spec, index, BlockPlan(True), stock, num_queries)
-    found = _try(model, spec, index, candidate, stock, num_queries)
+def _problem(expected: _Tried, found: _Tried, int8: bool) -> str | None:
+    """Why a block cannot run by a plan: outputs, gradients or bytes alive differ from stock. None if it can."""
     if found.aside is not None:
         return found.aside
     if found.living_bytes >= expected.living_bytes:
@@ -121,7 +126,7 @@ def _problem(model: nn.Module, spec: ModelSpec, index: int, candidate: BlockPlan
     if [t is None for t in expected.values] != [t is None for t in found.values]:
         return "a gradient is missing"
     pairs = [(a, b) for a, b in zip(expected.values, found.values, strict=True) if a is not None and b is not None]
-    if candidate.int8:
+    if int8:
         error = math.sqrt(sum(float((a - b).square().sum()) for a, b in pairs[1:]))
         error /= math.sqrt(sum(float(a.square().sum()) for a, _ in pairs[1:]))
         allowed = _INT8_ERROR
@@ -147,14 +152,14 @@ def _try(
         _in_training(block, spec) as parameters,
     ):
         tokens = hidden.detach().clone().requires_grad_()
-        torch.manual_seed(0)
+        seed(model)
         with no_zero_tables(block), LivingBytes() as living:
             output = tensors_of(block(tokens, *others, **kwargs))[0]
         living_bytes = living.bytes(exclude=[tokens, output], collects=False)
         output = output[:, :num_queries]
         weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output)
         gradients = torch.autograd.grad((output * weights).sum(), [tokens, *parameters], allow_unused=True)
-    return _Tried([output.detach(), *gradients], living_bytes, next(iter(controllers[index].aside.values()), None))
+    return _Tried([output.detach(), *gradients], living_bytes, next(iter(controllers[0].aside.values()), None))
 
 
 @contextmanager

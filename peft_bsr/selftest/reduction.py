@@ -229,7 +229,7 @@ def controlled(
         spec: Its column.
         plan: What the controllers follow.
         start_at: A block that will be called on its own.
-        like: Its hidden states [B, N, D].
+        like: Its hidden states [B, N, D]; no other block gets a controller then.
         controller_cls: Class of the controllers.
 
     Yields:
@@ -238,13 +238,15 @@ def controlled(
     context, rule = ForwardContext(), find_rule(model)
     now = context.now
     now.has_warned = True
-    controllers = [controller_cls(i, spec, context, rule, plan) for i in range(spec.depth)]
+    controllers = [
+        controller_cls(i, spec, context, rule, plan) for i in ([start_at] if like is not None else range(spec.depth))
+    ]
     for controller in controllers:
         attach_controller(model, controller)
     if like is not None:
         now.outside = Watch([nn.Identity()])  # as in a model that looks at what its head reads alone
         now.open(now.outside.root)
-        now.route = controllers[start_at].start_route(like)
+        now.route = controllers[0].start_route(like)
     try:
         yield controllers
     finally:

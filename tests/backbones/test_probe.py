@@ -181,3 +181,13 @@ def test_the_roles_of_leaves_do_not_depend_on_their_names(make_model):
 def test_weights_on_the_meta_device_are_refused(make_model):
     with pytest.raises(UnsupportedModelError, match="meta device"):
         probe_model(make_model().to("meta"))
+
+
+def test_random_numbers_of_other_devices_are_left_alone(make_model, monkeypatch):
+    """`torch.manual_seed` seeds every device, CUDA before its first use too: the user's own seed would be lost."""
+    model, seeded = make_model(), []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    get_peft_model(model, BSRConfig(trainable="lora"))
+    assert not seeded
+    torch.manual_seed(42)
+    assert seeded == [42]

@@ -6,6 +6,8 @@ code with the package's way to query, key and mask.
 
 from __future__ import annotations
 
+import copy
+import functools
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,8 +29,16 @@ EVERY_BLOCK = {"trainable_blocks": [1, 3], "reduction_blocks": [0, 1, 2]}
 
 def attach(name: str, mode: str | None, **settings: Any) -> PeftModel:
     """The family's tiny model with an adapter, in evaluation mode."""
+    hashable = ((key, tuple(value) if isinstance(value, list) else value) for key, value in settings.items())
+    return copy.deepcopy(_attached(name, mode, tuple(hashable)))
+
+
+@functools.lru_cache(maxsize=4)
+def _attached(name: str, mode: str | None, settings: tuple[tuple[str, Any], ...]) -> PeftModel:
+    """What the checks, and the tests of a family, take copies of."""
+    given = {key: list(value) if isinstance(value, tuple) else value for key, value in settings}
     torch.manual_seed(3)
-    return get_peft_model(SUPPORTED[name](), BSRConfig(mode=mode, **{**EVERY_BLOCK, **settings})).eval()
+    return get_peft_model(SUPPORTED[name](), BSRConfig(mode=mode, **{**EVERY_BLOCK, **given})).eval()
 
 
 def outputs(model: nn.Module, batch: dict[str, Any]) -> list[Tensor]:

@@ -88,6 +88,7 @@ def assert_equal(found: Run, expected: Run, updates: int) -> None:
     assert found.lines() == expected.lines()
 
 
+@pytest.mark.slow  # three processes; each step of a checkpoint is below, kills are tests of several processes
 def test_a_run_that_stops_goes_on_bit_for_bit(start):
     settings = ("--epochs", "2", "--experts", "3", "--gradient-accumulation", "2", "--mixed-precision", "bf16")
     results = (whole := start("whole", *settings)).finish()

@@ -8,11 +8,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from peft import PeftConfig
 from torch import Tensor, nn
 
-from peft_bsr.backbones import ModelSpec, StockRun, find_rule, probe, quiet
+from peft_bsr.backbones import ModelSpec, StockRun, find_rule, probe, quiet, seed
 from peft_bsr.compat.peft_api import AuxiliaryTrainingWrapper, ExcludedModule
 from peft_bsr.core import ForwardContext
 from peft_bsr.engine import Plan, attach_controller
@@ -231,7 +230,7 @@ def _tried_updates(model: nn.Module, config: BlockConfig, targets: Mapping[str, 
     """Have low-rank updates, away from zero but small beside the weights, where they will be, for a while."""
     places = {name: model.get_submodule(name) for name, way in targets.items() if way == "low_rank"}
     with quiet(model):
-        torch.manual_seed(0)
+        seed(model)
         for name, module in places.items():
             layer: Any = BlockWeights(without_layer(module))
             layer.update_layer("tried", config, low_rank=True)

@@ -419,7 +419,7 @@ CALLS: list[tuple[str, Callable[[Any], Any], type[Exception], str]] = [
         "tasks",
         lambda m: m(pixel_values=IMAGES, task="zoo", labels=torch.zeros(3)),
         AdapterError,
-        "Task 'zoo' has 2 images in this batch, but `labels` for it have the shape (3,). Give one label an "
+        "Task 'zoo' has 2 images in this batch, but `labels` for it have the shape (3,). Give one label per "
         "image; with several tasks, a tensor over the whole batch, or a dict of task -> labels.",
     ),
     (
@@ -506,7 +506,7 @@ CALLS: list[tuple[str, Callable[[Any], Any], type[Exception], str]] = [
         "tasks",
         lambda m: m.base_model.model.classifier(torch.zeros(1, 32)),
         ForwardError,
-        "the heads of the tasks were called without a forward of the model. Call the model.",
+        "the task heads were called outside of the model's forward. Call the model.",
     ),
     (
         "bsr",

@@ -307,7 +307,7 @@ def test_a_full_disk_is_met_before_anything_is_computed(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
-    with pytest.raises(FeatureCacheError, match=r"cannot be written \(No space left on device\). Make room, or"):
+    with pytest.raises(FeatureCacheError, match=r"cannot be written \(No space left on device\). Free disk space, or"):
         FeatureCache.build(vit(), DATA, tmp_path, progress=False)
     assert left(tmp_path) == {".lock"}
 

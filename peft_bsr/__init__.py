@@ -23,6 +23,7 @@ from peft_bsr.backbones import (  # noqa: E402
     unregister_family,
 )
 from peft_bsr.core import Route  # noqa: E402
+from peft_bsr.deprecation import renamed  # noqa: E402
 from peft_bsr.engine import Plan, Reduction, record_routes  # noqa: E402
 from peft_bsr.errors import (  # noqa: E402
     AdapterError,
@@ -56,7 +57,6 @@ from peft_bsr.exporting import ExportReport, export  # noqa: E402
 from peft_bsr.hub import add_facts, load, load_image_processor, pipeline, push_to_hub  # noqa: E402
 from peft_bsr.multitask import MoEConfig, MultitaskOutput, TaskConfig, record_usage  # noqa: E402
 from peft_bsr.prediction import Prediction, predict  # noqa: E402
-from peft_bsr.renamed import renamed  # noqa: E402
 from peft_bsr.training import FeatureCache, TrainabilityCallback, compile, verify_trainability  # noqa: E402
 from peft_bsr.tuners import (  # noqa: E402
     ALaSTConfig,

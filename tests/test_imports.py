@@ -21,7 +21,7 @@ import peft_bsr
 ROOT = Path(peft_bsr.__file__).parent
 LAYERS = [
     "errors",
-    "renamed",
+    "deprecation",
     "problem_type",
     "compat",
     "core",

@@ -35,7 +35,7 @@ from peft_bsr.backbones.scoring import (
     run_scored,
 )
 from peft_bsr.backbones.side_inputs import SideInputHooks, input_names
-from peft_bsr.renamed import renamed
+from peft_bsr.deprecation import renamed
 
 __getattr__ = renamed(__name__, {"Column": "ModelSpec", "probe_column": "probe_model"}, globals())
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from peft_bsr.core import Route
+from peft_bsr.deprecation import warn_renamed
 from peft_bsr.errors import ConfigError
-from peft_bsr.renamed import warn_renamed
 
 Arguments = dict[str, Any]
 

@@ -13,8 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from peft_bsr.deprecation import warn_renamed
 from peft_bsr.errors import ForwardError
-from peft_bsr.renamed import warn_renamed
 
 SideInput = Literal["mask", "table", "rotary_tables", "items", "other"]
 """What enters an attention next to the hidden states; see `Route.gather`."""

@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback
 
+from peft_bsr.deprecation import warn_renamed
 from peft_bsr.errors import AdapterError
-from peft_bsr.renamed import warn_renamed
 from peft_bsr.tuners.alast.layer import ALaSTController
 from peft_bsr.tuners.alast.schedule import ALaSTSchedule
 

@@ -13,9 +13,9 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from peft_bsr.backbones import ModelSpec, default_state, main_input
+from peft_bsr.deprecation import warn_renamed
 from peft_bsr.engine import Plan, detach_controller, explain_blocks
 from peft_bsr.errors import AdapterError, AdapterNameWarning, AdapterSwitchedWarning
-from peft_bsr.renamed import warn_renamed
 from peft_bsr.tuners.base.files import check_file
 from peft_bsr.tuners.base.frozen_weights import round_weights, tell_ddp
 from peft_bsr.tuners.base.inputs import check_inputs

@@ -150,7 +150,8 @@ class BlockController(nn.Module):
         """A part of the plan does not take place, and more is kept for backward: note it, and say it once.
 
         Args:
-            part: `"attention"` or `"mlp"`, a half that runs stock; `"class token only"`; or `"int8"`.
+            part: `"attention"` or `"mlp"`, a half that runs stock; `"class token only"`; `"int8"`; or
+                `"gradient tokens"`.
             reason: Why.
         """
         self.aside[part] = reason
@@ -161,6 +162,12 @@ class BlockController(nn.Module):
         if part == "int8":
             warnings.warn(
                 f"block {self.index} keeps in full what was to be kept in 8 bits: {reason}.",
+                LeanBlockWarning,
+                stacklevel=2,
+            )
+        elif part == "gradient tokens":
+            warnings.warn(
+                f"all tokens carry gradients in block {self.index}, not some as planned, and more is kept: {reason}.",
                 LeanBlockWarning,
                 stacklevel=2,
             )
@@ -206,6 +213,7 @@ class BlockController(nn.Module):
         (hidden_states, *others), kwargs = hidden_first(args, kwargs)
         if index == 0:
             now.route = self.start_route(hidden_states, plan) if plan.reduces else None
+            now.split = None
         if self.passes(block, hidden_states, tuple(others), kwargs):
             self._leave(None)
             return (hidden_states,) if self.spec.returns_tuple else hidden_states
@@ -231,6 +239,8 @@ class BlockController(nn.Module):
                 output = tuple(parts) if self.spec.returns_tuple else parts[0]
         if self.observes:
             self.observe(hidden_states, output[0] if isinstance(output, tuple) else output)
+        if call is not None and call.splits:
+            now.split = call.split_after
         self._leave(None if call is None else call.origins)
         return output
 
@@ -238,12 +248,28 @@ class BlockController(nn.Module):
         """What the block's forward is asked; None = to run as stock on all that it gets."""
         lean, int8 = self._saving(block, own) if own.saves_less else (None, False)
         route = self.context.now.current() if plan.reduces else None
-        is_special = lean is not None or int8 or own.mixture
+        splits = own.gradient_tokens is not None and self._splits(block, own)
+        is_special = lean is not None or int8 or own.mixture or splits
         if not is_special and (route is None or (own.reduction is None and route.origins is None)):
             return None
         score = None if own.reduction is None else own.reduction.score
+        if splits and not own.in_graph and own.gradient_tokens is not None:
+            score = own.gradient_tokens.score
         is_traced = torch.compiler.is_compiling() and self.spec.block_spec is not None
-        return BlockCall(route or self.start_route(hidden_states, plan), score, own, lean, int8, is_traced)
+        route = route or self.start_route(hidden_states, plan)
+        split = self.context.now.split if splits else None
+        return BlockCall(route, score, own, lean, int8, is_traced, splits=splits, split=split)
+
+    def _splits(self, block: Any, plan: BlockPlan) -> bool:
+        """Whether some tokens carry no gradients in this forward: not where nothing trains, or a compiler looks on."""
+        if not (block.training and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+            return False
+        if not plan.saves_less:
+            self.aside = {}
+        if isinstance(self.bound(block), TracedBlock):
+            self.step_aside("gradient tokens", "its halves are compiled")
+            return False
+        return True
 
     def _saving(self, block: Any, plan: BlockPlan) -> tuple[Lean | None, bool]:
         """What of the plan saves memory now: nothing where nothing is kept for backward.

@@ -67,7 +67,8 @@ class TokenSplit:
         batch, *sizes = others.shape[0], *others.shape[2:]
         whole = others.new_empty(len(of_chosen) + len(of_others), *sizes)
         whole.index_copy_(0, of_others, others.detach().flatten(0, 1))
-        return whole.index_copy_(0, of_chosen, chosen.flatten(0, 1)).unflatten(0, (batch, -1))
+        # not `index_copy_`, which keeps what it copies for backward
+        return whole.index_put_((of_chosen,), chosen.flatten(0, 1)).unflatten(0, (batch, -1))
 
     def rows_of(self, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """What a mask or bias [.., N or 1, N] says of the queries of each part."""

@@ -121,9 +121,12 @@ class ControlledBlock(nn.Module):
         plan = controller.block_plan
         if plan is not None and plan.int8:
             controller.step_aside("int8", "torch.compile traces the block")
-        if plan is not None and plan.gradient_tokens is not None and plan.in_graph:
-            controller.step_aside("gradient tokens", "torch.compile traces the block")
         warn_of_budget(self)
+
+    @torch.compiler.assume_constant_result
+    def traced_whole(self) -> None:
+        """Note that all tokens carry gradients while a compiler traces the block."""
+        getattr(self, CONTROLLER).step_aside("gradient tokens", "torch.compile traces the block")
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _new_controlled_block, (self.uncontrolled_class,), self.__dict__

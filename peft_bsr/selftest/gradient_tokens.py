@@ -19,9 +19,10 @@ from peft_bsr.backbones import (
     tolerance,
 )
 from peft_bsr.core import num_kept
-from peft_bsr.engine import BlockPlan, Plan
+from peft_bsr.engine import BlockPlan, Lean, Plan
 from peft_bsr.engine.watch import without_hooks
 from peft_bsr.errors import ConfigError
+from peft_bsr.selftest.lean import verify_lean
 from peft_bsr.selftest.reduction import controlled
 
 
@@ -40,7 +41,11 @@ def verify_gradient_tokens(model: nn.Module, spec: ModelSpec, plan: Plan, stock:
     parted = [i for i, block in enumerate(plan.blocks) if block.gradient_tokens is not None and block.in_graph]
     if not parted:
         return
-    problem = _drop_path(model, spec, parted) or _difference(model, spec, plan.blocks[parted[0]], parted[0], stock)
+    problem = (
+        _drop_path(model, spec, parted)
+        or _not_taken_apart(model, spec, plan, stock)
+        or _difference(model, spec, plan.blocks[parted[0]], parted[0], stock)
+    )
     if problem is not None:
         raise ConfigError(
             f"{type(model).__name__}: `gradient_tokens` below 1 is not possible on this model: {problem}. Leave it 1.0."
@@ -60,10 +65,19 @@ def _drop_path(model: nn.Module, spec: ModelSpec, parted: list[int]) -> str | No
     return None
 
 
-def _difference(model: nn.Module, spec: ModelSpec, wanted: BlockPlan, index: int, stock: StockRun | None) -> str | None:
-    """What differs from the stock block, by its output and the gradient of its input, or None."""
+def _not_taken_apart(model: nn.Module, spec: ModelSpec, plan: Plan, stock: StockRun | None) -> str | None:
+    """Why the attention cannot be taken apart, by the proof of lean blocks, which sees its weights' gradients."""
     if spec.block_spec is None:
         return "its blocks are not norm, attention, norm and MLP with two residuals"
+    if all(block.lean is None for block in plan.blocks):
+        plan = verify_lean(model, spec, plan.with_lean(Lean()), stock)
+    if any(block.lean is not None and block.lean.attention for block in plan.blocks):
+        return None
+    return "its attention cannot be taken apart: " + next((n for n in plan.notes if n.startswith("lean att")), "")
+
+
+def _difference(model: nn.Module, spec: ModelSpec, wanted: BlockPlan, index: int, stock: StockRun | None) -> str | None:
+    """What differs from the stock block, by its output and the gradient of its input, or None."""
     with quiet(model):
         stock = stock or run_stock(model, spec.blocks, probe_inputs(model, 1, spec.image_shape))
         (hidden, *_), _, _ = stock.calls[index]

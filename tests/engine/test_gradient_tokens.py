@@ -13,7 +13,8 @@ from peft_bsr import ALaSTConfig, BSRConfig, ConfigError
 from peft_bsr.cost import estimate, saved_activations
 from peft_bsr.errors import LeanBlockWarning
 
-sys.path[:0] = [str(Path(__file__).parents[1] / "reference"), str(Path(__file__).parent)]
+sys.path.insert(0, str(Path(__file__).parents[1] / "reference"))
+sys.path.insert(0, str(Path(__file__).parent))
 
 from gradient_tokens import loss_with_gradients_of_some
 from pairs import SUPPORTED, make, stock_halves
@@ -70,19 +71,26 @@ def test_the_forward_is_the_ordinary_one_to_the_last_digit(lean, trainable, make
 
 
 def test_checkpointing_chooses_the_same_tokens(make_model, images):
-    """Also at random; and what is in 8 bits is near."""
+    """Also at random."""
     settings = {"gradient_tokens": 0.5, "gradient_tokens_by": "random", "lean": "max", "reduction_blocks": [2]}
     found = []
-    for kind in (None, False, True, "int8"):
-        model = attach(make_model("vit"), saved_activations="int8" if kind == "int8" else "full", **settings)
-        if kind in (False, True):
+    for kind in (None, False, True):
+        model = attach(make_model("vit"), **settings)
+        if kind is not None:
             model.base_model.model.gradient_checkpointing_enable({"use_reentrant": kind})
         torch.manual_seed(3)
         found.append(step(model, images))
     (loss, gradients), *others = found
     assert all(torch.equal(loss, other) for other, _ in others)
-    assert max(distance(other, gradients) for _, other in others[:2]) < 1e-4
-    assert 1e-6 < distance(others[2][1], gradients) < 0.5
+    assert max(distance(other, gradients) for _, other in others) < 1e-4
+
+
+def test_what_is_kept_in_8_bits_is_near(make_model, images):
+    found = []
+    for numbers in ("full", "int8"):
+        model = attach(make_model("vit"), gradient_tokens=0.5, lean="max", saved_activations=numbers)
+        found.append(torch.cat([g.flatten() for g in step(model, images)[1].values()]))
+    assert 1e-4 < (found[0] - found[1]).norm() / found[0].norm() < 0.05
 
 
 @pytest.mark.parametrize(
@@ -137,8 +145,9 @@ def test_what_is_kept_is_what_was_predicted(make_model, images):
         config = BSRConfig(trainable_blocks=[1, 2, 3], **NONE, gradient_tokens=share)
         model = get_peft_model(make_model("vit"), config).train()
         kept.append(saved_activations(model, lambda m=model: m(pixel_values=images).logits.sum()))
-        assert estimate(bare, config, batch_size=2).saved_bytes == pytest.approx(kept[-1], rel=0.02)
     assert kept == sorted(kept) and kept[0] < 0.8 * kept[2]
+    half = BSRConfig(trainable_blocks=[1, 2, 3], **NONE, gradient_tokens=0.5)
+    assert estimate(bare, half, batch_size=2).saved_bytes == pytest.approx(kept[1], rel=0.02)
 
 
 def test_a_block_that_someone_looks_into_has_gradients_of_all(make_model, images):

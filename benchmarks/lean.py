@@ -87,7 +87,7 @@ BARS_MIB = {
     ("all blocks, gradients of 0.5", "max"): 13.4,
     ("all blocks, gradients of 0.3", "stock"): 44.6,
     ("all blocks, gradients of 0.3", "exact"): 29.9,
-    ("all blocks, gradients of 0.3", "max"): 10.8,
+    ("all blocks, gradients of 0.3", "max"): 10.82,
 }
 SMALL = {"hidden_size": 192, "num_hidden_layers": 12, "num_attention_heads": 3, "intermediate_size": 768}
 SMALL |= {"image_size": 96, "patch_size": 16}

@@ -68,6 +68,11 @@ PLANS = {
     "all blocks, all tokens": {"trainable_blocks": "every:1", "reduction_blocks": []},
     "LoRA in all blocks, all tokens": {"trainable_blocks": "every:1", "reduction_blocks": [], "trainable": "lora"},
 }
+GRADIENT_TOKENS = {
+    f"{plan.partition(',')[0]}, gradients of {share:g}": {**PLANS[plan], "gradient_tokens": share}
+    for plan in ("all blocks, all tokens", "LoRA in all blocks, all tokens")
+    for share in (0.5, 0.3)
+}
 BARS_MIB = {
     ("{3,7,11}, reduce {3,6,9}", "exact"): 18.5,
     ("{3,7,11}, reduce {3,6,9}", "max"): 6.5,
@@ -77,6 +82,12 @@ BARS_MIB = {
     ("last 4, reduce after 7", "max"): 5.0,
     ("{9,10,11}, reduce {3,6,9}", "exact"): 2.6,
     ("all blocks, all tokens", "max"): 30.0,
+    ("all blocks, gradients of 0.5", "stock"): 64.8,
+    ("all blocks, gradients of 0.5", "exact"): 40.2,
+    ("all blocks, gradients of 0.5", "max"): 13.4,
+    ("all blocks, gradients of 0.3", "stock"): 44.6,
+    ("all blocks, gradients of 0.3", "exact"): 29.9,
+    ("all blocks, gradients of 0.3", "max"): 10.82,
 }
 SMALL = {"hidden_size": 192, "num_hidden_layers": 12, "num_attention_heads": 3, "intermediate_size": 768}
 SMALL |= {"image_size": 96, "patch_size": 16}
@@ -130,7 +141,7 @@ def main() -> None:
 def saved(args: argparse.Namespace) -> str:
     """Saved activations of every plan at every level, against their bars."""
     rows = [["plan", *LEVELS]]
-    for plan, settings in PLANS.items():
+    for plan, settings in (PLANS | GRADIENT_TOKENS).items():
         cells = []
         for level, lean in LEVELS.items():
             model = bsr(args.device, **settings, **lean)

@@ -18,6 +18,7 @@ from peft_bsr.core.budgets import (
 )
 from peft_bsr.core.context import BLOCKS, BlockCall, Forward, ForwardContext
 from peft_bsr.core.experts import Choice, balance_loss, choose_experts, gate_logits, run_experts
+from peft_bsr.core.gradient_tokens import TokenSplit
 from peft_bsr.core.grouped import Product
 from peft_bsr.core.lifetime import outliving
 from peft_bsr.core.quantized import as_plain, in_dtype, is_quantized, kept_bytes
@@ -50,6 +51,7 @@ __all__ = [
     "ScoreKind",
     "SideInput",
     "TaskCall",
+    "TokenSplit",
     "absorb_key",
     "apply_value",
     "as_plain",

@@ -29,6 +29,7 @@ class Within:
 
 POSITIVE = Within(f"above 0, {LARGEST_NUMBER:.0e} at most", lambda number: 0 < number <= LARGEST_NUMBER)
 NOT_NEGATIVE = Within(f"from 0 to {LARGEST_NUMBER:.0e}", lambda number: 0 <= number <= LARGEST_NUMBER)
+SHARE = Within("in (0, 1], 1.0 = all", lambda number: 0 < number <= 1)
 RATE = Within("in [0, 1)", lambda number: 0 <= number < 1)
 EITHER_SIGN = Within(
     f"between -{LARGEST_NUMBER:.0e} and {LARGEST_NUMBER:.0e}", lambda number: abs(number) <= LARGEST_NUMBER
@@ -84,6 +85,7 @@ __all__ = [
     "NOT_NEGATIVE",
     "POSITIVE",
     "RATE",
+    "SHARE",
     "Within",
     "check_choice",
     "check_flags",

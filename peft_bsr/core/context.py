@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from peft_bsr.core.gradient_tokens import TokenSplit
 from peft_bsr.core.route import ResumePoint, Route, TaskCall
 from peft_bsr.errors import ForwardError
 
@@ -30,11 +31,14 @@ class BlockCall:
         is_traced: Whether a compiler sees the call: then the block's forward sets nothing, in the call or around it
             (it may be a region that the compiler checkpoints), and gives the origins after what it gives.
         is_gathered: Whether what the attention is called with speaks of the alive tokens alone already.
+        splits: Whether some tokens carry no gradients in this forward.
+        split: Which, as the block before left it; None = all carry them, or nobody has chosen yet.
 
     Attributes:
         admit: Told that square matrices are tokens, not attention weights, where these are kept in 8 bits; else None.
         token_scores: The scores [B, N], once the attention has run.
         origins: Origins after the block's reduction [B, A], or None without one.
+        split_after: Which tokens carry no gradients after the block.
     """
 
     __slots__ = (
@@ -47,6 +51,9 @@ class BlockCall:
         "plan",
         "route",
         "score",
+        "split",
+        "split_after",
+        "splits",
         "token_scores",
     )
 
@@ -59,10 +66,13 @@ class BlockCall:
         int8: bool = False,
         is_traced: bool = False,
         is_gathered: bool = False,
+        splits: bool = False,
+        split: TokenSplit | None = None,
     ) -> None:
         self.route, self.score = route, score
         self.plan, self.lean, self.int8 = plan, lean, int8
         self.is_traced, self.is_gathered = is_traced, is_gathered
+        self.splits, self.split, self.split_after = splits, split, split
         self.admit: Callable[[bool], None] | None = None
         self.token_scores: Tensor | None = None
         self.origins: Tensor | None = None
@@ -84,6 +94,7 @@ class Forward:
         owner: What opened the running forward; None = no forward runs.
         route: The running forward's route, between blocks.
         running: The call of the block that runs right now, for what its attention is called with.
+        split: Which tokens carry no gradients, between blocks; None = all carry them, or nobody has chosen yet.
         reading: What a query path made of the blocks so far, between blocks and up to its head.
         call: What the running forward is asked, in a model with tasks.
         resume_point: Where the next forward stops or begins, see `peft_bsr.engine.resume`.
@@ -97,6 +108,7 @@ class Forward:
         self.owner: Any = None
         self.route: Route | None = None
         self.running: BlockCall | None = None
+        self.split: TokenSplit | None = None
         self.reading: Any = None
         self.call: TaskCall | None = None
         self.resume_point: ResumePoint | None = None
@@ -116,17 +128,17 @@ class Forward:
         """
         if self.owner not in (None, BLOCKS, owner):  # its own is there if an interrupt ended the forward before
             return False
-        self.owner, self.route, self.running, self.reading = owner, None, None, None
+        self.owner, self.route, self.running, self.split, self.reading = owner, None, None, None, None
         return True
 
     def close(self, owner: Any) -> None:
         """The forward of `owner` has ended, in whatever way."""
         if self.owner is owner:
-            self.owner = self.route = self.running = self.reading = None
+            self.owner = self.route = self.running = self.split = self.reading = None
 
     def clear(self) -> None:
         """The running forward ends in the middle."""
-        self.owner = self.route = self.running = self.reading = self.call = None
+        self.owner = self.route = self.running = self.split = self.reading = self.call = None
 
     def current(self) -> Route:
         """The running forward's route.

@@ -30,6 +30,7 @@ _SHOWN = (
     "trainable",
     "lean",
     "saved_activations",
+    "gradient_tokens",
     "frozen_weights",
 )
 

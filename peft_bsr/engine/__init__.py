@@ -6,7 +6,7 @@ from peft_bsr.engine.explain import describe_block, explain_blocks
 from peft_bsr.engine.int8 import watch_kept
 from peft_bsr.engine.living import LivingBytes
 from peft_bsr.engine.parts import plain_mlp
-from peft_bsr.engine.plan import BlockPlan, Lean, Mode, Plan, ReduceAt, Reduction
+from peft_bsr.engine.plan import BlockPlan, GradientTokens, Lean, Mode, Plan, ReduceAt, Reduction
 from peft_bsr.engine.query_path import ROLES, KeptTokens, QueryPath, attention_mask, projections
 from peft_bsr.engine.record import find_forward, record_routes
 from peft_bsr.engine.record_scores import BlockScores, record_scores
@@ -23,6 +23,7 @@ __all__ = [
     "BlockPlan",
     "BlockScores",
     "Compiler",
+    "GradientTokens",
     "KeptTokens",
     "Lean",
     "LivingBytes",

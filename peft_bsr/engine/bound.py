@@ -8,13 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from peft_bsr.backbones import ModelSpec, SideInputHooks
 from peft_bsr.compat.transformers_api import captured_outputs
-from peft_bsr.core import BlockCall, Route, pick_tokens, put_tokens
-from peft_bsr.engine.halves import LeanAttention, LeanMLP, NotLeanError, StockAttention, StockMLP
-from peft_bsr.engine.plan import Reduction
+from peft_bsr.core import BlockCall, Route, TokenSplit, pick_tokens, put_tokens, select_tokens
+from peft_bsr.engine.halves import LeanMLP, NotLeanError, StockAttention, StockMLP
+from peft_bsr.engine.parted import PartedAttention
+from peft_bsr.engine.plan import GradientTokens, Reduction
 from peft_bsr.engine.watch import Watch
 from peft_bsr.errors import ForwardError
 from peft_bsr.ops import reduce_tokens
@@ -32,6 +34,7 @@ class BoundBlock:
 
     Attributes:
         reasons: Why a half cannot run lean, by `"attention"` and `"mlp"`; empty where both can.
+        reader: Name of a hook of someone else's inside of the block, or None.
         watch: Whether all this still holds.
     """
 
@@ -46,7 +49,7 @@ class BoundBlock:
         self.block, self.spec, self.side_input_hooks, self.aside = block, spec, side_input_hooks, aside
         self.reasons: dict[str, str] = {}
         self._captures = False  # whether transformers can capture what the attention gives
-        self.lean_attention: LeanAttention | None = None
+        self.lean_attention: PartedAttention | None = None
         self.lean_mlp: LeanMLP | None = None
         if spec.block_spec is not None:
             self.attention, self.mlp = StockAttention(block, spec.block_spec), StockMLP(block, spec.block_spec)
@@ -54,8 +57,10 @@ class BoundBlock:
         if spec.block_spec is not None:
             parts = spec.block_spec
             attention = (parts.norm1, parts.attention, *parts.after_attention)
-            self.lean_attention = self._lean("attention", LeanAttention, *attention)
+            self.lean_attention = self._lean("attention", PartedAttention, *attention)
             self.lean_mlp = self._lean("mlp", LeanMLP, parts.norm2, *parts.mlp, *parts.after_mlp)
+        inside = [m for child in block.children() for m in modules_of(child, own)]
+        self.reader = self.watch.foreign_hook(inside)
 
     def asked(self, call: BlockCall) -> BlockCall:
         """The call as the halves need it."""
@@ -92,12 +97,15 @@ class BoundBlock:
         is_mid_block = reduction is not None and reduction.position == "mid_block"
         scores: Tensor | None = None
         origins: Tensor | None = None
-        if is_mid_block or call.lean is not None or mix is not None or (call.is_traced and call.score is not None):
-            tokens, others, scores = self._attend(call, tokens, args, kwargs)
+        split = self._begin_split(call, tokens, args, kwargs)
+        is_taken_apart = is_mid_block or call.lean is not None or mix is not None or split is not None
+        if is_taken_apart or (call.is_traced and call.score is not None):
+            tokens, others, scores = self._attend(call, tokens, args, kwargs, split)
             before = tokens
             if is_mid_block:
                 tokens, origins = _reduced(reduction, route, scores, tokens)
-            tokens = self._expand(call, tokens, mix)
+                split = self._end_split(call, scores, tokens)
+            tokens = self._expand(call, tokens, mix, split)
             output = (tokens, *others) if self.spec.returns_tuple else tokens
         else:
             output = stock(tokens, *args, **kwargs)
@@ -105,6 +113,8 @@ class BoundBlock:
             scores = call.token_scores
         if reduction is not None and not is_mid_block:
             tokens, origins = _reduced(reduction, route, scores, tokens)
+        if not is_mid_block:
+            self._end_split(call, scores, tokens)
         if route.is_full_view:
             after = route if origins is None else route.reduced(origins)
             if after.num_tokens < route.full_length:
@@ -113,11 +123,59 @@ class BoundBlock:
                 tokens = put_tokens(whole, after.places(), tokens)
         return ((tokens, *output[1:]) if isinstance(output, tuple) else tokens), origins
 
-    def _attend(
+    def _begin_split(
         self, call: BlockCall, tokens: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> TokenSplit | None:
+        """Which of the tokens [B, A, D] carry no gradients in the block; chosen here if no block before has chosen."""
+        if not call.splits or not call.plan.in_graph:
+            return None
+        half, reason = self.lean_attention, self.reasons.get("attention")
+        arguments = self._arguments(call, tokens, args, kwargs)
+        if half is not None:
+            reason = half.problem(arguments) or (self.reader and f"the hook {self.reader} looks at its modules")
+            if self._captures and captured_outputs() - {"hidden_states"}:
+                reason = "attention weights are captured"
+        if half is None or reason is not None:
+            self.aside("gradient tokens", str(reason))
+            return None
+        if call.split is None:
+            wanted = call.plan.gradient_tokens
+            found = None
+            if wanted.score is not None:
+                found = half.scores(wanted.score, tokens, self.side_input_hooks.gather(arguments))
+            call.split = call.split_after = _split(wanted, call.route, found, tokens)
+        return call.split
+
+    def _end_split(self, call: BlockCall, scores: Tensor | None, tokens: Tensor) -> TokenSplit | None:
+        """Which of the tokens [B, A, D] that attention, or the reduction after it, left carry no gradients from now on.
+
+        A reduction has them chosen again, among what it keeps; without one, a block that no gradient reaches ranks them
+        for the next.
+        """
+        if call.splits and scores is not None:
+            reduction, route = call.plan.reduction, call.route
+            if reduction is not None:
+                scores = _scores_of_kept(reduction, route, scores.detach())
+            if reduction is not None or not call.plan.in_graph:
+                call.split_after = _split(call.plan.gradient_tokens, route, scores, tokens)
+        return call.split_after
+
+    def _attend(
+        self,
+        call: BlockCall,
+        tokens: Tensor,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        split: TokenSplit | None = None,
     ) -> tuple[Tensor, list[Any], Tensor | None]:
         """Tokens after the first half [B, A or Q, D], what else the attention returns, and scores if any are asked."""
         arguments, lean = self._arguments(call, tokens, args, kwargs), call.lean
+        if split is not None:
+            assert self.lean_attention is not None, "looked at in `_begin_split`"
+            gathered = self.side_input_hooks.gather(arguments)
+            chosen, others = self.lean_attention.parted(call, split, tokens, gathered, lean)
+            is_whole = chosen.shape[1] == split.chosen.shape[1]
+            return split.join(chosen, others) if is_whole else chosen, [], call.token_scores
         if lean is not None and lean.attention:
             half, reason = self.lean_attention, self.reasons.get("attention")
             if half is not None:
@@ -129,12 +187,24 @@ class BoundBlock:
                     asked = tokens if lean.num_queries is None else tokens[:, : lean.num_queries]
                     return asked + change, [], call.token_scores
             self.aside("attention", str(reason))
-        change, others = self.attention(tokens, arguments)
-        return tokens + change, others, call.token_scores
+        change, returned = self.attention(tokens, arguments)
+        return tokens + change, returned, call.token_scores
 
-    def _expand(self, call: BlockCall, tokens: Tensor, mix: Callable[[Tensor], Tensor] | None) -> Tensor:
+    def _expand(
+        self,
+        call: BlockCall,
+        tokens: Tensor,
+        mix: Callable[[Tensor], Tensor] | None,
+        split: TokenSplit | None = None,
+    ) -> Tensor:
         """Tokens after the second half."""
         lean = call.lean
+        if split is not None and (lean is None or lean.num_queries is None):
+            chosen, others = split.part(tokens)
+            chosen = self._expand(call, chosen, mix)
+            with torch.no_grad():
+                others = self._expand(call, others, mix)
+            return split.join(chosen, others)
         if mix is None and lean is not None and lean.mlp:
             if self.lean_mlp is not None:
                 return self.lean_mlp(tokens, lean)
@@ -191,6 +261,24 @@ def _reduced(reduction: Reduction | None, route: Route, scores: Tensor | None, t
     keep = reduction.keep(route.num_tokens - special, special, route.full_length)
     fused_origin = route.fused_origin if reduction.fuse else None
     return reduce_tokens(tokens, route.origins, scores, route.num_prefix, keep, fused_origin, route.num_suffix)
+
+
+def _scores_of_kept(reduction: Reduction, route: Route, scores: Tensor) -> Tensor:
+    """Scores of what the reduction leaves of tokens with these scores [B, A]; the fused token is above all."""
+    start, end = route.num_prefix, scores.shape[1] - route.num_suffix
+    competing = scores[:, start:end]
+    keep = reduction.keep(end - start, route.num_prefix + route.num_suffix, route.full_length)
+    kept = competing.gather(1, select_tokens(competing, keep)[0])
+    is_fused = reduction.fuse and keep < end - start
+    fused = kept.new_full((kept.shape[0], int(is_fused)), float("inf"))
+    return torch.cat([scores[:, :start], kept, fused, scores[:, end:]], dim=1)
+
+
+def _split(wanted: GradientTokens, route: Route, scores: Tensor | None, tokens: Tensor) -> TokenSplit | None:
+    """Which of the tokens [B, A, D] carry no gradients, by their scores [B, A]."""
+    if wanted.score is None or scores is None:
+        scores = torch.rand(tokens.shape[:2], device=tokens.device)
+    return TokenSplit.of(scores.detach(), wanted.share, route.num_prefix, route.num_suffix)
 
 
 __all__ = ["BoundBlock", "modules_of"]

@@ -19,7 +19,7 @@ from peft_bsr.engine.compiled import CompiledBlock, Compiler, halves_obstacle
 from peft_bsr.engine.plan import BlockPlan, Lean, Plan
 from peft_bsr.engine.resume import stop_or_resume
 from peft_bsr.engine.traced import TracedBlock
-from peft_bsr.engine.watch import Watch
+from peft_bsr.engine.watch import Watch, around_blocks
 from peft_bsr.errors import LeanBlockWarning
 
 _PART = "a part of the model was called by itself"
@@ -150,7 +150,8 @@ class BlockController(nn.Module):
         """A part of the plan does not take place, and more is kept for backward: note it, and say it once.
 
         Args:
-            part: `"attention"` or `"mlp"`, a half that runs stock; `"class token only"`; or `"int8"`.
+            part: `"attention"` or `"mlp"`, a half that runs stock; `"class token only"`; `"int8"`; or
+                `"gradient tokens"`.
             reason: Why.
         """
         self.aside[part] = reason
@@ -158,19 +159,16 @@ class BlockController(nn.Module):
         if now.has_warned or part == "class token only":
             return
         now.has_warned = True
-        if part == "int8":
-            warnings.warn(
-                f"block {self.index} keeps in full what was to be kept in 8 bits: {reason}.",
-                LeanBlockWarning,
-                stacklevel=2,
-            )
-        else:
-            warnings.warn(
-                f"block {self.index} runs its {part} half as stock modules and keeps more for backward than planned: "
-                f"{reason}. `model.base_model.explain()` lists all blocks.",
-                LeanBlockWarning,
-                stacklevel=2,
-            )
+        instead = {
+            "int8": "keeps in full what was to be kept in 8 bits",
+            "gradient tokens": "has gradients of all its tokens, not of some as planned, and keeps more",
+        }
+        stock = f"runs its {part} half as stock modules and keeps more for backward than planned"
+        warnings.warn(
+            f"block {self.index} {instead.get(part, stock)}: {reason}. `model.base_model.explain()` lists all blocks.",
+            LeanBlockWarning,
+            stacklevel=2,
+        )
 
     def open_forward(self, model: nn.Module, args: Any) -> None:
         """A forward pre-hook, of the last block's controller, on the model and on what calls its blocks."""
@@ -180,7 +178,7 @@ class BlockController(nn.Module):
             if torch.compiler.is_compiling():  # it asks `traced_reader`
                 return
             if outside is None or outside.root is not model or not outside.is_current():
-                around = _around_blocks(model, self.spec)
+                around = around_blocks(model, self.spec)
                 now.outside = Watch(around, (self,)) if around else None
 
     def close_forward(self, model: nn.Module, args: Any, output: Any) -> None:
@@ -206,6 +204,7 @@ class BlockController(nn.Module):
         (hidden_states, *others), kwargs = hidden_first(args, kwargs)
         if index == 0:
             now.route = self.start_route(hidden_states, plan) if plan.reduces else None
+            now.split = None
         if self.passes(block, hidden_states, tuple(others), kwargs):
             self._leave(None)
             return (hidden_states,) if self.spec.returns_tuple else hidden_states
@@ -231,6 +230,8 @@ class BlockController(nn.Module):
                 output = tuple(parts) if self.spec.returns_tuple else parts[0]
         if self.observes:
             self.observe(hidden_states, output[0] if isinstance(output, tuple) else output)
+        if call is not None and call.splits:
+            now.split = call.split_after
         self._leave(None if call is None else call.origins)
         return output
 
@@ -238,12 +239,32 @@ class BlockController(nn.Module):
         """What the block's forward is asked; None = to run as stock on all that it gets."""
         lean, int8 = self._saving(block, own) if own.saves_less else (None, False)
         route = self.context.now.current() if plan.reduces else None
-        is_special = lean is not None or int8 or own.mixture
+        splits = own.gradient_tokens is not None and self._splits(block, own)
+        is_special = lean is not None or int8 or own.mixture or splits
         if not is_special and (route is None or (own.reduction is None and route.origins is None)):
             return None
         score = None if own.reduction is None else own.reduction.score
+        if splits and not own.in_graph and own.gradient_tokens is not None:
+            score = own.gradient_tokens.score
         is_traced = torch.compiler.is_compiling() and self.spec.block_spec is not None
-        return BlockCall(route or self.start_route(hidden_states, plan), score, own, lean, int8, is_traced)
+        route = route or self.start_route(hidden_states, plan)
+        split = self.context.now.split if splits else None
+        return BlockCall(route, score, own, lean, int8, is_traced, splits=splits, split=split)
+
+    def _splits(self, block: Any, plan: BlockPlan) -> bool:
+        """Whether some tokens carry no gradients in this forward: not where nothing trains, or a compiler looks on."""
+        if not (block.training and torch.is_grad_enabled()):
+            return False
+        if torch.compiler.is_compiling():
+            if plan.in_graph:
+                block.traced_whole()
+            return False
+        if not plan.saves_less:
+            self.aside = {}
+        if isinstance(self.bound(block), TracedBlock):
+            self.step_aside("gradient tokens", "its halves are compiled")
+            return False
+        return True
 
     def _saving(self, block: Any, plan: BlockPlan) -> tuple[Lean | None, bool]:
         """What of the plan saves memory now: nothing where nothing is kept for backward.
@@ -289,7 +310,7 @@ class BlockController(nn.Module):
     @torch.compiler.assume_constant_result
     def traced_reader(self) -> str:
         """Name of a hook around the blocks, empty for none; a compiler takes the answer as fixed."""
-        return Watch(_around_blocks(self.roots[0], self.spec), (self,)).hook or ""
+        return Watch(around_blocks(self.roots[0], self.spec), (self,)).hook or ""
 
     @torch.compiler.assume_constant_result
     def called_reader(self) -> str | None:
@@ -304,25 +325,6 @@ class BlockController(nn.Module):
         if self.index == self.spec.depth - 1:
             now.route = None
             now.close(BLOCKS)
-
-
-def _around_blocks(model: nn.Module, spec: ModelSpec) -> list[nn.Module]:
-    """What may see the tokens that the last block gives: the model first, and what runs around and after its blocks.
-
-    Args:
-        model: The model, or the module in it that calls the blocks: then the list is empty, whoever calls it sees them.
-        spec: Its names are those of the whole model.
-    """
-    names = dict(model.named_modules())
-    if spec.blocks[0] not in names:
-        return []
-    behind = tuple(f"{head}." for head in (*spec.head, *spec.unread))
-    around = spec.blocks[0].rpartition(".")[0]
-    return [
-        module
-        for name, module in names.items()
-        if name == "" or f"{around}.".startswith(f"{name}.") or f"{name}.".startswith(behind)
-    ]
 
 
 def _cut_gradient(block: Any, plan: BlockPlan, hidden_states: Tensor) -> Tensor:

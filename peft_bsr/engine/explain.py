@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from peft_bsr.engine.plan import BlockPlan, Plan
+from peft_bsr.engine.plan import BlockPlan, GradientTokens, Plan
 
 
 def explain_blocks(blocks: list[tuple[Any, Any]]) -> str:
@@ -42,6 +42,8 @@ def describe_block(plan: BlockPlan) -> str:
         words.append(f"{' and '.join(halves)} lean ({'exact' if plan.lean.save_products else 'max'})")
         if plan.lean.num_queries is not None:
             words.append(f"for the first {plan.lean.num_queries} tokens only")
+    if plan.gradient_tokens is not None:
+        words.append(_gradients(plan.gradient_tokens, plan.in_graph))
     if plan.int8:
         words.append("activations in 8 bits")
     if plan.mixture:
@@ -49,8 +51,16 @@ def describe_block(plan: BlockPlan) -> str:
     return ", ".join(words)
 
 
+def _gradients(tokens: GradientTokens, in_graph: bool) -> str:
+    if not in_graph:
+        return "ranks the tokens for the gradients of the next block"
+    how = "at random" if tokens.score is None else f"by {tokens.score}"
+    return f"gradients of {tokens.share:g} of the tokens ({how})"
+
+
 def _aside(part: str) -> str:
-    return "activations are kept in full" if part == "int8" else f"{part} runs stock"
+    whole = {"int8": "activations are kept in full", "gradient tokens": "all tokens carry gradients"}
+    return whole.get(part, f"{part} runs stock")
 
 
 def _standing(controller: Any, block: Any, plan: BlockPlan) -> dict[str, str]:

@@ -172,20 +172,40 @@ class LeanAttention:
     def __call__(self, call: BlockCall, tokens: Tensor, arguments: dict[str, Any], lean: Lean) -> Tensor:
         """[B, N, D] -> change [B, N or Q, D]; scores asked for are left in `call`."""
         mask, tables = arguments.get("attention_mask"), arguments.get("position_embeddings")
-        op = self.ops.get(lean.num_queries)
-        if op is None:
-            op = self.ops[lean.num_queries] = self.op(lean.num_queries)
-        tensors = _read(self.norm, self.linears)
-        rate = max([read() for read in self.rates], default=0.0) if self.attention.training else 0.0
+        op, tensors, rate = self.op_for(lean.num_queries), self.tensors(), self.rate
         mix = partial(self._mix, call.score, tables, rate, call.admit, not lean.save_products)
-        inputs = (mask, *_tensors_of(self.norms[0]), *_tensors_of(self.norms[1]))
+        inputs = (mask, *self.norm_tensors())
         if lean.save_products:
             results = mix(*inputs, *op(tokens, tensors))
         else:
             results = recomputed(partial(_project_and_mix, op, mix), tokens, *inputs, *tensors, is_random=rate > 0)
         if call.score is not None:
             call.token_scores = results[1]
-        return _run_after(self.after, self.output(results[0]))
+        return self.finished(results[0])
+
+    @property
+    def rate(self) -> float:
+        """Of the dropout on attention weights, now."""
+        return max([read() for read in self.rates], default=0.0) if self.attention.training else 0.0
+
+    def op_for(self, num_queries: int | None) -> ProjectionsOp:
+        """Norm and projections with so many queries; None = of all tokens."""
+        op = self.ops.get(num_queries)
+        if op is None:
+            op = self.ops[num_queries] = self.op(num_queries)
+        return op
+
+    def tensors(self) -> list[Any]:
+        """Of norm and projections, as they are now."""
+        return _read(self.norm, self.linears)
+
+    def norm_tensors(self) -> list[Tensor | None]:
+        """Weight and bias of the query's and of the key's norm."""
+        return [*_tensors_of(self.norms[0]), *_tensors_of(self.norms[1])]
+
+    def finished(self, mixed: Tensor) -> Tensor:
+        """The output projection and what follows it."""
+        return _run_after(self.after, self.output(mixed))
 
     def _mix(
         self, score: str | None, tables: Any, rate: float, admit: Any, is_recomputed: bool, *inputs: Any
@@ -206,13 +226,18 @@ class LeanAttention:
         if tables is not None:
             query, key = self._rotated(query, key, tables)
         mask = first_rows(mask, query.shape[2])
+        mixed = self._attended(query, key, value, mask, rate, admit)
+        return (mixed,) if score is None else (mixed, token_scores(score, query, key, self.scaling, mask))
+
+    def _attended(self, query: Tensor, key: Tensor, value: Tensor, mask: Any, rate: float, admit: Any) -> Tensor:
+        """The attention's output [B, Q, H * d]; see `_mix`."""
         shows_weights = admit is None or rate or computes_weights(self.attention, self.source)
         if not shows_weights and query.shape[2] == query.shape[3]:
             admit(True)
         mixed = attend(self.attention, self.source, query, key, value, mask, self.scaling, rate)
         if admit is not None:
             admit(False)
-        return (mixed,) if score is None else (mixed, token_scores(score, query, key, self.scaling, mask))
+        return mixed
 
     def _normed(self, source: Any, part: Tensor, weight: Tensor, bias: Tensor | None, is_recomputed: bool) -> Tensor:
         """Queries or keys after their norm, over a head or over all of them; only its input and output are kept."""

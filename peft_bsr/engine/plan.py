@@ -65,6 +65,19 @@ class Reduction:
 
 
 @dataclass(frozen=True)
+class GradientTokens:
+    """Which tokens carry gradients; the others run without a graph.
+
+    Attributes:
+        share: Of the tokens that are not special, rounding up, in (0, 1). Special tokens always carry gradients.
+        score: The best by this score are chosen, see `peft_bsr.core.token_scores`; None = at random, each step anew.
+    """
+
+    share: float
+    score: ScoreKind | None = "class"
+
+
+@dataclass(frozen=True)
 class Lean:
     """What a block does not keep for backward, as far as the self-test allowed it. See `peft_bsr.engine.lean`.
 
@@ -94,6 +107,8 @@ class BlockPlan:
         lean: What it does not keep for backward, or None for the stock block.
         int8: Whether it keeps the rest in 8 bits, see `peft_bsr.engine.int8`.
         mixture: Whether its controller's mixture of experts runs in the place of its MLP.
+        gradient_tokens: Which of its tokens carry gradients, or None for all. Of a block that no gradient reaches: it
+            ranks the tokens for the block after it.
     """
 
     trained: bool = False
@@ -102,6 +117,7 @@ class BlockPlan:
     lean: Lean | None = None
     int8: bool = False
     mixture: bool = False
+    gradient_tokens: GradientTokens | None = None
 
     @property
     def saves_less(self) -> bool:
@@ -174,6 +190,13 @@ class Plan:
     def with_int8(self, int8: bool) -> Plan:
         """A plan whose blocks in the graph keep in 8 bits what they keep."""
         return replace(self, blocks=tuple(replace(block, int8=int8 and block.in_graph) for block in self.blocks))
+
+    def with_gradient_tokens(self, tokens: GradientTokens | None) -> Plan:
+        """A plan whose blocks in the graph have gradients of these tokens alone; the block before ranks them."""
+        first = next((i for i, block in enumerate(self.blocks) if block.in_graph), len(self.blocks))
+        first -= tokens is not None and tokens.score is not None
+        blocks = (replace(b, gradient_tokens=tokens if i >= first else None) for i, b in enumerate(self.blocks))
+        return replace(self, blocks=tuple(blocks))
 
     def with_mixtures(self) -> Plan:
         """A plan whose trained blocks run mixtures of experts in the place of their MLPs."""

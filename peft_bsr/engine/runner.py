@@ -86,6 +86,7 @@ class ControlledBlock(nn.Module):
             parts = output if isinstance(output, tuple) else (output,)
             return output if origins is None else (*parts, origins)
         block_call.token_scores = block_call.origins = None  # a recomputation finds its own
+        block_call.split_after = block_call.split
         packing: Any = nullcontext()
         bound = controller.bound(self)
         asked = bound.asked(block_call)
@@ -94,7 +95,7 @@ class ControlledBlock(nn.Module):
         earlier, now.running = now.running, asked
         try:
             with (
-                controller.scorer.watching(None if plan.reduction is None or asked.is_traced else spec.scores_from),
+                controller.scorer.watching(None if asked.score is None or asked.is_traced else spec.scores_from),
                 packing as block_call.admit,
             ):
                 output, block_call.origins = bound.run(asked, stock, hidden_states, args, kwargs, mix)
@@ -121,6 +122,11 @@ class ControlledBlock(nn.Module):
         if plan is not None and plan.int8:
             controller.step_aside("int8", "torch.compile traces the block")
         warn_of_budget(self)
+
+    @torch.compiler.assume_constant_result
+    def traced_whole(self) -> None:
+        """Note that all tokens carry gradients while a compiler traces the block."""
+        getattr(self, CONTROLLER).step_aside("gradient tokens", "torch.compile traces the block")
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _new_controlled_block, (self.uncontrolled_class,), self.__dict__
@@ -192,5 +198,8 @@ def _fewest_values(spec: ModelSpec, call: BlockCall, hidden_states: Tensor) -> f
     """Numbers in the smallest set of tokens that counts: those kept, or those dropped; above one for each head."""
     rate = 1.0 if call.plan.reduction is None else call.plan.reduction.keep_rate
     share = min(rate, 1 - rate) * 0.9 if rate < 1 else 1.0
+    if call.splits:
+        chosen = call.plan.gradient_tokens.share
+        share *= min(chosen, 1 - chosen) * 0.9
     numbers = max(share * hidden_states.shape[-1], 2 * spec.num_heads)
     return hidden_states.shape[0] * call.route.num_tokens * numbers

@@ -63,7 +63,7 @@ class TracedBlock(BoundBlock):
         return found
 
     def _attend(
-        self, call: BlockCall, tokens: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, call: BlockCall, tokens: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], split: Any = None
     ) -> tuple[Tensor, list[Any], Tensor | None]:
         arguments, lean, kind = self._arguments(call, tokens, args, kwargs), call.lean, call.score
         keeps: Keeps = "all"
@@ -77,7 +77,9 @@ class TracedBlock(BoundBlock):
         )
         return asked, [], scores[0] if scores else None
 
-    def _expand(self, call: BlockCall, tokens: Tensor, mix: Callable[[Tensor], Tensor] | None) -> Tensor:
+    def _expand(
+        self, call: BlockCall, tokens: Tensor, mix: Callable[[Tensor], Tensor] | None, split: Any = None
+    ) -> Tensor:
         lean = call.lean
         if mix is not None:
             return self.mlp(tokens, mix)

@@ -7,6 +7,9 @@ from contextlib import contextmanager
 from operator import itemgetter
 from typing import Any
 
+from torch import nn
+
+from peft_bsr.backbones import ModelSpec
 from peft_bsr.compat.torch_api import MODULES, hook_dictionaries
 from peft_bsr.compat.transformers_api import captured_outputs, is_capture_hook
 
@@ -102,6 +105,25 @@ def without_hooks(modules: Iterable[Any]) -> Iterator[None]:
             hooks.update(own)
 
 
+def around_blocks(model: nn.Module, spec: ModelSpec) -> list[nn.Module]:
+    """What may see the tokens that the last block gives: the model first, and what runs around and after its blocks.
+
+    Args:
+        model: The model, or the module in it that calls the blocks: then the list is empty, whoever calls it sees them.
+        spec: Its names are those of the whole model.
+    """
+    names = dict(model.named_modules())
+    if spec.blocks[0] not in names:
+        return []
+    behind = tuple(f"{head}." for head in (*spec.head, *spec.unread))
+    around = spec.blocks[0].rpartition(".")[0]
+    return [
+        module
+        for name, module in names.items()
+        if name == "" or f"{around}.".startswith(f"{name}.") or f"{name}.".startswith(behind)
+    ]
+
+
 def _is_foreign(hook: Any, own: tuple[Any, ...]) -> bool:
     function = getattr(hook, "func", hook)
     is_own = any(getattr(function, "__self__", None) is owner for owner in own)
@@ -114,4 +136,4 @@ def _hooks_of(modules: Iterable[Any]) -> list[dict[int, Any]]:
     return [hooks for module in modules for hooks in hook_dictionaries(module)]
 
 
-__all__ = ["STATE", "Watch", "without_hooks"]
+__all__ = ["STATE", "Watch", "around_blocks", "without_hooks"]

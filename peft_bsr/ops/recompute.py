@@ -36,6 +36,7 @@ class _Recomputed(torch.autograd.Function):
         ctx.compute = Compute.of(tokens)
         ctx.state = generator_state(tokens.device) if is_random else None
         ctx.run = run
+        ctx.set_materialize_grads(False)  # what nobody has used has no gradient
         ctx.save_for_backward(tokens, *parameters)
         return run(tokens, *parameters)
 
@@ -53,7 +54,7 @@ class _Recomputed(torch.autograd.Function):
             generator_at(ctx.state, device),
         ):
             outputs = ctx.run(*inputs)
-        asked = [i for i, output in enumerate(outputs) if output.requires_grad]
+        asked = [i for i, output in enumerate(outputs) if output.requires_grad and gradients[i] is not None]
         grads = iter(
             torch.autograd.grad([outputs[i] for i in asked], wanted, [gradients[i] for i in asked], allow_unused=True)
         )

@@ -1,8 +1,9 @@
 """Proof on the model itself, before anything is attached for good, that what was planned computes the same."""
 
 from peft_bsr.selftest.experts import verify_mixture
+from peft_bsr.selftest.gradient_tokens import verify_gradient_tokens
 from peft_bsr.selftest.lean import verify_lean
 from peft_bsr.selftest.queries import verify_queries
 from peft_bsr.selftest.reduction import controlled, verify_plan
 
-__all__ = ["controlled", "verify_lean", "verify_mixture", "verify_plan", "verify_queries"]
+__all__ = ["controlled", "verify_gradient_tokens", "verify_lean", "verify_mixture", "verify_plan", "verify_queries"]

@@ -58,7 +58,8 @@ class ALaSTConfig(BlockConfig):
     (`score`), and the mean token takes the class token's place in the importance.
 
     `mode`, `score`, `trainable`, `r`, `lora_alpha`, `init_weights`, `target_modules`, `exclude_modules`,
-    `modules_to_save`, `lean`, `saved_activations`, `layout` and `labels` are those of `BSRConfig`.
+    `modules_to_save`, `lean`, `saved_activations`, `gradient_tokens`, `gradient_tokens_by`, `layout` and `labels` are
+    those of `BSRConfig`.
 
     Args:
         trainable_blocks_per_step: K. Default None: three quarters of the blocks (9 of 12).
@@ -172,7 +173,7 @@ class ALaSTConfig(BlockConfig):
             BlockPlan(True, cut and index == 0, budgeted(plain, budget, budget ** (index + 1)))
             for index in range(spec.depth)
         )
-        return saving_less(Plan(blocks, self.mode or "compact"), self)  # type: ignore[arg-type]
+        return saving_less(Plan(blocks, self.mode or "compact"), self, spec)  # type: ignore[arg-type]
 
 
 def budgeted(reduction: Reduction, budget: float, share: float) -> Reduction:

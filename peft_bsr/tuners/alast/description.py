@@ -5,6 +5,7 @@ from __future__ import annotations
 from peft_bsr.backbones import ModelSpec
 from peft_bsr.engine import Plan
 from peft_bsr.tuners.alast.config import ALaSTConfig
+from peft_bsr.tuners.base.words import describe_gradient_tokens
 
 
 def describe(config: ALaSTConfig, spec: ModelSpec, plan: Plan) -> list[str]:
@@ -14,6 +15,7 @@ def describe(config: ALaSTConfig, spec: ModelSpec, plan: Plan) -> list[str]:
         f"Budgets decide in every training step which {count or 'three quarters'} of the {spec.depth} blocks "
         "train and how many tokens each of them sees; the final norm and the head always train.",
         "When it is used, all blocks run on all tokens: a plain model.",
+        *describe_gradient_tokens(plan),
     ]
 
 

@@ -198,7 +198,8 @@ class ALaSTSchedule:
                 reduction=budgeted(block.reduction, budget, share),
             )
             blocks.append(block if block.in_graph else replace(block, lean=None, int8=False))
-        self.plan = replace(self._template, blocks=tuple(blocks))
+        plan = replace(self._template, blocks=tuple(blocks))
+        self.plan = plan.with_gradient_tokens(self._template.blocks[-1].gradient_tokens)
         for index, modules in enumerate(self._blocks):
             for parameter in (p for module in modules for p in module.parameters()):
                 parameter.requires_grad_(index in self.selected)

@@ -33,6 +33,18 @@ def describe_reductions(spec: ModelSpec, plan: Plan) -> list[str]:
     return [sentence, "The reduction runs in use as in training."]
 
 
+def describe_gradient_tokens(plan: Plan) -> list[str]:
+    """Which tokens carry gradients, if not all do."""
+    wanted = plan.blocks[-1].gradient_tokens
+    if wanted is None:
+        return []
+    how = "at random" if wanted.score is None else _RANKED.get(wanted.score, wanted.score)
+    return [
+        f"In training, gradients run through {wanted.share:.0%} of the patches alone, chosen {how}; all tokens run "
+        "forward, and in use nothing differs."
+    ]
+
+
 def _tokens_left(spec: ModelSpec, plan: Plan) -> list[int]:
     tokens, left = spec.num_tokens, []
     for block in plan.blocks:
@@ -54,4 +66,4 @@ def _listed(values: Sequence[int]) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 
-__all__ = ["describe_reductions", "name_blocks"]
+__all__ = ["describe_gradient_tokens", "describe_reductions", "name_blocks"]

@@ -7,16 +7,17 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from peft_bsr.backbones import ModelSpec
-from peft_bsr.core.checks import POSITIVE, check_choice, check_flags, check_numbers, check_whole
-from peft_bsr.engine import Lean, Plan
+from peft_bsr.core.checks import POSITIVE, SHARE, check_choice, check_flags, check_numbers, check_whole
+from peft_bsr.engine import GradientTokens, Lean, Plan
 from peft_bsr.errors import ConfigError
 from peft_bsr.tuners.base.config import SavedConfig
 from peft_bsr.tuners.base.frozen_weights import FROZEN_WEIGHTS_HELP, FrozenWeights
-from peft_bsr.tuners.base.reductions import as_list
+from peft_bsr.tuners.base.reductions import as_list, check_score, resolve_score
 
 Trainable = Literal["full", "lora"]
 LeanLevel = Literal["off", "exact", "max"]
 SavedActivations = Literal["full", "int8"]
+ChosenBy = Literal["score", "random"]
 _MODULE_LISTS = ("target_modules", "exclude_modules", "modules_to_save")
 
 
@@ -44,6 +45,12 @@ class BlockConfig(SavedConfig):
     lean: str = field(default="exact", metadata={"help": "'off', 'exact' or 'max': what is not kept for backward."})
     saved_activations: str = field(
         default="full", metadata={"help": "'full' or 'int8': how numbers are kept for backward."}
+    )
+    gradient_tokens: float = field(
+        default=1.0, metadata={"help": "Share of the tokens that carry gradients in training; all run forward."}
+    )
+    gradient_tokens_by: str = field(
+        default="score", metadata={"help": "'score' (those that rank highest) or 'random', gradient_tokens < 1 only."}
     )
     frozen_weights: str = field(default="full", metadata={"help": FROZEN_WEIGHTS_HELP})
     layout: dict[str, str] | None = field(
@@ -87,10 +94,12 @@ class BlockConfig(SavedConfig):
             ("trainable", Trainable),
             ("lean", LeanLevel),
             ("saved_activations", SavedActivations),
+            ("gradient_tokens_by", ChosenBy),
             ("frozen_weights", FrozenWeights),
         ):
             problems += check_choice(self, name, get_args(choices))
         problems += check_flags(self, "init_weights")
+        problems += check_numbers(self, "gradient_tokens", within=SHARE)
         problems += check_whole(self, "r")
         problems += check_numbers(self, "lora_alpha", within=POSITIVE)
         layout = self.layout
@@ -122,11 +131,21 @@ class BlockConfig(SavedConfig):
         return problems
 
 
-def saving_less(plan: Plan, config: BlockConfig) -> Plan:
-    """The plan with what the config says of lean blocks and of 8 bits."""
+def saving_less(plan: Plan, config: BlockConfig, spec: ModelSpec) -> Plan:
+    """The plan with what the config says of lean blocks, of 8 bits and of tokens without gradients.
+
+    Raises:
+        ConfigError: If the model's tokens cannot be ranked as the config asks.
+    """
     if config.lean != "off":
         plan = plan.with_lean(Lean(save_products=config.lean == "exact"))
-    return plan.with_int8(config.saved_activations == "int8")
+    plan = plan.with_int8(config.saved_activations == "int8")
+    if config.gradient_tokens == 1:
+        return plan
+    score: Any = None if config.gradient_tokens_by == "random" else resolve_score(config, spec)
+    if score is not None and (problems := check_score(score, spec)):
+        raise ConfigError.from_problems(type(config).__name__, problems)
+    return plan.with_gradient_tokens(GradientTokens(float(config.gradient_tokens), score))
 
 
 def _is_text(value: Any) -> bool:

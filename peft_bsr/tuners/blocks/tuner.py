@@ -16,7 +16,7 @@ from peft_bsr.compat.peft_api import AuxiliaryTrainingWrapper, ExcludedModule
 from peft_bsr.core import ForwardContext
 from peft_bsr.engine import Plan, attach_controller
 from peft_bsr.errors import AdapterError, ReductionNotMergedWarning
-from peft_bsr.selftest import verify_lean, verify_plan
+from peft_bsr.selftest import verify_gradient_tokens, verify_lean, verify_plan
 from peft_bsr.tuners.base.classifier import without_layer
 from peft_bsr.tuners.base.frozen_weights import (
     check_rounded,
@@ -78,6 +78,7 @@ class BlockTuner(MethodTuner):
                 plan = verify_plan(model, spec, requested, allowed_modes(config), stock)
                 with _tried_updates(model, config, targets):
                     plan = verify_lean(model, spec, plan, stock)
+                    verify_gradient_tokens(model, spec, plan, stock)
                 rounded = linears_to_round(model, spec, config, plan.trained_blocks)
                 check_rounded(model, spec, rounded, bool(controllers))
                 with tried_rounding(model, spec, rounded):

@@ -74,6 +74,11 @@ class BSRConfig(BlockConfig):
             MLP for those alone in training (not with `"off"`). Default `"exact"`.
         saved_activations: `"full"`, or `"int8"`: what those blocks do keep is kept in 8 bits, rounded stochastically.
             Gradients have an error of about 1 % then. Default `"full"`.
+        gradient_tokens: Share of the tokens that carry gradients in training, special tokens beside, in (0, 1]. All
+            tokens run forward; from the first trained block on, the others run without a graph, and keys and values of
+            them are numbers to backward. Chosen in each forward by the attention of the block before (of the first
+            block: by its own), and again at each reduction, among what it keeps. Default 1.0.
+        gradient_tokens_by: `"score"` (those that rank highest, see `score`) or `"random"`. Default `"score"`.
         frozen_weights: `"full"`, or how the Linear weights of blocks that never train are rounded in the model itself,
             for good: `"int8"` (8 bits, as a model that is loaded quantised has them; needs torchao) or `"bfloat16"`
             (with their biases; under autocast to bfloat16 nothing changes but memory, without it the products of the
@@ -143,6 +148,11 @@ class BSRConfig(BlockConfig):
         if problems:
             return problems
         problems += check_weights(self.task_weights, self.tasks)
+        if self.moe is not None and self.gradient_tokens != 1:
+            problems.append(
+                f"`gradient_tokens={self.gradient_tokens!r}` parts the tokens, but a mixture of experts balances and "
+                "counts all of them. Leave it 1.0, or `moe` None."
+            )
         if self.moe is not None and self.tasks is None:
             problems.append("`moe` routes by task, but there are no `tasks`. Name them, one is enough.")
         if self.preset not in (None, "paper"):
@@ -217,7 +227,7 @@ class BSRConfig(BlockConfig):
         if problems:
             raise ConfigError.from_problems("BSRConfig", problems)
         plan = Plan.static(spec.depth, trainable, reductions, self.mode or "compact")  # type: ignore[arg-type]
-        return saving_less(plan.with_mixtures() if self.moe else plan, self)
+        return saving_less(plan.with_mixtures() if self.moe else plan, self, spec)
 
 
 def resolve_trainable_blocks(config: BSRConfig, depth: int) -> list[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from peft_bsr.backbones import ModelSpec
 from peft_bsr.engine import Plan
-from peft_bsr.tuners.base.description import describe_reductions, name_blocks
+from peft_bsr.tuners.base.description import describe_gradient_tokens, describe_reductions, name_blocks
 from peft_bsr.tuners.bsr.config import BSRConfig
 
 
@@ -18,7 +18,7 @@ def describe(config: BSRConfig, spec: ModelSpec, plan: Plan) -> list[str]:
     ]
     if trained and trained[0] > 0:
         sentences.append(f"No gradient runs further back than block {trained[0]}.")
-    return [*sentences, *describe_reductions(spec, plan)]
+    return [*sentences, *describe_reductions(spec, plan), *describe_gradient_tokens(plan)]
 
 
 __all__ = ["describe"]

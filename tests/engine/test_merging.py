@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from pairs import SUPPORTED, assert_alike, base_of, batch_of, make, step
 from peft import PeftModel, get_peft_model
 
 from peft_bsr import ALaSTConfig, BSRConfig, ConfigError, SynQTConfig, UnsupportedModelError, record_routes
@@ -14,6 +15,10 @@ from peft_bsr.backbones import probe_model, tensors_of
 from peft_bsr.engine import Plan, Reduction
 from peft_bsr.selftest import verify_plan
 from peft_bsr.tuners.base.words import describe_reductions
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from pairs import SUPPORTED, assert_alike, base_of, batch_of, make, step
 
 MERGE = {"reduction": "merge", "reduction_blocks": [0, 2], "keep_rate": 0.5}
 SOME = ("vit", "dinov3", "beit", "siglip2", "yolos", "vjepa2", "dpt")  # one of each kind of side input, head and score

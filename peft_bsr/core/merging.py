@@ -24,10 +24,9 @@ def sum_tokens(tokens: Tensor, place: Tensor, weights: Tensor, left: int) -> Ten
         weights: [B, N], no gradient goes to them.
         left: How many there are.
     """
-    images, _, width = tokens.shape
-    rows = place + left * torch.arange(images, device=place.device)[:, None]
-    weighted = (tokens * weights[..., None]).reshape(-1, width)
-    return weighted.new_zeros(images * left, width).index_add(0, rows.reshape(-1), weighted).view(images, left, width)
+    weighted = tokens * weights[..., None]
+    # not `index_add`, which keeps its source for backward
+    return torch.zeros_like(weighted[:, :left]).scatter_add(1, place[..., None].expand_as(weighted), weighted)
 
 
 def merge_tokens(
@@ -73,7 +72,8 @@ def merge_tokens(
         end = hidden_states.shape[1] - num_suffix
         goes_to = _matched(hidden_states[:, num_prefix:end].detach(), num_tokens - left)
         place, kept = _places(goes_to, left)
-        weights = _weights(origins, merged, place, left).to(hidden_states.dtype)
+        dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+        weights = _weights(origins, merged, place, left, dtype).to(hidden_states.dtype)
         weights = pad(weights, (num_prefix, num_suffix), value=1.0)
         place = _with_special(place, num_prefix, left, num_suffix)
         hidden_states = sums(hidden_states, place, weights, num_prefix + left + num_suffix)
@@ -107,11 +107,11 @@ def _with_special(place: Tensor, num_prefix: int, left: int, num_suffix: int) ->
     return torch.cat([parts[0], place + num_prefix, parts[1]], dim=1)
 
 
-def _weights(origins: Tensor, merged: Tensor, place: Tensor, left: int) -> Tensor:
+def _weights(origins: Tensor, merged: Tensor, place: Tensor, left: int, dtype: torch.dtype) -> Tensor:
     """[B, M], the share of each token in the one that it becomes part of, by patches."""
     held = torch.zeros_like(merged).scatter_add(1, merged, torch.ones_like(merged)).gather(1, origins)
     total = torch.zeros_like(place[:, :left]).scatter_add(1, place, held)
-    return held / total.gather(1, place)
+    return held.to(dtype) / total.gather(1, place)
 
 
 __all__ = ["merge_tokens", "sum_tokens"]

@@ -188,7 +188,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
     "core/merging.py": [
         ("normalize(tokens[:, 1::2], dim=2)", "tokens[:, 1::2]", "large tokens are everybody's partner"),
         ("2 * partner.gather(1, chosen) + 1", "2 * partner.gather(1, chosen)", "tokens merge with even places"),
-        ("held.double() / total", "1.0 / total", "sizes do not count"),
+        ("held.to(dtype) / total", "1.0 / total", "sizes do not count"),
         ("moved.gather(1, merged)", "moved", "patches of a token that merges again are lost"),
     ],
     "core/route.py": [

@@ -14,7 +14,7 @@ from peft_bsr import ALaSTConfig, BSRConfig, ConfigError, SynQTConfig, Unsupport
 from peft_bsr.backbones import probe_model, tensors_of
 from peft_bsr.engine import Plan, Reduction
 from peft_bsr.selftest import verify_plan
-from peft_bsr.tuners.base.words import describe_reductions
+from peft_bsr.tuners.base.description import describe_reductions
 
 sys.path.insert(0, str(Path(__file__).parent))
 

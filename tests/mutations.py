@@ -62,6 +62,7 @@ class Mutation:
 # file below peft_bsr -> what pytest is told to run, the fastest first
 TESTS: dict[str, list[str]] = {
     "core/reduction.py": ["tests/core", "tests/engine/test_exactness.py"],
+    "core/merging.py": ["tests/core/test_merging.py"],
     "core/route.py": ["tests/core", "tests/engine/test_exactness.py"],
     "core/attention.py": ["tests/core", "tests/engine/test_exactness.py"],
     "core/budgets.py": ["tests/core"],
@@ -183,6 +184,12 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
             "the whole input is kept for backward",
         ),
         ("hidden_states.scatter(1", "hidden_states.scatter_(1", "full view writes into what others read"),
+    ],
+    "core/merging.py": [
+        ("normalize(tokens[:, 1::2], dim=2)", "tokens[:, 1::2]", "large tokens are everybody's partner"),
+        ("2 * partner.gather(1, chosen) + 1", "2 * partner.gather(1, chosen)", "tokens merge with even places"),
+        ("held.to(dtype) / total", "1.0 / total", "sizes do not count"),
+        ("moved.gather(1, merged)", "moved", "patches of a token that merges again are lost"),
     ],
     "core/route.py": [
         ("return self.num_patches + self.num_reductions", "return self.num_patches", "fused tokens are one"),

@@ -21,6 +21,7 @@ from peft_bsr.core.experts import Choice, balance_loss, choose_experts, gate_log
 from peft_bsr.core.gradient_tokens import TokenSplit
 from peft_bsr.core.grouped import Product
 from peft_bsr.core.lifetime import outliving
+from peft_bsr.core.merging import merge_tokens, sum_tokens
 from peft_bsr.core.quantized import as_plain, in_dtype, is_quantized, kept_bytes
 from peft_bsr.core.queries import absorb_key, apply_value, attend_plain, hidden_tokens, pooling_weights
 from peft_bsr.core.reduction import (
@@ -67,6 +68,7 @@ __all__ = [
     "is_traced",
     "kept_bytes",
     "mean_of_visible",
+    "merge_tokens",
     "num_kept",
     "outliving",
     "pick_tokens",
@@ -77,6 +79,7 @@ __all__ = [
     "run_experts",
     "select_blocks",
     "select_tokens",
+    "sum_tokens",
     "token_scores",
     "update_budgets",
     "weights_to_scores",

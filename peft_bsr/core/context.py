@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -38,6 +38,7 @@ class BlockCall:
         admit: Told that square matrices are tokens, not attention weights, where these are kept in 8 bits; else None.
         token_scores: The scores [B, N], once the attention has run.
         origins: Origins after the block's reduction [B, A], or None without one.
+        merged: What each patch is part of after it [B, M], or None where nothing is merged.
         split_after: Which tokens carry no gradients after the block.
     """
 
@@ -47,6 +48,7 @@ class BlockCall:
         "is_gathered",
         "is_traced",
         "lean",
+        "merged",
         "origins",
         "plan",
         "route",
@@ -76,6 +78,11 @@ class BlockCall:
         self.admit: Callable[[bool], None] | None = None
         self.token_scores: Tensor | None = None
         self.origins: Tensor | None = None
+        self.merged: Tensor | None = None
+
+    def note(self, left: Sequence[Tensor]) -> None:
+        """Keep what the block's reduction left: origins, and where it merges, what each patch is part of."""
+        self.origins, self.merged = (*left, None, None)[:2]
 
     @property
     def num_queries(self) -> int | None:
@@ -154,16 +161,17 @@ class Forward:
             )
         return self.route
 
-    def reduced(self, index: int, origins: Tensor) -> None:
-        """Block `index` has left the tokens of `origins` [B, A]."""
-        self.route = route = self.current().reduced(origins)
+    def reduced(self, index: int, origins: Tensor, merged: Tensor | None = None) -> None:
+        """Block `index` has left the tokens of `origins` [B, A], of which the patches are part by `merged` [B, M]."""
+        self.route = route = self.current().reduced(origins, merged)
         for recorder in self.recorders:
             recorder(index, route)
 
-    def resume(self, origins: Tensor | None, num_reductions: int) -> None:
+    def resume(self, point: ResumePoint) -> None:
         """The forward goes on in the middle, on the route that earlier blocks left."""
         if self.route is not None:
-            self.route = replace(self.route, origins=origins, num_reductions=num_reductions)
+            left = {"origins": point.origins, "num_reductions": point.num_reductions, "merged": point.merged}
+            self.route = replace(self.route, **left)  # type: ignore[arg-type]
 
 
 class ForwardContext(threading.local):

@@ -7,12 +7,13 @@ suffix, H heads, d head width.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from peft_bsr.core.reduction import pick_tokens
 from peft_bsr.deprecation import warn_renamed
 from peft_bsr.errors import ForwardError
 
@@ -54,6 +55,7 @@ class Route:
         is_full_view: Whether the sequence keeps its length outside of the blocks.
         origins: [B, A] int64, ascending: the patch in row-major grid order, or `num_patches + j` for the token fused
             by the j-th reduction. None = every patch, none fused.
+        merged: [B, M] int64: for each patch, the origin of the token that it is part of. None = nothing was merged.
         num_reductions: Reductions so far.
         call: What the forward is asked, in a model with tasks.
     """
@@ -65,6 +67,7 @@ class Route:
     origins: Tensor | None = None
     num_reductions: int = 0
     call: TaskCall | None = None
+    merged: Tensor | None = None
 
     @property
     def full_length(self) -> int:
@@ -89,8 +92,12 @@ class Route:
         grid = torch.arange(self.num_patches, device=hidden_states.device)
         return grid.expand(hidden_states.shape[0], -1)
 
-    def reduced(self, origins: Tensor) -> Route:
-        """The route behind a reduction that left `origins`."""
+    def merged_like(self, hidden_states: Tensor) -> Tensor:
+        """`merged` as a tensor, for hidden states [B, ..., D] on their device."""
+        return self.merged if self.merged is not None else replace(self, origins=None).origins_like(hidden_states)
+
+    def reduced(self, origins: Tensor, merged: Tensor | None = None) -> Route:
+        """The route after a reduction that left `origins`, and merged the others into them or dropped them."""
         return Route(
             self.num_prefix,
             self.num_patches,
@@ -99,7 +106,21 @@ class Route:
             origins,
             self.num_reductions + 1,
             self.call,
+            merged,
         )
+
+    def unmerge(self, tokens: Tensor) -> Tensor:
+        """Give each patch the value of the token that it is part of, [B, P + A + S, D] -> [B, P + M + S, D].
+
+        Args:
+            tokens: Of this route, on which tokens were merged.
+        """
+        assert self.origins is not None and self.merged is not None, "only merged tokens can be told apart again"
+        batch, alive, device = *self.origins.shape, tokens.device
+        places = torch.arange(self.num_prefix + alive + self.num_suffix, device=device).expand(batch, -1)
+        prefix, kept, suffix = places.split([self.num_prefix, alive, self.num_suffix], dim=1)
+        of_patches = torch.zeros_like(self.merged).scatter(1, self.origins, kept).gather(1, self.merged)
+        return pick_tokens(tokens, torch.cat([prefix, of_patches, suffix], dim=1))
 
     def alive(self) -> Tensor:
         """[B, num_patches] bool, True where a patch is still there by itself. CPU or device as `origins`.
@@ -243,6 +264,7 @@ class ResumePoint:
         origins: Of the route there, see `Route`.
         num_reductions: Of the route there.
         lengths: Tokens of each block that is read, where blocks are read on the way (SynQT).
+        merged: Of the route there.
     """
 
     index: int
@@ -250,3 +272,4 @@ class ResumePoint:
     origins: Tensor | None = None
     num_reductions: int = 0
     lengths: tuple[int, ...] = ()
+    merged: Tensor | None = None

@@ -19,7 +19,7 @@ from peft_bsr.engine.parted import PartedAttention
 from peft_bsr.engine.plan import GradientTokens, Reduction
 from peft_bsr.engine.watch import Watch
 from peft_bsr.errors import ForwardError
-from peft_bsr.ops import reduce_tokens
+from peft_bsr.ops import merge_tokens, reduce_tokens
 
 
 class BoundBlock:
@@ -74,11 +74,11 @@ class BoundBlock:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         mix: Callable[[Tensor], Tensor] | None,
-    ) -> tuple[Any, Tensor | None]:
+    ) -> tuple[Any, tuple[Tensor, ...]]:
         """Run the block on the tokens of `call.route`; bit-equal to the stock block where all are kept.
 
         In full view the sequence comes and goes whole: the alive tokens are taken out, run, and put back; dropped ones
-        keep the value they had when they were dropped.
+        keep the value they had when they were dropped, merged ones have that of the token that they are part of.
 
         Args:
             call: What is asked.
@@ -89,21 +89,22 @@ class BoundBlock:
             mix: What runs in the place of the MLP, normalized tokens -> their change, or None.
 
         Returns:
-            What the stock block returns, with fewer tokens; and the origins after a reduction [B, A], or None.
+            What the stock block returns, with fewer tokens; and after a reduction the origins [B, A], and where it
+            merges, what each patch is part of [B, M].
         """
         route, reduction, whole = call.route, call.plan.reduction, hidden_states
         is_partial = route.is_full_view and route.num_tokens < route.full_length
         tokens = pick_tokens(whole, route.places()) if is_partial else whole
         is_mid_block = reduction is not None and reduction.position == "mid_block"
         scores: Tensor | None = None
-        origins: Tensor | None = None
+        left: list[Tensor] = []
         split = self._begin_split(call, tokens, args, kwargs)
         is_taken_apart = is_mid_block or call.lean is not None or mix is not None or split is not None
         if is_taken_apart or (call.is_traced and call.score is not None):
             tokens, others, scores = self._attend(call, tokens, args, kwargs, split)
             before = tokens
             if is_mid_block:
-                tokens, origins = _reduced(reduction, route, scores, tokens)
+                tokens, *left = _reduced(reduction, route, scores, tokens)
                 split = self._end_split(call, scores, tokens)
             tokens = self._expand(call, tokens, mix, split)
             output = (tokens, *others) if self.spec.returns_tuple else tokens
@@ -112,16 +113,18 @@ class BoundBlock:
             before = tokens = output[0] if isinstance(output, tuple) else output
             scores = call.token_scores
         if reduction is not None and not is_mid_block:
-            tokens, origins = _reduced(reduction, route, scores, tokens)
+            tokens, *left = _reduced(reduction, route, scores, tokens)
         if not is_mid_block:
             self._end_split(call, scores, tokens)
         if route.is_full_view:
-            after = route if origins is None else route.reduced(origins)
-            if after.num_tokens < route.full_length:
-                if origins is not None:
+            after = route.reduced(*left) if left else route
+            if after.merged is not None:
+                tokens = after.unmerge(tokens)
+            elif after.num_tokens < route.full_length:
+                if left:
                     whole = put_tokens(whole, route.places(), before) if is_partial else before
                 tokens = put_tokens(whole, after.places(), tokens)
-        return ((tokens, *output[1:]) if isinstance(output, tuple) else tokens), origins
+        return ((tokens, *output[1:]) if isinstance(output, tuple) else tokens), tuple(left)
 
     def _begin_split(
         self, call: BlockCall, tokens: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -250,15 +253,18 @@ def modules_of(module: Any, without: tuple[Any, ...]) -> list[Any]:
     return [module, *(m for child in module.children() for m in modules_of(child, without))]
 
 
-def _reduced(reduction: Reduction | None, route: Route, scores: Tensor | None, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """The tokens that the reduction leaves, and their origins."""
+def _reduced(reduction: Reduction | None, route: Route, scores: Tensor | None, tokens: Tensor) -> tuple[Tensor, ...]:
+    """The tokens that the reduction leaves, their origins, and if it merges, what each patch is part of."""
     assert reduction is not None, "only blocks with a reduction reduce"
+    special = route.num_prefix + route.num_suffix
+    keep = reduction.keep(route.num_tokens - special, special, route.full_length)
+    if reduction.merges:
+        origins, merged = route.origins_like(tokens), route.merged_like(tokens)
+        return merge_tokens(tokens, origins, merged, route.num_prefix, keep, route.num_suffix)
     if scores is None:
         raise ForwardError("the attention ran without showing its queries and keys; was its implementation replaced?")
     if not reduction.fuse:
         scores = scores.detach()  # only the choice of tokens depends on them
-    special = route.num_prefix + route.num_suffix
-    keep = reduction.keep(route.num_tokens - special, special, route.full_length)
     fused_origin = route.fused_origin if reduction.fuse else None
     return reduce_tokens(tokens, route.origins, scores, route.num_prefix, keep, fused_origin, route.num_suffix)
 

@@ -225,14 +225,15 @@ class BlockController(nn.Module):
                 output = run(hidden_states, *others, **kwargs)
         if call is not None and call.is_traced:
             now.running = None
-            if call.score is not None:
-                *parts, call.origins = output
-                output = tuple(parts) if self.spec.returns_tuple else parts[0]
+            if own.reduction is not None:
+                count = 2 if own.reduction.merges else 1
+                call.note(output[-count:])
+                output = output[:-count] if self.spec.returns_tuple else output[0]
         if self.observes:
             self.observe(hidden_states, output[0] if isinstance(output, tuple) else output)
         if call is not None and call.splits:
             now.split = call.split_after
-        self._leave(None if call is None else call.origins)
+        self._leave(call)
         return output
 
     def _block_call(self, block: Any, plan: Plan, own: BlockPlan, hidden_states: Tensor) -> BlockCall | None:
@@ -318,10 +319,10 @@ class BlockController(nn.Module):
         now = self.context.now
         return None if now.outside is None or now.outside.root is not now.owner else now.outside.hook or ""
 
-    def _leave(self, origins: Tensor | None) -> None:
+    def _leave(self, call: BlockCall | None) -> None:
         now = self.context.now
-        if origins is not None:
-            now.reduced(self.index, origins)
+        if call is not None and call.origins is not None:
+            now.reduced(self.index, call.origins, call.merged)
         if self.index == self.spec.depth - 1:
             now.route = None
             now.close(BLOCKS)

@@ -36,7 +36,8 @@ def describe_block(plan: BlockPlan) -> str:
     if not plan.in_graph:
         words.append("outside of the graph")
     if plan.reduction is not None:
-        words.append(f"keeps {plan.reduction.keep_rate:g} of the tokens ({plan.reduction.position})")
+        verb = "merges tokens down to" if plan.reduction.merges else "keeps"
+        words.append(f"{verb} {plan.reduction.keep_rate:g} of the tokens ({plan.reduction.position})")
     if plan.lean is not None:
         halves = [name for name, is_lean in (("attention", plan.lean.attention), ("MLP", plan.lean.mlp)) if is_lean]
         words.append(f"{' and '.join(halves)} lean ({'exact' if plan.lean.save_products else 'max'})")

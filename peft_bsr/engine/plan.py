@@ -21,7 +21,8 @@ class Reduction:
         fuse: Append one token summed from the dropped ones.
         position: `"mid_block"` = after attention and its residual, so that the block's MLP sees fewer tokens;
             `"after_block"` = on the block's output.
-        score: What tokens are ranked by, see `peft_bsr.core.token_scores`.
+        score: What tokens are ranked by, see `peft_bsr.core.token_scores`. None: none is dropped, the most similar ones
+            are merged, see `peft_bsr.core.merge_tokens`.
         of_all: The rate is of all tokens, special ones too, and rounds down (ALaST's rule), yet special tokens stay
             beside what it keeps. False: of those that are not special, rounding up (BSR's).
         share: Of the tokens that the first block got, what is to be left behind this one, special ones included, in
@@ -32,7 +33,7 @@ class Reduction:
     keep_rate: float
     fuse: bool = True
     position: ReduceAt = "mid_block"
-    score: ScoreKind = "class"
+    score: ScoreKind | None = "class"
     of_all: bool = False
     share: float | None = None
     multiple: int = 1
@@ -41,6 +42,11 @@ class Reduction:
     def __post_init__(self) -> None:
         # a number that is another one in a later compilation becomes a symbol for torch.compile; a text never does
         object.__setattr__(self, "_rate", repr(float(self.keep_rate)))
+
+    @property
+    def merges(self) -> bool:
+        """Whether tokens are merged, not dropped."""
+        return self.score is None
 
     def keep(self, competing: int, num_special: int, at_start: int) -> int:
         """K, tokens that stay of those that are not special.
@@ -139,7 +145,8 @@ class Plan:
         mode: `"compact"` = the sequence gets shorter, from the first reduction to the head; `"full_view"` = it keeps
             its length outside of the blocks: each block runs on the alive tokens, dropped ones keep their last value.
         notes: What was asked for and left out, because it is not equal on this model, with the reason.
-        reduces: Whether any block drops tokens.
+        reduces: Whether any block drops or merges tokens.
+        merges: Whether any merges them.
 
     Examples:
         >>> plan = Plan.static(12, trained=[3, 7, 11], reductions={i: Reduction(0.5) for i in (3, 6, 9)})
@@ -151,9 +158,12 @@ class Plan:
     mode: Mode = "compact"
     notes: tuple[str, ...] = field(default=(), compare=False)
     reduces: bool = field(init=False, compare=False, repr=False)
+    merges: bool = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "reduces", any(block.reduction is not None for block in self.blocks))
+        reductions = [block.reduction for block in self.blocks if block.reduction is not None]
+        object.__setattr__(self, "reduces", bool(reductions))
+        object.__setattr__(self, "merges", any(reduction.merges for reduction in reductions))
 
     @classmethod
     def static(cls, depth: int, trained: list[int], reductions: dict[int, Reduction], mode: Mode = "compact") -> Plan:
@@ -229,8 +239,9 @@ class Plan:
 
     def describe(self, num_tokens: int, num_special: int) -> str:
         """The mode, then one line a block: what it does, and how many tokens its attention and its MLP see."""
-        scores = sorted({b.reduction.score for b in self.blocks if b.reduction})
+        scores = sorted({b.reduction.score for b in self.blocks if b.reduction and b.reduction.score})
         lines = [f"{self.mode}, tokens ranked by {' and '.join(scores)}"] if scores else []
+        lines += [f"{self.mode}, similar tokens merged"] if self.merges else []
         lines += ["block  weights  attention  MLP tokens"]
         for index, (block, (attention, mlp)) in enumerate(
             zip(self.blocks, self.token_counts(num_tokens, num_special), strict=True)

@@ -35,7 +35,8 @@ def record_routes(model: nn.Module) -> Iterator[list[tuple[int, Route]]]:
 
     def record(index: int, route: Route) -> None:
         assert route.origins is not None, "a recorder is called after a reduction"
-        log.append((index, replace(route, origins=outliving(route.origins), call=None)))
+        merged = None if route.merged is None else outliving(route.merged)
+        log.append((index, replace(route, origins=outliving(route.origins), merged=merged, call=None)))
 
     now.recorders.append(record)
     try:

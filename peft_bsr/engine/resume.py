@@ -63,8 +63,9 @@ def stop_or_resume(now: Forward, hidden_states: Tensor) -> Tensor:
         resume_point.tokens = hidden_states.detach()
         if route is not None:
             resume_point.origins, resume_point.num_reductions = route.origins, route.num_reductions
+            resume_point.merged = route.merged
         raise StopForwardError
-    now.resume(resume_point.origins, resume_point.num_reductions)
+    now.resume(resume_point)
     return resume_point.tokens.to(hidden_states)
 
 

@@ -82,10 +82,10 @@ class ControlledBlock(nn.Module):
             else None
         )
         if block_call.is_traced:
-            output, origins = controller.bound(self).run(block_call, stock, hidden_states, args, kwargs, mix)
+            output, left = controller.bound(self).run(block_call, stock, hidden_states, args, kwargs, mix)
             parts = output if isinstance(output, tuple) else (output,)
-            return output if origins is None else (*parts, origins)
-        block_call.token_scores = block_call.origins = None  # a recomputation finds its own
+            return (*parts, *left) if left else output
+        block_call.token_scores = block_call.origins = block_call.merged = None  # a recomputation finds its own
         block_call.split_after = block_call.split
         packing: Any = nullcontext()
         bound = controller.bound(self)
@@ -98,7 +98,8 @@ class ControlledBlock(nn.Module):
                 controller.scorer.watching(None if asked.score is None or asked.is_traced else spec.scores_from),
                 packing as block_call.admit,
             ):
-                output, block_call.origins = bound.run(asked, stock, hidden_states, args, kwargs, mix)
+                output, left = bound.run(asked, stock, hidden_states, args, kwargs, mix)
+                block_call.note(left)
                 return output
         finally:
             now.running = earlier

@@ -5,6 +5,7 @@ from peft_bsr.ops.dropout import lean_dropout
 from peft_bsr.ops.frozen import FrozenLinear, exact_parameters, freeze_linear
 from peft_bsr.ops.int8 import PackedTensor, group_size
 from peft_bsr.ops.linear import LinearOp
+from peft_bsr.ops.merge import merge_tokens
 from peft_bsr.ops.mlp import MLPOp
 from peft_bsr.ops.norm import LayerNormOp, NormOp, RMSNormOp, norm_kind
 from peft_bsr.ops.projections import Heads, ProjectionsOp
@@ -27,6 +28,7 @@ __all__ = [
     "freeze_linear",
     "group_size",
     "lean_dropout",
+    "merge_tokens",
     "norm_kind",
     "recomputed",
     "reduce_tokens",

@@ -43,7 +43,8 @@ def verify_plan(
     """Check on one random image that `plan` does on `model` what it says; the model is left as it was.
 
     1. With every token kept, the blocks that reduce tokens equal the stock ones bit for bit.
-    2. The attention is the softmax of the queries and keys that the scores are made of, and the scores are its rows.
+    2. Where tokens are dropped, the attention is the softmax of the queries and keys that the scores are made of, and
+       the scores are its rows.
     3. The reduced forward runs through the head, keeps the planned number of tokens and returns the same shapes; in
        compact mode, the head does not care in which order the tokens come (a grid head may take 9 tokens for a 3 x 3
        image, silently).
@@ -65,7 +66,7 @@ def verify_plan(
     if not plan.reduces:
         return plan.with_reductions(modes[0])
     name = type(model).__name__
-    _check_reachable(model, spec, name)
+    _check_reachable(model, spec, plan, name)
     inputs = probe_inputs(model, 1, spec.image_shape)
     with quiet(model):
         stock = stock or run_stock(model, spec.blocks, inputs)
@@ -82,12 +83,12 @@ def verify_plan(
     raise UnsupportedModelError(f"{name}: {'; '.join(failures)}. Use {instead}.")
 
 
-def _check_reachable(model: nn.Module, spec: ModelSpec, name: str) -> None:
-    if spec.scores_from is None:
+def _check_reachable(model: nn.Module, spec: ModelSpec, plan: Plan, name: str) -> None:
+    if spec.scores_from is None and not plan.merges:
         raise UnsupportedModelError(
             f"{name}: its attention is not looked up in transformers' AttentionInterface, does not call torch's "
             "scaled_dot_product_attention and does not return its weights, so the tokens' scores cannot be had. Use "
-            "`keep_rate=1.0`, `attn_implementation='sdpa'`, or a newer transformers."
+            "`reduction='merge'` (BSR, SynQT), `keep_rate=1.0`, `attn_implementation='sdpa'`, or a newer transformers."
         )
     for block in spec.blocks:
         if "forward" in vars(model.get_submodule(block)):
@@ -114,7 +115,8 @@ def _check_blocks(model: nn.Module, spec: ModelSpec, plan: Plan, stock: StockRun
                 f"{name}: its blocks compute something else than norm, attention, norm and MLP with two residuals, so "
                 "tokens cannot be reduced inside them. Use `reduce_at='after_block'` or `keep_rate=1.0`."
             )
-        error = _score_error(model, spec, index, reduction.score, args, kwargs)
+        kind = reduction.score
+        error = 0.0 if kind is None else _score_error(model, spec, index, kind, args, kwargs)
         if not error <= tolerance(args[0].dtype):
             raise UnsupportedModelError(
                 f"{name}: the token scores of block {index} differ by {error:.1e} from an explicit softmax. Use "
@@ -193,8 +195,8 @@ def _try_reduced(
 
 @contextmanager
 def _reversed(model: nn.Module, spec: ModelSpec, plan: Plan) -> Iterator[None]:
-    """Reverse the order of the tokens that the first reduction leaves."""
-    first = next(i for i, block in enumerate(plan.blocks) if block.reduction is not None)
+    """Reverse the order of the tokens that the first reduction leaves; if order decides what merges, the last one."""
+    reducing = [i for i, block in enumerate(plan.blocks) if block.reduction is not None]
 
     def reverse(block: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         tokens, *others = output if isinstance(output, tuple) else (output,)
@@ -205,7 +207,7 @@ def _reversed(model: nn.Module, spec: ModelSpec, plan: Plan) -> Iterator[None]:
         tokens = torch.cat([prefix, alive.flip(1), suffix], dim=1)
         return (tokens, *others) if isinstance(output, tuple) else tokens
 
-    block = model.get_submodule(spec.blocks[first])
+    block = model.get_submodule(spec.blocks[reducing[-1 if plan.merges else 0]])
     handle = block.register_forward_hook(reverse, prepend=True, with_kwargs=True)
     try:
         yield

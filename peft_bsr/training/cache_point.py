@@ -72,16 +72,20 @@ class CachePoint:
             "mode": self.plan.mode if reductions else "compact",
         }
 
-    def resume_point(self, tokens: Tensor, origins: Tensor | None, lengths: tuple[int, ...]) -> ResumePoint:
+    def resume_point(
+        self, tokens: Tensor, origins: Tensor | None, lengths: tuple[int, ...], merged: Tensor | None = None
+    ) -> ResumePoint:
         """The point from which a forward on cached tokens resumes.
 
         Args:
             tokens: [B, N, D].
             origins: Origins [B, A] of the route there, or None.
             lengths: Number of tokens of each layer that is read, see `ResumePoint`.
+            merged: What each patch is part of [B, M] on the route there, or None.
         """
         number = sum(block.reduction is not None for block in self.plan.blocks[: self.index])
-        return ResumePoint(self.index, tokens, None if origins is None else origins.long(), number, lengths)
+        route = (None if places is None else places.long() for places in (origins, merged))
+        return ResumePoint(self.index, tokens, next(route), number, lengths, next(route))
 
 
 __all__ = ["CachePoint"]

@@ -26,7 +26,7 @@ from peft_bsr.training.cache_samples import Samples
 from peft_bsr.training.random_draws import drawn_before
 from peft_bsr.tuners.base.layer import find_controllers
 
-_TOKENS, _ORIGINS, _DIGEST = "cached_tokens", "cached_origins", "digest"
+_TOKENS, _ORIGINS, _MERGED, _DIGEST = "cached_tokens", "cached_origins", "cached_merged", "digest"
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _SOME = 64  # samples compared with `check_all=False`
 
@@ -36,9 +36,10 @@ class FeatureCache(Dataset):
 
     With SynQT they are the normalised tokens of every layer that is read, concatenated, and no block runs in training.
 
-    Items are `cached_tokens` [N, D], `cached_origins` [A] (the kept patches, if a frozen block before reduces) and the
-    other tensors of the samples (labels). Inside `read_by(model)` the model takes batches of them instead of images;
-    it still takes images, for evaluation.
+    Items are `cached_tokens` [N, D], `cached_origins` [A] (the kept patches, if a frozen block before reduces),
+    `cached_merged` [M] (the token that each patch is part of, if it merges) and the other tensors of the samples
+    (labels). Inside `read_by(model)` the model takes batches of them instead of images; it still takes images, for
+    evaluation.
 
     A cache is tied to the model's architecture, the weights before the first trained block, the reductions there, a
     dtype and all tensors of the processed samples; a mismatch is an error. Randomness is an error too, because it would
@@ -176,7 +177,7 @@ class FeatureCache(Dataset):
         place = CachePoint(model)
         _check_key(self.files, place.key())
         if not self.freeze_random:
-            row = {n: value[None] for n, value in self[0].items() if n not in (_TOKENS, _ORIGINS)}
+            row = {n: value[None] for n, value in self[0].items() if n not in (_TOKENS, _ORIGINS, _MERGED)}
             image = torch.rand(1, *self.files.key["image"], generator=torch.Generator().manual_seed(0))
             weight = next(p for p in model.parameters() if p.is_floating_point())
             _check_draws(model, place.index, {**row, main_input(model): image.to(weight.dtype)})
@@ -189,8 +190,8 @@ class FeatureCache(Dataset):
             if find_controllers(model)[0].plan is not place.plan:
                 raise FeatureCacheError("the model got cached tokens while another adapter is active, or none.")
             kwargs = dict(kwargs)
-            tokens, origins = kwargs.pop(_TOKENS), kwargs.pop(_ORIGINS, None)
-            running.enter_context(run_from(model, place.resume_point(tokens, origins, lengths)))
+            tokens, origins, merged = kwargs.pop(_TOKENS), kwargs.pop(_ORIGINS, None), kwargs.pop(_MERGED, None)
+            running.enter_context(run_from(model, place.resume_point(tokens, origins, lengths, merged)))
             weight = next(p for p in model.parameters() if p.is_floating_point())
             image = torch.zeros(1, *self.files.key["image"], device=tokens.device, dtype=weight.dtype)
             return args, {main_input(model): image, **kwargs}
@@ -214,8 +215,9 @@ def _rows(
     assert resume_point.tokens is not None, "a forward that stops leaves its tokens"
     rows = {n: value for n, value in batch.items() if n != samples.name and isinstance(value, Tensor)}
     rows |= {_TOKENS: resume_point.tokens.to(dtype), _DIGEST: torch.tensor(samples.digests(batch))}
-    if resume_point.origins is not None:
-        rows[_ORIGINS] = resume_point.origins.to(torch.int32)
+    for name, places in ((_ORIGINS, resume_point.origins), (_MERGED, resume_point.merged)):
+        if places is not None:
+            rows[name] = places.to(torch.int32)
     return {n: value.cpu() for n, value in rows.items()}, resume_point.lengths
 
 

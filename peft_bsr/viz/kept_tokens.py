@@ -1,4 +1,4 @@
-"""Which patches each reduction keeps, drawn over the images."""
+"""Which patches each reduction keeps or merges, drawn over the images."""
 
 from __future__ import annotations
 
@@ -34,20 +34,21 @@ class KeptTokens:
         block: Index of the block.
         share: Share of the patches that are left.
         dropped_mass: [B], sum of the scores of the dropped tokens (the sum over all tokens of the block is 1). With a
-            fused token it is the sum of the weights in it.
+            fused token it is the sum of the weights in it. None where tokens are merged.
         is_fused: Whether there is a fused token.
-        pictures: [B, H, W, 3] in 0 to 1, with dropped patches shaded.
+        pictures: [B, H, W, 3] in 0 to 1, with dropped patches shaded; merged ones have the mean colour of all patches
+            in their token.
     """
 
     block: int
     share: float
-    dropped_mass: np.ndarray
+    dropped_mass: np.ndarray | None
     is_fused: bool
     pictures: np.ndarray
 
 
 def kept_token_pictures(model: nn.Module, pixel_values: Tensor, images: np.ndarray) -> list[KeptTokens]:
-    """Run the model and shade the patches that each reduction dropped.
+    """Run the model and shade the patches that each reduction dropped, or average the colours of those it merged.
 
     Args:
         model: See `draw_kept_tokens`.
@@ -67,17 +68,21 @@ def kept_token_pictures(model: nn.Module, pixel_values: Tensor, images: np.ndarr
     reductions = {} if plan is None else {i: b.reduction for i, b in enumerate(plan.blocks) if b.reduction}
     with in_mode(False, model), torch.no_grad(), record_routes(model) as routes, ExitStack() as watching:
         scores: list[BlockScores] = []
-        if reductions:
-            kind = next(iter(reductions.values())).score  # a plan ranks by one
+        kind = next((reduction.score for reduction in reductions.values()), None)  # a plan ranks by one
+        if kind is not None:
             scores = watching.enter_context(record_scores(base, controllers[0].spec, kind))
         model(pixel_values=pixel_values)
     if not routes:
         raise AdapterError("the model dropped no tokens: its adapter keeps all of them in evaluation, or is disabled.")
     found = []
     for block, route in routes:
-        alive = route.alive().cpu().numpy()
-        pictures = [_veil(_coloured(image), kept) for image, kept in zip(images, alive, strict=True)]
-        mass = _dropped_mass(next(s for s in scores if s.block == block), route)
+        alive, mass = route.alive().cpu().numpy(), None
+        if route.merged is None:
+            pictures = [_veil(_coloured(image), kept) for image, kept in zip(images, alive, strict=True)]
+            mass = _dropped_mass(next(s for s in scores if s.block == block), route)
+        else:
+            merged = route.merged.cpu().numpy()
+            pictures = [_blend(_coloured(image), holders) for image, holders in zip(images, merged, strict=True)]
         found.append(KeptTokens(block, float(alive.mean()), mass, reductions[block].fuse, np.stack(pictures)))
     return found
 
@@ -98,8 +103,8 @@ def draw_kept_tokens(
     """Run the model and draw one row per image: the image, and the patches that are left after each reduction.
 
     Dropped patches are shaded blue. The number below is the attention that they had (with a fused token, the sum of the
-    weights in it); 100 % is the sum over all tokens of the block. Images are drawn as given, so `images` and
-    `pixel_values` must show the same.
+    weights in it); 100 % is the sum over all tokens of the block. Merged patches have the mean colour of all patches in
+    their token. Images are drawn as given, so `images` and `pixel_values` must show the same.
 
     Args:
         model: A model with an active adapter of ours that reduces tokens.
@@ -143,7 +148,9 @@ def draw_kept(
         axes[row, 0].set_ylabel(title, parse_math=False, fontfamily=families)  # a class may be called "$"
         for axis, behind in zip(axes[row, 1:], kept, strict=True):
             axis.imshow(behind.pictures[row])
-            axis.set_xlabel(f"{'fused' if behind.is_fused else 'dropped'}: {behind.dropped_mass[row]:.0%}", fontsize=7)
+            mass = behind.dropped_mass
+            lost = "fused" if behind.is_fused else "dropped"
+            axis.set_xlabel("merged" if mass is None else f"{lost}: {mass[row]:.0%}", fontsize=7)
     for axis, text in zip(axes[0], titles_above, strict=True):
         axis.set_title(text, fontsize=8)
     for axis in axes.flat:
@@ -161,10 +168,21 @@ def _coloured(image: np.ndarray) -> np.ndarray:
 
 def _veil(image: np.ndarray, alive: np.ndarray) -> np.ndarray:
     """[H, W, 3] with the patches that are not in `alive` [patches] shaded."""
-    height, width = image.shape[:2]
-    rows = round((alive.size * height / width) ** 0.5)
-    grid = alive.reshape(rows, -1)
-    # nearest patch of every pixel: the image need not be a multiple of the patch
-    row_of, spec_of = (np.arange(n) * k // n for n, k in zip((height, width), grid.shape, strict=True))
-    is_alive = grid[row_of][:, spec_of][..., None]
+    is_alive = _of_pixels(image, alive)[..., None]
     return np.where(is_alive, image, (1 - _OPACITY) * image + _OPACITY * _VEIL)
+
+
+def _blend(image: np.ndarray, merged: np.ndarray) -> np.ndarray:
+    """[H, W, 3], each pixel in the mean colour of the patches with its number in `merged` [patches]."""
+    number = _of_pixels(image, merged)
+    sizes = np.maximum(np.bincount(number.ravel(), minlength=merged.size), 1)
+    means = [np.bincount(number.ravel(), image[..., c].ravel(), merged.size) / sizes for c in range(image.shape[2])]
+    return np.stack(means, axis=-1)[number]
+
+
+def _of_pixels(image: np.ndarray, patches: np.ndarray) -> np.ndarray:
+    """[H, W], the value of the nearest patch: the image need not be a multiple of one."""
+    height, width = image.shape[:2]
+    grid = patches.reshape(round((patches.size * height / width) ** 0.5), -1)
+    row_of, spec_of = (np.arange(n) * k // n for n, k in zip((height, width), grid.shape, strict=True))
+    return grid[row_of][:, spec_of]

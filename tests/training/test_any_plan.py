@@ -28,13 +28,16 @@ def reductions(draw: Any) -> dict[str, Any]:
     where = draw(st.none() | blocks)
     rate = draw(rates) if where is None else draw(rates | st.lists(rates, min_size=len(where), max_size=len(where)))
     mode = draw(st.sampled_from([None, "compact", "full_view"]))
+    merges = draw(st.booleans())
+    may_fuse = mode != "full_view" and not merges
     return {
         "reduction_blocks": where,
         "keep_rate": rate,
         "mode": mode,
-        "fuse_dropped": draw(st.sampled_from([None, False] if mode == "full_view" else [None, False, True])),
+        "reduction": "merge" if merges else "drop",
+        "fuse_dropped": draw(st.sampled_from([None, False, True] if may_fuse else [None, False])),
         "reduce_at": draw(st.sampled_from([None, "mid_block", "after_block"])),
-        "score": draw(st.sampled_from([None, "class", "mean_query", "received"])),
+        "score": None if merges else draw(st.sampled_from([None, "class", "mean_query", "received"])),
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from peft_bsr.backbones import ModelSpec
 from peft_bsr.engine import Plan
 from peft_bsr.tuners.alast.config import ALaSTConfig
-from peft_bsr.tuners.base.words import describe_gradient_tokens
+from peft_bsr.tuners.base.description import describe_gradient_tokens
 
 
 def describe(config: ALaSTConfig, spec: ModelSpec, plan: Plan) -> list[str]:

@@ -15,7 +15,7 @@ _RANKED = {
 
 
 def describe_reductions(spec: ModelSpec, plan: Plan) -> list[str]:
-    """Where tokens are dropped, which, and how many are left: one sentence an item."""
+    """Where tokens are dropped or merged, which, and how many are left: one sentence an item."""
     reduced = [(index, block.reduction) for index, block in enumerate(plan.blocks) if block.reduction is not None]
     if not reduced:
         return ["No tokens are dropped."]
@@ -23,13 +23,17 @@ def describe_reductions(spec: ModelSpec, plan: Plan) -> list[str]:
     first = reduced[0][1]
     rate = " or ".join(f"{value:.0%}" for value in rates)
     left = _tokens_left(spec, plan)
-    dropped = "the others are fused into one token" if first.fuse else "the others are dropped"
-    sentence = (
-        f"At {name_blocks([index for index, _ in reduced])}, {rate} of the patches stay, ranked "
-        f"{_RANKED.get(first.score, first.score)}; {dropped}: {spec.num_tokens} tokens become {_listed(left)}."
-    )
+    blocks = name_blocks([index for index, _ in reduced])
+    if first.score is None:
+        sentence = f"At {blocks}, the most similar patches are averaged until {rate} of the tokens are left"
+        in_full_view = " For the head each patch has the value of the token that it is part of."
+    else:
+        dropped = "the others are fused into one token" if first.fuse else "the others are dropped"
+        sentence = f"At {blocks}, {rate} of the patches stay, ranked {_RANKED[first.score]}; {dropped}"
+        in_full_view = " Dropped tokens keep their place and their last value for the head."
+    sentence += f": {spec.num_tokens} tokens become {_listed(left)}."
     if plan.mode == "full_view":
-        sentence += " Dropped tokens keep their place and their last value for the head."
+        sentence += in_full_view
     return [sentence, "The reduction runs in use as in training."]
 
 

@@ -10,12 +10,15 @@ from peft_bsr.core import CLASS_FREE_SCORE, SCORE_KINDS
 from peft_bsr.core.checks import check_choice, is_whole
 from peft_bsr.engine import Mode, Plan, ReduceAt, Reduction
 
+REDUCTIONS = ("drop", "merge")
+
 
 class ReductionSettings(Protocol):
-    """The fields of a configuration that say which tokens are dropped where; `BSRConfig` documents them."""
+    """The fields of a configuration that say which tokens go where; `BSRConfig` documents them."""
 
     reduction_blocks: list[int] | None
     keep_rate: float | list[float]
+    reduction: str
     fuse_dropped: bool | None
     reduce_at: str | None
     mode: str | None
@@ -45,6 +48,15 @@ def check_reductions(config: ReductionSettings) -> list[str]:
             "`fuse_dropped=True` needs a place for the fused token, but in `mode='full_view'` the sequence keeps "
             "its length and the dropped tokens their place. Leave one of them None."
         )
+    problems += check_choice(config, "reduction", REDUCTIONS)
+    if config.reduction == "merge":
+        unread = {"fuse_dropped": config.fuse_dropped is True, "score": config.score is not None}
+        problems += [
+            f"`{name}={getattr(config, name)!r}` is for tokens that are dropped, but with `reduction='merge'` none is: "
+            "the most similar ones are averaged. Leave one of them out."
+            for name, is_given in unread.items()
+            if is_given
+        ]
     return problems
 
 
@@ -82,9 +94,10 @@ def resolve_reductions(config: ReductionSettings, spec: ModelSpec) -> tuple[dict
             f"`keep_rate={config.keep_rate!r}` has {len(rates)} rates, but this model reduces at the "
             f"{len(reducing)} blocks {reducing}. Give one rate, or one for each block."
         )
-    score, reduce_at = resolve_score(config, spec), config.reduce_at
+    score = None if config.reduction == "merge" else resolve_score(config, spec)
+    reduce_at = config.reduce_at
     reduces = bool(reducing) and any(rate < 1 for rate in rates)
-    problems += check_score(score, spec) if reduces else []
+    problems += check_score(score, spec) if reduces and score is not None else []
     if reduces and reduce_at == "mid_block" and spec.block_spec is None:
         problems.append(
             "`reduce_at='mid_block'` needs blocks of norm, attention, norm and MLP with two residuals, which this "
@@ -92,7 +105,7 @@ def resolve_reductions(config: ReductionSettings, spec: ModelSpec) -> tuple[dict
         )
     if problems:
         return {}, problems
-    fuse = config.fuse_dropped is not False and config.mode != "full_view"
+    fuse = score is not None and config.fuse_dropped is not False and config.mode != "full_view"
     position = reduce_at or ("after_block" if spec.block_spec is None else "mid_block")
     return {
         index: Reduction(float(rate), fuse, position, score)  # type: ignore[arg-type]

@@ -47,8 +47,12 @@ class BSRConfig(BlockConfig):
             three quarters into the depth ({3, 6, 9} of 12).
         keep_rate: Share of the tokens (prefix not counted) that a reduction keeps, in (0, 1]; one for all, or a list
             with one for each of `reduction_blocks`. 1.0 switches reduction off. Default 0.5.
+        reduction: What happens to the others: `"drop"` (the paper's; lowest attention first) or `"merge"` (the most
+            similar tokens are averaged, weighted by the patches that each of them holds; no scores are needed, and in
+            full view each patch has the value of the token that it is part of), see `peft_bsr.core.merge_tokens`.
+            Default `"drop"`.
         fuse_dropped: Append one token summed from the dropped ones, weighted by their scores. Default None: True in
-            compact mode; in full view nothing is fused, as dropped tokens stay in the sequence.
+            compact mode; in full view nothing is fused, as dropped tokens stay in the sequence. Not with `"merge"`.
         reduce_at: `"mid_block"` (after attention and its residual, the paper's) or `"after_block"`. Default None:
             mid-block where the parts of the model's blocks are known.
         mode: `"compact"` (the sequence gets shorter) or `"full_view"` (it keeps its length outside of the blocks, so
@@ -56,7 +60,8 @@ class BSRConfig(BlockConfig):
             Default None: compact where no output changes its shape by it.
         score: What tokens are ranked by: `"class"` (the class token's attention, the paper's), `"mean_query"` or
             `"received"` for models without one, see `peft_bsr.core.token_scores`. Default None: the class token's
-            attention, or where there is none or the head reads other special tokens, the better of the two others.
+            attention, or where there is none or the head reads other special tokens, the better of the two others. Not
+            with `reduction="merge"`.
         trainable: `"full"` trains copies of the blocks' weights, `"lora"` a low-rank update of their Linear modules.
         r: Rank of the update, `trainable="lora"` only.
         lora_alpha: The update is scaled by `lora_alpha / r`, `trainable="lora"` only.
@@ -92,7 +97,7 @@ class BSRConfig(BlockConfig):
         task_weights: Name -> weight of the task's loss; 1 where there is none. Default None.
         moe: The trained blocks' MLPs become mixtures of experts with a gate for each task. Default None: dense blocks.
         preset: `"paper"` sets what the multitask release has, whatever these fields say: `keep_rate=0.7`,
-            `fuse_dropped=False`, and in `moe`, `renormalize=False`. Default None.
+            `reduction="drop"`, `fuse_dropped=False`, and in `moe`, `renormalize=False`. Default None.
 
     Raises:
         ConfigError: Naming every value that cannot be.
@@ -106,11 +111,15 @@ class BSRConfig(BlockConfig):
         default="every:4", metadata={"help": "Blocks that train: indices, 'every:n' or 'last:n'."}
     )
     reduction_blocks: list[int] | None = field(
-        default=None, metadata={"help": "Blocks that drop tokens; None = at 1/4, 1/2 and 3/4 of the depth, [] = none."}
+        default=None,
+        metadata={"help": "Blocks that reduce tokens; None = at 1/4, 1/2, 3/4 of the depth, [] = none."},
     )
     keep_rate: float | list[float] = field(
         default=0.5,
         metadata={"help": "Share of tokens kept at each reduction, one for all or one per block; 1.0 = off."},
+    )
+    reduction: str = field(
+        default="drop", metadata={"help": "'drop' the lowest ranked tokens (the paper's) or 'merge' the most similar."}
     )
     fuse_dropped: bool | None = field(
         default=None, metadata={"help": "Append one token fused from the dropped ones; None = in compact mode."}
@@ -133,7 +142,7 @@ class BSRConfig(BlockConfig):
         self.tasks, in_tasks = read_tasks(self.tasks)
         self.moe, in_moe = read_moe(self.moe)
         if self.preset == "paper":
-            self.keep_rate, self.fuse_dropped = 0.7, False
+            self.keep_rate, self.reduction, self.fuse_dropped = 0.7, "drop", False
             self.moe = None if self.moe is None else replace(self.moe, renormalize=False)
         self._misread = [*in_tasks, *in_moe]
         for name in ("trainable_blocks", "reduction_blocks", "keep_rate"):
@@ -152,6 +161,11 @@ class BSRConfig(BlockConfig):
             problems.append(
                 f"`gradient_tokens={self.gradient_tokens!r}` parts the tokens, but a mixture of experts balances and "
                 "counts all of them. Leave it 1.0, or `moe` None."
+            )
+        if self.reduction == "merge" and self.gradient_tokens != 1:
+            problems.append(
+                f"`gradient_tokens={self.gradient_tokens!r}` chooses tokens by their scores, and merged tokens have none. "
+                'Leave it 1.0, or use `reduction="drop"`.'
             )
         if self.moe is not None and self.tasks is None:
             problems.append("`moe` routes by task, but there are no `tasks`. Name them, one is enough.")

@@ -111,7 +111,7 @@ class BlockTuner(MethodTuner):
                 saved.saved_as[adapter_name] = saved_name
         for controller in controllers:
             controller.plans[adapter_name] = found.plan
-            controller.set_adapter(self.active_adapters)
+            controller.set_adapter(self.active_adapters, inference_mode=given.inference_mode)
 
     def _offloaded(self, model: nn.Module) -> list[str]:
         layers = [(n.removeprefix(ROOT), m) for n, m in model.named_modules() if isinstance(m, BlockWeights)]

@@ -114,9 +114,9 @@ class LoSAConfig(SavedConfig):
         if isinstance(self.layers, str):
             if _EVERY.fullmatch(self.layers):
                 return []
-            return [f"`layers={self.layers!r}` is not understood. Use indices such as `[3, 7, 11]`, or \"every:4\"."]
+            return [f'`layers={self.layers!r}` is not understood. Use indices such as `[3, 7, 11]`, or "every:4".']
         if not self.layers:
-            return [f"`layers={self.layers!r}` reads no block. Name some, or use \"every:1\" for all."]
+            return [f'`layers={self.layers!r}` reads no block. Name some, or use "every:1" for all.']
         return check_indices(self, "layers")
 
     def _check_written(self) -> list[str]:
@@ -135,7 +135,8 @@ class LoSAConfig(SavedConfig):
 
     def sizes(self) -> dict[str, tuple[int | None, ...]]:
         """See `AdapterFiles.sizes`."""
-        return {"channel_down.weight": (self.r, None), "token_down.weight": (self.token_r, None)}
+        sizes: dict[str, tuple[int | None, ...]] = {"channel_down.weight": (self.r, None)}
+        return sizes | ({"token_down.weight": (self.token_r, None)} if self.token_mixing else {})
 
     def read_layers(self, spec: ModelSpec) -> list[int]:
         """The blocks that are read, ascending; may lie outside of the model."""

@@ -1,7 +1,7 @@
 """The output of the frozen blocks before the first trained one, computed once and read from disk in every epoch.
 
 These blocks and the embeddings never change; without random augmentation they give the same tokens in every epoch. If
-all blocks are frozen and queries read them (SynQT), the cache stores the tokens that the queries read.
+all blocks are frozen and a side network reads them (SynQT, LoSA), the cache stores the tokens that it reads.
 """
 
 from __future__ import annotations

@@ -47,8 +47,8 @@ class LoSAConfig(SavedConfig):
         score: See `BSRConfig`.
         kept_tokens: How the one token tensor of each layer is kept for backward: `"full"` (as it is), `"bfloat16"`,
             `"float16"` or `"int8"` (256 steps, rounded stochastically). The forward does not change. Default `"full"`.
-        frozen_weights: `"full"`, or how the Linear weights of the backbone's blocks are rounded in the model itself, for
-            good: `"int8"` (needs torchao) or `"bfloat16"`, see `BSRConfig`. Default `"full"`.
+        frozen_weights: `"full"`, or how the Linear weights of the blocks are rounded in the model itself, for good:
+            `"int8"` (needs torchao) or `"bfloat16"`, see `BSRConfig`. Default `"full"`.
         init_weights: False starts away from the base model (PEFT's convention for tests). Default True.
         grid: Patches that the token mixers are made for, (rows, columns). Written when the adapter is attached; images
             of another size interpolate between them.

@@ -17,7 +17,7 @@ from peft_bsr.tuners.losa.config import LoSAConfig, patch_grid
 
 
 class SideMixer(nn.Module):
-    """`c + t` of the tokens u: `c = W_up gelu(W_down LN(u))` for each token, `t` the same for each channel of LN(u) + c.
+    """`c + t` of tokens u: `c = W_up gelu(W_down LN(u))` for each token, `t` the same for each channel of LN(u) + c.
 
     Both `up` start at zero.
 

@@ -34,7 +34,7 @@ _SOME = 64  # samples compared with `check_all=False`
 class FeatureCache(Dataset):
     """Memory-mapped input tokens of the first trained block, one row per image: a dataset to train its model on.
 
-    With SynQT they are the normalised tokens of every layer that is read, concatenated, and no block runs in training.
+    With SynQT and LoSA they are the tokens of every layer that is read, concatenated, and no block runs in training.
 
     Items are `cached_tokens` [N, D], `cached_origins` [A] (the kept patches, if a frozen block before reduces) and the
     other tensors of the samples (labels). Inside `read_by(model)` the model takes batches of them instead of images;

@@ -6,8 +6,8 @@
 
 Parts: `saved`, `side` (LoSA's side network), `gradients`, `time`, `lora` (PEFT's on every Linear beside ours), `cache`,
 `memory` (20 AdamW steps of each method in a fresh process), and with `--data`, `convergence` (200 steps of ViT-Ti on
-CIFAR-10; FOLDER holds `vit-tiny-patch16-224` and `cifar10-train-5000.parquet`). ViT-B/16, 224 px, fp32, random weights unless said: they
-change none of these figures but the gradients' errors.
+CIFAR-10; FOLDER holds `vit-tiny-patch16-224` and `cifar10-train-5000.parquet`). ViT-B/16, 224 px, fp32, random weights
+unless said: they change none of these figures but the gradients' errors.
 """
 
 from __future__ import annotations

@@ -93,7 +93,7 @@ class _Recomputed(torch.autograd.Function):
         tokens = restore_tokens(packed, ctx.shape, ctx.dtype).to(weights[0].dtype)
         needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[3:]]
         with torch.enable_grad(), torch.autocast(gradient.device.type, enabled=False):
-            inputs = [
+            inputs: list[Any] = [
                 tensor if tensor is None else tensor.detach().requires_grad_(asks)
                 for tensor, asks in zip((tokens, *weights), needs, strict=True)
             ]

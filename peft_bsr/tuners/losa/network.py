@@ -6,6 +6,7 @@ Shapes: B images, N tokens `[prefix | patches | suffix]`, A alive ones, D width,
 from __future__ import annotations
 
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,8 +55,8 @@ class SideMixer(nn.Module):
         Returns:
             [B, N or A, D], under autocast in its dtype, else in that of the weights.
         """
-        own = [self.norm, self.channel_down, self.channel_up]
-        weights = [tensor for module in own for tensor in (module.weight, module.bias)]
+        own: list[Any] = [self.norm, self.channel_down, self.channel_up]
+        weights: list[Tensor] = [tensor for module in own for tensor in (module.weight, module.bias)]
         if self.mixes_tokens:
             weights += self.token_weights(grid, places, num_fused)
         device = tokens.device.type

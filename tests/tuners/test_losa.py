@@ -26,7 +26,7 @@ SMALL = {"r": 4, "token_r": 3}
 @pytest.mark.parametrize(
     ("values", "text"),
     [
-        ({"r": 0}, "`r=0` must be a whole number from 1 to 65536"),
+        ({"r": 0}, "`r=0` must be an integer from 1 to 65536"),
         ({"token_r": 1.5}, "`token_r=1.5`"),
         ({"token_mixing": "no"}, "`token_mixing='no'` must be True or False"),
         ({"layers": []}, r"`layers=\[\]` reads no block"),
@@ -57,7 +57,7 @@ def losa(base: nn.Module, **settings) -> PeftModel:
     return get_peft_model(base, LoSAConfig(**SMALL, **settings)).eval()
 
 
-@pytest.mark.parametrize("family", ["vit_bare", "vit_mim", "yolos", "dpt", "vivit", "siglip", "dinov2_registers"])
+@pytest.mark.parametrize("family", ["vit_mim", "yolos", "dpt", "vivit", "siglip"])
 def test_any_head_gets_the_refined_tokens(family):
     """It starts as the model; the last mixer reaches the head, captured outputs too; the base comes back."""
     base = SUPPORTED[family]().eval()

@@ -105,10 +105,11 @@ def test_second_derivatives_are_refused(make_vit, images):
     ("settings", "parameters", "mib"),
     [
         ({}, 382_524 + 18_432, 12 * TOKEN),
-        (
+        pytest.param(
             {"r": 8, "token_r": 8, "layers": "every:4", "kept_tokens": "int8"},
             (197_052 + 18_432) // 4,
             3 * TOKEN * 13 / 48,
+            marks=pytest.mark.slow,
         ),
     ],
     ids=["all", "every fourth in int8"],
@@ -123,6 +124,7 @@ def test_vit_b_keeps_and_trains_what_is_promised(settings, parameters, mib):
     assert found.saved_bytes / 2 / 2**20 == pytest.approx(mib, rel=0.02)
 
 
+@pytest.mark.slow
 def test_what_is_estimated_is_kept(make_vit, images):
     config = LoSAConfig(r=4, token_r=4, keep_rate=0.5, kept_tokens="int8")
     expected = estimate(make_vit(), config, batch_size=2).saved_bytes

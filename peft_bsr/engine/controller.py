@@ -126,9 +126,7 @@ class BlockController(nn.Module):
     def instead(
         self, block: nn.Module, hidden_states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Tensor | None:
-        """What goes on if the block need not run, because the forward begins after it; None = it runs.
-
-        Asked at each call, before anything else.
+        """What goes on if the block need not run, because the forward begins after it; None = it runs. Asked first.
 
         Args:
             block: The block.

@@ -88,7 +88,7 @@ class _Recomputed(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-        number = len(MixerWeights._fields)
+        number = len(ctx.needs_input_grad) - 3  # of the weights, some of them None
         weights, packed = ctx.saved_tensors[:number], ctx.saved_tensors[number:]
         tokens = restore_tokens(packed, ctx.shape, ctx.dtype).to(weights[0].dtype)
         needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[3:]]

@@ -4,10 +4,10 @@
     python benchmarks/lean.py saved gradients        # parts of it
     python benchmarks/lean.py convergence --data FOLDER
 
-Parts: `saved`, `gradients`, `time`, `lora` (on every Linear, PEFT's beside ours), `cache`, `memory` (20 AdamW steps of
-each method in a fresh process), and with `--data`, `convergence` (200 steps of ViT-Ti on CIFAR-10; FOLDER holds
-`vit-tiny-patch16-224` and `cifar10-train-5000.parquet`). ViT-B/16, 224 px, fp32, random weights unless said: they
-change none of these figures but the gradients' errors.
+Parts: `saved`, `side` (LoSA's side network), `gradients`, `time`, `lora` (PEFT's on every Linear beside ours), `cache`,
+`memory` (20 AdamW steps of each method in a fresh process), and with `--data`, `convergence` (200 steps of ViT-Ti on
+CIFAR-10; FOLDER holds `vit-tiny-patch16-224` and `cifar10-train-5000.parquet`). ViT-B/16, 224 px, fp32, random weights
+unless said: they change none of these figures but the gradients' errors.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from peft_bsr import BSRConfig, FeatureCache
+from peft_bsr import BSRConfig, FeatureCache, LoSAConfig
 from peft_bsr.backbones import probe_inputs, tensors_of
-from peft_bsr.cost import PeakMemory, TrainingStep, compare, cost_table, count_flops, saved_activations
+from peft_bsr.cost import PeakMemory, TrainingStep, compare, cost_table, count_flops, estimate, saved_activations
 
 warnings.filterwarnings("ignore", category=FutureWarning)
 
@@ -89,6 +89,12 @@ BARS_MIB = {
     ("all blocks, gradients of 0.3", "exact"): 29.9,
     ("all blocks, gradients of 0.3", "max"): 10.82,
 }
+SIDE = {
+    "LoSA, all blocks": ({}, 6.9),
+    "LoSA, all blocks, int8": ({"kept_tokens": "int8"}, 1.9),
+    "LoSA, every fourth block": ({"layers": "every:4"}, 1.7),
+    "LoSA, every fourth block, int8": ({"layers": "every:4", "kept_tokens": "int8"}, 0.5),
+}
 SMALL = {"hidden_size": 192, "num_hidden_layers": 12, "num_attention_heads": 3, "intermediate_size": 768}
 SMALL |= {"image_size": 96, "patch_size": 16}
 FAMILIES: dict[str, Callable[[], nn.Module]] = {
@@ -117,6 +123,7 @@ def main() -> None:
         return
     parts: dict[str, Callable[[Any], str]] = {
         "saved": saved,
+        "side": side,
         "gradients": gradients,
         "time": times,
         "lora": low_rank,
@@ -149,6 +156,19 @@ def saved(args: argparse.Namespace) -> str:
             mib = saved_activations(model, lambda m=model, b=batch: m(**b).loss) / 2 / 2**20
             cells.append(verdict(f"{mib:.2f}", mib, BARS_MIB.get((plan, level))))
         rows.append([plan, *cells])
+    return table(rows) + "\n\nMiB per image kept for backward, each storage once, parameters excluded; batch 2."
+
+
+def side(args: argparse.Namespace) -> str:
+    """Saved activations of LoSA, measured and estimated, against their bars."""
+    rows = [["side network", "kept", "estimated", "trained, without norm and head"]]
+    for name, (settings, bar) in SIDE.items():
+        config, batch = LoSAConfig(**settings), random_batch(2, args.device)
+        expected = estimate(vit(args.device), config, batch_size=2).saved_bytes / 2 / 2**20
+        model = get_peft_model(vit(args.device), config).train()
+        mib = saved_activations(model, lambda m=model, b=batch: m(**b).loss) / 2 / 2**20
+        trained = sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and ".token_router." in n)
+        rows.append([name, verdict(f"{mib:.2f}", mib, 1.03 * bar), f"{expected:.2f}", f"{trained:,}"])
     return table(rows) + "\n\nMiB per image kept for backward, each storage once, parameters excluded; batch 2."
 
 

@@ -35,6 +35,7 @@ COLORS = {
     "bsr": "tab:blue",
     "alast": "tab:green",
     "synqt": "tab:purple",
+    "losa": "tab:pink",
 }
 
 

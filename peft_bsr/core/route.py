@@ -261,9 +261,9 @@ class ResumePoint:
         index: The block in front of which the place is.
         tokens: What this block gets, [B, N, D] as it comes; with `lengths`, what is read of blocks before the place,
             side by side, [B, sum(lengths), D]. None = stop there, and put all this here.
-        origins: Of the route there, see `Route`.
+        origins: Of the route there, see `Route`; with `lengths`, those of each block that is read.
         num_reductions: Of the route there.
-        lengths: Tokens of each block that is read, where blocks are read on the way (SynQT).
+        lengths: Tokens of each block that is read, where a side network reads blocks on the way.
         merged: Of the route there.
     """
 

@@ -85,8 +85,8 @@ def estimate(
     Args:
         model: A vision model of transformers, best without weights: `with torch.device("meta"): Class(config)`. Which
             of its parameters ask for gradients counts where `config` is None. It is not changed.
-        config: A `BSRConfig`, an `ALaSTConfig` (its first step is taken), a `SynQTConfig`, or any other of PEFT's; None
-            = train what asks for gradients (full fine-tuning). `frozen_weights="int8"` is counted without torchao.
+        config: Of a method of this package (of ALaST its first step is taken), or any other of PEFT; None = train what
+            asks for gradients (full fine-tuning). `frozen_weights="int8"` is counted without torchao.
         setup: How it is trained. Default `Setup()`.
         settings: Fields of `Setup` that count over it, such as `batch_size=8`.
 

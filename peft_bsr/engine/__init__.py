@@ -4,10 +4,12 @@ from peft_bsr.engine.compiled import Compiler
 from peft_bsr.engine.controller import CONTROLLER, BlockController
 from peft_bsr.engine.explain import describe_block, explain_blocks
 from peft_bsr.engine.int8 import watch_kept
+from peft_bsr.engine.kept_tokens import KeptTokens
 from peft_bsr.engine.living import LivingBytes
+from peft_bsr.engine.low_rank_mixer import MixerWeights, mix_tokens
 from peft_bsr.engine.parts import plain_mlp
 from peft_bsr.engine.plan import BlockPlan, GradientTokens, Lean, Mode, Plan, ReduceAt, Reduction
-from peft_bsr.engine.query_path import ROLES, KeptTokens, QueryPath, attention_mask, projections
+from peft_bsr.engine.query_path import ROLES, QueryPath, attention_mask, projections
 from peft_bsr.engine.record import find_forward, record_routes
 from peft_bsr.engine.record_scores import BlockScores, record_scores
 from peft_bsr.engine.resume import StopForwardError, run_from, run_until
@@ -27,6 +29,7 @@ __all__ = [
     "KeptTokens",
     "Lean",
     "LivingBytes",
+    "MixerWeights",
     "Mode",
     "Plan",
     "QueryPath",
@@ -40,6 +43,7 @@ __all__ = [
     "detach_controller",
     "explain_blocks",
     "find_forward",
+    "mix_tokens",
     "plain_mlp",
     "projections",
     "record_routes",

@@ -41,6 +41,7 @@ class BlockController(nn.Module):
         is_dynamic: Whether the plan changes from step to step.
         mixes: Whether it runs something in the place of the MLP where the plan has a mixture.
         observes: Whether it wants to see what the block does.
+        refines: Whether it gives on something else in the place of the block's tokens.
         aside: Why a half that was planned lean ran stock in the latest training forward, by half.
         roots: The model; in a list, so that it is no child.
         compiler: How the block's halves are compiled by themselves, or None.
@@ -50,6 +51,7 @@ class BlockController(nn.Module):
     is_dynamic = False
     mixes = False
     observes = False
+    refines = False
 
     def __init__(
         self, index: int, spec: ModelSpec, context: ForwardContext, rule: FamilyRule, plan: Plan | None = None
@@ -77,6 +79,16 @@ class BlockController(nn.Module):
 
     def observe(self, before: Tensor, after: Tensor) -> None:
         """See the block's tokens [B, N, D] before and [B, N', D] after it."""
+
+    def refine(self, block: nn.Module, tokens: Tensor, route: Route | None) -> Tensor:
+        """What goes on in the place of the block's tokens. Hooks on the block and captured outputs see that.
+
+        Args:
+            block: The block.
+            tokens: [B, N, D], what it gives.
+            route: After the block, or None where the plan reduces nothing.
+        """
+        raise NotImplementedError(f"{type(self).__name__} refines nothing")
 
     def side_effect_free(self) -> AbstractContextManager[Any]:
         """Forwards inside leave no trace on what the controller learns from forwards."""
@@ -111,8 +123,10 @@ class BlockController(nn.Module):
         is_full_view = plan is not None and plan.mode == "full_view"
         return Route(spec.num_prefix, num_patches, spec.num_suffix, is_full_view, call=self.context.now.call)
 
-    def passes(self, block: nn.Module, hidden_states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether the block need not run: the forward begins behind it. Asked at each call, before anything else.
+    def instead(
+        self, block: nn.Module, hidden_states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor | None:
+        """What goes on if the block need not run, because the forward begins after it; None = it runs. Asked first.
 
         Args:
             block: The block.
@@ -121,7 +135,8 @@ class BlockController(nn.Module):
             kwargs: Its keywords.
         """
         resume_point = self.context.now.resume_point
-        return resume_point is not None and resume_point.tokens is not None and self.index < resume_point.index
+        begins_after = resume_point is not None and resume_point.tokens is not None and self.index < resume_point.index
+        return hidden_states if begins_after else None
 
     def bound(self, block: nn.Module) -> BoundBlock:
         """The block's halves, looked up again if anything in the block has changed."""
@@ -205,9 +220,10 @@ class BlockController(nn.Module):
         if index == 0:
             now.route = self.start_route(hidden_states, plan) if plan.reduces else None
             now.split = None
-        if self.passes(block, hidden_states, tuple(others), kwargs):
+        given = self.instead(block, hidden_states, tuple(others), kwargs)
+        if given is not None:
             self._leave(None)
-            return (hidden_states,) if self.spec.returns_tuple else hidden_states
+            return (given,) if self.spec.returns_tuple else given
         own = plan.blocks[index]
         if now.resume_point is not None and index == now.resume_point.index:
             hidden_states = stop_or_resume(now, hidden_states)
@@ -218,11 +234,7 @@ class BlockController(nn.Module):
             kwargs = {**kwargs, "block_call": call}
             if call.is_traced:
                 now.running = call
-        if self.builds_graph:
-            output = run(hidden_states, *others, **kwargs)
-        else:
-            with torch.no_grad():
-                output = run(hidden_states, *others, **kwargs)
+        output = run(hidden_states, *others, **kwargs)
         if call is not None and call.is_traced:
             now.running = None
             if own.reduction is not None:
@@ -278,7 +290,7 @@ class BlockController(nn.Module):
         lean, is_traced = plan.lean, torch.compiler.is_compiling()
         if is_traced and (block.gradient_checkpointing or self.spec.block_spec is None):
             return None, False
-        reason = None if lean is None or lean.num_queries is None else self._other_reader(block)
+        reason = None if lean is None or lean.num_queries is None else self.other_reader(block)
         if lean is not None and reason is not None:
             lean = replace(lean, num_queries=None)
         if is_traced:
@@ -293,7 +305,7 @@ class BlockController(nn.Module):
             int8 = False
         return lean, int8
 
-    def _other_reader(self, block: Any) -> str | None:
+    def other_reader(self, block: Any) -> str | None:
         """What beside the head may look at the tokens that the last block gives, or None."""
         now = self.context.now
         if torch.compiler.is_compiling():

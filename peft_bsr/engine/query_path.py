@@ -11,7 +11,7 @@ Shapes: B images, N tokens, T queries, H heads, d head width, D width.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,9 @@ from torch.autograd.function import once_differentiable
 
 from peft_bsr.backbones import ModelSpec, apply_part
 from peft_bsr.core import absorb_key, apply_value, attend_plain, pooling_weights
-from peft_bsr.ops import PackedTensor, exact_parameters, group_size
+from peft_bsr.engine.kept_tokens import KeptTokens, keep_tokens, restore_tokens
+from peft_bsr.ops import exact_parameters
 
-KeptTokens = Literal["full", "bfloat16", "float16", "int8"]
 ROLES = ("query", "key", "value", "output")
 
 
@@ -139,24 +139,15 @@ class _PooledTokens(torch.autograd.Function):
     ) -> Tensor:
         values = tokens.to(query.dtype)
         weights = pooling_weights(query, values, scaling, hidden)
-        packed: tuple[Tensor, ...]
-        if kept == "int8":
-            dense = tokens.contiguous()
-            numbers = PackedTensor.of(dense.view(-1, group_size(dense)))
-            packed = (numbers.codes, numbers.smallest, numbers.step)
-        else:
-            packed = (tokens if kept == "full" else tokens.to(getattr(torch, kept)),)
-        ctx.save_for_backward(weights, *packed)
+        ctx.save_for_backward(weights, *keep_tokens(tokens, kept))
         ctx.scaling, ctx.shape, ctx.dtype = scaling, tokens.shape, tokens.dtype
         return torch.bmm(weights, values)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        weights, tokens, *grid = ctx.saved_tensors
-        if grid:
-            tokens = PackedTensor(tokens, grid[0], grid[1], ctx.dtype).unpack().view(ctx.shape)
-        values = tokens.to(gradient.dtype)
+        weights, *packed = ctx.saved_tensors
+        values = restore_tokens(tuple(packed), ctx.shape, ctx.dtype).to(gradient.dtype)
         into = torch.bmm(gradient, values.transpose(1, 2))
         into = weights * (into - (into * weights).sum(dim=-1, keepdim=True))
         return torch.bmm(into, values) * ctx.scaling, None, None, None, None
@@ -169,4 +160,4 @@ def _dtype_of(block: nn.Module, like: Tensor) -> torch.dtype:
     return next((p.dtype for p in exact_parameters(block)), like.dtype)
 
 
-__all__ = ["ROLES", "KeptTokens", "QueryPath", "attention_mask", "pool_tokens", "projections"]
+__all__ = ["ROLES", "QueryPath", "attention_mask", "pool_tokens", "projections"]

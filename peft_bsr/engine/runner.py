@@ -10,6 +10,7 @@ own forward. Reading "the latest route" there was wrong by 0.6 to 1.1, silently.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -71,7 +72,28 @@ class ControlledBlock(nn.Module):
             block_call: What is asked, or None to run the stock block on all it gets.
             **kwargs: For the block.
         """
-        stock = super().forward
+        controller: Any = self._modules[CONTROLLER]
+        if controller.builds_graph or controller.plan is None:
+            return self._run(super().forward, block_call, hidden_states, args, kwargs)
+        with torch.no_grad():
+            output = self._run(super().forward, block_call, hidden_states, args, kwargs)
+        if not controller.refines:
+            return output
+        tokens, *others = output if isinstance(output, tuple) else (output,)
+        route = controller.context.now.route
+        if block_call is not None and block_call.score is not None:
+            route = route.reduced(others[-1] if block_call.is_traced else block_call.origins)
+        refined = controller.refine(self, tokens, route)
+        return (refined, *others) if isinstance(output, tuple) else refined
+
+    def _run(
+        self,
+        stock: Callable[..., Any],
+        block_call: BlockCall | None,
+        hidden_states: Tensor,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
         if block_call is None:
             return stock(hidden_states, *args, **kwargs)
         controller: Any = self._modules[CONTROLLER]

@@ -16,7 +16,7 @@ from peft_bsr.tuners.base.layer import ROOT, AdapterController, SingleAdapterLay
 
 
 class CachePoint:
-    """The input of the first trained block, or the output of all blocks if none trains and queries read them.
+    """The input of the first trained block, or the output of all blocks if none trains and a side network reads them.
 
     Args:
         model: A model with an active adapter of ours.
@@ -24,7 +24,7 @@ class CachePoint:
     Attributes:
         plan: Plan of the active adapter.
         index: Index of the block whose input is stored; the depth of the model for the output of the last block.
-        layers: Blocks whose tokens are stored, if queries read them; otherwise empty.
+        layers: Blocks whose tokens are stored, if a side network reads them; otherwise empty.
 
     Raises:
         FeatureCacheError: If there is no adapter, it is disabled, or its plan changes from step to step.

@@ -27,7 +27,8 @@ def default_learning_rate(method: str, options: Mapping[str, Any] | None = None)
     """The default learning rate of a method.
 
     Args:
-        method: `"bsr"`, `"alast"`, `"synqt"`, `"lora"`, `"full"` (fine-tuning) or `"linear"` (the classifier alone).
+        method: `"bsr"`, `"alast"`, `"synqt"`, `"losa"`, `"lora"`, `"full"` (fine-tuning) or `"linear"` (the
+            classifier alone).
         options: Fields of the method's configuration, of which `trainable` is used. Default None: its defaults.
 
     Raises:

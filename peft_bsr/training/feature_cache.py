@@ -1,7 +1,7 @@
 """The output of the frozen blocks before the first trained one, computed once and read from disk in every epoch.
 
 These blocks and the embeddings never change; without random augmentation they give the same tokens in every epoch. If
-all blocks are frozen and queries read them (SynQT), the cache stores the tokens that the queries read.
+all blocks are frozen and a side network reads them (SynQT, LoSA), the cache stores the tokens that it reads.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _SOME = 64  # samples compared with `check_all=False`
 class FeatureCache(Dataset):
     """Memory-mapped input tokens of the first trained block, one row per image: a dataset to train its model on.
 
-    With SynQT they are the normalised tokens of every layer that is read, concatenated, and no block runs in training.
+    With SynQT and LoSA they are the tokens of every layer that is read, concatenated, and no block runs in training.
 
     Items are `cached_tokens` [N, D], `cached_origins` [A] (the kept patches, if a frozen block before reduces),
     `cached_merged` [M] (the token that each patch is part of, if it merges) and the other tensors of the samples

@@ -8,6 +8,7 @@ from peft_bsr.tuners.alast import ALaSTCallback, ALaSTConfig, ALaSTModel, Budget
 from peft_bsr.tuners.base.method import METHODS, MethodInfo, describe_plan, known_method, method_of, register, resolve
 from peft_bsr.tuners.base.resolution import Resolution
 from peft_bsr.tuners.bsr import BSRConfig, BSRModel, add_task, export_task
+from peft_bsr.tuners.losa import LoSAConfig, LoSAModel
 from peft_bsr.tuners.synqt import SynQTConfig, SynQTModel
 
 for _folder in iter_modules(__path__):
@@ -21,6 +22,8 @@ __all__ = [
     "BSRConfig",
     "BSRModel",
     "BudgetRecord",
+    "LoSAConfig",
+    "LoSAModel",
     "MethodInfo",
     "Resolution",
     "SynQTConfig",

@@ -20,7 +20,7 @@ from peft_bsr.exporting import ExportReport
 def test_inspect_a_model(run, run_json, base):
     said = run_json("inspect", base)
     assert (said["family"], said["blocks"], said["tokens"]) == ("vit", 4, "17: 1 special, 16 patches")
-    assert said["methods"] == {"bsr": None, "alast": None, "synqt": None}
+    assert said["methods"] == {"bsr": None, "alast": None, "losa": None, "synqt": None}
     code, out, _ = run("inspect", base)
     assert code == 0
     assert "17: 1 special, 16 patches" in out
@@ -148,7 +148,7 @@ def test_a_run_goes_on(run, run_json, trained, base, images, tmp_path):
     assert [entry["step"] for entry in state["log_history"] if "eval_loss" in entry] == [2, 3]
 
 
-@pytest.mark.parametrize("method", ["alast", "synqt"])
+@pytest.mark.parametrize("method", ["alast", "losa", "synqt"])
 def test_train_by_the_other_methods(method, run_json, base, images, tmp_path):
     command = ["train", "--model", base, "--dataset", images, "--method", method, "--output", tmp_path]
     said = run_json(*command, "--max-steps", "1", "--batch-size", "4", "--no-measuring")

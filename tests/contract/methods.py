@@ -9,10 +9,11 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from peft_bsr import ALaSTConfig, BSRConfig, SynQTConfig
+from peft_bsr import ALaSTConfig, BSRConfig, LoSAConfig, SynQTConfig
 
 LINEARS = {f"attention.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")} | {"mlp.fc1", "mlp.fc2"}
 NORMS = {"layernorm_before", "layernorm_after"}
+MIXER = {"norm", "channel_down", "channel_up", "token_down", "token_up"}
 RANK = 4
 
 
@@ -37,6 +38,15 @@ class Method:
         return self.config_class is SynQTConfig
 
     @property
+    def is_losa(self) -> bool:
+        return self.config_class is LoSAConfig
+
+    @property
+    def merges(self) -> bool:
+        """Whether it trains the blocks' own weights, and not a side network."""
+        return not (self.is_synqt or self.is_losa)
+
+    @property
     def is_alast(self) -> bool:
         return self.config_class is ALaSTConfig
 
@@ -45,13 +55,18 @@ class Method:
         return self.defaults.get("trainable") == "lora"
 
     @property
+    def in_blocks(self) -> set[str]:
+        """Modules of the blocks that train."""
+        return set() if self.is_losa else LINEARS if self.is_lora else LINEARS | NORMS
+
+    @property
     def reduces(self) -> bool:
         """In evaluation."""
         return not self.is_alast and self.defaults.get("keep_rate", 1.0) < 1
 
     @property
     def peft_type(self) -> str:
-        return "SYNQT" if self.is_synqt else "ALAST" if self.is_alast else "BSR"
+        return str(self.config_class().peft_type.value)
 
     @property
     def container(self) -> str:
@@ -92,12 +107,14 @@ class Method:
         if self.is_synqt:
             names = (key for key, _ in model.named_parameters() if f".synqt_params.{name}." in key)
             return {key.replace(f".synqt_params.{name}.", ".synqt_params.") for key in names}
-        in_blocks = LINEARS if self.is_lora else LINEARS | NORMS
+        in_blocks = self.in_blocks
         param_modules = {f"vit.layers.{block}.{leaf}" for block in self.blocks for leaf in in_blocks}
         parameters = ("lora_A", "lora_B") if self.is_lora else ("weight", "bias")
         keys = {f"{leaf}.bsr_params.{p}" for leaf in param_modules for p in parameters}
         keys |= {f"{leaf}.bsr_params.{p}" for leaf in ("vit.layernorm", "classifier") for p in ("weight", "bias")}
         keys |= {"vit.layers.0.token_router.bsr_state"} if self.is_alast else set()
+        for block in self.blocks if self.is_losa else ():
+            keys |= {f"vit.layers.{block}.token_router.bsr_params.{m}.{p}" for m in MIXER for p in ("weight", "bias")}
         return {f"base_model.model.{key}" for key in keys}
 
     def num_trained(self, base: nn.Module) -> int:
@@ -106,7 +123,9 @@ class Method:
             p.numel() for leaf in ("vit.layernorm", "classifier") for p in base.get_submodule(leaf).parameters()
         )
         for block in self.blocks:
-            for leaf in LINEARS if self.is_lora else LINEARS | NORMS:
+            if self.is_losa:  # width 32, 17 tokens
+                total += 2 * 32 + 2 * 32 * RANK + RANK + 32 + 2 * 17 * RANK + RANK + 17
+            for leaf in self.in_blocks:
                 module: Any = base.get_submodule(f"vit.layers.{block}.{leaf}")
                 whole = sum(p.numel() for p in module.parameters())
                 total += RANK * (module.in_features + module.out_features) if self.is_lora else whole
@@ -130,4 +149,5 @@ METHODS: dict[str, Method] = {
     "alast": Method(ALaSTConfig, {"trainable_blocks_per_step": 2}, (0, 1, 2, 3), {"initial_budget": 0.7}),
     "synqt": _synqt(keep_rate=1.0),
     "synqt_reduced": _synqt(keep_rate=0.5),
+    "losa": Method(LoSAConfig, {"layers": [1, 3], "r": RANK, "token_r": RANK}, other={"layers": [2]}),
 }

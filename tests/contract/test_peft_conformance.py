@@ -15,13 +15,13 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageClassification, ViTForImageClassification
 
-from peft_bsr import AdapterFileError, AdapterNameWarning, ALaSTModel, BSRModel, SynQTModel
+from peft_bsr import AdapterFileError, AdapterNameWarning, ALaSTModel, BSRModel, LoSAModel, SynQTModel
 
 NEEDS_OWN_KEYS = (
     "peft 0.20 leaves the adapter's name in the keys of nested modules; PeftModel reads them, others do not"
 )
 HAS_OWN_KEYS = hasattr(BaseTuner, "_remove_adapter_name_from_key")
-MODELS = {"BSR": BSRModel, "ALAST": ALaSTModel, "SYNQT": SynQTModel}
+MODELS = {"BSR": BSRModel, "ALAST": ALaSTModel, "SYNQT": SynQTModel, "LOSA": LoSAModel}
 TRICKY_NAMES = {
     "BSR": ["other", "attention", "q_proj", "classifier", "layers", "weight", "bsr", "params", "1"],
     "ALAST": ["other", "attention", "q_proj", "classifier", "alast", "bsr_state", "1"],
@@ -67,9 +67,9 @@ def test_attributes(model, method):
     assert isinstance(model.get_base_model(), ViTForImageClassification)
     for name in ("save_pretrained", "load_adapter", "merge_and_unload", "print_trainable_parameters"):
         assert hasattr(model, name)
-    trained = [] if method.is_synqt else list(method.blocks)
+    trained = list(method.blocks) if method.merges else []
     assert model.base_model.plan().trained_blocks == trained
-    if method.is_synqt:
+    if not method.merges:
         assert model.base_model.layers() == list(method.blocks)
 
 
@@ -97,8 +97,10 @@ def test_status(model, method):
     if method.is_synqt:
         assert sorted(kinds) == ["synqt.SynQTHead"] + 4 * ["synqt.SynQTController"]
     else:
-        controller = "alast.ALaSTController" if method.is_alast else "bsr.BSRController"
-        param_modules = 6 if method.is_lora else 8
+        controller = {"ALAST": "alast.ALaSTController", "LOSA": "losa.LoSAController"}.get(
+            method.peft_type, "bsr.BSRController"
+        )
+        param_modules = len(method.in_blocks)
         assert sorted(kinds) == sorted(
             (len(method.blocks) * param_modules + 2) * ["bsr.BlockWeights"] + 4 * [controller]
         )
@@ -121,7 +123,7 @@ def test_status(model, method):
 
 
 def test_status_of_merged_and_disabled(model, method):
-    if not method.is_synqt:
+    if method.merges:
         model.merge_adapter()
         status = model.get_model_status()
         assert (status.merged_adapters, status.enabled) == (["default"], True)

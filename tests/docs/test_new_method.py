@@ -42,7 +42,7 @@ assert "a network of 8 reads the mean of their tokens" in Path("side-adapter", "
 said = io.StringIO()
 with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
     main(["train", "--help"])
-assert "bsr, alast, synqt, side" in " ".join(said.getvalue().split()), said.getvalue()
+assert "bsr, alast, losa, synqt, side" in " ".join(said.getvalue().split()), said.getvalue()
 said = io.StringIO()
 with contextlib.redirect_stdout(said):
     assert main(["inspect", "vit", "--json"]) == 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from torch import nn
@@ -15,7 +15,7 @@ from peft_bsr.errors import ConfigError
 from peft_bsr.tuners.blocks.config import BlockConfig
 from peft_bsr.tuners.blocks.layer import BlockWeights
 
-Way = Literal["copy", "low_rank", "heads", "mixture"]
+Way = Literal["copy", "low_rank", "heads", "mixture", "mixer"]
 OtherTargets = Callable[[nn.Module, ModelSpec, Any, Plan], dict[str, Way]]
 
 
@@ -66,7 +66,7 @@ def resolve_targets(
         targets.update(dict.fromkeys([name for name in spec.head if not is_excluded(config, name)], "copy"))
     targets |= other
     for name in targets:
-        if targets[name] != "mixture" and isinstance(model.get_submodule(name), AuxiliaryTrainingWrapper):
+        if not name.endswith(f".{CONTROLLER}") and isinstance(model.get_submodule(name), AuxiliaryTrainingWrapper):
             problems.append(
                 f"another adapter trains {name!r} through `modules_to_save`, this one as part of its own weights. Name "
                 "it in `modules_to_save` of both or of neither."
@@ -78,15 +78,16 @@ def resolve_targets(
     return requested, targets, {place: name for place, name in places.items() if name in targets}
 
 
-def _places(spec: ModelSpec, plan: Plan, others: Collection[str]) -> dict[str, str]:
+def _places(spec: ModelSpec, plan: Plan, others: Mapping[str, Way]) -> dict[str, str]:
     """Canonical place -> module name of all that this plan may train."""
     places = {
         f"blocks.{index}.{role}": f"{spec.blocks[index]}.{leaf}"
         for index in plan.trained_blocks
         for role, leaf in spec.paths.items()
     }
-    controllers = {f"blocks.{index}.mixture": f"{block}.{CONTROLLER}" for index, block in enumerate(spec.blocks)}
-    places |= {place: controller for place, controller in controllers.items() if controller in others}
+    for index, block in enumerate(spec.blocks):
+        controller = f"{block}.{CONTROLLER}"
+        places |= {f"blocks.{index}.{others[controller]}": controller} if controller in others else {}
     return places | {f"head.{i}": name for i, name in enumerate(spec.head)}
 
 
@@ -179,7 +180,7 @@ def _check_tied(model: nn.Module, names: list[str]) -> list[str]:
 
 def _early(model: nn.Module, spec: ModelSpec, plan: Plan, config: BlockConfig) -> set[str]:
     """Modules of `modules_to_save` that lie before the place where the gradient ends."""
-    if not plan.cuts_gradient:
+    if not plan.cuts_gradient or not config.modules_to_save:
         return set()
     reached = (*spec.head, *spec.blocks[min(plan.trained_blocks) :])
     names = {name for saved in config.modules_to_save or () for name in _named(model, saved)}

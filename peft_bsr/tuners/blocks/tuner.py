@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from peft_bsr.backbones import ModelSpec, StockRun, find_rule, probe, quiet, seed
 from peft_bsr.compat.peft_api import AuxiliaryTrainingWrapper, ExcludedModule
 from peft_bsr.core import ForwardContext
-from peft_bsr.engine import Plan, attach_controller
+from peft_bsr.engine import CONTROLLER, Plan, attach_controller
 from peft_bsr.errors import AdapterError, ReductionNotMergedWarning
 from peft_bsr.selftest import verify_gradient_tokens, verify_lean, verify_plan
 from peft_bsr.tuners.base.classifier import without_layer
@@ -111,7 +111,7 @@ class BlockTuner(MethodTuner):
                 saved.saved_as[adapter_name] = saved_name
         for controller in controllers:
             controller.plans[adapter_name] = found.plan
-            controller.set_adapter(self.active_adapters)
+            controller.set_adapter(self.active_adapters, inference_mode=given.inference_mode)
 
     def _offloaded(self, model: nn.Module) -> list[str]:
         layers = [(n.removeprefix(ROOT), m) for n, m in model.named_modules() if isinstance(m, BlockWeights)]
@@ -126,6 +126,11 @@ class BlockTuner(MethodTuner):
         return find_controllers(model)
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:
+        """A block whose controller, which may not be there yet, gets something: the block stands for it."""
+        if f"{key}.{CONTROLLER}" in peft_config.resolution.targets:
+            return True
+        if key.endswith(f".{CONTROLLER}"):
+            return False
         return ExcludedModule() if is_excluded(peft_config, key) else key in peft_config.resolution.targets
 
     def _create_and_replace(
@@ -139,12 +144,17 @@ class BlockTuner(MethodTuner):
         parameter_name: str | None = None,
     ) -> None:
         layer: Any = target
-        if not isinstance(target, BlockWeights):
-            layer = BlockWeights(target)
-            setattr(parent, target_name, layer)
-        way = peft_config.resolution.targets.get(current_key)
-        other = self._other_module(way, peft_config, layer)
-        layer.update_layer(adapter_name, peft_config, low_rank=way == "low_rank", other=other)
+        found = peft_config.resolution
+        if f"{current_key}.{CONTROLLER}" in found.targets:
+            layer = self._attached_controllers(self.model, found.spec)[found.spec.blocks.index(current_key)]
+            layer.update_layer(adapter_name, peft_config, target)
+        else:
+            if not isinstance(target, BlockWeights):
+                layer = BlockWeights(target)
+                setattr(parent, target_name, layer)
+            way = found.targets.get(current_key)
+            other = self._other_module(way, peft_config, layer)
+            layer.update_layer(adapter_name, peft_config, low_rank=way == "low_rank", other=other)
         layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
 
     def _other_module(self, way: Way | None, config: Any, layer: Any) -> nn.Module | None:

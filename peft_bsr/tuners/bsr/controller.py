@@ -71,7 +71,7 @@ class BSRController(MergeableController):
         self.observes = index == spec.depth - 1
         self.register_load_state_dict_pre_hook(drop_saved_name)
 
-    def update_mixture(self, adapter_name: str, config: Any, block: nn.Module) -> None:
+    def update_layer(self, adapter_name: str, config: Any, block: nn.Module) -> None:
         """Add an adapter's mixture, made of the block's pretrained MLP.
 
         Args:

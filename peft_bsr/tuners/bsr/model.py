@@ -86,30 +86,6 @@ class BSRModel(BlockTuner):
         inside = [f"{name}.{p}" for name, m in model.named_modules() if id(m) in mlps for p, _ in m.named_parameters()]
         return super()._offloaded(model) + inside
 
-    def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:
-        """A block with a mixture: its controller, which may not be there yet, gets it."""
-        if f"{key}.{CONTROLLER}" in peft_config.resolution.targets:
-            return True
-        return False if key.endswith(f".{CONTROLLER}") else super()._check_target_module_exists(peft_config, key)
-
-    def _create_and_replace(
-        self,
-        peft_config: Any,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        parameter_name: str | None = None,
-    ) -> None:
-        found = peft_config.resolution
-        if f"{current_key}.{CONTROLLER}" in found.targets:
-            controller = self._attached_controllers(self.model, found.spec)[found.spec.blocks.index(current_key)]
-            controller.update_mixture(adapter_name, peft_config, target)
-            controller.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
-            return
-        super()._create_and_replace(peft_config, adapter_name, target, target_name, parent, current_key, parameter_name)
-
     def _other_module(self, way: Way | None, config: Any, layer: Any) -> nn.Module | None:
         """Heads of several tasks."""
         if way != "heads":

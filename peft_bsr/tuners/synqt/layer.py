@@ -93,8 +93,10 @@ class SynQTController(AdapterController):
         name = self.carried_adapter
         return [] if name is None else self.layers[name]
 
-    def passes(self, block: nn.Module, hidden_states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Read the block, if its turn has come; whether it need not run, because nobody reads what it gives.
+    def instead(
+        self, block: nn.Module, hidden_states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor | None:
+        """Read the block, if its turn has come; what goes on if nobody reads what it gives, so that it need not run.
 
         Args:
             block: The block.
@@ -125,7 +127,7 @@ class SynQTController(AdapterController):
                     self._read(name, block, tokens, hidden)
                 else:
                     self._collect(tokens, layers)
-        return begins_behind or self.index >= layers[-1]
+        return hidden_states if begins_behind or self.index >= layers[-1] else None
 
     def _alive(self, hidden_states: Tensor, args: Any, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
         """The tokens that are left on the running route, and which of them are padding."""

@@ -1,0 +1,39 @@
+"""Tokens kept for backward beside a frozen backbone: as they are, or rounded."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from peft_bsr.ops import PackedTensor, group_size
+
+KeptTokens = Literal["full", "bfloat16", "float16", "int8"]
+
+
+def keep_tokens(tokens: Tensor, kept: KeptTokens) -> tuple[Tensor, ...]:
+    """What `restore_tokens` makes tokens of: one tensor, or codes, smallest numbers and steps."""
+    if kept == "full":
+        return (tokens,)
+    if kept != "int8":
+        return (tokens.to(getattr(torch, kept)),)
+    dense = tokens.contiguous()
+    numbers = PackedTensor.of(dense.view(-1, group_size(dense)))
+    return numbers.codes, numbers.smallest, numbers.step
+
+
+def restore_tokens(packed: tuple[Tensor, ...], shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """The tokens, of that shape; rounded to 16 bits they stay in these.
+
+    Args:
+        packed: From `keep_tokens`.
+        shape: They had.
+        dtype: They had.
+    """
+    if len(packed) == 1:
+        return packed[0]
+    return PackedTensor(packed[0], packed[1], packed[2], dtype).unpack().view(shape)
+
+
+__all__ = ["KeptTokens", "keep_tokens", "restore_tokens"]

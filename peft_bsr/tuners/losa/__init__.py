@@ -1,0 +1,20 @@
+"""LoSA, Low-rank Side Adaptation (arXiv 2402.02887)."""
+
+from peft_bsr.tuners.base.method import MethodInfo, register
+from peft_bsr.tuners.losa.config import LoSAConfig
+from peft_bsr.tuners.losa.model import LoSAModel
+from peft_bsr.tuners.losa.words import describe
+
+register(
+    MethodInfo(
+        name="losa",
+        title="Low-rank Side Adaptation (LoSA)",
+        paper="arXiv 2402.02887",
+        config=LoSAConfig,
+        tuner=LoSAModel,
+        learning_rates={None: 1e-2},
+        describe=describe,
+    )
+)
+
+__all__ = ["LoSAConfig", "LoSAModel"]

@@ -1,0 +1,72 @@
+"""The tuner: puts LoSA beside a frozen vision transformer, the way PEFT expects."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+from torch import nn
+
+from peft_bsr.backbones import ModelSpec
+from peft_bsr.engine import CONTROLLER, Plan
+from peft_bsr.errors import AdapterError
+from peft_bsr.tuners.base.layer import find_controllers
+from peft_bsr.tuners.blocks.targets import Way
+from peft_bsr.tuners.blocks.tuner import BlockTuner
+from peft_bsr.tuners.losa.layer import LoSAController
+
+
+class LoSAModel(BlockTuner):
+    """LoSA on a vision transformer; made by `get_peft_model(model, LoSAConfig())`.
+
+    All checks (the model's spec, the plan on this model) run before the first change.
+
+    Args:
+        model: A supported vision transformer, see `peft_bsr.probe_model`.
+        config: The configuration.
+        adapter_name: Name of the adapter, default `"default"`.
+
+    Raises:
+        UnsupportedModelError: With the reason that the probe found.
+        ConfigError: Naming everything that this model does not allow.
+
+    Examples:
+        >>> from peft import get_peft_model
+        >>> from peft_bsr import LoSAConfig
+        >>> from transformers import ViTConfig, ViTForImageClassification
+        >>> tiny = ViTConfig(hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=64)
+        >>> model = get_peft_model(ViTForImageClassification(tiny), LoSAConfig(layers="every:2"))
+        >>> model.base_model.layers()
+        [1, 3]
+    """
+
+    controller_cls = LoSAController
+    merges = False
+
+    def layers(self, adapter_name: str | None = None) -> list[int]:
+        """The blocks that an adapter reads, default the active one.
+
+        Raises:
+            AdapterError: If there is none of that name.
+        """
+        self.plan(adapter_name)
+        layers: list[int] = find_controllers(self.model)[0].layers[adapter_name or self.active_adapters[0]]
+        return layers
+
+    @classmethod
+    def _other_targets(cls, model: nn.Module, spec: ModelSpec, config: Any, plan: Plan) -> dict[str, Way]:
+        """The mixers, at the blocks' controllers."""
+        return {f"{spec.blocks[index]}.{CONTROLLER}": "mixer" for index in config.read_layers(spec)}
+
+    def _assign(self, model: nn.Module, adapter_name: str, given: Any, found: Any) -> None:
+        for controller in self._attached_controllers(model, found.spec):
+            controller.layers[adapter_name] = self.peft_config[adapter_name].read_layers(found.spec)
+        super()._assign(model, adapter_name, given, found)
+
+    def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> NoReturn:
+        raise AdapterError(
+            "LoSA cannot be merged: its mixers compute beside the backbone, whose weights they leave alone. Keep the "
+            "adapter to use it, or call `unload()` for the base model."
+        )
+
+
+__all__ = ["LoSAModel"]

@@ -1,4 +1,4 @@
-"""Ways to train a model that fit into a memory budget, found before anything trains; without images, without weights."""
+"""Ways to train a model that fit into a memory budget, found before anything trains; weights are read with `--data`."""
 
 from __future__ import annotations
 

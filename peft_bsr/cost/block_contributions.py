@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Subset, default_collate
 from tqdm.auto import tqdm
 
 from peft_bsr.backbones import ModelSpec, in_mode, probe_model
+from peft_bsr.cost.trials import gains_of_trials
 from peft_bsr.errors import ConfigError
 from peft_bsr.training import default_learning_rate
 from peft_bsr.training.side_effect_free import side_effect_free
@@ -113,7 +114,7 @@ def contributions(
     *,
     batch_size: int = 32,
     collate: Callable[[list[Any]], dict[str, Any]] = default_collate,
-    head_epochs: int = 3,
+    epochs: int = 3,
     progress: bool = True,
 ) -> Contributions:
     """Measure what each block of `model` would gain by training on `dataset`.
@@ -121,8 +122,8 @@ def contributions(
     First the head (with the final norm) trains for a few steps, as a new one says nothing about what lies before it.
     `"sensitivity"` then takes one backward a batch; every block runs under a checkpoint of its own and each gradient
     is squared and let go as soon as it is there, so that the inputs of the blocks, one block's activations and one
-    gradient are alive at a time. `"trial"` trains each block by itself, whole and low-rank, for as many steps as there
-    are batches, from a feature cache in a temporary folder, on a copy of the model; it takes minutes. The model is left
+    gradient are alive at a time. `"trial"` trains each block by itself, whole and low-rank, on four fifths of the
+    samples, from a feature cache in a temporary folder and on a copy of the model; it takes minutes. The model is left
     bit for bit as it was.
 
     Source: sensitivities as in SPT, arXiv 2303.08566; trials as the contribution analysis of arXiv 2206.15472.
@@ -136,7 +137,8 @@ def contributions(
         kind: `"sensitivity"` (seconds) or `"trial"` (minutes). Default `"sensitivity"`.
         batch_size: Images of each. Default 32.
         collate: Makes a batch of samples. Default torch's.
-        head_epochs: Passes over these batches in which the head trains first; 0 takes it as it is. Default 3.
+        epochs: Passes over these batches: of the head before sensitivities, 0 takes it as it is; of each run of a
+            trial. Default 3.
         progress: Show a bar. Default True.
 
     Returns:
@@ -150,28 +152,26 @@ def contributions(
         >>> found = contributions(model, train_dataset)  # doctest: +SKIP
         >>> found.save("contributions.json")  # doctest: +SKIP
     """
-    _check(model, dataset, batches, batch_size, kind, head_epochs)
+    _check(model, dataset, batches, batch_size, kind, epochs)
     spec = probe_model(model)
     drawn = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[: batches * batch_size].tolist()
     samples = Subset(dataset, drawn)
     loader = DataLoader(samples, batch_size, collate_fn=collate)
     if kind == "trial":
-        from peft_bsr.cost.trials import gains_of_trials
-
-        whole, low_rank = gains_of_trials(model, spec, samples, batch_size, collate, progress)
-        return Contributions(kind, whole, low_rank, len(samples))
+        how: Any = {"batch_size": batch_size, "epochs": epochs, "collate": collate, "progress": progress}
+        return Contributions(kind, *gains_of_trials(model, spec, samples, _loss_of, **how), len(samples))
     with (
-        tqdm(total=(head_epochs + 1) * len(loader), desc="Contributions", unit="batch", disable=not progress) as bar,
+        tqdm(total=(epochs + 1) * len(loader), desc="Contributions", unit="batch", disable=not progress) as bar,
         side_effect_free(model),
         in_mode(False, model),
         torch.enable_grad(),
-        _trained_head(model, spec, loader, head_epochs, bar),
+        _trained_head(model, spec, loader, epochs, bar),
     ):
         return Contributions(kind, *_sensitivities(model, spec, loader, bar), len(samples))
 
 
-def _check(model: Any, dataset: Any, batches: int, batch_size: int, kind: str, head_epochs: int) -> None:
-    least = {"batches": (batches, 1), "batch_size": (batch_size, 1), "head_epochs": (head_epochs, 0)}
+def _check(model: Any, dataset: Any, batches: int, batch_size: int, kind: str, epochs: int) -> None:
+    least = {"batches": (batches, 1), "batch_size": (batch_size, 1), "epochs": (epochs, 0)}
     problems = [
         f"`{name}={value!r}` must be a whole number of at least {low}."
         for name, (value, low) in least.items()
@@ -179,6 +179,8 @@ def _check(model: Any, dataset: Any, batches: int, batch_size: int, kind: str, h
     ]
     if kind not in get_args(Kind):
         problems.append(f'`kind={kind!r}` must be "sensitivity" or "trial".')
+    if kind == "trial" and epochs == 0:
+        problems.append("`epochs=0` trains nothing in a trial. Give 1 at least.")
     if len(dataset) < 2:
         problems.append(f"`dataset` has {len(dataset)} samples; 2 at least are needed.")
     if getattr(model, "peft_config", None) is not None:
@@ -189,7 +191,7 @@ def _check(model: Any, dataset: Any, batches: int, batch_size: int, kind: str, h
         raise ConfigError.from_problems("contributions", problems)
 
 
-def loss_of(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+def _loss_of(model: nn.Module, batch: dict[str, Any]) -> Tensor:
     """The loss of one batch.
 
     Raises:
@@ -217,7 +219,7 @@ def _trained_head(model: nn.Module, spec: ModelSpec, loader: Any, epochs: int, b
         for _ in range(epochs):
             for batch in loader:
                 if optimizer is not None:
-                    loss_of(model, batch).backward()
+                    _loss_of(model, batch).backward()
                     optimizer.step()
                     optimizer.zero_grad(set_to_none=True)
                 bar.update()
@@ -252,7 +254,7 @@ def _sensitivities(
                     parameter.requires_grad_(True)
                     stack.callback(parameter.register_post_accumulate_grad_hook(square).remove)
         for batch in loader:
-            loss_of(model, batch).backward()
+            _loss_of(model, batch).backward()
             bar.update()
 
     def mean(parameter: nn.Parameter) -> float:

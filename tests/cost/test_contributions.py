@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from peft_bsr import BSRConfig, ConfigError
 from peft_bsr.cost import Contributions, Setup, contributions, estimate, plan_for_budget
-from peft_bsr.cost.selection import best_set
+from peft_bsr.cost.selection import _Search, _Tokens, best_set
 from peft_bsr.cost.ways import tokens_of
 from peft_bsr.tuners.base.layer import find_controllers
 from peft_bsr.viz import draw_contributions
@@ -47,7 +48,7 @@ def squared(gradient):
 
 
 def test_sensitivities_are_the_squares_of_autograd(vit, samples):
-    found = contributions(vit, samples, head_epochs=0, **CHECK)
+    found = contributions(vit, samples, epochs=0, **CHECK)
     expected = [0.0] * 4
     for batch in batches_of(samples):
         vit.zero_grad()
@@ -70,7 +71,7 @@ def test_sensitivities_are_the_squares_of_autograd(vit, samples):
 
 
 def test_a_low_rank_update_counts_with_what_is_expected_over_its_draw(vit, samples):
-    found = contributions(vit, samples, head_epochs=0, **CHECK)
+    found = contributions(vit, samples, epochs=0, **CHECK)
     model = get_peft_model(copy.deepcopy(vit), BSRConfig(trainable_blocks=[1], reduction_blocks=[], trainable="lora"))
     model.eval()
     pairs = [m for _, m in model.named_modules() if hasattr(m, "lora_A")]
@@ -88,7 +89,7 @@ def test_a_low_rank_update_counts_with_what_is_expected_over_its_draw(vit, sampl
     assert found.of_blocks("lora")[1] == pytest.approx(total, rel=0.1)
 
 
-@pytest.mark.parametrize("kind", ["sensitivity", "trial"])
+@pytest.mark.parametrize("kind", ["sensitivity", pytest.param("trial", marks=pytest.mark.slow)])
 def test_the_model_is_bit_for_bit_as_it_was(kind, vit, samples):
     vit.vit.embeddings.requires_grad_(False)
     vit.classifier.weight.grad = torch.ones_like(vit.classifier.weight)
@@ -110,7 +111,7 @@ def test_the_model_is_bit_for_bit_as_it_was(kind, vit, samples):
 
 
 def test_files_and_pictures(vit, samples, tmp_path):
-    found = contributions(vit, samples, head_epochs=0, **CHECK)
+    found = contributions(vit, samples, epochs=0, **CHECK)
     assert Contributions.load(found.save(tmp_path / "found.json")) == found
     assert draw_contributions(found, tmp_path / "found.png").stat().st_size > 1000
     for text in ("{", "[]", json.dumps({"kind": "sensitivity", "whole": [{}], "low_rank": [], "images": 1})):
@@ -121,8 +122,8 @@ def test_files_and_pictures(vit, samples, tmp_path):
 
 def test_bad_arguments_are_told_at_once(vit, samples):
     with pytest.raises(ConfigError) as error:
-        contributions(vit, samples[:1], batches=0, kind="guess", head_epochs=True)
-    for word in ("`batches=0`", "`head_epochs=True`", "`kind='guess'`", "1 samples"):
+        contributions(vit, samples[:1], batches=0, kind="guess", epochs=True)
+    for word in ("`batches=0`", "`epochs=True`", "`kind='guess'`", "1 samples"):
         assert word in str(error.value)
     with pytest.raises(ConfigError, match="gives no loss"):
         contributions(vit, [{"pixel_values": s["pixel_values"]} for s in samples], **CHECK)
@@ -143,50 +144,83 @@ def test_the_knapsack_is_the_best_of_all_sets():
         assert chosen in fitting and sum(values[i] for i in chosen) == pytest.approx(best)
 
 
-GAINS = [5.0, 8.0, 9.0, 3.0, 4.0]
-WIDE = {"num_hidden_layers": 5, "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 256}
+GAINS = [5.0, 8.0, 9.0, 3.0]
 
 
 def found_of(gains):
     return Contributions("sensitivity", [{"block": g} for g in gains], [{"block": g} for g in gains], 1)
 
 
+def every_set(depth):
+    return [s for k in range(1, depth + 1) for s in itertools.combinations(range(depth), k)]
+
+
+@dataclass
+class Took:
+    """What a search reads of an estimate."""
+
+    total_bytes: float
+    saved_bytes: float
+
+
+def took_of(blocks, tokens):
+    """Bytes that are no sum: two blocks side by side, and whatever else the hash says, take up to 1 % more."""
+    crossed = sum(10 * tokens.shares[i] for i in range(blocks[0], 6))
+    more = sum(3 * tokens.shares[i] for i in blocks)
+    odd = (hash(blocks) % 10) / 10
+    return Took(100 + crossed + more + 7 * len(blocks) + odd, crossed + more)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_search_finds_the_best_of_all_sets_and_tokens(seed):
+    generator = torch.Generator().manual_seed(seed)
+    gains = (10 * torch.rand(6, generator=generator)).tolist()
+    tokens = [_Tokens({}, "", [1.0] * 6), _Tokens({}, "", [1, 1, 0.75, 0.5, 0.5, 0.5]), _Tokens({}, "", [0.3] * 6)]
+    capacity = 100 + 110 * float(torch.rand(1, generator=generator))
+    tried = []
+
+    def measure(way):
+        tried.append(way)
+        return took_of(*way)
+
+    choice = _Search(gains, tokens, capacity, lambda blocks, seen: (blocks, seen), measure).run()
+    pairs = itertools.product(every_set(6), tokens)
+    fitting = [pair for pair in pairs if took_of(*pair).total_bytes <= capacity]
+    shares = [sum(gains[i] * seen.shares[i] for i in blocks) / sum(gains) for blocks, seen in fitting]
+    if not fitting:
+        assert choice is None
+        return
+    assert took_of(*choice.way).total_bytes <= capacity
+    assert choice.share == pytest.approx(max(shares))
+    assert len(tried) <= 26
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("share", [0.55, 0.75])
-@pytest.mark.parametrize("lean", ["exact", "max"])
-def test_the_search_is_the_best_of_all_sets(share, lean):
-    """Every set of blocks on every choice of tokens, run dry."""
+@pytest.mark.parametrize("share", [0.6, 0.8])
+def test_the_search_finds_the_best_of_all_sets_that_are_run_dry(share):
     with torch.device("meta"):
-        model = ViTForImageClassification(ViTConfig(**WIDE, image_size=64, patch_size=8))
-    setup = Setup(batch_size=4, optimizer="adamw_fused")
-    sets = [s for k in range(1, 6) for s in itertools.combinations(range(5), k)]
-    shares = {0: [1.0] * 5, 1: None, 2: None, 3: None}
+        model = ViTForImageClassification(ViTConfig(**{**TINY, "hidden_size": 64, "intermediate_size": 256}))
+    setup = Setup(batch_size=8, optimizer="adamw_fused")
     rows = []
-    for index, (fields, _) in enumerate(tokens_of(5)):
-        for blocks in sets:
-            took = estimate(model, BSRConfig(trainable_blocks=list(blocks), lean=lean, **fields), setup)
-            counts = took.plan.token_counts(65, 1)
-            shares[index] = [sum(pair) / 2 / 65 for pair in counts]
-            rows.append((sum(GAINS[i] * shares[index][i] for i in blocks) / sum(GAINS), took.total_bytes))
+    for fields, _ in tokens_of(4):
+        for blocks in every_set(4):
+            took = estimate(model, BSRConfig(trainable_blocks=list(blocks), lean="max", **fields), setup)
+            shares = [sum(pair) / 2 / 17 for pair in took.plan.token_counts(17, 1)]
+            rows.append((sum(GAINS[i] * shares[i] for i in blocks) / sum(GAINS), took.total_bytes))
     memory = int(share * max(size for _, size in rows) * 1.05)
     best = max(value for value, size in rows if size * 1.05 <= memory)
     plans = plan_for_budget(model, memory, setup, contributions=found_of(GAINS))
-    chosen = [p for p in plans if p.config.trainable == "full" and p.config.lean == lean]
-    assert [p.share for p in chosen if p.config.saved_activations == "full"] == [pytest.approx(best)]
+    chosen = [plan for plan in plans if plan.config.trainable == "full"]
+    assert max(p.share for p in chosen if p.config.saved_activations == "full") == pytest.approx(best)
 
 
 def test_plans_by_contribution_fit_and_say_what_they_gain():
     with torch.device("meta"):
-        model = ViTForImageClassification(ViTConfig(**{**WIDE, "num_hidden_layers": 4}, image_size=64, patch_size=8))
-    setup = Setup(batch_size=8, optimizer="adamw_fused")
-    memory = int(0.8 * estimate(model, BSRConfig(trainable_blocks="every:1", reduction_blocks=[]), setup).total_bytes)
-    plans = plan_for_budget(model, memory, setup, contributions=found_of(GAINS[:4]))
-    assert {plan.config.trainable for plan in plans} == {"full", "lora"}
-    assert all(plan.estimate.total_bytes * 1.05 <= memory for plan in plans)
-    shares = [plan.share for plan in plans]
-    assert shares == sorted(shares, reverse=True) and 0 < shares[0] <= 1
-    assert "of the contributions" in plans[0].describe()
+        model = ViTForImageClassification(ViTConfig(**{**TINY, "num_hidden_layers": 2}))
+    plans = plan_for_budget(model, "1GB", batch_size=8, contributions=found_of(GAINS[:2]))
+    assert sorted(plan.config.trainable for plan in plans) == ["full", "lora"]
+    assert plans[0].estimate.training_flops <= plans[1].estimate.training_flops, "of the same share"
+    assert all(plan.config.trainable_blocks == "every:1" and plan.config.lean == "exact" for plan in plans)
+    assert [plan.share for plan in plans] == [1.0, 1.0] and "100% of the contributions" in plans[0].describe()
     with pytest.raises(ConfigError, match="`contributions` are of 3 blocks"):
-        plan_for_budget(model, memory, setup, contributions=found_of(GAINS[:3]))
-    with pytest.raises(ConfigError, match="is too little"):
-        plan_for_budget(model, 10_000, setup, contributions=found_of(GAINS[:4]))
+        plan_for_budget(model, "1GB", contributions=found_of(GAINS[:3]))

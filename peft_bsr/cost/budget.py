@@ -185,8 +185,8 @@ def _search(
     """For each form and lean level, the blocks and tokens that gain most."""
     plans: list[BudgetPlan] = []
 
-    def take(way: Way) -> Estimate:
-        plans.append(measure(way, []))
+    def take(way: Way, declined: list[str]) -> Estimate:
+        plans.append(measure(way, declined))
         return plans[-1].estimate
 
     found = [

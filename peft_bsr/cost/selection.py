@@ -25,6 +25,7 @@ from peft_bsr.tuners import BSRConfig
 _SLACK = 0.03  # of the budget: sets that the sum of bytes finds so much too large are run dry all the same
 _TRIES = 24
 _Blocks = tuple[int, ...]
+_Tried = tuple[Way, list[str]]
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def choices(
     setup: Setup,
     dtype: torch.dtype,
     capacity: float,
-    measure: Callable[[Way], Estimate],
+    measure: Callable[[Way, list[str]], Estimate],
 ) -> Iterator[Choice]:
     """For whole weights and for low-rank updates, at each lean level: the set of blocks and the tokens that gain most.
 
@@ -58,7 +59,7 @@ def choices(
         setup: How it is trained.
         dtype: Of the model's weights.
         capacity: Bytes that a plan may take.
-        measure: What a way takes; called a few times for each form and level.
+        measure: What a way takes, given what was declined on the way to it; called a few times for each form and level.
 
     Raises:
         ConfigError: If the contributions are of another model.
@@ -79,13 +80,13 @@ def choices(
         gains, best = found.of_blocks(form)[: spec.last_read + 1], 0.0
         for level in range(levels if sum(gains) else 0):
 
-            def way(blocks: _Blocks, seen: _Tokens, form: str = form, level: int = level) -> Way:
+            def way(blocks: _Blocks, seen: _Tokens, form: str = form, level: int = level) -> _Tried:
                 return _ways(spec.depth, blocks, seen, form, setup, dtype)[level]
 
-            choice = _Search(gains, tokens, capacity, way, measure).run() if best < 1 else None
-            if choice is not None and choice.share > best:
-                best = choice.share
-                yield choice
+            choice = _Search(gains, tokens, capacity, way, lambda tried: measure(*tried)).run() if best < 1 else None
+            if choice is not None and choice[1] > best:
+                best = choice[1]
+                yield Choice(choice[0][0], best)
 
 
 @dataclass(frozen=True)
@@ -104,16 +105,16 @@ class _Search:
     gains: list[float]
     tokens: list[_Tokens]
     capacity: float
-    way: Callable[[_Blocks, _Tokens], Way]
-    measure: Callable[[Way], Estimate]
+    way: Callable[[_Blocks, _Tokens], Any]
+    measure: Callable[[Any], Estimate]
 
-    def run(self) -> Choice | None:
-        """The best that fits, or None."""
+    def run(self) -> tuple[Any, float] | None:
+        """The best way that fits and its share of what all blocks on all tokens gain, or None."""
         depth, everything = len(self.gains), self.tokens[0]
         way = self.way(tuple(range(depth)), everything)
         most = self.measure(way)
         if most.total_bytes <= self.capacity:
-            return Choice(way, 1.0)
+            return way, 1.0
         first = self.measure(self.way((0,), everything))
         # bytes of a block that trains beside those of one that gradients cross: kept for backward, and the rest
         more = max(0, most.saved_bytes - first.saved_bytes) / max(1, depth - 1)
@@ -146,7 +147,7 @@ class _Search:
             way = self.way(blocks, self.tokens[index])
             took = self.measure(way).total_bytes
             if took <= self.capacity:
-                return Choice(way, value / sum(self.gains))
+                return way, value / sum(self.gains)
             shares = self.tokens[index].shares
             summed = bytes_before(blocks[0], shares) + sum(fixed + more * shares[i] for i in blocks[1:])
             wrong = took - summed + self.capacity * _SLACK  # this set just does not fit any more
@@ -177,14 +178,20 @@ def best_set(values: Sequence[float], weights: Sequence[float], capacity: float)
     return front[-1][2]
 
 
-def _ways(depth: int, blocks: _Blocks, seen: _Tokens, form: str, setup: Setup, dtype: torch.dtype) -> list[Way]:
-    """A way for each lean level."""
+def _ways(depth: int, blocks: _Blocks, seen: _Tokens, form: str, setup: Setup, dtype: torch.dtype) -> list[_Tried]:
+    """A way for each lean level, with what was declined before it."""
     named: Any = "every:1" if len(blocks) == depth else list(blocks)
     fields = {"trainable_blocks": named, **seen.fields, **({"trainable": "lora"} if form == "lora" else {})}
     what = "every block" if len(blocks) == depth else f"block {_in_words(blocks)}"
     trained = f"nothing but {'low-rank updates of ' if form == 'lora' else ''}{what} trains"
-    tried = ways_of((fields, "; ".join(filter(None, (trained, seen.given_up)))), setup, dtype)
-    return [way for way in tried if isinstance(way, Way) and not way.setup.gradient_checkpointing]
+    declined: list[str] = []
+    found: list[_Tried] = []
+    for way in ways_of((fields, "; ".join(filter(None, (trained, seen.given_up)))), setup, dtype):
+        if isinstance(way, str):
+            declined.append(way)
+        elif not way.setup.gradient_checkpointing:
+            found.append((way, list(declined)))
+    return found
 
 
 def _in_words(blocks: _Blocks) -> str:

@@ -49,7 +49,7 @@ def settings_of(depth: int) -> tuple[tuple[dict[str, Any] | None, str], ...]:
         (_EVERY | {"trainable": "lora"}, "nothing but low-rank updates of the blocks trains"),
         ({"trainable_blocks": "every:4", "reduction_blocks": []}, "3 blocks of 4 stay frozen"),
         (
-            {"trainable_blocks": f"last:{late}", "reduction_blocks": [late], "trainable": "lora"},
+            {"trainable_blocks": f"last:{max(1, late)}", "reduction_blocks": [late], "trainable": "lora"},
             f"nothing but low-rank updates of the last {late} blocks trains; half of the tokens go, at block {late}",
         ),
         (

@@ -262,7 +262,11 @@ def _sensitivities(
 
     whole = [{name: sum(map(mean, module.parameters())) for name, module in block.items()} for block in leaves]
     low_rank = [
-        {name: _low_rank_share(module) * mean(module.weight) for name, module in block.items() if _is_linear(module)}
+        {
+            name: _low_rank_share(linear) * mean(linear.weight)
+            for name, linear in block.items()
+            if isinstance(linear, nn.Linear)
+        }
         for block in leaves
     ]
     return whole, low_rank
@@ -279,23 +283,19 @@ def _low_rank_share(linear: nn.Linear) -> float:
     return scaling**2 * config.r / (3 * linear.in_features)
 
 
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear)
-
-
 @contextmanager
 def _checkpointed(block: nn.Module) -> Iterator[None]:
     """The block keeps its inputs alone for backward, inside."""
     own = vars(block).get("forward")
     forward = block.forward
-    block.forward = partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)  # type: ignore[method-assign]
+    block.forward = partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
     try:
         yield
     finally:
         if own is None:
             del block.forward
         else:
-            block.forward = own  # type: ignore[method-assign]
+            block.forward = own
 
 
 __all__ = ["Contributions", "contributions"]

@@ -235,7 +235,7 @@ def _sensitivities(
     model: nn.Module, spec: ModelSpec, loader: Any, bar: Any
 ) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
     """Mean over the batches of the sum of squared gradients: of each module, and of low-rank updates of Linears."""
-    sums: dict[nn.Parameter, Tensor] = {}
+    sums: dict[Tensor, Tensor] = {}
 
     def square(parameter: nn.Parameter) -> None:
         assert parameter.grad is not None
@@ -257,7 +257,7 @@ def _sensitivities(
             _loss_of(model, batch).backward()
             bar.update()
 
-    def mean(parameter: nn.Parameter) -> float:
+    def mean(parameter: Tensor) -> float:
         return float(sums.get(parameter, 0)) / len(loader)  # blocks that the output does not depend on have none
 
     whole = [{name: sum(map(mean, module.parameters())) for name, module in block.items()} for block in leaves]

@@ -1,31 +1,47 @@
-"""Ways to train a model that fit into a memory budget, found before anything runs and without the weights."""
+"""Ways to train a model that fit into a memory budget, found before anything trains; weights are read with `--data`."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import shlex
+from pathlib import Path
 from typing import Any
 
 from peft_bsr.backbones import native_size
-from peft_bsr.cli.images import SIZE_HELP, default_size
+from peft_bsr.cli.images import (
+    SIZE_HELP,
+    add_columns,
+    check_at_least,
+    default_size,
+    read_processor,
+    read_training_data,
+)
 from peft_bsr.cli.memory import OPTIMIZERS, PRECISIONS
 from peft_bsr.cli.output import Output
-from peft_bsr.cli.sources import changed, find_adapter, make_model, model_of
-from peft_bsr.cost import BudgetPlan, Setup, plan_for_budget
+from peft_bsr.cli.sources import changed, find_adapter, load_model, make_model, model_of
+from peft_bsr.cost import BudgetPlan, Contributions, Setup, contributions, plan_for_budget
+from peft_bsr.data import collate, with_pixels
+from peft_bsr.errors import UsageError
 from peft_bsr.training import default_learning_rate
 
 EXAMPLES = """\
 examples:
   peft-bsr plan google/vit-base-patch16-224 --memory 2GB
   peft-bsr plan google/vit-large-patch16-224 --memory 8GB --device cuda --precision bf16 --optimizer adamw_8bit --json
+  peft-bsr plan google/vit-base-patch16-224 --memory 2GB --data photos --contributions found.json
 """
+_BATCHES = 8
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What the command takes."""
     parser.add_argument("model", metavar="MODEL", help="Hub id or folder")
     parser.add_argument("--memory", required=True, help='budget, such as "2GB" (10^9) or "1.5GiB" (2^30)')
+    parser.add_argument("--data", metavar="DATA", help="measure on these images which blocks to train (see train)")
+    file_help = "what was measured: read from here, or with --data written here if there is none yet"
+    parser.add_argument("--contributions", type=Path, metavar="JSON", help=file_help)
+    add_columns(parser)
     parser.add_argument("--batch-size", type=int, default=32, help="images a step (default 32)")
     parser.add_argument("--image-size", type=int, help=SIZE_HELP)
     names = f"{', '.join(OPTIMIZERS)} (default adamw_fused)"
@@ -39,7 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
     """Run the command."""
+    check_at_least(args, batch_size=1, image_size=1, labels=1)
     source = model_of(find_adapter(args.model), args.model)
+    found = _contributions(source, args, out)
     model = make_model(source, args.labels, "meta")
     setup = Setup(
         batch_size=args.batch_size,
@@ -50,19 +68,21 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
         compile=args.compile,
     )
     with out.doing("running steps without memory"):
-        plans = plan_for_budget(model, args.memory, setup, limit=args.limit)
+        plans = plan_for_budget(model, args.memory, setup, limit=args.limit, contributions=found)
     rows = [
         (
             str(number),
             f"{plan.estimate.total_bytes / 2**20:.0f}",
             f"{plan.estimate.training_flops / args.batch_size / 1e9:.3g}",
             f"{plan.estimate.trainable_parameters / 1e6:.2f}",
+            *([] if found is None else [f"{plan.share:.0%}"]),
             plan.gives_up,
         )
         for number, plan in enumerate(plans, 1)
     ]
-    columns = ("", "peak, MiB", "GFLOPs an image", "trained, M", "gives up")
-    out.table(f"{source}, {args.memory}, batch {args.batch_size}: what gives up least first", columns, rows, (0, 4))
+    columns = ("", "peak, MiB", "GFLOPs an image", "trained, M", *(["gains"] if found else []), "gives up")
+    first = "what gives up least first" if found is None else "what gains most first, whole weights and low-rank"
+    out.table(f"{source}, {args.memory}, batch {args.batch_size}: {first}", columns, rows, (0, len(columns) - 1))
     for number, plan in enumerate(plans, 1):
         out.line(f"{number:>2}  {command_of(plan, source)}")
         for reason in plan.declined:
@@ -74,6 +94,35 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
         "batch_size": args.batch_size,
         "plans": [_row(p, source) for p in plans],
     }
+
+
+def _contributions(source: str, args: argparse.Namespace, out: Output) -> Contributions | None:
+    """What each block gains on the images, measured or read; None where neither is asked for."""
+    file: Path | None = args.contributions
+    if file is not None and file.exists():
+        out.note(f"what the blocks contribute is read from {file}")
+        return Contributions.load(file)
+    if args.data is None:
+        if file is not None:
+            raise UsageError(f"`--contributions {file}`: there is no such file. Give `--data` to measure and write it.")
+        return None
+    wanted = {"dataset": args.data, "task": None, "test_size": None, "validation_size": None, "skip_bad": None}
+    settings = argparse.Namespace(**wanted, image_column=args.image_column, label_column=args.label_column)
+    data = read_training_data(settings, out, at_most=_BATCHES * args.batch_size)
+    processor = read_processor(source, out, image_size=args.image_size)
+    model = load_model(source, data.labels, data.problem_type, args.image_size)
+    found = contributions(
+        model,
+        with_pixels(data.train, processor),
+        _BATCHES,
+        batch_size=args.batch_size,
+        collate=collate,
+        progress=not out.is_json,
+    )
+    args.labels = len(data.labels)
+    if file is not None:
+        out.note(f"written: {found.save(file)}")
+    return found
 
 
 def _own_size(model: Any, source: str) -> int | None:
@@ -90,6 +139,7 @@ def _row(plan: BudgetPlan, source: str) -> dict[str, Any]:
         "optimizer": plan.setup.optimizer,
         "gradient_checkpointing": plan.setup.gradient_checkpointing,
         "gives_up": plan.gives_up,
+        "contribution_share": plan.share,
         "declined": list(plan.declined),
         "command": command_of(plan, source),
         "peak_bytes": estimate.total_bytes,

@@ -1,5 +1,6 @@
 """What training costs: saved activations, FLOPs and time, measured; and the paper's accounting of memory and MACs."""
 
+from peft_bsr.cost.block_contributions import Contributions, contributions
 from peft_bsr.cost.budget import BudgetPlan, parse_size, plan_for_budget
 from peft_bsr.cost.comparison import Cost, TrainingStep, compare, cost_rows, cost_table
 from peft_bsr.cost.estimation import Estimate, estimate
@@ -11,6 +12,7 @@ from peft_bsr.engine import saved_activations, saved_by_module
 
 __all__ = [
     "BudgetPlan",
+    "Contributions",
     "Cost",
     "Dimensions",
     "Estimate",
@@ -20,6 +22,7 @@ __all__ = [
     "Setup",
     "TrainingStep",
     "compare",
+    "contributions",
     "cost_rows",
     "cost_table",
     "count_flops",

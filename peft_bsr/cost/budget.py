@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 
+from peft_bsr.cost.block_contributions import Contributions
 from peft_bsr.cost.estimation import Estimate, estimate
 from peft_bsr.cost.proxy import on_meta, resolve_narrow
+from peft_bsr.cost.selection import choices
 from peft_bsr.cost.setup import SAVING, Setup
 from peft_bsr.cost.ways import Way, settings_of, ways_of
 from peft_bsr.errors import ConfigError
@@ -45,6 +49,8 @@ class BudgetPlan:
         estimate: What it takes.
         gives_up: What it gives up against full fine-tuning as it is.
         declined: What was left out because it does not pay here, each with the reason.
+        share: With contributions: what it gains of what all blocks on all tokens would gain in the same form (whole
+            weights, or low-rank updates). None without.
     """
 
     config: BSRConfig | None
@@ -52,6 +58,7 @@ class BudgetPlan:
     estimate: Estimate
     gives_up: str
     declined: tuple[str, ...] = ()
+    share: float | None = None
 
     def describe(self) -> str:
         """One line, and one for each thing that was declined."""
@@ -65,6 +72,7 @@ class BudgetPlan:
             what = f"BSRConfig({', '.join(given)})"
         what += _CHECKPOINTING[self.setup.gradient_checkpointing]
         size, flops = self.estimate.total_bytes / 2**20, self.estimate.training_flops / self.estimate.batch_size / 1e9
+        what += "" if self.share is None else f"  {self.share:.0%} of the contributions"
         line = f"{size:8.0f} MiB  {flops:6.1f} GFLOPs an image  {what}  (gives up: {self.gives_up})"
         return "\n".join([line, *(f"{'':14}declined: {reason}" for reason in self.declined)])
 
@@ -75,6 +83,7 @@ def plan_for_budget(
     setup: Setup = _DEFAULT,
     *,
     limit: int | None = None,
+    contributions: Contributions | None = None,
     **settings: Any,
 ) -> list[BudgetPlan]:
     """Ways to train `model` whose predicted peak and 5 % more fit, the one that gives up least first.
@@ -85,12 +94,18 @@ def plan_for_budget(
     `BudgetPlan.declined` says why. With `compile`, each plan that is given takes 10 to 30 seconds. The order is by how
     much trains and how many tokens stay, not by accuracy: which of two is better on your images, only a run can say.
 
+    With `contributions`, the blocks and the tokens are searched for instead: for whole weights and for low-rank
+    updates, at each lean level, the set of blocks that gains most of those that fit (a block counts with the share of
+    the tokens that it still sees), the one of the largest share first. Shares of the two forms have other scales.
+    It takes some 10 to 40 dry runs.
+
     Args:
         model: See `estimate`; best without weights, on the meta device.
         memory: Bytes, or a text such as `"2GB"` (10^9) or `"1.5GiB"` (2^30). For weights, optimizer, gradients and
             activations; Python and torch (about 0.4 GB on the CPU) come on top.
         setup: How it is trained. Default `Setup()`. Gradient checkpointing is the planner's choice.
         limit: Stop after so many. Default all.
+        contributions: What each block gains on your images, see `contributions`. Default None.
         settings: Fields of `Setup` that count over it, such as `batch_size=8`.
 
     Returns:
@@ -112,24 +127,19 @@ def plan_for_budget(
     setup = replace(setup, **settings)
     model = on_meta(model).requires_grad_(True)  # also of one that an adapter has frozen: full fine-tuning is a plan
     dtype = setup.dtype or next(p.dtype for p in model.parameters() if p.is_floating_point())
-    found: list[BudgetPlan] = []
-    smallest: BudgetPlan | None = None
-    for setting in settings_of(depth=len(resolve_narrow(model, BSRConfig()).spec.blocks)):
-        declined: list[str] = []
-        for way in ways_of(setting, replace(setup, gradient_checkpointing=False), dtype):
-            if isinstance(way, str):
-                declined.append(way)
-                continue
-            plan = _plan(model, way, budget, [*declined, *_unused(setup, way)])
-            if smallest is None or plan.estimate.total_bytes < smallest.estimate.total_bytes:
-                smallest = plan
-            if _fits(plan.estimate, budget):
-                found.append(plan)
-                break  # the others take more FLOPs
-        if limit is not None and len(found) >= limit:
-            break
+    measured: list[BudgetPlan] = []
+
+    def measure(way: Way, declined: list[str]) -> BudgetPlan:
+        measured.append(_plan(model, way, budget, [*declined, *_unused(setup, way)]))
+        return measured[-1]
+
+    plain = replace(setup, gradient_checkpointing=False)
+    if contributions is None:
+        found = _walk(len(resolve_narrow(model, BSRConfig()).spec.blocks), plain, dtype, budget, measure, limit)
+    else:
+        found = _search(model, contributions, plain, dtype, budget, measure)[:limit]
     if not found:
-        assert smallest is not None, "something was tried"
+        smallest = min(measured, key=lambda plan: plan.estimate.total_bytes)
         least = smallest.estimate
         raise ConfigError(
             f"`memory={memory!r}` is too little for {type(model).__name__} at `batch_size={setup.batch_size}`. The "
@@ -138,6 +148,53 @@ def plan_for_budget(
             "Use a smaller batch, half precision or a smaller model."
         )
     return found
+
+
+def _walk(
+    depth: int,
+    setup: Setup,
+    dtype: torch.dtype,
+    budget: int,
+    measure: Callable[[Way, list[str]], BudgetPlan],
+    limit: int | None,
+) -> list[BudgetPlan]:
+    """For every setting, the first way that fits."""
+    found: list[BudgetPlan] = []
+    for setting in settings_of(depth):
+        declined: list[str] = []
+        for way in ways_of(setting, setup, dtype):
+            if isinstance(way, str):
+                declined.append(way)
+                continue
+            plan = measure(way, declined)
+            if _fits(plan.estimate, budget):
+                found.append(plan)
+                break  # the others take more FLOPs
+        if limit is not None and len(found) >= limit:
+            break
+    return found
+
+
+def _search(
+    model: nn.Module,
+    contributions: Contributions,
+    setup: Setup,
+    dtype: torch.dtype,
+    budget: int,
+    measure: Callable[[Way, list[str]], BudgetPlan],
+) -> list[BudgetPlan]:
+    """For each form and lean level, the blocks and tokens that gain most."""
+    plans: list[BudgetPlan] = []
+
+    def take(way: Way, declined: list[str]) -> Estimate:
+        plans.append(measure(way, declined))
+        return plans[-1].estimate
+
+    found = [
+        replace(next(plan for plan in plans if plan.config is choice.way.config), share=choice.share)
+        for choice in choices(model, contributions, setup, dtype, budget / _MARGIN, take)
+    ]
+    return sorted(found, key=lambda plan: (-(plan.share or 0.0), plan.estimate.training_flops))
 
 
 def _plan(model: nn.Module, way: Way, budget: int, declined: list[str]) -> BudgetPlan:

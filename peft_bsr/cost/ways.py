@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from peft_bsr.cost.setup import Setup
 from peft_bsr.tuners import BSRConfig
 
-_HALVES = "half of the tokens go, 3 times"
+_HALVES, _THREE_TENTHS = "half of the tokens go, 3 times", "3 tokens of 10 go, 3 times"
 _AGAIN = "first products are computed twice"
 _EVERY = {"trainable_blocks": "every:1", "reduction_blocks": []}
 
@@ -42,17 +42,29 @@ def settings_of(depth: int) -> tuple[tuple[dict[str, Any] | None, str], ...]:
     Returns:
         What gives up least first.
     """
-    late = 2 * depth // 3
+    late, three_quarters = 2 * depth // 3, max(1, depth - depth // 4)
     return (
         (None, "nothing: every weight trains on every token"),
         (_EVERY, "the embeddings stay frozen"),
         (_EVERY | {"trainable": "lora"}, "nothing but low-rank updates of the blocks trains"),
         ({"trainable_blocks": "every:4", "reduction_blocks": []}, "3 blocks of 4 stay frozen"),
         (
+            {"trainable_blocks": f"last:{max(1, late)}", "reduction_blocks": [late], "trainable": "lora"},
+            f"nothing but low-rank updates of the last {late} blocks trains; half of the tokens go, at block {late}",
+        ),
+        (
             {"trainable_blocks": "last:3", "reduction_blocks": [late]},
             f"all but the last 3 blocks stay frozen; half of the tokens go, at block {late}",
         ),
-        ({"trainable_blocks": "every:4", "keep_rate": 0.7}, "3 blocks of 4 stay frozen; 3 tokens of 10 go, 3 times"),
+        (
+            {"trainable_blocks": f"last:{three_quarters}", "keep_rate": 0.7, "trainable": "lora"},
+            f"nothing but low-rank updates of the last {three_quarters} blocks trains; {_THREE_TENTHS}",
+        ),
+        ({"trainable_blocks": "every:4", "keep_rate": 0.7}, f"3 blocks of 4 stay frozen; {_THREE_TENTHS}"),
+        (
+            {"trainable_blocks": f"last:{three_quarters}", "keep_rate": 0.5, "trainable": "lora"},
+            f"nothing but low-rank updates of the last {three_quarters} blocks trains; {_HALVES}",
+        ),
         ({"trainable_blocks": "every:4", "keep_rate": 0.5}, f"3 blocks of 4 stay frozen; {_HALVES}"),
         ({"trainable_blocks": "last:3", "keep_rate": 0.5}, f"all but the last 3 blocks stay frozen; {_HALVES}"),
         ({"trainable_blocks": "last:1", "keep_rate": 0.5}, f"all but the last block stay frozen; {_HALVES}"),
@@ -60,6 +72,21 @@ def settings_of(depth: int) -> tuple[tuple[dict[str, Any] | None, str], ...]:
             {"trainable_blocks": "last:1", "keep_rate": 0.5, "trainable": "lora"},
             f"nothing but a low-rank update of the last block trains; {_HALVES}",
         ),
+    )
+
+
+def tokens_of(depth: int) -> tuple[tuple[dict[str, Any], str], ...]:
+    """Where tokens may be dropped (fields of `BSRConfig`), and what that gives up, all tokens first.
+
+    Args:
+        depth: Blocks of the model.
+    """
+    late = 2 * depth // 3
+    return (
+        ({"reduction_blocks": []}, ""),
+        ({"reduction_blocks": [late]}, f"half of the tokens go, at block {late}"),
+        ({"keep_rate": 0.7}, _THREE_TENTHS),
+        ({"keep_rate": 0.5}, _HALVES),
     )
 
 
@@ -117,4 +144,4 @@ def _why_not_offloaded(setup: Setup) -> str:
     return ""
 
 
-__all__ = ["Way", "settings_of", "ways_of"]
+__all__ = ["Way", "settings_of", "tokens_of", "ways_of"]

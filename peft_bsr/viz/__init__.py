@@ -3,6 +3,7 @@
 from peft_bsr.viz.attention import draw_attention
 from peft_bsr.viz.budgets import draw_budgets
 from peft_bsr.viz.confusion import MOST_CLASSES, draw_confusion
+from peft_bsr.viz.contributions import draw_contributions
 from peft_bsr.viz.kept_tokens import KeptTokens, draw_kept, draw_kept_tokens, kept_token_pictures
 from peft_bsr.viz.memory import draw_saved_memory, saved_by_block
 
@@ -12,6 +13,7 @@ __all__ = [
     "draw_attention",
     "draw_budgets",
     "draw_confusion",
+    "draw_contributions",
     "draw_kept",
     "draw_kept_tokens",
     "draw_saved_memory",

@@ -53,6 +53,20 @@ def test_plan(run_json, base):
     assert plan["command"] == f"peft-bsr train --model {base} {rest}"
 
 
+def test_plan_by_what_the_blocks_contribute(run, run_json, base, images, tmp_path):
+    file = tmp_path / "found.json"
+    asked = ["plan", base, "--memory", "1GB", "--batch-size", "8", "--contributions", file]
+    code, _, said = run(*asked)
+    assert code == 2 and "Give `--data` to measure and write it" in said
+    first = run_json(*asked, "--data", images)["plans"]
+    kept = file.read_text()
+    assert len(json.loads(kept)["whole"]) == 4
+    assert {plan["options"].get("trainable", "full") for plan in first} == {"full", "lora"}
+    assert all(plan["contribution_share"] == 1 for plan in first), "everything fits"
+    again = run_json(*asked, "--labels", "2")["plans"]
+    assert again == first and file.read_text() == kept
+
+
 def test_plan_says_what_it_declines(run, run_json, base):
     asked = ["plan", base, "--memory", "10MB", "--batch-size", "2", "--limit", "3", "--precision", "bf16"]
     asked += ["--image-size", "32", "--optimizer", "adamw_8bit"]

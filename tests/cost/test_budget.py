@@ -105,7 +105,7 @@ def test_more_memory_gives_up_less():
     plans = plan_for_budget(vit(), "10GB", batch_size=BATCH)
     assert plans[0].config is None and not plans[0].setup.gradient_checkpointing
     assert all(plan.estimate.total_bytes <= 10**10 for plan in plans)
-    assert len({plan.gives_up for plan in plans}) == len(plans) == 10
+    assert len({plan.gives_up for plan in plans}) == len(plans) == 13
     small = plan_for_budget(vit(), 10**8, batch_size=BATCH)
     assert len(small) < len(plans) and small[0].config is not None
     assert "gives up: " in small[0].describe() and "BSRConfig(" in small[0].describe()

@@ -164,8 +164,8 @@ class BSRConfig(BlockConfig):
             )
         if self.reduction == "merge" and self.gradient_tokens != 1:
             problems.append(
-                f"`gradient_tokens={self.gradient_tokens!r}` chooses tokens by their scores, and merged tokens have none. "
-                'Leave it 1.0, or use `reduction="drop"`.'
+                f"`gradient_tokens={self.gradient_tokens!r}` chooses tokens by their scores, which merging does not "
+                'compute. Leave it 1.0, or use `reduction="drop"`.'
             )
         if self.moe is not None and self.tasks is None:
             problems.append("`moe` routes by task, but there are no `tasks`. Name them, one is enough.")

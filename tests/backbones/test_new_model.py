@@ -108,7 +108,7 @@ def test_the_page_runs(entry):
     names, blocks = entry
     for code in blocks:
         exec(compile(code, "docs/new_model.md", "exec"), names)
-    assert names["column"].num_prefix == 1
+    assert names["spec"].num_prefix == 1
 
 
 @pytest.mark.parametrize("mode", ["compact", "full_view"])

@@ -104,7 +104,7 @@ FILTERS = [
 ]
 
 
-@pytest.mark.parametrize(("filters", "leaves"), FILTERS, ids=[repr(filters) for filters, _ in FILTERS])
+@pytest.mark.parametrize(("filters", "param_modules"), FILTERS, ids=[repr(filters) for filters, _ in FILTERS])
 def test_target_and_exclude_modules(make_vit, make_config, trainable, images, filters, param_modules):
     model = get_peft_model(make_vit(), make_config(**filters))
     names = {

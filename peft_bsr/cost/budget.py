@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from peft_bsr.cost.estimation import Estimate, estimate
-from peft_bsr.cost.proxy import on_meta, resolve_narrow
+from peft_bsr.cost.estimation import Estimate
+from peft_bsr.cost.plan_costs import PlanCosts
 from peft_bsr.cost.setup import SAVING, Setup
 from peft_bsr.cost.ways import Way, settings_of, ways_of
 from peft_bsr.errors import ConfigError
@@ -70,7 +70,7 @@ class BudgetPlan:
 
 
 def plan_for_budget(
-    model: nn.Module,
+    model: nn.Module | PlanCosts,
     memory: str | int,
     setup: Setup = _DEFAULT,
     *,
@@ -86,7 +86,7 @@ def plan_for_budget(
     much trains and how many tokens stay, not by accuracy: which of two is better on your images, only a run can say.
 
     Args:
-        model: See `estimate`; best without weights, on the meta device.
+        model: See `estimate`; best without weights, on the meta device. To plan for several budgets, its `PlanCosts`.
         memory: Bytes, or a text such as `"2GB"` (10^9) or `"1.5GiB"` (2^30). For weights, optimizer, gradients and
             activations; Python and torch (about 0.4 GB on the CPU) come on top.
         setup: How it is trained. Default `Setup()`. Gradient checkpointing is the planner's choice.
@@ -110,17 +110,16 @@ def plan_for_budget(
     """
     budget = parse_size(memory)
     setup = replace(setup, **settings)
-    model = on_meta(model).requires_grad_(True)  # also of one that an adapter has frozen: full fine-tuning is a plan
-    dtype = setup.dtype or next(p.dtype for p in model.parameters() if p.is_floating_point())
+    costs = model if isinstance(model, PlanCosts) else PlanCosts(model)
     found: list[BudgetPlan] = []
     smallest: BudgetPlan | None = None
-    for setting in settings_of(depth=len(resolve_narrow(model, BSRConfig()).spec.blocks)):
+    for setting in settings_of(costs.depth):
         declined: list[str] = []
-        for way in ways_of(setting, replace(setup, gradient_checkpointing=False), dtype):
+        for way in ways_of(setting, replace(setup, gradient_checkpointing=False), setup.dtype or costs.dtype):
             if isinstance(way, str):
                 declined.append(way)
                 continue
-            plan = _plan(model, way, budget, [*declined, *_unused(setup, way)])
+            plan = _plan(costs, way, budget, [*declined, *_unused(setup, way)])
             if smallest is None or plan.estimate.total_bytes < smallest.estimate.total_bytes:
                 smallest = plan
             if _fits(plan.estimate, budget):
@@ -132,28 +131,28 @@ def plan_for_budget(
         assert smallest is not None, "something was tried"
         least = smallest.estimate
         raise ConfigError(
-            f"`memory={memory!r}` is too little for {type(model).__name__} at `batch_size={setup.batch_size}`. The "
-            f"smallest plan takes {least.total_bytes / 2**20:.0f} MiB, of which weights "
+            f"`memory={memory!r}` is too little for {type(costs.model).__name__} at "
+            f"`batch_size={setup.batch_size}`. The smallest plan takes {least.total_bytes / 2**20:.0f} MiB, of which weights "
             f"{least.weights_bytes / 2**20:.0f} MiB:\n{smallest.describe()}\n"
             "Use a smaller batch, half precision or a smaller model."
         )
     return found
 
 
-def _plan(model: nn.Module, way: Way, budget: int, declined: list[str]) -> BudgetPlan:
+def _plan(costs: PlanCosts, way: Way, budget: int, declined: list[str]) -> BudgetPlan:
     """What a way takes, with the optimizer that pays. Compiled only where it may fit: that takes its time."""
     eager = replace(way.setup, compile=False)
-    cost = estimate(model, way.config, eager)
+    cost = costs(way.config, eager)
     reasons = list(declined)
     if eager.optimizer in SAVING:
-        plain = estimate(model, way.config, replace(eager, optimizer="adamw_fused"))
+        plain = costs(way.config, replace(eager, optimizer="adamw_fused"))
         share = plain.optimizer_bytes / plain.total_bytes
         if share < _WORTH and _fits(plain, budget):
             reasons.append(f"{eager.optimizer}: AdamW's state is {share:.1%} of the peak; adamw_fused instead")
             cost, eager = plain, replace(eager, optimizer="adamw_fused")
     setup = replace(eager, compile=way.setup.compile)
     if setup.compile and _fits(cost, budget / _COMPILED):
-        cost = estimate(model, way.config, setup)
+        cost = costs(way.config, setup)
     return BudgetPlan(way.config, setup, cost, way.gives_up, tuple(reasons))
 
 

@@ -132,8 +132,8 @@ def plan_for_budget(
         least = smallest.estimate
         raise ConfigError(
             f"`memory={memory!r}` is too little for {type(costs.model).__name__} at "
-            f"`batch_size={setup.batch_size}`. The smallest plan takes {least.total_bytes / 2**20:.0f} MiB, of which weights "
-            f"{least.weights_bytes / 2**20:.0f} MiB:\n{smallest.describe()}\n"
+            f"`batch_size={setup.batch_size}`. The smallest plan takes {least.total_bytes / 2**20:.0f} MiB, of "
+            f"which weights {least.weights_bytes / 2**20:.0f} MiB:\n{smallest.describe()}\n"
             "Use a smaller batch, half precision or a smaller model."
         )
     return found

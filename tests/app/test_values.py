@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from PIL import Image
-from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
+from transformers import ViTConfig, ViTForImageClassification
 
 from peft_bsr import BSRConfig, HubError, UsageError
 from peft_bsr.app import planning
@@ -23,19 +22,10 @@ from peft_bsr.app.planning import Question, accuracies_of, fill, plans_of, pytho
 from peft_bsr.app.results import AXES, choose, pareto, points
 from peft_bsr.cost import Setup, count_flops, plan_for_budget
 from peft_bsr.data import load_processor, to_pixels
+from peft_bsr_cli import main, make_parser
 
 ROOT = Path(__file__).parents[2]
 BENCHMARK = ROOT / "benchmarks" / "method_comparison"
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("model") / "tiny"
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64}
-    ViTForImageClassification(ViTConfig(**sizes, image_size=32, patch_size=8)).save_pretrained(folder)
-    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
-    return folder
 
 
 def test_plans_are_those_of_plan_for_budget_and_come_one_by_one(tiny):
@@ -62,7 +52,6 @@ def test_another_budget_estimates_nothing_again(tiny, monkeypatch):
 def test_the_lines_of_a_plan_run_it(tiny, monkeypatch):
     """The Python is executed up to the trainer, the flags of the shell are read by the command."""
     from peft_bsr.cli import train
-    from peft_bsr_cli import make_parser
 
     question = Question(str(tiny), gib=0.0005, batch_size=4, labels=3)
     plan = list(plans_of(question))[-1][-1]
@@ -187,7 +176,10 @@ def test_cards_leave_room():
     assert all(gib > planning.CUDA_GIB for gib in planning.CARDS.values())
 
 
-def test_without_gradio_the_command_says_what_to_install():
-    code = "import sys; sys.modules['gradio'] = None\nfrom peft_bsr_cli import main\nsys.exit(main(['app']))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
-    assert done.returncode == 1 and "pip install 'peft-bsr[app]'" in done.stderr
+def test_without_gradio_the_command_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    for name in ("page", "serving"):
+        monkeypatch.delitem(sys.modules, f"peft_bsr.app.{name}", raising=False)
+    assert main(["app"]) == 1
+    assert "pip install 'peft-bsr[app]'" in capsys.readouterr().err
+    assert main(["app", "--port", "0"]) == 2

@@ -11,14 +11,14 @@ MOST_UPLOADED = "10mb"
 MOST_WAITING = 32  # requests in the queue
 
 
-def serve(host: str = "127.0.0.1", port: int = 7860, root_path: str | None = None) -> gr.Blocks:
+def serve(host: str = "127.0.0.1", port: int | None = None, root_path: str | None = None) -> gr.Blocks:
     """Serve the page from a thread; `block_thread()` of what is returned waits, `close()` ends it.
 
     Nothing is asked of the network, and what is uploaded is deleted after ten minutes, or with the server.
 
     Args:
         host: Address to listen on. Default: this machine alone.
-        port: Default 7860; 0: a free one.
+        port: Default None: the first free one from 7860 on.
         root_path: Path prefix that a proxy serves it under, `"/plan"`. Default None.
 
     Returns:

@@ -18,13 +18,13 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What the command takes."""
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine)")
-    parser.add_argument("--port", type=int, default=7860, help="default 7860")
+    parser.add_argument("--port", type=int, help="default: the first free one from 7860 on")
     parser.add_argument("--root-path", metavar="PATH", help="path prefix that a proxy serves it under, such as /plan")
 
 
 def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
     """Run the command."""
-    if not 1 <= args.port <= 65535:
+    if args.port is not None and not 1 <= args.port <= 65535:
         raise UsageError(f"`--port {args.port}` must be from 1 to 65535.")
     try:
         from peft_bsr.app.serving import serve

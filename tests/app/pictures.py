@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=PICTURES, help="default docs/images")
     parser.add_argument("--every", action="store_true", help="1280 and 390 pixels, light and dark, the whole height")
     args = parser.parse_args()
-    page = serve(port=0)
+    page = serve()
     views = [(w, s) for w in (1280, 390) for s in ("light", "dark")] if args.every else [(1280, "light")]
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])

@@ -25,7 +25,7 @@ def page():
     pytest.importorskip("gradio", reason="gradio is not installed (`pip install 'peft-bsr[app]'`)")
     from peft_bsr.app.serving import serve
 
-    served = serve(port=0)
+    served = serve()
     yield served
     served.close()
 
@@ -117,7 +117,7 @@ def test_an_upload_is_limited_and_gone_when_the_server_is(monkeypatch, tmp_path)
 
     assert gradio
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "files"))
-    served = serve(port=0, root_path="/plan")
+    served = serve(root_path="/plan")
     try:
         assert "/plan/gradio_api" in urllib.request.urlopen(served.local_url + "config").read().decode()
         url = served.local_url + "gradio_api/upload"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import lru_cache
@@ -68,7 +67,7 @@ def local_models() -> list[str]:
     return sorted(name for name, found in files.items() if needed <= found)
 
 
-def keep(source: str, picture: Image.Image | None, rate: float, blocks: Sequence[int] | None = None) -> KeptView:
+def keep(source: str, picture: Image.Image | None, rate: float, blocks: list[int] | None = None) -> KeptView:
     """Run a model on an image, reducing its tokens.
 
     Args:

@@ -20,7 +20,14 @@ from peft_bsr.errors import PeftBsrError
 
 _SANS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "DejaVu Sans", "sans-serif")
 _MONO = ("ui-monospace", "Menlo", "Consolas", "DejaVu Sans Mono", "monospace")
-THEME = gr.themes.Default(primary_hue="teal", font=_SANS, font_mono=_MONO)
+THEME = gr.themes.Default(primary_hue="teal", font=_SANS, font_mono=_MONO).set(
+    button_primary_background_fill="*primary_700",
+    button_primary_background_fill_hover="*primary_800",
+    button_primary_background_fill_dark="*primary_700",
+    button_primary_background_fill_hover_dark="*primary_800",
+    block_info_text_color="*neutral_600",
+    block_info_text_color_dark="*neutral_300",
+)
 _LANE: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "torch", "trigger_mode": "always_last"}
 _KEPT_SECONDS = 600  # an upload's file, at most
 
@@ -56,8 +63,8 @@ def _plans_tab(page: gr.Blocks) -> None:
         with gr.Column(scale=2, min_width=320):
             found = gr.HTML(elem_id="plans")
             number = gr.Dropdown([], label="Lines that run plan", visible=False)
-            shell = gr.Code(language="shell", label="Shell", visible=False, wrap_lines=True)
-            python = gr.Code(language="python", label="Python", visible=False, wrap_lines=True)
+            shell = gr.Code(language="shell", label="Shell", lines=2, max_lines=8, wrap_lines=True)
+            python = gr.Code(language="python", label="Python", lines=6, max_lines=16, wrap_lines=True)
     asked = [source, memory, batch, size, optimizer, precision, compiled, device, labels]
     card.input(_of_card, [card, memory, device], [memory, device], show_progress="hidden")
     shown = [found, number, shell, python]
@@ -74,17 +81,17 @@ def _of_card(card: str, memory: float, device: str) -> tuple[float, str]:
 
 
 def _plan(*values: Any) -> Iterator[tuple[Any, ...]]:
-    hidden, chosen = gr.update(visible=False), values[-1]
+    chosen = values[-1]
     try:
         question = Question(*values[:-1])
         depth = costs_of(question.source, question.labels).depth
         for plans in plans_of(question):
             index = min(int(chosen or 1), len(plans))
-            lines = [gr.update(value=one(plans[index - 1], question), visible=True) for one in (shell_of, python_of)]
+            lines = shell_of(plans[index - 1], question), python_of(plans[index - 1], question)
             numbers = [(f"{n}. gives up {plan.gives_up}", n) for n, plan in enumerate(plans, 1)]
             yield plans_html(plans, depth), gr.update(choices=numbers, value=index, visible=True), *lines
     except (PeftBsrError, OSError) as error:
-        yield error_html(error), hidden, hidden, hidden
+        yield error_html(error), gr.update(visible=False), "", ""
 
 
 def _fill(*values: Any) -> Iterator[None]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 CSS = """
 .gradio-container { --c0: #2563a8; --c1: #c2571a; --c2: #2f7d4f; --c3: #7b4ea3; --c4: #8a6d00; --c5: #586274;
   --quiet: #586274;
-  --rule: #d9dde4; --wrong: #a61b1b; --light: 38%; max-width: 1180px !important; margin: 0 auto !important; }
+  --rule: #d9dde4; --wrong: #a61b1b; --light: 38%; width: 100% !important;
+  max-width: 1180px !important; margin: 0 auto !important; }
 .dark .gradio-container, .gradio-container.dark { --c0: #6ea8e6; --c1: #ef9a62; --c2: #74c295; --c3: #bb96df;
   --c4: #d8b94a; --c5: #a3adbb; --quiet: #a3adbb; --rule: #3a4452; --wrong: #ff9b9b; --light: 68%; }
+.gradio-container > main { width: 100%; }
 .quiet { color: var(--quiet); font-size: .875rem; }
 .wrong { color: var(--wrong); white-space: pre-wrap; overflow-wrap: anywhere; }
 .k0 { --c: var(--c0); } .k1 { --c: var(--c1); } .k2 { --c: var(--c2); } .k3 { --c: var(--c3); } .k4 { --c: var(--c4); }
@@ -19,7 +21,7 @@ CSS = """
 ol.plans { list-style: none; margin: 0; padding: 0; }
 ol.plans li { padding: 10px 0; border-top: 1px solid var(--rule); }
 ol.plans h3 { font-size: 1rem; margin: 0 0 4px; overflow-wrap: anywhere; }
-ol.plans p { margin: 4px 0 0; }
+ol.plans p { display: block; margin: 4px 0 0; }
 .bar { display: flex; height: 14px; border-radius: 3px; overflow: hidden; background: var(--rule); }
 .bar span { background: var(--c); min-width: 0; }
 .kept { display: grid; gap: 8px; grid-template-columns: repeat(auto-fill, minmax(min(200px, 45%), 1fr)); }

@@ -60,7 +60,7 @@ def _plan(number: int, plan: BudgetPlan, most: int, depth: int) -> str:
         lines.append(f"Measured with a ViT-Ti (third tab): {scores}")
     lines += [f"declined: {reason}" for reason in plan.declined]
     return (
-        f"<h3>{number}. {_mib(estimate.total_bytes)}: gives up {escape(plan.gives_up)}</h3>"
+        f"<h3>{number}. {_mib(estimate.total_bytes)}. Gives up: {escape(plan.gives_up)}</h3>"
         f'<div class="bar" role="img" aria-label="{escape(words)}">{bar}</div>'
         f'<p class="quiet">{escape(words)}</p>' + "".join(f'<p class="quiet">{escape(line)}</p>' for line in lines)
     )

@@ -88,7 +88,7 @@ def _plan(*values: Any) -> Iterator[tuple[Any, ...]]:
         for plans in plans_of(question):
             index = min(int(chosen or 1), len(plans))
             lines = shell_of(plans[index - 1], question), python_of(plans[index - 1], question)
-            numbers = [(f"{n}. gives up {plan.gives_up}", n) for n, plan in enumerate(plans, 1)]
+            numbers = [(f"{n}. gives up: {plan.gives_up}", n) for n, plan in enumerate(plans, 1)]
             yield plans_html(plans, depth), gr.update(choices=numbers, value=index, visible=True), *lines
     except (PeftBsrError, OSError) as error:
         yield error_html(error), gr.update(visible=False), "", ""

@@ -24,7 +24,7 @@ ol.plans h3 { font-size: 1rem; margin: 0 0 4px; overflow-wrap: anywhere; }
 ol.plans p { display: block; margin: 4px 0 0; }
 .bar { display: flex; height: 14px; border-radius: 3px; overflow: hidden; background: var(--rule); }
 .bar span { background: var(--c); min-width: 0; }
-.kept { display: grid; gap: 8px; grid-template-columns: repeat(auto-fill, minmax(min(200px, 45%), 1fr)); }
+.kept { display: grid; gap: 8px; grid-template-columns: repeat(auto-fill, minmax(min(150px, 45%), 1fr)); }
 .kept figure { margin: 0; } .kept img { display: block; width: 100%; border-radius: 4px; }
 .kept figcaption { font-size: .875rem; line-height: 1.35; margin-top: 4px; }
 .facts { display: flex; flex-wrap: wrap; gap: 4px 24px; margin: 0 0 12px; }

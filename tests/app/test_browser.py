@@ -72,7 +72,7 @@ def test_all_three_tabs(tab, tmp_path):
         arg=[len(plans), f"1. {plans[0].estimate.total_bytes / 2**20:,.0f} MiB"],
     )
     for plan, heading in zip(plans, headings.all_inner_texts(), strict=True):
-        assert f"{plan.estimate.total_bytes / 2**20:,.0f} MiB: gives up {plan.gives_up}" in heading
+        assert f"{plan.estimate.total_bytes / 2**20:,.0f} MiB. Gives up: {plan.gives_up}" in heading
     assert shell_of(plans[0], question).split()[1] in tab.locator("body").inner_text()
     # what it costs and reaches
     tab.get_by_role("tab", name="What it costs").click()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,7 @@ BENCHMARK = ROOT / "benchmarks" / "method_comparison"
 
 def test_plans_are_those_of_plan_for_budget_and_come_one_by_one(tiny):
     question = Question(str(tiny), gib=1.0, batch_size=4, labels=3)
-    shown = list(plans_of(question))
+    shown = list(islice(plans_of(question), 4))
     assert [len(plans) for plans in shown] == list(range(1, len(shown[-1]) + 1))
     with torch.device("meta"):
         model = ViTForImageClassification(ViTConfig.from_pretrained(tiny, num_labels=3))
@@ -61,7 +62,7 @@ def test_the_lines_of_a_plan_run_it(tiny, monkeypatch):
     from peft_bsr.cli import train
 
     question = Question(str(tiny), gib=1.0, batch_size=4, labels=3)
-    plan = list(plans_of(question))[-1][-1]
+    plan = list(islice(plans_of(question), 4))[-1][-1]
     scope: dict = {}
     lines = python_of(plan, question).splitlines()
     assert lines[-1].startswith("Trainer(")

@@ -48,7 +48,9 @@ def make_page() -> gr.Blocks:
 def _plans_tab(page: gr.Blocks) -> None:
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
-            source = gr.Dropdown([*KNOWN], label="Model", info="or any Hub id or folder", allow_custom_value=True)
+            source = gr.Dropdown(
+                [*KNOWN], label="Model", info="or any Hub id or folder", allow_custom_value=True, elem_id="plans-model"
+            )
             card = gr.Dropdown(["", *CARDS], label="Card", info=f"{CUDA_GIB} GiB of it is left for CUDA itself")
             memory = gr.Slider(0.25, 96, 8, step=0.25, label="Memory, GiB")
             batch = gr.Number(32, label="Images a step", precision=0, minimum=1)

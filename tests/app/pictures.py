@@ -33,11 +33,13 @@ def main() -> None:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         for width, scheme in views:
-            tab = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+            tab = browser.new_page(viewport={"width": 1280, "height": 900}, color_scheme=scheme)
             tab.set_default_timeout(600_000)
             tab.goto(page.local_url)
             for name, show in {"plans": show_plans, "results": show_results, "kept": show_kept}.items():
+                tab.set_viewport_size({"width": 1280, "height": 900})  # a narrow one puts a tab into a menu
                 show(tab, args.model)
+                tab.set_viewport_size({"width": width, "height": 900})
                 path = args.folder / (f"app-{name}-{width}-{scheme}.png" if args.every else f"app-{name}.png")
                 tab.screenshot(path=path, full_page=args.every)
                 if not args.every:

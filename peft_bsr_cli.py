@@ -25,6 +25,7 @@ COMMANDS = {
     "export": "one file that runs elsewhere, token reduction included",
     "merge": "a plain transformers model of an adapter, for people without this package",
     "compare": "methods side by side on a model, measured here",
+    "app": "planner, kept tokens and benchmark in a browser",
 }
 _EPILOG = """\
 examples:

@@ -61,7 +61,7 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
     model = make_model(source, args.labels, "meta")
     setup = Setup(
         batch_size=args.batch_size,
-        image_size=args.image_size or _own_size(model, source),
+        image_size=args.image_size or trained_size(model.config, source),
         optimizer=args.optimizer,
         device=args.device,
         autocast=PRECISIONS[args.precision],
@@ -125,10 +125,10 @@ def _contributions(source: str, args: argparse.Namespace, out: Output) -> Contri
     return found
 
 
-def _own_size(model: Any, source: str) -> int | None:
-    """What `train` takes where it is not what the configuration says: DINOv2's 224 for 518."""
+def trained_size(config: Any, source: str) -> int | None:
+    """Pixels that `train` takes where it is not what the configuration says: DINOv2's 224 for 518."""
     size = default_size(source)
-    return None if size is None or native_size(model.config) in (None, (size, size)) else size
+    return None if size is None or native_size(config) in (None, (size, size)) else size
 
 
 def _row(plan: BudgetPlan, source: str) -> dict[str, Any]:

@@ -78,13 +78,14 @@ def make_model(
     if labels is not None:
         config.num_labels = labels
     with torch.device(device):
-        model = _from_config(config)
+        model = from_config(config)
     if image_size is not None:
         set_image_size(model, image_size)
     return model
 
 
-def _from_config(config: Any) -> nn.Module:
+def from_config(config: Any) -> nn.Module:
+    """A model with random weights: a classifier where its family has one."""
     own: Any = getattr(transformers, (config.architectures or ["AutoModel"])[0], None)
     made: nn.Module
     if classifiers_of(config):
@@ -184,6 +185,7 @@ __all__ = [
     "changed",
     "check_names",
     "find_adapter",
+    "from_config",
     "load_model",
     "make_config",
     "make_model",

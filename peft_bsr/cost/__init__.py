@@ -7,6 +7,7 @@ from peft_bsr.cost.estimation import Estimate, estimate
 from peft_bsr.cost.flops import count_flops, flops_by_module
 from peft_bsr.cost.memory import ModelMemory, PeakMemory, model_memory
 from peft_bsr.cost.paper import Dimensions, PaperCost, paper_cost
+from peft_bsr.cost.plan_costs import PlanCosts
 from peft_bsr.cost.setup import Setup
 from peft_bsr.engine import saved_activations, saved_by_module
 
@@ -19,6 +20,7 @@ __all__ = [
     "ModelMemory",
     "PaperCost",
     "PeakMemory",
+    "PlanCosts",
     "Setup",
     "TrainingStep",
     "compare",

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from peft_bsr.cost.block_contributions import Contributions
-from peft_bsr.cost.estimation import Estimate, estimate
-from peft_bsr.cost.proxy import on_meta, resolve_narrow
+from peft_bsr.cost.estimation import Estimate
+from peft_bsr.cost.plan_costs import PlanCosts
 from peft_bsr.cost.selection import choices
 from peft_bsr.cost.setup import SAVING, Setup
 from peft_bsr.cost.ways import Way, settings_of, ways_of
@@ -78,7 +78,7 @@ class BudgetPlan:
 
 
 def plan_for_budget(
-    model: nn.Module,
+    model: nn.Module | PlanCosts,
     memory: str | int,
     setup: Setup = _DEFAULT,
     *,
@@ -100,7 +100,7 @@ def plan_for_budget(
     It takes some 10 to 40 dry runs.
 
     Args:
-        model: See `estimate`; best without weights, on the meta device.
+        model: See `estimate`; best without weights, on the meta device. To plan for several budgets, its `PlanCosts`.
         memory: Bytes, or a text such as `"2GB"` (10^9) or `"1.5GiB"` (2^30). For weights, optimizer, gradients and
             activations; Python and torch (about 0.4 GB on the CPU) come on top.
         setup: How it is trained. Default `Setup()`. Gradient checkpointing is the planner's choice.
@@ -125,26 +125,26 @@ def plan_for_budget(
     """
     budget = parse_size(memory)
     setup = replace(setup, **settings)
-    model = on_meta(model).requires_grad_(True)  # also of one that an adapter has frozen: full fine-tuning is a plan
-    dtype = setup.dtype or next(p.dtype for p in model.parameters() if p.is_floating_point())
+    costs = model if isinstance(model, PlanCosts) else PlanCosts(model)
     measured: list[BudgetPlan] = []
 
     def measure(way: Way, declined: list[str]) -> BudgetPlan:
-        measured.append(_plan(model, way, budget, [*declined, *_unused(setup, way)]))
+        measured.append(_plan(costs, way, budget, [*declined, *_unused(setup, way)]))
         return measured[-1]
 
     plain = replace(setup, gradient_checkpointing=False)
+    dtype = setup.dtype or costs.dtype
     if contributions is None:
-        found = _walk(len(resolve_narrow(model, BSRConfig()).spec.blocks), plain, dtype, budget, measure, limit)
+        found = _walk(costs.depth, plain, dtype, budget, measure, limit)
     else:
-        found = _search(model, contributions, plain, dtype, budget, measure)[:limit]
+        found = _search(costs.model, contributions, plain, dtype, budget, measure)[:limit]
     if not found:
         smallest = min(measured, key=lambda plan: plan.estimate.total_bytes)
         least = smallest.estimate
         raise ConfigError(
-            f"`memory={memory!r}` is too little for {type(model).__name__} at `batch_size={setup.batch_size}`. The "
-            f"smallest plan takes {least.total_bytes / 2**20:.0f} MiB, of which weights "
-            f"{least.weights_bytes / 2**20:.0f} MiB:\n{smallest.describe()}\n"
+            f"`memory={memory!r}` is too little for {type(costs.model).__name__} at "
+            f"`batch_size={setup.batch_size}`. The smallest plan takes {least.total_bytes / 2**20:.0f} MiB, of "
+            f"which weights {least.weights_bytes / 2**20:.0f} MiB:\n{smallest.describe()}\n"
             "Use a smaller batch, half precision or a smaller model."
         )
     return found
@@ -197,20 +197,20 @@ def _search(
     return sorted(found, key=lambda plan: (-(plan.share or 0.0), plan.estimate.training_flops))
 
 
-def _plan(model: nn.Module, way: Way, budget: int, declined: list[str]) -> BudgetPlan:
+def _plan(costs: PlanCosts, way: Way, budget: int, declined: list[str]) -> BudgetPlan:
     """What a way takes, with the optimizer that pays. Compiled only where it may fit: that takes its time."""
     eager = replace(way.setup, compile=False)
-    cost = estimate(model, way.config, eager)
+    cost = costs(way.config, eager)
     reasons = list(declined)
     if eager.optimizer in SAVING:
-        plain = estimate(model, way.config, replace(eager, optimizer="adamw_fused"))
+        plain = costs(way.config, replace(eager, optimizer="adamw_fused"))
         share = plain.optimizer_bytes / plain.total_bytes
         if share < _WORTH and _fits(plain, budget):
             reasons.append(f"{eager.optimizer}: AdamW's state is {share:.1%} of the peak; adamw_fused instead")
             cost, eager = plain, replace(eager, optimizer="adamw_fused")
     setup = replace(eager, compile=way.setup.compile)
     if setup.compile and _fits(cost, budget / _COMPILED):
-        cost = estimate(model, way.config, setup)
+        cost = costs(way.config, setup)
     return BudgetPlan(way.config, setup, cost, way.gives_up, tuple(reasons))
 
 

@@ -106,6 +106,8 @@ def as_here(arguments: list[str], folder: Path) -> list[str]:
         found += ["--epochs", "0.5"] if "--dataset" in arguments else []
     if arguments[0] == "plan" and "--limit" not in arguments:
         found += ["--limit", "2"]
+    if arguments[0] == "app":
+        found.append("--help")  # it serves until it is stopped: tests/app does that
     if arguments[0] == "export":
         found.append("--no-check")  # that is another export, of all tokens
     return found

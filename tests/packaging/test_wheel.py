@@ -42,7 +42,10 @@ def test_contents(wheel):
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "peft_bsr").rglob("*.py")}
     assert sources <= names
     assert {"peft_bsr/py.typed", f"{info}/licenses/LICENSE", f"{info}/METADATA"} <= names
-    assert {name for name in names if name.startswith("peft_bsr/")} - sources == {"peft_bsr/py.typed"}
+    assert {name for name in names if name.startswith("peft_bsr/")} - sources == {
+        "peft_bsr/py.typed",
+        "peft_bsr/app/benchmark.json",
+    }
 
 
 def test_it_runs_from_a_clean_folder(wheel, tmp_path):

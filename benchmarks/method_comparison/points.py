@@ -1,0 +1,83 @@
+"""Write what the app shows of the results: one point for each experiment and task, with the command that made it.
+
+python benchmarks/method_comparison/points.py [--protocol cpu] [--output peft_bsr/app/benchmark.json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import ViTConfig, ViTForImageClassification
+
+sys.path.insert(0, str(Path(__file__).parent))
+from data import Protocol
+from launch import HERE, add_results, results_of
+from report import Row, load_rows
+
+from peft_bsr.app.results import plan_key
+from peft_bsr.cost.proxy import on_meta, resolve_narrow
+from peft_bsr.tuners import BSRConfig
+
+
+def main() -> None:
+    """Write the file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--protocol", default="cpu", help="default cpu")
+    parser.add_argument("--output", type=Path, default=HERE.parents[1] / "peft_bsr" / "app" / "benchmark.json")
+    add_results(parser)
+    args = parser.parse_args()
+    args.output.write_text(json.dumps(benchmark(results_of(args), Protocol.load(args.protocol)), indent=1) + "\n")
+    print(args.output)
+
+
+def benchmark(results: Path, protocol: Protocol) -> dict[str, Any]:
+    """All experiments that have both an accuracy and a cost, and what they were measured with."""
+    costs = json.loads((results / "costs.json").read_text())
+    rows = [(task, row) for task in protocol.tasks for row in load_rows(results, task, costs) if row.cost is not None]
+    model = rows[0][1].runs[0]["meta_info"]["model_info"]["model"]
+    system = next(iter(costs.values()))["system_info"]
+    return {
+        "conditions": f"{model} at 224 pixels, batch {protocol.batch_size}, float32, on a {system['processor']} CPU; "
+        f"{protocol.train_images} training images, {protocol.epochs} epochs, {protocol.test_images} test images",
+        "model": model,
+        "points": [point(task, row, protocol) for task, row in rows],
+    }
+
+
+def point(task: str, row: Row, protocol: Protocol) -> dict[str, Any]:
+    """What was measured of one experiment on one task."""
+    assert row.cost is not None, "rows without are left out"
+    words = ["--only", row.experiment.name, "--tasks", task, "--protocol", protocol.name]
+    return {
+        "task": task,
+        "experiment": row.experiment.name,
+        "accuracies": list(row.accuracies.values()),
+        "peak_bytes": row.cost["peak_bytes"],
+        "step_seconds": row.cost["step_seconds"],
+        "train_seconds": statistics.median(run["train_info"]["train_time"] for run in row.runs),
+        "plan": _key_of(row),
+        "command": shlex.join(["python", "benchmarks/method_comparison/run.py", *words]),
+    }
+
+
+def _key_of(row: Row) -> str | None:
+    """What trains on which tokens, as plans name it; None for what the planner does not offer."""
+    config = row.experiment.adapter()
+    if row.experiment.name.startswith("full_finetuning/"):
+        return plan_key(None, None)
+    if not isinstance(config, BSRConfig):
+        return None
+    with torch.device("meta"):
+        tiny = ViTForImageClassification(ViTConfig(hidden_size=192, num_attention_heads=3, intermediate_size=768))
+    return plan_key(config, resolve_narrow(on_meta(tiny), config).plan)
+
+
+if __name__ == "__main__":
+    main()

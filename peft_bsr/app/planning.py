@@ -1,0 +1,160 @@
+"""The first tab: what is asked, the plans that fit, and the lines that run each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from peft_bsr.app.models import costs_of, own_size
+from peft_bsr.app.results import measured, plan_key
+from peft_bsr.cli.memory import OPTIMIZERS, PRECISIONS
+from peft_bsr.cli.plan import command_of
+from peft_bsr.cli.sources import changed
+from peft_bsr.cost import BudgetPlan, Setup, plan_for_budget
+from peft_bsr.cost.ways import settings_of, ways_of
+from peft_bsr.errors import UsageError
+from peft_bsr.training import default_learning_rate
+
+CARDS = {  # GiB that the data sheet names
+    "T4, 16 GB": 16,
+    "RTX 3060, 12 GB": 12,
+    "RTX 4060, 8 GB": 8,
+    "RTX 4090, 24 GB": 24,
+    "RTX 5090, 32 GB": 32,
+    "A10G, 24 GB": 24,
+    "L4, 24 GB": 24,
+    "L40S, 48 GB": 48,
+    "A100, 40 GB": 40,
+    "A100 or H100, 80 GB": 80,
+}
+CUDA_GIB = 1  # of a card, for CUDA itself and the allocator
+_MOST = {"batch_size": 4096, "image_size": 2048, "labels": 100_000}
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a plan is asked for.
+
+    Attributes:
+        source: Hub id or folder of a model.
+        gib: Memory in GiB.
+        batch_size: Images a step.
+        image_size: Pixels of a side. 0: what `peft-bsr train` takes.
+        optimizer: One of `peft-bsr plan --optimizer`.
+        precision: `"fp32"`, `"bf16"` or `"fp16"`.
+        compile: Whether the model is compiled; 10 to 30 seconds a plan.
+        device: `"cpu"` or `"cuda"`: whose operations are counted.
+        labels: Classes of the head.
+    """
+
+    source: str
+    gib: float
+    batch_size: int = 32
+    image_size: int = 0
+    optimizer: str = "adamw_fused"
+    precision: str = "fp32"
+    compile: bool = False
+    device: str = "cpu"
+    labels: int = 10
+
+    def __post_init__(self) -> None:
+        if not self.source:
+            raise UsageError("no model is named. Pick one, or write a Hub id or a folder.")
+        for name, most in _MOST.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or not (name != "image_size") <= value <= most:
+                raise UsageError(f"`{name}={value!r}` must be a whole number of at most {most}.")
+
+    @property
+    def setup(self) -> Setup:
+        """For `plan_for_budget`."""
+        return Setup(
+            batch_size=self.batch_size,
+            image_size=self.image_size or own_size(self.source),
+            optimizer=self.optimizer,
+            device=self.device,
+            autocast=PRECISIONS[self.precision],
+            compile=self.compile,
+        )
+
+    @property
+    def memory(self) -> str:
+        """For `plan_for_budget`."""
+        return f"{self.gib:g}GiB"
+
+
+def plans_of(question: Question) -> Iterator[list[BudgetPlan]]:
+    """The plans that fit, one more each time: the first is there before the last is computed.
+
+    Args:
+        question: What is asked.
+
+    Raises:
+        PeftBsrError: If the model cannot be read or planned for, or nothing fits.
+    """
+    costs, setup = costs_of(question.source, question.labels), question.setup
+    for limit in range(1, len(settings_of(costs.depth)) + 1):
+        plans = plan_for_budget(costs, question.memory, setup, limit=limit)
+        if len(plans) < limit:
+            return
+        yield plans
+
+
+def fill(question: Question) -> Iterator[None]:
+    """Estimate what other budgets would ask for, so that a change of memory is quick; it may be left at every step."""
+    costs, setup = costs_of(question.source, question.labels), question.setup
+    if setup.compile:
+        return  # a budget asks for few of them, and each takes its time
+    for setting in settings_of(costs.depth):
+        for way in ways_of(setting, setup, costs.dtype):
+            if not isinstance(way, str):
+                costs(way.config, way.setup)
+                yield
+
+
+def accuracies_of(plan: BudgetPlan, depth: int) -> dict[str, float]:
+    """Where the benchmark has the plan: set of images -> accuracy there.
+
+    Args:
+        plan: The plan.
+        depth: Blocks of the model.
+    """
+    return measured(plan_key(plan.config, plan.estimate.plan), depth)
+
+
+def python_of(plan: BudgetPlan, question: Question) -> str:
+    """Lines of Python that train it as it was planned."""
+    setup, options = plan.setup, {} if plan.config is None else changed(plan.config)
+    rate = default_learning_rate("full" if plan.config is None else "bsr", options)
+    arguments: dict[str, object] = {"per_device_train_batch_size": setup.batch_size, "learning_rate": rate}
+    arguments |= {"warmup_steps": 0.1, "lr_scheduler_type": "cosine", "remove_unused_columns": False}
+    arguments |= dict(pair.split("=", 1) for pair in OPTIMIZERS[setup.optimizer])
+    arguments |= {} if question.precision == "fp32" else {question.precision: True}
+    arguments |= {"torch_compile": True} if setup.compile else {}
+    if setup.gradient_checkpointing:
+        offload = {"offload": True} if setup.gradient_checkpointing == "offload" else {}
+        arguments |= {"gradient_checkpointing": True}
+        arguments |= {"gradient_checkpointing_kwargs": {"use_reentrant": False} | offload}
+    words = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+    adapter = ", ".join(f"{name}={value!r}" for name, value in options.items())
+    lines = [
+        "from transformers import AutoModelForImageClassification, Trainer, TrainingArguments",
+        *([] if plan.config is None else ["from peft import get_peft_model", "from peft_bsr import BSRConfig"]),
+        *(["from peft_bsr import set_image_size"] if setup.image_size else []),
+        "",
+        f"model = AutoModelForImageClassification.from_pretrained({question.source!r}, "
+        f"num_labels={question.labels}, ignore_mismatched_sizes=True)",
+        *([f"set_image_size(model, {setup.image_size})"] if setup.image_size else []),
+        *([] if plan.config is None else [f"model = get_peft_model(model, BSRConfig({adapter}))"]),
+        f'arguments = TrainingArguments("checkpoints", {words})',
+        "Trainer(model=model, args=arguments, train_dataset=train_dataset).train()",
+    ]
+    return "\n".join(lines)
+
+
+def shell_of(plan: BudgetPlan, question: Question) -> str:
+    """The command that trains it on a folder of images by class."""
+    return f"{command_of(plan, question.source)} --dataset photos --output out"
+
+
+__all__ = ["CARDS", "CUDA_GIB", "Question", "accuracies_of", "fill", "plans_of", "python_of", "shell_of"]

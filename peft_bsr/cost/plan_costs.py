@@ -1,0 +1,54 @@
+"""What ways to train a model take, each estimated once however often it is planned."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from torch import nn
+
+from peft_bsr.cost.estimation import Estimate, estimate
+from peft_bsr.cost.proxy import on_meta, resolve_narrow
+from peft_bsr.cost.setup import Setup
+from peft_bsr.tuners import BSRConfig
+
+
+class PlanCosts:
+    """Estimates of one model, remembered: given to `plan_for_budget` in its place, another budget is quick.
+
+    Args:
+        model: See `estimate`; best without weights. It is not changed or kept.
+
+    Attributes:
+        model: The same on the meta device. Everything trains: full fine-tuning is a plan.
+
+    Examples:
+        >>> from transformers import ViTConfig, ViTForImageClassification
+        >>> costs = PlanCosts(ViTForImageClassification(ViTConfig(num_hidden_layers=2, hidden_size=48)))
+        >>> costs.depth, costs(None, Setup(batch_size=2)) is costs(None, Setup(batch_size=2))
+        (2, True)
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = on_meta(model).requires_grad_(True)
+        self._known: dict[tuple[str, Setup], Estimate] = {}
+
+    def __call__(self, config: BSRConfig | None, setup: Setup) -> Estimate:
+        """See `estimate`."""
+        key = (repr(config), setup)
+        if key not in self._known:
+            self._known[key] = estimate(self.model, config, setup)
+        return self._known[key]
+
+    @cached_property
+    def depth(self) -> int:
+        """Blocks of the model."""
+        return len(resolve_narrow(self.model, BSRConfig()).spec.blocks)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
+
+
+__all__ = ["PlanCosts"]

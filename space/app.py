@@ -1,0 +1,6 @@
+"""The Space: the same app as `peft-bsr app`, on the address that Spaces forward."""
+
+from peft_bsr.app.serving import serve
+
+if __name__ == "__main__":
+    serve("0.0.0.0").block_thread()

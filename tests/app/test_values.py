@@ -1,0 +1,194 @@
+"""What the app computes is what the Python API says."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from peft import get_peft_model
+from PIL import Image
+from transformers import ViTConfig, ViTForImageClassification
+
+from peft_bsr import BSRConfig, HubError, UsageError
+from peft_bsr.app import planning
+from peft_bsr.app.html import chart_html, error_html, kept_html, plans_html
+from peft_bsr.app.kept import keep, load, photograph, read_blocks
+from peft_bsr.app.models import KNOWN, config_of, costs_of
+from peft_bsr.app.planning import Question, accuracies_of, fill, plans_of, python_of, shell_of
+from peft_bsr.app.results import AXES, choose, pareto, points
+from peft_bsr.cost import Setup, count_flops, plan_for_budget
+from peft_bsr.data import load_processor, to_pixels
+from peft_bsr_cli import main, make_parser
+
+ROOT = Path(__file__).parents[2]
+BENCHMARK = ROOT / "benchmarks" / "method_comparison"
+
+
+def test_plans_are_those_of_plan_for_budget_and_come_one_by_one(tiny):
+    question = Question(str(tiny), gib=1.0, batch_size=4, labels=3)
+    shown = list(islice(plans_of(question), 4))
+    assert [len(plans) for plans in shown] == list(range(1, len(shown[-1]) + 1))
+    with torch.device("meta"):
+        model = ViTForImageClassification(ViTConfig.from_pretrained(tiny, num_labels=3))
+    expected = plan_for_budget(model, "1GiB", Setup(batch_size=4, optimizer="adamw_fused"), limit=4)
+    assert [plan.describe() for plan in shown[3]] == [plan.describe() for plan in expected]
+    html = plans_html(shown[-1], 4)
+    assert [int(n) for n in re.findall(r"<h3>(\d+)\.", html)] == list(range(1, len(shown[-1]) + 1))
+    assert all(plan.gives_up in html for plan in expected)
+
+
+def test_another_budget_estimates_nothing_again(tiny, monkeypatch):
+    first = next(iter(plans_of(Question(str(tiny), gib=1.0, batch_size=4, labels=3))))
+    monkeypatch.setattr("peft_bsr.cost.plan_costs.estimate", lambda *_: pytest.fail("estimated again"))
+    assert next(iter(plans_of(Question(str(tiny), gib=0.5, batch_size=4, labels=3)))) == first
+
+
+@pytest.mark.slow
+def test_after_fill_no_budget_estimates_anything(tiny, monkeypatch):
+    list(fill(Question(str(tiny), gib=1.0, batch_size=2)))
+    monkeypatch.setattr("peft_bsr.cost.plan_costs.estimate", lambda *_: pytest.fail("estimated again"))
+    least = costs_of(str(tiny), 10)(None, Question(str(tiny), gib=1.0, batch_size=2).setup).total_bytes
+    for gib in (1.0, least / 2**30, 0.8 * least / 2**30):
+        assert list(plans_of(Question(str(tiny), gib=gib, batch_size=2)))
+
+
+def test_the_lines_of_a_plan_run_it(tiny, monkeypatch):
+    """The Python is executed up to the trainer, the flags of the shell are read by the command."""
+    from peft_bsr.cli import train
+
+    question = Question(str(tiny), gib=1.0, batch_size=4, labels=3)
+    plan = list(islice(plans_of(question), 4))[-1][-1]
+    scope: dict = {}
+    lines = python_of(plan, question).splitlines()
+    assert lines[-1].startswith("Trainer(")
+    exec("\n".join(lines[:-1]), scope)
+    assert scope["arguments"].per_device_train_batch_size == 4
+    trains = sum(p.numel() for p in scope["model"].parameters() if p.requires_grad)
+    assert trains == plan.estimate.trainable_parameters
+    words = shell_of(plan, question).split()
+    assert words[0] == "peft-bsr"
+    args = make_parser("train", train).parse_args(words[1:])
+    assert str(args.model) == str(tiny)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", list(KNOWN))
+def test_each_offered_model_can_be_made_without_weights(source):
+    costs = costs_of(source, 10)
+    assert costs.depth >= 12
+    assert all(p.is_meta for p in costs.model.parameters())
+    assert config_of(source).model_type in ("vit", "deit", "dinov2", "clip", "siglip")
+
+
+def test_what_cannot_be_planned_says_why(tmp_path, tiny):
+    with pytest.raises(HubError, match="no folder"):
+        list(plans_of(Question(str(tmp_path / "none"), gib=4)))
+    with pytest.raises(UsageError, match="batch_size=0"):
+        Question(str(tiny), gib=4, batch_size=0)
+    with pytest.raises(UsageError, match="Pick one"):
+        Question("", gib=4)
+    said = error_html(UsageError("a <b> & c"))
+    assert "a &lt;b&gt; &amp; c" in said and 'role="alert"' in said
+
+
+def test_kept_tokens_are_those_of_the_adapter(tiny):
+    view = keep(str(tiny), photograph("flower.jpg"), 0.5, [1, 2])
+    model = get_peft_model(
+        ViTForImageClassification.from_pretrained(tiny), BSRConfig(keep_rate=0.5, reduction_blocks=[1, 2])
+    ).eval()
+    pixels = to_pixels([photograph("flower.jpg")], load_processor(str(tiny)))
+    with torch.no_grad():
+        assert view.flops == count_flops(lambda: model(pixel_values=pixels)) < view.all_flops
+        lengths = [state.shape[1] for state in model(pixel_values=pixels, output_hidden_states=True).hidden_states]
+    assert [one.block for one in view.kept] == [1, 2] and view.kept[0].share == 0.5
+    assert view.all_tokens == lengths[1] == 17 and view.tokens == lengths[2:4]
+    assert kept_html(view).count("<img") == 3
+
+
+def test_a_change_of_the_rate_redraws_and_leaves_the_model_alone(tiny):
+    model, _ = load(str(tiny))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    picture = photograph("china.jpg")
+    few, many = (keep(str(tiny), picture, rate, [1]) for rate in (0.3, 0.8))
+    assert few.kept[0].share < many.kept[0].share and few.flops < many.flops
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_images_and_blocks_that_cannot_be_used_are_refused(tiny):
+    with pytest.raises(UsageError, match="no image"):
+        keep(str(tiny), None, 0.5)
+    with pytest.raises(UsageError, match="50,000,000 are the most"):
+        keep(str(tiny), Image.new("1", (10_000, 5_001)), 0.5)
+    with pytest.raises(UsageError, match="indices from 0"):
+        read_blocks("one, two")
+    assert read_blocks(" 3, 6,9 ") == [3, 6, 9] and read_blocks(" ") is None
+
+
+def test_a_large_model_is_not_loaded(tiny, monkeypatch):
+    monkeypatch.setattr("peft_bsr.app.kept.MOST_PARAMETERS", 10)
+    load.cache_clear()
+    with pytest.raises(UsageError, match="M parameters"):
+        load(str(tiny))
+
+
+def test_points_are_the_committed_results():
+    """Each number is that of the results beside the benchmark; nothing is left out, losing ones neither."""
+    costs = json.loads((BENCHMARK / "results" / "cpu" / "costs.json").read_text())
+    expected = {}
+    for path in (BENCHMARK / "results" / "cpu").glob("*/*/seed-*.json"):
+        task, experiment = path.parts[-3], path.parts[-2].replace("--", "/")
+        if experiment in costs and task in ("cifar10", "fashion-mnist"):
+            accuracy = json.loads(path.read_text())["train_info"]["metrics"][0]["accuracy"]
+            expected.setdefault((task, experiment), set()).add(accuracy)
+    assert {(point.task, point.experiment): set(point.accuracies) for point in points()} == expected
+    assert all(point.peak_bytes == costs[point.experiment]["peak_bytes"] for point in points())
+    assert all(point.experiment in point.command and point.task in point.command for point in points())
+
+
+@pytest.mark.parametrize("axis", list(AXES))
+def test_nothing_beats_the_front(axis):
+    chosen = choose("cifar10")
+    front = pareto(chosen, axis)
+    assert 1 < len(front) < len(chosen)
+    for point in chosen:
+        beaten = [f for f in front if f.accuracy >= point.accuracy and f.cost(axis) <= point.cost(axis)]
+        assert beaten, f"{point.experiment} is neither on the front nor beaten by it"
+    html = chart_html(chosen, axis, sorted({point.method for point in chosen}))
+    assert html.count("<button") == len(chosen)
+    assert all(point.command in html for point in chosen)
+
+
+def test_filters_leave_what_they_say():
+    assert {point.method for point in choose("cifar10", ["lora"])} == {"lora"}
+    assert all(point.peak_bytes <= 200 * 2**20 for point in choose("cifar10", memory=200))
+    assert "Nothing is left" in chart_html([], next(iter(AXES)), [])
+
+
+def test_a_plan_of_the_benchmark_shows_its_accuracy():
+    """`BSRConfig()` on 12 blocks is the benchmark's `bsr/spread`, and full fine-tuning itself."""
+    question = Question("WinKawaks/vit-tiny-patch16-224", gib=64, batch_size=2)
+    full = next(iter(plans_of(question)))[0]
+    rows = [p for p in points() if p.experiment.startswith("full_finetuning/") and p.task == "cifar10"]
+    scores = [score for row in rows for score in row.accuracies]
+    assert accuracies_of(full, 12)["cifar10"] == pytest.approx(sum(scores) / len(scores))
+    assert accuracies_of(full, 24) == {}
+    spread = [p for p in points() if p.experiment in ("bsr/spread-exact", "bsr/spread-max")]
+    assert len({point.plan for point in spread}) == 1 and spread[0].plan is not None
+
+
+def test_cards_leave_room():
+    assert all(gib > planning.CUDA_GIB for gib in planning.CARDS.values())
+
+
+def test_without_gradio_the_command_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    for name in ("page", "serving"):
+        monkeypatch.delitem(sys.modules, f"peft_bsr.app.{name}", raising=False)
+    assert main(["app"]) == 1
+    assert "pip install 'peft-bsr[app]'" in capsys.readouterr().err
+    assert main(["app", "--port", "0"]) == 2

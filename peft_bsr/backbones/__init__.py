@@ -1,5 +1,6 @@
 """What the model is: the only package that knows model families. `probe_model(model)` returns a `ModelSpec`."""
 
+from peft_bsr.backbones.add_head import with_head
 from peft_bsr.backbones.block_spec import apply_part
 from peft_bsr.backbones.fingerprint import Fingerprint, weights_digest
 from peft_bsr.backbones.headed_model import BackboneForImageClassification, BackboneWithHeadConfig
@@ -36,7 +37,6 @@ from peft_bsr.backbones.scoring import (
     run_scored,
 )
 from peft_bsr.backbones.side_inputs import SideInputHooks, input_names
-from peft_bsr.backbones.with_head import with_head
 from peft_bsr.renamed import renamed
 
 __getattr__ = renamed(__name__, {"Column": "ModelSpec", "probe_column": "probe_model"}, globals())

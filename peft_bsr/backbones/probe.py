@@ -119,12 +119,10 @@ def _probe(model: nn.Module) -> tuple[ModelSpec, StockRun]:
         (hidden, *args), kwargs, first_output = trace.calls[0]
         attention = blocks[0].get_submodule(attention_name)
         assert trace.attention_call is not None
-        grids = [grid for grid in trace.grids if torch.Size(grid).numel() == num_patches]
-        grid = grids[-1] if grids else None
+        grid = next((grid for grid in reversed(trace.grids) if torch.Size(grid).numel() == num_patches), None)
         kinds = possible_kinds(model, attention, trace.attention_call, route, image_shape, grid)
-        block_call = (tuple(args), kwargs)
         uses_positions, side_inputs = check_permutation(
-            model, blocks[0], attention_name, hidden, block_call, route, kinds
+            model, blocks[0], attention_name, hidden, (tuple(args), kwargs), route, kinds
         )
         scores_from, num_heads, scaling = find_score_source(attention, *trace.attention_call)
         last_read, reads, head = _read_out(model, found, image_shape, output, trace)
@@ -349,5 +347,4 @@ def _gradients(output: Any, trace: _Trace) -> tuple[Tensor, tuple[str, ...]] | N
     if start is None:
         return None
     used = {name for (name, _), gradient in zip(outputs, rest, strict=True) if gradient is not None}
-    reads = start.abs().sum(dim=(0, 2)).ne(0).cpu()
-    return reads, tuple(name for name in trace.behind if name in used)
+    return start.abs().sum(dim=(0, 2)).ne(0).cpu(), tuple(name for name in trace.behind if name in used)

@@ -99,8 +99,8 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
         if not args.no_measuring:
             found.peak = stack.enter_context(watch_peak(arguments.device))
         base = load_model(settings.model, data.labels, data.problem_type, settings.image_size)
-        if words := describe_head(settings.model, base):
-            out.note(words)
+        if head := describe_head(settings.model, base):
+            out.note(head)
         if not args.no_measuring:
             with may_fail("prediction of peak memory", out, "The run goes on."):
                 found.peak.predicted = predict_peak(settings, arguments, base, processor)

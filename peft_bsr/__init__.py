@@ -21,6 +21,7 @@ from peft_bsr.backbones import (  # noqa: E402
     register_family,
     set_image_size,
     unregister_family,
+    with_head,
 )
 from peft_bsr.core import Route  # noqa: E402
 from peft_bsr.deprecation import renamed  # noqa: E402
@@ -140,4 +141,5 @@ __all__ = [
     "set_image_size",
     "unregister_family",
     "verify_trainability",
+    "with_head",
 ]

@@ -1,7 +1,9 @@
 """What the model is: the only package that knows model families. `probe_model(model)` returns a `ModelSpec`."""
 
+from peft_bsr.backbones.add_head import with_head
 from peft_bsr.backbones.block_spec import apply_part
 from peft_bsr.backbones.fingerprint import Fingerprint, weights_digest
+from peft_bsr.backbones.headed_model import BackboneForImageClassification, BackboneWithHeadConfig
 from peft_bsr.backbones.image_size import native_size, resized_tables, set_image_size
 from peft_bsr.backbones.inputs import (
     StockRun,
@@ -21,6 +23,7 @@ from peft_bsr.backbones.inputs import (
 )
 from peft_bsr.backbones.model_spec import BlockSpec, ModelSpec, ScoreSource
 from peft_bsr.backbones.permutation import excess, no_zero_tables
+from peft_bsr.backbones.pooling import takes_head
 from peft_bsr.backbones.probe import probe, probe_model
 from peft_bsr.backbones.registry import FamilyRule, find_rule, inner_config, register_family, unregister_family
 from peft_bsr.backbones.scoring import (
@@ -41,6 +44,8 @@ __getattr__ = renamed(__name__, {"Column": "ModelSpec", "probe_column": "probe_m
 
 __all__ = [
     "AttentionScorer",
+    "BackboneForImageClassification",
+    "BackboneWithHeadConfig",
     "BlockSpec",
     "FamilyRule",
     "Fingerprint",
@@ -79,8 +84,10 @@ __all__ = [
     "run_stock",
     "seed",
     "set_image_size",
+    "takes_head",
     "tensors_of",
     "tolerance",
     "unregister_family",
     "weights_digest",
+    "with_head",
 ]

@@ -88,7 +88,7 @@ class _Trace:
         self.order: dict[int, list[str]] = {}  # block index -> children as they ran
         self.residual_takers: set[str] = set()
         self.grids: list[tuple[int, ...]] = []
-        self.behind: dict[str, Tensor] = {}  # head candidates -> their output
+        self.behind: dict[str, list[Tensor]] = {}  # head candidates -> what each call of them gave
 
     @property
     def inputs(self) -> list[Tensor]:
@@ -119,12 +119,10 @@ def _probe(model: nn.Module) -> tuple[ModelSpec, StockRun]:
         (hidden, *args), kwargs, first_output = trace.calls[0]
         attention = blocks[0].get_submodule(attention_name)
         assert trace.attention_call is not None
-        grids = [grid for grid in trace.grids if torch.Size(grid).numel() == num_patches]
-        grid = grids[-1] if grids else None
+        grid = next((grid for grid in reversed(trace.grids) if torch.Size(grid).numel() == num_patches), None)
         kinds = possible_kinds(model, attention, trace.attention_call, route, image_shape, grid)
-        block_call = (tuple(args), kwargs)
         uses_positions, side_inputs = check_permutation(
-            model, blocks[0], attention_name, hidden, block_call, route, kinds
+            model, blocks[0], attention_name, hidden, (tuple(args), kwargs), route, kinds
         )
         scores_from, num_heads, scaling = find_score_source(attention, *trace.attention_call)
         last_read, reads, head = _read_out(model, found, image_shape, output, trace)
@@ -271,7 +269,7 @@ def _watch(model: nn.Module, found: _Blocks, trace: _Trace, hooks: ExitStack, st
     def leave_behind(name: str, output: Any) -> None:
         tensors = tensors_of(output) if len(trace.calls) == len(blocks) else []
         if tensors:
-            trace.behind[name] = tensors[0]
+            trace.behind.setdefault(name, []).append(tensors[0])
 
     for index, block in enumerate(blocks):
         on(block.register_forward_pre_hook(enter_block))
@@ -344,12 +342,9 @@ def _gradients(output: Any, trace: _Trace) -> tuple[Tensor, tuple[str, ...]] | N
     with torch.enable_grad():  # random weights: a plain sum of a LayerNorm's output has no gradient
         weighted = [t.float() * torch.randn(t.shape, generator=generator).to(t.device) for t in tensors]
         probe = torch.stack([t.sum() for t in weighted]).sum()
-    outputs = [t if t.requires_grad else None for t in trace.behind.values()]
-    sources = [trace.start, *(t for t in outputs if t is not None)]
-    start, *rest = torch.autograd.grad(probe, sources, allow_unused=True)
+    outputs = [(name, t) for name, calls in trace.behind.items() for t in calls if t.requires_grad]
+    start, *rest = torch.autograd.grad(probe, [trace.start, *(t for _, t in outputs)], allow_unused=True)
     if start is None:
         return None
-    gradients = iter(rest)
-    used = [t is not None and next(gradients) is not None for t in outputs]
-    reads = start.abs().sum(dim=(0, 2)).ne(0).cpu()
-    return reads, tuple(name for name, is_used in zip(trace.behind, used, strict=True) if is_used)
+    used = {name for (name, _), gradient in zip(outputs, rest, strict=True) if gradient is not None}
+    return start.abs().sum(dim=(0, 2)).ne(0).cpu(), tuple(name for name in trace.behind if name in used)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields
 from typing import Any
 
@@ -14,10 +15,10 @@ from peft import PeftConfig
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageClassification
 
-from peft_bsr.backbones import set_image_size
+from peft_bsr.backbones import BackboneForImageClassification, BackboneWithHeadConfig, set_image_size, takes_head
 from peft_bsr.cli.values import read_fields
 from peft_bsr.compat.transformers_api import classifiers_of
-from peft_bsr.errors import UsageError
+from peft_bsr.errors import UnsupportedModelError, UsageError
 from peft_bsr.hub import read_config
 from peft_bsr.hub.files import ADAPTER, MODEL, list_files
 from peft_bsr.problem_type import SINGLE_LABEL, ProblemType
@@ -88,6 +89,9 @@ def from_config(config: Any) -> nn.Module:
     """A model with random weights: a classifier where its family has one."""
     own: Any = getattr(transformers, (config.architectures or ["AutoModel"])[0], None)
     made: nn.Module
+    if takes_head(config):
+        with suppress(UnsupportedModelError):  # the bare model's own refusal says more
+            return BackboneForImageClassification(BackboneWithHeadConfig(config, num_labels=config.num_labels))
     if classifiers_of(config):
         made = AutoModelForImageClassification.from_config(config, trust_remote_code=False)
     elif isinstance(own, type) and issubclass(own, transformers.PreTrainedModel):
@@ -132,12 +136,24 @@ def load_model(
     return model
 
 
+def describe_head(name: str, model: Any) -> str | None:
+    """One line about the head that a model without one got, or None.
+
+    Args:
+        name: MODEL.
+        model: From `load_model`.
+    """
+    if not isinstance(model, BackboneForImageClassification) or not takes_head(read_model_config(name)):
+        return None
+    return f"{name} has no head: {model.describe_head()}"
+
+
 def _trainable_class(name: str) -> Any:
     """The image classifier of the model's family that can be trained: its loss is made of labels."""
     config = read_model_config(name)
     classes = classifiers_of(config)
     if not classes:
-        return AutoModelForImageClassification  # which says so
+        return BackboneForImageClassification if takes_head(config) else AutoModelForImageClassification  # it says so
     named = sorted(classes, key=lambda cls: cls.__name__ not in (config.architectures or ()))  # its own class first
     trainable = [cls for cls in named if "labels" in inspect.signature(cls.forward).parameters]
     if not trainable:
@@ -184,6 +200,7 @@ def changed(config: Any) -> dict[str, Any]:
 __all__ = [
     "changed",
     "check_names",
+    "describe_head",
     "find_adapter",
     "from_config",
     "load_model",

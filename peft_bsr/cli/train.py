@@ -41,7 +41,7 @@ from peft_bsr.cli.saving import (
 )
 from peft_bsr.cli.scaling import find_scale, fold
 from peft_bsr.cli.settings import TrainSettings, add_settings, read_settings
-from peft_bsr.cli.sources import find_adapter, load_model, make_model
+from peft_bsr.cli.sources import describe_head, find_adapter, load_model, make_model
 from peft_bsr.cli.training import fit_to_data, make_trainer, optimizer_maker, training_arguments
 from peft_bsr.data import size_of
 from peft_bsr.errors import UsageError
@@ -99,6 +99,8 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
         if not args.no_measuring:
             found.peak = stack.enter_context(watch_peak(arguments.device))
         base = load_model(settings.model, data.labels, data.problem_type, settings.image_size)
+        if head := describe_head(settings.model, base):
+            out.note(head)
         if not args.no_measuring:
             with may_fail("prediction of peak memory", out, "The run goes on."):
                 found.peak.predicted = predict_peak(settings, arguments, base, processor)
@@ -115,8 +117,15 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
         stack.callback(clock.release)
         if settings.cache:
             cache = FeatureCache.build(
-                model, trainer.train_dataset, output / "cache", collate=trainer.data_collator, progress=not out.is_json
+                model,
+                trainer.train_dataset,
+                output / "cache",
+                collate=trainer.data_collator,
+                progress=not out.is_json,
+                freeze_random=True,
             )
+            if cache.drawing:
+                out.note(f"cache: `{cache.drawing}` is random in training; with a cache it is not")
             stack.enter_context(cache.read_by(model))
             trainer.train_dataset, trainer.data_collator = cache, partial(_collate_either, trainer.data_collator)
         _set_learning_rate(trainer, settings, out)

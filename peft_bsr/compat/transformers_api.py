@@ -7,10 +7,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
-from transformers import AutoModelForImageClassification
+from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, MODEL_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_MAPPING,
+)
 from transformers.pipelines import SUPPORTED_TASKS
 
 _CAPTURING = "transformers.utils.output_capturing"
@@ -83,6 +88,41 @@ def model_classes_of(config: Any) -> tuple[type[nn.Module], ...]:
     return tuple(one for kinds in found for one in (kinds if isinstance(kinds, tuple) else (kinds,)))
 
 
+def config_class_of(model_type: str) -> Any:
+    """The class of configurations of that `model_type`.
+
+    Raises:
+        KeyError: If there is none.
+    """
+    return CONFIG_MAPPING[model_type]
+
+
+def backbone_class_of(config: Any) -> Any:
+    """The class of the bare model of a config: the one of `AutoModel`, the vision model next to it, or None."""
+    if type(config) in MODEL_MAPPING:
+        found = MODEL_MAPPING[type(config)]
+        return found[0] if isinstance(found, tuple) else found
+    file = sys.modules.get(type(config).__module__.replace(".configuration_", ".modeling_"))
+    for cls in vars(file).values() if file is not None else ():
+        is_model = isinstance(cls, type) and issubclass(cls, PreTrainedModel) and cls.__name__.endswith("VisionModel")
+        if is_model and cls.config_class is type(config):
+            return cls
+    return None
+
+
+def register_classifier(config_class: Any, model_class: Any) -> None:
+    """Make an image classifier known to the automatic classes and to pipelines."""
+    AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+    AutoModelForImageClassification.register(config_class, model_class, exist_ok=True)
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES[config_class.model_type] = model_class.__name__
+
+
+def keep_weights(model: nn.Module) -> None:
+    """Have no model that this one becomes part of draw its weights again."""
+    for module in model.modules():
+        module._is_hf_initialized = True  # type: ignore[assignment]
+
+
 def class_names_of_task(task: str) -> set[str]:
     """Names of the models that the automatic classes of a pipeline's task know.
 
@@ -108,13 +148,17 @@ __all__ = [
     "IMPLEMENTATION",
     "ROTATE",
     "attention_functions",
+    "backbone_class_of",
     "captured_outputs",
     "class_names_of_task",
     "classifiers_of",
+    "config_class_of",
     "forget_source",
     "function_of",
     "image_processor_names",
     "is_capture_hook",
+    "keep_weights",
     "model_classes_of",
+    "register_classifier",
     "source_of",
 ]

@@ -9,8 +9,9 @@ from typing import Any
 
 import transformers
 from PIL import Image
-from transformers import AutoConfig, AutoImageProcessor
+from transformers import AutoConfig, AutoImageProcessor, ViTImageProcessorPil
 
+from peft_bsr.backbones import inner_config, native_size
 from peft_bsr.compat.transformers_api import image_processor_names, model_classes_of
 from peft_bsr.errors import DatasetError, ProcessorWarning, headline
 
@@ -41,6 +42,8 @@ def load_processor(
         DatasetError: If neither the model nor its model type has a processor.
     """
     processor, is_own = _find(source)
+    if is_own and getattr(processor, "do_normalize", True) is False:  # the model does so by itself (RADIO)
+        processor.image_mean, processor.image_std = [0.0, 0.0, 0.0], [1.0, 1.0, 1.0]
     for name in ("do_resize", "do_rescale", "do_normalize"):
         setattr(processor, name, True)
     height, width = (image_size, image_size) if image_size else _size(processor, source, is_own)
@@ -89,8 +92,10 @@ def _find(source: str) -> tuple[Any, bool]:
         return AutoImageProcessor.from_pretrained(source, trust_remote_code=False), True
     except (OSError, ValueError, ImportError) as error:
         reason = headline(error)
+    if (written := _by_settings(source)) is not None:
+        return written, True
     try:
-        kind = AutoConfig.from_pretrained(source, trust_remote_code=False).model_type
+        kind = inner_config(AutoConfig.from_pretrained(source, trust_remote_code=False)).model_type
     except (OSError, ValueError) as error:
         raise DatasetError(f"`{source}` has no image processor and no configuration ({headline(error)}).") from error
     names = image_processor_names(kind) or image_processor_names(kind.removesuffix("_vision_model"))
@@ -101,6 +106,16 @@ def _find(source: str) -> tuple[Any, bool]:
             "Put a preprocessor_config.json next to its weights."
         )
     return made(), False
+
+
+def _by_settings(source: str) -> Any:
+    """What a processor that needs torchvision does (DINOv3's), by Pillow; None where there is no file."""
+    try:
+        values, _ = ViTImageProcessorPil.get_image_processor_dict(source)
+    except (OSError, ValueError):
+        return None
+    names = ("size", "do_normalize", "image_mean", "image_std", "rescale_factor")
+    return ViTImageProcessorPil(**{name: values[name] for name in names if values.get(name) is not None})
 
 
 def _size(processor: Any, source: str, is_own: bool) -> tuple[int, int]:
@@ -116,16 +131,13 @@ def _pretrained(source: str) -> tuple[tuple[int, int] | None, bool]:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError):  # a processor without a model; loading reports a missing model
         return None, False
-    size = getattr(getattr(config, "vision_config", config), "image_size", None)
-    if size is None:
-        return None, False
-    height, width = (size, size) if isinstance(size, int) else size[:2]
-    return (int(height), int(width)), _is_fixed(config)
+    size = native_size(config)
+    return size, size is not None and _is_fixed(config)
 
 
 def _is_fixed(config: Any) -> bool:
     """Whether the model accepts one image size, unless it interpolates its position embeddings."""
-    parts = (config, getattr(config, "vision_config", config))
+    parts = (config, inner_config(config))
     classes = [cls for part in parts for cls in model_classes_of(part)]
     return any("interpolate_pos_encoding" in inspect.signature(cls.forward).parameters for cls in classes)
 

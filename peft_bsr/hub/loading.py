@@ -14,7 +14,7 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import AutoConfig, AutoFeatureExtractor, AutoImageProcessor, AutoModelForImageClassification
 
-from peft_bsr.backbones import inner_config, native_size, set_image_size
+from peft_bsr.backbones import BackboneForImageClassification, inner_config, native_size, set_image_size
 from peft_bsr.compat.peft_api import config_class, peft_type_of
 from peft_bsr.compat.transformers_api import source_of
 from peft_bsr.errors import AdapterFileError, HubError, PeftBsrError, headline
@@ -286,6 +286,8 @@ def _class_of(config: Any) -> Any:
     """
     mapping = config.auto_mapping if isinstance(config.auto_mapping, dict) else {}
     library, name = (str(mapping.get(key, "")) for key in ("parent_library", "base_model_class"))
+    if library == BackboneForImageClassification.__module__ and name == BackboneForImageClassification.__name__:
+        return BackboneForImageClassification
     if library.split(".")[0] != "transformers":  # nothing else is imported because a file says so
         return AutoModelForImageClassification
     try:

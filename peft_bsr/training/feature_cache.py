@@ -23,7 +23,7 @@ from peft_bsr.errors import FeatureCacheError
 from peft_bsr.training.cache_files import CacheFiles, num_bytes
 from peft_bsr.training.cache_point import CachePoint
 from peft_bsr.training.cache_samples import Samples
-from peft_bsr.training.random_draws import drawn_before
+from peft_bsr.training.random_draws import drawn_before, parts_before
 from peft_bsr.tuners.base.layer import find_controllers
 
 _TOKENS, _ORIGINS, _MERGED, _DIGEST = "cached_tokens", "cached_origins", "cached_merged", "digest"
@@ -49,6 +49,7 @@ class FeatureCache(Dataset):
     Args:
         files: Made by `build` or `open`.
         freeze_random: Whether randomness in the model may be frozen.
+        drawing: Name of the first module whose randomness is, if there is one.
 
     Examples:
         >>> cache = FeatureCache.build(model, train_dataset, "cache")  # doctest: +SKIP
@@ -56,8 +57,8 @@ class FeatureCache(Dataset):
         ...     Trainer(model, TrainingArguments("out", remove_unused_columns=False), train_dataset=cache).train()
     """
 
-    def __init__(self, files: CacheFiles, freeze_random: bool = False) -> None:
-        self.files, self.freeze_random = files, freeze_random
+    def __init__(self, files: CacheFiles, freeze_random: bool = False, drawing: str | None = None) -> None:
+        self.files, self.freeze_random, self.drawing = files, freeze_random, drawing
 
     @classmethod
     def build(
@@ -88,7 +89,8 @@ class FeatureCache(Dataset):
             num_workers: Number of processes that load samples. Default 0.
             progress: Whether to print the size on disk and show a progress bar. Default True.
             freeze_random: Whether to store the tokens of evaluation mode if the model is random in training before the
-                first trained block (dropout of embeddings, DINOv3's rescaled positions). Default False: an error.
+                first trained block (dropout of embeddings, DINOv3's rescaled positions), and to give the
+                trained blocks its positions. Default False: an error.
             check_all: Whether to compare all existing samples with the dataset, which reads it once. False: compare 64
                 of them. Default True.
 
@@ -109,8 +111,9 @@ class FeatureCache(Dataset):
         samples = Samples(dataset, collate, main_input(model), batch_size, num_workers, progress)
         samples.check_steady()
         pair = samples.take(samples.spread(2))
-        if not freeze_random:
-            _check_draws(model, place.index, pair)
+        drawing = drawn_before(model, place.index, _to_model(pair, model))
+        if drawing and not freeze_random:
+            raise _draws(drawing, place.index)
         with in_mode(False, model):
             _check_replay(model, place.index, pair, samples.name)
             first, lengths = _rows(model, place.index, pair, samples, dtype)
@@ -123,7 +126,7 @@ class FeatureCache(Dataset):
             files = CacheFiles(Path(folder))
             if files.is_complete():
                 _check_same(files, key, samples, check_all)
-                return cls(files, freeze_random)
+                return cls(files, freeze_random, drawing)
             with files.locked(lambda: _say_waiting(folder) if progress else None):
                 if not files.exists:
                     fields = {n: (_text(rows.dtype), list(rows.shape[1:])) for n, rows in first.items()}
@@ -135,7 +138,7 @@ class FeatureCache(Dataset):
                 for batch in samples.batches(range(files.num_done, len(dataset)), "Feature cache"):
                     files.append(_rows(model, place.index, batch, samples, dtype)[0])
                 files.flush()
-        return cls(files, freeze_random)
+        return cls(files, freeze_random, drawing)
 
     @classmethod
     def open(cls, folder: str | Path, freeze_random: bool = False) -> FeatureCache:
@@ -176,11 +179,13 @@ class FeatureCache(Dataset):
         """
         place = CachePoint(model)
         _check_key(self.files, place.key())
-        if not self.freeze_random:
-            row = {n: value[None] for n, value in self[0].items() if n not in (_TOKENS, _ORIGINS, _MERGED)}
-            image = torch.rand(1, *self.files.key["image"], generator=torch.Generator().manual_seed(0))
-            weight = next(p for p in model.parameters() if p.is_floating_point())
-            _check_draws(model, place.index, {**row, main_input(model): image.to(weight.dtype)})
+        row = {n: value[None] for n, value in self[0].items() if n not in (_TOKENS, _ORIGINS, _MERGED)}
+        image = torch.rand(1, *self.files.key["image"], generator=torch.Generator().manual_seed(0))
+        weight = next(p for p in model.parameters() if p.is_floating_point())
+        inputs = {**row, main_input(model): image.to(weight.dtype)}
+        if not self.freeze_random and (drawing := drawn_before(model, place.index, _to_model(inputs, model))):
+            raise _draws(drawing, place.index)
+        steady = parts_before(model, place.index, _to_model(inputs, model)) if self.freeze_random else []
         lengths = tuple(self.files.key.get("lengths", ()))
         running = ExitStack()
 
@@ -191,6 +196,7 @@ class FeatureCache(Dataset):
                 raise FeatureCacheError("the model got cached tokens while another adapter is active, or none.")
             kwargs = dict(kwargs)
             tokens, origins, merged = kwargs.pop(_TOKENS), kwargs.pop(_ORIGINS, None), kwargs.pop(_MERGED, None)
+            running.enter_context(in_mode(False, *steady))  # trained blocks get the positions that the frozen ones had
             running.enter_context(run_from(model, place.resume_point(tokens, origins, lengths, merged)))
             weight = next(p for p in model.parameters() if p.is_floating_point())
             image = torch.zeros(1, *self.files.key["image"], device=tokens.device, dtype=weight.dtype)
@@ -221,14 +227,13 @@ def _rows(
     return {n: value.cpu() for n, value in rows.items()}, resume_point.lengths
 
 
-def _check_draws(model: nn.Module, index: int, batch: dict[str, Any]) -> None:
-    """Refuse a model that is random in training before the block."""
-    if drawing := drawn_before(model, index, _to_model(batch, model)):
-        raise FeatureCacheError(
-            f"`{drawing}` is random in training (dropout, positions that are shifted or rescaled), before block "
-            f"{index}: a cache would freeze that. Turn it off in the model's config, train without a cache, or store "
-            "the tokens of evaluation mode with `freeze_random=True`."
-        )
+def _draws(drawing: str, index: int) -> FeatureCacheError:
+    """For a model that is random in training before the block."""
+    return FeatureCacheError(
+        f"`{drawing}` is random in training (dropout, positions that are shifted or rescaled), before block "
+        f"{index}: a cache would freeze that. Turn it off in the model's config, train without a cache, or store "
+        "the tokens of evaluation mode with `freeze_random=True`."
+    )
 
 
 def _check_replay(model: nn.Module, index: int, batch: dict[str, Any], name: str) -> None:

@@ -34,6 +34,25 @@ def drawn_before(model: nn.Module, index: int, inputs: dict[str, Any]) -> str | 
     return next(differing, type(model).__name__).removeprefix(ROOT)
 
 
+def parts_before(model: nn.Module, index: int, inputs: dict[str, Any]) -> list[nn.Module]:
+    """The modules that have run when block `index` begins, embeddings and position tables among them.
+
+    Args:
+        model: See `drawn_before`.
+        index: The same.
+        inputs: The same.
+    """
+    found: list[nn.Module] = []
+    handles = [module.register_forward_hook(lambda part, *_: found.append(part)) for module in model.modules()]
+    try:
+        with quiet(model):
+            run_until(model, index, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
 def _seeded(
     model: nn.Module, index: int, inputs: dict[str, Any], seed: int
 ) -> tuple[Tensor, list[tuple[str, list[float]]]]:
@@ -57,4 +76,4 @@ def _seeded(
     return tokens, outputs
 
 
-__all__ = ["drawn_before"]
+__all__ = ["drawn_before", "parts_before"]

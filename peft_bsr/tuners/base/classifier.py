@@ -37,7 +37,8 @@ def find_classifier(model: nn.Module, spec: ModelSpec, who: str) -> str:
         raise UnsupportedModelError(
             f"{type(model).__name__}: {who} the place of the classifier, but none of {linears} gives "
             "the model's `logits` [images, classes] by itself. Load the model with one classifier, such as "
-            "`AutoModelForImageClassification.from_pretrained(..., num_labels=10)` does."
+            "`AutoModelForImageClassification.from_pretrained(..., num_labels=10)` does, or "
+            "put one on by `peft_bsr.with_head(model, num_labels=10)`."
         )
     return found[0]
 

@@ -1,0 +1,97 @@
+"""`with_head`: a classifier on a vision model that has none."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from peft_bsr.backbones.headed_model import BackboneForImageClassification, BackboneWithHeadConfig
+from peft_bsr.backbones.pooling import POOLS, Pool
+from peft_bsr.compat.transformers_api import backbone_class_of
+from peft_bsr.errors import ConfigError, UnsupportedModelError
+from peft_bsr.problem_type import TASKS, ProblemType
+
+
+def with_head(
+    backbone: PreTrainedModel,
+    num_labels: int,
+    pool: Pool | None = None,
+    labels: Sequence[str] | None = None,
+    problem_type: ProblemType | None = None,
+    dropout: float = 0.0,
+) -> BackboneForImageClassification:
+    """Put a classifier on a vision model that has none: DINOv3, AIMv2, RADIO, a tower of SigLIP, ...
+
+    The classifier is new: it has to be trained. `get_peft_model(with_head(...), BSRConfig())` trains it with the
+    adapter. The model saves and loads like those of transformers, after `import peft_bsr`.
+
+    Args:
+        backbone: A vision model of transformers that gives `last_hidden_state`, with its weights. It becomes part of
+            the new model and is not copied.
+        num_labels: C, classes, labels or values.
+        pool: What the classifier reads: `"class"` (the class token; of several their mean, of RADIO all of them),
+            `"mean"` (of the patches), `"class+mean"` (both, side by side), `"attention"` (one query over the patches,
+            the backbone's own where it has one). Default None: what the family was made for, see
+            docs/guides/with_head.md.
+        labels: Names of the classes or values. Default None: transformers' `LABEL_0`, ...
+        problem_type: What labels are: `"single_label_classification"`, `"multi_label_classification"` or
+            `"regression"`. Default None: transformers decides by the first labels.
+        dropout: On what the classifier reads, in training. Default 0.
+
+    Returns:
+        The model, in the mode that the backbone is in.
+
+    Raises:
+        ConfigError: Naming every argument that cannot be. The backbone is unchanged.
+        UnsupportedModelError: If the backbone has a head already, or gives no tokens of each image.
+
+    Examples:
+        >>> from transformers import DINOv3ViTConfig, DINOv3ViTModel
+        >>> tiny = DINOv3ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+        >>> model = with_head(DINOv3ViTModel(tiny), num_labels=3, labels=["cat", "dog", "owl"])
+        >>> model.config.pool, model.classifier.in_features, model.config.id2label[2]
+        ('class+mean', 64, 'owl')
+    """
+    problems = []
+    if not isinstance(num_labels, int) or isinstance(num_labels, bool) or num_labels < 1:
+        problems.append(f"`num_labels={num_labels!r}` must be a whole number of at least 1.")
+    if pool is not None and pool not in POOLS:
+        problems.append(f"`pool={pool!r}` is unknown. Use one of {', '.join(map(repr, POOLS))}, or None.")
+    if labels is not None and (isinstance(labels, str) or len(labels) != num_labels):
+        problems.append(f"`labels={labels!r}` must be the {num_labels} names that `num_labels` asks for.")
+    if problem_type is not None and problem_type not in (known := list(TASKS.values())):
+        problems.append(f"`problem_type={problem_type!r}` is unknown. Use one of {', '.join(map(repr, known))}.")
+    if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
+        problems.append(f"`dropout={dropout!r}` must be at least 0 and below 1.")
+    if problems:
+        raise ConfigError.from_problems("with_head", problems)
+    _check_class(backbone)
+    config = BackboneWithHeadConfig(
+        backbone.config, pool=pool, classifier_dropout=float(dropout), problem_type=problem_type, num_labels=num_labels
+    )
+    if labels is not None:
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {label: index for index, label in enumerate(labels)}
+    return BackboneForImageClassification.around(backbone, config)
+
+
+def _check_class(backbone: Any) -> None:
+    """Refuse what cannot be made again out of its configuration, or has a head."""
+    if not isinstance(backbone, PreTrainedModel):
+        raise UnsupportedModelError(
+            f"with_head needs a vision model of transformers, not {type(backbone).__name__}. Load one by "
+            "`AutoModel.from_pretrained(...)`; an adapter comes around the result."
+        )
+    expected = backbone_class_of(backbone.config)
+    if expected is None:
+        raise UnsupportedModelError(f"transformers has no vision model without a head for {type(backbone).__name__}.")
+    if type(backbone) is not expected:
+        raise UnsupportedModelError(
+            f"with_head needs a {expected.__name__}, which has no head, not a {type(backbone).__name__}. Give the "
+            "vision model inside, or load it by `AutoModel.from_pretrained(...)`."
+        )
+
+
+__all__ = ["with_head"]

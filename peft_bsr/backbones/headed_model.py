@@ -1,0 +1,290 @@
+"""A vision model with a classifier that it did not have: a model of transformers with a configuration of its own."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import ImageClassifierOutput
+
+from peft_bsr.backbones.inputs import input_shapes, main_input, probe_inputs
+from peft_bsr.backbones.pooling import Pool, TokenPool, family_pool
+from peft_bsr.compat.transformers_api import (
+    backbone_class_of,
+    config_class_of,
+    keep_weights,
+    register_classifier,
+    source_of,
+)
+from peft_bsr.errors import ConfigError, UnsupportedModelError
+
+_WORDS = {
+    "class": "the class token",
+    "mean": "the mean of the patches",
+    "class+mean": "the class token and the mean of the patches",
+    "attention": "an attention pool over the patches",
+}
+_PLACE = ("revision", "token", "cache_dir", "local_files_only", "dtype")  # what a configuration takes for itself
+
+
+class BackboneWithHeadConfig(PreTrainedConfig):
+    """Configuration of `BackboneForImageClassification`.
+
+    `from_pretrained` takes the folder or Hub id of a headless model as well: its configuration becomes
+    `backbone_config`.
+
+    Args:
+        backbone_config: Of the vision model.
+        pool: See `with_head`. Default None: what the family was made for; the model fills it in.
+        num_prefix: Tokens at the front that are no patches. Default None: the model finds them.
+        classifier_dropout: On what the classifier reads, in training. Default 0.
+        initializer_range: Standard deviation of new weights. Default 0.02.
+        kwargs: Of `PreTrainedConfig`: `num_labels`, `id2label`, `problem_type`, ...
+    """
+
+    model_type = "peft_bsr_with_head"
+    sub_configs = {"backbone_config": AutoConfig}  # noqa: RUF012
+
+    def __init__(
+        self,
+        backbone_config: PreTrainedConfig | dict[str, Any] | None = None,
+        pool: str | None = None,
+        num_prefix: int | None = None,
+        classifier_dropout: float = 0.0,
+        initializer_range: float = 0.02,
+        **kwargs: Any,
+    ) -> None:
+        if isinstance(backbone_config, dict):
+            backbone_config = config_class_of(backbone_config["model_type"]).from_dict(dict(backbone_config))
+        self.backbone_config = backbone_config
+        self.pool, self.num_prefix = pool, num_prefix
+        self.classifier_dropout, self.initializer_range = classifier_dropout, initializer_range
+        implementation = getattr(backbone_config, "_attn_implementation", None)
+        super().__init__(**({"attn_implementation": implementation} | kwargs))
+
+    @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: Any, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What a file says; a headless model's becomes `backbone_config`."""
+        stored, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if stored.get("model_type", cls.model_type) != cls.model_type:
+            inner = config_class_of(stored["model_type"]).from_dict(dict(stored))
+            stored = {"model_type": cls.model_type, "backbone_config": getattr(inner, "vision_config", inner)}
+        return stored, kwargs
+
+
+class BackboneForImageClassification(PreTrainedModel):
+    """A vision model without a head, a pool over its tokens, and a linear classifier.
+
+    `AutoModelForImageClassification.from_pretrained` makes it of a folder that its `save_pretrained` wrote, after
+    `import peft_bsr`; its own `from_pretrained` takes a headless model's folder or Hub id as well.
+
+    Args:
+        config: Its configuration. What it leaves open is filled in.
+        backbone: The vision model, with its weights. Default None: one of the configuration, with random weights.
+
+    Raises:
+        UnsupportedModelError: If the vision model gives no tokens of each image.
+        ConfigError: If `pool` asks for a class token where there is none.
+    """
+
+    config_class = BackboneWithHeadConfig
+    base_model_prefix = "backbone"
+    main_input_name = "pixel_values"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _keys_to_ignore_on_load_missing = [r"^backbone\.pooler\."]  # noqa: RUF012  (never read)
+
+    def __init__(self, config: BackboneWithHeadConfig, backbone: PreTrainedModel | None = None) -> None:
+        super().__init__(config)
+        inner: Any = config.backbone_config
+        made = backbone_class_of(inner)
+        if config.num_prefix is None:
+            config.num_prefix = _count_prefix(made, inner)
+        config.pool = _check_pool(config.pool, inner, config.num_prefix)
+        if hasattr(inner, "mask_ratio"):
+            inner.mask_ratio = 0.0  # a classifier sees the whole image
+        if backbone is not None:
+            keep_weights(backbone)
+        self.backbone: Any = made(inner) if backbone is None else backbone
+        self.has_own = config.pool == "attention" and bool(getattr(self.backbone, "use_head", False))
+        self.pool = TokenPool(cast(Pool, config.pool), inner, config.num_prefix, self.has_own)
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.classifier = nn.Linear(self.pool.width, config.num_labels or 0)
+        norm = family_pool(inner, config.num_prefix).norm
+        names = [name for name, _ in self.backbone.named_modules() if norm and name.endswith(norm)]
+        self.norm_name = names[0] if names else None
+        self.inputs = set(inspect.signature(made.forward).parameters)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        query = getattr(module, "query", None)
+        if isinstance(query, nn.Parameter) and not getattr(query, "_is_hf_initialized", False):
+            query.normal_(0.0, self.config.initializer_range)
+
+    def get_input_embeddings(self) -> Any:
+        """The backbone's."""
+        return self.backbone.get_input_embeddings()
+
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> ImageClassifierOutput | tuple[Any, ...]:
+        """Classify images.
+
+        Args:
+            pixel_values: [B, C, height, width], or what the backbone takes.
+            labels: Class of each image [B]; for several labels or values [B, `num_labels`]. With them there is a loss.
+            output_hidden_states: Whether to return the tokens after each block as well.
+            output_attentions: Whether to return attention weights as well.
+            return_dict: False for a tuple. Default True.
+            kwargs: Further inputs of the backbone, such as `pixel_attention_mask`.
+
+        Returns:
+            `loss` with labels, and `logits` [B, `num_labels`].
+        """
+        asked = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
+        given = kwargs | {name: value for name, value in asked.items() if value is not None}
+        if "noise" in self.inputs and "noise" not in given:  # a masked autoencoder shuffles its patches by it
+            given["noise"] = self._in_order(pixel_values)
+        outputs = self.backbone(pixel_values, **given)
+        if self.has_own:
+            pooled = outputs.pooler_output
+        else:
+            tokens = outputs.last_hidden_state
+            if self.norm_name is not None:
+                tokens = self.backbone.get_submodule(self.norm_name)(tokens)
+            pooled = self.pool(tokens, kwargs.get("pixel_attention_mask"))
+        logits = self.classifier(self.dropout(pooled))
+        loss = None if labels is None else self.loss_function(labels, logits, self.config)
+        found = ImageClassifierOutput(loss, logits, outputs.get("hidden_states"), outputs.get("attentions"))
+        return found.to_tuple() if return_dict is False else found
+
+    @classmethod
+    def around(cls, backbone: PreTrainedModel, config: BackboneWithHeadConfig) -> BackboneForImageClassification:
+        """A new classifier on a vision model, on its device, in its dtype and mode.
+
+        Args:
+            backbone: The vision model.
+            config: What it is to be; its `backbone_config` becomes the vision model's own.
+        """
+        config.backbone_config = backbone.config
+        weight = next(p for p in backbone.parameters() if p.is_floating_point())
+        model = cls(config, backbone)
+        model.config.name_or_path = model.name_or_path = source_of(backbone.config) or ""
+        for part in (model.pool, model.classifier):
+            part.to(device=weight.device, dtype=weight.dtype)
+        return model.train(backbone.training)
+
+    def describe_head(self) -> str:
+        """What the classifier reads, and why, in one clause."""
+        made_for = family_pool(self.config.backbone_config, self.config.num_prefix)
+        why = f" ({made_for.why})" if made_for.pool == self.config.pool else ""
+        return f"a new classifier reads {_WORDS[self.config.pool]}{why}"
+
+    def _in_order(self, pixel_values: Any) -> Tensor:
+        patch = self.config.backbone_config.patch_size
+        number = (pixel_values.shape[-2] // patch) * (pixel_values.shape[-1] // patch)
+        return torch.arange(number, device=pixel_values.device, dtype=torch.float32).expand(len(pixel_values), -1)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """A saved model of this class, or one with a new classifier on a headless model's weights.
+
+        Args:
+            pretrained_model_name_or_path: Folder or Hub id.
+            args: See transformers.
+            kwargs: See transformers; also fields of the configuration (`pool`, `id2label`, ...).
+        """
+        source = pretrained_model_name_or_path
+        place = {name: kwargs[name] for name in _PLACE if name in kwargs}
+        stored, _ = PreTrainedConfig.get_config_dict(source, **{n: v for n, v in place.items() if n != "dtype"})
+        if stored.get("model_type") == cls.config_class.model_type:
+            return super().from_pretrained(source, *args, **kwargs)
+        config = kwargs.pop("config", None)
+        if config is None:
+            config, unused = cls.config_class.from_pretrained(source, return_unused_kwargs=True, **kwargs)
+            kwargs = unused | place
+        wants_report = kwargs.pop("output_loading_info", False)
+        backbone, report = backbone_class_of(config.backbone_config).from_pretrained(
+            source, config=config.backbone_config, output_loading_info=True, **kwargs
+        )
+        _check_found(backbone, report, source)
+        model = cls.around(backbone, config)
+        new = {name for name, _ in model.named_parameters() if not name.startswith("backbone.")}
+        missing = new | {f"backbone.{name}" for name in report["missing_keys"]}
+        other = [(f"backbone.{name}", *shapes) for name, *shapes in report["mismatched_keys"]]
+        return (model, report | {"missing_keys": missing, "mismatched_keys": other}) if wants_report else model
+
+
+def _count_prefix(backbone_class: Any, config: Any) -> int:
+    """Tokens in front of the patches, by the shapes of one forward without weights."""
+    config = copy.deepcopy(config)
+    if hasattr(config, "mask_ratio"):
+        config.mask_ratio = 0.0
+    with torch.device("meta"):
+        model = backbone_class(config).eval()
+    shape = input_shapes(model)[0]
+    if main_input(model) != "pixel_values" or len(shape) not in (2, 3):
+        raise UnsupportedModelError(f"{backbone_class.__name__} takes no images, but {main_input(model)} of {shape}.")
+    if len(shape) == 2:  # images of several sizes, their patches flattened: such towers have no other tokens
+        return 0
+    with torch.no_grad():
+        tokens = getattr(model(**probe_inputs(model, 1, shape)), "last_hidden_state", None)
+    if not isinstance(tokens, Tensor) or tokens.ndim != 3:
+        found = "none at all" if tokens is None else tuple(tokens.shape)
+        raise UnsupportedModelError(
+            f"{backbone_class.__name__} gives no tokens [images, tokens, width] as `last_hidden_state`, but {found}: "
+            "a classifier has nothing to read. Give the vision model inside."
+        )
+    number = tokens.shape[1] - _count_patches(config, shape)
+    if number < 0:
+        raise UnsupportedModelError(
+            f"{backbone_class.__name__} gives {tokens.shape[1]} tokens for {_count_patches(config, shape)} patches: it "
+            "is no plain vision transformer."
+        )
+    return number
+
+
+def _count_patches(config: Any, shape: tuple[int, ...]) -> int:
+    patch = config.patch_size
+    rows, columns = (patch, patch) if isinstance(patch, int) else patch
+    return (shape[-2] // rows) * (shape[-1] // columns)
+
+
+def _check_pool(pool: str | None, config: Any, num_prefix: int) -> str:
+    if pool is None:
+        return family_pool(config, num_prefix).pool
+    if "class" in pool and not num_prefix:
+        raise ConfigError(f"`pool={pool!r}`: {config.model_type} has no class token. Use 'mean' or 'attention'.")
+    return pool
+
+
+def _check_found(backbone: Any, report: dict[str, Any], source: Any) -> None:
+    """Refuse a checkpoint whose vision weights are called otherwise: transformers fills them at random."""
+    lost = [name for name in report["missing_keys"] if not name.startswith("pooler.")]
+    if len(lost) > len(backbone.state_dict()) / 2:
+        raise UnsupportedModelError(
+            f"{type(backbone).__name__} finds none of its weights in {str(source)!r}, which is a larger model. Load "
+            "that by its own class, give the vision model inside to `with_head`, and save what it returns."
+        )
+
+
+register_classifier(BackboneWithHeadConfig, BackboneForImageClassification)
+
+__all__ = ["BackboneForImageClassification", "BackboneWithHeadConfig"]

@@ -70,9 +70,13 @@ def kept_html(view: KeptView) -> str:
     """The image, and what is left of it after each reduction."""
     figures = [_figure(view.image, f"all {view.all_tokens} tokens")]
     for one, tokens in zip(view.kept, view.tokens, strict=True):
-        fate = "fused into one token" if one.is_fused else "dropped"
-        about = f"after block {one.block}: {one.share:.0%} of the patches, {tokens} tokens; {fate}: "
-        figures.append(_figure(one.pictures[0], f"{about}{one.dropped_mass[0]:.0%} of the attention"))
+        if one.dropped_mass is None:
+            fate = "similar ones merged"
+        else:
+            fate = "fused into one token" if one.is_fused else "dropped"
+            fate += f": {one.dropped_mass[0]:.0%} of the attention"
+        about = f"after block {one.block}: {one.share:.0%} of the patches, {tokens} tokens; {fate}"
+        figures.append(_figure(one.pictures[0], about))
     share = view.flops / view.all_flops
     facts = f"forward {view.flops / 1e9:.2f} GFLOPs, {share:.0%} of {view.all_flops / 1e9:.2f} with all tokens"
     return f'<p class="facts">{facts}</p><div class="kept">{"".join(figures)}</div>'

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from peft_bsr.backbones import ModelSpec
 from peft_bsr.engine import Plan
-from peft_bsr.tuners.base.words import describe_reductions, name_blocks
+from peft_bsr.tuners.base.description import describe_reductions, name_blocks
 from peft_bsr.tuners.losa.config import LoSAConfig
 
 

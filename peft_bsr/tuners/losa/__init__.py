@@ -2,8 +2,8 @@
 
 from peft_bsr.tuners.base.method import MethodInfo, register
 from peft_bsr.tuners.losa.config import LoSAConfig
-from peft_bsr.tuners.losa.model import LoSAModel
 from peft_bsr.tuners.losa.description import describe
+from peft_bsr.tuners.losa.model import LoSAModel
 
 register(
     MethodInfo(

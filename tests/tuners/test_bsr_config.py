@@ -412,3 +412,8 @@ def test_a_model_without_a_head_works(images):
     torch.manual_seed(0)
     model = get_peft_model(ViTModel(ViTConfig(num_hidden_layers=4, **TINY)), BSRConfig(trainable_blocks=[3]))
     assert model.eval()(pixel_values=images).pooler_output.shape == (2, 32)
+
+
+def test_gradient_tokens_are_not_chosen_among_merged_ones():
+    with pytest.raises(ConfigError, match="`gradient_tokens=0.5` chooses tokens by their scores, which merging does not"):
+        BSRConfig(reduction="merge", gradient_tokens=0.5)

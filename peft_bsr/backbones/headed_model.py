@@ -14,6 +14,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from peft_bsr.backbones.inputs import input_shapes, main_input, probe_inputs
 from peft_bsr.backbones.pooling import Pool, TokenPool, family_pool
 from peft_bsr.compat.transformers_api import (
+    IMPLEMENTATION,
     backbone_class_of,
     config_class_of,
     keep_weights,
@@ -63,7 +64,7 @@ class BackboneWithHeadConfig(PreTrainedConfig):
         self.backbone_config = backbone_config
         self.pool, self.num_prefix = pool, num_prefix
         self.classifier_dropout, self.initializer_range = classifier_dropout, initializer_range
-        implementation = getattr(backbone_config, "_attn_implementation", None)
+        implementation = getattr(backbone_config, IMPLEMENTATION, None)
         super().__init__(**({"attn_implementation": implementation} | kwargs))
 
     @classmethod

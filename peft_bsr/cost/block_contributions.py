@@ -100,8 +100,8 @@ class Contributions:
             numbers = [*found.of_blocks(), *found.of_blocks("lora")]
             whole = found.kind in get_args(Kind) and len(found.whole) == len(found.low_rank) > 0
             if not whole or not all(0 <= number < float("inf") for number in numbers):
-                raise ValueError("not every block has a finite number")
-        except (OSError, ValueError, TypeError, AttributeError) as error:
+                raise ConfigError("not every block has a finite number")
+        except (OSError, ConfigError, ValueError, TypeError, AttributeError) as error:
             raise ConfigError(f"`{path}` holds no contributions of blocks: {error}. Measure them again.") from error
         return found
 

@@ -95,7 +95,7 @@ def test_status(model, method):
     layers = model.get_layer_status()
     kinds = [layer.module_type for layer in layers]
     if method.is_synqt:
-        assert sorted(kinds) == ["synqt.SynQTHead"] + 4 * ["synqt.SynQTController"]
+        assert sorted(kinds) == 4 * ["synqt.SynQTController"] + ["synqt.SynQTHead"]
     else:
         controller = {"ALAST": "alast.ALaSTController", "LOSA": "losa.LoSAController"}.get(
             method.peft_type, "bsr.BSRController"

@@ -41,6 +41,7 @@ class LoSAConfig(SavedConfig):
         keep_rate: Share of the image tokens that a reduction keeps, see `BSRConfig`. Default 1.0: no reduction.
         reduction_blocks: Blocks that drop image tokens. Default None: a quarter, a half and three quarters into the
             depth.
+        reduction: `"drop"` or `"merge"`, see `BSRConfig`. Default `"drop"`.
         fuse_dropped: See `BSRConfig`.
         reduce_at: See `BSRConfig`.
         mode: See `BSRConfig`.
@@ -76,6 +77,7 @@ class LoSAConfig(SavedConfig):
     reduction_blocks: list[int] | None = field(
         default=None, metadata={"help": "Blocks that drop tokens; None = at 1/4, 1/2 and 3/4 of the depth."}
     )
+    reduction: str = field(default="drop", metadata={"help": "'drop' tokens or 'merge' the most similar."})
     fuse_dropped: bool | None = field(default=None, metadata={"help": "Append one token fused from the dropped ones."})
     reduce_at: str | None = field(default=None, metadata={"help": "'mid_block' or 'after_block'; None = chosen."})
     mode: str | None = field(default=None, metadata={"help": "'compact' or 'full_view'; None = chosen."})

@@ -41,7 +41,6 @@ class LoSAConfig(SavedConfig):
         keep_rate: Share of the image tokens that a reduction keeps, see `BSRConfig`. Default 1.0: no reduction.
         reduction_blocks: Blocks that drop image tokens. Default None: a quarter, a half and three quarters into the
             depth.
-        reduction: `"drop"` or `"merge"`, see `BSRConfig`. Default `"drop"`.
         fuse_dropped: See `BSRConfig`.
         reduce_at: See `BSRConfig`.
         mode: See `BSRConfig`.
@@ -77,7 +76,6 @@ class LoSAConfig(SavedConfig):
     reduction_blocks: list[int] | None = field(
         default=None, metadata={"help": "Blocks that drop tokens; None = at 1/4, 1/2 and 3/4 of the depth."}
     )
-    reduction: str = field(default="drop", metadata={"help": "'drop' tokens or 'merge' the most similar."})
     fuse_dropped: bool | None = field(default=None, metadata={"help": "Append one token fused from the dropped ones."})
     reduce_at: str | None = field(default=None, metadata={"help": "'mid_block' or 'after_block'; None = chosen."})
     mode: str | None = field(default=None, metadata={"help": "'compact' or 'full_view'; None = chosen."})
@@ -95,8 +93,8 @@ class LoSAConfig(SavedConfig):
     )
     target_modules: None = field(default=None, metadata={"help": "Not used: see `layers`."})
 
-    # final norm and head train whole, all of them; not annotated, because these are no fields
-    trainable, exclude_modules, modules_to_save = "full", None, None
+    # final norm and head train whole, and tokens are dropped, never merged; not annotated, because these are no fields
+    trainable, exclude_modules, modules_to_save, reduction = "full", None, None, "drop"
 
     def __post_init__(self) -> None:
         super().__post_init__()

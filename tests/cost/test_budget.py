@@ -90,7 +90,9 @@ def measured_rise(plan: BudgetPlan) -> int:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
-@pytest.mark.parametrize("memory", BUDGETS)
+@pytest.mark.parametrize(
+    "memory", [pytest.param(m, marks=() if i == 0 else pytest.mark.slow) for i, m in enumerate(BUDGETS)]
+)
 def test_what_is_chosen_fits_when_it_is_run(memory):
     plan = plan_for_budget(vit(), memory, batch_size=BATCH, limit=1)[0]
     predicted = plan.estimate.total_bytes

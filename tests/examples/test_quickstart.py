@@ -17,7 +17,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
 
-@pytest.mark.parametrize("keep_rate", ["0.5", "1.0"])
+@pytest.mark.parametrize("keep_rate", ["0.5", pytest.param("1.0", marks=pytest.mark.slow)])
 def test_the_whole_demo_on_a_tiny_model(keep_rate, make_model, tmp_path):
     make_model().save_pretrained(tmp_path / "model")
     ViTImageProcessorPil().save_pretrained(tmp_path / "model")

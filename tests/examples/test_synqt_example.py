@@ -5,11 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from transformers import ViTImageProcessorPil
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "synqt.py"
 
 
+@pytest.mark.slow
 def test_the_example_on_a_tiny_model(make_model, tmp_path):
     make_model().save_pretrained(tmp_path / "model")
     ViTImageProcessorPil().save_pretrained(tmp_path / "model")

@@ -61,7 +61,7 @@ def test_a_compiled_training_step(model):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("strict", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_export_with_a_batch_of_any_size(model, strict):
     call = OfTask(model).eval()
     shapes = ({0: torch.export.Dim("batch", min=2, max=64)},)

@@ -21,7 +21,7 @@ from peft_bsr_cli import COMMANDS
         (["train", "--config", "nowhere.yaml"], "`--config nowhere.yaml` cannot be read"),
         (
             ["train", "--model", "{base}", "--method", "magic"],
-            "Use one of bsr, alast, synqt, lora, full, linear.",
+            "Use one of bsr, alast, losa, synqt, lora, full, linear.",
         ),
         (
             ["train", "--model", "{base}", "--set", "keep_rat=1"],

@@ -183,13 +183,13 @@ def _summarize(
     model: nn.Module, trained: list[nn.Parameter], run: DryRun, batch_bytes: int, setup: Setup, plan: Plan | None
 ) -> Estimate:
     layers = (module for module in model.modules() if isinstance(module, BlockWeights))
-    offloaded = sum(p.nbytes for layer in layers if layer.offloads_base for p in WeightOffload.takes(layer.base_layer))
+    in_files = sum(p.nbytes for layer in layers if layer.offloads_base for p in WeightOffload.takes(layer.base_layer))
     parts = (run.gradient_bytes, run.activation_bytes, run.workspace_bytes)
     copied = update_bytes(setup.optimizer, setup.kind, trained)
     update = (sum(p.nbytes for p in trained), 0, batch_bytes + copied)
     held, offloaded = optimizer_bytes(setup.optimizer, trained)
     return Estimate(
-        sum(t.nbytes for t in (*model.parameters(), *model.buffers())) - offloaded,
+        sum(t.nbytes for t in (*model.parameters(), *model.buffers())) - in_files,
         held,
         *max(parts, update, key=sum),
         library_bytes=library_bytes(setup.kind),

@@ -15,6 +15,7 @@ from peft_bsr.backbones import (
     probe_inputs,
     quiet,
     run_stock,
+    seed,
     tensors_of,
     tolerance,
 )
@@ -122,7 +123,7 @@ def _try(
         try:
             entering = tokens if is_chosen is None else torch.where(is_chosen[:, None], tokens, tokens.detach())
             with no_zero_tables(block):
-                torch.manual_seed(0)
+                seed(model)
                 output = tensors_of(block(entering, *others, **kwargs))[0]
         finally:
             block.training = False
@@ -132,7 +133,7 @@ def _try(
         if is_chosen is not None:
             weights = weights * is_chosen[:, None]
         (gradient,) = torch.autograd.grad((output * weights).sum(), tokens)
-    return output.detach(), gradient, controllers[index].aside.get("gradient tokens")
+    return output.detach(), gradient, controllers[0].aside.get("gradient tokens")
 
 
 __all__ = ["verify_gradient_tokens"]

@@ -228,7 +228,7 @@ def controlled(
 
     Args:
         model: The model.
-        spec: Its column.
+        spec: The spec of the model.
         plan: What the controllers follow.
         start_at: A block that will be called on its own.
         like: Its hidden states [B, N, D]; no other block gets a controller then.

@@ -44,7 +44,7 @@ def onnx_file(adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The adapter as a file, in a folder of its own. Written once: it takes seconds."""
     path = tmp_path_factory.mktemp("onnx") / "model.onnx"
     report = peft_bsr.export(peft_bsr.load(adapter), "onnx", path, check=False)
-    assert report.image_processor == f"saved with the adapter:  {adapter}"
+    assert report.image_processor == f"saved with the adapter: {adapter}"
     return path
 
 

@@ -120,7 +120,7 @@ def test_a_cache_trains_the_same(fit, tmp_path):
         (["--precision", "int4"], "`precision: int4` is unknown."),
         (["--class-weights", "heavy"], "must be `balanced`"),
         (["--cache", "--augment", "light"], "it needs `augment: none`"),
-        (["--cache", "--method", "alast"], "one of the methods bsr, synqt"),
+        (["--cache", "--method", "alast"], "one of the methods bsr, losa, synqt"),
         (["--early-stopping", "2", "--keep", "last"], "`early_stopping` keeps the best epoch"),
         (["--method", "full", "--set", "r=4"], "`--method full` has no options, but `--set` gives r."),
         (["--method", "lora", "--set", "rr=4"], "no option of LoraConfig"),

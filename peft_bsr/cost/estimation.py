@@ -159,7 +159,7 @@ def estimate(
 
 
 def _eight_bits(model: nn.Module, names: list[str]) -> tuple[int, int]:
-    """Bytes saved by weights in 8 bits, with a scale and a zero point per row, and bytes of the largest restored one."""
+    """Bytes saved by weights in 8 bits (with a scale and zero point per row), and bytes of the largest restored one."""
     weights = [cast("nn.Linear", model.get_submodule(name)).weight for name in names]
     kept = sum(weight.numel() + len(weight) * (weight.itemsize + 1) for weight in weights)
     return sum(weight.nbytes for weight in weights) - kept, max((weight.nbytes for weight in weights), default=0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -90,7 +91,7 @@ def attach_resolved(model: nn.Module, config: SavedConfig, resolution: Resolutio
         because that needs torchao; `bfloat16` weights are converted.
     """
     wanted = resolution.to_round(model, config)
-    own = copy.deepcopy(config)
+    own: Any = copy.deepcopy(config)
     own.fills_weights = False
     own.resolution = replace(resolution, rounded={name: how for name, how in wanted.items() if how != "int8"})
     return known_method(config).tuner(model, own, "default"), [name for name, how in wanted.items() if how == "int8"]

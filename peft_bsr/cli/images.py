@@ -121,8 +121,12 @@ def read_training_data(
     Raises:
         DatasetError: If the dataset cannot be used for training, or if images cannot be decoded.
     """
-    columns = {"image_column": settings.image_column, "label_column": settings.label_column}
-    data = load_images(settings.dataset, **columns, problem_type=TASKS.get(settings.task or ""))
+    data = load_images(
+        settings.dataset,
+        image_column=settings.image_column,
+        label_column=settings.label_column,
+        problem_type=TASKS.get(settings.task or ""),
+    )
     check_task(settings, data.problem_type)
     data = put_aside(data, settings.test_size, settings.validation_size)
     if at_most is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -41,7 +41,7 @@ class Peak:
     measured_bytes: int | None = None
     device: str = "cpu"
 
-    def to_dict(self) -> dict[str, int | str | None]:
+    def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         predicted = None if self.predicted is None else self.predicted.total_bytes
         return {"predicted_bytes": predicted, "measured_bytes": self.measured_bytes, "device": self.device}

@@ -18,8 +18,8 @@ class PredictionTable:
     """Columns and rows of predictions.
 
     `file, label, probability`, and for more classes `label_2, probability_2, ...`; with all classes
-    `probability_<class>` of each. Several labels of an image are one cell, `cat|dog`. For a regression `file, value`, or
-    `value_<name>` of each.
+    `probability_<class>` of each. Several labels of an image are one cell, `cat|dog`. For a regression `file, value`,
+    or `value_<name>` of each.
 
     Attributes:
         predictor: Predictor of the predictions.

@@ -1,6 +1,6 @@
 """The console script `peft-bsr`: answers `--help` and `--version` without importing torch.
 
-A module beside the package, because `import peft_bsr` imports PEFT (and so torch) to register the methods there.
+A module outside of the package, because `import peft_bsr` imports PEFT (and so torch) to register the methods there.
 """
 
 from __future__ import annotations
@@ -40,21 +40,21 @@ Exit codes: 0 done, 1 failed, 2 asked for what cannot be.
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; its module, and torch with it, is imported only if there is one.
+    """Run a command. Its module, and torch with it, is imported only if a command is given.
 
     Args:
-        arguments: What was typed after `peft-bsr`. Default None: this process's.
+        arguments: Arguments after `peft-bsr`. Default None: those of this process.
 
     Returns:
-        Exit code: 0 done, 1 failed, 2 asked for what cannot be, 130 interrupted.
+        Exit code: 0 success, 1 failure, 2 invalid input, 130 interrupted.
     """
     typed = list(sys.argv[1:] if arguments is None else arguments)
     if command_of(typed) is None:
         try:
-            make_parser().parse_args(typed)  # help, the version, or an error: it ends the process in each case
+            make_parser().parse_args(typed)  # prints help, the version or an error, and exits
         except SystemExit as stop:
             return int(stop.code or 0)
-    for name in ("torchao", "torch.utils._pytree"):  # what they warn of at import is not the user's business
+    for name in ("torchao", "torch.utils._pytree"):  # hide their warnings at import
         logging.getLogger(name).setLevel(logging.ERROR)
     from peft_bsr.cli.main import main as run
 
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def command_of(typed: Sequence[str]) -> str | None:
-    """The command that was typed, or None if there is none of that name."""
+    """The given command, or None if there is no command of that name."""
     word = next((word for word in typed if not word.startswith("-")), None)
     return word if word in COMMANDS else None
 
@@ -71,8 +71,8 @@ def make_parser(chosen: str | None = None, module: ModuleType | None = None) -> 
     """The parser of the command line.
 
     Args:
-        chosen: The command whose options are to be parsed. Default None: no command's.
-        module: Its module, with `EXAMPLES` and `add_arguments(parser)`.
+        chosen: Command whose options are added. Default None: no command.
+        module: Module of the command, with `EXAMPLES` and `add_arguments(parser)`.
     """
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--json", action="store_true", help="print one JSON object, for machines")
@@ -102,7 +102,7 @@ def make_parser(chosen: str | None = None, module: ModuleType | None = None) -> 
 def _version() -> str:
     try:
         return version("peft-bsr")
-    except PackageNotFoundError:  # it runs from a folder
+    except PackageNotFoundError:  # not installed
         return "unknown"
 
 

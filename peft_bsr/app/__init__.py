@@ -1,1 +1,1 @@
-"""The planner, the kept tokens and the benchmark in a browser. Needs gradio (`pip install 'peft-bsr[app]'`)."""
+"""Browser app: planner, kept tokens and benchmark. Needs gradio (`pip install 'peft-bsr[app]'`)."""

@@ -1,4 +1,4 @@
-"""What the tabs show, as HTML: every text from outside is escaped, pictures are inside of it."""
+"""HTML of the tabs: input text is escaped, pictures are embedded."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ _ZOOM = 448  # pixels of a picture, at least
 
 
 def error_html(error: BaseException) -> str:
-    """Why there is nothing to see."""
+    """An error message."""
     return f'<p class="wrong" role="alert">{escape(str(error))}</p>'
 
 
 def plans_html(plans: Sequence[BudgetPlan], depth: int) -> str:
-    """The plans, each with its bar; bars share a scale.
+    """The plans, each with a bar of its memory; all bars have one scale.
 
     Args:
-        plans: At least one, of one question.
-        depth: Blocks of the model.
+        plans: At least one plan, all for one question.
+        depth: Number of blocks of the model.
     """
     most = max(plan.estimate.total_bytes for plan in plans)
     shown = [n for n, part in enumerate(_PARTS) if any(getattr(p.estimate, f"{part}_bytes") for p in plans)]
@@ -67,7 +67,7 @@ def _plan(number: int, plan: BudgetPlan, most: int, depth: int) -> str:
 
 
 def kept_html(view: KeptView) -> str:
-    """The image, and what is left of it after each reduction."""
+    """The image, and the patches that are kept after each reduction."""
     figures = [_figure(view.image, f"all {view.all_tokens} tokens")]
     for one, tokens in zip(view.kept, view.tokens, strict=True):
         if one.dropped_mass is None:
@@ -92,12 +92,12 @@ def _figure(picture: np.ndarray, caption: str) -> str:
 
 
 def chart_html(chosen: Sequence[Point], axis: str, methods: Sequence[str]) -> str:
-    """Accuracy over a cost: each point is a button that says what it is and which command measured it.
+    """Chart of accuracy over a cost: each point is a button that shows its experiment and the command that measured it.
 
     Args:
         chosen: Points of one set of images.
         axis: One of `AXES`.
-        methods: All there are: the place of a point's method among them picks its colour.
+        methods: All methods; the index of a point's method selects its colour.
     """
     if not chosen:
         return '<p class="quiet" role="status">Nothing is left: choose more methods or more memory.</p>'
@@ -157,7 +157,7 @@ def _table(chosen: Sequence[Point], axis: str, front: Sequence[Point]) -> str:
 
 
 def _colour(number: int, style: str = "", classes: str = "") -> str:
-    """Attributes of one of nine colours that are told apart on both grounds."""
+    """HTML attributes for one of nine colours that differ clearly in the light and the dark theme."""
     hue = (211 + 40 * number) % 360
     return f'class="{classes}" style="{style};--c:hsl({hue} 62% var(--light))"'
 

@@ -1,4 +1,4 @@
-"""The second tab: which patches of an image a model keeps, and what that spares."""
+"""The second tab: which patches of an image a model keeps, and how much compute that saves."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import re
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from huggingface_hub import scan_cache_dir
 from huggingface_hub.errors import CacheNotFound
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from PIL import Image
-from torch import nn
+from transformers import PreTrainedModel
 
 from peft_bsr.cli.sources import find_adapter, from_config, read_model_config
 from peft_bsr.cost import count_flops
@@ -22,6 +22,9 @@ from peft_bsr.data import load_processor, to_pictures, to_pixels
 from peft_bsr.errors import UsageError, headline
 from peft_bsr.tuners import BSRConfig
 from peft_bsr.viz import KeptTokens, kept_token_pictures
+
+if TYPE_CHECKING:
+    from transformers import BaseImageProcessor
 
 PHOTOGRAPHS = ("china.jpg", "flower.jpg")  # scikit-learn's
 MOST_PARAMETERS = 100_000_000
@@ -33,12 +36,12 @@ class KeptView:
     """What a model keeps of an image.
 
     Attributes:
-        image: [H, W, 3] in 0 to 1, as the model sees it.
-        kept: One a reduction, in the order of the blocks.
-        tokens: Tokens that leave each of those blocks.
-        all_tokens: Tokens without reduction.
-        flops: Of the forward.
-        all_flops: Of the forward without reduction.
+        image: The model's input [H, W, 3] in 0 to 1.
+        kept: Kept tokens of each reduction, in the order of the blocks.
+        tokens: Number of tokens after each of those blocks.
+        all_tokens: Number of tokens without reduction.
+        flops: FLOPs of the forward.
+        all_flops: FLOPs of the forward without reduction.
     """
 
     image: np.ndarray
@@ -57,7 +60,7 @@ def photograph(name: str) -> Image.Image:
 
 
 def local_models() -> list[str]:
-    """Hub ids of the image models whose weights are in this machine's cache."""
+    """Hub ids of image models with weights in the local cache."""
     try:
         repositories = scan_cache_dir().repos
     except CacheNotFound:
@@ -68,16 +71,16 @@ def local_models() -> list[str]:
 
 
 def keep(source: str, picture: Image.Image | None, rate: float, blocks: list[int] | None = None) -> KeptView:
-    """Run a model on an image, reducing its tokens.
+    """Run a model on an image with token reduction.
 
     Args:
-        source: Folder or Hub id of a model of at most `MOST_PARAMETERS`.
-        picture: Of any size and mode.
-        rate: Share of the tokens that each reduction keeps, below 1.
-        blocks: Which reduce. Default None: a quarter, a half and three quarters into the depth.
+        source: Folder or Hub id of a model with at most `MOST_PARAMETERS`.
+        picture: Image of any size and mode.
+        rate: Fraction of the tokens that each reduction keeps, below 1.
+        blocks: Indices of the blocks that reduce. Default None: at a quarter, a half and three quarters of the depth.
 
     Raises:
-        PeftBsrError: If there is no image, or the model cannot be loaded or reduced; the message says why.
+        PeftBsrError: If there is no image, or the model cannot be loaded or does not support reduction.
     """
     if picture is None:
         raise UsageError("there is no image. Upload one, or pick a photograph.")
@@ -85,7 +88,7 @@ def keep(source: str, picture: Image.Image | None, rate: float, blocks: list[int
         raise UsageError(f"the image has {picture.width} x {picture.height} pixels; {MOST_PIXELS:,} are the most.")
     base, processor = load(source)
     pixels = to_pixels([picture], processor)
-    model: Any = get_peft_model(deepcopy(base), BSRConfig(keep_rate=rate, reduction_blocks=blocks)).eval()
+    model: PeftModel = get_peft_model(deepcopy(base), BSRConfig(keep_rate=rate, reduction_blocks=blocks)).eval()
     [image], kept = to_pictures(pixels, processor), kept_token_pictures(model, pixels, to_pictures(pixels, processor))
     plan, spec = model.base_model.plan(), model.base_model.spec
     counts = plan.token_counts(spec.num_tokens, spec.num_special)
@@ -97,8 +100,8 @@ def keep(source: str, picture: Image.Image | None, rate: float, blocks: list[int
 
 
 @lru_cache(maxsize=1)
-def load(source: str) -> tuple[nn.Module, Any]:
-    """A model with its weights, and its image processor.
+def load(source: str) -> tuple[PreTrainedModel, BaseImageProcessor]:
+    """Load a model with its weights, and its image processor.
 
     Raises:
         PeftBsrError: If it is too large or cannot be loaded.
@@ -109,7 +112,7 @@ def load(source: str) -> tuple[nn.Module, Any]:
         raise UsageError(f"`{source}` is an adapter. `peft-bsr show IMAGE --model {source}` draws what it keeps.")
     config = read_model_config(source)
     with torch.device("meta"):
-        model: Any = from_config(config)
+        model = from_config(config)
     size = sum(parameter.numel() for parameter in model.parameters())
     if size > MOST_PARAMETERS:
         raise UsageError(f"`{source}` has {size / 1e6:.0f} M parameters; {MOST_PARAMETERS / 1e6:.0f} M are the most.")
@@ -120,10 +123,10 @@ def load(source: str) -> tuple[nn.Module, Any]:
 
 
 def read_blocks(text: str) -> list[int] | None:
-    """`"3, 6, 9"` as indices; None where nothing is written.
+    """Parse `"3, 6, 9"` to indices; None for an empty text.
 
     Raises:
-        UsageError: If it is something else.
+        UsageError: If it cannot be parsed.
     """
     if not text.strip():
         return None

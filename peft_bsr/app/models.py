@@ -1,13 +1,12 @@
-"""Models that are offered by name: their configurations are written here, so that none is downloaded to plan."""
+"""Models that the planner offers. Their configurations are stored here, so that planning downloads nothing."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any
 
 import torch
-from torch import nn
-from transformers import CLIPConfig, DeiTConfig, Dinov2Config, SiglipConfig, ViTConfig
+from transformers import CLIPConfig, DeiTConfig, Dinov2Config, PreTrainedConfig, SiglipConfig, ViTConfig
 
 from peft_bsr.cli.plan import trained_size
 from peft_bsr.cli.sources import find_adapter, from_config, model_of, read_model_config
@@ -18,7 +17,7 @@ _SMALL = {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 153
 _LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
 _DINOV2 = {"image_size": 518, "patch_size": 14}
 
-KNOWN: dict[str, tuple[type, dict[str, Any]]] = {
+KNOWN: dict[str, tuple[type[PreTrainedConfig], Mapping[str, object]]] = {
     "google/vit-base-patch16-224": (ViTConfig, {}),
     "google/vit-large-patch16-224": (ViTConfig, _LARGE),
     "WinKawaks/vit-tiny-patch16-224": (ViTConfig, _TINY),
@@ -30,18 +29,18 @@ KNOWN: dict[str, tuple[type, dict[str, Any]]] = {
     "openai/clip-vit-base-patch16": (CLIPConfig, {"vision_config": {"patch_size": 16}}),
     "google/siglip-base-patch16-224": (SiglipConfig, {"vision_config": {"image_size": 224}}),
 }
-"""Hub id -> class and fields of its configuration, as far as memory and compute depend on them."""
+"""Hub id -> class and fields of its configuration that affect memory and compute."""
 
 
-def config_of(source: str) -> Any:
+def config_of(source: str) -> PreTrainedConfig:
     """The configuration of a model.
 
     Args:
-        source: One of `KNOWN`, a folder or another Hub id; of an adapter, its base model is taken.
+        source: One of `KNOWN`, a folder or another Hub id. For an adapter, the base model is used.
 
     Raises:
-        HubError: If there is none.
-        UsageError: If it cannot be read.
+        HubError: If the model does not exist.
+        UsageError: If its configuration cannot be read.
     """
     if source in KNOWN:
         made, fields = KNOWN[source]
@@ -50,7 +49,7 @@ def config_of(source: str) -> Any:
 
 
 def own_size(source: str) -> int | None:
-    """Pixels that `peft-bsr train` takes where it is not what the configuration says, or None.
+    """Image size that `peft-bsr train` uses if it differs from the configuration, or None.
 
     Args:
         source: See `config_of`.
@@ -62,16 +61,16 @@ def own_size(source: str) -> int | None:
 
 @lru_cache(maxsize=8)
 def costs_of(source: str, labels: int) -> PlanCosts:
-    """What ways to train a model cost, remembered between plans; no weights are loaded.
+    """Cached training costs of a model; no weights are loaded.
 
     Args:
         source: See `config_of`.
-        labels: Classes of its head.
+        labels: Number of classes of its head.
     """
     config = config_of(source)
     config.num_labels = labels
     with torch.device("meta"):
-        model: nn.Module = from_config(config)
+        model = from_config(config)
     return PlanCosts(model)
 
 

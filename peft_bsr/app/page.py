@@ -1,4 +1,4 @@
-"""The page: components and what runs when they change. What is computed lies in the files beside it."""
+"""The page: gradio components and their event handlers. The other modules of this package do the computation."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before gradio is imported: it asks the network then
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before the import of gradio, which uses the network
 import gradio as gr
+from PIL import Image
 
 from peft_bsr.app.html import chart_html, error_html, kept_html, plans_html
 from peft_bsr.app.kept import PHOTOGRAPHS, keep, local_models, photograph, read_blocks
@@ -28,8 +29,8 @@ THEME = gr.themes.Default(primary_hue="teal", font=_SANS, font_mono=_MONO).set(
     block_info_text_color="*neutral_600",
     block_info_text_color_dark="*neutral_300",
 )
-_LANE: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "torch", "trigger_mode": "always_last"}
-_KEPT_SECONDS = 600  # an upload's file, at most
+_LANE: dict[str, object] = {"concurrency_limit": 1, "concurrency_id": "torch", "trigger_mode": "always_last"}
+_KEPT_SECONDS = 600  # maximum lifetime of an uploaded file
 
 
 def make_page() -> gr.Blocks:
@@ -82,7 +83,7 @@ def _of_card(card: str, memory: float, device: str) -> tuple[float, str]:
     return (CARDS[card] - CUDA_GIB, "cuda") if card else (memory, device)
 
 
-def _plan(*values: Any) -> Iterator[tuple[Any, ...]]:
+def _plan(*values: Any) -> Iterator[tuple[object, ...]]:
     chosen = values[-1]
     try:
         question = Question(*values[:-1])
@@ -97,7 +98,7 @@ def _plan(*values: Any) -> Iterator[tuple[Any, ...]]:
 
 
 def _fill(*values: Any) -> Iterator[None]:
-    with suppress(PeftBsrError):  # the page says it
+    with suppress(PeftBsrError):  # `_plan` shows it
         yield from fill(Question(*values))
 
 
@@ -127,7 +128,7 @@ def _kept_tab() -> None:
         trigger(_keep, [source, name, upload, rate, blocks], found, **_LANE)
 
 
-def _keep(source: str, name: str, upload: Any, rate: float, blocks: str) -> str:
+def _keep(source: str, name: str, upload: Image.Image | None, rate: float, blocks: str) -> str:
     try:
         picture = upload if name == "upload" else photograph(name)
         return kept_html(keep(source, picture, rate, read_blocks(blocks)))

@@ -1,4 +1,4 @@
-"""The first tab: what is asked, the plans that fit, and the lines that run each of them."""
+"""The first tab: the user's question, the plans that fit, and the code that runs each plan."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from peft_bsr.cost.ways import settings_of, ways_of
 from peft_bsr.errors import UsageError
 from peft_bsr.training import default_learning_rate
 
-CARDS = {  # GiB that the data sheet names
+CARDS = {  # GiB, from the data sheets
     "T4, 16 GB": 16,
     "RTX 3060, 12 GB": 12,
     "RTX 4060, 8 GB": 8,
@@ -27,24 +27,24 @@ CARDS = {  # GiB that the data sheet names
     "A100, 40 GB": 40,
     "A100 or H100, 80 GB": 80,
 }
-CUDA_GIB = 1  # of a card, for CUDA itself and the allocator
+CUDA_GIB = 1  # of each GPU, for CUDA itself and the allocator
 _MOST = {"batch_size": 4096, "image_size": 2048, "labels": 100_000}
 
 
 @dataclass(frozen=True)
 class Question:
-    """What a plan is asked for.
+    """Input of the planner.
 
     Attributes:
         source: Hub id or folder of a model.
         gib: Memory in GiB.
-        batch_size: Images a step.
-        image_size: Pixels of a side. 0: what `peft-bsr train` takes.
+        batch_size: Images per step.
+        image_size: Pixels per side. 0: the default of `peft-bsr train`.
         optimizer: One of `peft-bsr plan --optimizer`.
         precision: `"fp32"`, `"bf16"` or `"fp16"`.
-        compile: Whether the model is compiled; 10 to 30 seconds a plan.
-        device: `"cpu"` or `"cuda"`: whose operations are counted.
-        labels: Classes of the head.
+        compile: Whether the model is compiled; this takes 10 to 30 seconds per plan.
+        device: `"cpu"` or `"cuda"`, the device whose operations are counted.
+        labels: Number of classes of the head.
     """
 
     source: str
@@ -67,7 +67,7 @@ class Question:
 
     @property
     def setup(self) -> Setup:
-        """For `plan_for_budget`."""
+        """Setup for `plan_for_budget`."""
         return Setup(
             batch_size=self.batch_size,
             image_size=self.image_size or own_size(self.source),
@@ -79,15 +79,15 @@ class Question:
 
     @property
     def memory(self) -> str:
-        """For `plan_for_budget`."""
+        """Budget for `plan_for_budget`."""
         return f"{self.gib:g}GiB"
 
 
 def plans_of(question: Question) -> Iterator[list[BudgetPlan]]:
-    """The plans that fit, one more each time: the first is there before the last is computed.
+    """The plans that fit, in growing lists: the first plan is yielded before the next is computed.
 
     Args:
-        question: What is asked.
+        question: Input of the planner.
 
     Raises:
         PeftBsrError: If the model cannot be read or planned for, or nothing fits.
@@ -101,10 +101,10 @@ def plans_of(question: Question) -> Iterator[list[BudgetPlan]]:
 
 
 def fill(question: Question) -> Iterator[None]:
-    """Estimate what other budgets would ask for, so that a change of memory is quick; it may be left at every step."""
+    """Fill the cache with the estimates for other budgets, so that a change of memory is fast; can stop at any step."""
     costs, setup = costs_of(question.source, question.labels), question.setup
     if setup.compile:
-        return  # a budget asks for few of them, and each takes its time
+        return  # a budget needs few of them, and each is slow
     for setting in settings_of(costs.depth):
         for way in ways_of(setting, setup, costs.dtype):
             if not isinstance(way, str):
@@ -113,17 +113,17 @@ def fill(question: Question) -> Iterator[None]:
 
 
 def accuracies_of(plan: BudgetPlan, depth: int) -> dict[str, float]:
-    """Where the benchmark has the plan: set of images -> accuracy there.
+    """Benchmark results of the plan: dataset -> accuracy; empty if it was not measured.
 
     Args:
         plan: The plan.
-        depth: Blocks of the model.
+        depth: Number of blocks of the model.
     """
     return measured(plan_key(plan.config, plan.estimate.plan), depth)
 
 
 def python_of(plan: BudgetPlan, question: Question) -> str:
-    """Lines of Python that train it as it was planned."""
+    """Python code that trains the model with the plan."""
     setup, options = plan.setup, {} if plan.config is None else changed(plan.config)
     rate = default_learning_rate("full" if plan.config is None else "bsr", options)
     arguments: dict[str, object] = {"per_device_train_batch_size": setup.batch_size, "learning_rate": rate}
@@ -153,7 +153,7 @@ def python_of(plan: BudgetPlan, question: Question) -> str:
 
 
 def shell_of(plan: BudgetPlan, question: Question) -> str:
-    """The command that trains it on a folder of images by class."""
+    """Command that trains the model with the plan on a folder of images by class."""
     return f"{command_of(plan, question.source)} --dataset photos --output out"
 
 

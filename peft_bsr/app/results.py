@@ -1,4 +1,4 @@
-"""The benchmark's results: which to show, which of them nothing beats, and where a plan was measured."""
+"""Results of the benchmark: selection, Pareto front, and accuracies of a plan."""
 
 from __future__ import annotations
 
@@ -8,30 +8,51 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from statistics import mean
+from typing import TypedDict
 
 from peft_bsr.engine import Plan
 from peft_bsr.tuners import BSRConfig
 
-AXES = {  # what an accuracy is bought with -> (attribute of a point, what its unit is divided by)
+AXES = {  # cost -> (attribute of a point, divisor for the unit)
     "peak memory, MiB": ("peak_bytes", 2**20),
     "training time, s": ("train_seconds", 1),
     "time of a step, s": ("step_seconds", 1),
 }
 
 
+class _Measured(TypedDict):
+    """A point as it is stored."""
+
+    task: str
+    experiment: str
+    accuracies: list[float]
+    peak_bytes: int
+    step_seconds: float
+    train_seconds: float
+    plan: str | None
+    command: str
+
+
+class _Benchmark(TypedDict):
+    """The file `benchmark.json`."""
+
+    points: list[_Measured]
+    conditions: str
+
+
 @dataclass(frozen=True)
 class Point:
-    """An experiment on a set of images.
+    """An experiment on a dataset.
 
     Attributes:
-        task: The set.
+        task: Name of the dataset.
         experiment: `"method/variant"`.
-        accuracies: On the test images, one a seed, in 0 to 1.
-        peak_bytes: Of a training step, beside the weights.
-        step_seconds: Of a training step.
-        train_seconds: Of the whole training, median over the seeds.
-        plan: What trains on which tokens, see `plan_key`; None where it is no plan of the planner's.
-        command: What measured it.
+        accuracies: Accuracy on the test images for each seed, in 0 to 1.
+        peak_bytes: Peak memory of a training step, without the weights.
+        step_seconds: Time of a training step.
+        train_seconds: Time of the whole training, median over the seeds.
+        plan: What is trained on which tokens, see `plan_key`; None if the planner has no such plan.
+        command: Command that measured it.
     """
 
     task: str
@@ -45,54 +66,66 @@ class Point:
 
     @property
     def method(self) -> str:
-        """The first part of `experiment`."""
+        """First part of `experiment`."""
         return self.experiment.split("/")[0]
 
     @property
     def accuracy(self) -> float:
-        """Mean over the seeds."""
+        """Mean accuracy over the seeds."""
         return mean(self.accuracies)
 
     def cost(self, axis: str) -> float:
-        """In the unit of `axis`, one of `AXES`."""
+        """Cost in the unit of `axis`, one of `AXES`."""
         name, unit = AXES[axis]
         return float(getattr(self, name)) / unit
 
 
 @cache
-def _benchmark() -> dict[str, object]:
-    return dict(json.loads((Path(__file__).parent / "benchmark.json").read_text(encoding="utf-8")))
+def _benchmark() -> _Benchmark:
+    found: _Benchmark = json.loads((Path(__file__).parent / "benchmark.json").read_text(encoding="utf-8"))
+    return found
 
 
 @cache
 def points() -> tuple[Point, ...]:
-    """All that were measured, losing ones too; written by `benchmarks/method_comparison/points.py`."""
-    found: list[dict] = _benchmark()["points"]  # type: ignore[assignment]
-    return tuple(Point(**one | {"accuracies": tuple(one["accuracies"])}) for one in found)
+    """All measured points; written by `benchmarks/method_comparison/points.py`."""
+    return tuple(
+        Point(
+            one["task"],
+            one["experiment"],
+            tuple(one["accuracies"]),
+            one["peak_bytes"],
+            one["step_seconds"],
+            one["train_seconds"],
+            one["plan"],
+            one["command"],
+        )
+        for one in _benchmark()["points"]
+    )
 
 
 def conditions() -> str:
-    """Model, machine and images of the benchmark, in words."""
+    """Model, machine and images of the benchmark, as text."""
     return str(_benchmark()["conditions"])
 
 
 def choose(task: str, methods: Collection[str] = (), memory: float | None = None) -> list[Point]:
-    """The points of a set of images.
+    """The points of a dataset.
 
     Args:
-        task: The set.
-        methods: Only these. Default: all.
-        memory: MiB that the peak may have at most. Default None: any.
+        task: Name of the dataset.
+        methods: Methods to show. Default: all.
+        memory: Maximum peak memory in MiB. Default None: no limit.
     """
     of_task = [point for point in points() if point.task == task and (not methods or point.method in methods)]
     return [point for point in of_task if memory is None or point.peak_bytes / 2**20 <= memory]
 
 
 def pareto(chosen: Sequence[Point], axis: str) -> list[Point]:
-    """Those that no other point beats: none is at least as accurate for less. Cheapest first.
+    """Pareto front: points for which no cheaper point is at least as accurate, cheapest first.
 
     Args:
-        chosen: Points of one set of images.
+        chosen: Points of one dataset.
         axis: One of `AXES`.
     """
     front: list[Point] = []
@@ -103,11 +136,11 @@ def pareto(chosen: Sequence[Point], axis: str) -> list[Point]:
 
 
 def plan_key(config: BSRConfig | None, plan: Plan | None) -> str:
-    """What trains on which tokens: plans of the same key compute the same gradients, whatever they keep in memory.
+    """What is trained on which tokens: plans with the same key compute the same gradients, with different memory.
 
     Args:
-        config: None for full fine-tuning.
-        plan: What it does to each block of a model.
+        config: Configuration, or None for full fine-tuning.
+        plan: Its plan for the blocks of a model.
     """
     if config is None or plan is None:
         return "full"
@@ -117,11 +150,11 @@ def plan_key(config: BSRConfig | None, plan: Plan | None) -> str:
 
 
 def measured(key: str, depth: int) -> dict[str, float]:
-    """Set of images -> accuracy of the benchmark's plan of this key, the mean of its experiments.
+    """Dataset -> mean accuracy of the benchmark experiments with this key.
 
     Args:
-        key: Of `plan_key`.
-        depth: Blocks of the model; the benchmark's has 12, and says nothing of others.
+        key: Key from `plan_key`.
+        depth: Number of blocks of the model; the model of the benchmark has 12, for others the result is empty.
     """
     if depth != 12:
         return {}

@@ -1,4 +1,4 @@
-"""Serves the page, on this machine alone unless asked otherwise."""
+"""Serves the page; by default only on this machine."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ MOST_WAITING = 32  # requests in the queue
 
 
 def serve(host: str = "127.0.0.1", port: int | None = None, root_path: str | None = None) -> gr.Blocks:
-    """Serve the page from a thread; `block_thread()` of what is returned waits, `close()` ends it.
+    """Serve the page in a thread; `block_thread()` of the returned page waits, `close()` stops the server.
 
-    Nothing is asked of the network, and what is uploaded is deleted after ten minutes, or with the server.
+    The app does not use the network. Uploads are deleted after ten minutes, and when the server stops.
 
     Args:
-        host: Address to listen on. Default: this machine alone.
-        port: Default None: the first free one from 7860 on.
-        root_path: Path prefix that a proxy serves it under, `"/plan"`. Default None.
+        host: Address to listen on. Default `"127.0.0.1"`: only this machine.
+        port: Port. Default None: the first free one from 7860 on.
+        root_path: Path prefix of a reverse proxy, such as `"/plan"`. Default None.
 
     Returns:
-        The page; its `local_url` says where it is.
+        The page; its URL is `local_url`.
 
     Raises:
         OSError: If the port is taken.

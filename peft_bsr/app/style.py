@@ -1,4 +1,4 @@
-"""The app's own style: colours of both schemes, one column on a phone."""
+"""CSS of the app: colours of the light and the dark theme, one column on a phone."""
 
 from __future__ import annotations
 

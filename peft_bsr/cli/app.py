@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 from peft_bsr.cli.output import Output
 from peft_bsr.errors import MissingDependencyError, UsageError
@@ -16,13 +15,13 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What the command takes."""
+    """Add the arguments of the command."""
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine)")
     parser.add_argument("--port", type=int, help="default: the first free one from 7860 on")
     parser.add_argument("--root-path", metavar="PATH", help="path prefix that a proxy serves it under, such as /plan")
 
 
-def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
+def run(args: argparse.Namespace, out: Output) -> dict[str, object]:
     """Run the command."""
     if args.port is not None and not 1 <= args.port <= 65535:
         raise UsageError(f"`--port {args.port}` must be from 1 to 65535.")

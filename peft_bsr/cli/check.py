@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 from peft_bsr.cli.images import DATA_HELP, add_columns, add_task, say_findings
 from peft_bsr.cli.output import Output
@@ -19,14 +18,14 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What the command takes."""
+    """Add the arguments of the command."""
     parser.add_argument("data", metavar="DATA", help=DATA_HELP)
     add_columns(parser)
     add_task(parser)
     parser.add_argument("--workers", type=int, help="threads (default: one a core, 8 at most)")
 
 
-def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
+def run(args: argparse.Namespace, out: Output) -> dict[str, object]:
     """Run the command."""
     columns = {"image_column": args.image_column, "label_column": args.label_column}
     data = load_images(args.data, **columns, problem_type=TASKS.get(args.task))
@@ -43,7 +42,7 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
 
 
 def _say_labels(report: DataReport, labels: list[str], out: Output) -> None:
-    """Images by class, or the values of a regression."""
+    """Print the images by class, or the values of a regression."""
     if report.problem_type == REGRESSION:
         columns = ("value", "split", "least", "median", "largest", "mean", "deviation")
         named = [(name, split, own) for split, values in report.values.items() for name, own in values.items()]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 from peft_bsr.cli.output import Output
 from peft_bsr.compat.peft_api import config_class
@@ -22,16 +21,16 @@ _TOLD_APART |= {"auto_mapping", "inference_mode", "peft_version", "revision"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What the command takes."""
+    """Add the arguments of the command."""
     parser.add_argument("folder", metavar="FOLDER", help="with adapter_config.json and adapter_model.safetensors")
 
 
-def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
+def run(args: argparse.Namespace, out: Output) -> dict[str, object]:
     """Run the command. Exit code 1 if the adapter would be refused."""
     folder = Path(args.folder).expanduser()
     if not folder.is_dir():
         raise UsageError(f"there is no folder `{args.folder}`.")
-    result: dict[str, Any] = {"adapter": str(args.folder)}
+    result: dict[str, object] = {"adapter": str(args.folder)}
     try:
         result |= _describe(folder)
         check_adapter(folder)
@@ -43,7 +42,7 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
     return result
 
 
-def _describe(folder: Path) -> dict[str, Any]:
+def _describe(folder: Path) -> dict[str, object]:
     values = read_config(folder)
     config = config_class(values["peft_type"]).from_pretrained(str(folder))
     found = check_weights(folder)
@@ -66,7 +65,7 @@ def _describe(folder: Path) -> dict[str, Any]:
     }
 
 
-def _words(value: Any) -> str:
+def _words(value: object) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name} {inner}" for name, inner in value.items()) or "not written down"
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -12,10 +12,10 @@ import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import BaseImageProcessor
 
 from peft_bsr.backbones import input_shapes, probe_inputs
 from peft_bsr.cli.images import (
@@ -43,8 +43,8 @@ from peft_bsr.problem_type import SINGLE_LABEL
 from peft_bsr.tuners import METHODS
 
 _OTHERS = {"full": FULL, "linear": "linear probe", "lora": "LoRA r=8, every Linear"}
-_OF_RANDOM: dict[str, Any] = {"batch_size": 8, "labels": 10}
-_OF_DATA: dict[str, Any] = {"batch_size": 32, "epochs": 3.0, "images": 1000, "seconds": 120.0}
+_OF_RANDOM: dict[str, float] = {"batch_size": 8, "labels": 10}
+_OF_DATA: dict[str, float] = {"batch_size": 32, "epochs": 3.0, "images": 1000, "seconds": 120.0}
 EXAMPLES = """\
 examples:
   peft-bsr compare google/vit-base-patch16-224
@@ -55,7 +55,7 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What the command takes."""
+    """Add the arguments of the command."""
     add = parser.add_argument
     add("model", metavar="MODEL", help="Hub id or folder")
     add("--dataset", metavar="DATA", help="train each method for a short time on these images, and give its accuracy")
@@ -76,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output", type=Path, metavar="JSON", help="file to write, what --json prints")
 
 
-def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
+def run(args: argparse.Namespace, out: Output) -> dict[str, object]:
     """Run the command."""
     _check(args)
     source = model_of(find_adapter(args.model), args.model)
@@ -84,7 +84,7 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
     if "bsr" in args.methods:
         check_method("bsr", options)
     size = args.image_size or default_size(source)
-    make_model(source, device="meta", image_size=size)  # a size that no method takes is no method's fault
+    make_model(source, device="meta", image_size=size)  # an unsupported size is an error, not a refused method
     data = processor = None
     if args.dataset is not None:
         data = read_training_data(args, out, at_most=args.images)
@@ -96,10 +96,10 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
     seconds_to_load = time.perf_counter() - begin
     with out.doing(f"measuring {len(models)} models"):
         costs = compare({_name(method): model for method, model in models.items()}, batch, args.repeats)
-    stands = conditions(next(tensor for tensor in batch.values() if tensor.ndim > 1))
+    measured_on = conditions(next(tensor for tensor in batch.values() if tensor.ndim > 1))
     methods = list(models)
-    models.clear()  # before others are loaded
-    result: dict[str, Any] = {"model": source}
+    models.clear()  # free them before others are loaded
+    result: dict[str, object] = {"model": source}
     if data is None:
         out.table(f"A training step of {source}", *cost_rows(costs))
     else:
@@ -118,9 +118,9 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
         result |= {"dataset": args.dataset, "images": images, "results": results}
     for method, why in refused.items():
         out.say(f"{method} is left out: {why}")
-    out.say(stands)
+    out.say(measured_on)
     measured = {name: vars(cost) for name, cost in costs.items()}
-    result |= {"costs": measured, "refused": refused, "conditions": stands}
+    result |= {"costs": measured, "refused": refused, "conditions": measured_on}
     if args.output is not None:
         args.output.write_text(json.dumps(result, indent=2, ensure_ascii=False), encoding="utf-8")
         out.say(f"written: {args.output}")
@@ -128,7 +128,7 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Refuse what cannot be, and fill in what was not given, before anything is read."""
+    """Check the arguments and fill in defaults, before anything is read."""
     check_at_least(args, batch_size=1, image_size=1, repeats=1, labels=1, images=2)
     for name in ("epochs", "seconds"):
         value = getattr(args, name)
@@ -155,21 +155,21 @@ def _make(
     source: str,
     size: int | None,
     data: LabelledImages | None,
-    options: dict[str, Any],
+    options: dict[str, str],
     args: argparse.Namespace,
     refused: dict[str, str],
     out: Output,
 ) -> dict[str, nn.Module]:
-    """Method -> model with random weights; why a method does not take it goes into `refused`."""
+    """Method -> model with random weights; `refused` gets the reason for each method that does not support it."""
     models: dict[str, nn.Module] = {}
     with out.doing("making the models"):
         for method in args.methods:
             try:
-                base: Any = make_model(source, len(data.labels) if data else args.labels, image_size=size)
+                base = make_model(source, len(data.labels) if data else args.labels, image_size=size)
                 base.config.problem_type = data.problem_type if data else SINGLE_LABEL
                 model: nn.Module = attach(method, base, options if method == "bsr" else {})
             except PeftBsrError as error:
-                if method == "bsr" or len(args.methods) == 1:  # what was asked for with options
+                if method == "bsr" or len(args.methods) == 1:  # requested with options, or the only method
                     raise
                 refused[method] = one_line(error)
             else:
@@ -185,13 +185,13 @@ def _random_batch(models: Mapping[str, nn.Module], size: int | None, args: argpa
     return {name: tensor.to(args.device) for name, tensor in batch.items()}
 
 
-def _batch_of(data: LabelledImages, processor: Any, args: argparse.Namespace) -> dict[str, Tensor]:
+def _batch_of(data: LabelledImages, processor: BaseImageProcessor, args: argparse.Namespace) -> dict[str, Tensor]:
     examples = with_pixels(data.train, processor)
     batch = collate([examples[index] for index in range(min(args.batch_size, len(examples)))])
     return {name: tensor.to(args.device) for name, tensor in batch.items()}
 
 
-def _settings(source: str, method: str, options: dict[str, Any], args: argparse.Namespace) -> TrainSettings:
+def _settings(source: str, method: str, options: dict[str, str], args: argparse.Namespace) -> TrainSettings:
     return TrainSettings(
         source,
         method=method,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 from peft_bsr.cli.images import DATA_HELP, add_scoring, check_at_least, read_scored_data
 from peft_bsr.cli.output import Output
@@ -21,13 +20,13 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What the command takes."""
+    """Add the arguments of the command."""
     parser.add_argument("model", metavar="MODEL", help="adapter, model, or .onnx file of `peft-bsr export`")
     parser.add_argument("--dataset", default=DIGITS, help=DATA_HELP)
     add_scoring(parser)
 
 
-def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
+def run(args: argparse.Namespace, out: Output) -> dict[str, object]:
     """Run the command."""
     check_at_least(args, batch_size=1, image_size=1, workers=0)
     predictor = open_predictor(args.model, base=args.base, device=args.device, image_size=args.image_size)

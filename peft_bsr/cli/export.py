@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 from peft_bsr.cli.images import check_at_least
 from peft_bsr.cli.output import Output
@@ -24,7 +23,7 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What the command takes."""
+    """Add the arguments of the command."""
     parser.add_argument("model", metavar="ADAPTER", help="Hub id or folder of an adapter")
     parser.add_argument("--output", type=Path, required=True, help="file to write")
     parser.add_argument("--format", choices=("onnx", "torch.export", "executorch"), default="onnx", help="default onnx")
@@ -35,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", help="base model, where the adapter does not name one that can be read")
 
 
-def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
+def run(args: argparse.Namespace, out: Output) -> dict[str, object]:
     """Run the command."""
     check_at_least(args, batch_size=1, image_size=1)
     if find_adapter(args.model) is None:

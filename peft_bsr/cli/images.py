@@ -1,14 +1,16 @@
-"""DATA on the command line: its options, and how what was found in it is said."""
+"""Options for images on the command line, and reading them with notes about the data."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 from datasets import Dataset
+from transformers import BaseImageProcessor
 
 from peft_bsr.cli.output import Output
 from peft_bsr.data import (
@@ -27,12 +29,15 @@ from peft_bsr.errors import DatasetError, ProcessorWarning, UsageError
 from peft_bsr.prediction import Predictor
 from peft_bsr.problem_type import REGRESSION, TASKS, ProblemType
 
+if TYPE_CHECKING:
+    from peft_bsr.cli.settings import TrainSettings
+
 SIZE_HELP = "pixels of a side (default: what the model's own processor makes)"
 DATA_HELP = "digits (default), a folder by class, a .csv, .jsonl or .parquet file, or a Hub id"
 
 
 def add_columns(parser: argparse.ArgumentParser) -> None:
-    """Which columns of a table or a dataset are meant."""
+    """Add the options that choose columns of a table or a dataset."""
     parser.add_argument("--image-column", metavar="NAME", help="column of images or paths (default: the one there is)")
     parser.add_argument(
         "--label-column", metavar="NAME", help="of classes, or several: a,b,c (default: the one there is)"
@@ -40,20 +45,20 @@ def add_columns(parser: argparse.ArgumentParser) -> None:
 
 
 def add_task(parser: argparse.ArgumentParser) -> None:
-    """What the labels are."""
+    """Add the option for the type of the labels."""
     words = "default: what lists, texts with a | and fractions in the labels say; whole numbers are classes"
     parser.add_argument("--task", choices=list(TASKS), help=words)
 
 
 def add_sizes(parser: argparse.ArgumentParser) -> None:
-    """What is put aside where a split is missing, and what is done about bad files."""
+    """Add the options for the sizes of missing splits, and for images that cannot be decoded."""
     parser.add_argument("--test-size", type=float, help="share or number of training images, 0 for none (default 0.2)")
     parser.add_argument("--validation-size", type=float, help="the same of those left (default 0.1)")
     parser.add_argument("--skip-bad", action="store_true", default=None, help="go on without undecodable images")
 
 
 def add_predicting(parser: argparse.ArgumentParser) -> None:
-    """How a model is run over images."""
+    """Add the options for running a model on images."""
     parser.add_argument("--image-size", type=int, help="pixels of a side (default: those it was trained at)")
     parser.add_argument("--base", help="base model, where the adapter does not name one that can be read")
     parser.add_argument("--batch-size", type=int, default=32, help="default 32")
@@ -62,7 +67,7 @@ def add_predicting(parser: argparse.ArgumentParser) -> None:
 
 
 def add_scoring(parser: argparse.ArgumentParser) -> None:
-    """Which images of DATA a model is scored on, and how it is run over them."""
+    """Add the options for evaluating a model on a dataset."""
     parser.add_argument("--split", help="train, validation or test (default: test, or without one all images)")
     add_columns(parser)
     add_sizes(parser)
@@ -70,14 +75,14 @@ def add_scoring(parser: argparse.ArgumentParser) -> None:
 
 
 def check_at_least(args: argparse.Namespace, **least: int) -> None:
-    """Refuse numbers that are too small, before anything is read.
+    """Check that options are not too small, before anything is read.
 
     Args:
-        args: What was typed.
+        args: Parsed arguments.
         least: Option -> its smallest value.
 
     Raises:
-        UsageError: Naming the first of them.
+        UsageError: If an option is too small.
     """
     for name, value in least.items():
         given = getattr(args, name)
@@ -85,15 +90,15 @@ def check_at_least(args: argparse.Namespace, **least: int) -> None:
             raise UsageError(f"`--{name.replace('_', '-')} {given}` must be at least {value}.")
 
 
-def check_task(settings: Any, problem_type: ProblemType) -> None:
-    """Refuse what does not go with a regression, before images are read.
+def check_task(settings: TrainSettings | argparse.Namespace, problem_type: ProblemType) -> None:
+    """Check that no setting contradicts a regression, before images are read.
 
     Args:
-        settings: `TrainSettings`, or what has the same names.
-        problem_type: Asked for, or found in the labels.
+        settings: `TrainSettings`, or a namespace with the same names.
+        problem_type: Requested problem type, or the one of the labels.
 
     Raises:
-        UsageError: Naming it.
+        UsageError: If a setting is only for classes.
     """
     given = [f"--{name.replace('_', '-')}" for name in ("class_weights", "label_smoothing") if vars(settings).get(name)]
     given += ["--augment strong"] * (vars(settings).get("augment") == "strong")
@@ -102,19 +107,26 @@ def check_task(settings: Any, problem_type: ProblemType) -> None:
         raise UsageError(f"`{given[0]}` is for classes, but the labels are values (regression). {advice}")
 
 
-def read_training_data(settings: Any, out: Output, at_most: int | None = None) -> LabelledImages:
-    """The splits of a training run, every image decoded once; what is in them is said.
+def read_training_data(
+    settings: TrainSettings | argparse.Namespace, out: Output, at_most: int | None = None
+) -> LabelledImages:
+    """Read the splits of a training run, decode every image once, and print what is in them.
 
     Args:
-        settings: `TrainSettings`, or what has the same names.
-        out: The screen.
-        at_most: Images of train and validation, without a test split: for a short run. Default None: all of them.
+        settings: `TrainSettings`, or a namespace with the same names.
+        out: Output of the command.
+        at_most: Maximum number of images of train and validation, without a test split, for a short run. Default None:
+            all images.
 
     Raises:
-        DatasetError: If it cannot be trained on, or if images cannot be decoded.
+        DatasetError: If the dataset cannot be used for training, or if images cannot be decoded.
     """
-    columns = {"image_column": settings.image_column, "label_column": settings.label_column}
-    data = load_images(settings.dataset, **columns, problem_type=TASKS.get(settings.task))
+    data = load_images(
+        settings.dataset,
+        image_column=settings.image_column,
+        label_column=settings.label_column,
+        problem_type=TASKS.get(settings.task or ""),
+    )
     check_task(settings, data.problem_type)
     data = put_aside(data, settings.test_size, settings.validation_size)
     if at_most is not None:
@@ -123,15 +135,18 @@ def read_training_data(settings: Any, out: Output, at_most: int | None = None) -
 
 
 def read_scored_data(args: argparse.Namespace, predictor: Predictor, out: Output) -> tuple[str, Dataset]:
-    """The name and the images of the split to score; what is in it is said.
+    """Read the split to evaluate, and print what is in it.
 
     Args:
-        args: With `--dataset` and the options of `add_scoring`.
+        args: Parsed arguments with `--dataset` and the options of `add_scoring`.
         predictor: The model.
-        out: The screen.
+        out: Output of the command.
+
+    Returns:
+        Name and images of the split.
 
     Raises:
-        DatasetError: If there is no such split, or if it has classes the model does not know.
+        DatasetError: If there is no such split, or if it has classes that the model does not know.
     """
     columns = {"image_column": args.image_column, "label_column": args.label_column}
     data = load_images(args.dataset, **columns, problem_type=predictor.problem_type, labels=predictor.labels)
@@ -141,37 +156,46 @@ def read_scored_data(args: argparse.Namespace, predictor: Predictor, out: Output
     ]
 
 
-def read_processor(source: str, out: Output, **settings: Any) -> Any:
-    """See `peft_bsr.data.load_processor`; its warnings are notes.
+def read_processor(
+    source: str,
+    out: Output,
+    *,
+    image_size: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> BaseImageProcessor:
+    """Call `peft_bsr.data.load_processor`, and print its warnings as notes.
 
     Args:
         source: Folder or Hub id of the model.
-        out: The screen.
-        settings: Further arguments.
+        out: Output of the command.
+        image_size: See `load_processor`.
+        mean: See `load_processor`.
+        std: See `load_processor`.
     """
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        processor = load_processor(source, **settings)
+        processor: BaseImageProcessor = load_processor(source, image_size=image_size, mean=mean, std=std)
     for warning in said:
         out.note(str(warning.message))
     return processor
 
 
 def default_size(source: str) -> int | None:
-    """Pixels of a side that the model's own processor makes, as `train` takes them; None where it does not say.
+    """Image size of the model's own processor, which `train` uses by default; None if it has no square size.
 
     Args:
         source: Folder or Hub id of the model.
     """
     with warnings.catch_warnings(), contextlib.suppress(DatasetError):
-        warnings.simplefilter("ignore", ProcessorWarning)  # mean and std do not count here
+        warnings.simplefilter("ignore", ProcessorWarning)  # mean and std are not used here
         height, width = size_of(load_processor(source))
         return height if height == width else None
     return None
 
 
 def say_findings(report: DataReport, out: Output) -> None:
-    """Notes and findings, one line each."""
+    """Print notes and findings, one line each."""
     for text in [*report.notes, *report.findings()]:
         out.note(text)
 

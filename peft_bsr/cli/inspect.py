@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from peft import PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
+from transformers import PreTrainedModel
 
 from peft_bsr.backbones import ModelSpec, native_size, probe_model
 from peft_bsr.cli.output import Output
@@ -22,11 +23,11 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What the command takes."""
+    """Add the arguments of the command."""
     parser.add_argument("model", metavar="MODEL", help="Hub id or folder, of a model or of an adapter")
 
 
-def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
+def run(args: argparse.Namespace, out: Output) -> dict[str, object]:
     """Run the command."""
     adapter = find_adapter(args.model)
     source = model_of(adapter, args.model)
@@ -34,7 +35,7 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
     with out.doing(f"probing {source}"):
         changes = getattr(adapter, "base_config", None) or {}
         size = native_size(with_settings(read_model_config(source), changes))
-        model: Any = make_model(source, len(labels) if labels else None, image_size=size).eval()
+        model = make_model(source, len(labels) if labels else None, image_size=size).eval()
         spec = probe_model(model)
         parameters = sum(p.numel() for p in model.parameters())
         facts = _describe(model, spec, parameters)
@@ -42,7 +43,7 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
         if adapter is None:
             result["methods"] = {name: _refusal(model, info.config()) for name, info in METHODS.items()}
         else:
-            attached: Any = PeftModel(model, adapter)
+            attached = PeftModel(model, adapter)
             config = attached.peft_config["default"]
             result["adapter"] = {
                 "method": known_method(adapter).name,
@@ -58,7 +59,7 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
     return result
 
 
-def _describe(model: Any, spec: ModelSpec, parameters: int) -> dict[str, Any]:
+def _describe(model: PreTrainedModel, spec: ModelSpec, parameters: int) -> dict[str, object]:
     reads = [f"special token {i}" for i in spec.reads_prefix]
     reads += ["patches"] * spec.reads_patches + ["detection tokens"] * spec.reads_suffix
     scores = {None: "none", "interface": "its attention, as it runs", "sdpa": "its attention, as it runs"}
@@ -79,8 +80,8 @@ def _describe(model: Any, spec: ModelSpec, parameters: int) -> dict[str, Any]:
     }
 
 
-def _refusal(model: Any, config: Any) -> str | None:
-    """Why a method does not take the model, or None."""
+def _refusal(model: PreTrainedModel, config: PeftConfig) -> str | None:
+    """The reason why a method does not support the model, or None."""
     try:
         get_peft_model(model, config).unload()
     except UnsupportedModelError as error:

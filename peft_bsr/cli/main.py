@@ -1,4 +1,4 @@
-"""Parses the command line, runs one command, and turns errors into one line and an exit code."""
+"""Parses the command line, runs one command, and converts errors to one line and an exit code."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 from peft_bsr.errors import (
     AdapterError,
@@ -24,6 +25,9 @@ from peft_bsr.errors import (
     unwritable,
 )
 from peft_bsr_cli import command_of, make_parser
+
+if TYPE_CHECKING:
+    from peft_bsr.cli.output import Output
 
 _BAD_INPUT = (
     AdapterError,
@@ -40,23 +44,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Args:
-        arguments: What was typed after `peft-bsr`. Default None: this process's.
+        arguments: Arguments after `peft-bsr`. Default None: those of this process.
 
     Returns:
-        Exit code: 0 done, 1 failed, 2 asked for what cannot be, 130 interrupted.
+        Exit code: 0 success, 1 failure, 2 invalid input, 130 interrupted.
     """
     typed = list(sys.argv[1:] if arguments is None else arguments)
     try:
         module, args = _parse(typed)
     except ModuleNotFoundError as error:
         return _fail(_missing(error), 1)
-    except SystemExit as stop:  # argparse has said why
+    except SystemExit as stop:  # argparse has printed the reason
         return int(stop.code or 0)
     args.typed = typed
     try:
         if not args.debug:
-            warnings.simplefilter("ignore", FutureWarning)  # transformers' and PEFT's, of their own next versions
-        # libraries print to stdout as they like; with --json it is for machines
+            warnings.simplefilter("ignore", FutureWarning)  # of transformers and PEFT, about their next versions
+        # libraries may print to stdout; with --json it must be JSON only
         with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
             out = _output(args)
             result = module.run(args, out)
@@ -77,14 +81,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(message, 2 if isinstance(error, _BAD_INPUT) else 1)
 
 
-def _parse(typed: list[str]) -> tuple[Any, argparse.Namespace]:
+def _parse(typed: list[str]) -> tuple[ModuleType, argparse.Namespace]:
     chosen = command_of(typed)
     module = importlib.import_module(f"peft_bsr.cli.{chosen.replace('-', '_')}") if chosen else None
-    return module, make_parser(chosen, module).parse_args(typed)
+    args = make_parser(chosen, module).parse_args(typed)  # exits without a command
+    assert module is not None
+    return module, args
 
 
-def _output(args: argparse.Namespace) -> Any:
-    from peft_bsr.cli.output import Output  # rich is no dependency of the package
+def _output(args: argparse.Namespace) -> Output:
+    from peft_bsr.cli.output import Output  # rich is not a dependency of the package
 
     return Output(args.json, args.debug)
 

@@ -1,4 +1,4 @@
-"""What is found out of a trained adapter for its card and its report."""
+"""Measurements and pictures of a trained adapter, for its model card and its report."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ import numpy as np
 import peft
 import torch
 import transformers
+from peft import PeftModel
 from PIL import Image
+from transformers import BaseImageProcessor, PreTrainedModel
 
 from peft_bsr.cli.memory import Peak
 from peft_bsr.cli.settings import TrainSettings
@@ -25,14 +27,15 @@ from peft_bsr.hub.card import PICTURE
 from peft_bsr.prediction.scoring import Score
 from peft_bsr.registration import package_version
 from peft_bsr.report import Results, RunRecord
+from peft_bsr.training import BudgetRecord
 from peft_bsr.training.groups import trained_parameters
 from peft_bsr.tuners import METHODS
 from peft_bsr.viz import KeptTokens, draw_confusion, draw_kept, kept_token_pictures, saved_by_block
 from peft_bsr.viz.fonts import families_for
 
 FULL = "full fine-tuning"
-_BATCH, _SHOWN, _WORST = 8, 4, 12  # images that are measured on, that are drawn, that were answered worst
-_SIDE = 192  # pixels of those
+_BATCH, _SHOWN, _WORST = 8, 4, 12  # images for measurements, for pictures, and with the highest loss
+_SIDE = 192  # maximum pixels of an image with a high loss
 _PEAK = "Predicted by the planner for a training step: weights, optimizer, gradients, activations. Measured: "
 _PEAK_NOTES = {
     "cpu": _PEAK
@@ -44,7 +47,7 @@ _PEAK_NOTES = {
 
 @dataclass
 class RunMeasurements:
-    """What was measured and drawn; empty where it was not."""
+    """Measurements and pictures of a run; fields are empty if they were not made."""
 
     costs: dict[str, Cost] = field(default_factory=dict)
     saved: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -59,14 +62,16 @@ class RunMeasurements:
     peak: Peak = field(default_factory=Peak)
 
 
-def draw_pictures(found: RunMeasurements, model: Any, data: LabelledImages, processor: Any, output: Path) -> None:
-    """Draw what is kept of some test images, if the adapter drops tokens in use.
+def draw_pictures(
+    found: RunMeasurements, model: PeftModel, data: LabelledImages, processor: BaseImageProcessor, output: Path
+) -> None:
+    """Draw the kept patches of some test images, if the adapter drops tokens in inference.
 
     Args:
-        found: Takes images, titles and the picture.
-        model: The trained one, with an adapter of this package.
-        data: Its images.
-        processor: Its image processor.
+        found: Gets images, titles and the picture.
+        model: Trained model with an adapter of this package.
+        data: Images of the run.
+        processor: Image processor.
         output: Folder for the picture.
     """
     if not reduces_in_use(model):
@@ -81,11 +86,11 @@ def draw_pictures(found: RunMeasurements, model: Any, data: LabelledImages, proc
 
 
 def draw_confusion_matrix(found: RunMeasurements, score: Score, path: Path) -> None:
-    """Draw the confusion matrix, if the model has one that can be read as a picture.
+    """Draw the confusion matrix, if there is one and it is readable as a picture.
 
     Args:
-        found: Takes the file, or the reason why there is none.
-        score: Of the trained model.
+        found: Gets the file, or the reason why there is none.
+        score: Score of the trained model.
         path: File to write.
     """
     details = score.details()
@@ -96,7 +101,7 @@ def draw_confusion_matrix(found: RunMeasurements, score: Score, path: Path) -> N
     except InputError as error:
         found.confusion_note = f"{error} scores.json has all of it."
     else:
-        if not families_for(details["labels"])[1]:  # the picture calls them by their numbers
+        if not families_for(details["labels"])[1]:  # the picture shows their indices
             found.confusion_note = ", ".join(f"{number}: {name}" for number, name in enumerate(details["labels"]))
 
 
@@ -104,8 +109,8 @@ def show_worst(found: RunMeasurements, score: Score) -> None:
     """Open the images with the highest loss.
 
     Args:
-        found: Takes them, with what was answered.
-        score: Of the trained model.
+        found: Gets the images with their predictions.
+        score: Score of the trained model.
     """
     for one in score.details().get("worst", [])[:_WORST]:
         image = to_rgb(open_image(score.rows[one["row"]]["image"]))
@@ -116,16 +121,20 @@ def show_worst(found: RunMeasurements, score: Score) -> None:
 
 
 def measure_costs(
-    found: RunMeasurements, model: Any, settings: TrainSettings, data: LabelledImages, processor: Any
+    found: RunMeasurements,
+    model: PeftModel | PreTrainedModel,
+    settings: TrainSettings,
+    data: LabelledImages,
+    processor: BaseImageProcessor,
 ) -> None:
     """Compare with full fine-tuning on some training images.
 
     Args:
-        found: Takes costs, bytes by block and conditions.
-        model: The trained one.
-        settings: Of its run.
-        data: Its images.
-        processor: Its image processor.
+        found: Gets costs, bytes by block and conditions.
+        model: Trained model.
+        settings: Settings of the run.
+        data: Images of the run.
+        processor: Image processor.
     """
     examples = with_pixels(data.train, processor)
     batch = collate([examples[i] for i in range(min(_BATCH, len(data.train)))])
@@ -137,16 +146,16 @@ def measure_costs(
     found.costs, found.saved, found.conditions = costs, saved, conditions(batch["pixel_values"])
 
 
-def reduces_in_use(model: Any) -> bool:
-    """Whether the adapter drops tokens when it is used, and not in training alone."""
+def reduces_in_use(model: PeftModel) -> bool:
+    """Whether the adapter drops tokens in inference, not only in training."""
     return bool(getattr(model.base_model, "reduces_in_evaluation", True) and model.base_model.plan().reduces)
 
 
 def conditions(images: torch.Tensor) -> str:
-    """What a measurement stands under.
+    """Conditions of a measurement: device, dtype, batch, image size and versions.
 
     Args:
-        images: [B, C, H, W], of the measured batch.
+        images: Images [B, C, H, W] of the measured batch.
     """
     size = " x ".join(str(side) for side in images.shape[2:])
     named = ", ".join(f"{name} {version}" for name, version in versions().items())
@@ -155,7 +164,7 @@ def conditions(images: torch.Tensor) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of what a run depends on."""
+    """Versions of the package and its main dependencies."""
     return {
         "peft_bsr": package_version(),
         "torch": torch.__version__,
@@ -166,7 +175,7 @@ def versions() -> dict[str, str]:
 
 
 def headline_of(
-    model: Any,
+    model: PeftModel | PreTrainedModel,
     settings: TrainSettings,
     found: RunMeasurements,
     scores: Mapping[str, Score],
@@ -174,7 +183,7 @@ def headline_of(
     seconds: float,
     kept: str,
 ) -> dict[str, str]:
-    """The few numbers that stand on top, name -> text."""
+    """The main results at the top of the report, name -> text."""
     trained = sum(p.numel() for p in trained_parameters(model).values())
     headline = {}
     for split, score in scores.items():
@@ -191,12 +200,12 @@ def headline_of(
 
 
 def in_words(name: str, value: float) -> str:
-    """A figure as text: accuracies and the like in percent."""
+    """A metric as text; accuracies and similar metrics in percent."""
     return f"{value:.1%}" if name.endswith(("accuracy", "f1_micro", "f1_macro", "mAP")) else f"{value:.4g}"
 
 
 def make_record(
-    model: Any,
+    model: PeftModel | PreTrainedModel,
     settings: TrainSettings,
     found: RunMeasurements,
     words: Sequence[str],
@@ -205,10 +214,10 @@ def make_record(
     scores: Mapping[str, Score],
     kept_step: int,
     log_history: Sequence[Mapping[str, Any]],
-    budgets: Sequence[Any],
+    budgets: Sequence[BudgetRecord],
     command: str,
 ) -> RunRecord:
-    """Everything for the report."""
+    """Collect everything for the report."""
     is_ours = settings.method in METHODS
     return RunRecord(
         title=f"{settings.method.upper()} of {settings.model} on {settings.dataset}",
@@ -235,7 +244,7 @@ def make_record(
 
 
 def _results(scores: Mapping[str, Score], found: RunMeasurements) -> Results | None:
-    """Of test, or else of validation images."""
+    """Results on the test images, or else on the validation images, or None."""
     if not scores:
         return None
     split, score = list(scores.items())[-1]

@@ -1,15 +1,15 @@
-"""Peak memory of a training run: what the planner predicts, and what was measured."""
+"""Peak memory of a training run, predicted by the planner and measured."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import TrainingArguments
+from transformers import BaseImageProcessor, TrainingArguments
 
 from peft_bsr.cli.methods import attach, config_of
 from peft_bsr.cli.settings import TrainSettings
@@ -18,7 +18,7 @@ from peft_bsr.data import size_of
 from peft_bsr.errors import PeftBsrError, UsageError
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-OPTIMIZERS = {  # as `Setup` calls them -> as Trainer does
+OPTIMIZERS = {  # name in `Setup` -> fields of TrainingArguments
     "adamw_fused": ("optim=adamw_torch_fused",),
     "adamw": ("optim=adamw_torch",),
     "adamw_8bit": ("optim=adamw_torch_8bit",),  # torchao's
@@ -29,12 +29,12 @@ OPTIMIZERS = {  # as `Setup` calls them -> as Trainer does
 
 @dataclass
 class Peak:
-    """The peak of a run.
+    """Peak memory of a run.
 
     Attributes:
-        predicted: By the planner, of a training step; or None.
-        measured_bytes: How far the peak lay above what was in use before the model was loaded; or None.
-        device: Where: `"cuda"` and `"mps"` count the device's memory, `"cpu"` this process's.
+        predicted: Estimate of the planner for a training step, or None.
+        measured_bytes: Peak minus the memory in use before the model was loaded, or None.
+        device: `"cuda"` and `"mps"` measure memory of the device, `"cpu"` memory of this process.
     """
 
     predicted: Estimate | None = None
@@ -48,16 +48,17 @@ class Peak:
 
     def __str__(self) -> str:
         """`612 MiB predicted, 655 MiB measured`."""
-        sizes = {"predicted": self.to_dict()["predicted_bytes"], "measured": self.measured_bytes}
+        predicted = None if self.predicted is None else self.predicted.total_bytes
+        sizes = {"predicted": predicted, "measured": self.measured_bytes}
         return ", ".join(f"{size / 2**20:.0f} MiB {how}" for how, size in sizes.items() if size is not None)
 
 
 @contextmanager
 def watch_peak(device: torch.device) -> Iterator[Peak]:
-    """Measure the peak inside, where that can be done (on a CPU it needs Linux); known once it is closed.
+    """Context manager: measure the peak if possible (on a CPU this needs Linux); it is set on exit.
 
     Args:
-        device: That trains.
+        device: Device of the training.
     """
     peak = Peak(device=device.type)
     memory = None
@@ -69,14 +70,16 @@ def watch_peak(device: torch.device) -> Iterator[Peak]:
         peak.measured_bytes = memory.added_bytes
 
 
-def predict_peak(settings: TrainSettings, arguments: TrainingArguments, base: nn.Module, processor: Any) -> Estimate:
-    """What the planner predicts for a training step.
+def predict_peak(
+    settings: TrainSettings, arguments: TrainingArguments, base: nn.Module, processor: BaseImageProcessor
+) -> Estimate:
+    """Predict the peak memory of a training step.
 
     Args:
-        settings: Of the run.
-        arguments: Trainer's.
-        base: The model, without an adapter yet. With `full` and `linear` what trains asks for gradients afterwards.
-        processor: Of the images.
+        settings: Settings of the run.
+        arguments: Arguments of the Trainer.
+        base: The model without an adapter. With `full` and `linear`, its `requires_grad` flags are set.
+        processor: Image processor.
 
     Raises:
         UsageError: If the planner does not know the optimizer, or images that are not square.
@@ -101,7 +104,7 @@ def predict_peak(settings: TrainSettings, arguments: TrainingArguments, base: nn
     return estimate(base if config is not None else attach(settings.method, base, {}), config, setup)
 
 
-def _checkpointing(arguments: TrainingArguments) -> Any:
+def _checkpointing(arguments: TrainingArguments) -> bool | Literal["offload"]:
     if not arguments.gradient_checkpointing:
         return False
     return "offload" if (arguments.gradient_checkpointing_kwargs or {}).get("offload") else True

@@ -12,9 +12,11 @@ import os
 import tempfile
 import warnings
 from pathlib import Path
-from typing import Any
 
+from datasets import Dataset
+from peft import PeftModel
 from torch import Tensor
+from transformers import BaseImageProcessor, PreTrainedModel
 
 from peft_bsr.cli.images import DATA_HELP, add_scoring, check_at_least, read_scored_data
 from peft_bsr.cli.measurements import reduces_in_use
@@ -35,29 +37,31 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What the command takes."""
+    """Add the arguments of the command."""
     parser.add_argument("model", metavar="ADAPTER", help="Hub id or folder of an adapter")
     parser.add_argument("--output", type=Path, required=True, help="folder to write; it must be new or empty")
     parser.add_argument("--dataset", help=f"measure the accuracy of both on {DATA_HELP}")
     add_scoring(parser)
 
 
-def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
+def run(args: argparse.Namespace, out: Output) -> dict[str, object]:
     """Run the command."""
     check_at_least(args, batch_size=1, image_size=1, workers=0)
     if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
         raise UsageError(f"`{args.output}` exists and is not empty. Give another folder.")
     if find_adapter(args.model) is None:
         raise UsageError(f"`{args.model}` is a model, no adapter: there is nothing to merge.")
-    model: Any = load(args.model, base=args.base, image_size=args.image_size)
-    reduces = isinstance(model.base_model, MethodTuner) and reduces_in_use(model)  # PEFT's own methods: LoRA
+    model: PeftModel = load(args.model, base=args.base, image_size=args.image_size)
+    reduces = isinstance(model.base_model, MethodTuner) and reduces_in_use(
+        model
+    )  # not with methods of PEFT, such as LoRA
     processor = at_size(load_image_processor(args.model, base=args.base), args.image_size)
     images = None
     if args.dataset is not None:
         predictor = to_predictor(model, processor, name=args.model)
         _, images = read_scored_data(args, predictor, out)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ReductionNotMergedWarning)  # said below, in numbers where there are images
+        warnings.simplefilter("ignore", ReductionNotMergedWarning)  # printed below, with accuracies if there are images
         plain = model.merge_and_unload()
     _write(plain, processor, args.output)
     out.say(f"{type(plain).__name__}: {args.output}")
@@ -80,14 +84,14 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
     }
 
 
-def _figure(source: str | Path, images: Any, args: argparse.Namespace, out: Output) -> tuple[str, float]:
-    """Accuracy, or what else sums up such a model, as its files give it."""
+def _figure(source: str | Path, images: Dataset, args: argparse.Namespace, out: Output) -> tuple[str, float]:
+    """Name and value of the main metric of a saved model."""
     predictor = open_predictor(source, base=args.base, device=args.device, image_size=args.image_size)
-    settings = {"batch_size": args.batch_size, "workers": args.workers, "progress": not out.is_json}
-    return next(iter(score(predictor, images, **settings).figures().items()))
+    found = score(predictor, images, batch_size=args.batch_size, workers=args.workers, progress=not out.is_json)
+    return next(iter(found.figures().items()))
 
 
-def _in_one_dtype(model: Any) -> dict[str, Tensor]:
+def _in_one_dtype(model: PreTrainedModel) -> dict[str, Tensor]:
     """The weights in the widest of their dtypes: `frozen_weights` rounds some of them."""
     weights = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     dtype = max((t.dtype for t in weights.values() if t.is_floating_point()), key=lambda one: one.itemsize)
@@ -95,8 +99,8 @@ def _in_one_dtype(model: Any) -> dict[str, Tensor]:
     return {name: as_plain(t, dtype) if t.is_floating_point() else t for name, t in weights.items()}
 
 
-def _write(model: Any, processor: Any, folder: Path) -> None:
-    """Weights, configuration and image processor; the folder is there when all of them are."""
+def _write(model: PreTrainedModel, processor: BaseImageProcessor, folder: Path) -> None:
+    """Write weights, configuration and image processor; the folder appears when all of them are written."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as draft:
         made = Path(draft) / "model"

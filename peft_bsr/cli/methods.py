@@ -1,13 +1,13 @@
-"""What `--method` names: the package's adapters, and what they are compared with on the same images."""
+"""Methods of `--method`: the adapters of this package, and baselines to compare with."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any
 
-from peft import LoraConfig, PeftConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
+from transformers import PreTrainedModel
 
 from peft_bsr.backbones import probe_model
 from peft_bsr.cli.sources import check_names, make_config
@@ -19,19 +19,19 @@ BASELINES = {
     "full": "full fine-tuning",
     "linear": "the classifier alone",
 }
-"""What is no adapter of this package."""
+"""Methods that are not adapters of this package, with a description."""
 
 ALL_METHODS = (*METHODS, *BASELINES)
-CONFIGS: dict[str, type[Any]] = {**{name: info.config for name, info in METHODS.items()}, "lora": LoraConfig}
-"""Whose fields `--set` gives."""
+CONFIGS: dict[str, type[PeftConfig]] = {**{name: info.config for name, info in METHODS.items()}, "lora": LoraConfig}
+"""Method -> configuration class, whose fields `--set` sets."""
 
 
-def check_method(method: str, options: Mapping[str, Any]) -> None:
-    """See that there is such a method with such options, before anything is read or loaded.
+def check_method(method: str, options: Mapping[str, object]) -> None:
+    """Check that the method and its options exist, before anything is read or loaded.
 
     Raises:
         UsageError: If there is no such method or option.
-        ConfigError: If an option cannot be.
+        ConfigError: If the value of an option is invalid.
     """
     if method in METHODS:
         make_config(method, options)
@@ -43,12 +43,12 @@ def check_method(method: str, options: Mapping[str, Any]) -> None:
         raise UsageError(f"`--method {method}` has no options, but `--set` gives {', '.join(options)}.")
 
 
-def config_of(method: str, base: nn.Module, options: Mapping[str, Any]) -> PeftConfig | None:
-    """The adapter's configuration, or None where the method has no adapter.
+def config_of(method: str, base: nn.Module, options: Mapping[str, object]) -> PeftConfig | None:
+    """Configuration of the adapter, or None if the method has no adapter.
 
     Args:
         method: One of `ALL_METHODS`.
-        base: An image classifier of transformers.
+        base: Image classifier of transformers.
         options: Fields of the method's configuration.
     """
     if method in METHODS:
@@ -60,12 +60,12 @@ def config_of(method: str, base: nn.Module, options: Mapping[str, Any]) -> PeftC
     return LoraConfig(**(standard | dict(options)))
 
 
-def attach(method: str, base: nn.Module, options: Mapping[str, Any]) -> Any:
-    """The model as the method trains it: an adapter around `base`, or `base` with what trains asking for gradients.
+def attach(method: str, base: nn.Module, options: Mapping[str, object]) -> PeftModel | PreTrainedModel:
+    """Prepare a model for a method: attach its adapter to `base`, or set `requires_grad` on the parameters of `base`.
 
     Args:
         method: One of `ALL_METHODS`.
-        base: An image classifier of transformers.
+        base: Image classifier of transformers.
         options: Fields of the method's configuration.
     """
     config = config_of(method, base, options)

@@ -1,4 +1,4 @@
-"""What commands say: tables and notes for people, one JSON object for machines."""
+"""Output of commands: tables and notes as text, or one JSON object."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import transformers
 from rich.console import Console
@@ -15,20 +14,20 @@ from rich.text import Text
 
 
 class Output:
-    """The screen.
+    """Output of a command: results on stdout, notes on stderr.
 
     Args:
-        is_json: Whether stdout is for machines: tables are left out, notes go to stderr.
+        is_json: Whether stdout is JSON; tables are not printed then.
         is_debug: Whether libraries may log.
 
     Attributes:
-        exit_code: Of a command that ends in order; 1 where its answer is no.
+        exit_code: Exit code of a command without an error; 1 if its result is negative.
     """
 
     def __init__(self, is_json: bool, is_debug: bool) -> None:
         self.is_json, self.is_debug = is_json, is_debug
         self.exit_code = 0
-        for stream in (sys.stdout, sys.stderr):  # a terminal that cannot write a class's name shows what it can
+        for stream in (sys.stdout, sys.stderr):  # if the terminal cannot encode the name of a class
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="replace")
         self._screen = Console(highlight=False, soft_wrap=False)
@@ -38,27 +37,27 @@ class Output:
             transformers.logging.disable_progress_bar()
 
     def note(self, text: str) -> None:
-        """A line on what is being done, on stderr."""
+        """Print a line about the progress, on stderr."""
         self._notes.print(text, markup=False, soft_wrap=True)
 
     @contextmanager
     def doing(self, text: str) -> Iterator[None]:
-        """A spinner beside `text` while the block runs."""
+        """Context manager: show a spinner next to `text`."""
         with self._notes.status(Text(text)):
             yield
 
     def say(self, text: str) -> None:
-        """A line of the answer; not with `--json`."""
+        """Print a line of the result; not with `--json`."""
         if not self.is_json:
             self._screen.print(text, markup=False)
 
     def line(self, text: str) -> None:
-        """A line to be copied, never broken; not with `--json`."""
+        """Print a line without wrapping, so that it can be copied; not with `--json`."""
         if not self.is_json:
             self._screen.print(text, markup=False, soft_wrap=True)
 
-    def facts(self, title: str, values: Mapping[str, Any]) -> None:
-        """Names and values below a title; not with `--json`."""
+    def facts(self, title: str, values: Mapping[str, object]) -> None:
+        """Print names and values below a title; not with `--json`."""
         table = Table(title=Text(title), title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
         table.add_column(style="dim", no_wrap=True)
         table.add_column(overflow="fold")
@@ -67,15 +66,15 @@ class Output:
         self._table(table)
 
     def table(
-        self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], left: Collection[int] = (0,)
+        self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], left: Collection[int] = (0,)
     ) -> None:
-        """A table; not with `--json`.
+        """Print a table; not with `--json`.
 
         Args:
-            title: Above.
-            columns: Headings.
-            rows: As many texts or numbers each.
-            left: Indices of columns that are aligned left; the others are numbers.
+            title: Title of the table.
+            columns: Column headings.
+            rows: Rows with one value per column.
+            left: Indices of left-aligned columns; the others are right-aligned.
         """
         table = Table(title=Text(title), title_justify="left", header_style="bold")
         for index, column in enumerate(columns):
@@ -84,8 +83,8 @@ class Output:
             table.add_row(*(Text(str(cell)) for cell in row))
         self._table(table)
 
-    def write_json(self, result: Mapping[str, Any]) -> None:
-        """The one JSON object on stdout."""
+    def write_json(self, result: Mapping[str, object]) -> None:
+        """Print the JSON object on stdout."""
         sys.stdout.write(json.dumps(result, indent=2, default=str) + "\n")
 
     def _table(self, table: Table) -> None:

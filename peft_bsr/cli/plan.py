@@ -6,7 +6,8 @@ import argparse
 import json
 import shlex
 from pathlib import Path
-from typing import Any
+
+from transformers import PreTrainedConfig
 
 from peft_bsr.backbones import native_size
 from peft_bsr.cli.images import (
@@ -35,7 +36,7 @@ _BATCHES = 8
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What the command takes."""
+    """Add the arguments of the command."""
     parser.add_argument("model", metavar="MODEL", help="Hub id or folder")
     parser.add_argument("--memory", required=True, help='budget, such as "2GB" (10^9) or "1.5GiB" (2^30)')
     parser.add_argument("--data", metavar="DATA", help="measure on these images which blocks to train (see train)")
@@ -53,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="whose operations are counted (default cpu)")
 
 
-def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
+def run(args: argparse.Namespace, out: Output) -> dict[str, object]:
     """Run the command."""
     check_at_least(args, batch_size=1, image_size=1, labels=1)
     source = model_of(find_adapter(args.model), args.model)
@@ -97,7 +98,7 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
 
 
 def _contributions(source: str, args: argparse.Namespace, out: Output) -> Contributions | None:
-    """What each block gains on the images, measured or read; None where neither is asked for."""
+    """Contributions of the blocks, measured or read from a file; None if neither was requested."""
     file: Path | None = args.contributions
     if file is not None and file.exists():
         out.note(f"what the blocks contribute is read from {file}")
@@ -125,13 +126,13 @@ def _contributions(source: str, args: argparse.Namespace, out: Output) -> Contri
     return found
 
 
-def trained_size(config: Any, source: str) -> int | None:
-    """Pixels that `train` takes where it is not what the configuration says: DINOv2's 224 for 518."""
+def trained_size(config: PreTrainedConfig, source: str) -> int | None:
+    """Image size that `train` uses if it differs from the configuration (DINOv2: 224, not 518), or None."""
     size = default_size(source)
     return None if size is None or native_size(config) in (None, (size, size)) else size
 
 
-def _row(plan: BudgetPlan, source: str) -> dict[str, Any]:
+def _row(plan: BudgetPlan, source: str) -> dict[str, object]:
     estimate = plan.estimate
     return {
         "method": "full" if plan.config is None else "bsr",
@@ -151,7 +152,7 @@ def _row(plan: BudgetPlan, source: str) -> dict[str, Any]:
 
 
 def command_of(plan: BudgetPlan, source: str) -> str:
-    """The command that runs a plan as it was planned."""
+    """The `peft-bsr train` command of a plan."""
     setup, options = plan.setup, {} if plan.config is None else changed(plan.config)
     method = "full" if plan.config is None else "bsr"
     words = ["peft-bsr", "train", "--model", source, *(["--method", method] if method != "bsr" else [])]

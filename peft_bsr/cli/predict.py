@@ -6,7 +6,6 @@ import argparse
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from peft_bsr.cli.images import add_predicting, check_at_least
 from peft_bsr.cli.output import Output
@@ -27,7 +26,7 @@ _SHOWN = 20  # rows on the screen
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What the command takes."""
+    """Add the arguments of the command."""
     parser.add_argument("input", nargs="+", metavar="INPUT", help="folders, image files, or one table or dataset")
     parser.add_argument("--model", required=True, metavar="MODEL", help="adapter, model, or .onnx file")
     parser.add_argument("--output", type=Path, metavar="CSV", help="file to write (default: a table on the screen)")
@@ -41,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_predicting(parser)
 
 
-def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
+def run(args: argparse.Namespace, out: Output) -> dict[str, object]:
     """Run the command."""
     _check(args)
     rows = read_rows(args.input, image_column=args.image_column, split=args.split)
@@ -77,7 +76,7 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Refuse what cannot be, before anything is read."""
+    """Check the arguments before anything is read."""
     check_at_least(args, top_k=1, batch_size=1, image_size=1, workers=0)
     if args.threshold is not None and not 0 <= args.threshold <= 1:
         raise UsageError(f"`--threshold {args.threshold}` must be a probability, from 0 to 1.")
@@ -98,8 +97,8 @@ def _check_kind(args: argparse.Namespace, predictor: Predictor) -> None:
         raise UsageError("`--top-k` and `--all` are for classes; this model gives values.")
 
 
-def _plain(one: Prediction) -> dict[str, Any]:
-    """For JSON: without what is empty."""
+def _plain(one: Prediction) -> dict[str, object]:
+    """A prediction for JSON, without empty fields."""
     return {name: value for name, value in asdict(one).items() if value or name in ("file", "labels")}
 
 

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from peft_bsr.prediction import Prediction, Predictor
 from peft_bsr.problem_type import MULTI_LABEL, REGRESSION
@@ -16,14 +15,14 @@ from peft_bsr.problem_type import MULTI_LABEL, REGRESSION
 
 @dataclass(frozen=True)
 class PredictionTable:
-    """Columns of predictions, and their rows.
+    """Columns and rows of predictions.
 
     `file, label, probability`, and for more classes `label_2, probability_2, ...`; with all classes
-    `probability_<class>` of each. Several labels of an image are one cell, `cat|dog`. Of a regression `file, value`, or
-    `value_<name>` of each.
+    `probability_<class>` of each. Several labels of an image are one cell, `cat|dog`. For a regression `file, value`,
+    or `value_<name>` of each.
 
     Attributes:
-        predictor: That makes them.
+        predictor: Predictor of the predictions.
         top_k: See `to_prediction`: None for all.
     """
 
@@ -44,10 +43,10 @@ class PredictionTable:
         return header
 
     def row(self, one: Prediction) -> list[str]:
-        """A row; numbers have six digits.
+        """Row of a prediction; numbers have six digits.
 
         Args:
-            one: With no error.
+            one: Prediction without an error.
         """
         if self.predictor.problem_type == REGRESSION:
             return [one.file, *map(_number, one.values)]
@@ -61,12 +60,12 @@ class PredictionTable:
 
 
 @contextmanager
-def write_csv(path: Path | None, header: Sequence[str]) -> Iterator[Callable[[Sequence[Any]], Any]]:
-    """A function that writes a row. The file takes its place when all rows are there; if one fails, it never does.
+def write_csv(path: Path | None, header: Sequence[str]) -> Iterator[Callable[[Sequence[object]], object]]:
+    """Context manager: a function that writes a row. The file appears when all rows are written, and not on an error.
 
     Args:
-        path: The file. None: nothing is written.
-        header: The first row.
+        path: File to write, or None to write nothing.
+        header: First row.
     """
     if path is None:
         yield lambda row: None

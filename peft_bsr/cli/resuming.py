@@ -1,4 +1,4 @@
-"""Runs that go on: which checkpoint, whether it is the same run, and what is written down on the way."""
+"""Resuming runs: finding the checkpoint, checking that the settings match, and storing the state of a run."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ import os
 import re
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
@@ -24,6 +26,7 @@ from peft_bsr.errors import AdapterFileError, UsageError
 from peft_bsr.tuners.base.digests import check_weights_belong
 from peft_bsr.tuners.base.source import read_header
 
+Handler = Callable[[int, FrameType | None], object] | int | None
 FILE = "settings.yaml"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _WEIGHTS = ("adapter_model.*", "model*.safetensors", "pytorch_model*.bin")
@@ -31,16 +34,16 @@ _MAY_CHANGE = {"epochs", "max_steps", "output", "trainer", "device", "workers", 
 
 
 def take_stored_settings(args: argparse.Namespace) -> None:
-    """`--resume --output OUT` alone goes on with what OUT was made with."""
+    """For `--resume --output OUT` without `--config`, use the settings stored in OUT."""
     if args.resume and args.config is None and args.output and (Path(args.output) / FILE).is_file():
         args.config = Path(args.output) / FILE
 
 
 def find_checkpoint(settings: TrainSettings, resume: bool) -> str | None:
-    """The checkpoint to go on from, or None for a new run. Nothing is written.
+    """The checkpoint to resume from, or None for a new run. Nothing is written.
 
     Raises:
-        UsageError: If there is none to go on from, one that a new run would overwrite, or one of another run.
+        UsageError: If there is no checkpoint to resume, one that a new run would overwrite, or one with other settings.
     """
     folder = Path(settings.output) / "checkpoints"
     found = _last_whole(folder)
@@ -53,7 +56,7 @@ def find_checkpoint(settings: TrainSettings, resume: bool) -> str | None:
     stored = Path(settings.output) / FILE
     if found is not None and stored.is_file():
         before, now = asdict(TrainSettings(**_known(read_file(stored)))), asdict(settings)
-        if not isinstance(settings.learning_rate, float):  # the default or the sweep of that time
+        if not isinstance(settings.learning_rate, float):  # the default or the result of the sweep in that run
             settings.learning_rate = now["learning_rate"] = before["learning_rate"]
         different = [name for name in now if name not in _MAY_CHANGE and before[name] != now[name]]
         if different:
@@ -66,7 +69,7 @@ def find_checkpoint(settings: TrainSettings, resume: bool) -> str | None:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """Folders of checkpoints, the last first."""
+    """Checkpoint folders, the latest first."""
     if not folder.is_dir():
         return []
     found = {int(match[1]): path for path in folder.iterdir() if (match := _CHECKPOINT.fullmatch(path.name))}
@@ -74,7 +77,7 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 def _last_whole(folder: Path) -> str | None:
-    """The last checkpoint that was written to its end: Trainer writes `trainer_state.json` last."""
+    """The latest complete checkpoint: Trainer writes `trainer_state.json` last."""
     for path in _checkpoints(folder):
         if (path / TRAINER_STATE_NAME).is_file() and _is_whole(path):
             return str(path)
@@ -82,7 +85,7 @@ def _last_whole(folder: Path) -> str | None:
 
 
 def _is_whole(checkpoint: Path) -> bool:
-    """Whether its weights can be read; those of ours are compared with their digests."""
+    """Whether its weights can be read; weights of our adapters are compared with their digests."""
     files = [path for name in _WEIGHTS for path in checkpoint.glob(name)]
     try:
         for path in (path for path in files if path.suffix == ".safetensors"):
@@ -101,10 +104,10 @@ def _known(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_output(folder: Path) -> None:
-    """See that a folder can be written, before anything is read. Nothing is made.
+    """Check that a folder can be written, before anything is read. Nothing is created.
 
     Raises:
-        UsageError: If it cannot.
+        UsageError: If it cannot be written.
     """
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
@@ -112,16 +115,16 @@ def check_output(folder: Path) -> None:
 
 
 class RunCallback(TrainerCallback, ExportableState):
-    """Writes the settings once the checkpoint has loaded, counts seconds over all pieces of a run, ends it in order.
+    """Stores the settings after the checkpoint is loaded, measures training time across resumes, handles Ctrl-C.
 
-    The first Ctrl-C lets the step end and saves a checkpoint; the second stops at once.
+    The first Ctrl-C finishes the step and saves a checkpoint; the second stops at once.
 
     Args:
-        settings: Of the run.
+        settings: Settings of the run.
 
     Attributes:
-        seconds_before: Of the pieces before this one.
-        is_interrupted: Whether Ctrl-C ended it.
+        seconds_before: Training time before the run was last resumed.
+        is_interrupted: Whether Ctrl-C was pressed.
     """
 
     def __init__(self, settings: TrainSettings) -> None:
@@ -129,19 +132,21 @@ class RunCallback(TrainerCallback, ExportableState):
         self.seconds_before = 0.0
         self.is_interrupted = False
         self._begin = time.perf_counter()
-        self._handler: Any = None
+        self._handler: Handler = None
 
     @property
     def seconds(self) -> float:
-        """Of training, in all pieces so far."""
+        """Training time so far, across resumes."""
         return self.seconds_before + time.perf_counter() - self._begin
 
-    def state(self) -> dict[str, Any]:
-        """For the checkpoint."""
+    def state(self) -> dict[str, dict[str, float]]:
+        """State for the checkpoint."""
         return {"args": {}, "attributes": {"seconds_before": self.seconds}}
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """What a checkpoint says has been loaded."""
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Restore the training time of the checkpoint, store the settings, and handle Ctrl-C."""
         self._begin = time.perf_counter()
         stored = state.stateful_callbacks.get(type(self).__name__, {}) if state.global_step else {}
         self.seconds_before = float(stored.get("attributes", {}).get("seconds_before", 0.0))
@@ -152,24 +157,28 @@ class RunCallback(TrainerCallback, ExportableState):
         with contextlib.suppress(ValueError):  # not the main thread
             self._handler = signal.signal(signal.SIGINT, self._interrupt)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Save and stop, if Ctrl-C was pressed."""
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Save and stop if Ctrl-C was pressed."""
         if self.is_interrupted:
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Ctrl-C is Python's again."""
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Restore Python's handler of Ctrl-C and add up the training time."""
         self.release()
         self.seconds_before, self._begin = self.seconds, time.perf_counter()
 
     def release(self) -> None:
-        """Ctrl-C is Python's again."""
+        """Restore Python's handler of Ctrl-C."""
         if self._handler is not None:
             signal.signal(signal.SIGINT, self._handler)
             self._handler = None
 
-    def _interrupt(self, number: int, frame: Any) -> None:
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
         self.release()  # a second one stops at once
         self.is_interrupted = True
 

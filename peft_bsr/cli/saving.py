@@ -1,4 +1,4 @@
-"""What a run leaves: first the trained model, then its scores, then what may fail without losing either."""
+"""Saves the results of a run: the trained model first, then its scores, then outputs that may fail."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from peft import PeftModel
+from transformers import BaseImageProcessor, PreTrainedModel, Trainer
 
 from peft_bsr.cli.measurements import RunMeasurements
 from peft_bsr.cli.output import Output
@@ -22,17 +22,17 @@ from peft_bsr.prediction.scoring import Score, score
 from peft_bsr.training import BudgetRecord
 from peft_bsr.tuners import METHODS
 
-Scores = dict[str, Score]  # split -> what the trained model answered
+Scores = dict[str, Score]  # split -> score of the trained model
 
 
 @contextmanager
 def may_fail(what: str, out: Output, comfort: str = "The trained model is saved.") -> Iterator[None]:
-    """Errors inside are told and not raised: the run does what it is for all the same.
+    """Context manager: print errors as warnings, so that the run continues.
 
     Args:
-        what: Is made inside, for the message.
-        out: The screen.
-        comfort: Ends the message.
+        what: Name of the output, for the message.
+        out: Output of the command.
+        comfort: Last sentence of the message.
     """
     try:
         yield
@@ -42,13 +42,13 @@ def may_fail(what: str, out: Output, comfort: str = "The trained model is saved.
         out.note(f"warning: no {what} ({headline(error)}). {comfort}")
 
 
-def trained_model(trainer: Any) -> Any:
-    """The model without what Trainer put around it for training, autocast included: it answers as `evaluate` does."""
+def trained_model(trainer: Trainer) -> PeftModel | PreTrainedModel:
+    """The model without Trainer's wrappers, including autocast, so that it predicts as in `evaluate`."""
     return trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False, keep_torch_compile=False)
 
 
-def save_model(model: Any, processor: Any, output: Path) -> Path:
-    """The adapter below `adapter/`, or a whole model below `model/`, with its image processor; the folder."""
+def save_model(model: PeftModel | PreTrainedModel, processor: BaseImageProcessor, output: Path) -> Path:
+    """Save the adapter to `adapter/`, or a whole model to `model/`, with its image processor; return the folder."""
     folder = output / ("adapter" if isinstance(model, PeftModel) else "model")
     model.save_pretrained(folder)
     if isinstance(model, PeftModel) and not hasattr(model.active_peft_config, "labels"):
@@ -58,17 +58,23 @@ def save_model(model: Any, processor: Any, output: Path) -> Path:
 
 
 def score_all(
-    model: Any, data: LabelledImages, processor: Any, *, batch_size: int, workers: int | None, progress: bool
+    model: PeftModel | PreTrainedModel,
+    data: LabelledImages,
+    processor: BaseImageProcessor,
+    *,
+    batch_size: int,
+    workers: int | None,
+    progress: bool,
 ) -> Scores:
-    """Validation and test scores of the weights that were saved, by the function that `evaluate` calls.
+    """Validation and test scores of the saved weights, computed as in `evaluate`.
 
     Args:
-        model: From `trained_model`.
-        data: Its images.
-        processor: Its image processor.
+        model: Model from `trained_model`.
+        data: Images of the run.
+        processor: Image processor.
         batch_size: See `peft_bsr.prediction.scoring.score`.
-        workers: The same.
-        progress: The same.
+        workers: See `peft_bsr.prediction.scoring.score`.
+        progress: See `peft_bsr.prediction.scoring.score`.
     """
     predictor = to_predictor(model, processor)
     return {
@@ -79,15 +85,15 @@ def score_all(
 
 
 def write_scores(scores: Scores, path: Path) -> None:
-    """For each split what `peft-bsr evaluate --json` says of it."""
+    """Write the output of `peft-bsr evaluate --json` for each split."""
     found = {split: {"images": len(one.rows), **one.figures(), **one.details()} for split, one in scores.items()}
     path.write_text(json.dumps(found, ensure_ascii=False), encoding="utf-8")
 
 
 def write_adapter_card(
-    model: Any, settings: TrainSettings, scores: Scores, found: RunMeasurements, folder: Path
+    model: PeftModel, settings: TrainSettings, scores: Scores, found: RunMeasurements, folder: Path
 ) -> None:
-    """The model card with what was measured; nothing but the card is written."""
+    """Write the model card with the measurements."""
     if settings.method not in METHODS:
         return
     figures = {f"{split} {name}": v for split, one in scores.items() for name, v in one.figures().items()}
@@ -106,12 +112,12 @@ def write_adapter_card(
 
 
 def last_of(scores: Scores) -> str | None:
-    """Test, or else validation, or None."""
+    """Name of the last split: test, or else validation, or None."""
     return next(reversed(scores), None)
 
 
 def write_summary(
-    trainer: Any,
+    trainer: Trainer,
     settings: TrainSettings,
     scores: Scores,
     found: RunMeasurements,
@@ -119,8 +125,8 @@ def write_summary(
     seconds: float,
     folder: Path,
     report: Path | None,
-) -> dict[str, Any]:
-    """`summary.json`, and what it says."""
+) -> dict[str, object]:
+    """Write `summary.json`, and return its contents."""
     figures = {split: one.figures() for split, one in scores.items()}
     last = last_of(scores)
     summary = {
@@ -145,28 +151,28 @@ def write_summary(
     return summary
 
 
-def kept_step(trainer: Any) -> int:
-    """The step whose weights were kept: the best by validation, or the last."""
+def kept_step(trainer: Trainer) -> int:
+    """Step of the kept weights: the best by validation, or the last."""
     state = trainer.state
     best = state.best_global_step if trainer.args.load_best_model_at_end else None
     return int(best or state.global_step)
 
 
-def kept_epoch(trainer: Any) -> float:
-    """The epoch that `kept_step` ended, or the part of it that was trained."""
+def kept_epoch(trainer: Trainer) -> float:
+    """Epoch of `kept_step`; a fraction if training stopped within an epoch."""
     step, state = kept_step(trainer), trainer.state
     epochs = [entry["epoch"] for entry in state.log_history if entry["step"] == step and "epoch" in entry]
     return float(epochs[-1] if epochs else state.epoch)
 
 
-def kept_in_words(trainer: Any) -> str:
-    """`epoch 2 of 3 (step 12 of 18)`: whose weights were kept."""
+def kept_in_words(trainer: Trainer) -> str:
+    """Epoch and step of the kept weights: `epoch 2 of 3 (step 12 of 18)`."""
     epochs, state = f"epoch {kept_epoch(trainer):.3g} of {trainer.state.epoch:.3g}", trainer.state
     return f"{epochs} (step {kept_step(trainer)} of {state.global_step})"
 
 
-def budgets_of(trainer: Any) -> list[BudgetRecord]:
-    """What a schedule of budgets did since the last `--resume`; nothing with a method that has none."""
+def budgets_of(trainer: Trainer) -> list[BudgetRecord]:
+    """Records of an ALaST schedule since the last `--resume`; empty with other methods."""
     callbacks = trainer.callback_handler.callbacks
     return next((callback.history for callback in callbacks if hasattr(callback, "history")), [])
 

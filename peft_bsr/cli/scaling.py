@@ -1,10 +1,10 @@
-"""A regression trains on scaled values, and its saved head gives them as they are."""
+"""Scaling for regression: training uses scaled values, and the saved head returns unscaled ones."""
 
 from __future__ import annotations
 
-from typing import Any
-
+from peft import PeftModel
 from torch import Tensor
+from transformers import BaseImageProcessor, PreTrainedModel
 
 from peft_bsr.cli.output import Output
 from peft_bsr.data import LabelledImages, collate, labels_of, with_pixels
@@ -13,14 +13,16 @@ from peft_bsr.problem_type import REGRESSION
 from peft_bsr.training.target_scale import TargetScale, output_layer
 
 
-def find_scale(model: Any, data: LabelledImages, processor: Any, out: Output) -> TargetScale | None:
-    """The scale to train on, said; None where the labels are no values, or where no layer can take it over.
+def find_scale(
+    model: PeftModel | PreTrainedModel, data: LabelledImages, processor: BaseImageProcessor, out: Output
+) -> TargetScale | None:
+    """Find the scale of the targets and print it; None if the labels are classes, or if no layer can absorb it.
 
     Args:
-        model: As it is trained.
-        data: Its images.
-        processor: Of the images.
-        out: The screen.
+        model: Model to train.
+        data: Images to train on.
+        processor: Image processor.
+        out: Output of the command.
     """
     if data.problem_type != REGRESSION:
         return None
@@ -34,21 +36,26 @@ def find_scale(model: Any, data: LabelledImages, processor: Any, out: Output) ->
     return scale
 
 
-def fold(scale: TargetScale | None, model: Any, data: LabelledImages, processor: Any) -> None:
-    """Let the trained model give values as they are.
+def fold(
+    scale: TargetScale | None,
+    model: PeftModel | PreTrainedModel,
+    data: LabelledImages,
+    processor: BaseImageProcessor,
+) -> None:
+    """Fold the scale into the trained model, so that it returns unscaled values.
 
     Args:
-        scale: From `find_scale`.
-        model: The trained one.
-        data: Its images.
-        processor: Of the images.
+        scale: Scale from `find_scale`.
+        model: Trained model.
+        data: Images of the training.
+        processor: Image processor.
     """
     if scale is not None:
         scale.fold_into(model, _pixels(data, processor))
 
 
-def _pixels(data: LabelledImages, processor: Any) -> Tensor:
-    """One training image as the model sees it."""
+def _pixels(data: LabelledImages, processor: BaseImageProcessor) -> Tensor:
+    """Pixels of one training image."""
     return collate([with_pixels(data.train, processor)[0]])["pixel_values"]
 
 

@@ -1,4 +1,4 @@
-"""What a training run is asked: a YAML file, and flags over it."""
+"""Settings of a training run, from a YAML file and command-line options that override it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from peft_bsr.problem_type import TASKS
 from peft_bsr.training import default_learning_rate
 from peft_bsr.tuners import METHODS
 
-# name -> (type, least, below or at most, whether the end counts); None where there is no value
+# name -> (type, minimum, maximum, whether the ends are allowed); None is allowed if there is no value
 _NUMBERS: dict[str, tuple[type, float, float, bool]] = {
     "epochs": (float, 0, inf, False),
     "max_steps": (int, -1, inf, True),
@@ -37,7 +37,9 @@ _NUMBERS: dict[str, tuple[type, float, float, bool]] = {
     "early_stopping": (int, 1, inf, True),
     "workers": (int, 0, 256, True),
 }
-_CACHED = [name for name, info in METHODS.items() if not info.is_dynamic]  # frozen blocks are so in every step
+_CACHED = [
+    name for name, info in METHODS.items() if not info.is_dynamic
+]  # methods whose frozen blocks are the same in every step
 _CHOICES = {
     "augment": ("none", "light", "strong"),
     "keep": ("last", "best"),
@@ -49,48 +51,48 @@ _CHOICES = {
 
 @dataclass
 class TrainSettings:
-    """One training run. The names are those of the YAML file and, with dashes, of the flags.
+    """Settings of a training run. Names are those of the YAML file and, with dashes, of the command-line options.
 
     Attributes:
         model: Hub id or folder of the base model.
         dataset: See `peft_bsr.data.load_images`. Default digits.
         image_column: See `peft_bsr.data.load_images`.
-        label_column: The same; several are a list, or `a,b,c`.
-        task: `"classification"`, `"multilabel"` or `"regression"`. Default: what lists, texts with a `|` and fractions
-            in the labels say; whole numbers are classes.
+        label_column: See `peft_bsr.data.load_images`; several columns are a list, or `a,b,c`.
+        task: `"classification"`, `"multilabel"` or `"regression"`. Default None: determined from the labels (lists,
+            strings with a `|`, fractions); integers are classes.
         test_size: See `peft_bsr.data.put_aside`.
-        validation_size: The same.
-        skip_bad: Whether to go on without images that cannot be decoded. Default False.
-        method: One of `peft_bsr.tuners.METHODS`, or to compare with `"lora"`, `"full"`, `"linear"`. Default bsr.
+        validation_size: See `peft_bsr.data.put_aside`.
+        skip_bad: Whether to continue without images that cannot be decoded. Default False.
+        method: One of `peft_bsr.tuners.METHODS`, or a baseline: `"lora"`, `"full"`, `"linear"`. Default bsr.
         options: Fields of the method's configuration (`--set`).
-        epochs: Default 3.
-        max_steps: Stop after so many optimizer steps. Default -1: by epochs.
-        batch_size: Images a step. Default 32.
-        learning_rate: At its highest, or `"auto"` for a short sweep. Default by the method, see
+        epochs: Number of epochs. Default 3.
+        max_steps: Maximum number of optimizer steps. Default -1: by epochs.
+        batch_size: Images per step. Default 32.
+        learning_rate: Maximum learning rate, or `"auto"` for a short sweep. Default by method, see
             `peft_bsr.training.LEARNING_RATES`.
-        image_size: Pixels. Default what the model's own processor makes.
-        mean: Of the channels, see `peft_bsr.data.load_processor`. Default the processor's.
-        std: The same.
+        image_size: Pixels per side. Default None: the size of the model's own processor.
+        mean: Mean of each channel, see `peft_bsr.data.load_processor`. Default None: the mean of the processor.
+        std: Standard deviation of each channel. Default None: that of the processor.
         augment: `"none"`, `"light"` or `"strong"` (with Mixup and CutMix). Default none.
         flip: Whether augmentation may flip images. Default True.
         class_weights: `"balanced"`, or a number for each class. Default None.
-        label_smoothing: Default 0.
-        layer_decay: Factor on the learning rate from one block to the one before it. Default None.
-        ema: Decay of the average of the trained weights. Default None: no average.
-        early_stopping: Epochs without a better validation score after which to stop. Default None.
+        label_smoothing: Label smoothing. Default 0.
+        layer_decay: Factor of the learning rate from one block to the one before it. Default None: no decay.
+        ema: Decay of the exponential moving average of the trained weights. Default None: no average.
+        early_stopping: Stop after this many epochs without a better validation score. Default None.
         keep: `"last"` or `"best"` epoch, by validation accuracy (several labels: micro F1; a regression: loss). Default
             last, with early stopping best.
         precision: `"fp32"`, `"bf16"` or `"fp16"`. Default fp32.
-        device: `"cpu"`, `"cuda"` or `"mps"`. Default what there is.
+        device: `"cpu"`, `"cuda"` or `"mps"`. Default None: an accelerator if there is one.
         workers: Processes that load images. Default 0 on a CPU, else up to 4.
         compile: Whether to compile the model. Default False.
-        cache: Whether to keep what frozen leading blocks give on disk. Default False.
-        seed: Of head and order. Default 0.
-        output: Folder. Default outputs/train.
+        cache: Whether to cache the outputs of frozen leading blocks on disk. Default False.
+        seed: Seed of the head and the order of the images. Default 0.
+        output: Output folder. Default outputs/train.
         trainer: Further fields of transformers' `TrainingArguments` (`--trainer`).
 
     Raises:
-        UsageError: If a value cannot be.
+        UsageError: If a value is invalid.
     """
 
     model: str
@@ -160,18 +162,18 @@ class TrainSettings:
 
     @property
     def rate(self) -> float:
-        """The learning rate to begin with: as given, or the method's default."""
+        """The given learning rate, or the default of the method."""
         if isinstance(self.learning_rate, float):
             return self.learning_rate
         return default_learning_rate(self.method, self.options)
 
     def write(self, path: Path) -> None:
-        """As a YAML file that `--config` reads."""
+        """Write a YAML file for `--config`."""
         path.write_text(yaml.safe_dump(asdict(self), sort_keys=False), encoding="utf-8")
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
-    """Flags; none has a default, so that a file's values stay."""
+    """Add the options. They have no defaults, so that values of the file are not overridden."""
     add = parser.add_argument
     add("--config", type=Path, help="YAML file with the names below; flags count over it")
     add("--model", help="Hub id or folder of the base model")
@@ -207,10 +209,10 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
 
 
 def read_settings(args: argparse.Namespace) -> TrainSettings:
-    """The file's values, and over them the flags'.
+    """Read the settings from the file, and override them with the options.
 
     Raises:
-        UsageError: If the file cannot be read, or a name or value is not understood.
+        UsageError: If the file cannot be read, or a name or value is invalid.
     """
     values = {} if args.config is None else read_file(args.config)
     known = [f.name for f in fields(TrainSettings)]
@@ -226,7 +228,7 @@ def read_settings(args: argparse.Namespace) -> TrainSettings:
     return TrainSettings(**{name: value for name, value in values.items() if value is not None})
 
 
-def _number(name: str, value: Any) -> Any:
+def _number(name: str, value: float | str) -> float:
     kind, low, high, has_end = _NUMBERS[name]
     try:
         number = float(value)

@@ -1,10 +1,11 @@
-"""Draw which patches of images an adapter keeps behind each reduction, and say what it sees in them."""
+"""Draw which patches of images an adapter keeps after each reduction, and print its predictions."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+
+from peft import PeftModel
 
 from peft_bsr.cli.images import check_at_least
 from peft_bsr.cli.measurements import reduces_in_use
@@ -25,18 +26,18 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What the command takes."""
+    """Add the arguments of the command."""
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders, or one table or dataset")
     parser.add_argument("--model", required=True, metavar="ADAPTER", help="Hub id or folder of an adapter")
     parser.add_argument("--image-size", type=int, help="pixels of a side (default: those it was trained at)")
     parser.add_argument("--base", help="base model, where the adapter does not name one that can be read")
     parser.add_argument("--split", help="of a dataset (default: all of it)")
-    parser.add_argument("--image-column", metavar="NAME", help="spec of images or paths (default: the one there is)")
+    parser.add_argument("--image-column", metavar="NAME", help="column of images or paths (default: the one there is)")
     parser.add_argument("--limit", type=int, default=16, help="images to draw at most (default 16)")
     parser.add_argument("--output", type=Path, default=Path("kept_tokens.png"), help="default kept_tokens.png")
 
 
-def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
+def run(args: argparse.Namespace, out: Output) -> dict[str, object]:
     """Run the command."""
     check_at_least(args, image_size=1)
     rows = stored(load_unlabelled(args.images, image_column=args.image_column, split=args.split))
@@ -47,7 +48,7 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
     images = [open_image(source) for source in sources]
     if find_adapter(args.model) is None:
         raise UsageError(f"`{args.model}` is a model, no adapter: it keeps every token.")
-    model: Any = load(args.model, base=args.base, image_size=args.image_size)
+    model: PeftModel = load(args.model, base=args.base, image_size=args.image_size)
     if not reduces_in_use(model):
         raise UsageError(f"`{args.model}` keeps every token when it is used: there is nothing to show.")
     processor = at_size(load_image_processor(args.model, base=args.base), args.image_size)
@@ -58,9 +59,9 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
     seen = [table.row(one) for one in found]
     pictures = to_pictures(pixels, processor)
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    behind = kept_token_pictures(model, pixels, pictures)
-    draw_kept(behind, pictures, args.output, [row[1] for row in seen])
-    kept = {str(one.block): one.share for one in behind}
+    drawn = kept_token_pictures(model, pixels, pictures)
+    draw_kept(drawn, pictures, args.output, [row[1] for row in seen])
+    kept = {str(one.block): one.share for one in drawn}
     out.table("Seen", table.header, seen, [i for i, name in enumerate(table.header) if name in ("file", "label")])
     out.facts("Patches kept", {f"block {block}": f"{share:.0%}" for block, share in kept.items()})
     out.say(f"picture: {args.output}")

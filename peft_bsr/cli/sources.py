@@ -1,4 +1,4 @@
-"""MODEL on the command line: which kind it is, and the model it names."""
+"""MODEL on the command line: a model or an adapter, and how it is loaded."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from typing import Any
 import torch
 import transformers
 from peft import PeftConfig
-from torch import nn
-from transformers import AutoConfig, AutoModelForImageClassification
+from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
 
 from peft_bsr.backbones import BackboneForImageClassification, BackboneWithHeadConfig, set_image_size, takes_head
 from peft_bsr.cli.values import read_fields
@@ -23,10 +22,11 @@ from peft_bsr.hub import read_config
 from peft_bsr.hub.files import ADAPTER, MODEL, list_files
 from peft_bsr.problem_type import SINGLE_LABEL, ProblemType
 from peft_bsr.tuners import METHODS
+from peft_bsr.tuners.base.config import SavedConfig
 
 
 def find_adapter(name: str) -> PeftConfig | None:
-    """The adapter's configuration, or None where MODEL is a model.
+    """The adapter's configuration, or None if MODEL is a model.
 
     Args:
         name: MODEL.
@@ -43,14 +43,14 @@ def find_adapter(name: str) -> PeftConfig | None:
     raise UsageError(f"`{name}` has neither {MODEL} nor {ADAPTER}.")
 
 
-def read_model_config(name: str) -> Any:
+def read_model_config(name: str) -> PreTrainedConfig:
     """A model's configuration.
 
     Args:
         name: MODEL, a model.
 
     Raises:
-        UsageError: If there is none.
+        UsageError: If it cannot be read.
     """
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
@@ -60,20 +60,20 @@ def read_model_config(name: str) -> Any:
 
 
 def model_of(adapter: PeftConfig | None, name: str) -> str:
-    """The model itself: MODEL, or the base model of the adapter that it is."""
+    """MODEL itself, or the base model if MODEL is an adapter."""
     return name if adapter is None else str(adapter.base_model_name_or_path)
 
 
 def make_model(
     name: str, labels: int | None = None, device: str = "cpu", image_size: int | tuple[int, int] | None = None
-) -> nn.Module:
-    """A model of that configuration with random weights: nothing is downloaded but the configuration.
+) -> PreTrainedModel:
+    """A model with random weights; only its configuration is downloaded.
 
     Args:
         name: MODEL, a model.
-        labels: Classes of its head. Default: those of the configuration.
-        device: `"meta"` for none at all.
-        image_size: Pixels, see `peft_bsr.set_image_size`. Default: those of the configuration.
+        labels: Number of classes of its head. Default None: as in the configuration.
+        device: Device of the weights, or `"meta"` for no weights. Default `"cpu"`.
+        image_size: Pixels, see `peft_bsr.set_image_size`. Default None: as in the configuration.
     """
     config = read_model_config(name)
     if labels is not None:
@@ -85,12 +85,12 @@ def make_model(
     return model
 
 
-def from_config(config: Any) -> nn.Module:
-    """A model with random weights: a classifier where its family has one."""
-    own: Any = getattr(transformers, (config.architectures or ["AutoModel"])[0], None)
-    made: nn.Module
+def from_config(config: PreTrainedConfig) -> PreTrainedModel:
+    """A model with random weights; a classifier if its family has one."""
+    own: object = getattr(transformers, (config.architectures or ["AutoModel"])[0], None)
+    made: PreTrainedModel
     if takes_head(config):
-        with suppress(UnsupportedModelError):  # the bare model's own refusal says more
+        with suppress(UnsupportedModelError):  # the error of the model itself has more details
             return BackboneForImageClassification(BackboneWithHeadConfig(config, num_labels=config.num_labels))
     if classifiers_of(config):
         made = AutoModelForImageClassification.from_config(config, trust_remote_code=False)
@@ -106,7 +106,7 @@ def load_model(
     labels: Sequence[str],
     problem_type: ProblemType = SINGLE_LABEL,
     image_size: int | tuple[int, int] | None = None,
-) -> Any:
+) -> PreTrainedModel:
     """A model with its weights and a head for `labels`.
 
     A distilled checkpoint, whose own class takes no labels, becomes the plain classifier of its family.
@@ -114,11 +114,11 @@ def load_model(
     Args:
         name: MODEL, a model.
         labels: Names of the classes, or of the values.
-        problem_type: What they are.
-        image_size: Pixels, see `peft_bsr.set_image_size`. Default: the model's own.
+        problem_type: Type of the labels, as in transformers' configurations.
+        image_size: Pixels, see `peft_bsr.set_image_size`. Default None: the size of the model.
 
     Raises:
-        UsageError: If it cannot be loaded, or no classifier of its family takes labels.
+        UsageError: If it cannot be loaded, or if no classifier of its family takes labels.
     """
     try:
         model = _trainable_class(name).from_pretrained(
@@ -136,24 +136,26 @@ def load_model(
     return model
 
 
-def describe_head(name: str, model: Any) -> str | None:
-    """One line about the head that a model without one got, or None.
+def describe_head(name: str, model: PreTrainedModel) -> str | None:
+    """One line about the new head of a model that had none, or None.
 
     Args:
         name: MODEL.
-        model: From `load_model`.
+        model: Model from `load_model`.
     """
     if not isinstance(model, BackboneForImageClassification) or not takes_head(read_model_config(name)):
         return None
     return f"{name} has no head: {model.describe_head()}"
 
 
-def _trainable_class(name: str) -> Any:
-    """The image classifier of the model's family that can be trained: its loss is made of labels."""
+def _trainable_class(name: str) -> type[PreTrainedModel]:
+    """The image classifier of the model's family that can be trained: its forward takes labels."""
     config = read_model_config(name)
     classes = classifiers_of(config)
     if not classes:
-        return BackboneForImageClassification if takes_head(config) else AutoModelForImageClassification  # it says so
+        return (
+            BackboneForImageClassification if takes_head(config) else AutoModelForImageClassification
+        )  # its error says so
     named = sorted(classes, key=lambda cls: cls.__name__ not in (config.architectures or ()))  # its own class first
     trainable = [cls for cls in named if "labels" in inspect.signature(cls.forward).parameters]
     if not trainable:
@@ -161,12 +163,12 @@ def _trainable_class(name: str) -> Any:
     return trainable[0]
 
 
-def make_config(method: str, options: Mapping[str, Any]) -> Any:
+def make_config(method: str, options: Mapping[str, object]) -> SavedConfig:
     """The configuration of a method.
 
     Args:
         method: One of `METHODS`.
-        options: Its fields.
+        options: Fields of the configuration.
 
     Raises:
         UsageError: If there is no such method or no such field.
@@ -179,11 +181,11 @@ def make_config(method: str, options: Mapping[str, Any]) -> Any:
     return config(**read_fields(options, config))
 
 
-def check_names(given: Mapping[str, Any], known: Sequence[str], kind: str) -> None:
-    """Refuse names that nobody reads.
+def check_names(given: Mapping[str, object], known: Sequence[str], kind: str) -> None:
+    """Check that all names are known.
 
     Raises:
-        UsageError: Naming the first of them, and what is close.
+        UsageError: If a name is unknown; the message suggests similar names.
     """
     for name in given:
         if name not in known:
@@ -191,8 +193,8 @@ def check_names(given: Mapping[str, Any], known: Sequence[str], kind: str) -> No
             raise UsageError(f"`{name}` is no {kind}. Did you mean {', '.join(close)}?")
 
 
-def changed(config: Any) -> dict[str, Any]:
-    """What of a configuration is not as it comes."""
+def changed(config: PeftConfig) -> dict[str, Any]:
+    """Fields of a configuration that differ from the defaults."""
     plain = type(config)().to_dict()
     return {name: value for name, value in config.to_dict().items() if value != plain.get(name)}
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import transformers
+from peft import PeftModel
+from torch import Tensor
 from torch.utils.data import default_collate
+from transformers import BaseImageProcessor, PreTrainedModel, Trainer
 
 from peft_bsr.cli.images import read_processor, read_training_data
 from peft_bsr.cli.measurements import (
@@ -49,6 +52,7 @@ from peft_bsr.report import write_report
 from peft_bsr.training import FeatureCache, find_learning_rate
 from peft_bsr.tuners import METHODS, describe_plan
 
+Collate = Callable[[list[dict[str, Tensor]]], dict[str, Tensor]]
 EXAMPLES = """\
 examples:
   peft-bsr train --model google/vit-base-patch16-224-in21k --dataset beans --epochs 3
@@ -67,7 +71,7 @@ checkpoints/ (one an epoch, the last is kept, and the best with --keep best).
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What the command takes."""
+    """Add the arguments of the command."""
     add_settings(parser)
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output")
     parser.add_argument(
@@ -75,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
+def run(args: argparse.Namespace, out: Output) -> dict[str, object]:
     """Run the command."""
     take_stored_settings(args)
     settings = read_settings(args)
@@ -85,7 +89,7 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
     arguments = training_arguments(settings, is_quiet=out.is_json)
     if find_adapter(settings.model) is not None:
         raise UsageError(f"`{settings.model}` is an adapter. Give its base model, or go on with its run by `--resume`.")
-    if settings.image_size is not None:  # refused before anything is read
+    if settings.image_size is not None:  # an unsupported size is an error before anything is read
         make_model(settings.model, device="meta", image_size=settings.image_size)
     check_output(output)
     data = read_training_data(settings, out)
@@ -187,13 +191,13 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, Any]:
     return summary
 
 
-def _collate_either(collate_images: Any, examples: list[dict[str, Any]]) -> Any:
-    """Rows of a cache as torch does; images, which validation has, as without a cache."""
+def _collate_either(collate_images: Collate, examples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Collate rows of a cache with torch's default, and images (of the validation split) with `collate_images`."""
     return collate_images(examples) if "pixel_values" in examples[0] else default_collate(examples)
 
 
-def _set_learning_rate(trainer: Any, settings: TrainSettings, out: Output) -> None:
-    """The one given, the method's default, or with `auto` what a sweep finds; said, and written into the settings."""
+def _set_learning_rate(trainer: Trainer, settings: TrainSettings, out: Output) -> None:
+    """Set the given learning rate, the default of the method, or with `auto` the best of a sweep; print and save it."""
     if settings.learning_rate == "auto":
         make_optimizer = optimizer_maker(settings, trainer.model, trainer.args)
         out.note(f"sweeping learning rates around {settings.rate:.1e}: five at most, 20 steps each")
@@ -210,14 +214,14 @@ def _set_learning_rate(trainer: Any, settings: TrainSettings, out: Output) -> No
     settings.learning_rate = trainer.args.learning_rate
 
 
-def _in_words(model: Any, settings: TrainSettings) -> list[str]:
+def _in_words(model: PeftModel | PreTrainedModel, settings: TrainSettings) -> list[str]:
     if settings.method in METHODS:
         return describe_plan(model.peft_config["default"], model.base_model.spec, model.base_model.plan())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return [f"{BASELINES[settings.method]}: {trained / 1e6:.2f} M parameters train."]
 
 
-def _size_in_words(processor: Any, model: Any) -> str:
+def _size_in_words(processor: BaseImageProcessor, model: PeftModel | PreTrainedModel) -> str:
     """`224 x 224 px, 257 tokens`."""
     height, width = size_of(processor)
     spec = getattr(getattr(model, "base_model", None), "spec", None)

@@ -1,4 +1,4 @@
-"""From settings to a Trainer: arguments, loss, augmentation, optimizer groups, callbacks."""
+"""Builds a Trainer from settings: arguments, loss, augmentation, optimizer groups, callbacks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainingArguments
+from datasets import Dataset
+from peft import PeftModel
+from transformers import (
+    BaseImageProcessor,
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import IntervalStrategy
 
@@ -34,7 +44,7 @@ from peft_bsr.training.scores import BEST_BY, compute_metrics_of
 from peft_bsr.training.target_scale import TargetScale
 from peft_bsr.tuners import METHODS
 
-_WEIGHT_DECAY = 0.01  # the benchmark's
+_WEIGHT_DECAY = 0.01  # as in the benchmark
 _FLAGS = {
     "output_dir": "output",
     "num_train_epochs": "epochs",
@@ -47,14 +57,14 @@ _FLAGS = {
 
 
 def training_arguments(settings: TrainSettings, *, is_quiet: bool) -> TrainingArguments:
-    """Trainer's arguments, checked before anything is read.
+    """Arguments of the Trainer, checked before anything is read.
 
     Args:
-        settings: Of the run.
-        is_quiet: Whether to leave the progress bar out.
+        settings: Settings of the run.
+        is_quiet: Whether to hide the progress bar.
 
     Raises:
-        UsageError: If a field is unknown, has a flag of its own, or does not go with this machine or the others.
+        UsageError: If a field is unknown, has its own option, or cannot be used on this machine or with other fields.
     """
     for name in settings.trainer:
         if name in _FLAGS:
@@ -98,17 +108,17 @@ def training_arguments(settings: TrainSettings, *, is_quiet: bool) -> TrainingAr
     try:
         arguments = TrainingArguments(**(values | settings.trainer))
         for callback in get_reporting_integration_callbacks(arguments.report_to):
-            callback()  # says which package is missing, before anything is loaded
+            callback()  # raises if a package is missing, before anything is loaded
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
         raise UsageError(f"Trainer cannot be set up so: {one_line(error)}") from error
     return arguments
 
 
 def fit_to_data(arguments: TrainingArguments, settings: TrainSettings, data: LabelledImages) -> None:
-    """The best epoch is found by what sums up such labels; epochs are not scored where there are no images for it.
+    """Set the metric that selects the best epoch by the labels; without validation images, disable evaluation.
 
     Raises:
-        UsageError: If the best epoch is to be found by images that are not there.
+        UsageError: If the best epoch is to be kept, but there are no validation images.
     """
     if data.validation:
         if settings.keep == "best" and "metric_for_best_model" not in settings.trainer:
@@ -123,10 +133,10 @@ def fit_to_data(arguments: TrainingArguments, settings: TrainSettings, data: Lab
 
 
 def training_loss(settings: TrainSettings, data: LabelledImages) -> TrainingLoss:
-    """The loss that the settings ask for.
+    """The loss of the settings.
 
     Raises:
-        ConfigError: If it does not fit the labels.
+        ConfigError: If it does not match the labels.
     """
     weights: Any = settings.class_weights
     if weights == "balanced":
@@ -136,8 +146,10 @@ def training_loss(settings: TrainSettings, data: LabelledImages) -> TrainingLoss
     return TrainingLoss(data.problem_type, class_weights=weights, label_smoothing=settings.label_smoothing)
 
 
-def training_images(settings: TrainSettings, data: LabelledImages, processor: Any) -> Any:
-    """The training images as the model sees them, augmented."""
+def training_images(
+    settings: TrainSettings, data: LabelledImages, processor: BaseImageProcessor
+) -> Dataset | MixupDataset:
+    """The training images as inputs of the model, augmented."""
     if settings.augment == "none":
         return with_pixels(data.train, processor)
     augment: Any = Augmentation(settings.augment, settings.flip)  # type: ignore[arg-type]
@@ -145,8 +157,10 @@ def training_images(settings: TrainSettings, data: LabelledImages, processor: An
     return MixupDataset(images, len(data.labels)) if settings.augment == "strong" else images
 
 
-def optimizer_maker(settings: TrainSettings, model: Any, arguments: TrainingArguments) -> Callable[[float], Any] | None:
-    """Learning rate -> optimizer with groups by layer; None where Trainer's own does."""
+def optimizer_maker(
+    settings: TrainSettings, model: PeftModel | PreTrainedModel, arguments: TrainingArguments
+) -> Callable[[float], torch.optim.Optimizer] | None:
+    """Function learning rate -> optimizer with groups by layer, or None to use Trainer's optimizer."""
     if settings.layer_decay is None:
         return None
 
@@ -162,27 +176,27 @@ def optimizer_maker(settings: TrainSettings, model: Any, arguments: TrainingArgu
 
 
 def make_trainer(
-    model: Any,
+    model: PeftModel | PreTrainedModel,
     settings: TrainSettings,
     arguments: TrainingArguments,
     data: LabelledImages,
-    processor: Any,
+    processor: BaseImageProcessor,
     run: RunCallback,
     scale: TargetScale | None = None,
-) -> Any:
-    """A Trainer with all that the settings ask for.
+) -> Trainer:
+    """Build the Trainer of a run.
 
     Args:
-        model: With what trains asking for gradients.
-        settings: Of the run.
-        arguments: From `training_arguments`.
-        data: With `train`, and `validation` or not.
-        processor: Of the images.
-        run: Writes the settings and counts seconds.
-        scale: Of a regression, that is trained on scaled values. Default None.
+        model: Model from `attach`.
+        settings: Settings of the run.
+        arguments: Arguments from `training_arguments`.
+        data: Images with the split `train`, and optionally `validation`.
+        processor: Image processor.
+        run: Callback that stores the settings and measures time.
+        scale: Scale of the targets of a regression. Default None.
     """
     guard = NonFiniteLossCallback(settings.output)
-    callbacks: list[Any] = [run, guard]
+    callbacks: list[TrainerCallback] = [run, guard]
     if settings.method in METHODS:
         callbacks.append(TrainabilityCallback())
     if settings.method in METHODS:
@@ -192,7 +206,7 @@ def make_trainer(
     if settings.ema is not None:
         callbacks.append(TrainedEMA(model, settings.ema))
     make_optimizer = optimizer_maker(settings, model, arguments)
-    trainer: Any = Trainer(
+    trainer = Trainer(
         model=model,
         args=arguments,
         data_collator=collate if scale is None else scale.collate,

@@ -1,14 +1,13 @@
-"""A method trained for a short time on a person's own images, to be compared with others."""
+"""Trains a method for a short time on your own images, to compare it with others."""
 
 from __future__ import annotations
 
 import math
 import tempfile
 from dataclasses import dataclass, replace
-from typing import Any
 
 import transformers
-from transformers import ProgressCallback
+from transformers import BaseImageProcessor, ProgressCallback
 
 from peft_bsr.cli.memory import Peak, predict_peak, watch_peak
 from peft_bsr.cli.methods import attach
@@ -27,23 +26,23 @@ _QUIET = {"save_strategy": "no", "eval_strategy": "no", "logging_strategy": "no"
 
 
 class _Bar(ProgressCallback):
-    """Without what Trainer logs."""
+    """Progress bar without logs of the Trainer."""
 
-    def on_log(self, *args: Any, **kwargs: Any) -> None:
-        """Say nothing."""
+    def on_log(self, *args: object, **kwargs: object) -> None:
+        """Print nothing."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What came of it.
+    """Result of a short run.
 
     Attributes:
-        score: On the validation images.
-        steps: Optimizer steps.
-        epochs: Epochs.
-        seconds: Of training.
-        learning_rate: At its highest.
-        peak: Memory.
+        score: Score on the validation images.
+        steps: Number of optimizer steps.
+        epochs: Number of epochs.
+        seconds: Training time.
+        learning_rate: Maximum learning rate.
+        peak: Peak memory.
     """
 
     score: Score
@@ -53,37 +52,37 @@ class Trial:
     learning_rate: float
     peak: Peak
 
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        told = {name: getattr(self, name) for name in ("steps", "epochs", "seconds", "learning_rate")}
-        return {**self.score.figures(), **told, "peak_memory": self.peak.to_dict()}
+    def to_dict(self) -> dict[str, object]:
+        """The result for JSON."""
+        values = {name: getattr(self, name) for name in ("steps", "epochs", "seconds", "learning_rate")}
+        return {**self.score.figures(), **values, "peak_memory": self.peak.to_dict()}
 
 
 def bounded(settings: TrainSettings, images: int, seconds: float, seconds_a_step: float) -> TrainSettings:
-    """The same, with as many steps as fit into a time: the schedule ends with them.
+    """Limit the steps of a run to a training time. The learning rate schedule covers the limited run.
 
     Args:
-        settings: With `epochs` and `batch_size`.
-        images: To train on.
-        seconds: Of training.
-        seconds_a_step: As measured.
+        settings: Settings with `epochs` and `batch_size`.
+        images: Number of training images.
+        seconds: Maximum training time.
+        seconds_a_step: Measured time of a step.
     """
     wanted = math.ceil(settings.epochs * math.ceil(images / settings.batch_size))
     return replace(settings, max_steps=max(min(wanted, int(seconds / seconds_a_step)), 1))
 
 
-def run_trial(settings: TrainSettings, data: LabelledImages, processor: Any, out: Output) -> Trial:
-    """Train and score; nothing is kept.
+def run_trial(settings: TrainSettings, data: LabelledImages, processor: BaseImageProcessor, out: Output) -> Trial:
+    """Train and score a method without saving anything.
 
     Args:
-        settings: Of the run; `output` is not written to.
-        data: With `train` and `validation`.
-        processor: Of the images.
-        out: The screen.
+        settings: Settings of the run; nothing is written to `output`.
+        data: Images with the splits `train` and `validation`.
+        processor: Image processor.
+        out: Output of the command.
 
     Raises:
         KeyboardInterrupt: If Ctrl-C was pressed.
-        PeftBsrError: If the method does not take the model, or if its loss is not finite.
+        PeftBsrError: If the method does not support the model, or if its loss is not finite.
     """
     assert data.validation is not None
     with tempfile.TemporaryDirectory() as folder:

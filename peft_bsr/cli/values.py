@@ -1,4 +1,4 @@
-"""Values as they are typed, NAME=VALUE or in a file of YAML: each is read by the type of the field that it is for."""
+"""Parses values from NAME=VALUE or a YAML file by the types of their fields."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _BOOLS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "o
 
 
 class Loader(yaml.SafeLoader):
-    """YAML 1.2: only `true` and `false` are booleans, so that `eval_strategy: no` and `lean: off` stay text."""
+    """YAML 1.2: only `true` and `false` are booleans, so that `eval_strategy: no` and `lean: off` are strings."""
 
     yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {
         first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
@@ -30,10 +30,10 @@ Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("true|True|TRU
 
 
 def read_pairs(pairs: Sequence[str]) -> dict[str, str]:
-    """`["keep_rate=0.7", "trainable_blocks=last:3"]` as names and what was typed for them.
+    """Split `["keep_rate=0.7", "trainable_blocks=last:3"]` into names and values as strings.
 
     Raises:
-        UsageError: If there is no `=`.
+        UsageError: If a pair has no `=`.
     """
     found = {}
     for pair in pairs:
@@ -48,7 +48,7 @@ def read_file(path: Path) -> dict[str, Any]:
     """Names and values of a YAML file.
 
     Raises:
-        UsageError: If it cannot be read, or says something else.
+        UsageError: If it cannot be read, or is not a mapping.
     """
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader)
@@ -66,14 +66,14 @@ def read_file(path: Path) -> dict[str, Any]:
 
 
 def read_fields(values: Mapping[str, Any], settings: type[Any]) -> dict[str, Any]:
-    """The same values with each text read by its field's type; names that are no fields stay as they are.
+    """Parse strings by the types of their fields; other values and unknown names are not changed.
 
     Args:
         values: Names and values.
-        settings: The dataclass.
+        settings: Dataclass with the fields.
 
     Raises:
-        UsageError: If a text is not of its field's type.
+        UsageError: If a string cannot be parsed as the type of its field.
     """
     kinds = get_type_hints(settings)
     is_read = {name: isinstance(value, str) and name in kinds for name, value in values.items()}
@@ -91,7 +91,7 @@ def _read(name: str, text: str, kind: Any) -> Any:
     if kinds <= {int, float}:
         return _number(name, text, is_whole=float not in kinds)
     try:
-        return json.loads(text)  # YAML takes 1e-3 for a text
+        return json.loads(text)  # YAML reads 1e-3 as a string
     except json.JSONDecodeError:
         try:
             return yaml.load(text, Loader)

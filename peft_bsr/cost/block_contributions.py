@@ -1,23 +1,23 @@
-"""What each block, and each part of it, would gain by training, measured on one's own images before a plan is made."""
+"""Measures how much each block, and each part of it, would gain from training, on your own images."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping, Sized
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, Protocol, cast, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, Subset, default_collate
+from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 from tqdm.auto import tqdm
 
 from peft_bsr.backbones import ModelSpec, in_mode, probe_model
-from peft_bsr.cost.trials import gains_of_trials
+from peft_bsr.cost.trials import Collate, gains_of_trials
 from peft_bsr.errors import ConfigError
 from peft_bsr.training import default_learning_rate
 from peft_bsr.training.side_effect_free import side_effect_free
@@ -28,18 +28,26 @@ _PARTS = {"attention": "attention", "norm1": "attention", "scale1": "attention"}
 _PARTS |= {"mlp": "mlp", "norm2": "mlp", "scale2": "mlp"}
 
 
+class Samples(Protocol):
+    """A map-style dataset, of torch or of `datasets`."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> object: ...
+
+
 @dataclass(frozen=True)
 class Contributions:
-    """What was found, block by block.
+    """Gains of each block.
 
     Attributes:
-        kind: `"sensitivity"`: mean over the batches of the sum of squared gradients, by which the loss falls to first
-            order under a small step. `"trial"`: how far a short run brings the loss of other images below what a head
-            alone reaches.
-        whole: For each block, name of a module in it (`"attention.query"`, `"mlp.0"`; `"block"` of a trial) -> what
-            training it whole gains.
-        low_rank: The same for a low-rank update of each Linear, as `BSRConfig(trainable="lora")` begins it.
-        images: That were looked at.
+        kind: `"sensitivity"`: mean over the batches of the sum of squared gradients, the first-order decrease of the
+            loss for a small step. `"trial"`: decrease of the loss on held-out images after a short run, compared with
+            training only the head.
+        whole: For each block, name of a module in it (`"attention.query"`, `"mlp.0"`; `"block"` for a trial) -> gain
+            from training its whole weights.
+        low_rank: The same for a low-rank update of each Linear, as initialized by `BSRConfig(trainable="lora")`.
+        images: Number of images that were used.
     """
 
     kind: Kind
@@ -53,7 +61,7 @@ class Contributions:
         return len(self.whole)
 
     def of_blocks(self, trainable: str = "full") -> list[float]:
-        """What each block gains in all; never below 0.
+        """Total gain of each block; never below 0.
 
         Args:
             trainable: `"full"` or `"lora"`, as in `BSRConfig`. Default `"full"`.
@@ -62,7 +70,7 @@ class Contributions:
         return [max(0.0, sum(block.values())) for block in blocks]
 
     def of_parts(self, trainable: str = "full") -> list[dict[str, float]]:
-        """For each block, what its attention (with the norm before it), its MLP and the rest of it gain.
+        """For each block, gains of its attention (with the norm before it), its MLP and its other modules.
 
         Args:
             trainable: `"full"` or `"lora"`, as in `BSRConfig`. Default `"full"`.
@@ -87,13 +95,13 @@ class Contributions:
 
     @classmethod
     def load(cls, path: str | Path) -> Contributions:
-        """Read what `save` wrote.
+        """Read a file that `save` wrote.
 
         Args:
             path: File.
 
         Raises:
-            ConfigError: If it is something else.
+            ConfigError: If the file has no valid contributions.
         """
         try:
             found = cls(**json.loads(Path(path).read_text(encoding="utf-8")))
@@ -108,45 +116,45 @@ class Contributions:
 
 def contributions(
     model: nn.Module,
-    dataset: Any,
+    dataset: Samples,
     batches: int = 8,
     kind: Kind = "sensitivity",
     *,
     batch_size: int = 32,
-    collate: Callable[[list[Any]], dict[str, Any]] = default_collate,
+    collate: Collate = default_collate,
     epochs: int = 3,
     progress: bool = True,
 ) -> Contributions:
-    """Measure what each block of `model` would gain by training on `dataset`.
+    """Measure how much each block of `model` would gain from training on `dataset`.
 
-    First the head (with the final norm) trains for a few steps, as a new one says nothing about what lies before it.
-    `"sensitivity"` then takes one backward a batch; every block runs under a checkpoint of its own and each gradient
-    is squared and let go as soon as it is there, so that the inputs of the blocks, one block's activations and one
-    gradient are alive at a time. `"trial"` trains each block by itself, whole and low-rank, on four fifths of the
-    samples, from a feature cache in a temporary folder and on a copy of the model; it takes minutes. The model is left
-    bit for bit as it was.
+    First the head (with the final norm) is trained for a few steps, because gradients through a new head are not
+    informative. `"sensitivity"` then runs one backward per batch; every block is checkpointed and each gradient is
+    squared and freed at once, so that only the inputs of the blocks, one block's activations and one gradient are in
+    memory at a time. `"trial"` trains each block separately, whole and low-rank, on four fifths of the samples, from a
+    feature cache in a temporary folder and on a copy of the model; it takes minutes. The model is not changed, bit for
+    bit.
 
     Source: sensitivities as in SPT, arXiv 2303.08566; trials as the contribution analysis of arXiv 2206.15472.
-    Departures: sums of whole modules instead of single weights; a low-rank update counts with what is expected over
-    PEFT's draw of its first factor.
+    Differences: sums over whole modules instead of single weights; for a low-rank update, the expected value over
+    PEFT's random initialization of its first factor.
 
     Args:
-        model: Of transformers, with its weights, without adapters, on the device to compute on.
-        dataset: Samples with the model's inputs and `labels`, of which `batches * batch_size` are drawn (seed 0).
-        batches: Default 8.
+        model: A model of transformers, with its weights, without adapters, on the device to compute on.
+        dataset: Samples with the model's inputs and `labels`; `batches * batch_size` of them are drawn (seed 0).
+        batches: Number of batches. Default 8.
         kind: `"sensitivity"` (seconds) or `"trial"` (minutes). Default `"sensitivity"`.
-        batch_size: Images of each. Default 32.
-        collate: Makes a batch of samples. Default torch's.
-        epochs: Passes over these batches: of the head before sensitivities, 0 takes it as it is; of each run of a
-            trial. Default 3.
-        progress: Show a bar. Default True.
+        batch_size: Images per batch. Default 32.
+        collate: Makes a batch from samples. Default torch's.
+        epochs: Epochs over these batches: to train the head before sensitivities (0: the head as it is), or for each
+            run of a trial. Default 3.
+        progress: Whether to show a progress bar. Default True.
 
     Returns:
         `Contributions`.
 
     Raises:
-        ConfigError: If an argument is out of range, the model has an adapter, or gives no loss.
-        UnsupportedModelError: If the model is no plain vision transformer.
+        ConfigError: If an argument is out of range, the model has an adapter, or returns no loss.
+        UnsupportedModelError: If the model is not a plain vision transformer.
 
     Examples:
         >>> found = contributions(model, train_dataset)  # doctest: +SKIP
@@ -155,11 +163,13 @@ def contributions(
     _check(model, dataset, batches, batch_size, kind, epochs)
     spec = probe_model(model)
     drawn = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[: batches * batch_size].tolist()
-    samples = Subset(dataset, drawn)
+    samples = Subset(cast("Dataset[object]", dataset), drawn)
     loader = DataLoader(samples, batch_size, collate_fn=collate)
     if kind == "trial":
-        how: Any = {"batch_size": batch_size, "epochs": epochs, "collate": collate, "progress": progress}
-        return Contributions(kind, *gains_of_trials(model, spec, samples, _loss_of, **how), len(samples))
+        whole, low_rank = gains_of_trials(
+            model, spec, samples, _loss_of, batch_size=batch_size, epochs=epochs, collate=collate, progress=progress
+        )
+        return Contributions(kind, whole, low_rank, len(samples))
     with (
         tqdm(total=(epochs + 1) * len(loader), desc="Contributions", unit="batch", disable=not progress) as bar,
         side_effect_free(model),
@@ -170,7 +180,7 @@ def contributions(
         return Contributions(kind, *_sensitivities(model, spec, loader, bar), len(samples))
 
 
-def _check(model: Any, dataset: Any, batches: int, batch_size: int, kind: str, epochs: int) -> None:
+def _check(model: nn.Module, dataset: Sized, batches: int, batch_size: int, kind: str, epochs: int) -> None:
     least = {"batches": (batches, 1), "batch_size": (batch_size, 1), "epochs": (epochs, 0)}
     problems = [
         f"`{name}={value!r}` must be a whole number of at least {low}."
@@ -191,11 +201,11 @@ def _check(model: Any, dataset: Any, batches: int, batch_size: int, kind: str, e
         raise ConfigError.from_problems("contributions", problems)
 
 
-def _loss_of(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+def _loss_of(model: nn.Module, batch: Mapping[str, object]) -> Tensor:
     """The loss of one batch.
 
     Raises:
-        ConfigError: If the model gives none.
+        ConfigError: If the model returns no loss.
     """
     device = next(model.parameters()).device
     moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
@@ -207,8 +217,8 @@ def _loss_of(model: nn.Module, batch: dict[str, Any]) -> Tensor:
 
 
 @contextmanager
-def _trained_head(model: nn.Module, spec: ModelSpec, loader: Any, epochs: int, bar: Any) -> Iterator[None]:
-    """The head is trained inside, and as it was afterwards. Blocks build no graph for it."""
+def _trained_head(model: nn.Module, spec: ModelSpec, loader: DataLoader, epochs: int, bar: tqdm) -> Iterator[None]:
+    """Context manager: train the head alone, and restore its weights on exit."""
     model.requires_grad_(False)
     head = [p for name in spec.head for p in model.get_submodule(name).parameters() if p.is_floating_point()]
     before = [parameter.detach().clone() for parameter in head]
@@ -232,9 +242,9 @@ def _trained_head(model: nn.Module, spec: ModelSpec, loader: Any, epochs: int, b
 
 
 def _sensitivities(
-    model: nn.Module, spec: ModelSpec, loader: Any, bar: Any
+    model: nn.Module, spec: ModelSpec, loader: DataLoader, bar: tqdm
 ) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
-    """Mean over the batches of the sum of squared gradients: of each module, and of low-rank updates of Linears."""
+    """Mean over the batches of the sum of squared gradients, for each module and for low-rank updates of Linears."""
     sums: dict[Tensor, Tensor] = {}
 
     def square(parameter: nn.Parameter) -> None:
@@ -258,7 +268,7 @@ def _sensitivities(
             bar.update()
 
     def mean(parameter: Tensor) -> float:
-        return float(sums.get(parameter, 0)) / len(loader)  # blocks that the output does not depend on have none
+        return float(sums.get(parameter, 0)) / len(loader)  # 0 for blocks that the output does not depend on
 
     whole = [{name: sum(map(mean, module.parameters())) for name, module in block.items()} for block in leaves]
     low_rank = [
@@ -273,10 +283,10 @@ def _sensitivities(
 
 
 def _low_rank_share(linear: nn.Linear) -> float:
-    """Of a weight's squared gradient, what its low-rank update has at its start, expected over the draw of `lora_A`.
+    """Expected squared gradient of a new low-rank update, as a fraction of the weight's squared gradient.
 
-    The gradient G of the weight gives `lora_B` the gradient `scaling * G A^T` and `lora_A` none, as `lora_B` is zero.
-    Numbers of A are uniform within +- in^-0.5 (PEFT's draw), so that E |G A^T|^2 = r / (3 in) |G|^2.
+    If G is the gradient of the weight, `lora_B` has the gradient `scaling * G A^T` and `lora_A` has none, because
+    `lora_B` is zero. PEFT draws A uniformly from +- in^-0.5, so that E |G A^T|^2 = r / (3 in) |G|^2.
     """
     config = BSRConfig(trainable="lora")
     scaling = config.lora_alpha / config.r
@@ -285,7 +295,7 @@ def _low_rank_share(linear: nn.Linear) -> float:
 
 @contextmanager
 def _checkpointed(block: nn.Module) -> Iterator[None]:
-    """The block keeps its inputs alone for backward, inside."""
+    """Context manager: checkpoint the block, so that it saves only its inputs for backward."""
     own = vars(block).get("forward")
     forward = block.forward
     block.forward = partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)

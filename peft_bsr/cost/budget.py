@@ -1,4 +1,4 @@
-"""From a memory budget to the plans that fit into it."""
+"""Finds training plans that fit into a memory budget."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from peft_bsr.tuners import BSRConfig
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?i?B?)\s*", re.IGNORECASE)
 
-_MARGIN = 1.05  # what kernels and the allocator take by themselves; up to 3 % was measured
-_WORTH = 0.05  # of the peak: what spares less is declined
-_COMPILED = 0.75  # the least that compiled plans were seen to take of what eager ones do
+_MARGIN = 1.05  # memory of kernels and the allocator; up to 3 % was measured
+_WORTH = 0.05  # of the peak: options that save less are declined
+_COMPILED = 0.75  # lowest measured memory of a compiled plan, as a fraction of the eager one
 _CHECKPOINTING = {False: "", True: " + gradient checkpointing", "offload": " + gradient checkpointing, offloaded"}
 _DEFAULT = Setup()
 _SHOWN = (
@@ -41,16 +41,16 @@ _SHOWN = (
 
 @dataclass(frozen=True)
 class BudgetPlan:
-    """A way to train that fits.
+    """A training plan that fits into the budget.
 
     Attributes:
-        config: For `get_peft_model`, or None for full fine-tuning.
-        setup: How to train; may differ from what was asked, see `declined`.
-        estimate: What it takes.
-        gives_up: What it gives up against full fine-tuning as it is.
-        declined: What was left out because it does not pay here, each with the reason.
-        share: With contributions: what it gains of what all blocks on all tokens would gain in the same form (whole
-            weights, or low-rank updates). None without.
+        config: Configuration for `get_peft_model`, or None for full fine-tuning.
+        setup: How to train; may differ from the requested setup, see `declined`.
+        estimate: Predicted memory and compute.
+        gives_up: What it gives up compared with standard full fine-tuning.
+        declined: Options that were not used because they do not pay off, each with the reason.
+        share: With contributions: its gain as a fraction of the gain of all blocks on all tokens in the same form
+            (whole weights, or low-rank updates). None without contributions.
     """
 
     config: BSRConfig | None
@@ -61,7 +61,7 @@ class BudgetPlan:
     share: float | None = None
 
     def describe(self) -> str:
-        """One line, and one for each thing that was declined."""
+        """The plan in one line, and one more line for each declined option."""
         if self.config is None:
             what = "full fine-tuning"
         else:
@@ -86,33 +86,34 @@ def plan_for_budget(
     contributions: Contributions | None = None,
     **settings: Any,
 ) -> list[BudgetPlan]:
-    """Ways to train `model` whose predicted peak and 5 % more fit, the one that gives up least first.
+    """Training plans for `model` whose predicted peak plus 5 % fits, ordered by how little they give up.
 
-    For every choice of trained blocks and tokens there is at most one, the one of fewest FLOPs among those that fit
-    (lean blocks, checkpointing, 8 bits; on accelerators also checkpoints that wait on the CPU). Under bfloat16 autocast
-    frozen weights are held in bfloat16, which is the same step. What of `setup` does not pay is left out of a plan, and
-    `BudgetPlan.declined` says why. With `compile`, each plan that is given takes 10 to 30 seconds. The order is by how
-    much trains and how many tokens stay, not by accuracy: which of two is better on your images, only a run can say.
+    For every choice of trained blocks and tokens there is at most one plan: the one with the fewest FLOPs among those
+    that fit (lean blocks, checkpointing, 8 bits; on accelerators also checkpoints offloaded to the CPU). Under bfloat16
+    autocast frozen weights are stored in bfloat16, which does not change the step. Options of `setup` that do not pay
+    off are not used, and `BudgetPlan.declined` gives the reason. With `compile`, each returned plan takes 10 to 30
+    seconds. Plans are ordered by how much trains and how many tokens are kept, not by accuracy: train to find out which
+    of two plans is better on your images.
 
-    With `contributions`, the blocks and the tokens are searched for instead: for whole weights and for low-rank
-    updates, at each lean level, the set of blocks that gains most of those that fit (a block counts with the share of
-    the tokens that it still sees), the one of the largest share first. Shares of the two forms have other scales.
-    It takes some 10 to 40 dry runs.
+    With `contributions`, blocks and tokens are searched for instead: for whole weights and for low-rank updates, at
+    each lean level, the set of blocks that fits and has the largest gain (the gain of a block is multiplied by the
+    fraction of tokens that it processes), largest share first. Shares of the two forms are not comparable. The search
+    takes 10 to 40 dry runs.
 
     Args:
         model: See `estimate`; best without weights, on the meta device. To plan for several budgets, its `PlanCosts`.
-        memory: Bytes, or a text such as `"2GB"` (10^9) or `"1.5GiB"` (2^30). For weights, optimizer, gradients and
-            activations; Python and torch (about 0.4 GB on the CPU) come on top.
-        setup: How it is trained. Default `Setup()`. Gradient checkpointing is the planner's choice.
-        limit: Stop after so many. Default all.
-        contributions: What each block gains on your images, see `contributions`. Default None.
-        settings: Fields of `Setup` that count over it, such as `batch_size=8`.
+        memory: Bytes, or a string such as `"2GB"` (10^9) or `"1.5GiB"` (2^30). It covers weights, optimizer, gradients
+            and activations; Python and torch (about 0.4 GB on the CPU) come on top.
+        setup: How the model is trained. Default `Setup()`. The planner chooses gradient checkpointing itself.
+        limit: Maximum number of plans. Default None: all.
+        contributions: Gains of each block on your images, see `contributions`. Default None.
+        settings: Fields of `Setup` that override `setup`, such as `batch_size=8`.
 
     Returns:
-        At least one.
+        At least one plan.
 
     Raises:
-        ConfigError: If nothing fits; it names the smallest that could be. Or if the size cannot be read.
+        ConfigError: If nothing fits; the message describes the smallest plan. Or if the size cannot be parsed.
         UnsupportedModelError: See `estimate`.
 
     Examples:
@@ -158,7 +159,7 @@ def _walk(
     measure: Callable[[Way, list[str]], BudgetPlan],
     limit: int | None,
 ) -> list[BudgetPlan]:
-    """For every setting, the first way that fits."""
+    """The first way that fits, for every setting."""
     found: list[BudgetPlan] = []
     for setting in settings_of(depth):
         declined: list[str] = []
@@ -183,7 +184,7 @@ def _search(
     budget: int,
     measure: Callable[[Way, list[str]], BudgetPlan],
 ) -> list[BudgetPlan]:
-    """For each form and lean level, the blocks and tokens that gain most."""
+    """The blocks and tokens with the largest gain, for each form and lean level."""
     plans: list[BudgetPlan] = []
 
     def take(way: Way, declined: list[str]) -> Estimate:
@@ -198,7 +199,7 @@ def _search(
 
 
 def _plan(costs: PlanCosts, way: Way, budget: int, declined: list[str]) -> BudgetPlan:
-    """What a way takes, with the optimizer that pays. Compiled only where it may fit: that takes its time."""
+    """The plan of a way, with the optimizer that pays off. Compiled only if it may fit, because compiling is slow."""
     eager = replace(way.setup, compile=False)
     cost = costs(way.config, eager)
     reasons = list(declined)
@@ -226,10 +227,10 @@ def _fits(cost: Estimate, budget: float) -> bool:
 
 
 def parse_size(memory: str | int) -> int:
-    """Bytes of `"2GB"`, `"512 MiB"`, `1000`.
+    """Parse a memory size such as `"2GB"`, `"512 MiB"` or `1000` to bytes.
 
     Raises:
-        ConfigError: If it is not understood.
+        ConfigError: If it cannot be parsed.
 
     Examples:
         >>> parse_size("1.5GiB")

@@ -1,4 +1,4 @@
-"""Methods side by side on the same batch, in the same run: a time alone means nothing."""
+"""Compares the training costs of models on the same batch, in the same run, so that times are comparable."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import transformers
@@ -22,10 +21,10 @@ from peft_bsr.training.side_effect_free import side_effect_free
 
 @dataclass(frozen=True)
 class Cost:
-    """What one training step of a model costs.
+    """Cost of one training step of a model.
 
     Attributes:
-        trainable_parameters: Number of trained values.
+        trainable_parameters: Number of trainable parameters.
         saved_bytes_per_image: Saved activations (see `saved_activations`) divided by the batch size.
         forward_macs_per_image: Multiply-accumulates of a forward pass (FLOPs = 2 x MACs).
         training_flops_per_image: FLOPs of forward and backward.
@@ -40,15 +39,15 @@ class Cost:
 
 
 def compare(models: Mapping[str, nn.Module], batch: Mapping[str, Tensor], repeats: int = 5) -> dict[str, Cost]:
-    """Cost of a training step of each model on the same batch; the models are left as they were, ALaST's budgets too.
+    """Cost of a training step of each model on the same batch; the models are not changed, nor are ALaST's budgets.
 
     Args:
         models: Name -> model; called as `model(**batch)`, with a `loss` in the output.
-        batch: Inputs and labels, first dimension = images.
-        repeats: Timed steps of each model, taken in turn, after one that is not counted.
+        batch: Inputs and labels; the first dimension is the batch.
+        repeats: Timed steps of each model, in turn, after one warm-up step. Default 5.
 
     Returns:
-        name -> `Cost`.
+        Name -> `Cost`.
     """
     size = len(next(iter(batch.values())))
     steps = {name: TrainingStep(model, batch) for name, model in models.items()}
@@ -77,7 +76,7 @@ def compare(models: Mapping[str, nn.Module], batch: Mapping[str, Tensor], repeat
 
 
 def cost_rows(costs: Mapping[str, Cost]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Head and rows of a table of costs, as texts; the last column is the ratio of times to the first row.
+    """Header and rows of a table of costs, as strings; the last column is the ratio of step times to the first row.
 
     Args:
         costs: From `compare`; the first row is the reference.
@@ -98,7 +97,7 @@ def cost_rows(costs: Mapping[str, Cost]) -> tuple[tuple[str, ...], list[tuple[st
 
 
 def cost_table(costs: Mapping[str, Cost], batch: Mapping[str, Tensor]) -> str:
-    """The costs as a Markdown table, times also as ratio to the first row, with the conditions they were taken under.
+    """The costs as a Markdown table, with step times relative to the first row, and the conditions of the measurement.
 
     Args:
         costs: From `compare`; the first row is the reference.
@@ -127,34 +126,34 @@ def cost_table(costs: Mapping[str, Cost], batch: Mapping[str, Tensor]) -> str:
 
 
 def device_name(device: torch.device) -> str:
-    """What a measurement ran on, for people."""
+    """Readable name of the device of a measurement."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return "Apple GPU (MPS)" if device.type == "mps" else f"CPU, {torch.get_num_threads()} threads"
 
 
 class TrainingStep:
-    """Forward, backward and an SGD update that leaves the weights alone (learning rate 0).
+    """Forward, backward and an SGD update with learning rate 0, which does not change the weights.
 
     Args:
         model: Called as `model(**batch)`, with a `loss` in the output.
         batch: Inputs and labels.
 
     Raises:
-        TrainabilityError: If nothing asks for gradients.
+        TrainabilityError: If no parameter requires gradients.
     """
 
-    def __init__(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
+    def __init__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> None:
         self.model, self.batch = model, batch
         if not any(p.requires_grad for p in model.parameters()):
             raise TrainabilityError(
                 f"{type(model).__name__} has nothing to train: no parameter asks for gradients. Load its adapter with "
                 "`is_trainable=True`."
             )
-        self.optimizer = torch.optim.SGD(model.parameters(), lr=0.0)  # what has no gradient is skipped
+        self.optimizer = torch.optim.SGD(model.parameters(), lr=0.0)  # parameters without a gradient are skipped
 
     def forward(self) -> Tensor:
-        """The loss alone."""
+        """Run the forward and return the loss."""
         return self.model(**self.batch).loss
 
     def __call__(self) -> None:

@@ -1,26 +1,26 @@
-"""What a compiled model keeps for backward, without a run: torch's partitioner decides it on tensors without memory."""
+"""Predicts what a compiled model saves for backward: torch's partitioner runs on tensors without memory."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 
 from peft_bsr.compat.torch_api import recompile_limit, saved_in_node, storage_key
 from peft_bsr.errors import UnsupportedModelError
 
 _BACKEND = "aot_eager_decomp_partition"  # inductor's decompositions and partitioner, without its kernels
-_LIMIT = 2**20  # each model is one compilation more
+_LIMIT = 2**20  # every model adds one compilation
 
 
-def kept_when_compiled(model: nn.Module, forward: Callable[[Any], Tensor]) -> int:
-    """Bytes that `torch.compile(model)` keeps for backward, inputs that it keeps too.
+def kept_when_compiled(model: nn.Module, forward: Callable[[Callable[..., object]], Tensor]) -> int:
+    """Bytes that `torch.compile(model)` saves for backward, including saved inputs.
 
     Args:
-        model: From `without_memory`, outside of any dispatch mode: Dynamo leaves alone what runs in one.
-        forward: Calls what it is given, which is compiled, and gives the loss.
+        model: Model from `without_memory`. Call this outside of any dispatch mode: Dynamo does not compile inside one.
+        forward: Calls its argument, the compiled model, and returns the loss.
 
     Raises:
         UnsupportedModelError: If it cannot be compiled without memory.
@@ -39,9 +39,9 @@ def kept_when_compiled(model: nn.Module, forward: Callable[[Any], Tensor]) -> in
 
 
 def _kept(loss: Tensor) -> Iterator[Tensor]:
-    """What the nodes of a graph have saved."""
-    nodes: list[Any] = [loss.grad_fn]
-    seen: set[Any] = set()
+    """Tensors saved by the nodes of an autograd graph."""
+    nodes: list[Node | None] = [loss.grad_fn]
+    seen: set[Node] = set()
     while nodes:
         node = nodes.pop()
         if node is None or node in seen:

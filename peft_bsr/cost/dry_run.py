@@ -1,39 +1,43 @@
-"""A training step on tensors without memory: every operation runs, no number is computed, each byte is counted.
+"""A training step on tensors without memory: every operation runs without computing values, and every byte is counted.
 
-The tensors are torch's fake ones: they have a shape, a dtype, a device that need not exist, and the very operations of
-the step decide what is made, kept for backward and let go. So what is predicted is what the code does, whatever the
-model, the adapter or the rewrite.
+It uses torch's fake tensors, which have a shape, a dtype and a device that need not exist. The operations of the real
+step decide what is allocated, saved for backward and freed, so that the prediction follows the code for any model and
+any adapter.
 """
 
 from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from peft_bsr.compat.torch_api import storage_key
 from peft_bsr.compat.transformers_api import CHECKPOINT_FUNCTION
-from peft_bsr.cost.flops import flops_of
+from peft_bsr.cost.flops import Operator, flops_of
 from peft_bsr.engine import LivingBytes, watch_kept
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+_Description = tuple[torch.Size, torch.dtype, torch.device]
 
 
 @dataclass(frozen=True)
 class DryRun:
-    """What a forward and a backward took, in bytes and FLOPs. The three parts of the peak add up to it.
+    """Memory and FLOPs of a forward and a backward, in bytes. The three parts add up to the peak.
 
     Attributes:
-        peak_bytes: Most that was alive at a time, inputs too, without what was there before (weights).
-        gradient_bytes: Gradients of parameters alive at the peak.
-        activation_bytes: Kept for backward and alive at the peak.
-        workspace_bytes: The rest at the peak.
-        saved_bytes: Kept for backward, all of it (at the end of the forward).
-        flops: Of forward and backward.
+        peak_bytes: Peak memory, including inputs, without memory allocated before (weights).
+        gradient_bytes: Gradients of parameters in memory at the peak.
+        activation_bytes: Activations saved for backward, in memory at the peak.
+        workspace_bytes: All other memory at the peak.
+        saved_bytes: All activations saved for backward, at the end of the forward.
+        flops: FLOPs of forward and backward.
     """
 
     peak_bytes: int
@@ -44,39 +48,39 @@ class DryRun:
     flops: int
 
     def scaled(self, saved_bytes: int) -> DryRun:
-        """The same step if it keeps `saved_bytes` for backward: what is alive at the peak is as much less or more."""
+        """The same step with `saved_bytes` saved for backward: activations at the peak are scaled in proportion."""
         activations = round(self.activation_bytes * saved_bytes / max(1, self.saved_bytes))
         peak = self.peak_bytes - self.activation_bytes + activations
         return replace(self, peak_bytes=peak, activation_bytes=activations, saved_bytes=saved_bytes)
 
 
 class HostMemory:
-    """Where inputs of checkpointed blocks wait for backward, off the device.
+    """CPU memory that holds the inputs of checkpointed blocks until the backward.
 
     Attributes:
-        most_bytes: That were there at a time.
+        most_bytes: Peak of this memory.
     """
 
     def __init__(self) -> None:
         self.most_bytes = self._bytes = 0
 
     def take_inputs_of_checkpoints(self, model: nn.Module) -> None:
-        """As transformers does with `offload`: saved-tensor hooks around the checkpoint of every block."""
+        """Wrap the checkpoint of every block in saved-tensor hooks, as transformers does with `offload`."""
         for module in model.modules():
             checkpoint = getattr(module, CHECKPOINT_FUNCTION, None)
             if checkpoint is not None:
                 setattr(module, CHECKPOINT_FUNCTION, partial(self._call, checkpoint))
 
-    def _call(self, checkpoint: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _call(self, checkpoint: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
         with torch.autograd.graph.saved_tensors_hooks(self._take, self._give):
             return checkpoint(*args, **kwargs)
 
-    def _take(self, tensor: Tensor) -> Any:
+    def _take(self, tensor: Tensor) -> _Description:
         self._bytes += tensor.nbytes
         self.most_bytes = max(self.most_bytes, self._bytes)
         return tensor.shape, tensor.dtype, tensor.device
 
-    def _give(self, kept: Any) -> Tensor:
+    def _give(self, kept: _Description) -> Tensor:
         shape, dtype, device = kept
         back = torch.empty(shape, dtype=dtype, device=device)
         self._bytes -= back.nbytes
@@ -84,13 +88,13 @@ class HostMemory:
 
 
 def without_memory(model: nn.Module, device: str | torch.device) -> nn.Module:
-    """A copy of `model` whose tensors have no memory. Inside of `no_memory()`.
+    """A copy of `model` whose tensors have no memory. Call it inside `no_memory()`.
 
     Args:
-        model: On any device, also meta.
-        device: Where the copy pretends to be; it need not exist.
+        model: Model on any device, including meta.
+        device: Device of the fake tensors; it need not exist.
     """
-    memo: dict[int, Any] = {}
+    memo: dict[int, Tensor] = {}
     for parameter in model.parameters():
         empty = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
         memo[id(parameter)] = nn.Parameter(empty, parameter.requires_grad)
@@ -100,12 +104,12 @@ def without_memory(model: nn.Module, device: str | torch.device) -> nn.Module:
 
 
 def dry_run(model: nn.Module, inputs: Iterable[Tensor], forward: Callable[[], Tensor]) -> DryRun:
-    """Forward and backward of a model without memory. Inside of `no_memory()`.
+    """Run the forward and backward of a model without memory. Call it inside `no_memory()`.
 
     Args:
-        model: From `without_memory`; its gradients are made.
-        inputs: Of the forward; they are there all the time.
-        forward: Runs it and gives the loss.
+        model: Model from `without_memory`; it gets gradients.
+        inputs: Inputs of the forward; they stay in memory for the whole step.
+        forward: Runs the model and returns the loss.
     """
     ledger = _Ledger()
     for tensor in (*model.parameters(), *model.buffers()):
@@ -124,23 +128,23 @@ def dry_run(model: nn.Module, inputs: Iterable[Tensor], forward: Callable[[], Te
 
 
 class _Ledger(LivingBytes):
-    """Writes down when memory is taken and given back."""
+    """Records when memory is allocated and freed."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.events: list[tuple[int, int]] = []  # (address of a storage, 1 or -1) in the order of time
-        self.kept: set[int] = set()  # for backward
+        self.events: list[tuple[int, int]] = []  # (address of a storage, 1 or -1), in chronological order
+        self.kept: set[int] = set()  # saved for backward
         self.flops = 0
-        self._watched: list[Any] = []
+        self._watched: list[weakref.ref[torch.UntypedStorage]] = []
 
     def keep(self, tensor: Tensor) -> Tensor:
-        """For autograd: what is saved for backward."""
+        """Hook for autograd: record a tensor that is saved for backward."""
         self.note(tensor)
         self.kept.add(storage_key(tensor.untyped_storage()))
         return tensor.detach()
 
     def peak(self) -> tuple[int, set[int]]:
-        """Most bytes at a time, and the storages that were alive then."""
+        """Peak in bytes, and the storages in memory at the peak."""
         alive: set[int] = set()
         total = most = 0
         at_most: set[int] = set()
@@ -156,7 +160,13 @@ class _Ledger(LivingBytes):
         self.events.append((number, 1))
         self._watched.append(weakref.ref(storage, lambda _: self.events.append((number, -1))))
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self,
+        function: Operator,
+        types: Sequence[type],
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
         output = super().__torch_dispatch__(function, types, args, kwargs)
         self.flops += flops_of(function, args, kwargs or {}, output)
         return output

@@ -1,14 +1,17 @@
-"""What a training run will take, before it runs and without the model's weights."""
+"""Predicts the memory and compute of a training step, without running it and without the model's weights."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
-from peft import PeftConfig, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from peft_bsr.backbones import input_shapes, probe_inputs, tensors_of
 from peft_bsr.compat.torch_api import no_memory
@@ -28,21 +31,21 @@ _DEFAULT = Setup()
 
 @dataclass(frozen=True)
 class Estimate:
-    """Predicted memory and compute of a training step. Python, torch and what the kernels hold inside are not in it.
+    """Predicted memory and compute of a training step, without Python, torch and internal memory of kernels.
 
     Attributes:
-        weights_bytes: Parameters and buffers in memory; base weights that are offloaded in files are not.
-        optimizer_bytes: Its state, of all that may train.
-        gradients_bytes: Gradients of parameters alive at the peak.
-        activations_bytes: Kept for backward and alive at the peak.
-        workspace_bytes: The batch, and what operations hold while they run, at the peak.
+        weights_bytes: Parameters and buffers in memory, without base weights that are offloaded to files.
+        optimizer_bytes: Optimizer state of all trainable parameters.
+        gradients_bytes: Gradients of parameters in memory at the peak.
+        activations_bytes: Activations saved for backward, in memory at the peak.
+        workspace_bytes: The batch, and temporary memory of operations, at the peak.
         library_bytes: Workspaces of cuBLAS, on CUDA.
-        saved_bytes: Kept for backward at the end of the forward, the whole batch; see `saved_activations`.
-        training_flops: Of forward and backward, the whole batch.
-        batch_size: Images.
-        trainable_parameters: Number of values that train.
-        plan: What is done to each block, or None without one of our adapters.
-        host_bytes: What waits in the CPU's memory instead of the device's: inputs of blocks, states of the optimizer.
+        saved_bytes: Activations of the batch saved for backward, at the end of the forward; see `saved_activations`.
+        training_flops: FLOPs of forward and backward for the batch.
+        batch_size: Images per step.
+        trainable_parameters: Number of trainable parameters.
+        plan: Plan of the adapter, or None without an adapter of this package.
+        host_bytes: Memory offloaded from the device to the CPU: inputs of blocks, optimizer state.
     """
 
     weights_bytes: int
@@ -64,7 +67,7 @@ class Estimate:
         return sum(getattr(self, name) for name in self._parts())
 
     def describe(self) -> str:
-        """One line a part, and the peak."""
+        """One line for each part, and one for the peak."""
         lines = [f"{name.removesuffix('_bytes'):<11}{getattr(self, name) / 2**20:>9.1f} MiB" for name in self._parts()]
         return "\n".join([*lines, f"{'peak':<11}{self.total_bytes / 2**20:>9.1f} MiB"])
 
@@ -73,28 +76,29 @@ class Estimate:
         return [field.name for field in fields(cls)][:6]
 
 
-@torch.inference_mode(False)  # the step that it goes through needs gradients, whatever the caller has switched off
+@torch.inference_mode(False)  # the dry run needs gradients, also if the caller has disabled them
 def estimate(
     model: nn.Module,
     config: PeftConfig | None = None,
     setup: Setup = _DEFAULT,
     **settings: Any,
 ) -> Estimate:
-    """Predict what training `model` with an adapter will take, by running a step on tensors without memory.
+    """Predict memory and compute for training `model` with an adapter, by running a step on tensors without memory.
 
     Args:
-        model: A vision model of transformers, best without weights: `with torch.device("meta"): Class(config)`. Which
-            of its parameters ask for gradients counts where `config` is None. It is not changed.
-        config: Of a method of this package (of ALaST its first step is taken), or any other of PEFT; None = train what
-            asks for gradients (full fine-tuning). `frozen_weights="int8"` is counted without torchao.
-        setup: How it is trained. Default `Setup()`.
-        settings: Fields of `Setup` that count over it, such as `batch_size=8`.
+        model: A vision model of transformers, best without weights: `with torch.device("meta"): Class(config)`. If
+            `config` is None, its parameters that require gradients are trained. The model is not changed.
+        config: Configuration of a method of this package (for ALaST the first step is predicted) or of PEFT. Default
+            None: train the parameters that require gradients (full fine-tuning). `frozen_weights="int8"` does not need
+            torchao here.
+        setup: How the model is trained. Default `Setup()`.
+        settings: Fields of `Setup` that override `setup`, such as `batch_size=8`.
 
     Returns:
         An `Estimate`.
 
     Raises:
-        ConfigError: If an argument is out of range, or the config asks for what this model does not allow.
+        ConfigError: If an argument is out of range, or this model does not support the config.
         UnsupportedModelError: If the model is not a plain vision transformer of transformers.
 
     Examples:
@@ -108,8 +112,8 @@ def estimate(
     """
     setup = replace(setup, **settings)
     method = None if config is None else method_of(config)
-    is_compiled = setup.compile and not (method and method.is_dynamic)  # whose compiled halves keep the same
-    if setup.compile and isinstance(config, BlockConfig):  # 8 bits step aside there
+    is_compiled = setup.compile and not (method and method.is_dynamic)  # whose compiled halves save the same
+    if setup.compile and isinstance(config, BlockConfig):  # saved activations are not quantized there
         config = replace(config, saved_activations="full")
     bare = on_meta(model, setup.image_size, setup.dtype)
     adapted: nn.Module = bare
@@ -124,7 +128,7 @@ def estimate(
     host = HostMemory()
     if setup.gradient_checkpointing:
         arguments = {"use_reentrant": False, "preserve_rng_state": False}
-        enable: Any = getattr(bare, "activation_checkpointing_enable", None) or bare.gradient_checkpointing_enable
+        enable = getattr(bare, "activation_checkpointing_enable", None) or bare.gradient_checkpointing_enable
         enable(arguments)
     device = setup.device if _is_there(setup.kind) else "cpu"
     nowhere = no_memory()
@@ -133,9 +137,9 @@ def estimate(
         if setup.gradient_checkpointing == "offload":
             host.take_inputs_of_checkpoints(trained)
         inputs = probe_inputs(_innermost(trained), setup.batch_size, input_shapes(bare)[-1])
-        weights = [p for p in trained.parameters() if p.requires_grad]  # all that may: a step may choose among them
+        weights = [p for p in trained.parameters() if p.requires_grad]  # all of them: a step may select some
 
-    def forward(called: Any = trained) -> Tensor:
+    def forward(called: Callable[..., object] = trained) -> Tensor:
         with torch.autocast(torch.device(device).type, setup.autocast, enabled=setup.autocast is not None):
             output = called(**inputs)
         return _loss(output)
@@ -155,24 +159,24 @@ def estimate(
 
 
 def _eight_bits(model: nn.Module, names: list[str]) -> tuple[int, int]:
-    """Bytes that weights spare in 8 bits, a scale and a zero a row, and those of the largest, made anew to run."""
-    weights: list[Tensor] = [model.get_submodule(name).weight for name in names]  # type: ignore[misc]
+    """Bytes saved by weights in 8 bits (with a scale and zero point per row), and bytes of the largest restored one."""
+    weights = [cast("nn.Linear", model.get_submodule(name)).weight for name in names]
     kept = sum(weight.numel() + len(weight) * (weight.itemsize + 1) for weight in weights)
     return sum(weight.nbytes for weight in weights) - kept, max((weight.nbytes for weight in weights), default=0)
 
 
 def _is_there(kind: str) -> bool:
-    """Whether this machine has such a device: torch chooses kernels by asking it, also for tensors without memory."""
+    """Whether this machine has such a device: torch asks it to choose kernels, also for tensors without memory."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     return kind == "cpu" or (accelerator is not None and accelerator.type == kind)
 
 
-def _innermost(model: Any) -> Any:
-    """The model of transformers inside of adapters."""
+def _innermost(model: PeftModel | BaseTuner | PreTrainedModel) -> PreTrainedModel:
+    """The transformers model inside adapters."""
     return model.get_base_model() if hasattr(model, "get_base_model") else getattr(model, "model", model)
 
 
-def _loss(output: Any) -> Tensor:
+def _loss(output: object) -> Tensor:
     outputs = [tensor for tensor in tensors_of(output) if tensor.requires_grad]
     if not outputs:
         raise ConfigError("nothing trains: no output of the model depends on a parameter that asks for gradients.")

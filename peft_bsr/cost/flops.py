@@ -1,10 +1,11 @@
-"""FLOPs of what really runs, with true token counts."""
+"""Counts the FLOPs of the operations that run, with the real number of tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from peft_bsr.compat.torch_api import (
@@ -18,11 +19,21 @@ from peft_bsr.compat.torch_api import (
 )
 
 
-def count_flops(run: Callable[[], Any]) -> int:
+class Operator(Protocol):
+    """An operator as a dispatch mode gets it, `torch.ops.aten.mm.default`."""
+
+    def __call__(self, *args: object, **kwargs: object) -> object:
+        """Run it."""
+
+    def decompose(self, *args: object, **kwargs: object) -> object:
+        """Run the operators that it consists of, or return `NotImplemented`."""
+
+
+def count_flops(run: Callable[[], object]) -> int:
     """Floating-point operations of the matrix products, convolutions and attentions in `run()` (FLOPs = 2 x MACs).
 
-    torch's counter does not know the CPU's fused attention; without it the attention of a ViT would count as nothing.
-    And it cannot run a module that is given a parameter while gradients are off.
+    torch's own counter does not know the fused attention of the CPU, and would count the attention of a ViT as 0. It
+    also fails if a parameter is passed to a module while gradients are disabled.
 
     Examples:
         >>> import torch
@@ -34,14 +45,14 @@ def count_flops(run: Callable[[], Any]) -> int:
     return counter.total
 
 
-def flops_by_module(run: Callable[[], Any]) -> dict[str, int]:
-    """`count_flops` by module; what runs inside of a module, its backward too, counts to it.
+def flops_by_module(run: Callable[[], object]) -> dict[str, int]:
+    """`count_flops` for each module, including its submodules and its backward.
 
     Args:
-        run: Calls one model, once; and its backward, if that shall count.
+        run: Calls one model once; and its backward, if that is to be counted.
 
     Returns:
-        Name in the model that is called -> FLOPs, for all that have any; `""` is the whole.
+        Name of a module -> FLOPs, for modules with any FLOPs; `""` is the whole model.
 
     Examples:
         >>> import torch
@@ -56,24 +67,30 @@ def flops_by_module(run: Callable[[], Any]) -> dict[str, int]:
     return whole | {name.partition(".")[2]: flops for name, flops in counts.items() if "." in name}
 
 
-def flops_of(function: Any, args: Any, kwargs: dict[str, Any], output: Any) -> int:
-    """Those of one operation, from inside of a dispatch mode.
+def flops_of(function: Operator, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> int:
+    """FLOPs of one operation, for use in a dispatch mode.
 
-    `FlopCounterMode` beside another mode would keep recomputed blocks alive, by the hooks with which it tells modules.
+    `FlopCounterMode` next to another mode would keep recomputed blocks in memory through its module hooks.
     """
     formula = flop_formula(function, _CPU_ATTENTION)
     return 0 if formula is None else int(formula(*args, **kwargs, out_val=output))
 
 
 class _FlopCounter(TorchDispatchMode):
-    """Adds up what runs."""
+    """Adds up the FLOPs of all operations."""
 
     def __init__(self) -> None:
         super().__init__()
         self.total = 0
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        with self:  # in inference mode a Linear arrives whole; its parts come back here
+    def __torch_dispatch__(
+        self,
+        function: Operator,
+        types: Sequence[type],
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
+        with self:  # in inference mode a Linear is one operation; its parts are dispatched here again
             output = function.decompose(*args, **(kwargs or {}))
         if output is not NotImplemented:
             return output
@@ -82,11 +99,13 @@ class _FlopCounter(TorchDispatchMode):
         return output
 
 
-def _attention(query: Any, key: Any, value: Any, *_args: Any, out_val: Any = None, **_kwargs: Any) -> int:
+def _attention(query: Tensor, key: Tensor, value: Tensor, *_args: object, **_kwargs: object) -> int:
     return sdpa_flop_count(query.shape, key.shape, value.shape)
 
 
-def _attention_backward(grad: Any, query: Any, key: Any, value: Any, *_args: Any, **_kwargs: Any) -> int:
+def _attention_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_args: object, **_kwargs: object
+) -> int:
     return sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape)
 
 

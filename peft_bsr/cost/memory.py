@@ -1,4 +1,4 @@
-"""Memory that is really there: of a model and its optimizer by kind, and the peak of what runs."""
+"""Measures real memory: of a model and its optimizer, and the peak while code runs."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 @dataclass(frozen=True)
 class ModelMemory:
-    """Bytes that stay between the steps of a training; tensors that share storage count once.
+    """Memory that stays allocated between training steps, in bytes; tensors that share storage count once.
 
     Attributes:
-        trainable_bytes: Parameters that ask for gradients.
-        frozen_bytes: Other parameters, and buffers; base weights that our adapters park in files or on the CPU too.
+        trainable_bytes: Parameters that require gradients.
+        frozen_bytes: Other parameters, and buffers, including base weights that adapters offload to files or the CPU.
         gradient_bytes: Gradients that exist now.
-        optimizer_bytes: The optimizer's state as it is now; most make it in their first step.
+        optimizer_bytes: Current optimizer state; most optimizers allocate it in their first step.
     """
 
     trainable_bytes: int
@@ -38,11 +38,11 @@ class ModelMemory:
 
 
 def model_memory(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> ModelMemory:
-    """What a model and its optimizer hold.
+    """Memory of a model and its optimizer.
 
     Args:
-        model: Any.
-        optimizer: Of the model, or None.
+        model: Any model.
+        optimizer: Its optimizer. Default None.
 
     Examples:
         >>> layer = torch.nn.Linear(4, 2)  # 8 weights and 2 biases of 4 bytes
@@ -64,18 +64,19 @@ def model_memory(model: nn.Module, optimizer: torch.optim.Optimizer | None = Non
 
 
 class PeakMemory:
-    """The most memory in use while it is open.
+    """Context manager that measures peak memory.
 
-    On CUDA what torch has allocated on the device; on MPS the same, but looked up every millisecond, as torch counts no
-    peak there, so that a shorter one can be missed; on the CPU the resident set of this process (Linux only), Python,
-    libraries and what the allocator keeps for later included, so `added_bytes` says more than `peak_bytes`.
+    On CUDA this is memory allocated by torch on the device. On MPS it is the same, but sampled every millisecond,
+    because torch records no peak there; a shorter peak can be missed. On the CPU it is the resident set size of this
+    process (Linux only), including Python, libraries and memory cached by the allocator, so that `added_bytes` is more
+    meaningful than `peak_bytes`.
 
     Args:
         device: `"cpu"`, `"mps"` or a CUDA device. Default `"cpu"`.
 
     Attributes:
-        start_bytes: In use when it was opened.
-        peak_bytes: The most since; known once it is closed.
+        start_bytes: Memory in use on entry.
+        peak_bytes: Peak memory; set on exit.
 
     Raises:
         PeftBsrError: If the peak cannot be measured here.
@@ -96,7 +97,7 @@ class PeakMemory:
 
     @property
     def added_bytes(self) -> int:
-        """How far the peak lies above the start."""
+        """Peak minus the memory in use on entry."""
         return self.peak_bytes - self.start_bytes
 
     def __enter__(self) -> PeakMemory:
@@ -111,7 +112,7 @@ class PeakMemory:
             self.start_bytes = self._samples.most
         else:
             with suppress(OSError, AttributeError):
-                ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed before must not count
+                ctypes.CDLL("libc.so.6").malloc_trim(0)  # memory that was freed before must not count
             try:
                 _CLEAR.write_text("5")
             except OSError as error:
@@ -134,7 +135,7 @@ class PeakMemory:
 
 
 class _Samples:
-    """The most that a function gave, called every millisecond in a thread until it is closed."""
+    """Maximum of a function that a thread calls every millisecond until `close`."""
 
     def __init__(self, read: Callable[[], int]) -> None:
         self._read, self.most, self._end = read, read(), threading.Event()

@@ -1,10 +1,10 @@
-"""The paper's own accounting of memory and compute (BSR, arXiv 2405.10951), to compare with its numbers.
+"""The memory and compute accounting of the BSR paper (arXiv 2405.10951), to compare with its numbers.
 
-It walks the layers of one image in forward order and adds up what each keeps for backward. PyTorch keeps other things
-and runs in other precisions: `saved_activations`, `count_flops` and `compare` measure what really happens.
+It goes through the layers of one image in forward order and adds up what each saves for backward. PyTorch saves other
+tensors and runs in other precisions: `saved_activations`, `count_flops` and `compare` measure the real costs.
 
-Symbols: a tokens in a block's attention, b in its MLP (fewer, where the block drops tokens in between), n behind the
-last block, D width, F width of the MLP, H heads. fp32 throughout; MB = 2^20 bytes, as in the paper.
+Symbols: a tokens in a block's attention, b in its MLP (fewer, if the block drops tokens in between), n after the last
+block, D width, F width of the MLP, H heads. fp32 throughout; MB = 2^20 bytes, as in the paper.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ class Dimensions:
         depth: Number of blocks.
         width: D, channels of a token.
         mlp_width: F, outputs of the MLP's first Linear.
-        num_heads: H.
-        num_special: Tokens that are never dropped.
-        num_patches: Tokens of the image itself.
-        image_values: Numbers in one image (channels x height x width); patches do not overlap.
-        classifiers: (inputs, outputs) of every Linear behind the blocks.
-        has_final_norm: Whether there is a norm behind the blocks; it counts for all tokens.
+        num_heads: H, attention heads.
+        num_special: Number of special tokens, which are never dropped.
+        num_patches: Number of patch tokens.
+        image_values: Values in one image (channels x height x width); patches do not overlap.
+        classifiers: (inputs, outputs) of every Linear after the blocks.
+        has_final_norm: Whether there is a norm after the blocks; it is counted for all tokens.
         block_parameters: Parameters of one block.
-        head_parameters: Those of the norm and the Linears behind the blocks.
-        embedding_parameters: All others.
+        head_parameters: Parameters of the norm and the Linears after the blocks.
+        embedding_parameters: All other parameters.
     """
 
     depth: int
@@ -61,14 +61,14 @@ class Dimensions:
 
     @classmethod
     def of(cls, model: nn.Module, spec: ModelSpec) -> Dimensions:
-        """Read the sizes off a model; only shapes are looked at, so its weights may be on the meta device.
+        """Read the sizes from a model. Only shapes are used, so its weights may be on the meta device.
 
         Args:
             model: The model without adapters.
-            spec: What `probe_model` says about it.
+            spec: Spec of the model, from `probe_model`.
 
         Raises:
-            UnsupportedModelError: Naming all parts that the accounting has no rule for.
+            UnsupportedModelError: If the accounting has no rule for a part of the model; the message names all of them.
 
         Examples:
             >>> from transformers import ViTConfig, ViTForImageClassification
@@ -118,17 +118,17 @@ class Dimensions:
 
 @dataclass(frozen=True)
 class PaperCost:
-    """What training costs by the paper's accounting; `rules` says how each number comes about.
+    """Training costs by the accounting of the paper; `rules` gives the formula of each number.
 
     Attributes:
-        batch_size: Images.
-        peak_layer: The layer at which the memory of activations is highest.
-        saved_bytes_per_image: Kept for backward when that layer runs.
-        working_bytes_per_image: What that layer itself holds while it runs.
-        trainable_parameters: Number of values that train.
-        frozen_parameters: Number of values that do not.
+        batch_size: Images per step.
+        peak_layer: Layer with the highest memory of activations.
+        saved_bytes_per_image: Memory saved for backward when that layer runs.
+        working_bytes_per_image: Memory that the layer itself uses while it runs.
+        trainable_parameters: Number of trainable parameters.
+        frozen_parameters: Number of frozen parameters.
         forward_macs_per_image: Multiply-accumulates of a forward pass (FLOPs = 2 x MACs).
-        rules: Name of a number -> the rule that it was computed by.
+        rules: Name of a number -> its formula.
     """
 
     batch_size: int
@@ -169,7 +169,7 @@ class PaperCost:
         return self.activation_bytes + self.parameter_bytes
 
     def describe(self) -> str:
-        """A line for each number with the rule beside it, then what the numbers stand for."""
+        """One line for each number with its formula, and a line with the conditions."""
         lines = [f"{name.split('_')[0]:<10}  {self._in_units(name):>11}  {rule}" for name, rule in self.rules.items()]
         lines.append(
             f"Accounting of arXiv 2405.10951, not a measurement: fp32, batch {self.batch_size}, MB = 2^20 bytes, peak "
@@ -188,22 +188,22 @@ def paper_cost(
 ) -> PaperCost:
     """Memory and compute of training by a plan, by the paper's accounting (arXiv 2405.10951; see `PaperCost.rules`).
 
-    Trained blocks train whole, and so does all that lies behind the blocks. The rules know the stock block: what
-    `Plan.with_lean` and `with_int8` save is not counted, and modules that they do not name (LayerScale, dropout)
-    count with their parameters only.
+    Trained blocks are trained with all their weights, as is everything after the blocks. The rules describe the stock
+    block: savings of `Plan.with_lean` and `with_int8` are not counted, and of other modules (LayerScale, dropout) only
+    the parameters are counted.
 
     Args:
-        dimensions: The model's.
-        plan: What is done to each of its blocks.
-        batch_size: Images; the paper's is 128.
-        trains_embeddings: Whether all that lies before the blocks trains too: together with a plan that trains every
-            block, this is full fine-tuning.
+        dimensions: Sizes of the model.
+        plan: Plan for its blocks.
+        batch_size: Images per step. Default 128, as in the paper.
+        trains_embeddings: Whether everything before the blocks is trained too; with a plan that trains every block this
+            is full fine-tuning. Default False.
 
     Returns:
-        Its `PaperCost`.
+        The `PaperCost`.
 
     Raises:
-        ConfigError: If the plan is for another number of blocks.
+        ConfigError: If the plan has another number of blocks than the model.
 
     Examples:
         >>> from peft_bsr import Reduction
@@ -219,11 +219,11 @@ def paper_cost(
     if len(plan.blocks) != dimensions.depth:
         raise ConfigError(
             f"the plan is for {len(plan.blocks)} blocks, but this model has {dimensions.depth}. Make it for the "
-            "`depth` of the model's column."
+            "`depth` of the model's spec."
         )
     num_tokens = dimensions.num_special + dimensions.num_patches
-    behind = Plan((*plan.blocks, BlockPlan()))  # one idle block more, to see how many tokens come out of the last
-    *counts, (num_out, _) = behind.token_counts(num_tokens, dimensions.num_special)
+    extended = Plan((*plan.blocks, BlockPlan()))  # one more block without effect, for the tokens after the last block
+    *counts, (num_out, _) = extended.token_counts(num_tokens, dimensions.num_special)
     num_out = num_tokens if plan.mode == "full_view" else num_out
 
     layers = list(_layers(dimensions, plan, counts, num_out, trains_embeddings))
@@ -243,7 +243,7 @@ def paper_cost(
 
 
 class _Layer(NamedTuple):
-    """A layer of the walk: numbers (not bytes) of one image that it holds while it runs, and those it then keeps."""
+    """A layer: values (not bytes) of one image that it uses while it runs, and values that it saves for backward."""
 
     name: str
     working: int
@@ -267,7 +267,7 @@ def _layers(
 
 
 def _block_layers(dimensions: Dimensions, a: int, b: int, trained: bool, in_graph: bool) -> Iterator[_Layer]:
-    """A block's, for a tokens in its attention and b in its MLP. q, k and v count as one Linear."""
+    """Layers of a block, for a tokens in its attention and b in its MLP. q, k and v count as one Linear."""
     tokens, mlp_tokens, hidden = a * dimensions.width, b * dimensions.width, b * dimensions.mlp_width
     residual = tokens
     yield _Layer("LN1", tokens, tokens * trained)
@@ -287,7 +287,7 @@ def _forward_macs(dimensions: Dimensions, counts: list[tuple[int, int]]) -> int:
 
 
 def _mlp_shapes(model: nn.Module, spec: ModelSpec) -> list[tuple[int, ...]]:
-    """Shapes of the weights of a block's MLP, in the order in which they are applied."""
+    """Shapes of the weights of a block's MLP, in forward order."""
     block = model.get_submodule(spec.blocks[0])
     param_modules = [leaf for role, leaf in sorted(spec.paths.items()) if role.startswith("mlp.")]
     weights = [p for leaf in param_modules for p in block.get_submodule(leaf).parameters() if p.ndim > 1]

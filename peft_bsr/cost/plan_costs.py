@@ -1,4 +1,4 @@
-"""What ways to train a model take, each estimated once however often it is planned."""
+"""Cache of estimates for one model, so that it can be planned for several budgets."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from peft_bsr.tuners import BSRConfig
 
 
 class PlanCosts:
-    """Estimates of one model, remembered: given to `plan_for_budget` in its place, another budget is quick.
+    """Cached estimates of one model. Pass it to `plan_for_budget` instead of the model to plan for several budgets.
 
     Args:
         model: See `estimate`; best without weights. It is not changed or kept.
 
     Attributes:
-        model: The same on the meta device. Everything trains: full fine-tuning is a plan.
+        model: The model on the meta device. All parameters require gradients, because full fine-tuning is a plan too.
 
     Examples:
         >>> from transformers import ViTConfig, ViTForImageClassification
@@ -42,12 +42,12 @@ class PlanCosts:
 
     @cached_property
     def depth(self) -> int:
-        """Blocks of the model."""
+        """Number of blocks of the model."""
         return len(resolve_narrow(self.model, BSRConfig()).spec.blocks)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights."""
+        """Dtype of the weights."""
         return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
 
 

@@ -1,13 +1,15 @@
-"""Stand-ins for a model whose weights are not there: itself on the meta device, and a narrow proxy that can run."""
+"""Models without the original weights: a copy on the meta device, and a narrow proxy that can run."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from peft_bsr.backbones import inner_config, native_size, set_image_size
 from peft_bsr.compat.transformers_api import forget_source
@@ -15,20 +17,20 @@ from peft_bsr.errors import PeftBsrError, UnsupportedModelError
 from peft_bsr.tuners import Resolution, known_method, resolve
 from peft_bsr.tuners.base.config import SavedConfig
 
-_HEAD_WIDTH = 8  # of the proxy: enough for rotary tables
+_HEAD_WIDTH = 8  # of the proxy: large enough for rotary embeddings
 
 
-def on_meta(model: nn.Module, image_size: int | None = None, dtype: torch.dtype | None = None) -> nn.Module:
-    """The same model without weights.
+def on_meta(model: nn.Module, image_size: int | None = None, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """A copy of the model without weights, on the meta device.
 
     Args:
-        model: Of transformers, without adapters.
-        image_size: Pixels, default the model's.
-        dtype: Of the weights, default the model's.
+        model: Transformers model without adapters.
+        image_size: Pixels per side. Default None: the size of the model.
+        dtype: Dtype of the weights. Default None: the dtype of the model.
 
     Raises:
-        ConfigError: If the size is no multiple of the patches'.
-        UnsupportedModelError: If it cannot be made from its config, or takes no images of that size.
+        ConfigError: If the image size is not a multiple of the patch size.
+        UnsupportedModelError: If it cannot be made from its config, or does not support the image size.
     """
     config = _config_of(model)
     with torch.device("meta"):
@@ -37,7 +39,9 @@ def on_meta(model: nn.Module, image_size: int | None = None, dtype: torch.dtype 
         if native_size(config) is None:
             raise UnsupportedModelError(f"{type(model).__name__} has no `image_size` to change; leave it None.")
         set_image_size(bare, image_size)
-        inner_config(bare.config).image_size = image_size  # what inputs follow, also of a model that takes any size
+        inner_config(
+            bare.config
+        ).image_size = image_size  # the size of dummy inputs, also for models that take any size
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     for name, parameter in bare.named_parameters():
         parameter.requires_grad_(name not in frozen)
@@ -45,15 +49,15 @@ def on_meta(model: nn.Module, image_size: int | None = None, dtype: torch.dtype 
 
 
 def resolve_narrow(model: nn.Module, config: SavedConfig) -> Resolution:
-    """What an adapter will do to a model without weights, found on a proxy of the same blocks and tokens, but narrow.
+    """Resolve an adapter for a model without weights, on a narrow proxy with the same blocks and tokens.
 
     Args:
-        model: From `on_meta`.
-        config: Of the adapter.
+        model: Model from `on_meta`.
+        config: Configuration of the adapter.
 
     Raises:
-        ConfigError: If the config asks for what this model does not allow.
-        UnsupportedModelError: If the model is no plain vision transformer.
+        ConfigError: If this model does not support the config.
+        UnsupportedModelError: If the model is not a plain vision transformer.
     """
     narrow = _config_of(model)
     vision = inner_config(narrow)
@@ -69,32 +73,31 @@ def resolve_narrow(model: nn.Module, config: SavedConfig) -> Resolution:
     with torch.random.fork_rng(devices=()):
         proxy = _make(model, narrow).eval()
     whole = copy.deepcopy(config)
-    whole.frozen_weights = "full"  # rounding is not tried there
+    whole.frozen_weights = "full"  # quantization is not tried on the proxy
     found: Resolution = resolve(proxy, whole).with_width(width)
     return found
 
 
 def attach_resolved(model: nn.Module, config: SavedConfig, resolution: Resolution) -> tuple[nn.Module, list[str]]:
-    """Attach an adapter to a model that cannot be probed, having no numbers.
+    """Attach an adapter to a model that cannot be probed, because it has no values.
 
     Args:
         model: The model, changed in place.
-        config: Of the adapter.
-        resolution: From `resolve_narrow`.
+        config: Configuration of the adapter.
+        resolution: Resolution from `resolve_narrow`.
 
     Returns:
-        The model with its adapter, and the names of the Linear modules whose weights the adapter wants in 8 bits, which
-        asks for torchao: they are left as they are. Those that it wants in bfloat16 are in bfloat16.
+        The model with its adapter, and the names of the Linear modules with `int8` weights. These are not quantized,
+        because that needs torchao; `bfloat16` weights are converted.
     """
     wanted = resolution.to_round(model, config)
     own: Any = copy.deepcopy(config)
     own.fills_weights = False
     own.resolution = replace(resolution, rounded={name: how for name, how in wanted.items() if how != "int8"})
-    tuner: Any = known_method(config).tuner
-    return tuner(model, own, "default"), [name for name, how in wanted.items() if how == "int8"]
+    return known_method(config).tuner(model, own, "default"), [name for name, how in wanted.items() if how == "int8"]
 
 
-def _config_of(model: nn.Module) -> Any:
+def _config_of(model: nn.Module) -> PreTrainedConfig:
     """A copy of the model's config."""
     config = getattr(model, "config", None)
     if config is None:
@@ -104,8 +107,8 @@ def _config_of(model: nn.Module) -> Any:
     return config
 
 
-def _make(model: nn.Module, config: Any) -> nn.Module:
-    make: Any = type(model)
+def _make(model: nn.Module, config: PreTrainedConfig) -> PreTrainedModel:
+    make: Callable[[PreTrainedConfig], nn.Module] = type(model)
     try:
         return make(config)
     except PeftBsrError:

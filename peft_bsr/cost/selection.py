@@ -1,15 +1,14 @@
-"""The blocks to train under a memory budget, by what each contributes: an exact search over sets of blocks and tokens.
+"""Selects the blocks to train under a memory budget by their contributions: a search over sets of blocks and tokens.
 
-With lean blocks what is kept for backward depends on the first trained block and on the tokens; what trains after it
-adds its optimizer state, its copy of the weights and, at `lean="max"`, a little more that is kept. So for a given first
-block the best set is a knapsack. Its bytes come from dry runs, and each set that is given was run dry itself.
+With lean blocks, the activations saved for backward depend on the first trained block and on the tokens. Every further
+trained block adds optimizer state, a copy of its weights and, with `lean="max"`, a few saved activations. So for a
+given first block the best set is a knapsack problem. Its weights come from dry runs, and every returned set had one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -18,11 +17,11 @@ from peft_bsr.cost.block_contributions import Contributions
 from peft_bsr.cost.estimation import Estimate
 from peft_bsr.cost.proxy import on_meta, resolve_narrow
 from peft_bsr.cost.setup import Setup
-from peft_bsr.cost.ways import Way, tokens_of, ways_of
+from peft_bsr.cost.ways import ConfigFields, TokenFields, Way, tokens_of, ways_of
 from peft_bsr.errors import ConfigError
 from peft_bsr.tuners import BSRConfig
 
-_SLACK = 0.03  # of the budget: sets that the sum of bytes finds so much too large are run dry all the same
+_SLACK = 0.03  # of the budget: sets up to this much too large by the sum of bytes get a dry run too
 _TRIES = 24
 _Blocks = tuple[int, ...]
 _Tried = tuple[Way, list[str]]
@@ -30,11 +29,11 @@ _Tried = tuple[Way, list[str]]
 
 @dataclass(frozen=True)
 class Choice:
-    """What one form and one lean level can do best.
+    """The best way for one form and one lean level.
 
     Attributes:
         way: How to train.
-        share: What it gains of what all blocks on all tokens would gain in the same form.
+        share: Its gain as a fraction of the gain of all blocks on all tokens in the same form.
     """
 
     way: Way
@@ -49,20 +48,21 @@ def choices(
     capacity: float,
     measure: Callable[[Way, list[str]], Estimate],
 ) -> Iterator[Choice]:
-    """For whole weights and for low-rank updates, at each lean level: the set of blocks and the tokens that gain most.
+    """The blocks and tokens with the largest gain, for whole weights and for low-rank updates, at each lean level.
 
-    A block counts with the share of the tokens that it still sees. What leaner levels cannot better is left out.
+    The gain of a block is multiplied by the fraction of tokens that it processes. Leaner levels without a larger gain
+    are skipped.
 
     Args:
-        model: On the meta device.
-        found: What the blocks contribute.
-        setup: How it is trained.
-        dtype: Of the model's weights.
+        model: Model on the meta device.
+        found: Contributions of the blocks.
+        setup: How the model is trained.
+        dtype: Dtype of the model's weights.
         capacity: Bytes that a plan may take.
-        measure: What a way takes, given what was declined on the way to it; called a few times for each form and level.
+        measure: (way, options declined before it) -> its estimate; called a few times for each form and level.
 
     Raises:
-        ConfigError: If the contributions are of another model.
+        ConfigError: If the contributions have another number of blocks than the model.
     """
     spec = resolve_narrow(on_meta(model, setup.image_size), BSRConfig()).spec
     if found.depth != spec.depth:
@@ -91,9 +91,9 @@ def choices(
 
 @dataclass(frozen=True)
 class _Tokens:
-    """Where tokens are dropped, what that gives up, and the share of them that each block sees."""
+    """Where tokens are dropped, what that gives up, and the fraction of tokens that each block processes."""
 
-    fields: dict[str, Any]
+    fields: TokenFields
     given_up: str
     shares: list[float]
 
@@ -105,25 +105,25 @@ class _Search:
     gains: list[float]
     tokens: list[_Tokens]
     capacity: float
-    way: Callable[[_Blocks, _Tokens], Any]
-    measure: Callable[[Any], Estimate]
+    way: Callable[[_Blocks, _Tokens], _Tried]
+    measure: Callable[[_Tried], Estimate]
 
-    def run(self) -> tuple[Any, float] | None:
-        """The best way that fits and its share of what all blocks on all tokens gain, or None."""
+    def run(self) -> tuple[_Tried, float] | None:
+        """The best way that fits and its share of the gain of all blocks on all tokens, or None."""
         depth, everything = len(self.gains), self.tokens[0]
         way = self.way(tuple(range(depth)), everything)
         most = self.measure(way)
         if most.total_bytes <= self.capacity:
             return way, 1.0
         first = self.measure(self.way((0,), everything))
-        # bytes of a block that trains beside those of one that gradients cross: kept for backward, and the rest
+        # extra bytes of a trained block over one that gradients only pass through: saved for backward, and the rest
         more = max(0, most.saved_bytes - first.saved_bytes) / max(1, depth - 1)
         fixed = max(0.0, (most.total_bytes - first.total_bytes) / max(1, depth - 1) - more)
         crossed = (first.saved_bytes - more) / depth
         errors: dict[tuple[int, int], float] = {}
 
         def bytes_before(start: int, shares: list[float]) -> float:
-            """With the first block alone."""
+            """Bytes with only the first block trained."""
             return first.total_bytes - crossed * (depth - sum(shares[start:depth])) - more * (1 - shares[start])
 
         for _ in range(_TRIES):
@@ -150,24 +150,24 @@ class _Search:
                 return way, value / sum(self.gains)
             shares = self.tokens[index].shares
             summed = bytes_before(blocks[0], shares) + sum(fixed + more * shares[i] for i in blocks[1:])
-            wrong = took - summed + self.capacity * _SLACK  # this set just does not fit any more
+            wrong = took - summed + self.capacity * _SLACK  # so that this set is just too large
             errors[index, blocks[0]] = max(wrong, errors.get((index, blocks[0]), wrong))
         return None
 
 
 def best_set(values: Sequence[float], weights: Sequence[float], capacity: float) -> _Blocks:
-    """Indices of the set of most value whose weights do not exceed `capacity`, exactly (0/1 knapsack).
+    """Indices of the set with the largest total value whose total weight is at most `capacity` (exact 0/1 knapsack).
 
     Args:
-        values: Of each thing, not negative.
-        weights: Of each thing.
-        capacity: Of all together.
+        values: Value of each item, not negative.
+        weights: Weight of each item.
+        capacity: Maximum total weight.
 
     Examples:
         >>> best_set([6, 5, 5], [3, 2, 2], 4)
         (1, 2)
     """
-    front: list[tuple[float, float, _Blocks]] = [(0.0, 0.0, ())]  # sets that no lighter one equals
+    front: list[tuple[float, float, _Blocks]] = [(0.0, 0.0, ())]  # sets that have more value than every lighter one
     for index, (value, weight) in enumerate(zip(values, weights, strict=True)):
         with_it = [(w + weight, v + value, (*chosen, index)) for w, v, chosen in front]
         merged = sorted([*front, *(one for one in with_it if one[0] <= capacity)], key=lambda one: (one[0], -one[1]))
@@ -179,9 +179,11 @@ def best_set(values: Sequence[float], weights: Sequence[float], capacity: float)
 
 
 def _ways(depth: int, blocks: _Blocks, seen: _Tokens, form: str, setup: Setup, dtype: torch.dtype) -> list[_Tried]:
-    """A way for each lean level, with what was declined before it."""
-    named: Any = "every:1" if len(blocks) == depth else list(blocks)
-    fields = {"trainable_blocks": named, **seen.fields, **({"trainable": "lora"} if form == "lora" else {})}
+    """A way for each lean level, with the options that were declined before it."""
+    named: str | list[int] = "every:1" if len(blocks) == depth else list(blocks)
+    fields: ConfigFields = {"trainable_blocks": named, **seen.fields}
+    if form == "lora":
+        fields["trainable"] = "lora"
     what = "every block" if len(blocks) == depth else f"block {_in_words(blocks)}"
     trained = f"nothing but {'low-rank updates of ' if form == 'lora' else ''}{what} trains"
     declined: list[str] = []

@@ -1,4 +1,4 @@
-"""What a training step runs on and with, and what its optimizer holds."""
+"""Settings of a training step for estimates, and the memory of its optimizer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 
 from peft_bsr.errors import ConfigError
 
-OPTIMIZERS = {  # tensors kept for each trained one
+OPTIMIZERS = {  # state tensors for each trained parameter
     "adamw": 2,
     "adamw_fused": 2,
     "adamw_8bit": 2,
@@ -20,35 +20,34 @@ OPTIMIZERS = {  # tensors kept for each trained one
     "sgd_momentum": 1,
     "sgd": 0,
 }
-SAVING = ("adamw_8bit", "adamw_offload")  # they keep less on the device, and take their time for it
-_SMALL = 4096  # values: torchao and bitsandbytes leave the states of smaller tensors in full and on the device
+SAVING = ("adamw_8bit", "adamw_offload")  # they need less memory on the device, but more time
+_SMALL = 4096  # values: torchao and bitsandbytes keep the state of smaller tensors in full precision and on the device
 _BLOCK = 256  # values that share a scale
 _AUTOCASTS = (None, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
 class Setup:
-    """How a model is trained, whatever the adapter.
+    """How a model is trained, apart from the adapter.
 
     Attributes:
-        batch_size: Images a step. Default 32.
-        image_size: Pixels. Default the model's.
-        optimizer: Default `"adamw"`, torch's as it comes: it copies what it updates. `"adamw_fused"` does not, and is
-            Trainer's default. `"adamw_8bit"`: torchao's or bitsandbytes'. `"adamw_offload"`: torchao's
-            `CPUOffloadOptimizer(params, torch.optim.AdamW)`. `"sgd_momentum"`, `"sgd"`.
-        dtype: Of weights, and of activations without autocast. Default the model's.
-        device: Whose operations are counted. Where there is none, the CPU's stand in: the same tensors are kept, what
-            kernels hold while they run differs a little. Default `"cpu"`.
-        autocast: `torch.bfloat16` or `torch.float16`: the forward runs in `torch.autocast`. Default None.
-        compile: Whether the model is compiled (`peft_bsr.compile(model)`; without an adapter of ours, or with another
-            than ALaST, `torch.compile(model)` is the same). What is kept is asked of torch's partitioner, which takes
-            10 to 30 seconds. Default False.
-        gradient_checkpointing: transformers' own (not reentrant), of every block that gradients reach; `"offload"`:
-            and the inputs of these blocks wait in the CPU's memory (`gradient_checkpointing_kwargs={"offload": True}`).
-            Default False.
+        batch_size: Images per step. Default 32.
+        image_size: Pixels per side. Default None: the size of the model.
+        optimizer: One of `"adamw"` (torch's default AdamW, which copies the tensors that it updates), `"adamw_fused"`
+            (no copies; Trainer's default), `"adamw_8bit"` (torchao or bitsandbytes), `"adamw_offload"` (torchao's
+            `CPUOffloadOptimizer(params, torch.optim.AdamW)`), `"sgd_momentum"`, `"sgd"`. Default `"adamw"`.
+        dtype: Dtype of weights, and of activations without autocast. Default None: the dtype of the model.
+        device: Device whose operations are counted. If this machine has no such device, operations of the CPU are
+            counted: they save the same tensors, but temporary memory of kernels differs slightly. Default `"cpu"`.
+        autocast: `torch.bfloat16` or `torch.float16` to run the forward in `torch.autocast`. Default None.
+        compile: Whether the model is compiled (`peft_bsr.compile(model)`; `torch.compile(model)` is the same except for
+            ALaST). torch's partitioner determines what is saved, which takes 10 to 30 seconds. Default False.
+        gradient_checkpointing: Gradient checkpointing of transformers (non-reentrant) for every block that gradients
+            reach; `"offload"` also moves the inputs of these blocks to the CPU
+            (`gradient_checkpointing_kwargs={"offload": True}`). Default False.
 
     Raises:
-        ConfigError: If a value is out of range, or does not go with another.
+        ConfigError: If a value is out of range, or cannot be combined with another.
 
     Examples:
         >>> setup = Setup(batch_size=128, device="cuda", autocast=torch.bfloat16, optimizer="adamw_8bit")
@@ -94,16 +93,16 @@ class Setup:
 
     @property
     def kind(self) -> str:
-        """Of the device, such as `"cuda"`."""
+        """Device type, such as `"cuda"`."""
         return torch.device(self.device).type
 
 
 def optimizer_bytes(optimizer: str, trained: Iterable[nn.Parameter]) -> tuple[int, int]:
-    """What an optimizer keeps between steps: bytes on the device, and bytes on the CPU if that is another.
+    """Optimizer state in bytes: on the device, and offloaded to the CPU.
 
     Args:
         optimizer: One of `OPTIMIZERS`.
-        trained: Parameters.
+        trained: Trained parameters.
 
     Examples:
         >>> optimizer_bytes("adamw", [torch.nn.Parameter(torch.zeros(64, 64))])
@@ -124,17 +123,17 @@ def optimizer_bytes(optimizer: str, trained: Iterable[nn.Parameter]) -> tuple[in
 
 
 def update_bytes(optimizer: str, kind: str, trained: list[nn.Parameter]) -> int:
-    """What an optimizer takes while it updates: AdamW copies one tensor at a time on the CPU, elsewhere all of them."""
+    """Temporary memory of an update: on the CPU, AdamW copies one tensor at a time; on other devices, all of them."""
     if optimizer != "adamw":
         return 0
     return sum(p.nbytes for p in trained) if kind != "cpu" else 2 * max(p.nbytes for p in trained)
 
 
 def library_bytes(kind: str) -> int:
-    """Workspaces of cuBLAS: one for each thread that multiplies, the forward's and the backward's. Elsewhere 0.
+    """Workspaces of cuBLAS: one for the thread of the forward and one for the thread of the backward. 0 without CUDA.
 
-    As torch documents it: `CUBLAS_WORKSPACE_CONFIG`, by default `:4096:2:16:8` (KiB and how many), on Hopper and later
-    data center cards `:4096:8`. Without a card at hand the first is assumed.
+    Source: torch's documentation of `CUBLAS_WORKSPACE_CONFIG`: by default `:4096:2:16:8` (KiB and count), on Hopper and
+    later data center GPUs `:4096:8`. Without a GPU the first is assumed.
     """
     if kind != "cuda":
         return 0

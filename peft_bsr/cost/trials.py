@@ -1,10 +1,10 @@
-"""What a block gains in a short run of its own, from a feature cache."""
+"""Gain of each block when it is trained alone for a short run, from a feature cache."""
 
 from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Callable, Sized
+from collections.abc import Callable, Mapping, Sized
 from typing import Any
 
 import torch
@@ -18,7 +18,8 @@ from peft_bsr.training import FeatureCache, default_learning_rate
 from peft_bsr.tuners import BSRConfig
 
 _HELD_OUT = 5  # every fifth sample
-Loss = Callable[[nn.Module, dict[str, Any]], Tensor]
+Loss = Callable[[nn.Module, Mapping[str, object]], Tensor]
+Collate = Callable[[list[Any]], dict[str, Any]]
 
 
 def gains_of_trials(
@@ -29,20 +30,20 @@ def gains_of_trials(
     *,
     batch_size: int,
     epochs: int,
-    collate: Callable[[list[Any]], dict[str, Any]],
+    collate: Collate,
     progress: bool,
 ) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
-    """For each block, trained whole and by a low-rank update: how far its loss on held-out samples is below the head's.
+    """Decrease of the held-out loss against the head alone, for each block: trained whole, and with a low-rank update.
 
     Args:
-        model: Without adapters; copies of it train.
-        spec: Of the model.
-        samples: Four fifths train, a fifth is held out.
+        model: Model without adapters; copies of it are trained.
+        spec: Spec of the model.
+        samples: Samples; four fifths are used for training, one fifth is held out.
         loss_of: (model, batch) -> loss.
-        batch_size: Samples of a step.
-        epochs: Passes over what trains.
-        collate: Makes a batch of samples.
-        progress: Show a bar.
+        batch_size: Samples per step.
+        epochs: Epochs over the training samples.
+        collate: Makes a batch from samples.
+        progress: Whether to show a progress bar.
     """
     held = list(range(0, len(samples), _HELD_OUT))
     trained = [index for index in range(len(samples)) if index % _HELD_OUT]
@@ -94,8 +95,8 @@ def gains_of_trials(
                 for form, found in gains.items():
                     found.append({"block": head_loss - run(block, form, folder)})
     for found in gains.values():
-        found.extend({"block": 0.0} for _ in range(spec.depth - count))  # that the output does not depend on
+        found.extend({"block": 0.0} for _ in range(spec.depth - count))  # blocks that the output does not depend on
     return gains["full"], gains["lora"]
 
 
-__all__ = ["gains_of_trials"]
+__all__ = ["Collate", "gains_of_trials"]

@@ -1,11 +1,11 @@
-"""The ways to train that a plan may take: what trains on which tokens, and how it is run."""
+"""The ways to train that the planner tries: what is trained, on which tokens, and how the step is run."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Literal, TypedDict
 
 import torch
 from transformers import PreTrainedModel
@@ -13,19 +13,37 @@ from transformers import PreTrainedModel
 from peft_bsr.cost.setup import Setup
 from peft_bsr.tuners import BSRConfig
 
+
+class TokenFields(TypedDict, total=False):
+    """Fields of `BSRConfig`: which tokens are dropped."""
+
+    reduction_blocks: list[int]
+    keep_rate: float
+
+
+class ConfigFields(TokenFields, total=False):
+    """Fields of `BSRConfig` that the planner sets."""
+
+    trainable_blocks: str | list[int]
+    trainable: str
+    lean: str
+    saved_activations: str
+    frozen_weights: str
+
+
 _HALVES, _THREE_TENTHS = "half of the tokens go, 3 times", "3 tokens of 10 go, 3 times"
 _AGAIN = "first products are computed twice"
-_EVERY = {"trainable_blocks": "every:1", "reduction_blocks": []}
+_EVERY: ConfigFields = {"trainable_blocks": "every:1", "reduction_blocks": []}
 
 
 @dataclass(frozen=True)
 class Way:
-    """One way.
+    """One way to train a model.
 
     Attributes:
-        config: For `get_peft_model`, or None for full fine-tuning.
-        setup: How it is trained.
-        gives_up: What it gives up against full fine-tuning as it is.
+        config: Configuration for `get_peft_model`, or None for full fine-tuning.
+        setup: How the model is trained.
+        gives_up: What it gives up compared with standard full fine-tuning.
     """
 
     config: BSRConfig | None
@@ -33,14 +51,14 @@ class Way:
     gives_up: str
 
 
-def settings_of(depth: int) -> tuple[tuple[dict[str, Any] | None, str], ...]:
-    """What trains and how many tokens stay (fields of `BSRConfig`, None = everything), and what that gives up.
+def settings_of(depth: int) -> tuple[tuple[ConfigFields | None, str], ...]:
+    """What is trained and which tokens are kept (fields of `BSRConfig`, None = everything), and what that gives up.
 
     Args:
-        depth: Blocks of the model.
+        depth: Number of blocks of the model.
 
     Returns:
-        What gives up least first.
+        Settings, ordered by how little they give up.
     """
     late, three_quarters = 2 * depth // 3, max(1, depth - depth // 4)
     return (
@@ -75,11 +93,11 @@ def settings_of(depth: int) -> tuple[tuple[dict[str, Any] | None, str], ...]:
     )
 
 
-def tokens_of(depth: int) -> tuple[tuple[dict[str, Any], str], ...]:
-    """Where tokens may be dropped (fields of `BSRConfig`), and what that gives up, all tokens first.
+def tokens_of(depth: int) -> tuple[tuple[TokenFields, str], ...]:
+    """Where tokens may be dropped (fields of `BSRConfig`), and what that gives up; the first keeps all tokens.
 
     Args:
-        depth: Blocks of the model.
+        depth: Number of blocks of the model.
     """
     late = 2 * depth // 3
     return (
@@ -90,21 +108,21 @@ def tokens_of(depth: int) -> tuple[tuple[dict[str, Any], str], ...]:
     )
 
 
-def ways_of(setting: tuple[dict[str, Any] | None, str], setup: Setup, dtype: torch.dtype) -> Iterator[Way | str]:
-    """How a setting can be run, the fewest FLOPs first; in the place of a way that does not pay, the reason.
+def ways_of(setting: tuple[ConfigFields | None, str], setup: Setup, dtype: torch.dtype) -> Iterator[Way | str]:
+    """Ways to run a setting, ordered by FLOPs; a string in the place of a way is the reason why it is not used.
 
     Args:
-        setting: Of `settings_of`.
-        setup: How it is trained; gradient checkpointing is chosen here.
-        dtype: Of the model's weights.
+        setting: Setting from `settings_of`.
+        setup: How the model is trained; gradient checkpointing is chosen here.
+        dtype: Dtype of the model's weights.
     """
     fields, given_up = setting
     frozen, reason = _frozen_weights(fields, setup, dtype)
     if reason:
         yield reason
 
-    def way(level: dict[str, Any], price: str, checkpointing: Any = False) -> Way:
-        config = None if fields is None else BSRConfig(**fields, **level, **frozen)
+    def way(level: ConfigFields, price: str, checkpointing: bool | Literal["offload"] = False) -> Way:
+        config = None if fields is None else BSRConfig(**(fields | level | frozen))
         prices = (given_up, "frozen weights are in bfloat16" if frozen else "", price)
         return Way(config, replace(setup, gradient_checkpointing=checkpointing), "; ".join(filter(None, prices)))
 
@@ -117,15 +135,15 @@ def ways_of(setting: tuple[dict[str, Any] | None, str], setup: Setup, dtype: tor
             yield "saved activations in int8: they step aside under torch.compile"
         else:
             yield way({"lean": "max", "saved_activations": "int8"}, f"{_AGAIN}; gradients off by 1 %")
-    stock = {} if fields is None else {"lean": "off"}
+    stock: ConfigFields = {} if fields is None else {"lean": "off"}
     twice = "every block runs twice" if fields is None else "blocks that gradients reach run twice"
     yield way(stock, twice, True)
     if setup.kind != "cpu":
         yield _why_not_offloaded(setup) or way(stock, f"{twice}, their inputs wait on the CPU", "offload")
 
 
-def _frozen_weights(fields: dict[str, Any] | None, setup: Setup, dtype: torch.dtype) -> tuple[dict[str, Any], str]:
-    """The field that halves frozen weights where that changes nothing, or else why not."""
+def _frozen_weights(fields: ConfigFields | None, setup: Setup, dtype: torch.dtype) -> tuple[ConfigFields, str]:
+    """Fields that store frozen weights in bfloat16 if that does not change the step, or the reason why not."""
     if fields is None or setup.autocast is None or dtype is not torch.float32:
         return {}, ""
     if setup.autocast is not torch.bfloat16:
@@ -144,4 +162,4 @@ def _why_not_offloaded(setup: Setup) -> str:
     return ""
 
 
-__all__ = ["Way", "settings_of", "tokens_of", "ways_of"]
+__all__ = ["ConfigFields", "TokenFields", "Way", "settings_of", "tokens_of", "ways_of"]

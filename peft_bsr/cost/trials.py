@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Callable, Sized
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from peft_bsr.backbones import ModelSpec
 from peft_bsr.training import FeatureCache, default_learning_rate
+from peft_bsr.training.types import MapStyleDataset
 from peft_bsr.tuners import BSRConfig
 
 _HELD_OUT = 5  # every fifth sample
@@ -24,7 +25,7 @@ Loss = Callable[[nn.Module, dict[str, Any]], Tensor]
 def gains_of_trials(
     model: nn.Module,
     spec: ModelSpec,
-    samples: Sized,
+    samples: MapStyleDataset,
     loss_of: Loss,
     *,
     batch_size: int,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Callable, Mapping, Sized
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from peft_bsr.backbones import ModelSpec
 from peft_bsr.training import FeatureCache, default_learning_rate
+from peft_bsr.training.types import MapStyleDataset
 from peft_bsr.tuners import BSRConfig
 
 _HELD_OUT = 5  # every fifth sample
@@ -25,7 +26,7 @@ Collate = Callable[[list[Any]], dict[str, Any]]
 def gains_of_trials(
     model: nn.Module,
     spec: ModelSpec,
-    samples: Sized,
+    samples: MapStyleDataset,
     loss_of: Loss,
     *,
     batch_size: int,

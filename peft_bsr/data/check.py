@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from datasets import Dataset
@@ -19,7 +18,7 @@ from PIL import Image as PILImage
 from tqdm import tqdm
 
 from peft_bsr.data.images import LabelledImages, labels_of
-from peft_bsr.data.pixels import image_name, open_image, stored, to_rgb
+from peft_bsr.data.pixels import ImageSource, StoredImage, image_name, open_image, stored, to_rgb
 from peft_bsr.data.rows import some
 from peft_bsr.errors import DatasetError, one_line
 from peft_bsr.problem_type import REGRESSION
@@ -100,7 +99,7 @@ class DataReport:
             said.append(f"modes other than 8 bits: {', '.join(strange)}; they are converted to RGB by their range")
         return said
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """For JSON."""
         return asdict(self)
 
@@ -119,7 +118,7 @@ def check_images(
         The report, and the data without rows that have no image and without images that cannot be decoded.
     """
     total = sum(len(rows) for rows in data.splits.values())
-    seen: dict[str, list[_Seen | DatasetError | None]] = {}
+    seen: _Looks = {}
     with (
         ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool,
         tqdm(total=total, desc="checking images", unit="image", disable=not progress) as bar,
@@ -175,12 +174,15 @@ class _Seen:
     digest: bytes
 
 
-def _look(source: Any) -> _Seen | DatasetError | None:
+_Looks = dict[str, list[_Seen | DatasetError | None]]  # split -> what each of its rows holds
+
+
+def _look(source: StoredImage | None) -> _Seen | DatasetError | None:
     """Properties of an image, None if there is none, or the error if it cannot be decoded."""
     if source is None or (source["bytes"] is None and not source["path"]):
         return None
     try:
-        encoded = Path(source["path"]).read_bytes() if source["bytes"] is None else source["bytes"]
+        encoded = Path(str(source["path"])).read_bytes() if source["bytes"] is None else source["bytes"]
         with PILImage.open(BytesIO(encoded)) as image:
             mode, (width, height) = image.mode, image.size
             if image.getexif().get(_ORIENTATION) in _LYING:
@@ -200,19 +202,19 @@ def _look(source: Any) -> _Seen | DatasetError | None:
         return _Seen(mode, width, height, hashlib.blake2b(encoded, digest_size=16).digest())
 
 
-def _reason(error: DatasetError, source: Any) -> str:
+def _reason(error: DatasetError, source: ImageSource) -> str:
     """The message without the name of the image, which is printed next to it."""
     name = f"`{image_name(source) or 'an image'}`"
     return str(error).replace(f"{name} ", "").replace(f" {name}", "").rstrip(".")
 
 
-def _batches(rows: Dataset) -> Iterator[list[Any]]:
+def _batches(rows: Dataset) -> Iterator[list[StoredImage | None]]:
     images = stored(rows.select_columns(["image"]))
     for start in range(0, len(images), _AT_ONCE):
         yield images[start : start + _AT_ONCE]["image"]
 
 
-def _report(data: LabelledImages, clean: LabelledImages, seen: dict[str, list[Any]], bad: list[BadImage]) -> DataReport:
+def _report(data: LabelledImages, clean: LabelledImages, seen: _Looks, bad: list[BadImage]) -> DataReport:
     looked = [one for found in seen.values() for one in found if isinstance(one, _Seen)]
     counts = {split: clean.counts(split) for split in clean.splits}
     classes = [] if clean.problem_type == REGRESSION else clean.labels
@@ -247,7 +249,7 @@ def _spread(values: list[int]) -> tuple[int, int, int]:
     return (min(values), int(np.median(values)), max(values)) if values else (0, 0, 0)
 
 
-def _duplicates(data: LabelledImages, seen: dict[str, list[Any]]) -> list[list[str]]:
+def _duplicates(data: LabelledImages, seen: _Looks) -> list[list[str]]:
     places: dict[bytes, list[tuple[str, int]]] = {}
     for split, found in seen.items():
         for index, one in enumerate(found):

@@ -5,13 +5,16 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from pathlib import Path, PurePath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset, Image, Value
 from PIL import Image as PILImage
 
 from peft_bsr.data.rows import some
 from peft_bsr.errors import DatasetError
+
+if TYPE_CHECKING:
+    from datasets.features.features import FeatureType
 
 IMAGE_NAMES = ("image", "images", "img", "file_name")
 _LOOKED_AT = 100  # rows that decide what a column of strings holds
@@ -83,7 +86,7 @@ def _has_relative_paths(stored: Dataset) -> bool:
     return False
 
 
-def _joined(root: Path | None, path: Any) -> str | None:
+def _joined(root: Path | None, path: object) -> str | None:
     if not path:
         return None
     return str((root or Path()) / str(path).replace("\\", "/"))
@@ -152,18 +155,18 @@ def may_be_images(rows: Dataset, name: str) -> bool:
     return "binary" in feature.dtype or ("string" in feature.dtype and _are_paths(_first(rows, name)))
 
 
-def _are_paths(values: Sequence[Any]) -> bool:
+def _are_paths(values: Sequence[str]) -> bool:
     PILImage.init()
     endings = PILImage.registered_extensions()
     return bool(values) and sum(PurePath(v).suffix.lower() in endings for v in values) > len(values) / 2
 
 
-def _first(rows: Dataset, name: str) -> list[Any]:
+def _first(rows: Dataset, name: str) -> list[str]:
     values = values_of(rows.select(range(min(_LOOKED_AT, len(rows)))), name)
     return [value for value in values if value not in (None, "") and value == value]
 
 
-def kind_name(feature: Any) -> str:
+def kind_name(feature: FeatureType) -> str:
     """The type of a column in one word: `int64`, `Image`.
 
     Args:

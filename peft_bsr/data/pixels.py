@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 import numpy as np
 import torch
@@ -16,11 +16,25 @@ from torch import Tensor
 
 from peft_bsr.errors import DatasetError, one_line
 
+if TYPE_CHECKING:
+    from transformers import BaseImageProcessor
+
 Transform = Callable[[PILImage.Image], PILImage.Image]
+Columns = dict[str, list[Any]]  # rows as `datasets` passes them to a transform
+
+
+class StoredImage(TypedDict):
+    """An image as `datasets` stores it: a file, or its bytes."""
+
+    path: str | None
+    bytes: bytes | None
+
+
+ImageSource = str | Path | bytes | StoredImage | PILImage.Image | None
 _TOPS = {"I": (255, 65535), "F": (1, 255, 65535)}  # ends of the ranges in use, smallest first
 
 
-def open_image(source: Any) -> PILImage.Image:
+def open_image(source: ImageSource) -> PILImage.Image:
     """A decoded image, rotated upright by its EXIF orientation, in the mode it was stored in.
 
     Args:
@@ -50,7 +64,7 @@ def open_image(source: Any) -> PILImage.Image:
         raise DatasetError(f"`{name}` cannot be decoded: {one_line(error)}") from error
 
 
-def image_name(source: Any) -> str | None:
+def image_name(source: ImageSource) -> str | None:
     """File name of an image for messages, or None if it has none.
 
     Args:
@@ -77,13 +91,13 @@ def to_rgb(image: PILImage.Image) -> PILImage.Image:
         image = PILImage.fromarray(_eight_bits(image))
     elif image.mode == "LAB":
         lab, rgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-        image = ImageCms.profileToProfile(image, lab, rgb, outputMode="RGB")  # type: ignore[assignment]
+        image = cast(PILImage.Image, ImageCms.profileToProfile(image, lab, rgb, outputMode="RGB"))  # None only in place
     elif image.mode in ("La", "RGBa"):  # premultiplied
         image = image.convert(image.mode[:-1] + "A")
     return image.convert("RGB")
 
 
-def to_pixels(images: Sequence[PILImage.Image], processor: Any) -> Tensor:
+def to_pixels(images: Sequence[PILImage.Image], processor: BaseImageProcessor) -> Tensor:
     """Images as a tensor [B, 3, H, W] for the model.
 
     Args:
@@ -95,7 +109,7 @@ def to_pixels(images: Sequence[PILImage.Image], processor: Any) -> Tensor:
     return pixels
 
 
-def to_pictures(pixels: Tensor, processor: Any) -> np.ndarray:
+def to_pictures(pixels: Tensor, processor: BaseImageProcessor) -> np.ndarray:
     """The model's input as pictures [B, H, W, 3] in 0 to 1, for drawing.
 
     Args:
@@ -107,7 +121,7 @@ def to_pictures(pixels: Tensor, processor: Any) -> np.ndarray:
     return pictures
 
 
-def with_pixels(images: Dataset, processor: Any, transform: Transform | None = None) -> Dataset:
+def with_pixels(images: Dataset, processor: BaseImageProcessor, transform: Transform | None = None) -> Dataset:
     """The images as `pixel_values` (and `labels`, if there are any), computed when a row is read.
 
     Args:
@@ -116,11 +130,11 @@ def with_pixels(images: Dataset, processor: Any, transform: Transform | None = N
         transform: Applied to each upright RGB image before the processor: augmentation, for training. Default None.
     """
 
-    def preprocess(rows: dict[str, list[Any]]) -> dict[str, Any]:
+    def preprocess(rows: Columns) -> Columns:
         opened = [to_rgb(open_image(image)) for image in rows["image"]]
         if transform is not None:
             opened = [transform(image) for image in opened]
-        made: dict[str, Any] = {"pixel_values": list(to_pixels(opened, processor))}
+        made: Columns = {"pixel_values": list(to_pixels(opened, processor))}
         return made | ({"labels": rows["label"]} if "label" in rows else {})
 
     return stored(images).with_transform(preprocess)
@@ -157,6 +171,9 @@ def _eight_bits(image: PILImage.Image) -> np.ndarray:
 
 
 __all__ = [
+    "Columns",
+    "ImageSource",
+    "StoredImage",
     "Transform",
     "collate",
     "image_name",

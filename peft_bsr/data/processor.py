@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import transformers
 from PIL import Image
@@ -14,6 +14,9 @@ from transformers import AutoConfig, AutoImageProcessor, ViTImageProcessorPil
 from peft_bsr.backbones import inner_config, native_size
 from peft_bsr.compat.transformers_api import image_processor_names, model_classes_of
 from peft_bsr.errors import DatasetError, ProcessorWarning, headline
+
+if TYPE_CHECKING:
+    from transformers import BaseImageProcessor, PreTrainedConfig
 
 _BICUBIC = int(Image.Resampling.BICUBIC)
 
@@ -24,7 +27,7 @@ def load_processor(
     *,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
-) -> Any:
+) -> BaseImageProcessor:
     """A model's image processor, set to resize whole images to one size, without a crop.
 
     Args:
@@ -67,7 +70,7 @@ def load_processor(
     return processor
 
 
-def size_of(processor: Any) -> tuple[int, int]:
+def size_of(processor: BaseImageProcessor) -> tuple[int, int]:
     """Height and width in pixels of a processor's output.
 
     Args:
@@ -86,7 +89,7 @@ def _numbers(values: Sequence[float]) -> str:
     return ", ".join(f"{value:.3g}" for value in values)
 
 
-def _find(source: str) -> tuple[Any, bool]:
+def _find(source: str) -> tuple[BaseImageProcessor, bool]:
     """The processor, and whether it is the model's own."""
     try:
         return AutoImageProcessor.from_pretrained(source, trust_remote_code=False), True
@@ -108,7 +111,7 @@ def _find(source: str) -> tuple[Any, bool]:
     return made(), False
 
 
-def _by_settings(source: str) -> Any:
+def _by_settings(source: str) -> BaseImageProcessor | None:
     """What a processor that needs torchvision does (DINOv3's), by Pillow; None where there is no file."""
     try:
         values, _ = ViTImageProcessorPil.get_image_processor_dict(source)
@@ -118,7 +121,7 @@ def _by_settings(source: str) -> Any:
     return ViTImageProcessorPil(**{name: values[name] for name in names if values.get(name) is not None})
 
 
-def _size(processor: Any, source: str, is_own: bool) -> tuple[int, int]:
+def _size(processor: BaseImageProcessor, source: str, is_own: bool) -> tuple[int, int]:
     """The size of the model's own processor, if the model accepts it; otherwise the size of pretraining."""
     size, is_fixed = _pretrained(source)
     takes_made = is_own and not is_fixed and _size_made(processor) is not None
@@ -135,14 +138,14 @@ def _pretrained(source: str) -> tuple[tuple[int, int] | None, bool]:
     return size, size is not None and _is_fixed(config)
 
 
-def _is_fixed(config: Any) -> bool:
+def _is_fixed(config: PreTrainedConfig) -> bool:
     """Whether the model accepts one image size, unless it interpolates its position embeddings."""
     parts = (config, inner_config(config))
     classes = [cls for part in parts for cls in model_classes_of(part)]
     return any("interpolate_pos_encoding" in inspect.signature(cls.forward).parameters for cls in classes)
 
 
-def _size_made(processor: Any) -> tuple[int, int] | None:
+def _size_made(processor: BaseImageProcessor) -> tuple[int, int] | None:
     crop = getattr(processor, "crop_size", None) if getattr(processor, "do_center_crop", False) else None
     size = dict(crop or getattr(processor, "size", None) or {})
     height = size.get("height") or size.get("shortest_edge")

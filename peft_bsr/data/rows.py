@@ -7,7 +7,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from datasets import (
@@ -181,7 +180,7 @@ def _read(path: Path) -> Dataset:
     return Dataset.from_dict({name.strip(): [line[column] for line in lines] for column, name in enumerate(names)})
 
 
-def _of_datasets(data: Any) -> Rows:
+def _of_datasets(data: Dataset | DatasetDict) -> Rows:
     """Splits by their names; others are skipped, with a note."""
     if isinstance(data, Dataset):
         return Rows({"train": data})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import isfinite
-from typing import Any
+from typing import TYPE_CHECKING
 
 from datasets import ClassLabel, Dataset, Value
 
@@ -13,6 +13,9 @@ from peft_bsr.data.columns import asked_column, may_be_images, one_column, value
 from peft_bsr.data.rows import some
 from peft_bsr.errors import DatasetError
 from peft_bsr.problem_type import MULTI_LABEL, REGRESSION, SINGLE_LABEL, ProblemType
+
+if TYPE_CHECKING:
+    from datasets.features.features import FeatureType
 
 LABEL_NAMES = ("label", "labels", "fine_label")
 _OPTION = "--label-column"
@@ -70,7 +73,7 @@ def find_target(
     return Target(names, found, notes)
 
 
-def list_item(feature: Any) -> Any:
+def list_item(feature: FeatureType) -> FeatureType | None:
     """Feature of the items in a column of lists, or None for other columns.
 
     Args:

@@ -7,17 +7,22 @@ import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from transformers import AutoImageProcessor
 
 from peft_bsr.errors import ExportError, headline
 from peft_bsr.problem_type import REGRESSION, SINGLE_LABEL, ProblemType
 
+if TYPE_CHECKING:
+    from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel
+
 _PROCESSOR = "preprocessor_config"  # transformers' own file of that name
 
 
-def describe_model(model: Any, shape: Sequence[int], processor: Any = None) -> dict[str, str]:
+def describe_model(
+    model: PreTrainedModel, shape: Sequence[int], processor: BaseImageProcessor | None = None
+) -> dict[str, str]:
     """Metadata of the file: name -> string, with other values as JSON.
 
     Args:
@@ -30,7 +35,7 @@ def describe_model(model: Any, shape: Sequence[int], processor: Any = None) -> d
         `image_mean`, `image_std`, `rescale_factor`, `resample` (`"bicubic"`, ...) and `preprocessor_config`,
         transformers' own file.
     """
-    found: dict[str, Any] = {}
+    found: dict[str, object] = {}
     named = getattr(model.config, "id2label", None)
     if named and getattr(model.config, "num_labels", None) == len(named):
         found["labels"] = [str(named[index]) for index in sorted(named)]
@@ -42,7 +47,7 @@ def describe_model(model: Any, shape: Sequence[int], processor: Any = None) -> d
     return {name: value if isinstance(value, str) else json.dumps(value) for name, value in found.items()}
 
 
-def fit_processor(processor: Any, shape: Sequence[int]) -> Any | None:
+def fit_processor(processor: BaseImageProcessor, shape: Sequence[int]) -> BaseImageProcessor | None:
     """The processor, if it makes images of that shape, otherwise a copy that resizes whole images to it.
 
     Args:
@@ -60,7 +65,7 @@ def fit_processor(processor: Any, shape: Sequence[int]) -> Any | None:
     return squeezing if _made_by(squeezing) == tuple(shape) else None
 
 
-def problem_type_of(config: Any) -> ProblemType:
+def problem_type_of(config: PreTrainedConfig) -> ProblemType:
     """The problem type of a model.
 
     Args:
@@ -70,7 +75,7 @@ def problem_type_of(config: Any) -> ProblemType:
     return named or (REGRESSION if config.num_labels == 1 else SINGLE_LABEL)
 
 
-def processor_of(description: Mapping[str, str]) -> Any | None:
+def processor_of(description: Mapping[str, str]) -> BaseImageProcessor | None:
     """The image processor that a file describes, or None.
 
     Args:
@@ -103,7 +108,7 @@ def add_description(path: Path, description: Mapping[str, str]) -> None:
     onnx.save(model, path)
 
 
-def _describe_processor(processor: Any) -> dict[str, Any]:
+def _describe_processor(processor: BaseImageProcessor) -> dict[str, object]:
     from PIL.Image import Resampling  # Pillow is not a dependency of the package
 
     scale = processor.rescale_factor if getattr(processor, "do_rescale", True) else 1.0
@@ -117,7 +122,7 @@ def _describe_processor(processor: Any) -> dict[str, Any]:
     }
 
 
-def _made_by(processor: Any) -> tuple[int, ...]:
+def _made_by(processor: BaseImageProcessor) -> tuple[int, ...]:
     """Shape of a processor's output for a landscape image; empty if it fails."""
     from PIL import Image
 

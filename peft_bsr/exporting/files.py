@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -17,19 +17,23 @@ from peft_bsr.exporting.formats import FORMATS, Run, quantize_onnx
 from peft_bsr.exporting.prepare import ImageFunction, to_image_function
 from peft_bsr.hub import find_image_processor
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import BaseImageProcessor
+
 FormatName = Literal["onnx", "torch.export", "executorch"]
 _TIMED_BATCH = 8  # where a file takes any batch
 
 
 def export(
-    model: Any,
+    model: PeftModel,
     format: FormatName,
     path: str | Path,
     *,
     batch_size: int | None = None,
     image_size: int | tuple[int, int] | None = None,
     quantize: Literal["int8"] | None = None,
-    image_processor: Any = None,
+    image_processor: BaseImageProcessor | None = None,
     check: bool = True,
 ) -> ExportReport:
     """Write a model as a file that runs without this package: weights merged, token reduction kept, fp32, for the CPU.
@@ -110,7 +114,9 @@ def _write(
         raise ExportError(f"{name} cannot be exported to {format}: {headline(error)}") from error
 
 
-def _describe(model: Any, function: ImageFunction, sample: Tensor, given: Any) -> tuple[dict[str, str], str | None]:
+def _describe(
+    model: PeftModel, function: ImageFunction, sample: Tensor, given: BaseImageProcessor | None
+) -> tuple[dict[str, str], str | None]:
     """Metadata of the file, and the origin of its image processor."""
     processor, origin = (given, "as it was given") if given is not None else find_image_processor(model)
     fitting = None if processor is None else fit_processor(processor, sample.shape[1:])
@@ -124,7 +130,7 @@ def _describe(model: Any, function: ImageFunction, sample: Tensor, given: Any) -
 
 
 def _report(
-    model: Any,
+    model: PeftModel,
     function: ImageFunction,
     format: str,
     path: Path,
@@ -164,7 +170,7 @@ def _count_tokens(function: ImageFunction, block: str, sample: Tensor) -> int:
 
 
 def _checked(
-    report: ExportReport, model: Any, function: ImageFunction, image_size: int | tuple[int, int] | None
+    report: ExportReport, model: PeftModel, function: ImageFunction, image_size: int | tuple[int, int] | None
 ) -> ExportReport:
     """The report with the file's accuracy and time."""
     fixed = report.input_shape[0]

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from torch import Tensor
 from peft_bsr.compat.torch_api import ONNX_REGISTRATION_LOGGER
 from peft_bsr.errors import ExportError
 from peft_bsr.exporting.prepare import ImageFunction
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
 
 Run = Callable[[Tensor], list[Tensor]]
 
@@ -93,7 +96,7 @@ def _load_onnx(path: Path) -> Run:
     return lambda images: [torch.from_numpy(o) for o in session.run(None, {images_in.name: images.numpy()})]
 
 
-def open_onnx(path: Path, providers: Sequence[str] = ("CPUExecutionProvider",)) -> Any:
+def open_onnx(path: Path, providers: Sequence[str] = ("CPUExecutionProvider",)) -> InferenceSession:
     """An onnxruntime session with as many threads as torch.
 
     Args:

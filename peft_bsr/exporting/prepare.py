@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,10 @@ from peft_bsr.engine import BlockController, Plan, attach_controller
 from peft_bsr.errors import ExportError, ReductionNotMergedWarning
 from peft_bsr.tuners.base.layer import find_controllers
 from peft_bsr.tuners.base.tuner import MethodTuner
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
 
 
 class ImageFunction(nn.Module):
@@ -69,7 +73,7 @@ class ImageFunction(nn.Module):
 
 
 def to_image_function(
-    model: Any, all_tokens: bool = False, image_size: int | tuple[int, int] | None = None
+    model: PeftModel, all_tokens: bool = False, image_size: int | tuple[int, int] | None = None
 ) -> ImageFunction:
     """A copy of `model` on the CPU in fp32, with its active adapter's weights merged and its reduction active.
 
@@ -116,7 +120,7 @@ def to_image_function(
     return ImageFunction(merged.eval(), plan)
 
 
-def _at_size(model: Any, image_size: int | tuple[int, int] | None) -> Any:
+def _at_size(model: PreTrainedModel, image_size: int | tuple[int, int] | None) -> PreTrainedModel:
     if image_size is not None:
         set_image_size(model, image_size)
     return model

@@ -6,12 +6,11 @@ import shutil
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
 
 import peft
 import torch
 import transformers
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import CardData, EvalResult, ModelCard, ModelCardData
 
 from peft_bsr.cost import Cost
 from peft_bsr.hub.facts import CardFacts
@@ -120,7 +119,7 @@ def _cost_table(facts: CardFacts) -> str:
     return "\n".join(rows) + (f"\n\n{facts.conditions}" if facts.conditions else "")
 
 
-def _limits(config: Any, method: MethodInfo) -> list[str]:
+def _limits(config: SavedConfig, method: MethodInfo) -> list[str]:
     limits = ["Run `import peft_bsr` before loading: without it, PEFT does not know the method."]
     if method.tuner.merges and method.tuner.reduces_in_evaluation:
         limits.append("Token reduction is not part of the weights: a merged model runs on all tokens and differs.")
@@ -135,7 +134,7 @@ def _limits(config: Any, method: MethodInfo) -> list[str]:
     return limits
 
 
-def _metadata(old: Any, config: SavedConfig, facts: CardFacts, base: str | None) -> ModelCardData:
+def _metadata(old: CardData, config: SavedConfig, facts: CardFacts, base: str | None) -> ModelCardData:
     """Existing metadata updated with ours; a local path is not a valid base model on the Hub and is left out."""
     method = known_method(config).name
     kept = {k: v for k, v in old.to_dict().items() if k not in ("model-index", "base_model", "eval_results")}

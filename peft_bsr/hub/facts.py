@@ -79,8 +79,8 @@ def facts_of(model: nn.Module, adapter_name: str | None = None) -> CardFacts:
 
 
 def _config_of(model: nn.Module, adapter_name: str | None) -> Any:
-    configs: Any = getattr(model, "peft_config", {})
-    active: Any = getattr(model, "active_adapter", None)
+    configs = getattr(model, "peft_config", {})
+    active = getattr(model, "active_adapter", None)
     name = adapter_name or active
     config = configs.get(name) if isinstance(configs, dict) else None
     if not isinstance(config, SavedConfig):

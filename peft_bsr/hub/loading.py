@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import transformers
@@ -22,6 +22,7 @@ from peft_bsr.hub.files import ADAPTER, MODEL, list_files
 from peft_bsr.hub.task import task_of
 from peft_bsr.tuners.base.base_model import with_settings
 
+_Auto: TypeAlias = type[AutoImageProcessor] | type[AutoFeatureExtractor]
 _SPARE = 0.01  # share of the weights that may be missing in a base model's file
 
 
@@ -65,7 +66,7 @@ def load(
     config = read_config(name, revision=revision, token=token)
     model = load_base(config, base=base, token=token, dtype=dtype, image_size=image_size)
     try:
-        loaded: Any = PeftModel.from_pretrained(
+        loaded = PeftModel.from_pretrained(
             model, _place(name), is_trainable=is_trainable, revision=revision, token=token
         )
     except RuntimeError as error:  # torch's, one line a weight
@@ -90,14 +91,13 @@ def read_config(name: str | Path, *, revision: str | None = None, token: str | b
     """
     files = list_files(name, revision=revision, token=token)
     if ADAPTER not in files:
-        why = f"it has no {ADAPTER}"
         raise HubError(
-            f"`{name}` is not an adapter ({why}). Give a folder with adapter_config.json, or the id of a "
+            f"`{name}` is not an adapter (it has no {ADAPTER}). Give a folder with adapter_config.json, or the id of a "
             "repository on the Hub that has one."
         )
     place: dict[str, Any] = {"revision": revision, "token": token}
     try:
-        config: Any = config_class(peft_type_of(_place(name), **place)).from_pretrained(_place(name), **place)
+        config: PeftConfig = config_class(peft_type_of(_place(name), **place)).from_pretrained(_place(name), **place)
         if not hasattr(config, "labels") and MODEL in files:  # of PEFT's own methods
             base = AutoConfig.from_pretrained(_place(name), trust_remote_code=False, **place)
             config.labels = [base.id2label[index] for index in sorted(base.id2label)]
@@ -110,13 +110,13 @@ def read_config(name: str | Path, *, revision: str | None = None, token: str | b
 
 
 def load_base(
-    config: Any,
+    config: PeftConfig,
     *,
     base: str | Path | None = None,
     token: str | bool | None = None,
     dtype: torch.dtype | str | None = None,
     image_size: int | tuple[int, int] | None = None,
-) -> Any:
+) -> transformers.PreTrainedModel:
     """The base model of an adapter, with a classifier with random weights for the adapter's labels.
 
     Args:
@@ -138,7 +138,7 @@ def load_base(
     settings_class = getattr(model_class, "config_class", None) or AutoConfig
     place: dict[str, Any] = {"token": token, "revision": None if base else config.revision, "trust_remote_code": False}
     labels, changes = getattr(config, "labels", None), getattr(config, "base_config", None)
-    named: dict[str, Any] = {}
+    named: dict[str, object] = {}
     if labels:
         named["id2label"] = dict(enumerate(labels))
         named["label2id"] = {label: index for index, label in enumerate(labels)}
@@ -173,7 +173,7 @@ def load_base(
 
 def load_image_processor(
     name: str | Path, *, base: str | Path | None = None, revision: str | None = None, token: str | bool | None = None
-) -> Any:
+) -> transformers.BaseImageProcessor:
     """The image processor saved with an adapter, or its base model's.
 
     Args:
@@ -188,7 +188,7 @@ def load_image_processor(
     return _load_processor(AutoImageProcessor, "an image processor", name, base, revision, token)
 
 
-def find_image_processor(model: Any) -> tuple[Any, str] | tuple[None, None]:
+def find_image_processor(model: PeftModel) -> tuple[transformers.BaseImageProcessor, str] | tuple[None, None]:
     """The image processor of a loaded model, and its origin as text. Only local files are read.
 
     Args:
@@ -217,7 +217,7 @@ def pipeline(
     revision: str | None = None,
     token: str | bool | None = None,
     dtype: torch.dtype | str | None = None,
-    **settings: Any,
+    **settings: object,
 ) -> transformers.Pipeline:
     """A transformers pipeline for an adapter, with its task, model and processor.
 
@@ -240,7 +240,7 @@ def pipeline(
         >>> pipeline("me/pets-bsr")("cat.jpg", top_k=1)  # doctest: +SKIP
         [{'label': 'Abyssinian', 'score': 0.98}]
     """
-    model: Any = load(name, base=base, revision=revision, token=token, dtype=dtype)
+    model = load(name, base=base, revision=revision, token=token, dtype=dtype)
     task = task_of(model.peft_config[model.active_adapter])
     if task.pipeline is None:
         raise HubError(f"There is no pipeline for `{name}`: {task.description} Call the model of `peft_bsr.load`.")
@@ -254,8 +254,8 @@ def pipeline(
 
 
 def _load_processor(
-    auto: Any, kind: str, name: str | Path, base: str | Path | None, revision: str | None, token: str | bool | None
-) -> Any:
+    auto: _Auto, kind: str, name: str | Path, base: str | Path | None, revision: str | None, token: str | bool | None
+) -> transformers.BaseImageProcessor | transformers.FeatureExtractionMixin:
     """The processor of the adapter, or of its base model."""
     config = read_config(name, revision=revision, token=token)
     sources = [(str(name), revision), (str(base or config.base_model_name_or_path), None if base else config.revision)]
@@ -274,11 +274,11 @@ def _place(name: str | Path) -> str:
     return str(folder) if folder.is_dir() else str(name)
 
 
-def _processor_at(source: str) -> Any:
+def _processor_at(source: str) -> transformers.BaseImageProcessor:
     return AutoImageProcessor.from_pretrained(source, local_files_only=True, trust_remote_code=False)
 
 
-def _class_of(config: Any) -> Any:
+def _class_of(config: PeftConfig) -> type[transformers.PreTrainedModel] | type[AutoModelForImageClassification]:
     """The class that the adapter was attached to, if it is one of transformers.
 
     Raises:
@@ -300,7 +300,7 @@ def _class_of(config: Any) -> Any:
     return found
 
 
-def _check_complete(model: Any, report: dict[str, Any], config: Any, source: str) -> None:
+def _check_complete(model: nn.Module, report: Mapping[str, Collection], config: PeftConfig, source: str) -> None:
     """Refuse another model's file: transformers initializes missing weights at random and only logs it.
 
     The head may be missing, because the adapter has it; so may a few weights that are only used in pretraining.
@@ -330,7 +330,7 @@ def _check_complete(model: Any, report: dict[str, Any], config: Any, source: str
         )
 
 
-def _backbone_of(model: Any, config: Any) -> str:
+def _backbone_of(model: nn.Module, config: PeftConfig) -> str:
     """Prefix of the names in the part with the blocks; the rest is the head, or is not used."""
     places = (getattr(config, "layout", None) or {}).items()
     top = next((name.partition(".")[0] for place, name in places if place.startswith("blocks.")), "")

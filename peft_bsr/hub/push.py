@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from huggingface_hub import HfApi
 from peft import PeftModel
 
 from peft_bsr.hub.facts import add_facts
 
+if TYPE_CHECKING:
+    from transformers import BaseImageProcessor
+
 
 def push_to_hub(
     model: PeftModel,
     repo_id: str,
     *,
-    image_processor: Any = None,
+    image_processor: BaseImageProcessor | None = None,
     private: bool | None = None,
     token: str | bool | None = None,
     revision: str | None = None,

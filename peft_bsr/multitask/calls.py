@@ -32,10 +32,10 @@ class ImageCall(TaskCall):
     rows: dict[int, Tensor | None] = field(default_factory=dict)
     places: dict[int, list[int]] = field(default_factory=dict)
     labels: Any = None
-    num_items: Any = None
+    num_items: Tensor | int | None = None
     grid: tuple[int, int] | None = None
 
-    def labels_of(self, task: TaskConfig, index: int) -> Any:
+    def labels_of(self, task: TaskConfig, index: int) -> Tensor | Sequence[float] | None:
         """Labels of a task, given by its index among the adapter's tasks; None if there are none."""
         labels, rows = self.labels, self.rows[index]
         if isinstance(labels, dict):
@@ -46,14 +46,14 @@ class ImageCall(TaskCall):
             return labels.index_select(0, rows)
         return torch.stack([torch.as_tensor(labels[place]) for place in self.places[index]])
 
-    def num_images(self, batch: int) -> Any:
+    def num_images(self, batch: int) -> Tensor | float:
         """Number of images that the loss is averaged over: the batch, or all batches of an accumulated step."""
         if self.num_items is None or not isinstance(self.labels, Tensor):
             return batch
         return self.num_items / (self.labels.numel() / len(self.labels))
 
 
-def without_tasks(kwargs: dict[str, Any]) -> dict[str, Any]:
+def without_tasks(kwargs: dict[str, object]) -> dict[str, object]:
     """The keyword arguments without `task` and `task_ids`."""
     return {name: value for name, value in kwargs.items() if name not in _OWN}
 
@@ -61,10 +61,10 @@ def without_tasks(kwargs: dict[str, Any]) -> dict[str, Any]:
 def read_call(
     tasks: Sequence[TaskConfig],
     column: ModelSpec,
-    args: tuple[Any, ...],
+    args: tuple[object, ...],
     kwargs: dict[str, Any],
     num_images: int | None = None,
-) -> tuple[ImageCall, dict[str, Any]]:
+) -> tuple[ImageCall, dict[str, object]]:
     """The tasks and labels of a call, and the keyword arguments for the model itself.
 
     Args:
@@ -100,7 +100,12 @@ def read_call(
     return call, left
 
 
-def _indices(tasks: Sequence[TaskConfig], task: Any, task_ids: Any, batch: int) -> list[int]:
+def _indices(
+    tasks: Sequence[TaskConfig],
+    task: str | Sequence[str] | None,
+    task_ids: Tensor | Sequence[int] | int | None,
+    batch: int,
+) -> list[int]:
     names = [t.name for t in tasks]
     if task is not None and task_ids is not None:
         raise AdapterError(f"`task={task!r}` and `task_ids` were both given. Give one of them.")

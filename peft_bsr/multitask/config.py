@@ -115,7 +115,7 @@ class MoEConfig:
             raise ConfigError.from_problems("MoEConfig", problems)
 
 
-def read_moe(value: Any) -> tuple[MoEConfig | None, list[str]]:
+def read_moe(value: object) -> tuple[MoEConfig | None, list[str]]:
     """A config's `moe` as `MoEConfig`, and its problems.
 
     Args:
@@ -131,7 +131,7 @@ def read_moe(value: Any) -> tuple[MoEConfig | None, list[str]]:
     return _tried(MoEConfig, value, "moe")
 
 
-def read_tasks(value: Any) -> tuple[list[TaskConfig] | None, list[str]]:
+def read_tasks(value: object) -> tuple[list[TaskConfig] | None, list[str]]:
     """A config's `tasks` in order, and their problems.
 
     Args:
@@ -171,13 +171,13 @@ def check_weights(weights: Any, tasks: list[TaskConfig] | None) -> list[str]:
     return []
 
 
-def _with_name(name: Any, task: Any) -> Any:
+def _with_name(name: str, task: object) -> TaskConfig | Mapping[str, object]:
     if isinstance(task, TaskConfig):
         return TaskConfig(name, task.num_outputs, task.kind)
     return {"name": name, **task} if isinstance(task, Mapping) else {"name": name, "num_outputs": task}
 
 
-def _tried(cls: Any, settings: Mapping[str, Any], name: str) -> tuple[Any, list[str]]:
+def _tried(cls: type, settings: Mapping[str, object], name: str) -> tuple[Any, list[str]]:
     try:
         return cls(**settings), []
     except ConfigError as error:

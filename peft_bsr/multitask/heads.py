@@ -5,7 +5,7 @@ Shapes: B images, b of them of one task, N tokens, P prefix tokens, D width, C o
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -115,7 +115,7 @@ def new_linear(in_features: int, out_features: int) -> nn.Linear:
     return linear
 
 
-def task_loss(task: TaskConfig, output: Tensor, labels: Any) -> Tensor:
+def task_loss(task: TaskConfig, output: Tensor, labels: Tensor | Sequence[float]) -> Tensor:
     """Mean loss of one task's part of the batch: cross-entropy, or the squared error.
 
     Maps are scaled to the size of the labels (bilinear). Without a single valid label the loss is 0.

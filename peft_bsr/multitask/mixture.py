@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +26,9 @@ class PlainMLP:
         second: F -> D.
     """
 
-    first: Any
+    first: Callable[[Tensor], Tensor]
     activation: Callable[[Tensor], Tensor]
-    second: Any
+    second: Callable[[Tensor], Tensor]
 
 
 class FullExperts(nn.Module):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +31,7 @@ class MultitaskOutput(ModelOutput):
     """
 
     loss: Tensor | None = None
-    logits: Any = None
+    logits: Tensor | dict[str, Tensor] | None = None
     task_losses: dict[str, Tensor] | None = None
     rows: dict[str, Tensor] | None = None
     hidden_states: tuple[Tensor, ...] | None = None
@@ -40,7 +39,11 @@ class MultitaskOutput(ModelOutput):
 
 
 def collect_output(
-    tasks: Sequence[TaskConfig], weights: Mapping[str, float], balance_weight: float, call: ImageCall, stock: Any
+    tasks: Sequence[TaskConfig],
+    weights: Mapping[str, float],
+    balance_weight: float,
+    call: ImageCall,
+    stock: ModelOutput | tuple[dict[str, Tensor], ...],
 ) -> MultitaskOutput:
     """Build the output at the end of a forward.
 
@@ -55,7 +58,7 @@ def collect_output(
         AdapterError: If labels do not fit, or the balance loss would have no gradient.
     """
     values = stock[0] if isinstance(stock, tuple) else stock
-    outputs: Any = getattr(values, "logits", values)
+    outputs: dict[str, Tensor] = getattr(values, "logits", values)
     present = {tasks[index].name: rows for index, rows in call.rows.items()}
     result = MultitaskOutput(
         hidden_states=getattr(stock, "hidden_states", None), attentions=getattr(stock, "attentions", None)

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from peft_bsr.errors import DatasetError, InputError, MissingDependencyError, UnreadableImageWarning
 from peft_bsr.hub import find_image_processor
 from peft_bsr.prediction.answers import THRESHOLD, Prediction, to_prediction
 from peft_bsr.prediction.predictor import Predictor, open_predictor, to_predictor
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import BaseImageProcessor, PreTrainedModel
+
+    from peft_bsr.prediction.images import Images
+
 _NAMED = 10  # files in a message
 
 
 def predict(
-    model: Any,
-    images: Any,
+    model: str | Path | PeftModel | PreTrainedModel,
+    images: Images,
     *,
     top_k: int | None = 1,
     threshold: float = THRESHOLD,
@@ -24,7 +30,7 @@ def predict(
     workers: int | None = None,
     device: str | None = None,
     base: str | Path | None = None,
-    image_processor: Any = None,
+    image_processor: BaseImageProcessor | None = None,
     progress: bool = False,
 ) -> list[Prediction]:
     """Predict classes, several labels, or values of images.
@@ -87,7 +93,9 @@ def predict(
     return found
 
 
-def _in_memory(model: Any, processor: Any, device: str | None) -> Predictor:
+def _in_memory(
+    model: PeftModel | PreTrainedModel, processor: BaseImageProcessor | None, device: str | None
+) -> Predictor:
     if device is not None:
         raise InputError(f"`device={device!r}`: a model in memory stays on its device. Use `model.to({device!r})`.")
     if processor is None and hasattr(model, "peft_config"):

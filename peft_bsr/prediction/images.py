@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import torch
 from datasets import Dataset
@@ -16,8 +16,15 @@ from torch.utils.data import Dataset as TorchDataset
 from tqdm import tqdm
 
 from peft_bsr.data import image_name, load_unlabelled, open_image, stored, to_pixels, to_rgb
+from peft_bsr.data.pixels import ImageSource
 from peft_bsr.errors import DatasetError, one_line
 from peft_bsr.prediction.predictor import Predictor
+
+if TYPE_CHECKING:
+    from transformers import BaseImageProcessor
+
+Images: TypeAlias = str | Path | Image.Image | Sequence[str | Path | Image.Image] | Dataset
+"""See `read_rows`."""
 
 
 class Rows(Protocol):
@@ -25,10 +32,10 @@ class Rows(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int, /) -> Any: ...
+    def __getitem__(self, index: int, /) -> Mapping[str, ImageSource]: ...
 
 
-def read_rows(images: Any, *, image_column: str | None = None, split: str | None = None) -> Rows:
+def read_rows(images: Images, *, image_column: str | None = None, split: str | None = None) -> Rows:
     """Rows with an `image`, without decoding.
 
     Args:
@@ -42,13 +49,18 @@ def read_rows(images: Any, *, image_column: str | None = None, split: str | None
     """
     if isinstance(images, Dataset):
         return stored(images).select_columns(["image"])
-    several: Sequence[Any] = [images] if isinstance(images, (str, Path, Image.Image)) else list(images)
+    several: Sequence[str | Path | Image.Image] = (
+        [images] if isinstance(images, (str, Path, Image.Image)) else list(images)
+    )
     if not several:
         raise DatasetError("there are no images: the list is empty.")
     if all(isinstance(one, (str, Path)) for one in several):
         rows = load_unlabelled([str(one) for one in several], image_column=image_column, split=split)
         return stored(rows).select_columns(["image"])
-    return [{"image": one if isinstance(one, Image.Image) else str(one)} for one in several]
+    rows_in_memory: list[dict[str, ImageSource]] = [
+        {"image": one if isinstance(one, Image.Image) else str(one)} for one in several
+    ]
+    return rows_in_memory
 
 
 def row_name(rows: Rows, index: int) -> str:
@@ -100,7 +112,7 @@ def _run(predictor: Predictor, pixels: Tensor) -> Tensor:
 class _Pixels(TorchDataset):
     """Each image as the model's input [3, H, W], or why it cannot be read."""
 
-    def __init__(self, rows: Rows, processor: Any) -> None:
+    def __init__(self, rows: Rows, processor: BaseImageProcessor) -> None:
         self.rows, self.processor = rows, processor
 
     def __len__(self) -> int:
@@ -117,4 +129,4 @@ class _Pixels(TorchDataset):
         return to_pixels([image], self.processor)[0]
 
 
-__all__ = ["Rows", "outputs_of", "read_rows", "row_name"]
+__all__ = ["Images", "Rows", "outputs_of", "read_rows", "row_name"]

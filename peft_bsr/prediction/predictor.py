@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,6 +18,10 @@ from peft_bsr.exporting import fit_processor, open_onnx, problem_type_of, proces
 from peft_bsr.hub import load, load_image_processor, task_of
 from peft_bsr.hub.files import ADAPTER, MODEL, list_files
 from peft_bsr.problem_type import ProblemType
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import BaseImageProcessor, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class Predictor:
     name: str
     labels: list[str]
     problem_type: ProblemType
-    processor: Any
+    processor: BaseImageProcessor
     run: Callable[[Tensor], Tensor]
     batch_size: int | None = None
 
@@ -66,7 +70,7 @@ def open_predictor(
     device = find_device(device)
     files = list_files(name)
     if ADAPTER in files:
-        adapted: Any = load(name, base=base, image_size=image_size)
+        adapted = load(name, base=base, image_size=image_size)
         processor = at_size(load_image_processor(name, base=base), image_size)
         return to_predictor(adapted.to(device), processor, name=str(name))
     if MODEL not in files:
@@ -89,7 +93,7 @@ def open_predictor(
     return to_predictor(model.to(device), at_size(processor, image_size), name=str(name))
 
 
-def at_size(processor: Any, image_size: int | None) -> Any:
+def at_size(processor: BaseImageProcessor, image_size: int | None) -> BaseImageProcessor:
     """An image processor with the given image size.
 
     Args:
@@ -105,7 +109,9 @@ def at_size(processor: Any, image_size: int | None) -> Any:
     return fitting
 
 
-def to_predictor(model: Any, processor: Any, *, name: str | None = None) -> Predictor:
+def to_predictor(
+    model: PeftModel | PreTrainedModel, processor: BaseImageProcessor, *, name: str | None = None
+) -> Predictor:
     """A predictor for a model in memory, in evaluation mode, on the model's device.
 
     Args:

@@ -6,7 +6,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import numpy as np
 import torch
@@ -20,7 +20,31 @@ from peft_bsr.prediction.predictor import Predictor
 from peft_bsr.problem_type import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 from peft_bsr.training.scores import figures_by_label, label_figures, value_figures
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+
 _KEYS, _SHOWN, _PAIRS, _WORST = ("precision", "recall", "f1", "images"), 20, 10, 20
+
+Details = dict[str, Any]  # results for JSON, see each score
+
+
+class _Texts(TypedDict):
+    label: str
+    answer: str
+
+
+class Answer(_Texts, total=False):
+    """True label and predicted answer of an image, and with one class per image its probability."""
+
+    probability: float
+
+
+class WorstImage(Answer):
+    """An image with a high loss."""
+
+    row: int
+    file: str
+    loss: float
 
 
 class Table(NamedTuple):
@@ -62,7 +86,7 @@ class Score(ABC):
         """Name -> metric over all images; the first one is the main metric, the last is `loss`."""
 
     @abstractmethod
-    def details(self) -> dict[str, Any]:
+    def details(self) -> Details:
         """Further results for JSON, including the `worst` images."""
 
     @abstractmethod
@@ -80,14 +104,14 @@ class Score(ABC):
         return float(self.losses.mean())
 
     @abstractmethod
-    def said(self, index: int) -> dict[str, Any]:
+    def said(self, index: int) -> Answer:
         """True `label` and predicted `answer` of an image as text.
 
         Args:
             index: Index of the image.
         """
 
-    def worst(self, count: int = _WORST) -> list[dict[str, Any]]:
+    def worst(self, count: int = _WORST) -> list[WorstImage]:
         """Images with the highest loss: `row`, `file`, `label`, `answer`, `loss`, highest first.
 
         Args:
@@ -114,7 +138,7 @@ class ClassScore(Score):
         top5 = {"top5_accuracy": self.top_accuracy(5)} if len(self.names) > 5 else {}
         return {"accuracy": self.accuracy, "balanced_accuracy": self.balanced_accuracy(), **top5, "loss": self.loss}
 
-    def details(self) -> dict[str, Any]:
+    def details(self) -> Details:
         """For JSON: `classes` (metrics of each), `labels`, `confusion` in the order of `labels`, `worst` images."""
         return {
             "classes": self.by_class(),
@@ -186,7 +210,7 @@ class ClassScore(Score):
         pairs = [(row, column) for row, column in zip(*np.unravel_index(first, wrong.shape), strict=True)]
         return [(self.names[r], self.names[c], int(wrong[r, c])) for r, c in pairs if wrong[r, c]]
 
-    def said(self, index: int) -> dict[str, Any]:
+    def said(self, index: int) -> Answer:
         """`label`, `answer`, and its `probability`."""
         answer = self.answers[index]
         chance = float(self.logits[index].softmax(-1)[answer])
@@ -201,7 +225,7 @@ class LabelScore(Score):
         """`f1_micro` (the main metric), `f1_macro`, `mAP`, see `label_figures`; `loss`."""
         return {**label_figures(self.logits.numpy(), self.labels), "loss": self.loss}
 
-    def details(self) -> dict[str, Any]:
+    def details(self) -> Details:
         """For JSON: `classes` (metrics of each label), `labels`, `worst` images."""
         return {"classes": self.by_label(), "labels": list(self.names), "worst": self.worst()}
 
@@ -220,7 +244,7 @@ class LabelScore(Score):
         each = zip(self.names, figures_by_label(self.logits.numpy(), self.labels), strict=True)
         return {name: own for name, own in each if own["images"]}
 
-    def said(self, index: int) -> dict[str, Any]:
+    def said(self, index: int) -> Answer:
         """`label` and `answer`, names separated by commas."""
         both = (self.labels[index] > 0, (self.logits[index] >= 0).numpy())
         names = [", ".join(name for name, is_there in zip(self.names, one, strict=True) if is_there) for one in both]
@@ -235,7 +259,7 @@ class ValueScore(Score):
         """`mae` (the main metric), `rmse`, `r2`, see `value_figures`; `loss`."""
         return {**value_figures(self.logits.numpy(), self.labels), "loss": self.loss}
 
-    def details(self) -> dict[str, Any]:
+    def details(self) -> Details:
         """For JSON: `values` (metrics of each), `labels` (their names), `worst` images."""
         return {"values": self.by_value(), "labels": list(self.names), "worst": self.worst()}
 
@@ -256,7 +280,7 @@ class ValueScore(Score):
         columns = zip(self.names, self.logits.numpy().T, self.labels.T, strict=True)
         return {name: value_figures(found[:, None], right[:, None]) for name, found, right in columns}
 
-    def said(self, index: int) -> dict[str, Any]:
+    def said(self, index: int) -> Answer:
         """`label` and `answer`, numbers separated by commas."""
         both = (self.labels[index].tolist(), self.logits[index].tolist())
         label, answer = (", ".join(f"{value:.4g}" for value in one) for one in both)
@@ -276,7 +300,7 @@ def class_table(classes: dict[str, dict[str, float]]) -> Table:
 
 
 def score(
-    predictor: Predictor, images: Any, *, batch_size: int = 32, workers: int | None = None, progress: bool = True
+    predictor: Predictor, images: Dataset, *, batch_size: int = 32, workers: int | None = None, progress: bool = True
 ) -> Score:
     """Evaluate a model on labelled images.
 

@@ -7,7 +7,6 @@ import io
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -166,7 +165,7 @@ def _budgets(record: RunRecord) -> str:
 
 
 def _settings(record: RunRecord) -> str:
-    def table(values: Mapping[str, Any]) -> str:
+    def table(values: Mapping[str, object]) -> str:
         rows = "".join(f"<tr><td>{escape(str(n))}</td><td>{escape(str(v))}</td></tr>" for n, v in values.items())
         return f'<div class="scroll"><table class="facts">{rows}</table></div>'
 

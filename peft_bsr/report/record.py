@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL.Image import Image
@@ -68,7 +67,7 @@ class RunRecord:
     plan: Plan | None
     description: Sequence[str] = ()
     headline: Mapping[str, str] = field(default_factory=dict)
-    log_history: Sequence[Mapping[str, Any]] = ()
+    log_history: Sequence[Mapping[str, float]] = ()
     kept_step: int | None = None
     results: Results | None = None
     memory: Mapping[str, int] = field(default_factory=dict)
@@ -80,7 +79,7 @@ class RunRecord:
     titles: Sequence[str] = ()
     kept: Sequence[KeptTokens] = ()
     budgets: Sequence[BudgetRecord] = ()
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, object] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     command: str = ""
 

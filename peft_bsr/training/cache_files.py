@@ -25,6 +25,7 @@ _CHECKSUMS = "row_crc32"
 _ABOUT, _DONE, _LOCK = "cache.json", "done", ".lock"
 
 Fields = dict[str, tuple[str, list[int]]]  # name -> dtype and shape of a row
+Key = dict[str, Any]  # what the rows depend on, as JSON
 
 
 class CacheFiles:
@@ -44,11 +45,11 @@ class CacheFiles:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.key: dict[str, Any] = {}
+        self.key: Key = {}
         self.fields: Fields = {}
         self.num_rows = self.num_done = 0
         self._seed = 0
-        self._maps: dict[str, np.memmap[Any, Any]] = {}
+        self._maps: dict[str, np.memmap] = {}
         self._flushed = time.monotonic()
 
     @property
@@ -89,7 +90,7 @@ class CacheFiles:
         finally:
             lock.release()
 
-    def create(self, key: dict[str, Any], fields: Fields, num_rows: int) -> None:
+    def create(self, key: Key, fields: Fields, num_rows: int) -> None:
         """Create the files at their full size, which reserves the disk space.
 
         Raises:
@@ -196,9 +197,9 @@ class CacheFiles:
             )
         return {name: torch.from_numpy(row)[0].view(getattr(torch, self.fields[name][0])) for name, row in rows.items()}
 
-    def spec(self, name: str) -> list[Any]:
+    def spec(self, name: str) -> list[object]:
         """One field of all finished rows, without checking them."""
-        values: list[Any] = self._maps[name][: self.num_done].tolist()
+        values: list[object] = self._maps[name][: self.num_done].tolist()
         return values
 
     def _checksum(self, index: int, row: Mapping[str, np.ndarray]) -> int:
@@ -226,8 +227,8 @@ class CacheFiles:
                 "disk space, or choose another folder. Finished rows are kept."
             ) from error
 
-    def __reduce__(self) -> tuple[Any, ...]:  # a memory map would be pickled with all of its numbers
-        return _reopen, (self.folder,)
+    def __reduce__(self) -> tuple[Callable[[Path], CacheFiles], tuple[Path]]:
+        return _reopen, (self.folder,)  # a memory map would be pickled with all of its numbers
 
 
 def num_bytes(fields: Fields, num_rows: int) -> int:
@@ -235,7 +236,7 @@ def num_bytes(fields: Fields, num_rows: int) -> int:
     return sum(num_rows * math.prod(shape) * getattr(torch, dtype).itemsize for dtype, shape in fields.values())
 
 
-def _parsed(text: bytes) -> tuple[dict[str, Any], Fields, int]:
+def _parsed(text: bytes) -> tuple[Key, Fields, int]:
     """Key, fields and number of rows of a `cache.json`."""
     about = json.loads(text)
     key, fields, num_rows = about["key"], about["fields"], about["num_rows"]
@@ -288,8 +289,8 @@ def _view_dtype(dtype: str) -> torch.dtype:
     return torch.int16 if dtype == "bfloat16" else getattr(torch, dtype)
 
 
-def _numpy_dtype(dtype: str) -> Any:
+def _numpy_dtype(dtype: str) -> np.dtype:
     return torch.empty(0, dtype=_view_dtype(dtype)).numpy().dtype
 
 
-__all__ = ["CacheFiles", "Fields", "num_bytes"]
+__all__ = ["CacheFiles", "Fields", "Key", "num_bytes"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +11,7 @@ from peft_bsr.backbones import Fingerprint
 from peft_bsr.core import ResumePoint
 from peft_bsr.engine import Plan
 from peft_bsr.errors import FeatureCacheError
+from peft_bsr.training.cache_files import Key
 from peft_bsr.tuners.base.layer import ROOT, AdapterController, SingleAdapterLayer, find_controllers
 
 
@@ -49,7 +49,7 @@ class CachePoint:
         self.layers = controller.read_layers
         self.index = controller.spec.depth if self.layers else self.plan.trained_blocks[0]
 
-    def key(self) -> dict[str, Any]:
+    def key(self) -> Key:
         """What the tokens depend on, other than the images."""
         end = self.layers[-1] + 1 if self.layers else self.index
         modules = {name.removeprefix(ROOT): module for name, module in self.model.named_modules()}

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
 from peft_bsr.errors import FeatureCacheError
+from peft_bsr.training.types import Batch, Collate, MapStyleDataset
 
 _READ_AGAIN, _TIMES = 8, 4  # number of samples that are checked for random augmentation, and how often each is read
 
@@ -30,8 +31,8 @@ class Samples:
         progress: Whether to show a progress bar.
     """
 
-    dataset: Any
-    collate: Callable[[list[Any]], dict[str, Any]]
+    dataset: MapStyleDataset
+    collate: Collate
     name: str
     batch_size: int
     num_workers: int
@@ -40,19 +41,19 @@ class Samples:
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def take(self, indices: Sequence[int]) -> dict[str, Any]:
+    def take(self, indices: Sequence[int]) -> Batch:
         """One batch, read as a DataLoader reads it."""
-        return self.collate(Subset(self.dataset, indices).__getitems__([*range(len(indices))]))
+        return self.collate(self._subset(indices).__getitems__([*range(len(indices))]))
 
-    def batches(self, indices: Sequence[int], title: str) -> Iterator[dict[str, Any]]:
+    def batches(self, indices: Sequence[int], title: str) -> Iterator[Batch]:
         """Batches of these samples, in order.
 
         Args:
             indices: Indices of the samples.
             title: Title of the progress bar.
         """
-        subset: Any = Subset(self.dataset, indices)
-        loader: Any = DataLoader(subset, self.batch_size, collate_fn=self.collate, num_workers=self.num_workers)
+        subset = self._subset(indices)
+        loader = DataLoader(subset, self.batch_size, collate_fn=self.collate, num_workers=self.num_workers)
         start = indices[0] if len(indices) else 0
         with tqdm(
             total=start + len(indices), initial=start, unit="image", desc=title, disable=not self.progress
@@ -60,6 +61,9 @@ class Samples:
             for batch in loader if len(indices) else ():
                 yield batch
                 bar.update(len(batch[self.name]))
+
+    def _subset(self, indices: Sequence[int]) -> Subset:
+        return Subset(cast(Dataset, self.dataset), indices)
 
     def spread(self, number: int, among: int | None = None) -> list[int]:
         """At most `number` indices, evenly spread over the first `among` samples, including the first and the last."""
@@ -79,7 +83,7 @@ class Samples:
                 "freeze it. Turn it off, or train without a cache."
             )
 
-    def digests(self, batch: dict[str, Any]) -> list[int]:
+    def digests(self, batch: Batch) -> list[int]:
         """One digest of the tensors of each sample, [B]."""
         tensors = sorted((n, value.detach().cpu()) for n, value in batch.items() if isinstance(value, Tensor))
         found = []

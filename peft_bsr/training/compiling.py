@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
@@ -12,7 +11,7 @@ from peft_bsr.backbones import tensors_of
 from peft_bsr.engine import Compiler, warn_of_budget
 from peft_bsr.errors import AdapterError
 from peft_bsr.training.side_effect_free import side_effect_free
-from peft_bsr.tuners.base.layer import find_controllers
+from peft_bsr.tuners.base.layer import AdapterController, find_controllers
 
 _WITH_CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
 
@@ -21,8 +20,8 @@ def compile(
     model: nn.Module,
     mode: str | None = None,
     *,
-    inputs: Mapping[str, Any] | None = None,
-    backend: Any = "inductor",
+    inputs: Mapping[str, object] | None = None,
+    backend: str | Callable[..., object] = "inductor",
 ) -> nn.Module:
     """Compile a model with one of our adapters in place, without graph breaks.
 
@@ -76,7 +75,7 @@ def compile(
     return model
 
 
-def _check_halves(controllers: list[Any], mode: str | None) -> None:
+def _check_halves(controllers: list[AdapterController], mode: str | None) -> None:
     """Raise an error if blocks cannot be compiled half by half."""
     if mode in _WITH_CUDA_GRAPHS:
         raise AdapterError(
@@ -91,7 +90,7 @@ def _check_halves(controllers: list[Any], mode: str | None) -> None:
             )
 
 
-def _run(model: nn.Module, inputs: Mapping[str, Any]) -> None:
+def _run(model: nn.Module, inputs: Mapping[str, object]) -> None:
     """A training step without side effects, or a forward if the model is in evaluation mode."""
     if not model.training:
         with torch.no_grad():

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from accelerate.utils import extract_model_from_parallel
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from peft_bsr.errors import AdapterFileError, ConfigError
@@ -20,6 +20,18 @@ from peft_bsr.training.groups import trained_parameters
 
 FILE = "trained_weights.safetensors"
 """File in a Trainer checkpoint, next to the averaged adapter, with the unaveraged weights of the optimizer."""
+
+
+class EMAState(TypedDict):
+    """State of a `TrainedEMA`.
+
+    Attributes:
+        updates: Number of updates.
+        averages: Name -> float32 tensor.
+    """
+
+    updates: int
+    averages: dict[str, Tensor]
 
 
 class TrainedEMA(TrainerCallback):
@@ -74,11 +86,11 @@ class TrainedEMA(TrainerCallback):
         finally:
             self._leave()
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> EMAState:
         """`updates`, and `averages`: name -> float32 tensor."""
         return {"updates": self.updates, "averages": {name: t.clone() for name, t in self._averages.items()}}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: EMAState) -> None:
         """Load the result of `state_dict`.
 
         Raises:
@@ -88,7 +100,9 @@ class TrainedEMA(TrainerCallback):
         self.updates = int(state["updates"])
         self._averages = {name: state["averages"][name].float().clone() for name in self._parameters}
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Start from the current weights; a resumed run continues its average.
 
         Raises:
@@ -98,27 +112,35 @@ class TrainedEMA(TrainerCallback):
         if state.global_step:
             self._resume(_checkpoint(args, state))
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         """Restore the optimizer's weights."""
         self._leave()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         """Update the average; if Trainer evaluates or saves after this step, apply it."""
         self.update()
         if control.should_evaluate or control.should_save:
             self._enter()
 
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         """Apply the average for evaluation and saving."""
         self._enter()
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         """Save the optimizer's weights next to the averaged ones."""
         if args.should_save:
             tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self._own().items()}
             save_file(tensors, _checkpoint(args, state) / FILE, {"updates": str(self.updates)})
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         """Keep the average in the model, or the best checkpoint if Trainer has loaded it."""
         self._weights = {}
 
@@ -163,7 +185,7 @@ class TrainedEMA(TrainerCallback):
         self.updates = updates
 
 
-def _checkpoint(args: Any, state: Any) -> Path:
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
 
 
@@ -175,4 +197,4 @@ def _check_names(found: set[str], parameters: dict[str, nn.Parameter], what: str
         )
 
 
-__all__ = ["TrainedEMA"]
+__all__ = ["EMAState", "TrainedEMA"]

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +19,11 @@ from torch.utils.data import Dataset, default_collate
 from peft_bsr.backbones import in_mode, main_input, relative_error, tensors_of, tolerance
 from peft_bsr.engine import run_from, run_until
 from peft_bsr.errors import FeatureCacheError
-from peft_bsr.training.cache_files import CacheFiles, num_bytes
+from peft_bsr.training.cache_files import CacheFiles, Key, num_bytes
 from peft_bsr.training.cache_point import CachePoint
 from peft_bsr.training.cache_samples import Samples
 from peft_bsr.training.random_draws import drawn_before, parts_before
+from peft_bsr.training.types import Batch, Collate, MapStyleDataset
 from peft_bsr.tuners.base.layer import find_controllers
 
 _TOKENS, _ORIGINS, _MERGED, _DIGEST = "cached_tokens", "cached_origins", "cached_merged", "digest"
@@ -64,10 +64,10 @@ class FeatureCache(Dataset):
     def build(
         cls,
         model: nn.Module,
-        dataset: Any,
+        dataset: MapStyleDataset,
         folder: str | Path,
         *,
-        collate: Callable[[list[Any]], dict[str, Any]] = default_collate,
+        collate: Collate = default_collate,
         dtype: torch.dtype = torch.bfloat16,
         batch_size: int = 32,
         num_workers: int = 0,
@@ -189,7 +189,7 @@ class FeatureCache(Dataset):
         lengths = tuple(self.files.key.get("lengths", ()))
         running = ExitStack()
 
-        def begin(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        def begin(_: nn.Module, args: tuple[object, ...], kwargs: Batch) -> tuple[tuple[object, ...], Batch] | None:
             if _TOKENS not in kwargs:
                 return None
             if find_controllers(model)[0].plan is not place.plan:
@@ -214,7 +214,7 @@ class FeatureCache(Dataset):
 
 
 def _rows(
-    model: nn.Module, index: int, batch: dict[str, Any], samples: Samples, dtype: torch.dtype
+    model: nn.Module, index: int, batch: Batch, samples: Samples, dtype: torch.dtype
 ) -> tuple[dict[str, Tensor], tuple[int, ...]]:
     """The rows of a batch, and the number of tokens of each layer."""
     resume_point = run_until(model, index, _to_model(batch, model))
@@ -236,7 +236,7 @@ def _draws(drawing: str, index: int) -> FeatureCacheError:
     )
 
 
-def _check_replay(model: nn.Module, index: int, batch: dict[str, Any], name: str) -> None:
+def _check_replay(model: nn.Module, index: int, batch: Batch, name: str) -> None:
     """Refuse a model that reads more than the cached tokens of an image."""
     batch = _to_model(batch, model)
     with torch.no_grad():
@@ -253,7 +253,7 @@ def _check_replay(model: nn.Module, index: int, batch: dict[str, Any], name: str
         )
 
 
-def _check_same(files: CacheFiles, key: dict[str, Any], samples: Samples, check_all: bool) -> None:
+def _check_same(files: CacheFiles, key: Key, samples: Samples, check_all: bool) -> None:
     """Compare the key of the cache, and the samples that are finished."""
     _check_key(files, key)
     done = files.spec(_DIGEST)
@@ -269,7 +269,7 @@ def _check_same(files: CacheFiles, key: dict[str, Any], samples: Samples, check_
                 )
 
 
-def _check_key(files: CacheFiles, key: dict[str, Any]) -> None:
+def _check_key(files: CacheFiles, key: Key) -> None:
     differing = [f"{n} is {key[n]!r}, in the cache {files.key.get(n)!r}" for n in key if key[n] != files.key.get(n)]
     if differing:
         raise FeatureCacheError(
@@ -282,7 +282,7 @@ def _text(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _to_model(batch: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+def _to_model(batch: Batch, model: nn.Module) -> Batch:
     device = next(model.parameters()).device
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
 

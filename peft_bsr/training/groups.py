@@ -11,6 +11,9 @@ from peft_bsr.errors import ConfigError
 from peft_bsr.training.trainable_groups import find_trainable_groups
 from peft_bsr.tuners.base.layer import find_controllers
 
+ParamGroup = dict[str, Any]
+"""Parameter group of a torch optimizer: `params`, `lr`, `weight_decay`."""
+
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Full name -> parameter, for all trained parameters.
@@ -35,7 +38,7 @@ def param_groups(
     layer_decay: float | None = None,
     head_lr: float | None = None,
     weight_decay: float = 0.0,
-) -> list[dict[str, Any]]:
+) -> list[ParamGroup]:
     """Parameter groups of the trained parameters, for a torch optimizer.
 
     Layer decay is that of BEiT (Bao et al. 2022) and timm: the head and the final norm train at `learning_rate`, block
@@ -76,7 +79,7 @@ def param_groups(
     if not parameters:
         raise ConfigError(f"{type(model).__name__}: no parameter has `requires_grad=True`, nothing to group.")
     spec = None if layer_decay is None and head_lr is None else _spec_of(model)
-    found: dict[tuple[int, float], dict[str, Any]] = {}
+    found: dict[tuple[int, float], ParamGroup] = {}
     for name, parameter in parameters.items():
         below_head = 0 if spec is None else _layers_below_head(name, spec)
         rate = learning_rate * (layer_decay or 1.0) ** below_head
@@ -106,7 +109,7 @@ def _spec_of(model: nn.Module) -> ModelSpec:
     if controllers:
         spec: ModelSpec = controllers[0].spec
         return spec
-    base: Any = getattr(model, "get_base_model", lambda: model)()
+    base: nn.Module = getattr(model, "get_base_model", lambda: model)()
     return probe_model(base)
 
 
@@ -120,4 +123,4 @@ def _layers_below_head(name: str, spec: ModelSpec) -> int:
     return 0 if is_head else spec.depth + 1
 
 
-__all__ = ["param_groups", "trained_parameters"]
+__all__ = ["ParamGroup", "param_groups", "trained_parameters"]

@@ -8,7 +8,6 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -89,7 +88,7 @@ def find_learning_rate(
         >>> found = find_learning_rate(trainer)  # doctest: +SKIP
         >>> trainer.args.learning_rate = found.learning_rate  # doctest: +SKIP
     """
-    dataset: Any = trainer.train_dataset
+    dataset = trainer.train_dataset
     if dataset is None or len(dataset) < 10:
         raise ConfigError("find_learning_rate: at least 10 training images are needed. Set a learning rate instead.")
     args = trainer.args
@@ -127,9 +126,9 @@ def _loss_after(
     held: Subset,
     make_optimizer: Callable[[float], torch.optim.Optimizer] | None,
 ) -> float:
-    model: Any = extract_model_from_parallel(trainer.model)
+    model: nn.Module = extract_model_from_parallel(trainer.model)
     with tempfile.TemporaryDirectory() as folder, unchanged(model):
-        short: Any = Trainer(
+        short = Trainer(
             model=model,
             args=_short(trainer.args, folder, rate, steps),
             data_collator=trainer.data_collator,
@@ -146,7 +145,7 @@ def _loss_after(
     return loss if np.isfinite(loss) else float("inf")
 
 
-def _callbacks(model: Any) -> list[TrainerCallback]:
+def _callbacks(model: nn.Module) -> list[TrainerCallback]:
     """Callbacks of the active adapter's method; none for a model without adapters of this package."""
     config = getattr(model, "peft_config", {}).get(getattr(model, "active_adapter", None))
     method = None if config is None else method_of(config)
@@ -172,7 +171,7 @@ def unchanged(model: nn.Module) -> Iterator[None]:
         model: A model with or without an adapter.
     """
     weights = {name: p.detach().clone() for name, p in trained_parameters(model).items()}
-    own: dict[str, Any] = {name: vars(model)[name] for name in _FORWARDS if name in vars(model)}
+    own: dict[str, object] = {name: vars(model)[name] for name in _FORWARDS if name in vars(model)}
     states = random.getstate(), np.random.get_state()
     with ExitStack() as stack:
         stack.enter_context(side_effect_free(model))

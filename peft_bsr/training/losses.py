@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, get_args
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, get_args
 
 import torch
 from torch import Tensor
@@ -11,6 +11,9 @@ from torch.nn import functional
 
 from peft_bsr.errors import ConfigError, InputError
 from peft_bsr.problem_type import REGRESSION, SINGLE_LABEL, ProblemType
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 class TrainingLoss:
@@ -60,7 +63,9 @@ class TrainingLoss:
             raise ConfigError.from_problems("TrainingLoss", problems)
         self.problem_type, self.class_weights, self.label_smoothing = problem_type, weights, label_smoothing
 
-    def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+    def __call__(
+        self, outputs: Mapping[str, Tensor], labels: Tensor, num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
         """The mean over images, or over the images of all accumulated batches.
 
         Args:
@@ -106,7 +111,9 @@ class TrainingLoss:
         return losses.flatten(1).mean(1) if losses.ndim > 1 else losses
 
 
-def balanced_weights(labels: Any, num_classes: int | None = None) -> Tensor:
+def balanced_weights(
+    labels: Sequence[int] | Sequence[Sequence[float]] | np.ndarray | Tensor, num_classes: int | None = None
+) -> Tensor:
     """Class weights that give every class the same influence, however many images it has.
 
     Args:

@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import datasets
 import evaluate
 import numpy as np
+from torch import Tensor
 from torch.nn.functional import interpolate
 
 from peft_bsr.multitask import IGNORED_CLASS, TaskConfig
@@ -18,7 +19,7 @@ _NUMBERS = datasets.Sequence(datasets.Value("float32"))
 _CLASSES = datasets.Sequence(datasets.Value("int64"))
 
 
-def _info(description: str, **features: Any) -> evaluate.MetricInfo:
+def _info(description: str, **features: datasets.Value | datasets.Sequence) -> evaluate.MetricInfo:
     return evaluate.MetricInfo(
         description=description, citation="", inputs_description="", features=datasets.Features(features)
     )
@@ -38,7 +39,7 @@ class TaskAccuracy(evaluate.Metric):
         features = {"predictions": classes, "references": classes, "tasks": datasets.Value("string")}
         return _info("Accuracy of each task, and their mean.", **features)
 
-    def _compute(self, predictions: Any, references: Any, tasks: Any) -> dict[str, float]:
+    def _compute(self, predictions: Sequence[int], references: Sequence[int], tasks: Sequence[str]) -> dict[str, float]:
         hits, names = np.asarray(predictions) == np.asarray(references), np.asarray(tasks)
         each = {str(name): float(hits[names == name].mean()) for name in sorted(set(tasks))}
         return {**each, "mean": float(np.mean(list(each.values())))}
@@ -57,7 +58,7 @@ class MeanIoU(evaluate.Metric):
     def _info(self) -> evaluate.MetricInfo:
         return _info("Mean intersection over union.", predictions=_CLASSES, references=_CLASSES)
 
-    def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
+    def _compute(self, predictions: Sequence[Sequence[int]], references: Sequence[Sequence[int]]) -> dict[str, float]:
         found, truth = (np.concatenate([np.asarray(row) for row in rows]) for rows in (predictions, references))
         valid = truth != IGNORED_CLASS
         found, truth = found[valid], truth[valid]
@@ -79,7 +80,9 @@ class RootMeanSquaredError(evaluate.Metric):
     def _info(self) -> evaluate.MetricInfo:
         return _info("Root of the mean squared error.", predictions=_NUMBERS, references=_NUMBERS)
 
-    def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
+    def _compute(
+        self, predictions: Sequence[Sequence[float]], references: Sequence[Sequence[float]]
+    ) -> dict[str, float]:
         found, truth = (np.concatenate([np.asarray(row, float) for row in rows]) for rows in (predictions, references))
         valid = np.isfinite(truth)
         return {"rmse": float(np.sqrt(np.square(found[valid] - truth[valid]).mean()))}
@@ -92,7 +95,7 @@ def metric_of(task: TaskConfig) -> evaluate.Metric:
     return metric
 
 
-def add_outputs(metric: evaluate.Metric, task: TaskConfig, outputs: Any, labels: Any) -> None:
+def add_outputs(metric: evaluate.Metric, task: TaskConfig, outputs: Tensor, labels: Tensor) -> None:
     """Add a batch of one task to its metric.
 
     Args:

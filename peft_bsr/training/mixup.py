@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +11,7 @@ from torch.nn.functional import one_hot
 from torch.utils.data import Dataset
 
 from peft_bsr.errors import ConfigError
+from peft_bsr.training.types import Example, MapStyleDataset
 
 
 class MixupDataset(Dataset):
@@ -47,7 +47,13 @@ class MixupDataset(Dataset):
     """
 
     def __init__(
-        self, dataset: Any, num_classes: int, *, mixup: float = 0.2, cutmix: float = 1.0, probability: float = 0.5
+        self,
+        dataset: MapStyleDataset,
+        num_classes: int,
+        *,
+        mixup: float = 0.2,
+        cutmix: float = 1.0,
+        probability: float = 0.5,
     ) -> None:
         problems = [
             f"`{name}={value!r}` must be at least 0."
@@ -66,10 +72,10 @@ class MixupDataset(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> Example:
         return self._softened(self.dataset[index])
 
-    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+    def __getitems__(self, indices: list[int]) -> list[Example]:
         """A batch, for torch's DataLoader."""
         together = getattr(self.dataset, "__getitems__", None)
         examples = together(indices) if together else [self.dataset[index] for index in indices]
@@ -94,7 +100,7 @@ class MixupDataset(Dataset):
             mixed.append({**example, "pixel_values": image, "labels": labels})
         return mixed
 
-    def _softened(self, example: dict[str, Any]) -> dict[str, Any]:
+    def _softened(self, example: Example) -> Example:
         labels = torch.as_tensor(example["labels"])
         soft = labels if labels.is_floating_point() else one_hot(labels, self.num_classes).float()
         return {**example, "labels": soft}

@@ -8,10 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback
+from torch.utils.hooks import RemovableHandle
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import ModelOutput
 
 from peft_bsr.errors import NonFiniteLossError
 from peft_bsr.training.groups import trained_parameters
+from peft_bsr.training.types import Batch
 
 
 class NonFiniteLossCallback(TrainerCallback):
@@ -33,11 +36,11 @@ class NonFiniteLossCallback(TrainerCallback):
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self._handles: list[Any] = []
-        self._inputs: dict[str, Any] = {}
+        self._handles: list[RemovableHandle] = []
+        self._inputs: Batch = {}
         self._is_watching = False
         self._model: nn.Module | None = None
-        self._state: Any = None
+        self._state: TrainerState | None = None
         self._rate = 0.0
 
     def watch(self, loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -48,7 +51,7 @@ class NonFiniteLossCallback(TrainerCallback):
         """
         self._is_watching = True
 
-        def watched(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        def watched(outputs: ModelOutput, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
             result = loss(outputs, labels, num_items_in_batch=num_items_in_batch)
             if result.requires_grad and self._model is not None:  # in the run itself, not in a sweep before it
                 self._check(result, {**self._inputs, "labels": labels})
@@ -56,7 +59,9 @@ class NonFiniteLossCallback(TrainerCallback):
 
         return watched
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Add hooks that record the model's inputs."""
         self._release()
         model: nn.Module = kwargs["model"]
@@ -66,28 +71,32 @@ class NonFiniteLossCallback(TrainerCallback):
             model.register_forward_hook(self._after),
         ]
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Record the learning rate for the message."""
         self._rate = float(kwargs["optimizer"].param_groups[0]["lr"])
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         """Remove the hooks."""
         self._release()
 
     @torch.compiler.disable
-    def _before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    def _before(self, module: nn.Module, args: tuple[object, ...], kwargs: Batch) -> None:
         self._inputs = {name: value for name, value in kwargs.items() if name != "num_items_in_batch"}
 
     @torch.compiler.disable
-    def _after(self, module: nn.Module, args: Any, output: Any) -> None:
+    def _after(self, module: nn.Module, args: tuple[object, ...], output: ModelOutput) -> None:
         if module.training and torch.is_grad_enabled() and not self._is_watching:
             value = output.get("loss") if isinstance(output, dict) else None
             self._check(output["logits"] if value is None else value, self._inputs)
 
-    def _check(self, value: Tensor, batch: dict[str, Any]) -> None:
+    def _check(self, value: Tensor, batch: Batch) -> None:
         if bool(value.detach().isfinite().all()):
             return
-        assert self._model is not None, "hooks and state come together"
+        assert self._model is not None and self._state is not None, "hooks and state come together"
         step = self._state.global_step + 1
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"non_finite_step_{step}.pt"

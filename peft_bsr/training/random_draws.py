@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from peft_bsr.backbones import in_mode, quiet, tensors_of
 from peft_bsr.engine import run_until
+from peft_bsr.training.types import Batch
 from peft_bsr.tuners.base.layer import ROOT
 
 
-def drawn_before(model: nn.Module, index: int, inputs: dict[str, Any]) -> str | None:
+def drawn_before(model: nn.Module, index: int, inputs: Batch) -> str | None:
     """The first module whose output depends on the random seed, if the tokens depend on it as well.
 
     Runs two forwards with different seeds up to block `index`, in training mode. Modes and the random state are
@@ -34,7 +33,7 @@ def drawn_before(model: nn.Module, index: int, inputs: dict[str, Any]) -> str | 
     return next(differing, type(model).__name__).removeprefix(ROOT)
 
 
-def parts_before(model: nn.Module, index: int, inputs: dict[str, Any]) -> list[nn.Module]:
+def parts_before(model: nn.Module, index: int, inputs: Batch) -> list[nn.Module]:
     """The modules that have run when block `index` begins, embeddings and position tables among them.
 
     Args:
@@ -53,13 +52,11 @@ def parts_before(model: nn.Module, index: int, inputs: dict[str, Any]) -> list[n
     return found
 
 
-def _seeded(
-    model: nn.Module, index: int, inputs: dict[str, Any], seed: int
-) -> tuple[Tensor, list[tuple[str, list[float]]]]:
+def _seeded(model: nn.Module, index: int, inputs: Batch, seed: int) -> tuple[Tensor, list[tuple[str, list[float]]]]:
     """Input tokens of the block, and a sum of the output of each module before it."""
     outputs: list[tuple[str, list[float]]] = []
 
-    def note(name: str, output: Any) -> None:
+    def note(name: str, output: object) -> None:
         outputs.append((name, [float(tensor.float().sum()) for tensor in tensors_of(output)]))
 
     handles = [

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from peft_bsr.problem_type import MULTI_LABEL, REGRESSION, SINGLE_LABEL, ProblemType
 
+if TYPE_CHECKING:
+    from transformers import EvalPrediction
+
 BEST_BY = {SINGLE_LABEL: "accuracy", MULTI_LABEL: "f1_micro", REGRESSION: "loss"}
 """Problem type -> metric that selects the best epoch; higher is better, except for a loss."""
 
 
-def compute_accuracy(prediction: Any) -> dict[str, float]:
+def compute_accuracy(prediction: EvalPrediction) -> dict[str, float]:
     """Accuracy, for Trainer's `compute_metrics`."""
     return {"accuracy": float((_outputs(prediction).argmax(-1) == prediction.label_ids).mean())}
 
 
 def compute_metrics_of(
     problem_type: ProblemType, restore: Callable[[np.ndarray], np.ndarray] = lambda values: values
-) -> Callable[[Any], dict[str, float]]:
+) -> Callable[[EvalPrediction], dict[str, float]]:
     """Trainer's `compute_metrics` for a problem type.
 
     Args:
@@ -96,7 +99,7 @@ def _micro_f1(answers: np.ndarray, labels: np.ndarray) -> float:
     return float(f1_score(labels.ravel(), answers.ravel(), zero_division=0.0))  # for one label sklearn needs no average
 
 
-def _outputs(prediction: Any) -> np.ndarray:
+def _outputs(prediction: EvalPrediction) -> np.ndarray:
     found = prediction.predictions
     outputs: np.ndarray = found[0] if isinstance(found, tuple) else found  # some models return more than logits
     return outputs

@@ -7,7 +7,6 @@ from collections import OrderedDict, defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +14,10 @@ from torch import Tensor, nn
 from peft_bsr.backbones import in_mode
 from peft_bsr.compat.torch_api import gradient_hooks, step_hook_names, tree_map_only
 from peft_bsr.core import ForwardContext
+from peft_bsr.training.groups import ParamGroup
 from peft_bsr.tuners.base.layer import find_controllers
 
-Owners = dict[int, tuple[torch.optim.Optimizer, dict[str, Any]]]  # id of a parameter -> optimizer, group
+Owners = dict[int, tuple[torch.optim.Optimizer, ParamGroup]]  # id of a parameter -> optimizer, group
 
 
 @contextmanager
@@ -60,7 +60,7 @@ def side_effect_free(model: nn.Module) -> Iterator[None]:
 
 def owners_of(optimizer: torch.optim.Optimizer) -> Owners:
     """Optimizer and parameter group of each parameter; accelerate's wrapper is removed."""
-    own: Any = getattr(optimizer, "optimizer", optimizer)
+    own: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
     return {id(p): (own, group) for group in own.param_groups for p in group["params"]}
 
 
@@ -82,11 +82,11 @@ def stepped(parameter: nn.Parameter, gradient: Tensor, owners: Owners, dtype: to
     if not group["lr"]:
         group["lr"] = group.get("initial_lr", group["lr"])
     before = dict(optimizer.__dict__)
-    state: defaultdict[Tensor, Any] = defaultdict(dict)
+    state: defaultdict[Tensor, dict[str, object]] = defaultdict(dict)
     if parameter in optimizer.state:
         kept = copy.deepcopy(optimizer.state[parameter])
         state[stand_in] = kept if dtype is None else tree_map_only(Tensor, partial(_cast, dtype=dtype), kept)
-    hooks: dict[str, Any] = {name: OrderedDict() for name in step_hook_names(optimizer)}
+    hooks: dict[str, object] = {name: OrderedDict() for name in step_hook_names(optimizer)}
     try:
         optimizer.__dict__.update(param_groups=[group], state=state, **hooks)
         type(optimizer).step(optimizer)  # without the wrapper of a schedule on the instance

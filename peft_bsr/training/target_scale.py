@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,6 +16,10 @@ from torch import Tensor, nn
 from peft_bsr.backbones import in_mode
 from peft_bsr.data import collate
 from peft_bsr.errors import UnsupportedModelError
+from peft_bsr.training.types import Example
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class TargetScale:
         deviation = found.std(axis=0)
         return cls(found.mean(axis=0), np.where(deviation > 0, deviation, 1.0))
 
-    def collate(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    def collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         """A batch with scaled labels, see `peft_bsr.data.collate`.
 
         Args:
@@ -97,7 +101,7 @@ class TargetScale:
         return f"trained on values with mean 0 and deviation 1 ({said}); the saved model gives unscaled values"
 
 
-def output_layer(model: Any, pixels: Tensor) -> nn.Linear:
+def output_layer(model: PreTrainedModel, pixels: Tensor) -> nn.Linear:
     """The trained Linear module with a bias whose output is the model's `logits`.
 
     Args:

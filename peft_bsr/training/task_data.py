@@ -6,13 +6,13 @@ import random
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from peft_bsr.errors import ConfigError
+from peft_bsr.training.types import Batch, Example, MapStyleDataset
 
 STRATEGIES = ("round_robin", "proportional", "temperature")
 
@@ -29,14 +29,14 @@ class TaskDataset(Dataset):
         (2, {'labels': 5, 'task_ids': 1})
     """
 
-    def __init__(self, datasets: Mapping[str, Any]) -> None:
+    def __init__(self, datasets: Mapping[str, MapStyleDataset]) -> None:
         self.datasets = dict(datasets)
         self.ends = list(accumulate(len(dataset) for dataset in self.datasets.values()))
 
     def __len__(self) -> int:
         return self.ends[-1]
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> Example:
         task = bisect_right(self.ends, index)
         start = self.ends[task - 1] if task else 0
         return {**list(self.datasets.values())[task][index - start], "task_ids": task}
@@ -113,7 +113,7 @@ class TaskBatchSampler(Sampler[list[int]]):
             yield batch
 
 
-def collate_tasks(examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def collate_tasks(examples: Sequence[Example]) -> Batch:
     """A batch for a model with tasks, for a DataLoader or the Trainer.
 
     Args:
@@ -124,7 +124,7 @@ def collate_tasks(examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         `pixel_values`, `task_ids` [B] or `task` (a list of names), and `labels` if there are any: a tensor, or a list
         if their shapes differ.
     """
-    batch: dict[str, Any] = {"pixel_values": torch.stack([torch.as_tensor(e["pixel_values"]) for e in examples])}
+    batch: Batch = {"pixel_values": torch.stack([torch.as_tensor(e["pixel_values"]) for e in examples])}
     if "task_ids" in examples[0]:
         batch["task_ids"] = torch.tensor([int(example["task_ids"]) for example in examples])
     elif "task" in examples[0]:

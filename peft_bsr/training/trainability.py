@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from peft_bsr.backbones import probe_inputs
 from peft_bsr.compat.torch_api import tree_leaves, tree_map_only
@@ -18,6 +18,7 @@ from peft_bsr.engine import saved_by_module
 from peft_bsr.errors import RoundedUpdatesWarning, TrainabilityError
 from peft_bsr.training.side_effect_free import Owners, owners_of, rounded_away, side_effect_free, stepped
 from peft_bsr.training.trainable_groups import TrainableGroup, find_trainable_groups, of_adapters
+from peft_bsr.training.types import Batch
 from peft_bsr.tuners.base.layer import find_controllers
 
 _NAMED = 4  # maximum number of names in a message
@@ -26,7 +27,7 @@ _MOST_ROUNDED = 0.5  # share of a module's changes
 
 
 def verify_trainability(
-    model: nn.Module, optimizer: torch.optim.Optimizer | None = None, batch: Mapping[str, Any] | None = None
+    model: nn.Module, optimizer: torch.optim.Optimizer | None = None, batch: Mapping[str, object] | None = None
 ) -> dict[str, float]:
     """Check with one trial step that the adapter trains, all of it and nothing else.
 
@@ -104,11 +105,15 @@ class TrainabilityCallback(TrainerCallback):
     def __init__(self) -> None:
         self._is_due = True
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         """Run the check again in a new run."""
         self._is_due = True
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Run the check, once per run.
 
         Raises:
@@ -127,17 +132,17 @@ _REMAKE = "Create the optimizer after `get_peft_model`, from `[p for p in model.
 _UNFREEZE = "They were frozen by other code, or loaded for inference: use `is_trainable=True`, or `set_adapter` again"
 
 
-def _own_batch(model: nn.Module) -> dict[str, Any]:
+def _own_batch(model: nn.Module) -> Batch:
     controller = find_controllers(model)[0]
-    base: Any = getattr(model, "get_base_model", lambda: model)()
+    base: nn.Module = getattr(model, "get_base_model", lambda: model)()
     settings = getattr(controller, "task_settings", None)
     num_tasks = 1 if settings is None else len(settings.tasks)
     size = max(2, num_tasks)
-    batch: dict[str, Any] = dict(probe_inputs(base, size, controller.spec.image_shape))
+    batch: Batch = dict(probe_inputs(base, size, controller.spec.image_shape))
     return batch if settings is None else {**batch, "task_ids": [i % num_tasks for i in range(size)]}
 
 
-def _moved(model: nn.Module, batch: Mapping[str, Any]) -> Any:
+def _moved(model: nn.Module, batch: Mapping[str, object]) -> Batch:
     tensors = [leaf for leaf in tree_leaves(dict(batch)) if isinstance(leaf, Tensor)]
     if not tensors or any(len(t) == 0 for t in tensors if t.ndim):
         raise TrainabilityError(
@@ -148,10 +153,10 @@ def _moved(model: nn.Module, batch: Mapping[str, Any]) -> Any:
     return tree_map_only(Tensor, lambda tensor: tensor.to(device), dict(batch))
 
 
-def _step(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+def _step(model: nn.Module, batch: Mapping[str, object]) -> Tensor:
     """Forward and backward."""
     with torch.enable_grad():
-        output: Any = model(**batch)
+        output: object = model(**batch)
         loss = getattr(output, "loss", None)
         if loss is None:
             generator = torch.Generator().manual_seed(0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -66,8 +65,8 @@ def draw_attention(model: nn.Module, pixel_values: Tensor, image: np.ndarray, pa
     return Path(path)
 
 
-def _scores(model: Any, pixel_values: Tensor) -> list[BlockScores]:
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+def _scores(model: nn.Module, pixel_values: Tensor) -> list[BlockScores]:
+    base: nn.Module = getattr(model, "get_base_model", lambda: model)()
     controllers = find_controllers(model)
     spec = controllers[0].spec if controllers else probe_model(base)
     with in_mode(False, model), torch.no_grad(), record_scores(base, spec) as found:

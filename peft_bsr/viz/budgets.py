@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from peft_bsr.errors import AdapterError
 
+if TYPE_CHECKING:
+    from peft_bsr.training import BudgetRecord
 
-def draw_budgets(history: Sequence[Any], path: str | Path) -> Path:
+
+def draw_budgets(history: Sequence[BudgetRecord], path: str | Path) -> Path:
     """Heat-maps of the budgets and of the blocks that trained, over the steps.
 
     Args:
@@ -33,7 +36,7 @@ def draw_budgets(history: Sequence[Any], path: str | Path) -> Path:
     figure = Figure(figsize=(10, 1.5 + 0.4 * depth), layout="constrained")
     axes = figure.subplots(2, 1, sharex=True)
     steps = (history[0].step - 0.5, history[-1].step + 0.5)
-    settings: dict[str, Any] = {
+    settings = {
         "aspect": "auto",
         "interpolation": "nearest",
         "origin": "lower",

@@ -45,7 +45,7 @@ def draw_confusion(counts: Sequence[Sequence[int]], names: Sequence[str], path: 
     axis = figure.subplots()
     shares = matrix / matrix.sum(axis=1, keepdims=True).clip(min=1)
     axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    text: Any = {"fontfamily": families, "parse_math": False}  # a class may be called "$"
+    text: dict[str, Any] = {"fontfamily": families, "parse_math": False}  # a class may be called "$"
     axis.set_xticks(range(len(there)), labels=labels, rotation=90, **text)
     axis.set_yticks(range(len(there)), labels=labels, **text)
     axis.set_xlabel("answer")

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import numpy as np
@@ -61,8 +60,7 @@ def kept_token_pictures(model: nn.Module, pixel_values: Tensor, images: np.ndarr
     Raises:
         AdapterError: If the model has no adapter of ours, or none that reduces tokens.
     """
-    wrapped: Any = model
-    base = wrapped.get_base_model() if hasattr(model, "get_base_model") else model
+    base: nn.Module = getattr(model, "get_base_model", lambda: model)()
     controllers = find_controllers(model)
     plan = controllers[0].plan if controllers else None
     reductions = {} if plan is None else {i: b.reduction for i, b in enumerate(plan.blocks) if b.reduction}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -17,7 +16,7 @@ from peft_bsr.training.side_effect_free import side_effect_free
 from peft_bsr.tuners.base.layer import ROOT, find_controllers
 
 
-def saved_by_block(model: Any, batch: Mapping[str, Tensor]) -> dict[str, float]:
+def saved_by_block(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, float]:
     """Bytes per image that a training forward keeps for backward, by part of the model.
 
     Args:
@@ -29,7 +28,7 @@ def saved_by_block(model: Any, batch: Mapping[str, Tensor]) -> dict[str, float]:
     """
     controllers = find_controllers(model)
     is_wrapped = hasattr(model, "get_base_model")
-    spec = controllers[0].spec if controllers else probe_model(model.get_base_model() if is_wrapped else model)
+    spec = controllers[0].spec if controllers else probe_model(getattr(model, "get_base_model", lambda: model)())
     blocks = [f"{ROOT if is_wrapped else ''}{name}." for name in spec.blocks]
     with side_effect_free(model):
         saved = saved_by_module(model, lambda: model(**batch).loss)

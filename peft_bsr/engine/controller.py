@@ -31,7 +31,7 @@ class BlockController(nn.Module):
 
     Args:
         index: The block's place in the model.
-        spec: The model's column.
+        spec: Description of the model.
         context: Shared by the controllers of one model.
         rule: Exceptions of the model's family.
         plan: What to do; a tuner's controller answers per adapter instead.

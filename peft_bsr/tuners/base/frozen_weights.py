@@ -34,8 +34,8 @@ def linears_to_round(
 
     Args:
         model: The model.
-        spec: Its column.
-        config: Of the adapter.
+        spec: Description of the model.
+        config: Configuration of the adapter.
         trained: Indices of the blocks that train.
         exact_names: Roles of leaf modules that stay as they are.
 
@@ -72,7 +72,7 @@ def check_rounded(model: nn.Module, spec: ModelSpec, wanted: Mapping[str, str], 
 
     Args:
         model: The model.
-        spec: Its column.
+        spec: Description of the model.
         wanted: Modules that the adapter wants rounded, see `linears_to_round`.
         has_others: Whether the model has adapters already.
 
@@ -103,7 +103,7 @@ def tried_rounding(model: nn.Module, spec: ModelSpec, wanted: Mapping[str, str])
 
     Args:
         model: The model.
-        spec: Its column.
+        spec: Description of the model.
         wanted: The modules, some or all of them rounded already, see `linears_to_round`.
 
     Raises:

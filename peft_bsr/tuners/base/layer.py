@@ -59,7 +59,7 @@ class AdapterController(BlockController, SingleAdapterLayer):
     """A block's controller with one plan per adapter. It has no base layer; PEFT calls it like a tuner layer.
 
     Args:
-        index, column, context, rule: See `BlockController`.
+        index, spec, context, rule: See `BlockController`.
     """
 
     other_param_names: tuple[str, ...] = ("plans",)

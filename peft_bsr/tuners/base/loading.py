@@ -171,8 +171,8 @@ def check_whole(model: nn.Module, config: Any, adapter_name: str) -> None:
 
     Args:
         model: That carries it.
-        config: Of the adapter.
-        adapter_name: Its name.
+        config: Configuration of the adapter.
+        adapter_name: Name of the adapter.
 
     Raises:
         AdapterError: Naming what is missing.
@@ -194,7 +194,7 @@ def take_back(model: Any, adapter_name: str, asked: dict[str, bool]) -> None:
 
     Args:
         model: The PeftModel that carries it.
-        adapter_name: Its name.
+        adapter_name: Name of the adapter.
         asked: Parameter of the base model -> whether it asked for gradients before the first adapter came.
     """
     if len(model.peft_config) > 1:

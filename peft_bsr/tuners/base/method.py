@@ -26,7 +26,7 @@ class MethodInfo:
         name: Lower case; `--method` takes it, and PEFT's `peft_type` is its upper case.
         title: For people.
         paper: Where it is from.
-        config: Its configuration.
+        config: Configuration of the adapter.
         tuner: Its tuner.
         learning_rates: `trainable` of its configuration (None where it has none) -> learning rate of AdamW to begin
             with, at its highest.
@@ -70,7 +70,7 @@ def method_of(config: PeftConfig) -> MethodInfo | None:
 
 
 def describe_plan(config: SavedConfig, spec: ModelSpec, plan: Plan) -> list[str]:
-    """What an adapter does to its model, one sentence an item. Blocks are counted from 0.
+    """What an adapter does to its model, as a list of sentences. Blocks are counted from 0.
 
     Args:
         config: The adapter's configuration.
@@ -81,15 +81,15 @@ def describe_plan(config: SavedConfig, spec: ModelSpec, plan: Plan) -> list[str]
 
 
 def resolve(model: nn.Module, config: SavedConfig) -> Resolution:
-    """What attaching an adapter would do to the model, with all checks run on it. It is left as it was.
+    """What attaching an adapter would do to the model. Runs all checks and does not change the model.
 
     Args:
         model: A supported vision transformer.
-        config: Of the adapter.
+        config: Configuration of the adapter.
 
     Raises:
-        UnsupportedModelError: With the reason that the probe found.
-        ConfigError: Naming everything that this model does not allow.
+        UnsupportedModelError: If the model is not supported; the message gives the reason.
+        ConfigError: If the model does not allow the configuration; the message names every problem.
     """
     return known_method(config).tuner.resolve(model, config)
 

@@ -37,7 +37,7 @@ class MethodTuner(FileChecks, BaseTuner):
         """The plan of an adapter, default the active one.
 
         Raises:
-            AdapterError: If there is none of that name.
+            AdapterError: If there is no adapter of that name.
         """
         name = adapter_name or (self.active_adapters or [None])[0]
         controllers = find_controllers(self.model)
@@ -47,15 +47,15 @@ class MethodTuner(FileChecks, BaseTuner):
 
     @classmethod
     def resolve(cls, model: nn.Module, config: Any) -> Resolution:
-        """What attaching an adapter would do to the model, with all checks run on it. It is left as it was.
+        """What attaching an adapter would do to the model. Runs all checks and does not change the model.
 
         Args:
             model: A supported vision transformer, with or without adapters of this method.
-            config: Of the adapter.
+            config: Configuration of the adapter.
 
         Raises:
-            UnsupportedModelError: With the reason that the probe found.
-            ConfigError: Naming everything that this model does not allow.
+            UnsupportedModelError: If the model is not supported; the message gives the reason.
+            ConfigError: If the model does not allow the configuration; the message names every problem.
         """
         raise NotImplementedError(f"{cls.__name__} resolves nothing")
 

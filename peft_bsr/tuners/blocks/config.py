@@ -73,7 +73,7 @@ class BlockConfig(SavedConfig):
         """The plan that this config means for the model of `spec`.
 
         Raises:
-            ConfigError: Naming everything that this model does not allow.
+            ConfigError: If the model does not allow the configuration; the message names every problem.
         """
         raise NotImplementedError(f"{type(self).__name__} makes no plan")
 

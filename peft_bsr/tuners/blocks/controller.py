@@ -10,7 +10,7 @@ class MergeableController(AdapterController):
     """A block's controller whose adapters can be merged. Token reduction stays active after a merge.
 
     Args:
-        index, column, context, rule: See `BlockController`.
+        index, spec, context, rule: See `BlockController`.
     """
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

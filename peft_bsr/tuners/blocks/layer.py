@@ -82,7 +82,7 @@ class BlockWeights(nn.Module, SingleAdapterLayer):
         self.others: set[str] = set()  # adapters that have a module of another kind here
         self.weight_offload = WeightOffload()
         self.adapter_state = object()  # another one after each change of what runs here
-        self.saved_as: dict[str, str] = {}  # adapter -> this module's name where the adapter was saved, if another
+        self.saved_as: dict[str, str] = {}  # adapter -> this module's name in the adapter's file, if it differs
         self.register_load_state_dict_pre_hook(drop_saved_name)
         for name in ("in_features", "out_features"):
             if hasattr(base_layer, name):
@@ -94,8 +94,8 @@ class BlockWeights(nn.Module, SingleAdapterLayer):
         """Add an adapter that starts as the base module (or away from it, with `init_weights=False`).
 
         Args:
-            adapter_name: Its name.
-            config: Its configuration.
+            adapter_name: Name of the adapter.
+            config: Configuration of the adapter.
             low_rank: Add a low-rank update instead of a copy.
             other: A module of the method's own instead of a copy.
         """

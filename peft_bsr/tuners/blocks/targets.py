@@ -26,12 +26,12 @@ def resolve_targets(
 
     Args:
         model: The model.
-        spec: Its column.
-        config: Of the adapter.
+        spec: Description of the model.
+        config: Configuration of the adapter.
         others: (model, column, config, plan) -> what else the method trains.
 
     Raises:
-        ConfigError: Naming everything that this model does not allow.
+        ConfigError: If the model does not allow the configuration; the message names every problem.
     """
     requested = config.plan_for(spec)
     if requested.trained_blocks[:1] == [0] and _early(model, spec, requested, config):

@@ -59,15 +59,15 @@ class BlockTuner(MethodTuner):
 
     @classmethod
     def resolve(cls, model: nn.Module, config: Any) -> BlockResolution:
-        """What attaching an adapter would do to the model, with all checks run on it. It is left as it was.
+        """What attaching an adapter would do to the model. Runs all checks and does not change the model.
 
         Args:
             model: A supported vision transformer, with or without adapters of this method.
-            config: Of the adapter.
+            config: Configuration of the adapter.
 
         Raises:
-            UnsupportedModelError: With the reason that the probe found.
-            ConfigError: Naming everything that this model does not allow.
+            UnsupportedModelError: If the model is not supported; the message gives the reason.
+            ConfigError: If the model does not allow the configuration; the message names every problem.
         """
         controllers = find_controllers(model)
         spec, stock = (controllers[0].spec, None) if controllers else probe(model)

@@ -65,7 +65,7 @@ class BSRConfig(BlockConfig):
         trainable: `"full"` trains copies of the blocks' weights, `"lora"` a low-rank update of their Linear modules.
         r: Rank of the update, `trainable="lora"` only.
         lora_alpha: The update is scaled by `lora_alpha / r`, `trainable="lora"` only.
-        init_weights: False starts away from the base model (PEFT's convention for tests). Default True: the model
+        init_weights: Whether the model starts as the base model; False starts away from it (for tests). Default True: the model
             starts as the base model, exactly at `keep_rate=1.0`.
         target_modules: Only these leaf modules of the trained blocks train: name endings, or a regular expression on
             the whole name. Default None: all of them.
@@ -100,7 +100,7 @@ class BSRConfig(BlockConfig):
             `reduction="drop"`, `fuse_dropped=False`, and in `moe`, `renormalize=False`. Default None.
 
     Raises:
-        ConfigError: Naming every value that cannot be.
+        ConfigError: If values are invalid; the message names all of them.
 
     Examples:
         >>> BSRConfig(trainable_blocks="last:3", keep_rate=0.7).trainable_blocks
@@ -232,7 +232,7 @@ class BSRConfig(BlockConfig):
         """The plan that this config means for the model of `spec`.
 
         Raises:
-            ConfigError: Naming everything that this model does not allow.
+            ConfigError: If the model does not allow the configuration; the message names every problem.
         """
         trainable = resolve_trainable_blocks(self, spec.depth)
         instead = f' or "last:{min(len(trainable), spec.depth)}"'

@@ -53,7 +53,7 @@ class BSRController(MergeableController):
     the forwards of adapters with tasks.
 
     Args:
-        index, column, context, rule: See `BlockController`.
+        index, spec, context, rule: See `BlockController`.
     """
 
     mixes = True
@@ -64,7 +64,7 @@ class BSRController(MergeableController):
         super().__init__(index, spec, context, rule)
         self.bsr_params = nn.ModuleDict()
         self.calls: dict[str, TaskSettings] = {}
-        self.saved_as: dict[str, str] = {}  # adapter -> this module's name where the adapter was saved, if another
+        self.saved_as: dict[str, str] = {}  # adapter -> this module's name in the adapter's file, if it differs
         self.offloaded: tuple[
             tuple[nn.Module, WeightOffload], ...
         ] = ()  # a tuple: the block's modules are not the controller's
@@ -75,8 +75,8 @@ class BSRController(MergeableController):
         """Add an adapter's mixture, made of the block's pretrained MLP.
 
         Args:
-            adapter_name: Its name.
-            config: Its configuration.
+            adapter_name: Name of the adapter.
+            config: Configuration of the adapter.
             block: The block.
         """
         first, _, second = self._mlp(block)

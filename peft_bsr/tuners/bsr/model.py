@@ -32,8 +32,8 @@ class BSRModel(BlockTuner):
         adapter_name: Name of the adapter, default `"default"`.
 
     Raises:
-        UnsupportedModelError: With the reason that the probe found.
-        ConfigError: Naming everything that this model does not allow.
+        UnsupportedModelError: If the model is not supported; the message gives the reason.
+        ConfigError: If the model does not allow the configuration; the message names every problem.
 
     Examples:
         >>> from peft import get_peft_model

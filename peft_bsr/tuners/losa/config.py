@@ -49,7 +49,7 @@ class LoSAConfig(SavedConfig):
             `"float16"` or `"int8"` (256 steps, rounded stochastically). The forward does not change. Default `"full"`.
         frozen_weights: `"full"`, or how the Linear weights of the blocks are rounded in the model itself, for good:
             `"int8"` (needs torchao) or `"bfloat16"`, see `BSRConfig`. Default `"full"`.
-        init_weights: False starts away from the base model (PEFT's convention for tests). Default True.
+        init_weights: Whether the model starts as the base model; False starts away from it (for tests). Default True.
         grid: Patches that the token mixers are made for, (rows, columns). Written when the adapter is attached; images
             of another size interpolate between them.
         layout: Canonical place -> name in the model of each trained module. Written when the adapter is attached.
@@ -57,7 +57,7 @@ class LoSAConfig(SavedConfig):
         labels: Names of the classes. Written when the adapter is attached, for `peft_bsr.load`.
 
     Raises:
-        ConfigError: Naming every value that cannot be.
+        ConfigError: If values are invalid; the message names all of them.
 
     Examples:
         >>> LoSAConfig(layers="every:4", kept_tokens="int8").r
@@ -148,7 +148,7 @@ class LoSAConfig(SavedConfig):
         """The plan that this config means for the model of `spec`: frozen blocks.
 
         Raises:
-            ConfigError: Naming everything that this model does not allow.
+            ConfigError: If the model does not allow the configuration; the message names every problem.
         """
         layers = self.read_layers(spec)
         reductions, problems = resolve_reductions(self, spec)

@@ -58,15 +58,15 @@ class LoSAController(AdapterController):
         super().__init__(index, spec, context, rule)
         self.bsr_params = nn.ModuleDict()
         self.layers: dict[str, list[int]] = {}
-        self.saved_as: dict[str, str] = {}  # adapter -> this module's name where the adapter was saved, if another
+        self.saved_as: dict[str, str] = {}  # adapter -> this module's name in the adapter's file, if it differs
         self.register_load_state_dict_pre_hook(drop_saved_name)
 
     def update_layer(self, adapter_name: str, config: LoSAConfig, block: nn.Module) -> None:
         """Add an adapter's mixer.
 
         Args:
-            adapter_name: Its name.
-            config: Its configuration.
+            adapter_name: Name of the adapter.
+            config: Configuration of the adapter.
             block: The block.
         """
         mixer, like = SideMixer(self.spec, config), next(exact_parameters(block))

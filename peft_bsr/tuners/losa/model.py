@@ -26,8 +26,8 @@ class LoSAModel(BlockTuner):
         adapter_name: Name of the adapter, default `"default"`.
 
     Raises:
-        UnsupportedModelError: With the reason that the probe found.
-        ConfigError: Naming everything that this model does not allow.
+        UnsupportedModelError: If the model is not supported; the message gives the reason.
+        ConfigError: If the model does not allow the configuration; the message names every problem.
 
     Examples:
         >>> from peft import get_peft_model
@@ -46,7 +46,7 @@ class LoSAModel(BlockTuner):
         """The blocks that an adapter reads, default the active one.
 
         Raises:
-            AdapterError: If there is none of that name.
+            AdapterError: If there is no adapter of that name.
         """
         self.plan(adapter_name)
         layers: list[int] = find_controllers(self.model)[0].layers[adapter_name or self.active_adapters[0]]

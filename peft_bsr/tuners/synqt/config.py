@@ -61,7 +61,7 @@ class SynQTConfig(SavedConfig):
         labels: Names of the classes. Written when the adapter is attached, for `peft_bsr.load`.
 
     Raises:
-        ConfigError: Naming every value that cannot be.
+        ConfigError: If values are invalid; the message names all of them.
 
     Examples:
         >>> SynQTConfig(num_queries=16, layers=[2, 5, 8, 11]).num_queries
@@ -133,10 +133,10 @@ def build_plan(config: SynQTConfig, spec: ModelSpec) -> tuple[Plan, list[int]]:
 
     Args:
         config: A checked configuration.
-        spec: The model's column.
+        spec: Description of the model.
 
     Raises:
-        ConfigError: Naming everything that this model does not allow.
+        ConfigError: If the model does not allow the configuration; the message names every problem.
     """
     layers = list(range(spec.depth)) if config.layers is None else sorted(config.layers)
     reductions, problems = resolve_reductions(config, spec)

@@ -49,7 +49,7 @@ class SynQTController(AdapterController):
 
     Args:
         index: The block's place in the model.
-        spec: The model's column.
+        spec: Description of the model.
         context: Shared by the controllers and the head of one model.
         rule: Exceptions of the model's family.
         like: A weight of the block; adapters go where it is, in its dtype.
@@ -75,8 +75,8 @@ class SynQTController(AdapterController):
         """Add an adapter.
 
         Args:
-            adapter_name: Its name.
-            config: Its configuration.
+            adapter_name: Name of the adapter.
+            config: Configuration of the adapter.
             plan: Of the frozen blocks.
             path: How blocks are read.
             layers: Which of them are, ascending.
@@ -195,8 +195,8 @@ class SynQTHead(nn.Module, SingleAdapterLayer):
         """Add an adapter.
 
         Args:
-            adapter_name: Its name.
-            config: Its configuration.
+            adapter_name: Name of the adapter.
+            config: Configuration of the adapter.
             width: D.
             num_layers: L, layers that are read.
             final_norm: The backbone's.

@@ -71,8 +71,8 @@ class SynQTModel(MethodTuner):
         adapter_name: Name of the adapter, default `"default"`.
 
     Raises:
-        UnsupportedModelError: With the reason that was found.
-        ConfigError: Naming everything that this model does not allow.
+        UnsupportedModelError: If the model is not supported; the message gives the reason.
+        ConfigError: If the model does not allow the configuration; the message names every problem.
 
     Examples:
         >>> from peft import get_peft_model
@@ -92,7 +92,7 @@ class SynQTModel(MethodTuner):
         """The blocks that an adapter reads, default the active one.
 
         Raises:
-            AdapterError: If there is none of that name.
+            AdapterError: If there is no adapter of that name.
         """
         self.plan(adapter_name)
         layers: list[int] = find_controllers(self.model)[0].layers[adapter_name or self.active_adapters[0]]
@@ -100,15 +100,15 @@ class SynQTModel(MethodTuner):
 
     @classmethod
     def resolve(cls, model: nn.Module, config: Any) -> SynQTResolution:
-        """What attaching an adapter would do to the model, with all checks run on it. It is left as it was.
+        """What attaching an adapter would do to the model. Runs all checks and does not change the model.
 
         Args:
             model: A supported vision transformer with a classifier, with or without adapters of SynQT.
-            config: Of the adapter.
+            config: Configuration of the adapter.
 
         Raises:
-            UnsupportedModelError: With the reason that was found.
-            ConfigError: Naming everything that this model does not allow.
+            UnsupportedModelError: If the model is not supported; the message gives the reason.
+            ConfigError: If the model does not allow the configuration; the message names every problem.
         """
         controllers = find_controllers(model)
         with _stock(model, controllers):

@@ -20,7 +20,7 @@ from peft_bsr.errors import ForwardError
 SideInput = Literal["mask", "table", "rotary_tables", "items", "other"]
 """Kind of an attention input other than the hidden states; see `Route.gather`."""
 NAMED_KINDS: Mapping[str, SideInput] = {"attention_mask": "mask"}
-"""Those that their name tells: what the probe sees none of may come later."""
+"""Kinds known by name, for arguments that the probe does not see but later calls may pass."""
 
 
 @dataclass(eq=False)

@@ -64,7 +64,7 @@ class Reduction:
         return num_kept(float(self._rate), competing)
 
     def count_after(self, num_tokens: int, num_special: int, at_start: int | None = None) -> int:
-        """Tokens left of `num_tokens`, including special and fused ones. `at_start` is the number at the first block."""
+        """Tokens left of `num_tokens`, including special and fused ones. The first block has `at_start` (default: same)."""
         competing = num_tokens - num_special
         kept = self.keep(competing, num_special, num_tokens if at_start is None else at_start)
         return num_special + kept + (1 if self.fuse and kept < competing else 0)
@@ -181,7 +181,7 @@ class Plan:
         return cls(tuple(BlockPlan(i in trained, i <= first, reductions.get(i)) for i in range(depth)), mode)
 
     def with_reductions(self, mode: Mode | None = None, **changes: Any) -> Plan:
-        """A copy with changed fields in all reductions (`share` is reset), and with another mode if given."""
+        """A copy with changed fields in all reductions (`keep_rate` resets `share`), and with another mode if given."""
         if "keep_rate" in changes:
             changes.setdefault("share", None)
         blocks = tuple(replace(b, reduction=b.reduction and replace(b.reduction, **changes)) for b in self.blocks)

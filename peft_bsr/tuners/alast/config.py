@@ -110,9 +110,7 @@ class ALaSTConfig(BlockConfig):
         default=None, metadata={"help": "'relative', 'mean' or 'paper'; None = 'relative'."}
     )
     selection: str | None = field(default=None, metadata={"help": "'prefix', 'sample' or 'topk'; None = 'prefix'."})
-    train_embeddings: bool | None = field(
-        default=None, metadata={"help": "Train the embeddings, too; None = False."}
-    )
+    train_embeddings: bool | None = field(default=None, metadata={"help": "Train the embeddings, too; None = False."})
     token_multiple: int | None = field(
         default=None, metadata={"help": "Sequence lengths are multiples of this; 1 = the paper's rule, None = 8."}
     )

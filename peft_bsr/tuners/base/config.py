@@ -70,9 +70,7 @@ class SavedConfig(AdapterFiles, PeftConfig):
             incomplete files, and files that were not saved together, are an error.
     """
 
-    labels: list[str] | None = field(
-        default=None, metadata={"help": "Written at attach: class names of the head."}
-    )
+    labels: list[str] | None = field(default=None, metadata={"help": "Written at attach: class names of the head."})
     base_config: dict[str, Any] | None = field(
         default=None, metadata={"help": "Written at save: settings of the base model that differ from its own file."}
     )
@@ -84,9 +82,7 @@ class SavedConfig(AdapterFiles, PeftConfig):
     )
 
     target_modules = cast("Any", None)  # PEFT asks for it; methods that take names of modules have a field
-    frozen_weights = (
-        "full"  # precision of frozen blocks' weights; methods that support it have a field of this name
-    )
+    frozen_weights = "full"  # precision of frozen blocks' weights; methods that support it have a field of this name
     resolution = None  # a Resolution, if known before the adapter is attached
     attachment = None  # an Attachment; not annotated, so that it is neither a field nor saved
     place = None  # where `peft_bsr.load` read it

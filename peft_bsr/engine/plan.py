@@ -64,7 +64,7 @@ class Reduction:
         return num_kept(float(self._rate), competing)
 
     def count_after(self, num_tokens: int, num_special: int, at_start: int | None = None) -> int:
-        """Tokens left of `num_tokens`, with special and fused ones. `at_start` are those at the first block, if others."""
+        """Tokens left of `num_tokens`, with special and fused ones. `at_start`: those at the first block."""
         competing = num_tokens - num_special
         kept = self.keep(competing, num_special, num_tokens if at_start is None else at_start)
         return num_special + kept + (1 if self.fuse and kept < competing else 0)

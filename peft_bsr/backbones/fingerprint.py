@@ -69,7 +69,7 @@ class Fingerprint:
 
         Args:
             model: A vision transformer, with or without adapters.
-            spec: Its column. Default None: it is probed.
+            spec: Description of the model. Default None: it is probed.
 
         Raises:
             UnsupportedModelError: If it has to be probed and is not supported.
@@ -125,7 +125,7 @@ def fingerprint(model: nn.Module, spec: ModelSpec | None = None) -> dict[str, Pl
 
     Args:
         model: A vision transformer, with or without adapters.
-        spec: Its column. Default None: it is probed.
+        spec: Description of the model. Default None: it is probed.
 
     Examples:
         >>> from transformers import ViTConfig, ViTModel

@@ -16,7 +16,7 @@ class BlockSpec:
     """Names of a pre-norm block's direct children in the order in which they run.
 
     A block computes `x = x + after_attention(attention(norm1(x)))`, then `x = x + after_mlp(mlp(norm2(x)))`, where
-    the `after_*` are LayerScale, DropPath or Dropout modules, or vectors that the block itself holds.
+    the `after_*` are LayerScale, DropPath or Dropout modules, or vectors that are parameters of the block itself.
     """
 
     norm1: str
@@ -26,46 +26,46 @@ class BlockSpec:
     mlp: tuple[str, ...]
     after_mlp: tuple[str, ...]
     mlp_adds_residual: bool = False
-    """The last of `mlp` takes the residual as its second argument and adds it itself."""
+    """Whether the last module of `mlp` takes the residual as its second argument and adds it."""
     block_inputs: tuple[str, ...] = ()
-    """Names of what a block's forward takes by position behind the hidden states."""
+    """Names of the positional arguments of the block's forward after the hidden states."""
     attention_inputs: tuple[str, ...] | None = None
-    """Those that it hands to its attention, by the same names; None = all."""
+    """Those that the block passes to its attention by the same names. None = all."""
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """What a vision transformer is made of, as far as training and token reduction care.
+    """Description of a vision transformer: what training and token reduction need to know.
 
     Attributes:
         blocks: Module names of the transformer blocks, first to last.
-        param_modules: Modules inside a block that hold its parameters, relative to the block: `"attention.q_proj"`, ...
-        canonical_names: Name of each of them that does not depend on the model's own names: `"attention.query"`, ...
-        attention: Name inside a block of the module that owns the query, key and value projections.
-        block_spec: Parts of a block, or None where it is not a plain pre-norm block; all blocks share it.
-        head: Names of the modules behind the last block that hold parameters and change the output (final norm,
-            pooler, classifiers).
-        unread: Names of those there that the output does not depend on (a pooler that a classifier goes round).
-        width: D, channels of a token.
-        num_prefix: P, tokens at the front that do not depend on the image (class, distillation, registers).
-        num_patches: M, tokens of the probed image itself.
-        num_suffix: S, tokens at the end that do not depend on the image (detection tokens).
-        image_shape: Shape of the probed input without the batch: (channels, height, width) of an image.
-        grid: (rows, columns) of its patches, (frames, rows, columns) of a video; None where the tokens are no grid.
-        last_read: Index of the last block whose output changes the model's: depth - 1, but for heads that read earlier
-            blocks (dense heads, backbones with `out_indices`).
-        reads_prefix: Prefix positions of that block's output that change the model's output.
-        reads_patches: Whether patch tokens of that block's output do (a mean-pooling head, say).
-        reads_suffix: Whether suffix tokens do.
-        is_chained: Whether every block's input is the output of the one before it.
-        returns_tuple: Whether a block returns (hidden states, ...) and not the hidden states alone.
-        uses_positions: Whether blocks use a token's position, through side inputs that follow the kept tokens.
-        side_inputs: (name, kind) of what a block's attention gets next to the hidden states; see `Route.gather`.
-        scores_from: How token scores are had: from the query and key that pass through transformers'
-            `AttentionInterface` (`"interface"`) or torch's `scaled_dot_product_attention` (`"sdpa"`), from the
-            `"weights"` that the attention returns, or not at all (None).
-        num_heads: H, of the attention; 0 where it is not seen.
-        scaling: Factor on the products of queries and keys; 0 where it is not seen.
+        param_modules: Names of the modules with parameters in a block, relative to the block: `"attention.q_proj"`, ...
+        canonical_names: The same modules under names that do not depend on the model: `"attention.query"`, ...
+        attention: Name, relative to the block, of the module that contains the query, key and value projections.
+        block_spec: Structure of a block, the same for all blocks. None if they are not plain pre-norm blocks.
+        head: Names of the modules after the last block that have parameters and change the output (final norm, pooler,
+            classifiers).
+        unread: Names of modules after the last block that do not change the output (such as an unused pooler).
+        width: Embedding dimension, D.
+        num_prefix: Number of tokens at the front that do not depend on the image (class, distillation, registers), P.
+        num_patches: Number of patch tokens of the probed image, M.
+        num_suffix: Number of tokens at the end that do not depend on the image (detection tokens), S.
+        image_shape: Shape of the probed input without the batch: (channels, height, width) for an image.
+        grid: Patch grid: (rows, columns) of an image, (frames, rows, columns) of a video. None if there is no grid.
+        last_read: Index of the last block whose output changes the model's output: depth - 1, unless the head reads
+            only earlier blocks (dense heads, backbones with `out_indices`).
+        reads_prefix: Indices of the prefix tokens in that block's output that change the model's output.
+        reads_patches: Whether patch tokens in that block's output change it, such as with a mean-pooling head.
+        reads_suffix: Whether suffix tokens in that block's output change it.
+        is_chained: Whether the input of every block is the output of the block before it.
+        returns_tuple: Whether a block returns a tuple that starts with the hidden states.
+        uses_positions: Whether blocks use token positions, through side inputs that are gathered for the kept tokens.
+        side_inputs: (name, kind) of the attention's inputs other than the hidden states; see `Route.gather`.
+        scores_from: Source of token scores: queries and keys in transformers' `AttentionInterface` (`"interface"`) or
+            in torch's `scaled_dot_product_attention` (`"sdpa"`), or the attention weights that the attention returns
+            (`"weights"`). None = no scores.
+        num_heads: Number of attention heads, H; 0 if unknown.
+        scaling: Scale of the products of queries and keys; 0 if unknown.
     """
 
     blocks: tuple[str, ...]
@@ -100,25 +100,25 @@ class ModelSpec:
 
     @property
     def paths(self) -> dict[str, str]:
-        """Canonical name -> module name inside a block, of each module that holds parameters."""
+        """Canonical name -> name relative to the block, of each module with parameters."""
         return dict(zip(self.canonical_names, self.param_modules, strict=True))
 
     @property
     def num_special(self) -> int:
-        """P + S, tokens that are never dropped."""
+        """Number of tokens that are never dropped, P + S."""
         return self.num_prefix + self.num_suffix
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the probed image, special ones included (N)."""
+        """Number of tokens of the probed image, including special tokens, N."""
         return self.num_special + self.num_patches
 
     @property
     def patch_size(self) -> tuple[int, int]:
-        """(height, width) of an image's patch in pixels.
+        """(height, width) of a patch in pixels.
 
         Raises:
-            UnsupportedModelError: If the model does not cut one image into a grid.
+            UnsupportedModelError: If the tokens are not a patch grid of one image.
         """
         if self.grid is None or len(self.grid) != 2 or len(self.image_shape) != 3:
             raise UnsupportedModelError("this model's tokens are not a grid of patches of one image")

@@ -1,4 +1,4 @@
-"""What probing cannot know: one small entry for each exception. Everything else is found by running the model.
+"""Registry of model families with exceptions that probing cannot find.
 
 See docs/new_model.md for when a model needs an entry.
 """
@@ -21,19 +21,19 @@ Arguments = dict[str, Any]
 
 @dataclass(frozen=True)
 class FamilyRule:
-    """Exceptions of one model family. Each field that is None leaves the general way active.
+    """Exceptions of one model family.
 
     Attributes:
-        probe_inputs: `(config, batch_size, generator) -> inputs` with random inputs for one forward. General way:
-            images, videos or spectrograms of the shape that the config names.
-        gather_side_inputs: `(route, arguments) -> arguments`, what the attention is called with (by name, hidden states
-            left out), for the alive tokens only. General way: `Route.gather` on every argument, as what the probe found
-            it to be.
-        position_bias: Name of a module in the block or its attention that makes a bias [.., N, N] of all tokens. Its
-            `dim_size` is set to the full length, and inside an attention its output follows the route. General way:
-            there is none.
-        attention_arguments: `(block, hidden_states, arguments) -> arguments`, what a block computes for its attention
-            out of what it is called with. General way: it hands on arguments of the same name.
+        probe_inputs: `(config, batch_size, generator) -> inputs`: random inputs for one forward. Default None: images,
+            videos or spectrograms of the shape in the config.
+        gather_side_inputs: `(route, arguments) -> arguments`: selects the alive tokens' part of the attention's
+            arguments (by name, without the hidden states). Default None: `Route.gather` for each argument, with the
+            kind that the probe found.
+        position_bias: Name of a module in the block or its attention that returns a bias [.., N, N] for all tokens. Its
+            `dim_size` is set to the full length; inside an attention, its output is gathered by the route. Default
+            None: there is no such module.
+        attention_arguments: `(block, hidden_states, arguments) -> arguments`: how a block computes its attention's
+            arguments from its own. Default None: it passes arguments of the same name.
 
     Examples:
         >>> rule = FamilyRule(gather_side_inputs=lambda route, arguments: {**arguments, "ids": route.origins})
@@ -62,10 +62,10 @@ def register_family(model_type: str, rule: FamilyRule) -> None:
 
     Args:
         model_type: The `model_type` of the vision model's config.
-        rule: What probing cannot know about it.
+        rule: The exceptions.
 
     Raises:
-        ConfigError: If the family has an entry; `unregister_family` takes it out.
+        ConfigError: If the family already has an entry. Remove it with `unregister_family`.
     """
     if model_type in _RULES:
         raise ConfigError(f"{model_type!r} has an entry already: {_RULES[model_type]}. Call unregister_family first.")
@@ -73,7 +73,7 @@ def register_family(model_type: str, rule: FamilyRule) -> None:
 
 
 def unregister_family(model_type: str) -> None:
-    """Take an entry out.
+    """Remove the entry of a family.
 
     Raises:
         KeyError: If there is none.
@@ -82,17 +82,17 @@ def unregister_family(model_type: str) -> None:
 
 
 def find_rule(model: nn.Module) -> FamilyRule:
-    """The entry for `model`, empty for most."""
+    """The entry for `model`. Empty for most models."""
     return _RULES.get(getattr(vision_config(model), "model_type", ""), FamilyRule())
 
 
 def vision_config(model: nn.Module) -> Any:
-    """The config that the model's blocks are made by, or None."""
+    """The config from which the model's blocks are built, or None."""
     return inner_config(getattr(model, "config", None))
 
 
 def inner_config(config: Any) -> Any:
-    """The part of a config that the blocks are made by: the vision model's, the backbone's, or the config itself."""
+    """The part of a config that describes the blocks: the vision model's, the backbone's, or the config itself."""
     for part in ("vision_config", "backbone_config"):
         inner = getattr(config, part, None)
         if hasattr(inner, "num_hidden_layers"):  # a hybrid's convolutional backbone has none
@@ -101,7 +101,7 @@ def inner_config(config: Any) -> Any:
 
 
 def _siglip2_inputs(config: Any, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """NaFlex: patches come flattened, with a mask and their grid; the last row is padding, as in most real batches."""
+    """NaFlex inputs: flattened patches, a mask and the grid. The last row is padding, as in most real batches."""
     rows = int(config.num_patches**0.5)
     specs = config.num_patches // rows
     values = torch.randn(batch_size, rows * specs, config.num_channels * config.patch_size**2, generator=generator)
@@ -115,7 +115,7 @@ def _siglip2_inputs(config: Any, batch_size: int, generator: torch.Generator) ->
 
 
 class _PerImageTable:
-    """A table [B, alive, d] for an attention that takes [N, d] and puts the axis of images in front by itself."""
+    """A table [B, alive, d] for an attention that takes [N, d] and adds the batch axis itself."""
 
     def __init__(self, table: Tensor) -> None:
         self.table = table
@@ -132,7 +132,7 @@ def _gather_mlcd(route: Route, arguments: Arguments) -> Arguments:
 
 
 def _gather_vjepa2(route: Route, arguments: Arguments) -> Arguments:
-    """Its attention rotates by `arange(N)`, or by the token numbers it is told; number 0 is not rotated."""
+    """The attention rotates by `arange(N)` or by given token indices. Index 0 is not rotated."""
     assert route.origins is not None
     numbers = torch.where(route.origins < route.num_patches, route.origins, 0)
     return {**arguments, "position_mask": numbers}
@@ -144,7 +144,7 @@ def _timm_inputs(config: Any, batch_size: int, generator: torch.Generator) -> di
 
 
 def _gather_timm(route: Route, arguments: Arguments) -> Arguments:
-    """EVA's table holds sine and cosine side by side: [M, 2 d]."""
+    """EVA's table contains sine and cosine, concatenated: [M, 2 d]."""
     followed = route.gather_side_inputs(arguments, but="rope")
     rope = arguments.get("rope")
     if rope is None:

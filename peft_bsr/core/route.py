@@ -1,4 +1,4 @@
-"""The Route: which tokens are alive in this very forward. Immutable, and carried with the call.
+"""The Route: which tokens are left in the current forward. Immutable, and passed from block to block.
 
 Shapes: B images, N tokens of the full sequence `[P prefix | M patches | S suffix]`, A alive tokens between prefix and
 suffix, H heads, d head width.
@@ -18,22 +18,22 @@ from peft_bsr.deprecation import warn_renamed
 from peft_bsr.errors import ForwardError
 
 SideInput = Literal["mask", "table", "rotary_tables", "items", "other"]
-"""What enters an attention next to the hidden states; see `Route.gather`."""
+"""Kind of an attention input other than the hidden states; see `Route.gather`."""
 NAMED_KINDS: Mapping[str, SideInput] = {"attention_mask": "mask"}
-"""Those that their name tells: what the probe sees none of may come later."""
+"""Kinds known by name, for arguments that the probe does not see but later calls may pass."""
 
 
 @dataclass(eq=False)
 class TaskCall:
-    """What one forward of a model with tasks is asked, and what its blocks leave for the end of that forward.
+    """The tasks of one forward of a model with tasks, and what its blocks collect until the forward ends.
 
     Attributes:
-        tasks: Index of the batch's task, or one for each image, [B] int64.
-        is_open: Whether the forward runs. What a recomputation of a block finds out does not count again.
-        balance: Balance loss of each mixture, by block.
-        usage: Tokens of each task and expert [T, E] in each mixture, by block; None = nobody asks.
+        tasks: Index of the batch's task, or one index per image, [B] int64.
+        is_open: Whether the forward is running. Blocks that are recomputed in backward collect nothing.
+        balance: Block index -> balance loss of its mixture.
+        usage: Block index -> number of tokens per task and expert, [T, E]. None = not collected.
         keeps_tokens: Whether a head reads the last block's tokens.
-        tokens: Of the last block, [B, N, D], if so.
+        tokens: Tokens of the last block, [B, N, D], if a head reads them.
     """
 
     tasks: int | Tensor
@@ -46,18 +46,18 @@ class TaskCall:
 
 @dataclass(frozen=True)
 class Route:
-    """Tokens alive at some point of one forward.
+    """The tokens that are left at a point of one forward ("alive" tokens).
 
     Attributes:
-        num_prefix: P, tokens at the front that are never dropped.
-        num_patches: M, patches of the image before any reduction.
-        num_suffix: S, tokens at the end that are never dropped (detection tokens).
+        num_prefix: Number of tokens at the front that are never dropped, P.
+        num_patches: Number of patches before any reduction, M.
+        num_suffix: Number of tokens at the end that are never dropped (detection tokens), S.
         is_full_view: Whether the sequence keeps its length outside of the blocks.
-        origins: [B, A] int64, ascending: the patch in row-major grid order, or `num_patches + j` for the token fused
-            by the j-th reduction. None = every patch, none fused.
-        merged: [B, M] int64: for each patch, the origin of the token that it is part of. None = nothing was merged.
-        num_reductions: Reductions so far.
-        call: What the forward is asked, in a model with tasks.
+        origins: For each alive token the index of its patch in row-major order, or `num_patches + j` if it was fused by
+            reduction j, [B, A] int64, ascending. None = all patches and no fused tokens.
+        merged: For each patch the origin of the token that contains it, [B, M] int64. None = nothing was merged.
+        num_reductions: Number of reductions so far.
+        call: Tasks of the forward, in a model with tasks.
     """
 
     num_prefix: int
@@ -71,18 +71,18 @@ class Route:
 
     @property
     def full_length(self) -> int:
-        """N, tokens before any reduction."""
+        """Number of tokens before any reduction, N."""
         return self.num_prefix + self.num_patches + self.num_suffix
 
     @property
     def num_tokens(self) -> int:
-        """Alive tokens, special and fused ones included."""
+        """Number of alive tokens, including special and fused ones."""
         alive = self.num_patches if self.origins is None else self.origins.shape[1]
         return self.num_prefix + alive + self.num_suffix
 
     @property
     def fused_origin(self) -> int:
-        """Origin that the next fused token gets."""
+        """Origin of the next fused token."""
         return self.num_patches + self.num_reductions
 
     def origins_like(self, hidden_states: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ class Route:
         return self.merged if self.merged is not None else replace(self, origins=None).origins_like(hidden_states)
 
     def reduced(self, origins: Tensor, merged: Tensor | None = None) -> Route:
-        """The route after a reduction that left `origins`, and merged the others into them or dropped them."""
+        """The route after a reduction that keeps `origins` and drops the other tokens, or merges them."""
         return Route(
             self.num_prefix,
             self.num_patches,
@@ -110,10 +110,10 @@ class Route:
         )
 
     def unmerge(self, tokens: Tensor) -> Tensor:
-        """Give each patch the value of the token that it is part of, [B, P + A + S, D] -> [B, P + M + S, D].
+        """Give each patch the value of the token that contains it, [B, P + A + S, D] -> [B, P + M + S, D].
 
         Args:
-            tokens: Of this route, on which tokens were merged.
+            tokens: The alive tokens of this route. It must have merged tokens.
         """
         assert self.origins is not None and self.merged is not None, "only merged tokens can be told apart again"
         batch, alive, device = *self.origins.shape, tokens.device
@@ -123,10 +123,10 @@ class Route:
         return pick_tokens(tokens, torch.cat([prefix, of_patches, suffix], dim=1))
 
     def alive(self) -> Tensor:
-        """[B, num_patches] bool, True where a patch is still there by itself. CPU or device as `origins`.
+        """Whether each patch is still a token of its own, [B, num_patches] bool, on the device of `origins`.
 
         Raises:
-            ForwardError: If nothing was reduced: there is no batch to speak of.
+            ForwardError: If nothing was reduced, because the batch size is unknown then.
         """
         if self.origins is None:
             raise ForwardError("nothing was reduced on this route: every patch is alive")
@@ -134,7 +134,7 @@ class Route:
         return alive.scatter(1, self.origins, True)[:, : self.num_patches]
 
     def places(self) -> Tensor:
-        """[B, P + A + S] int64: place of every alive token in the full sequence; fused ones come after its end."""
+        """Index of each alive token in the full sequence, [B, P + A + S] int64. Fused tokens come after its end."""
         origins = self.origins
         assert origins is not None, "only a reduced route has places"
         batch, device = origins.shape[0], origins.device
@@ -145,10 +145,10 @@ class Route:
         return torch.cat([prefix, self.num_prefix + fused, suffix], dim=1)
 
     def readings(self, value: Any) -> tuple[SideInput, ...]:
-        """What an attention input of all tokens can be by its shape, the likeliest first, `"other"` last.
+        """Kinds that an attention input of all tokens can have by its shape, most likely first, `"other"` last.
 
-        A bias [.., N, N] has the shape of a table whose rows are N wide, and another axis may happen to be as long as
-        there are tokens: which it is, the probe finds out.
+        Shapes are ambiguous: a bias [.., N, N] looks like a table of width N, and another axis may happen to have
+        length N. The probe finds out which kind it is.
         """
         if isinstance(value, (tuple, list)):
             is_pair = len(value) == 2 and all("table" in self.readings(item) for item in value)
@@ -166,21 +166,22 @@ class Route:
         return (*found, "other")
 
     def gather(self, value: Any, kind: SideInput | None = None) -> Any:
-        """Select the alive tokens' part of an attention input; what does not speak of single tokens stays as it is.
+        """Select the alive tokens' part of an attention input. Inputs without a token axis are returned unchanged.
 
         Args:
-            value: What all tokens would get.
-            kind: What it is; default its likeliest reading, see `readings`.
+            value: The input for all tokens.
+            kind: Kind of the input. Default None: the most likely one, see `readings`.
 
-                - `"mask"`: a padding mask [B, N] loses columns, a mask or bias [.., .., N or 1, N] rows and columns; a
-                  fused token takes those of the first special token, and is visible without a bias where there is none.
-                - `"table"`: [.., N or M, d] loses rows; a fused token's row is 0.
+                - `"mask"`: selects columns of a padding mask [B, N], or rows and columns of a mask or bias
+                  [.., .., N or 1, N]. A fused token gets those of the first special token; without special tokens it
+                  is visible and has no bias.
+                - `"table"`: selects rows of [.., N or M, d]; the row of a fused token is 0.
                 - `"rotary_tables"`: (cos, sin), two tables; a fused token is not rotated.
-                - `"items"`: a list or tuple, followed item by item.
-                - `"other"`: speaks of no single token.
+                - `"items"`: a list or tuple, gathered item by item.
+                - `"other"`: has no token axis.
 
         Raises:
-            NotImplementedError: On a mask of flex attention, which is not a tensor.
+            NotImplementedError: If it is a mask of flex attention, which is not a tensor.
         """
         if self.origins is None or value is None:
             return value
@@ -207,12 +208,12 @@ class Route:
     def gather_side_inputs(
         self, arguments: dict[str, Any], kinds: Mapping[str, SideInput] = NAMED_KINDS, but: str = ""
     ) -> dict[str, Any]:
-        """`gather` on every value of `arguments`, less the one called `but`.
+        """`gather` for every value of `arguments` except `but`.
 
         Args:
-            arguments: What an attention is called with, by name.
-            kinds: What they are; those that are not named are taken for what their shape says.
-            but: The name of one that stays as it is.
+            arguments: Arguments of an attention, by name.
+            kinds: Name -> kind. The kind of other arguments is inferred from their shape.
+            but: Name of an argument that is returned unchanged.
         """
         return {
             name: value if name == but else self.gather(value, kinds.get(name)) for name, value in arguments.items()
@@ -239,8 +240,8 @@ class Route:
         """A table of positions [.., N or M, d] for the alive tokens: [B, 1, alive, d] from 2-D, else with its own axes.
 
         Args:
-            table: One row a token, or one a patch; a leading axis of images may be there.
-            unrotated: What a fused token's row is filled with.
+            table: Table with one row per token or per patch, optionally with a batch axis in front.
+            unrotated: Value of a fused token's row. Default 0.
         """
         assert self.origins is not None, "only a reduced route has a table to shorten"
         rows = self.origins if table.shape[-2] == self.num_patches else self.places()
@@ -255,16 +256,16 @@ class Route:
 
 @dataclass
 class ResumePoint:
-    """A place in the middle of a column where a forward stops, or from where it begins.
+    """A block before which a forward stops, or at which it starts.
 
     Attributes:
-        index: The block in front of which the place is.
-        tokens: What this block gets, [B, N, D] as it comes; with `lengths`, what is read of blocks before the place,
-            side by side, [B, sum(lengths), D]. None = stop there, and put all this here.
-        origins: Of the route there, see `Route`; with `lengths`, those of each block that is read.
-        num_reductions: Of the route there.
-        lengths: Tokens of each block that is read, where a side network reads blocks on the way.
-        merged: Of the route there.
+        index: Index of the block.
+        tokens: Input of this block, [B, N, D]. With `lengths`, the tokens of the blocks that a side network reads
+            before it, concatenated, [B, sum(lengths), D]. None = the forward stops here and fills in all fields.
+        origins: `Route.origins` at this point; with `lengths`, those of each block that is read.
+        num_reductions: `Route.num_reductions` at this point.
+        lengths: Number of tokens of each block that a side network reads before it.
+        merged: `Route.merged` at this point.
     """
 
     index: int

@@ -1,4 +1,4 @@
-"""Plan, and the runner that makes a model's blocks follow it along a route."""
+"""The plan of a model's blocks, and the code that runs the blocks by it."""
 
 from peft_bsr.engine.compiled import Compiler
 from peft_bsr.engine.controller import CONTROLLER, BlockController

@@ -23,19 +23,19 @@ from peft_bsr.ops import merge_tokens, reduce_tokens
 
 
 class BoundBlock:
-    """The halves of a block, stock and lean. Tensors are read at each call; modules were looked up once.
+    """The halves of a block, original and lean. Modules are looked up once; tensors are read in each call.
 
     Args:
         block: The block.
-        spec: Knows its parts.
+        spec: Description of the model.
         side_input_hooks: Selects the alive tokens' part of side inputs.
-        own: Objects whose hooks on the block are our own.
-        aside: Told (half, reason) where a half that was planned lean runs stock.
+        own: Objects whose hooks on the block are ignored, because they are this package's.
+        aside: Called with (half, reason) if a half that was planned lean runs as the original.
 
     Attributes:
-        reasons: Why a half cannot run lean, by `"attention"` and `"mlp"`; empty where both can.
-        reader: Name of a hook of someone else's inside of the block, or None.
-        watch: Whether all this still holds.
+        reasons: `"attention"` or `"mlp"` -> why this half cannot run lean. Empty if both can.
+        reader: Name of another hook inside the block, or None.
+        watch: Detects changes after which the block must be looked up again.
     """
 
     def __init__(
@@ -75,22 +75,22 @@ class BoundBlock:
         kwargs: dict[str, Any],
         mix: Callable[[Tensor], Tensor] | None,
     ) -> tuple[Any, tuple[Tensor, ...]]:
-        """Run the block on the tokens of `call.route`; bit-equal to the stock block where all are kept.
+        """Run the block on the tokens of `call.route`. Bit-equal to the original block if all tokens are kept.
 
-        In full view the sequence comes and goes whole: the alive tokens are taken out, run, and put back; dropped ones
-        keep the value they had when they were dropped, merged ones have that of the token that they are part of.
+        In full view, input and output have the full length: the alive tokens are selected, run, and written back.
+        Dropped tokens keep their last value, merged ones have the value of the token that contains them.
 
         Args:
-            call: What is asked.
+            call: Settings for this call.
             stock: The block's own forward.
             hidden_states: [B, A, D], in full view [B, N, D].
-            args: For the block.
-            kwargs: For the block.
-            mix: What runs in the place of the MLP, normalized tokens -> their change, or None.
+            args: Further arguments for the block.
+            kwargs: Keyword arguments for the block.
+            mix: Replaces the MLP, normalized tokens -> their change, or None.
 
         Returns:
-            What the stock block returns, with fewer tokens; and after a reduction the origins [B, A], and where it
-            merges, what each patch is part of [B, M].
+            The block's output, with fewer tokens after a reduction; then also the origins [B, A], and after merging
+            the origin of the token that contains each patch [B, M].
         """
         route, reduction, whole = call.route, call.plan.reduction, hidden_states
         is_partial = route.is_full_view and route.num_tokens < route.full_length

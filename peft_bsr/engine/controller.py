@@ -27,24 +27,24 @@ CONTROLLER = "token_router"  # name of a block's controller among its children
 
 
 class BlockController(nn.Module):
-    """What a block needs to follow its plan. No parameters.
+    """Runs a block by its plan. Has no parameters.
 
     Args:
-        index: The block's place in the model.
-        spec: The model's column.
+        index: Index of the block.
+        spec: Description of the model.
         context: Shared by the controllers of one model.
         rule: Exceptions of the model's family.
-        plan: What to do; a tuner's controller answers per adapter instead.
+        plan: The plan. Controllers of tuners have one per adapter instead.
 
     Attributes:
-        builds_graph: Whether gradients may cross the blocks; if not, they run under `no_grad` in any mode.
+        builds_graph: Whether gradients may flow through the blocks. If not, they always run under `no_grad`.
         is_dynamic: Whether the plan changes from step to step.
-        mixes: Whether it runs something in the place of the MLP where the plan has a mixture.
-        observes: Whether it wants to see what the block does.
-        refines: Whether it gives on something else in the place of the block's tokens.
-        aside: Why a half that was planned lean ran stock in the latest training forward, by half.
-        roots: The model; in a list, so that it is no child.
-        compiler: How the block's halves are compiled by themselves, or None.
+        mixes: Whether `mix` replaces the MLP of blocks whose plan has a mixture.
+        observes: Whether `observe` is called after the block.
+        refines: Whether `refine` replaces the block's output.
+        aside: Half -> why it ran as the original in the latest training forward, although it was planned lean.
+        roots: The model, in a list so that it is not registered as a child.
+        compiler: How the block's halves are compiled as functions, or None.
     """
 
     builds_graph = True
@@ -71,44 +71,44 @@ class BlockController(nn.Module):
 
     @property
     def plan(self) -> Plan | None:
-        """The active plan, or None to run the model untouched."""
+        """The active plan, or None to run the model unchanged."""
         return self._plan
 
     def begin(self) -> None:
-        """A forward begins; called on the first block's controller, before the plan is asked for."""
+        """Called on the first block's controller when a forward begins, before the plan is read."""
 
     def observe(self, before: Tensor, after: Tensor) -> None:
-        """See the block's tokens [B, N, D] before and [B, N', D] after it."""
+        """Called with the block's tokens before it, [B, N, D], and after it, [B, N', D]."""
 
     def refine(self, block: nn.Module, tokens: Tensor, route: Route | None) -> Tensor:
-        """What goes on in the place of the block's tokens. Hooks on the block and captured outputs see that.
+        """Replace the block's output tokens. Hooks on the block and captured outputs get the replacement.
 
         Args:
             block: The block.
-            tokens: [B, N, D], what it gives.
-            route: After the block, or None where the plan reduces nothing.
+            tokens: Output of the block, [B, N, D].
+            route: Route after the block, or None if the plan has no reduction.
         """
         raise NotImplementedError(f"{type(self).__name__} refines nothing")
 
     def side_effect_free(self) -> AbstractContextManager[Any]:
-        """Forwards inside leave no trace on what the controller learns from forwards."""
+        """Context manager: forwards inside do not change the controller's state."""
         return nullcontext()
 
     def mix(self, block: nn.Module, call: TaskCall | None, tokens: Tensor) -> Tensor:
-        """What runs in the place of the MLP, where the block's plan has a mixture.
+        """Run the mixture that replaces the MLP, if the block's plan has one.
 
         Args:
             block: The block.
-            call: What the forward is asked.
-            tokens: [B, N, D], after the norm.
+            call: Tasks of the forward.
+            tokens: Tokens after the norm, [B, N, D].
         """
         raise NotImplementedError(f"{type(self).__name__} has no mixture")
 
     def attached(self, model: nn.Module) -> None:
-        """The controller was put on its block of `model`."""
+        """Called after the controller was attached to its block of `model`."""
 
     def detached(self, model: nn.Module) -> None:
-        """The controller was taken off."""
+        """Called after the controller was detached."""
 
     @property
     def block_plan(self) -> BlockPlan | None:
@@ -117,7 +117,7 @@ class BlockController(nn.Module):
         return None if plan is None else plan.blocks[self.index]
 
     def start_route(self, hidden_states: Tensor, plan: Plan | None = None) -> Route:
-        """The route of a forward that begins with these tokens [B, N, D]."""
+        """The route of a forward that starts with these tokens [B, N, D]."""
         spec, plan = self.spec, plan or self.plan
         num_patches = hidden_states.shape[1] - spec.num_special
         is_full_view = plan is not None and plan.mode == "full_view"
@@ -126,13 +126,13 @@ class BlockController(nn.Module):
     def instead(
         self, block: nn.Module, hidden_states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Tensor | None:
-        """What goes on if the block need not run, because the forward begins after it; None = it runs. Asked first.
+        """A replacement for the block's output if the block need not run, or None to run it. Called first.
 
         Args:
             block: The block.
-            hidden_states: [B, N, D], what it is called with.
+            hidden_states: Input of the block, [B, N, D].
             args: Further arguments of the call.
-            kwargs: Its keywords.
+            kwargs: Keyword arguments of the call.
         """
         resume_point = self.context.now.resume_point
         begins_after = resume_point is not None and resume_point.tokens is not None and self.index < resume_point.index
@@ -158,16 +158,16 @@ class BlockController(nn.Module):
         return halves_obstacle(block, self.spec, self.side_input_hooks, (self, self.scorer))
 
     def compile_halves(self, compiler: Compiler) -> None:
-        """From now on compile the block's halves as functions, see `peft_bsr.engine.compiled`."""
+        """Compile the block's halves as functions, see `peft_bsr.engine.compiled`."""
         self.compiler, self._bound = compiler, None
 
     def step_aside(self, part: str, reason: str) -> None:
-        """A part of the plan does not take place, and more is kept for backward: note it, and say it once.
+        """Record that a part of the plan is not active, so that more is kept for backward. Warns once.
 
         Args:
-            part: `"attention"` or `"mlp"`, a half that runs stock; `"class token only"`; `"int8"`; or
+            part: `"attention"` or `"mlp"`, a half that runs as the original; `"class token only"`; `"int8"`; or
                 `"gradient tokens"`.
-            reason: Why.
+            reason: The reason.
         """
         self.aside[part] = reason
         now = self.context.now
@@ -189,7 +189,7 @@ class BlockController(nn.Module):
         )
 
     def open_forward(self, model: nn.Module, args: Any) -> None:
-        """A forward pre-hook, of the last block's controller, on the model and on what calls its blocks."""
+        """Forward pre-hook of the last block's controller, on the model and on the modules that call its blocks."""
         now = self.context.now
         if now.open(model):
             outside = now.outside
@@ -200,17 +200,17 @@ class BlockController(nn.Module):
                 now.outside = Watch(around, (self,)) if around else None
 
     def close_forward(self, model: nn.Module, args: Any, output: Any) -> None:
-        """A forward hook of the same modules, called after an exception too."""
+        """Forward hook of the same modules, called after an exception, too."""
         self.context.now.close(model)
 
     def call(self, block: Any, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call the block on the running forward's route.
+        """Call the block on the route of the current forward.
 
         Args:
             block: The block.
-            run: Its own call.
-            args: Of the call.
-            kwargs: Of the call.
+            run: The block's own call.
+            args: Arguments of the call.
+            kwargs: Keyword arguments of the call.
         """
         now, index = self.context.now, self.index
         if index == 0:
@@ -252,7 +252,7 @@ class BlockController(nn.Module):
         return output
 
     def _block_call(self, block: Any, plan: Plan, own: BlockPlan, hidden_states: Tensor) -> BlockCall | None:
-        """What the block's forward is asked; None = to run as stock on all that it gets."""
+        """Settings for the block's forward. None = run the original block on its whole input."""
         lean, int8 = self._saving(block, own) if own.saves_less else (None, False)
         route = self.context.now.current() if plan.reduces else None
         splits = own.gradient_tokens is not None and self._splits(block, own)

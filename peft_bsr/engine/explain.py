@@ -8,10 +8,10 @@ from peft_bsr.engine.plan import BlockPlan, GradientTokens, Plan
 
 
 def explain_blocks(blocks: list[tuple[Any, Any]]) -> str:
-    """One line a block: the plan, and what of it runs stock in training, with the reason.
+    """One line per block: its plan, and which parts of it are not active in training, with the reason.
 
     Args:
-        blocks: (block, its controller), first to last.
+        blocks: (block, controller) pairs, first to last.
     """
     plan = blocks[0][1].plan if blocks else None
     if plan is None:
@@ -65,7 +65,7 @@ def _aside(part: str) -> str:
 
 
 def _standing(controller: Any, block: Any, plan: BlockPlan) -> dict[str, str]:
-    """Reasons that hold for any input."""
+    """Reasons that do not depend on the input."""
     reasons: dict[str, str] = controller.bound(block).reasons
     assert plan.lean is not None, "only lean halves step aside"
     wanted = {"attention": plan.lean.attention, "mlp": plan.lean.mlp and not plan.mixture}

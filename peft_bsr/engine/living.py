@@ -1,4 +1,4 @@
-"""Bytes of tensors that are still alive, counted from outside: nothing that runs is asked what it keeps."""
+"""Counts the bytes of tensors that are still alive, independently of who holds them."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from peft_bsr.compat.torch_api import (
 
 
 class LivingBytes(TorchDispatchMode):
-    """Notes the storage of every tensor that an operation makes inside, and says how much of it is alive.
+    """Dispatch mode that records the storage of every new tensor and counts the bytes that are still alive.
 
-    After a forward that is what is kept for backward, whoever holds it: autograd, the `ctx` of a function, a module or
-    a closure. Storages that were there before are not counted: parameters, buffers, inputs. Each storage counts once
-    and whole; of a tensor that wraps others (torchao's), the inner ones count. Works on any device, also with fake
-    tensors. What torch allocates without an operation (states of random generators) is not seen.
+    After a forward these are the bytes kept for backward, by autograd, the `ctx` of a function, a module or a closure.
+    Storages that existed before (parameters, buffers, inputs) are not counted. Each storage counts once, with its full
+    size; for a wrapper tensor (torchao's), the inner tensors count. Works on any device, and with fake tensors. Memory
+    that torch allocates without an operation (states of random generators) is not counted.
 
-    Close `torch.autocast` inside: while it is open, its cache keeps a copy of each weight that was cast.
+    Exit `torch.autocast` inside this context: until then, its cache holds a copy of each weight that was cast.
 
     Examples:
         >>> layer = torch.nn.Sequential(torch.nn.Linear(4, 2), torch.nn.Tanh())
@@ -46,8 +46,8 @@ class LivingBytes(TorchDispatchMode):
         """Bytes alive now.
 
         Args:
-            exclude: Tensors whose storages do not count: what the caller holds itself, such as the loss.
-            collects: Collect garbage first, so that what only cycles of objects hold does not count.
+            exclude: Tensors whose storages are not counted, such as the loss that the caller holds.
+            collects: Whether to collect garbage first, so that reference cycles are not counted. Default True.
         """
         return sum(self.sizes[number] for number in self.alive(exclude, collects))
 

@@ -1,4 +1,4 @@
-"""The Plan: what is done to each block. An immutable value that can be printed, compared and costed."""
+"""The Plan: what is done to each block. Immutable; it can be printed and compared, and its cost estimated."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ class Reduction:
     """Token reduction at one block.
 
     Attributes:
-        keep_rate: Share of the tokens that are not special that stay, in (0, 1].
-        fuse: Append one token summed from the dropped ones.
-        position: `"mid_block"` = after attention and its residual, so that the block's MLP sees fewer tokens;
+        keep_rate: Share of the non-special tokens that are kept, in (0, 1].
+        fuse: Whether to append the weighted sum of the dropped tokens as one token.
+        position: `"mid_block"` = after attention and its residual, so that the block's MLP gets fewer tokens;
             `"after_block"` = on the block's output.
-        score: What tokens are ranked by, see `peft_bsr.core.token_scores`. None: none is dropped, the most similar ones
-            are merged, see `peft_bsr.core.merge_tokens`.
-        of_all: The rate is of all tokens, special ones too, and rounds down (ALaST's rule), yet special tokens stay
-            beside what it keeps. False: of those that are not special, rounding up (BSR's).
-        share: Of the tokens that the first block got, what is to be left behind this one, special ones included, in
-            lengths of `multiple`; stands in the place of the rate. None = the rate counts.
-        multiple: Sequence lengths are multiples of this, where more tokens came in.
+        score: How tokens are ranked, see `peft_bsr.core.token_scores`. None: the most similar tokens are merged instead
+            of dropped, see `peft_bsr.core.merge_tokens`.
+        of_all: Whether `keep_rate` applies to all tokens including special ones, rounded down (ALaST); special tokens
+            are kept in addition. False: it applies to non-special tokens, rounded up (BSR).
+        share: Number of tokens after this block divided by that at the first block, including special tokens, rounded
+            to a multiple of `multiple`. Replaces `keep_rate`. None = `keep_rate` applies.
+        multiple: Sequence lengths are rounded to multiples of this, if the input is longer.
     """
 
     keep_rate: float
@@ -40,21 +40,21 @@ class Reduction:
     _rate: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        # a number that is another one in a later compilation becomes a symbol for torch.compile; a text never does
+        # torch.compile makes a number symbolic once it changes; a string stays constant
         object.__setattr__(self, "_rate", repr(float(self.keep_rate)))
 
     @property
     def merges(self) -> bool:
-        """Whether tokens are merged, not dropped."""
+        """Whether tokens are merged instead of dropped."""
         return self.score is None
 
     def keep(self, competing: int, num_special: int, at_start: int) -> int:
-        """K, tokens that stay of those that are not special.
+        """Number of non-special tokens that are kept, K.
 
         Args:
-            competing: M, tokens that are not special.
-            num_special: P + S.
-            at_start: Tokens that the first block got, special ones included.
+            competing: Number of non-special tokens, M.
+            num_special: Number of special tokens, P + S.
+            at_start: Number of tokens at the first block, including special ones.
         """
         if self.share is not None:
             length = self.multiple * round(self.share * int(at_start) / self.multiple)
@@ -64,7 +64,7 @@ class Reduction:
         return num_kept(float(self._rate), competing)
 
     def count_after(self, num_tokens: int, num_special: int, at_start: int | None = None) -> int:
-        """Tokens left of `num_tokens`, special and fused ones included; the first block got `at_start` (or these)."""
+        """Tokens left of `num_tokens`, with special and fused ones. `at_start`: those at the first block."""
         competing = num_tokens - num_special
         kept = self.keep(competing, num_special, num_tokens if at_start is None else at_start)
         return num_special + kept + (1 if self.fuse and kept < competing else 0)
@@ -72,11 +72,12 @@ class Reduction:
 
 @dataclass(frozen=True)
 class GradientTokens:
-    """Which tokens carry gradients; the others run without a graph.
+    """Which tokens carry gradients. The others run without a graph.
 
     Attributes:
-        share: Of the tokens that are not special, rounding up, in (0, 1). Special tokens always carry gradients.
-        score: The best by this score are chosen, see `peft_bsr.core.token_scores`; None = at random, each step anew.
+        share: Share of the non-special tokens, in (0, 1), rounded up. Special tokens always carry gradients.
+        score: The score by which the best tokens are selected, see `peft_bsr.core.token_scores`. None = a new random
+            draw in each step.
     """
 
     share: float
@@ -85,15 +86,15 @@ class GradientTokens:
 
 @dataclass(frozen=True)
 class Lean:
-    """What a block does not keep for backward, as far as the self-test allowed it. See `peft_bsr.engine.lean`.
+    """What a block does not keep for backward, limited to what passed the self-test. See `peft_bsr.engine.halves`.
 
     Attributes:
-        attention: Whether norm and projections run lean.
-        mlp: Whether norm and MLP do.
-        save_products: Keep the products of the MLP's first Linear and of the projections (`lean="exact"`), or compute
-            them again (`"max"`).
-        num_queries: Tokens that the head reads, at the front, if the last block runs queries, output projection and
-            MLP for those alone; else None. For so few, the MLP's first product is computed again at any level.
+        attention: Whether the attention's norm and projections run lean.
+        mlp: Whether the MLP and its norm run lean.
+        save_products: Whether to keep the outputs of the MLP's first Linear and of the projections (`lean="exact"`)
+            instead of recomputing them (`"max"`).
+        num_queries: Number of tokens at the front that the head reads, if the last block runs queries, output
+            projection and MLP for those alone, else None. For these few, the MLP's first product is always recomputed.
     """
 
     attention: bool = True
@@ -108,13 +109,13 @@ class BlockPlan:
 
     Attributes:
         trained: Whether any of its weights train.
-        cut_gradient: Whether its input is cut off the graph in training, because nothing before it trains.
+        cut_gradient: Whether its input is detached in training, because nothing before it trains.
         reduction: Token reduction, or None.
-        lean: What it does not keep for backward, or None for the stock block.
-        int8: Whether it keeps the rest in 8 bits, see `peft_bsr.engine.int8`.
-        mixture: Whether its controller's mixture of experts runs in the place of its MLP.
-        gradient_tokens: Which of its tokens carry gradients, or None for all. Of a block that no gradient reaches: it
-            ranks the tokens for the block after it.
+        lean: What it does not keep for backward, or None for the original block.
+        int8: Whether it keeps the other activations in int8, see `peft_bsr.engine.int8`.
+        mixture: Whether its controller's mixture of experts replaces its MLP.
+        gradient_tokens: Which of its tokens carry gradients, or None for all. On a block without gradients: the block
+            ranks the tokens for the next one.
     """
 
     trained: bool = False
@@ -127,7 +128,7 @@ class BlockPlan:
 
     @property
     def saves_less(self) -> bool:
-        """Whether it keeps less for backward than the stock block."""
+        """Whether it keeps less for backward than the original block."""
         return self.lean is not None or self.int8
 
     @property
@@ -141,12 +142,13 @@ class Plan:
     """What is done to every block of a ModelSpec.
 
     Attributes:
-        blocks: One plan a block.
+        blocks: One plan per block.
         mode: `"compact"` = the sequence gets shorter, from the first reduction to the head; `"full_view"` = it keeps
-            its length outside of the blocks: each block runs on the alive tokens, dropped ones keep their last value.
-        notes: What was asked for and left out, because it is not equal on this model, with the reason.
+            its length outside of the blocks: each block runs on the tokens that are left, and dropped tokens keep
+            their last value.
+        notes: Settings that were left out because they would change this model's results, with the reason.
         reduces: Whether any block drops or merges tokens.
-        merges: Whether any merges them.
+        merges: Whether any block merges tokens.
 
     Examples:
         >>> plan = Plan.static(12, trained=[3, 7, 11], reductions={i: Reduction(0.5) for i in (3, 6, 9)})
@@ -167,49 +169,49 @@ class Plan:
 
     @classmethod
     def static(cls, depth: int, trained: list[int], reductions: dict[int, Reduction], mode: Mode = "compact") -> Plan:
-        """A plan that stays the same at every step; the gradient is cut at the first trained block.
+        """A plan that is the same in every step. The gradient is cut at the input of the first trained block.
 
         Args:
             depth: Number of blocks.
             trained: Indices of the blocks that train, at least one.
             reductions: Block index -> reduction.
-            mode: See above.
+            mode: `"compact"` or `"full_view"`. Default `"compact"`.
         """
         first = min(trained)
         return cls(tuple(BlockPlan(i in trained, i <= first, reductions.get(i)) for i in range(depth)), mode)
 
     def with_reductions(self, mode: Mode | None = None, **changes: Any) -> Plan:
-        """A plan with other settings for all of its reductions (a rate counts, then), and another mode if given."""
+        """A copy with changed fields in all reductions (`keep_rate` resets `share`), and with another mode if given."""
         if "keep_rate" in changes:
             changes.setdefault("share", None)
         blocks = tuple(replace(b, reduction=b.reduction and replace(b.reduction, **changes)) for b in self.blocks)
         return replace(self, blocks=blocks, mode=mode or self.mode)
 
     def without_reductions(self) -> Plan:
-        """A plan that keeps all tokens."""
+        """A copy that keeps all tokens."""
         return replace(self, blocks=tuple(replace(block, reduction=None) for block in self.blocks))
 
     def without_cuts(self) -> Plan:
-        """A plan in which gradients run back to what lies before the blocks."""
+        """A copy in which gradients reach the embeddings."""
         return replace(self, blocks=tuple(replace(block, cut_gradient=False) for block in self.blocks))
 
     def with_lean(self, lean: Lean | None) -> Plan:
-        """A plan whose blocks in the graph run lean; the others keep nothing anyway."""
+        """A copy whose blocks in the graph run lean. The others keep nothing for backward."""
         return replace(self, blocks=tuple(replace(b, lean=lean if b.in_graph else None) for b in self.blocks))
 
     def with_int8(self, int8: bool) -> Plan:
-        """A plan whose blocks in the graph keep in 8 bits what they keep."""
+        """A copy whose blocks in the graph keep activations in int8."""
         return replace(self, blocks=tuple(replace(block, int8=int8 and block.in_graph) for block in self.blocks))
 
     def with_gradient_tokens(self, tokens: GradientTokens | None) -> Plan:
-        """A plan whose blocks in the graph have gradients of these tokens alone; the block before ranks them."""
+        """A copy whose blocks in the graph have gradients only for these tokens. The block before them ranks them."""
         first = next((i for i, block in enumerate(self.blocks) if block.in_graph), len(self.blocks))
         first -= tokens is not None and tokens.score is not None
         blocks = (replace(b, gradient_tokens=tokens if i >= first else None) for i, b in enumerate(self.blocks))
         return replace(self, blocks=tuple(blocks))
 
     def with_mixtures(self) -> Plan:
-        """A plan whose trained blocks run mixtures of experts in the place of their MLPs."""
+        """A copy whose trained blocks run mixtures of experts instead of their MLPs."""
         return replace(self, blocks=tuple(replace(block, mixture=block.trained) for block in self.blocks))
 
     @property
@@ -219,15 +221,15 @@ class Plan:
 
     @property
     def cuts_gradient(self) -> bool:
-        """Whether the gradient ends anywhere."""
+        """Whether the gradient is cut at a block."""
         return any(block.cut_gradient for block in self.blocks)
 
     def token_counts(self, num_tokens: int, num_special: int) -> list[tuple[int, int]]:
         """(tokens in the attention, tokens in the MLP) of every block.
 
         Args:
-            num_tokens: N at the first block, special ones included.
-            num_special: Those that are never dropped (P + S).
+            num_tokens: Number of tokens at the first block, including special ones, N.
+            num_special: Number of tokens that are never dropped, P + S.
         """
         counts, at_start = [], num_tokens
         for block in self.blocks:
@@ -238,7 +240,7 @@ class Plan:
         return counts
 
     def describe(self, num_tokens: int, num_special: int) -> str:
-        """The mode, then one line a block: what it does, and how many tokens its attention and its MLP see."""
+        """The mode, then one line per block: what it does, and the number of tokens in its attention and its MLP."""
         scores = sorted({b.reduction.score for b in self.blocks if b.reduction and b.reduction.score})
         lines = [f"{self.mode}, tokens ranked by {' and '.join(scores)}"] if scores else []
         lines += [f"{self.mode}, similar tokens merged"] if self.merges else []

@@ -41,7 +41,7 @@ def verify_mixture(model: nn.Module, spec: ModelSpec, plan: Plan, stock: StockRu
 
     Args:
         model: The model.
-        spec: Its column.
+        spec: Description of the model.
         plan: A plan with or without mixtures.
         stock: The probe's forward, if there is one; default: one more is run.
 

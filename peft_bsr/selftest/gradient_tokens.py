@@ -32,7 +32,7 @@ def verify_gradient_tokens(model: nn.Module, spec: ModelSpec, plan: Plan, stock:
 
     Args:
         model: The model.
-        spec: Its column.
+        spec: Description of the model.
         plan: As the other checks allowed it.
         stock: The probe's forward, if there is one; default: one more is run.
 

@@ -45,7 +45,7 @@ def verify_lean(
 
     Args:
         model: The model.
-        spec: Its column.
+        spec: Description of the model.
         plan: A plan; the queries of its last block are restricted here, if the head reads special tokens alone.
         stock: The probe's forward, if there is one; default: one more is run.
         index: The block to try; default the first that saves less.

@@ -38,7 +38,7 @@ def verify_queries(model: nn.Module, spec: ModelSpec, index: int, path: QueryPat
 
     Args:
         model: The model, without adapters.
-        spec: Its column.
+        spec: Description of the model.
         index: The block to try; all share their parts.
         path: The path asked for.
         stock: The probe's forward, if there is one; default: one more is run.

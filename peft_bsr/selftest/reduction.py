@@ -51,7 +51,7 @@ def verify_plan(
 
     Args:
         model: The model.
-        spec: Its column.
+        spec: Description of the model.
         plan: The plan.
         modes: Modes to try for the third check, the first that passes is taken; default the plan's own.
         stock: The probe's forward, if there is one; default: one more is run.
@@ -228,7 +228,7 @@ def controlled(
 
     Args:
         model: The model.
-        spec: The spec of the model.
+        spec: Description of the model.
         plan: What the controllers follow.
         start_at: A block that will be called on its own.
         like: Its hidden states [B, N, D]; no other block gets a controller then.

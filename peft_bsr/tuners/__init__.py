@@ -1,4 +1,4 @@
-"""What PEFT sees: one folder for each method, thin over the engine. Every folder here is found and registered."""
+"""The methods: PEFT tuners built on the engine, one folder each. Every folder here is found and registered."""
 
 from importlib import import_module
 from pkgutil import iter_modules

@@ -322,19 +322,19 @@ CALLS: list[tuple[str, Callable[[Any], Any], type[Exception], str]] = [
         "bsr",
         lambda m: m(),
         InputError,
-        "`pixel_values` is NoneType: that is no tensor. Call the model with `pixel_values` [images, 3, 32, 32].",
+        "`pixel_values` is NoneType: that is not a tensor. Call the model with `pixel_values` [images, 3, 32, 32].",
     ),
     (
         "synqt",
         lambda m: m(pixel_values=None),
         InputError,
-        "`pixel_values` is NoneType: that is no tensor. Call the model with `pixel_values` [images, 3, 32, 32].",
+        "`pixel_values` is NoneType: that is not a tensor. Call the model with `pixel_values` [images, 3, 32, 32].",
     ),
     (
         "bsr",
         lambda m: m(pixel_values=[[0.0]]),
         InputError,
-        "`pixel_values` is list: that is no tensor. Call the model with `pixel_values` [images, 3, 32, 32].",
+        "`pixel_values` is list: that is not a tensor. Call the model with `pixel_values` [images, 3, 32, 32].",
     ),
     (
         "bsr",

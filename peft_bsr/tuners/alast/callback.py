@@ -74,7 +74,7 @@ class ALaSTCallback(TrainerCallback):
 
 
 def schedule_of(model: nn.Module) -> ALaSTSchedule:
-    """The schedule active, whatever wraps the model.
+    """The schedule of the active adapter. The model may be wrapped, for example by DistributedDataParallel.
 
     Raises:
         AdapterError: If the model has no active ALaST adapter.

@@ -1,4 +1,4 @@
-"""Configuration of ALaST, and the plan that its steps are made from."""
+"""Configuration of ALaST, and the plan on which each step is based."""
 
 from __future__ import annotations
 
@@ -44,45 +44,49 @@ _PRESETS: dict[str | None, dict[str, Any]] = {
 
 @dataclass
 class ALaSTConfig(BlockConfig):
-    """Configuration of Adaptive Layer Selection: budgets decide, step by step, what trains and on how many tokens.
+    """Configuration of Adaptive Layer Selection: budgets set, for each step, which blocks train and on how many tokens.
 
-    Each block has a budget. In a step K blocks train, by default the last K, or drawn by the budgets. Behind each block
-    `int(budget * N)` of its N tokens stay, beside the special ones, by the class token's attention. How much a block
-    moves the class token moves its budget. In evaluation all tokens stay: the result is a plain model, and
-    `merge_and_unload` loses nothing. The final norm and the head always train.
+    Each block has a budget. In each step K blocks train: the last K by default, or K drawn by budget. After each block,
+    `int(budget * N)` of its N patch tokens are kept, ranked by the class token's attention; special tokens are always
+    kept. A block's budget follows its importance: how much the block changes the class token. In evaluation all tokens
+    are kept, so the trained model is a plain model and `merge_and_unload` is exact. The final norm and the head always
+    train.
 
-    Source: arXiv 2408.08670. Departures: a budget moved by a step counts from the next step on, not within the same
-    forward, which would need the host to wait for the device in every block; importance is relative to the class
-    token's size, the frozen blocks lead, the embeddings stay frozen, budgets start higher and sequence lengths are
-    multiples of 8 (`preset="paper"` takes these five back); a model without a class token ranks its tokens another way
-    (`score`), and the mean token takes the class token's place in the importance.
+    Source: arXiv 2408.08670. Differences from the paper: an updated budget applies from the next step on, because
+    applying it in the same forward would need a device synchronization in every block. A model without a class token
+    ranks its tokens another way (`score`), and the mean token replaces the class token in the importance. Five defaults
+    differ, and `preset="paper"` restores them: importance is relative to the size of the class token, the frozen blocks
+    are the first ones, the embeddings are frozen, budgets start higher, and sequence lengths are multiples of 8.
 
     `mode`, `score`, `trainable`, `r`, `lora_alpha`, `init_weights`, `target_modules`, `exclude_modules`,
     `modules_to_save`, `lean`, `saved_activations`, `gradient_tokens`, `gradient_tokens_by`, `layout` and `labels` are
     those of `BSRConfig`.
 
     Args:
-        trainable_blocks_per_step: K. Default None: three quarters of the blocks (9 of 12).
-        initial_budget: Of every block, default 0.95. With 0.9 (the paper's) a third less is kept for backward, but
-            models are less accurate, since evaluation sees all tokens.
-        budget_range: (least, largest) budget, default (0.5, 1.0).
-        alpha: How far a change of importance moves the budget; `"lr"` = the learning rate, which
-            `peft_bsr.training.ALaSTCallback` tells the model, or `model.base_model.schedule().learning_rate = ...`.
-            Default 0.5. 0.0 keeps budgets as they are.
-        delta_reduction: Importance: `"relative"` (each image's change of the class token over its size, mean over
-            images; default), `"mean"` (not relative), `"paper"` (not relative, summed over the images).
-        selection: Who trains: `"prefix"` (the last K blocks; the frozen ones lead and leave the graph, which saves the
-            most; default), `"sample"` (by chance, by budget: the paper's) or `"topk"` (the largest budgets).
-        train_embeddings: Train what lies before the blocks, too. No block leaves the graph then. Default False.
-        token_multiple: Sequence lengths are multiples of this, the nearest to the first block's tokens times all
-            budgets so far, so that few lengths occur (kernels and compiled code are made for each). 1 = block by
-            block, rounded down, the paper's. Default 8.
-        seed: Of the draws, which depend on it and on the step alone. Default 0.
-        preset: `"paper"` = initial_budget 0.9, alpha `"lr"`, delta_reduction `"paper"`, selection `"sample"`,
-            train_embeddings True, token_multiple 1, where these are not given.
+        trainable_blocks_per_step: Number of blocks that train in each step, K. Default None: three quarters of the
+            blocks (9 of 12).
+        initial_budget: Budget of every block at the start. 0.9, as in the paper, keeps a third less for backward, but
+            models are less accurate, because evaluation uses all tokens. Default 0.95.
+        budget_range: Smallest and largest budget. Default (0.5, 1.0).
+        alpha: Step size of the budgets: the factor from a change of importance to a change of the budget. `"lr"` uses
+            the learning rate, which `peft_bsr.training.ALaSTCallback` sets, or your loop:
+            `model.base_model.schedule().learning_rate = ...`. 0.0 keeps the budgets constant. Default 0.5.
+        delta_reduction: How importance is computed. `"relative"`: the change of each image's class token, divided by
+            the token's size, mean over images; `"mean"`: the same without dividing; `"paper"`: without dividing, sum
+            over images. Default `"relative"`.
+        selection: Which blocks train. `"prefix"`: the last K; the frozen blocks before them are not in the graph, which
+            saves the most memory; `"sample"`: a random draw weighted by budget, as in the paper; `"topk"`: those with
+            the largest budgets. Default `"prefix"`.
+        train_embeddings: Whether to train the embeddings, too. Every block is in the graph then. Default False.
+        token_multiple: Sequence lengths are rounded to multiples of this, so that few lengths occur: kernels and
+            compiled code are specialized to each. The exact length is the first block's tokens times all budgets up to
+            the block. 1 rounds down block by block, as in the paper. Default 8.
+        seed: Seed of the draws. A draw depends only on the seed and the step. Default 0.
+        preset: `"paper"` sets initial_budget 0.9, alpha `"lr"`, delta_reduction `"paper"`, selection `"sample"`,
+            train_embeddings True and token_multiple 1, unless they are given. Default None.
 
     Raises:
-        ConfigError: Naming every value that cannot be.
+        ConfigError: If values are invalid; the message names all of them.
 
     Examples:
         >>> ALaSTConfig(preset="paper").alpha
@@ -92,7 +96,7 @@ class ALaSTConfig(BlockConfig):
     trainable_blocks_per_step: int | None = field(
         default=None, metadata={"help": "Blocks that train in each step; None = three quarters of them."}
     )
-    initial_budget: float = field(  # None until the preset has spoken
+    initial_budget: float = field(  # None until the preset is applied
         default=None,  # type: ignore[assignment]
         metadata={"help": "Budget of every block at the start; None = 0.95."},
     )
@@ -106,14 +110,12 @@ class ALaSTConfig(BlockConfig):
         default=None, metadata={"help": "'relative', 'mean' or 'paper'; None = 'relative'."}
     )
     selection: str | None = field(default=None, metadata={"help": "'prefix', 'sample' or 'topk'; None = 'prefix'."})
-    train_embeddings: bool | None = field(
-        default=None, metadata={"help": "Train what lies before the blocks, too; None = False."}
-    )
+    train_embeddings: bool | None = field(default=None, metadata={"help": "Train the embeddings, too; None = False."})
     token_multiple: int | None = field(
         default=None, metadata={"help": "Sequence lengths are multiples of this; 1 = the paper's rule, None = 8."}
     )
-    seed: int = field(default=0, metadata={"help": "Of the draws."})
-    preset: str | None = field(default=None, metadata={"help": "'paper' for the paper's own choices."})
+    seed: int = field(default=0, metadata={"help": "Seed of the draws."})
+    preset: str | None = field(default=None, metadata={"help": "'paper' sets the paper's values."})
 
     def __post_init__(self) -> None:
         self.peft_type = extend_peft_type("ALAST")
@@ -152,10 +154,10 @@ class ALaSTConfig(BlockConfig):
         return [*problems, *check_ways(self), *super()._problems()]
 
     def plan_for(self, spec: ModelSpec) -> Plan:
-        """What every step's plan is made from: all blocks train, each drops tokens by the initial budget.
+        """The plan on which each step is based: all blocks train, each drops tokens by the initial budget.
 
         Raises:
-            ConfigError: Naming everything that this model does not allow.
+            ConfigError: If the model does not allow the configuration; the message names every problem.
         """
         score: Any = resolve_score(self, spec)
         problems, count = check_score(score, spec), self.trainable_blocks_per_step
@@ -177,7 +179,7 @@ class ALaSTConfig(BlockConfig):
 
 
 def budgeted(reduction: Reduction, budget: float, share: float) -> Reduction:
-    """A block's reduction with its budget; `share` is the product of the budgets up to it."""
+    """A block's reduction with its budget; `share` is the product of all budgets up to and including it."""
     return replace(reduction, keep_rate=budget, share=share if reduction.multiple > 1 else None)
 
 

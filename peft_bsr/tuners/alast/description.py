@@ -1,4 +1,4 @@
-"""What ALaST does, said in words."""
+"""Describes an ALaST adapter in words."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from peft_bsr.tuners.base.description import describe_gradient_tokens
 
 
 def describe(config: ALaSTConfig, spec: ModelSpec, plan: Plan) -> list[str]:
-    """What an adapter does to its model, one sentence an item."""
+    """What an adapter does to its model, as a list of sentences."""
     count = config.trainable_blocks_per_step
     return [
         f"Budgets decide in every training step which {count or 'three quarters'} of the {spec.depth} blocks "

@@ -1,4 +1,4 @@
-"""The controller of ALaST: a block's part of the plan of the step that runs."""
+"""The block controller of ALaST, which follows the plan of the current step."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ STATE = "bsr_state"
 
 
 class ALaSTController(MergeableController):
-    """A block's controller whose plan the schedule makes, in training; in evaluation the model runs as it is.
+    """A block controller whose plan comes from the schedule in training. In evaluation the model runs unchanged.
 
-    The first block's controller saves and loads the schedules' state in buffers that only state dicts see,
-    `bsr_state.<adapter>`: torch's distributed checkpoints keep nothing but parameters and buffers.
+    The first block's controller saves and loads the state of the schedules in buffers that appear only in state dicts,
+    `bsr_state.<adapter>`, because torch's distributed checkpoints hold only parameters and buffers.
 
     Args:
-        index, column, context, rule: See `BlockController`.
+        index, spec, context, rule: See `BlockController`.
     """
 
     is_dynamic = True
@@ -42,20 +42,20 @@ class ALaSTController(MergeableController):
 
     @property
     def schedule(self) -> ALaSTSchedule | None:
-        """The active adapter's, or None where adapters are disabled."""
+        """The schedule of the active adapter, or None if adapters are disabled."""
         name = self.carried_adapter
         return None if name is None else self.schedules[name]
 
     @property
     def plan(self) -> Plan | None:
-        """The plan of this step, or None in evaluation and before the first step."""
+        """The plan of the current step, or None in evaluation and before the first step."""
         schedule = self.schedule
         return schedule.plan if schedule is not None and self.training else None
 
     def call(self, block: Any, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call the block. In training no compiler traces it: the step's draw cannot be, and each step has its own plan.
+        """Call the block. In training `torch.compile` does not trace it, because the plan changes in each step.
 
-        Blocks that are compiled one by one (`block.compile()`) stay so.
+        Blocks that are compiled one by one (`block.compile()`) stay compiled.
         """
         if self.training and torch.compiler.is_compiling():
             return self._call_untraced(block, run, args, kwargs)
@@ -66,21 +66,21 @@ class ALaSTController(MergeableController):
         return super().call(*args)
 
     def begin(self) -> None:
-        """Tell the schedule that a training forward begins."""
+        """Notify the schedule that a training forward begins."""
         if self.training and torch.is_grad_enabled() and (schedule := self.schedule) is not None:
             schedule.begin()
 
     def observe(self, before: Tensor, after: Tensor) -> None:
-        """Show the schedule what the block did."""
+        """Pass the tokens before and after the block to the schedule."""
         if self.training and torch.is_grad_enabled() and (schedule := self.schedule) is not None:
             schedule.observe(before, after, self.spec.num_prefix)
 
     def side_effect_free(self) -> AbstractContextManager[Any]:
-        """Forwards inside move no budget and draw for themselves alone."""
+        """Context manager: forwards inside do not change the budgets or the selection."""
         return nullcontext() if self.schedule is None else self.schedule.side_effect_free()
 
     def add_schedule(self, adapter_name: str, schedule: ALaSTSchedule) -> None:
-        """Follow a schedule, which the controllers of all blocks share, for an adapter."""
+        """Add the schedule of an adapter. The controllers of all blocks share it."""
         self.schedules[adapter_name] = schedule
         if self.index == 0:
             self.bsr_state[adapter_name] = schedule.pack()
@@ -92,7 +92,7 @@ class ALaSTController(MergeableController):
             del self.bsr_state[adapter_name]
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """With the schedules' state as it is now."""
+        """The state dict, with the current state of the schedules."""
         _write_states(self)
         return super().state_dict(*args, **kwargs)
 
@@ -101,13 +101,13 @@ class ALaSTController(MergeableController):
 
 
 def _write_states(controller: ALaSTController, *_: Any) -> None:
-    """Put the state of each schedule into its buffer."""
+    """Write the state of each schedule to its buffer."""
     for name, schedule in controller.schedules.items() if controller.index == 0 else ():
         controller.bsr_state[name] = schedule.pack().to(controller.bsr_state[name].device)
 
 
 def _read_states(controller: ALaSTController, _: Any) -> None:
-    """Go on from what was loaded, for the schedules whose buffer is not what `_write_states` left there."""
+    """Restore each schedule whose buffer was loaded, that is, differs from what `_write_states` wrote."""
     for name, schedule in controller.schedules.items():
         if not torch.equal(controller.bsr_state[name].cpu(), schedule.pack()):
             schedule.unpack(controller.bsr_state[name])

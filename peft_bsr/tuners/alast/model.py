@@ -1,4 +1,4 @@
-"""The tuner: every block may train, under a plan that changes from step to step."""
+"""The tuner of ALaST: every block may train, and the plan changes from step to step."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class ALaSTModel(BlockTuner):
         adapter_name: Name of the adapter, default `"default"`.
 
     Raises:
-        UnsupportedModelError: With the reason that the probe found.
-        ConfigError: Naming everything that this model does not allow.
+        UnsupportedModelError: If the model is not supported; the message gives the reason.
+        ConfigError: If the model does not allow the configuration; the message names every problem.
 
     Examples:
         >>> from peft import get_peft_model
@@ -43,10 +43,10 @@ class ALaSTModel(BlockTuner):
     reduces_in_evaluation = False
 
     def schedule(self, adapter_name: str | None = None) -> ALaSTSchedule:
-        """Budgets and draws of an adapter, default the active one.
+        """Budgets and selected blocks of an adapter. Default None: the active adapter.
 
         Raises:
-            AdapterError: If there is none of that name.
+            AdapterError: If there is no adapter of that name.
         """
         name = adapter_name or (self.active_adapters or [None])[0]
         controllers: Any = find_controllers(self.model)
@@ -55,7 +55,7 @@ class ALaSTModel(BlockTuner):
         return controllers[0].schedules[name]
 
     def plan(self, adapter_name: str | None = None) -> Plan:
-        """The plan of the step that runs; before the first, that of a step in which every block trains.
+        """The plan of the current step; before the first step, the plan in which every block trains.
 
         Raises:
             AdapterError: If there is no adapter of that name.
@@ -63,7 +63,7 @@ class ALaSTModel(BlockTuner):
         return self.schedule(adapter_name).plan or super().plan(adapter_name)
 
     def _assign(self, model: nn.Module, adapter_name: str, given: Any, found: Any) -> None:
-        """One schedule for all controllers, which knows the adapter's weights in each block."""
+        """Create one schedule for all controllers, with the adapter's weights in each block."""
         spec, plan = found.spec, found.plan
         blocks: list[list[nn.Module]] = [[] for _ in spec.blocks]
         others: list[nn.Module] = []
@@ -80,7 +80,7 @@ class ALaSTModel(BlockTuner):
     def _get_adapter_state_dict(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor], **kwargs: Any
     ) -> dict[str, Tensor]:
-        """PEFT's own knows parameters and buffers only; the schedule's state is neither."""
+        """Adds the schedule's state, which is neither a parameter nor a buffer."""
         found = super()._get_adapter_state_dict(
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict, **kwargs
         )
@@ -88,21 +88,21 @@ class ALaSTModel(BlockTuner):
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        """Of the schedule's state, too."""
+        """Handles the key of the schedule's state, too."""
         if key.endswith(f".{STATE}.{adapter_name}"):
             return key.removesuffix(f".{adapter_name}")
         return super()._remove_adapter_name_from_key(key, adapter_name)
 
     @classmethod
     def _own_state(cls, model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
-        """With the schedule's state."""
+        """Includes the schedule's state."""
         places = {name: m for name, m in model.named_modules() if isinstance(m, ALaSTController) and m.index == 0}
         states = {f"{name}.{STATE}.{adapter_name}": m.bsr_state[adapter_name] for name, m in places.items()}
         return super()._own_state(model, adapter_name) | states
 
     @classmethod
     def _problems_of(cls, model: nn.Module, config: Any, state_dict: Mapping[str, Tensor]) -> list[str]:
-        """Of the schedule's state, which decides what trains."""
+        """Problems of the schedule's state in a file."""
         states = {name: tensor for name, tensor in state_dict.items() if f".{STATE}." in name}
         depth = len(find_controllers(model))
         return [f"{name}: {problem}." for name, t in states.items() for problem in check_state(t, depth, config)]
@@ -115,10 +115,10 @@ class ALaSTModel(BlockTuner):
 
 
 def find_embeddings(model: nn.Module, spec: ModelSpec) -> list[str]:
-    """Names of the outermost modules before the blocks that hold parameters themselves.
+    """Names of the outermost modules before the blocks that have parameters of their own.
 
     Raises:
-        UnsupportedModelError: If the model itself holds some: there is no module that could be saved.
+        UnsupportedModelError: If the model itself has parameters, which `modules_to_save` cannot name.
     """
     inside = (*spec.blocks, *spec.head, *spec.unread)
     owners = {name.rpartition(".")[0] for name, _ in model.named_parameters()}

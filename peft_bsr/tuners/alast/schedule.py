@@ -19,7 +19,7 @@ from peft_bsr.engine import Plan
 from peft_bsr.errors import ConfigError, TrainabilityError
 from peft_bsr.tuners.alast.config import ALaSTConfig, budgeted
 
-_NUMBERS: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}  # of the state, whatever the caller's defaults are
+_NUMBERS: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}  # torch's defaults may differ
 
 
 class ALaSTSchedule:
@@ -169,7 +169,7 @@ class ALaSTSchedule:
     def _advance(self) -> None:
         """Update the budgets from the last step's forwards, and select the blocks of the next step."""
         if self._total is not None:
-            *changes, images = self._total.tolist()  # the one time a step that the host waits for the device
+            *changes, images = self._total.tolist()  # the only synchronization in a step
             deltas = [reduced_delta(change, images, self._reduction) for change in changes]
             if self.deltas is not None:
                 low, high = self.config.budget_range

@@ -1,1 +1,1 @@
-"""What every method of this package is to PEFT: a tuner, a configuration, adapter files."""
+"""What all methods share: tuner, configuration, and adapter files."""

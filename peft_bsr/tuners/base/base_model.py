@@ -1,4 +1,4 @@
-"""How a model differs from the files that it was loaded from: settings that are kept, weights that are new."""
+"""How a model differs from the files that it was loaded from: changed settings and new weights."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ _NOT_KEPT = {"architectures", "auto_map", "dtype", "model_type", "quantization_c
 _NOT_KEPT |= {"transformers_version"}
 _LABELS = {"id2label", "label2id"}
 _SIZES = {"hidden_size", "intermediate_size", "mlp_ratio", "num_attention_heads", "num_hidden_layers"}
-_FACTOR = 16  # by which another size, such as that of images, may grow
-_SMALL, _LARGEST = 16.0, 2**16  # numbers up to the first are harmless; where the model has none, up to the second
+_FACTOR = 16  # by which a size, such as the image size, may grow
+_SMALL, _LARGEST = 16.0, 2**16  # values up to the first are always allowed; up to the second if the base model has none
 
 
 def own_config(model: nn.Module) -> PreTrainedConfig | None:
-    """The configuration in the folder or the cache that a model was loaded from. The Hub is not asked.
+    """The configuration in the folder or the cache from which a model was loaded. The Hub is not accessed.
 
     Args:
         model: The base model.
 
     Returns:
-        None where there is none: the model was made in memory, or its files are gone.
+        The configuration, or None if the model was created in memory or its files were removed.
     """
     config = getattr(model, "config", None)
     source = source_of(config)
@@ -44,12 +44,12 @@ def own_config(model: nn.Module) -> PreTrainedConfig | None:
 
 
 def changed_settings(config: PreTrainedConfig, own: PreTrainedConfig, *, with_labels: bool = False) -> dict[str, Any]:
-    """What of a model's configuration differs from its own file: plain JSON values by name.
+    """The settings that differ between a model's configuration and its file: name -> plain JSON value.
 
     Args:
-        config: Of the model, as it is.
+        config: The model's current configuration.
         own: From `own_config`.
-        with_labels: Whether names of classes count. Default False: an adapter keeps them by itself.
+        with_labels: Whether to include class names. Default False: an adapter stores them separately.
     """
     skipped = _NOT_KEPT | (set() if with_labels else _LABELS)
     before, found = own.to_dict(), {}
@@ -66,14 +66,14 @@ def changed_settings(config: PreTrainedConfig, own: PreTrainedConfig, *, with_la
 
 
 def with_settings(own: PreTrainedConfig, changes: Mapping[str, Any]) -> PreTrainedConfig:
-    """A model's own configuration with what `changed_settings` found. What it has no name for is left out.
+    """A model's own configuration with the settings from `changed_settings`. Unknown names are ignored.
 
     Args:
-        own: Of the base model.
-        changes: Names and plain JSON values, as a file has them.
+        own: The base model's configuration.
+        changes: Name -> plain JSON value.
 
     Raises:
-        AdapterFileError: If a changed size would make a far larger model than the base model is.
+        AdapterFileError: If a changed size would make the model far larger than the base model.
     """
     if larger := _larger(own.to_dict(), changes):
         name, before, value = larger[0]
@@ -85,9 +85,9 @@ def with_settings(own: PreTrainedConfig, changes: Mapping[str, Any]) -> PreTrain
 
 
 def new_weights(model: nn.Module, own: PreTrainedConfig) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Parameters that cannot be made of the model's own files: name -> (shape, shape in the files).
+    """Parameters that do not come from the model's files: name -> (shape, shape in the files).
 
-    A position table that `set_image_size` made of the file's is not among them.
+    A position table that `set_image_size` interpolated from the file's is not included.
 
     Args:
         model: The base model.
@@ -96,7 +96,7 @@ def new_weights(model: nn.Module, own: PreTrainedConfig) -> dict[str, tuple[tupl
     try:
         with torch.device("meta"):
             stock: Any = type(model)(own)
-    except Exception:  # a class of the user's, which is made another way
+    except Exception:  # a class of the user's with another constructor
         return {}
     shapes = {name: tuple(parameter.shape) for name, parameter in stock.named_parameters()}
     resized = resized_tables(model)
@@ -128,7 +128,7 @@ def _merged(values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
 
 
 def _plain(value: Any) -> Any:
-    """The value as JSON has it, or `_ABSENT` where it has not."""
+    """The value as plain JSON, or `_ABSENT` if JSON cannot hold it."""
     try:
         return json.loads(json.dumps(value))
     except (TypeError, ValueError):

@@ -1,4 +1,4 @@
-"""Which module of a model is its classifier, for methods that put heads of their own in its place."""
+"""Finds a model's classifier and final norm, for methods that replace the classifier by heads of their own."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ def find_classifier(model: nn.Module, spec: ModelSpec, who: str) -> str:
 
     Args:
         model: The model.
-        spec: Its column.
-        who: Begins the sentence that says what takes the classifier's place, for the error.
+        spec: Description of the model.
+        who: Subject and verb for the error, such as "the heads of `tasks` take".
 
     Raises:
-        UnsupportedModelError: If there is none.
+        UnsupportedModelError: If no single Linear gives the logits.
     """
     linears = [name for name in spec.head if isinstance(without_layer(model.get_submodule(name)), nn.Linear)]
     outputs: dict[str, list[Tensor]] = {name: [] for name in linears}
@@ -44,12 +44,12 @@ def find_classifier(model: nn.Module, spec: ModelSpec, who: str) -> str:
 
 
 def find_final_norm(model: nn.Module, spec: ModelSpec) -> nn.LayerNorm | None:
-    """The LayerNorm behind the last block, as wide as its tokens, if there is one."""
+    """The LayerNorm after the last block, or None."""
     norms = [without_layer(model.get_submodule(name)) for name in spec.head]
     return next((m for m in norms if isinstance(m, nn.LayerNorm) and m.normalized_shape == (spec.width,)), None)
 
 
 def without_layer(module: nn.Module) -> nn.Module:
-    """The model's own module under a tuner layer, or the module itself."""
+    """The base layer of a tuner layer; any other module is returned unchanged."""
     own: nn.Module = getattr(module, "base_layer", module)
     return own

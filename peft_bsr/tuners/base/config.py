@@ -1,4 +1,4 @@
-"""What an adapter's configuration remembers of the model it was attached to, and who hears when it is saved."""
+"""Base of all configurations: what they store about the model, and hooks that run when they are saved."""
 
 from __future__ import annotations
 
@@ -20,24 +20,25 @@ from peft_bsr.errors import AdapterFileError, ConfigError, OtherWeightsWarning
 from peft_bsr.tuners.base.base_model import changed_settings, new_weights, own_config
 from peft_bsr.tuners.base.classifier import without_layer
 from peft_bsr.tuners.base.files import AdapterFiles
-from peft_bsr.tuners.base.reductions import write_down
+from peft_bsr.tuners.base.reductions import record
 
 AFTER_SAVE: list[Callable[[Any, Path], None]] = []
-"""Called with an attached adapter's configuration and its folder, each time they are saved: the model card's way in.
-PEFT has no hook for it: the card is written by `PeftModel` itself, whose class we do not change."""
+"""Functions of an attached adapter's configuration and its folder, called after each save. The model card uses one.
+
+PEFT has no hook for this: `PeftModel` writes the card itself, and we do not change its class."""
 
 
 @dataclass(frozen=True)
 class Attachment:
-    """What is known of the model that an adapter was attached to; no part of the adapter's file.
+    """The model that an adapter is attached to. Not saved in the adapter's files.
 
     Attributes:
-        spec: What the model is.
-        plan: What is done to it; of ALaST, the plan its steps are made from.
-        classes: Names of the model's class and of its bases.
-        config: The model's configuration (a living object), or None.
+        spec: Description of the model.
+        plan: Plan of the blocks; for ALaST, the plan on which each step is based.
+        classes: Names of the model's class and of its base classes.
+        config: The model's configuration (the object itself, not a copy), or None.
         own: The configuration in the files that the model was loaded from, or None.
-        parts: Names of the modules that the adapter has in the model; known once it is attached.
+        parts: Names of the adapter's modules in the model. Set once the adapter is attached.
     """
 
     spec: ModelSpec
@@ -49,46 +50,43 @@ class Attachment:
 
     @property
     def problem_type(self) -> str | None:
-        """What the model's labels are; transformers' losses write it into the model's configuration."""
+        """`problem_type` of the model's configuration, which the losses of transformers set."""
         return getattr(self.config, "problem_type", None)
 
 
 @dataclass
 class SavedConfig(AdapterFiles, PeftConfig):
-    """Base of our configurations.
+    """Base class of the configurations.
 
     Args:
-        labels: Names of the classes, by number. Written when the adapter is attached to a model with a classifier; by
-            it `peft_bsr.load` gives the base model a head of the right size.
-        base_config: What else of the base model's configuration differs from its own file, such as `problem_type`:
-            plain JSON values by name. Written when the adapter is saved; `peft_bsr.load` sets them again.
-        fingerprint: What the base model is (`peft_bsr.backbones.Fingerprint`), and a digest of its `weights`. Written
-            when the adapter is attached; a model that differs is refused, other weights are warned of.
-        digests: Of these `settings` and of the file with the `weights`. Written when the adapter is saved; files that
-            were not saved together, or not whole, are refused.
+        labels: Class names by index. Written when the adapter is attached to a model with a classifier;
+            `peft_bsr.load` uses them to create a head of the right size.
+        base_config: Other settings of the base model's configuration that differ from its file, such as
+            `problem_type`: name -> plain JSON value. Written when the adapter is saved; `peft_bsr.load` applies them.
+        fingerprint: Description of the base model (`peft_bsr.backbones.Fingerprint`) and a digest of its `weights`.
+            Written when the adapter is attached. Loading on a different model is an error, on different weights a
+            warning.
+        digests: Digests of these `settings` and of the file with the `weights`. Written when the adapter is saved;
+            incomplete files, and files that were not saved together, are an error.
     """
 
-    labels: list[str] | None = field(
-        default=None, metadata={"help": "Written at attach: names of the classes that the head tells apart."}
-    )
+    labels: list[str] | None = field(default=None, metadata={"help": "Written at attach: class names of the head."})
     base_config: dict[str, Any] | None = field(
         default=None, metadata={"help": "Written at save: settings of the base model that differ from its own file."}
     )
     fingerprint: dict[str, Any] | None = field(
-        default=None, metadata={"help": "Written at attach: what the base model is, by which another is told from it."}
+        default=None, metadata={"help": "Written at attach: a description of the base model that identifies it."}
     )
     digests: dict[str, str] | None = field(
-        default=None, metadata={"help": "Written at save: of the settings, and of the file with the weights."}
+        default=None, metadata={"help": "Written at save: digests of the settings and of the file with the weights."}
     )
 
     target_modules = cast("Any", None)  # PEFT asks for it; methods that take names of modules have a field
-    frozen_weights = (
-        "full"  # how weights of frozen blocks are rounded; a method that offers it has a field of that name
-    )
-    resolution = None  # what to do to the model, a Resolution, where it is known before the adapter is attached
-    attachment = None  # an Attachment; not annotated, because it is no field and not saved
-    place = None  # where `peft_bsr.load` read it from
-    facts = None  # what was measured, see `peft_bsr.hub.CardFacts`
+    frozen_weights = "full"  # precision of frozen blocks' weights; methods that support it have a field of this name
+    resolution = None  # a Resolution, if known before the adapter is attached
+    attachment = None  # an Attachment; not annotated, so that it is neither a field nor saved
+    place = None  # where `peft_bsr.load` read it
+    facts = None  # measurements, see `peft_bsr.hub.CardFacts`
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -116,25 +114,24 @@ class SavedConfig(AdapterFiles, PeftConfig):
         held: Sequence[str],
         fingerprint: dict[str, Any] | None = None,
     ) -> None:
-        """Remember the model.
+        """Store what identifies the model.
 
         Args:
             model: The model.
-            spec: What it is.
-            plan: What is done to it.
-            held: Names of the modules whose weights the adapter has, takes the place of, or does not need.
-            fingerprint: What the model was before the first adapter came, where another one is there. Default None: it
-                is asked.
+            spec: Description of the model.
+            plan: Plan of the blocks.
+            held: Names of the modules whose weights the adapter has, replaces, or does not need.
+            fingerprint: Fingerprint of the model before its first adapter, if it has adapters. Default None: computed
+                from the model.
 
         Raises:
-            AdapterFileError: If the adapter is read from a file, and is of another model, or its head tells apart other
-                classes.
-            ConfigError: If a weight that the adapter does not have is not from the base model's files.
+            AdapterFileError: If the adapter comes from a file and was trained on another model or for other classes.
+            ConfigError: If a weight that the adapter does not have is not in the base model's files.
         """
         labels = self._labels(model, spec)
         own = own_config(model)
         found = fingerprint or self._fingerprint_of(model, spec)
-        if self.fills_weights or self.inference_mode:  # transformers' own loader reads the file another way
+        if self.fills_weights or self.inference_mode:  # transformers' loader reads the file itself
             _check_labels(self.labels, labels)
             _check_model(self.fingerprint, found, warn=self.fills_weights)
             if labels == _default_labels(labels) and self.labels and len(self.labels) == len(labels or ()):
@@ -155,20 +152,20 @@ class SavedConfig(AdapterFiles, PeftConfig):
         return False
 
     def recorded(self, resolution: Any) -> Any:
-        """A copy that names what was chosen for the model, see `Resolution`."""
+        """A copy with the values that were chosen for the model, see `Resolution`."""
         config = copy.copy(self)
-        write_down(config, resolution.plan)
+        record(config, resolution.plan)
         return config
 
     def _labels(self, model: nn.Module, spec: ModelSpec) -> list[str] | None:
         return find_labels(model, spec)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """PEFT's own, and then whoever asked for it.
+        """Save the configuration, then call `AFTER_SAVE`.
 
         Args:
-            save_directory: Folder.
-            kwargs: PEFT's.
+            save_directory: The folder.
+            kwargs: For `PeftConfig.save_pretrained`.
         """
         at = self.attachment
         if at is not None and at.own is not None:
@@ -180,7 +177,7 @@ class SavedConfig(AdapterFiles, PeftConfig):
 
 
 def find_labels(model: nn.Module, spec: ModelSpec) -> list[str] | None:
-    """Names of the classes by number, or None where no part of the head is a classifier of so many."""
+    """Class names by index, or None if no part of the head is a classifier with that many classes."""
     named = getattr(getattr(model, "config", None), "id2label", None) or {}
     heads = [without_layer(model.get_submodule(name)) for name in spec.head]
     if not any(isinstance(head, nn.Linear) and head.out_features == len(named) for head in heads):
@@ -193,7 +190,7 @@ def _is_text(value: Any) -> bool:
 
 
 def _default_labels(labels: list[str] | None) -> list[str]:
-    """What transformers calls classes that nobody has named."""
+    """The default class names of transformers."""
     return [f"LABEL_{index}" for index in range(len(labels or ()))]
 
 
@@ -225,7 +222,7 @@ def _check_labels(saved: list[str] | None, found: list[str] | None) -> None:
 
 
 def _check_new(model: nn.Module, new: dict[str, Any], held: Sequence[str], config: Any) -> None:
-    """Refuse weights that are new and would be lost: frozen at random, and in no file."""
+    """Raise if new weights would be lost: frozen at random values, and not in any file."""
     saved = [rf"(^|.*\.){re.escape(name)}($|\..*)" for name in getattr(config, "modules_to_save", None) or ()]
     lost = {
         name: shapes

@@ -1,4 +1,4 @@
-"""A plan, said in words."""
+"""Describes plans in words."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _RANKED = {
 
 
 def describe_reductions(spec: ModelSpec, plan: Plan) -> list[str]:
-    """Where tokens are dropped or merged, which, and how many are left: one sentence an item."""
+    """Where tokens are dropped or merged, which ones, and how many are left, as a list of sentences."""
     reduced = [(index, block.reduction) for index, block in enumerate(plan.blocks) if block.reduction is not None]
     if not reduced:
         return ["No tokens are dropped."]
@@ -38,7 +38,7 @@ def describe_reductions(spec: ModelSpec, plan: Plan) -> list[str]:
 
 
 def describe_gradient_tokens(plan: Plan) -> list[str]:
-    """Which tokens carry gradients, if not all do."""
+    """Which tokens carry gradients, as a list of sentences. Empty if all do."""
     wanted = plan.blocks[-1].gradient_tokens
     if wanted is None:
         return []

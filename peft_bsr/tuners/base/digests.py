@@ -1,4 +1,4 @@
-"""Digests by which an adapter's two files know each other: of its settings, and of the file with its weights."""
+"""Digests of an adapter's settings and weights, which show whether its two files were saved together."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ _CHUNK = 2**20
 
 
 def settings_digest(values: Mapping[str, Any]) -> str:
-    """Of what `adapter_config.json` holds, but for where the base model is and what PEFT itself writes.
+    """Digest of `adapter_config.json`, without the path of the base model and what PEFT itself writes.
 
     Args:
-        values: As JSON has them.
+        values: Contents of the file.
     """
     counted = {name: value for name, value in values.items() if name not in _NOT_COUNTED}
     return hashlib.blake2b(json.dumps(counted, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def file_digest(path: Path) -> str:
-    """Of a whole file."""
+    """Digest of a file."""
     digest = hashlib.blake2b(digest_size=16)
     with open(path, "rb") as file:
         while chunk := file.read(_CHUNK):
@@ -34,10 +34,10 @@ def file_digest(path: Path) -> str:
 
 
 def with_digests(values: Mapping[str, Any], weights: Path) -> dict[str, Any]:
-    """The settings with digests of themselves, and of the weights if there are some.
+    """Add the digests of the settings, and of the weights if the file exists.
 
     Args:
-        values: As JSON has them.
+        values: Contents of `adapter_config.json`.
         weights: The file with the weights.
     """
     digests = {"settings": settings_digest(values)}
@@ -47,11 +47,11 @@ def with_digests(values: Mapping[str, Any], weights: Path) -> dict[str, Any]:
 
 
 def check_settings(values: Mapping[str, Any], known: Collection[str], path: Path) -> None:
-    """Refuse settings that are not those that were saved. Files of earlier versions have no digest.
+    """Raise if the settings differ from those that were saved. Files of earlier versions have no digest.
 
     Args:
-        values: What the file holds.
-        known: Names of the settings that this version has; others may have been added, they are left out anyway.
+        values: Contents of the file.
+        known: Names of the settings in this version; others are ignored.
         path: The file.
 
     Raises:
@@ -70,10 +70,10 @@ def check_settings(values: Mapping[str, Any], known: Collection[str], path: Path
 
 
 def check_weights_belong(digests: Mapping[str, str] | None, path: Path) -> None:
-    """Refuse weights that were not saved together with the settings.
+    """Raise if the weights were not saved together with the settings.
 
     Args:
-        digests: What the settings say, or None.
+        digests: `digests` of the settings, or None.
         path: The file with the weights.
 
     Raises:

@@ -1,7 +1,7 @@
-"""An adapter's two files: read with suspicion, written all or nothing.
+"""An adapter's two files: validated when read, and written atomically.
 
-Weights are safetensors, nothing else: a pickled file would run code. PEFT has safetensors write them, which since its
-version 0.8 replaces a file in one go; the configuration is written so here.
+Only safetensors files are read, because a pickled file can run code. safetensors (0.8 or later) replaces files
+atomically; here the configuration is written the same way.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from peft_bsr.registration import REGISTERED
 from peft_bsr.tuners.base.digests import check_settings, check_weights_belong, with_digests
 from peft_bsr.tuners.base.source import AGAIN, AdapterSource, missing, read_header
 
-_LARGEST = 2**24  # bytes of adapter_config.json; 21 000 names of classes take 1 MB
-_LONGEST = 1000  # entries of a list, but for the names of classes, and characters of a module's name
+_LARGEST = 2**24  # bytes of adapter_config.json; 21 000 class names take 1 MB
+_LONGEST = 1000  # entries of a list other than class names, and characters of a module's name
 _PLAIN_NAME = re.compile(r"[\w.\-]+")
 
 
 class AdapterFiles:
-    """Mixin in front of `PeftConfig`: checks the files before PEFT reads them.
+    """Mixin for `PeftConfig`: checks the files before PEFT reads them.
 
     Attributes:
-        fills_weights: Read from a file, and PEFT is about to load the weights that belong to it.
-        source: Where it was read from, or None.
+        fills_weights: Whether it was read from a file and PEFT is about to load the weights that belong to it.
+        source: Where it was read, or None.
     """
 
     fills_weights = False
@@ -48,16 +48,16 @@ class AdapterFiles:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, subfolder: str | None = None, **kwargs: Any) -> Any:
-        """PEFT's, for files that were checked.
+        """Check the files, then read the configuration.
 
         Args:
             pretrained_model_name_or_path: Folder or repository.
-            subfolder: In it.
-            **kwargs: For PEFT.
+            subfolder: Folder within it. Default None.
+            **kwargs: For `PeftConfig.from_pretrained`.
 
         Raises:
             AdapterFileError: If a file of a local folder is damaged, or weights are pickled.
-            ConfigError: If the configuration holds what cannot be.
+            ConfigError: If the configuration has invalid values.
         """
         folder = Path(pretrained_model_name_or_path, subfolder or "")
         if folder.is_dir():
@@ -72,7 +72,7 @@ class AdapterFiles:
 
     @classmethod
     def from_json_file(cls, path_json_file: Any, **kwargs: Any) -> dict[str, Any]:
-        """What the file holds, checked; also what PEFT has downloaded.
+        """Read and check the file. PEFT calls this for downloaded files, too.
 
         Args:
             path_json_file: The file.
@@ -80,30 +80,30 @@ class AdapterFiles:
 
         Raises:
             AdapterFileError: See `read_config`.
-            ConfigError: If it holds a pattern that somebody else's file must not have.
+            ConfigError: If it contains a regular expression, which is not accepted from a file.
         """
         values = _read_values(Path(path_json_file))
-        values.pop("runtime_config", None)  # as PEFT does: of a run, not of an adapter
+        values.pop("runtime_config", None)  # as in PEFT: it describes a run, not an adapter
         if problems := _without_patterns(values):
             raise ConfigError.from_problems(cls.__name__, problems)
         return values
 
     def sizes(self) -> dict[str, tuple[int | None, ...]]:
-        """How large tensors must be by these settings: ending of a name -> length of each axis, None for any.
+        """Sizes that tensors must have with these settings: end of the name -> length of each axis, None for any.
 
-        A file is held against it before memory is taken.
+        A file is checked against them before memory is allocated.
         """
         return {}
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
-        """PEFT's, but the file is replaced in one go: who is interrupted leaves the earlier one.
+        """Save the configuration atomically: an interrupted save leaves the earlier file.
 
         Args:
-            save_directory: Folder.
-            **kwargs: For PEFT.
+            save_directory: The folder.
+            **kwargs: For `PeftConfig.save_pretrained`.
 
         Raises:
-            AdapterFileError: If it cannot be written. The earlier file is left as it was.
+            AdapterFileError: If it cannot be written. The earlier file is unchanged.
         """
         folder = Path(save_directory)
         draft = folder / f".saving-{socket.gethostname()}-{os.getpid()}"
@@ -125,18 +125,18 @@ class AdapterFiles:
 
 
 def check_adapter(folder: str | Path) -> None:
-    """Read both files of an adapter without loading it: is it whole, and one of ours?
+    """Check both files of an adapter without loading it.
 
-    PEFT reads a configuration before it knows that the adapter is ours, and damage there gives its own errors (of
-    `json`, or a `KeyError`). Where files come from outside, call this first. Nothing of them is executed, and no memory
-    is taken for their tensors.
+    PEFT reads a configuration before it knows the adapter's type, so a damaged file raises errors of `json`, or a
+    `KeyError`. Call this first for files from others. It executes nothing from the files and allocates no memory for
+    their tensors.
 
     Args:
-        folder: With `adapter_config.json` and `adapter_model.safetensors`.
+        folder: Folder with `adapter_config.json` and `adapter_model.safetensors`.
 
     Raises:
-        AdapterFileError: If a file is missing or damaged, weights are pickled, or the two do not belong together.
-        ConfigError: If the configuration holds what cannot be.
+        AdapterFileError: If a file is missing or damaged, weights are pickled, or the files do not belong together.
+        ConfigError: If the configuration has invalid values.
 
     Examples:
         >>> check_adapter("my-adapter")  # doctest: +SKIP
@@ -148,19 +148,19 @@ def check_adapter(folder: str | Path) -> None:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """What `adapter_config.json` holds.
+    """Contents of `adapter_config.json`.
 
     Raises:
-        AdapterFileError: If it is missing, not a JSON object, of another method, or not as it was saved.
+        AdapterFileError: If it is missing, not a JSON object, of an unknown method, or was changed after saving.
     """
     return _read_values(folder / CONFIG_NAME)
 
 
 def check_weights(folder: Path) -> dict[str, Any]:
-    """Read the header of `adapter_model.safetensors`, which says whether the file is whole.
+    """Read the header of `adapter_model.safetensors`, which shows whether the file is complete.
 
     Returns:
-        Names and tensors without numbers.
+        Name -> tensor on the meta device.
 
     Raises:
         AdapterFileError: If it is missing or damaged, or there is a pickled file instead.
@@ -172,13 +172,13 @@ def check_weights(folder: Path) -> dict[str, Any]:
 
 
 def check_file(config: Any) -> None:
-    """Hold the file that PEFT is about to load against the settings. No tensor is read, no memory taken.
+    """Check the file that PEFT is about to load against the settings. Reads the header only, not the tensors.
 
     Args:
-        config: Of ours, read by `from_pretrained`.
+        config: Configuration from `from_pretrained`.
 
     Raises:
-        AdapterFileError: If tensors are larger or smaller than the settings say, or were not saved with them.
+        AdapterFileError: If tensors have other sizes than the settings require, or were not saved with them.
     """
     path = None if config.source is None else config.source.weights
     if path is None:
@@ -221,7 +221,7 @@ def _read_values(path: Path) -> dict[str, Any]:
 
 
 def _without_patterns(values: dict[str, Any]) -> list[str]:
-    """Take patterns out where `layout` says what trains; tell of others, which may never end, and of endless lists."""
+    """Remove regular expressions if `layout` names what trains. Returns problems: other patterns, too long lists."""
     lists = {name: given for name, given in values.items() if isinstance(given, list) and name != "labels"}
     problems = [
         f"`{name}` has {len(given)} entries; at most {_LONGEST} are read."
@@ -242,7 +242,7 @@ def _without_patterns(values: dict[str, Any]) -> list[str]:
 
 
 def _remove_drafts(folder: Path) -> None:
-    """What processes of this machine left that were killed in a save."""
+    """Remove the drafts of processes of this machine that were killed during a save."""
     for draft in folder.glob(".saving-*"):
         host, _, number = draft.name.removeprefix(".saving-").rpartition("-")
         if host in ("", socket.gethostname()) and number.isdecimal() and not _is_running(int(number)):
@@ -250,13 +250,13 @@ def _remove_drafts(folder: Path) -> None:
 
 
 def _is_running(process: int) -> bool:
-    if os.name != "posix":  # elsewhere signal 0 would end it
+    if os.name != "posix":  # on Windows signal 0 would end it
         return True
     try:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except (OSError, OverflowError):  # somebody else's, or no number of a process
+    except (OSError, OverflowError):  # of another user, or not a process id
         return True
     return True
 

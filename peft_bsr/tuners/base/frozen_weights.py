@@ -1,4 +1,4 @@
-"""Weights of blocks that never train, rounded in the model itself: to 8 bits by torchao, or to bfloat16."""
+"""Quantizes the weights of blocks that never train, in the model itself: to int8 with torchao, or to bfloat16."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 FrozenWeights = Literal["full", "int8", "bfloat16"]
 FROZEN_WEIGHTS_HELP = "'full', 'int8' or 'bfloat16': weights of frozen blocks are rounded so in the model, for good."
 
-_LARGEST_ERROR = 0.1  # of the outputs, by their norm; 1e-2 is usual in 8 bits, 1e-3 in bfloat16
+_LARGEST_ERROR = 0.1  # relative error of the outputs; 1e-2 is usual in int8, 1e-3 in bfloat16
 _CALLED = {"int8": "8 bits", "bfloat16": "bfloat16"}
 _ROOT = "base_model.model."
 
@@ -30,17 +30,17 @@ _ROOT = "base_model.model."
 def linears_to_round(
     model: nn.Module, spec: ModelSpec, config: Any, trained: Collection[int], exact_names: Collection[str] = ()
 ) -> dict[str, str]:
-    """Linear modules whose weights an adapter wants rounded, name -> how: those in blocks that do not train, or none.
+    """Linear modules to round for an adapter, name -> `"int8"` or `"bfloat16"`: those in blocks that do not train.
 
     Args:
         model: The model.
-        spec: Its column.
-        config: Of the adapter.
+        spec: Description of the model.
+        config: Configuration of the adapter.
         trained: Indices of the blocks that train.
-        exact_names: Roles of leaf modules that stay as they are.
+        exact_names: Roles of leaf modules that are never rounded.
 
     Raises:
-        ConfigError: If the model is in float16 and bfloat16 is asked for.
+        ConfigError: If bfloat16 is requested for a model in float16.
     """
     how = config.frozen_weights
     if how == "full":
@@ -68,16 +68,16 @@ def linears_to_round(
 
 
 def check_rounded(model: nn.Module, spec: ModelSpec, wanted: Mapping[str, str], has_others: bool) -> None:
-    """Refuse an adapter that would run on other weights than those beside it, or than where it was trained.
+    """Raise if the adapter needs other rounded weights than the model has for its other adapters, or from earlier.
 
     Args:
         model: The model.
-        spec: Its column.
-        wanted: Modules that the adapter wants rounded, see `linears_to_round`.
+        spec: Description of the model.
+        wanted: Modules to round for the adapter, see `linears_to_round`.
         has_others: Whether the model has adapters already.
 
     Raises:
-        ConfigError: If it does.
+        ConfigError: If the rounded weights differ.
     """
     found = {
         name: "int8" if is_quantized(module.weight) else "bfloat16"
@@ -99,12 +99,12 @@ def check_rounded(model: nn.Module, spec: ModelSpec, wanted: Mapping[str, str], 
 
 @contextmanager
 def tried_rounding(model: nn.Module, spec: ModelSpec, wanted: Mapping[str, str]) -> Iterator[None]:
-    """Round the modules for a while, and log what that does to the model's outputs.
+    """Context manager: round the modules temporarily, and log the error of the model's outputs.
 
     Args:
         model: The model.
-        spec: Its column.
-        wanted: The modules, some or all of them rounded already, see `linears_to_round`.
+        spec: Description of the model.
+        wanted: The modules, see `linears_to_round`. Some may be rounded already.
 
     Raises:
         MissingDependencyError: If torchao is not installed.
@@ -138,7 +138,7 @@ def tried_rounding(model: nn.Module, spec: ModelSpec, wanted: Mapping[str, str])
 
 @contextmanager
 def in_one_dtype(model: nn.Module) -> Iterator[None]:
-    """Weights held in bfloat16 are in the model's own dtype for a while: blocks run lean then without autocast."""
+    """Context manager: weights in bfloat16 are cast to the model's dtype, so that lean blocks run without autocast."""
     held = [m for m in model.modules() if isinstance(m, FrozenLinear) and not is_quantized(m.weight)]
     dtype = next(exact_parameters(model)).dtype
     with _put_back(held):
@@ -148,7 +148,7 @@ def in_one_dtype(model: nn.Module) -> Iterator[None]:
 
 
 def round_weights(model: nn.Module, wanted: Mapping[str, str]) -> None:
-    """Round the modules that are not rounded yet, for good.
+    """Round the modules that are not rounded yet, permanently.
 
     Args:
         model: The model.
@@ -158,9 +158,9 @@ def round_weights(model: nn.Module, wanted: Mapping[str, str]) -> None:
 
 
 def tell_ddp(model: nn.Module, offloaded: Sequence[str] = ()) -> None:
-    """Tell DistributedDataParallel which weights to leave alone, itself or under PEFT's model.
+    """Tell DistributedDataParallel which weights to ignore, around the model or around its PeftModel.
 
-    Offloaded ones are on the CPU, which it refuses next to others on accelerators; quantized ones it cannot send.
+    Offloaded weights are on the CPU, and it rejects a model on two devices; quantized weights it cannot broadcast.
 
     Args:
         model: The model.
@@ -183,7 +183,7 @@ def _in_8_bits(weight: Tensor) -> Tensor:
             '`frozen_weights="int8"` needs torchao, which cannot be imported here '
             f'({error}). Install it with `pip install peft-bsr[quantization]`, or use `frozen_weights="full"`.'
         ) from error
-    # not `quantize_`, which sets flags of torch's compiler for the whole process
+    # not `quantize_`, which sets global flags of torch.compile
     rounded: Tensor = Int8Tensor.from_hp(weight, granularity=PerRow())
     return rounded
 
@@ -201,15 +201,15 @@ def _round(modules: Mapping[str, nn.Linear], wanted: Mapping[str, str]) -> None:
 
 
 def _replace(module: nn.Linear, made_of: Callable[[Tensor], Tensor], names: Sequence[str] = ("weight", "bias")) -> None:
-    """Put others, made of them, in the place of parameters, which stay as they are."""
+    """Replace parameters by `made_of(parameter)`. The original tensors are not changed."""
     for name, parameter in list(module.named_parameters()):
-        if name in names:  # not by `setattr`: under PEFT's low_cpu_mem_usage that puts it on the meta device
+        if name in names:  # not `setattr`: PEFT's low_cpu_mem_usage would move it to the meta device
             getattr(module, PARAMETERS)[name] = nn.Parameter(made_of(parameter.detach()), requires_grad=False)
 
 
 @contextmanager
 def _put_back(modules: Iterable[nn.Linear]) -> Iterator[None]:
-    """Class and parameters of the modules are in the end what they were."""
+    """Context manager: class and parameters of the modules are restored at the end."""
     before = [(module, type(module), dict(getattr(module, PARAMETERS))) for module in modules]
     try:
         yield

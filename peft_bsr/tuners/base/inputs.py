@@ -1,4 +1,4 @@
-"""What a model with an adapter is called with, looked at before the model's own code fails on it in its own words."""
+"""Checks the inputs of a model with an adapter before its forward runs, for clear errors."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from peft_bsr.errors import InputError
 
 
 def check_inputs(name: str, spec: ModelSpec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Refuse what is no batch of images.
+    """Raise if the input is not a batch of images.
 
     Args:
-        name: Of the model's main input.
-        spec: Of the model.
-        args: Of the call.
-        kwargs: Its keywords.
+        name: Name of the model's main input.
+        spec: Description of the model.
+        args: Arguments of the call.
+        kwargs: Keyword arguments of the call.
 
     Raises:
-        InputError: If there are none, or their shape cannot be.
+        InputError: If there are no images, or their shape is invalid.
     """
     images = kwargs.get(name, args[0] if args else None)
     if problem := _problem(spec, images):
@@ -31,7 +31,7 @@ def check_inputs(name: str, spec: ModelSpec, args: tuple[Any, ...], kwargs: dict
 
 def _problem(spec: ModelSpec, images: Any) -> str | None:
     if not isinstance(images, Tensor):
-        return "that is no tensor"
+        return "that is not a tensor"
     shape, axes = images.shape, 1 + len(spec.image_shape)
     if len(shape) != axes:
         return f"{len(shape)} axes instead of {axes}"

@@ -1,4 +1,4 @@
-"""A layer that runs one adapter at a time, a block's controller with one plan for each, and how they are found."""
+"""Layers that run one adapter at a time, block controllers with one plan per adapter, and functions to find them."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ ROOT = "base_model.model."
 
 
 class SingleAdapterLayer(BaseTunerLayer):
-    """What PEFT's calls on adapters (set, delete, status) need from a layer that runs one adapter at a time."""
+    """A tuner layer that runs one adapter at a time. Implements PEFT's calls on adapters (set, delete, status)."""
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Make one adapter active.
 
         Raises:
-            AdapterError: If several are named.
+            AdapterError: If several adapters are named.
         """
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         check_single(names, "activate")
         super().set_adapter(names, inference_mode=inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove the adapter. Which one is active next is the model's choice: a layer may not carry it."""
+        """Remove the adapter. The model chooses which one is active next, because this layer may not have it."""
         if adapter_name in self.merged_adapters:
             self.unmerge()
         for attribute in self.adapter_layer_names + self.other_param_names:
@@ -44,22 +44,22 @@ class SingleAdapterLayer(BaseTunerLayer):
 
     @property
     def carried_adapter(self) -> str | None:
-        """The active adapter, if this layer is enabled and carries it."""
+        """The active adapter, if this layer is enabled and has it."""
         if self._disable_adapters or not self._active_adapter:
             return None
         name = self._active_adapter[0]
         return name if name in self._carried() else None
 
     def _carried(self) -> Any:
-        """What has a place for each adapter; asked at each forward, so without PEFT's walk over all containers."""
+        """The container with one entry per adapter. Read in each forward, so it avoids PEFT's search of all of them."""
         return getattr(self._modules[self.adapter_layer_names[0]], MODULES)
 
 
 class AdapterController(BlockController, SingleAdapterLayer):
-    """A block's controller with one plan per adapter. It has no base layer; PEFT calls it like a tuner layer.
+    """A block controller with one plan per adapter. PEFT treats it as a tuner layer, but it has no base layer.
 
     Args:
-        index, column, context, rule: See `BlockController`.
+        index, spec, context, rule: See `BlockController`.
     """
 
     other_param_names: tuple[str, ...] = ("plans",)
@@ -72,27 +72,27 @@ class AdapterController(BlockController, SingleAdapterLayer):
 
     @property
     def plan(self) -> Plan | None:
-        """The active adapter's, or None where adapters are disabled."""
+        """The plan of the active adapter, or None if adapters are disabled."""
         name = self.carried_adapter
         return None if name is None else self.plans[name]
 
     @property
     def weight(self) -> Tensor:
-        """There is none; PEFT's own look-up would call itself for ever on a layer without a base."""
+        """Raises AttributeError; PEFT's property would recurse without end, because there is no base layer."""
         raise AttributeError("a controller has no weight")
 
     bias = weight
 
     @property
     def read_layers(self) -> list[int]:
-        """Blocks whose tokens the active adapter reads beside the model's own forward, ascending."""
+        """Blocks whose tokens the active adapter reads in addition to the model's forward, ascending."""
         return []
 
     def fetch_base(self) -> None:
-        """Have the block's own weights where they run."""
+        """Load the block's base weights, so that it can run with them."""
 
     def clear_base(self) -> None:
-        """Have the block's own weights where they run, for good."""
+        """Load the block's base weights and end their offloading."""
 
     def _get_available_adapters(self) -> set[str]:
         return set(self.plans)
@@ -105,7 +105,7 @@ class AdapterController(BlockController, SingleAdapterLayer):
 
 
 def adapter_parts(model: nn.Module, adapter_name: str) -> list[tuple[str, nn.Module]]:
-    """Full name and module of everything that an adapter has in `model`, its `modules_to_save` included."""
+    """Full name and module of each part of an adapter in `model`, including its `modules_to_save`."""
     parts = []
     for place, module in model.named_modules():
         containers: list[str] = []
@@ -120,7 +120,7 @@ def adapter_parts(model: nn.Module, adapter_name: str) -> list[tuple[str, nn.Mod
 
 
 def find_controllers(model: nn.Module) -> list[Any]:
-    """The controllers of `model`, by block; empty without an adapter of ours."""
+    """The controllers of `model`, by block. Empty without an adapter of this package."""
     return sorted(
         (m for m in model.modules() if isinstance(m, AdapterController)), key=lambda controller: controller.index
     )
@@ -128,7 +128,7 @@ def find_controllers(model: nn.Module) -> list[Any]:
 
 @contextmanager
 def detached(model: nn.Module, controllers: list[Any]) -> Iterator[None]:
-    """Take the controllers off for a while."""
+    """Context manager: detach the controllers from the blocks."""
     for controller in controllers:
         detach_controller(model, controller)
     try:
@@ -139,10 +139,10 @@ def detached(model: nn.Module, controllers: list[Any]) -> Iterator[None]:
 
 
 def check_single(adapter_names: list[str], action: str) -> None:
-    """Refuse several adapters at once.
+    """Raise if several adapters are named.
 
     Raises:
-        AdapterError: If there are.
+        AdapterError: If there are several.
     """
     if len(adapter_names) > 1:
         raise AdapterError(
@@ -152,7 +152,7 @@ def check_single(adapter_names: list[str], action: str) -> None:
 
 
 def drop_saved_name(layer: Any, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-    """A hook: peft 0.20 saves a nested module's key with the adapter's name in it, and puts another in front again."""
+    """State dict hook: removes the adapter's name from keys of nested modules, which peft 0.20 would add twice."""
     (container,) = layer.adapter_layer_names
     adapters = getattr(layer, container)
     for key in [key for key in state_dict if key.startswith(f"{prefix}{container}.")]:
@@ -163,7 +163,7 @@ def drop_saved_name(layer: Any, state_dict: dict[str, Tensor], prefix: str, *arg
 
 
 def parameter_of(module: nn.Module, parameter: str) -> str:
-    """A parameter's name in `module`, without the adapter's name that peft 0.20 leaves in front of a nested one."""
+    """A parameter's name in `module`, without the adapter's name that peft 0.20 leaves in front of nested names."""
     names = {name for name, _ in module.named_parameters()}
     inner = parameter.partition(".")[2]
     return inner if parameter not in names and inner in names else parameter

@@ -1,4 +1,4 @@
-"""Adapters in and out of files: what is loaded is exactly the adapter's own, and numbers; what is saved is whole."""
+"""Checks around loading and saving: a file must match the adapter exactly, and an adapter must be complete."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from peft_bsr.errors import AdapterError, AdapterFileError
 from peft_bsr.tuners.base.layer import ROOT, adapter_parts
 from peft_bsr.tuners.base.source import read_header
 
-_NAMED = 3  # of the tensors that share a problem
+_NAMED = 3  # tensors named in a message, for each problem
 _WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
-_SPARE = 2**18  # numbers that a file may hold beyond twice the adapter's own before it is read at all
+_SPARE = 2**18  # a file may have this many elements more than twice the adapter's
 
 
 class FileChecks:
-    """What a tuner does around files; a mixin in front of PEFT's `BaseTuner`."""
+    """Mixin for PEFT's `BaseTuner`: checks before loading and saving."""
 
     model: nn.Module
     peft_config: dict[str, Any]
@@ -29,7 +29,7 @@ class FileChecks:
 
     @contextmanager
     def _or_taken_back(self, adapter_name: str) -> Iterator[None]:
-        """Inside an adapter is attached, and its file looked at; after an error the model is as it was before."""
+        """Context manager around attaching an adapter: checks its file, and restores the model after an error."""
         asked = {name: p.requires_grad for name, p in self.model.named_parameters()}
         try:
             yield
@@ -47,7 +47,7 @@ class FileChecks:
         config.attachment = replace(config.attachment, parts=parts)
 
     def _check_file(self, adapter_name: str) -> None:
-        """What PEFT would trip over halfway, or take memory for, in the file that it is about to load."""
+        """Raise if the file that PEFT is about to load would fail midway, or would allocate too much memory."""
         config = self.peft_config[adapter_name]
         path = config.source.weights if config.fills_weights and config.source else None
         if path is None:
@@ -73,7 +73,7 @@ class FileChecks:
             raise _refusal(adapter_name, problems)
 
     def _known_fingerprint(self, adapter_name: str) -> dict[str, Any] | None:
-        """What another adapter, which came to the bare model, knows of it."""
+        """The fingerprint that another adapter took before any adapter was attached, or None."""
         configs = {name: config for name, config in self.peft_config.items() if config.attachment is not None}
         known: Any = next((config for name, config in configs.items() if name != adapter_name), None)
         if known is None or known.fingerprint is None:
@@ -83,20 +83,20 @@ class FileChecks:
 
     @classmethod
     def _own_state(cls, model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
-        """All that a file of the adapter may hold, under the model's names."""
+        """All tensors that a file of the adapter may contain, under the model's names."""
         parts = adapter_parts(model, adapter_name)
         return {f"{name}.{key}": tensor for name, part in parts for key, tensor in part.state_dict().items()}
 
     @classmethod
     def _problems_of(cls, model: nn.Module, config: Any, state_dict: Mapping[str, Tensor]) -> list[str]:
-        """What cannot be among the values that a file holds."""
+        """Problems of the values in a file, one sentence each."""
         return []
 
     @classmethod
     def _load_checked(
         cls, model: Any, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """What PEFT is to load, under the model's names. If it does not fit, an adapter made for it is taken off.
+        """The tensors for PEFT to load, under the model's names. If they do not fit, a new adapter is removed again.
 
         Raises:
             AdapterFileError: See `check_loaded`.
@@ -106,7 +106,7 @@ class FileChecks:
         )
         tuner = getattr(model, "base_model", None)
         is_new, config.fills_weights = config.fills_weights, False
-        if isinstance(tuner, FileChecks):  # transformers has names of its own, and tells what is missing
+        if isinstance(tuner, FileChecks):  # transformers renames keys itself and reports missing ones
             parts = adapter_parts(model, adapter_name)
             required = {f"{name}.{key}" for name, part in parts for key, _ in part.named_parameters()}
             try:
@@ -122,7 +122,7 @@ class FileChecks:
     def _get_adapter_state_dict(
         cls, model: nn.Module, config: Any, adapter_name: str, *args: Any, **kwargs: Any
     ) -> Any:
-        """PEFT's, of an adapter that is whole.
+        """The state dict of an adapter, checked to be complete.
 
         Raises:
             AdapterError: If a part of it is no longer in the model.
@@ -138,17 +138,18 @@ def check_loaded(
     state_dict: Mapping[str, Tensor],
     others: list[str],
 ) -> None:
-    """Compare what a file holds with what the adapter has, before anything is copied.
+    """Compare the contents of a file with the adapter, before anything is copied.
 
     Args:
         adapter_name: Name of the adapter.
-        own: Its parameters and buffers: the file must not have others.
-        required: Names of its parameters, all of which the file must have.
-        state_dict: What the file holds, under the model's names.
-        others: Further problems.
+        own: Parameters and buffers of the adapter. The file must not have others.
+        required: Names of its parameters. The file must have all of them.
+        state_dict: Contents of the file, under the model's names.
+        others: Further problems to report.
 
     Raises:
-        AdapterFileError: Naming tensors that are missing, unknown, of another shape or kind, or not finite.
+        AdapterFileError: If tensors are missing, unknown, of another shape or dtype, or not finite; the message names
+            them.
     """
     common = {name: (state_dict[name], own[name]) for name in own.keys() & state_dict.keys()}
     shapes = {name: (tuple(a.shape), tuple(b.shape)) for name, (a, b) in common.items()}
@@ -167,15 +168,15 @@ def check_loaded(
 
 
 def check_whole(model: nn.Module, config: Any, adapter_name: str) -> None:
-    """Refuse to save an adapter of which a part was replaced after it was attached: what trains there would be lost.
+    """Raise if a part of the adapter was replaced after it was attached: what trains there would not be saved.
 
     Args:
-        model: That carries it.
-        config: Of the adapter.
-        adapter_name: Its name.
+        model: The model with the adapter.
+        config: Configuration of the adapter.
+        adapter_name: Name of the adapter.
 
     Raises:
-        AdapterError: Naming what is missing.
+        AdapterError: If a part is missing; the message names it.
     """
     if config.attachment is None:
         return
@@ -190,12 +191,12 @@ def check_whole(model: nn.Module, config: Any, adapter_name: str) -> None:
 
 
 def take_back(model: Any, adapter_name: str, asked: dict[str, bool]) -> None:
-    """Take off an adapter whose weights could not be loaded.
+    """Remove an adapter whose weights could not be loaded.
 
     Args:
-        model: The PeftModel that carries it.
-        adapter_name: Its name.
-        asked: Parameter of the base model -> whether it asked for gradients before the first adapter came.
+        model: The PeftModel with the adapter.
+        adapter_name: Name of the adapter.
+        asked: Parameter name of the base model -> its `requires_grad` before the first adapter was attached.
     """
     if len(model.peft_config) > 1:
         model.delete_adapter(adapter_name)
@@ -204,18 +205,18 @@ def take_back(model: Any, adapter_name: str, asked: dict[str, bool]) -> None:
 
 
 def ask_again(model: nn.Module, asked: Mapping[str, bool]) -> None:
-    """Have parameters ask for gradients as they did.
+    """Restore `requires_grad` of parameters.
 
     Args:
         model: The model.
-        asked: Name -> whether it did.
+        asked: Parameter name -> `requires_grad`.
     """
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(asked.get(name, parameter.requires_grad))
 
 
 def _is_same_kind(found: Tensor, own: Tensor) -> bool:
-    """Floating point where the adapter is; else the very dtype."""
+    """Whether both are floating point, or have the same dtype."""
     return found.is_floating_point() if own.is_floating_point() else found.dtype == own.dtype
 
 

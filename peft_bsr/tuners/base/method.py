@@ -1,4 +1,4 @@
-"""A method as the rest of the package knows it."""
+"""The registry of methods."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from peft_bsr.tuners.base.tuner import MethodTuner
 
 @dataclass(frozen=True)
 class MethodInfo:
-    """One method of fine-tuning. The planner, cards, export and the command line ask this, never a method by its name.
+    """A fine-tuning method. The planner, cards, export and the command line use only this, not a method's name.
 
     Attributes:
-        name: Lower case; `--method` takes it, and PEFT's `peft_type` is its upper case.
-        title: For people.
-        paper: Where it is from.
-        config: Its configuration.
-        tuner: Its tuner.
-        learning_rates: `trainable` of its configuration (None where it has none) -> learning rate of AdamW to begin
-            with, at its highest.
-        describe: (configuration, column, plan) -> what an adapter does to its model, one sentence an item.
-        callbacks: Makes what Trainer needs for it.
+        name: Lower-case name, for `--method`. PEFT's `peft_type` is the same in upper case.
+        title: Full name.
+        paper: Reference of the paper.
+        config: Configuration class.
+        tuner: Tuner class.
+        learning_rates: `trainable` of the configuration (None if it has no such field) -> default peak learning rate
+            for AdamW.
+        describe: (configuration, spec, plan) -> sentences about what an adapter does to its model.
+        callbacks: Creates the callbacks that Trainer needs for the method.
     """
 
     name: str
@@ -50,11 +50,11 @@ class MethodInfo:
 
 
 METHODS: dict[str, MethodInfo] = {}
-"""Name -> method, of all that were registered."""
+"""Name -> registered method."""
 
 
 def register(info: MethodInfo) -> MethodInfo:
-    """Make a method known to PEFT and to this package. Safe to call again.
+    """Register a method with PEFT and with this package. Calling it again has no effect.
 
     Args:
         info: The method.
@@ -65,31 +65,31 @@ def register(info: MethodInfo) -> MethodInfo:
 
 
 def method_of(config: PeftConfig) -> MethodInfo | None:
-    """The method that a configuration is of, or None where it is not one of this package's."""
+    """The method of a configuration, or None if it is not one of this package."""
     return next((info for info in METHODS.values() if isinstance(config, info.config)), None)
 
 
 def describe_plan(config: SavedConfig, spec: ModelSpec, plan: Plan) -> list[str]:
-    """What an adapter does to its model, one sentence an item. Blocks are counted from 0.
+    """What an adapter does to its model, as a list of sentences. Blocks are counted from 0.
 
     Args:
         config: The adapter's configuration.
-        spec: What the model is.
-        plan: What is done to it.
+        spec: Description of the model.
+        plan: Plan of the blocks.
     """
     return known_method(config).describe(config, spec, plan)
 
 
 def resolve(model: nn.Module, config: SavedConfig) -> Resolution:
-    """What attaching an adapter would do to the model, with all checks run on it. It is left as it was.
+    """What attaching an adapter would do to the model. Runs all checks and does not change the model.
 
     Args:
         model: A supported vision transformer.
-        config: Of the adapter.
+        config: Configuration of the adapter.
 
     Raises:
-        UnsupportedModelError: With the reason that the probe found.
-        ConfigError: Naming everything that this model does not allow.
+        UnsupportedModelError: If the model is not supported; the message gives the reason.
+        ConfigError: If the model does not allow the configuration; the message names every problem.
     """
     return known_method(config).tuner.resolve(model, config)
 

@@ -1,4 +1,4 @@
-"""Token reduction as every tuner's configuration has it: checked by itself, then resolved for a model."""
+"""Token reduction settings, shared by all configurations: checks without a model, then resolution for a model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ REDUCTIONS = ("drop", "merge")
 
 
 class ReductionSettings(Protocol):
-    """The fields of a configuration that say which tokens go where; `BSRConfig` documents them."""
+    """The fields of a configuration that control token reduction; see `BSRConfig`."""
 
     reduction_blocks: list[int] | None
     keep_rate: float | list[float]
@@ -26,7 +26,7 @@ class ReductionSettings(Protocol):
 
 
 def check_reductions(config: ReductionSettings) -> list[str]:
-    """What cannot be in any model, one sentence a problem."""
+    """Values that are invalid for every model, one sentence per problem."""
     problems = check_indices(config, "reduction_blocks")
     rates = config.keep_rate if isinstance(config.keep_rate, list) else [config.keep_rate]
     problems += [
@@ -61,14 +61,14 @@ def check_reductions(config: ReductionSettings) -> list[str]:
 
 
 def check_ways(config: Any) -> list[str]:
-    """What is wrong with how tokens are dropped; fields that the configuration does not have are left out."""
+    """Problems of the fields about dropping tokens. Fields that the configuration does not have are skipped."""
     ways = {"reduce_at": get_args(ReduceAt), "mode": get_args(Mode), "score": SCORE_KINDS}
     given = {name: choices for name, choices in ways.items() if getattr(config, name, None) is not None}
     return [problem for name, choices in given.items() for problem in check_choice(config, name, choices)]
 
 
 def check_indices(config: Any, name: str) -> list[str]:
-    """What is wrong with an optional list of block indices."""
+    """Problems of an optional list of block indices."""
     blocks = getattr(config, name)
     if blocks is None:
         return []
@@ -83,7 +83,7 @@ def check_indices(config: Any, name: str) -> list[str]:
 
 
 def resolve_reductions(config: ReductionSettings, spec: ModelSpec) -> tuple[dict[int, Reduction], list[str]]:
-    """Block index -> reduction in the model of `spec`, and everything that this model does not allow."""
+    """Block index -> reduction in the model of `spec`, and problems: what this model does not allow."""
     reducing = config.reduction_blocks
     if reducing is None:
         reducing = sorted({spec.depth * k // 4 for k in (1, 2, 3)})
@@ -115,14 +115,14 @@ def resolve_reductions(config: ReductionSettings, spec: ModelSpec) -> tuple[dict
 
 
 def check_within(config: Any, name: str, blocks: list[int], depth: int, instead: str = "") -> list[str]:
-    """What of `blocks`, that the field `name` means, lies outside a model of `depth` blocks.
+    """Problems of block indices that are not in the model.
 
     Args:
-        config: Whose field it is.
-        name: Of the field.
-        blocks: Indices.
-        depth: Of the model.
-        instead: Another form to offer beside indices.
+        config: The configuration.
+        name: Name of the field.
+        blocks: Indices that the field stands for.
+        depth: Number of the model's blocks.
+        instead: Another form to suggest, appended to the message.
     """
     outside = [i for i in blocks if not 0 <= i < depth]
     if not outside:
@@ -134,7 +134,7 @@ def check_within(config: Any, name: str, blocks: list[int], depth: int, instead:
 
 
 def check_score(score: str, spec: ModelSpec) -> list[str]:
-    """Why the tokens of this model cannot be ranked that way."""
+    """Problems of ranking this model's tokens by `score`."""
     if score == "class" and spec.num_prefix == 0:
         return [
             f"`score='class'` ranks tokens by the class token's attention, but this model has no class token. Use "
@@ -149,7 +149,7 @@ def check_score(score: str, spec: ModelSpec) -> list[str]:
 
 
 def resolve_score(config: Any, spec: ModelSpec) -> str:
-    """What tokens are ranked by: the config's choice, or the best that the model allows."""
+    """The score that ranks tokens: the configuration's, or the best one that the model supports."""
     if config.score is not None:
         return config.score
     if spec.num_prefix and not spec.reads_suffix:
@@ -166,8 +166,8 @@ def allowed_modes(config: Any) -> tuple[Mode, ...]:
     return ("compact",) if getattr(config, "fuse_dropped", None) else ("compact", "full_view")
 
 
-def write_down(config: Any, plan: Plan) -> None:
-    """Name in `config` what was chosen for the model."""
+def record(config: Any, plan: Plan) -> None:
+    """Set the fields of `config` to what was chosen for the model."""
     reductions = [block.reduction for block in plan.blocks if block.reduction is not None]
     if reductions:
         first = reductions[0]
@@ -177,12 +177,12 @@ def write_down(config: Any, plan: Plan) -> None:
 
 
 def is_index_list(value: Any) -> bool:
-    """Whether it is a list of whole numbers."""
+    """Whether it is a list of integers."""
     return isinstance(value, list) and all(map(is_whole, value))
 
 
 def as_list(value: Any) -> Any:
-    """Tuples, ranges and sets as lists; anything else as it is."""
+    """Tuples, ranges and sets as lists; anything else unchanged."""
     if isinstance(value, (set, frozenset)):
         return sorted(value)
     return list(value) if isinstance(value, (tuple, range)) else value

@@ -1,4 +1,4 @@
-"""What attaching an adapter will do to a model, as a value: made by checks on the model, which it does not change."""
+"""The result of all checks before an adapter is attached: what attaching it will do to the model."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from peft_bsr.tuners.base.frozen_weights import linears_to_round
 
 @dataclass(frozen=True)
 class Resolution:
-    """What was found on the model, and what the configuration means there. Names of modules, no modules.
+    """What the configuration means for a model. Contains names of modules, not modules.
 
     Attributes:
-        spec: What the model is.
-        plan: What its blocks do, as the checks allowed it.
-        rounded: Names of frozen Linear modules -> how their weights are rounded, `"int8"` or `"bfloat16"`.
+        spec: Description of the model.
+        plan: Plan of its blocks, limited to what the checks allow.
+        rounded: Names of frozen Linear modules -> `"int8"` or `"bfloat16"`, the precision of their weights.
     """
 
     spec: ModelSpec
@@ -29,7 +29,7 @@ class Resolution:
 
     @property
     def held(self) -> list[str]:
-        """Names of the modules whose weights the adapter has, or takes the place of."""
+        """Names of the modules whose weights the adapter has or replaces."""
         raise NotImplementedError(f"{type(self).__name__} does not say what its adapter holds")
 
     @property
@@ -42,7 +42,7 @@ class Resolution:
         return replace(self, spec=replace(self.spec, width=width))
 
     def to_round(self, model: nn.Module, config: Any) -> dict[str, str]:
-        """What `rounded` is for `config` on a model that has the same modules."""
+        """`rounded` for `config`, on a model that has the same modules."""
         return linears_to_round(model, self.spec, config, self.plan.trained_blocks, self.exact_names)
 
 

@@ -1,4 +1,4 @@
-"""Where PEFT reads an adapter from: its weights are looked at there before PEFT takes them into memory."""
+"""Where an adapter is read from. Its weights are checked there before PEFT loads them into memory."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class AdapterSource:
 
     Attributes:
         name: Folder or Hub id.
-        subfolder: In it.
-        options: Of `hf_hub_download`, such as `revision` and `token`.
+        subfolder: Folder within it, or None.
+        options: Arguments of `hf_hub_download`, such as `revision` and `token`.
     """
 
     name: str
@@ -38,7 +38,7 @@ class AdapterSource:
 
     @cached_property
     def weights(self) -> Path | None:
-        """The file with the weights, downloaded if it has to be, asked for once; None where there is none.
+        """The file with the weights, downloaded if necessary and cached, or None if there is none.
 
         Raises:
             AdapterFileError: If there is a pickled file instead.
@@ -51,7 +51,7 @@ class AdapterSource:
             return path if path.is_file() else None
         try:
             return Path(hf_hub_download(self.name, SAFETENSORS_WEIGHTS_NAME, subfolder=self.subfolder, **self.options))
-        except LocalEntryNotFoundError:  # offline, and never downloaded: PEFT says so
+        except LocalEntryNotFoundError:  # offline, and never downloaded: PEFT reports it
             return None
         except EntryNotFoundError as error:
             pickled = "/".join(filter(None, (self.subfolder, WEIGHTS_NAME)))
@@ -62,10 +62,10 @@ class AdapterSource:
 
 
 def read_header(path: Path) -> dict[str, Tensor]:
-    """Names, shapes and dtypes of a file's tensors, on the meta device; no tensor is read.
+    """Names, shapes and dtypes of a file's tensors, on the meta device. Reads the header only.
 
     Raises:
-        AdapterFileError: If it is not a whole safetensors file.
+        AdapterFileError: If it is not a complete safetensors file.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -81,10 +81,10 @@ def read_header(path: Path) -> dict[str, Tensor]:
 
 
 def missing(path: Path, *, pickled: bool) -> str:
-    """The sentence that says that there are no weights.
+    """The message for a missing file of weights.
 
     Args:
-        path: Where they should be.
+        path: The expected file.
         pickled: Whether a pickled file is there instead.
     """
     found = f"; there is {WEIGHTS_NAME!r}, but pickled files can run code and are not read" if pickled else ""

@@ -1,4 +1,4 @@
-"""What all methods' tuners share: layers with one active adapter, a controller per block, the calls."""
+"""Base class of all tuners: one active adapter, one controller per block."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from peft_bsr.tuners.base.resolution import Resolution
 
 
 class MethodTuner(FileChecks, BaseTuner):
-    """A tuner whose adapters each have a plan for the blocks; one of them is active at a time."""
+    """A tuner whose adapters each have a plan for the blocks. One adapter is active at a time."""
 
     tuner_layer_cls = SingleAdapterLayer
     controller_cls: ClassVar[type[AdapterController]]
-    reduces_in_evaluation: ClassVar[bool] = True  # tokens are dropped when the model is used, too
-    merges: ClassVar[bool] = True  # the trained weights can take the place of the model's own
+    reduces_in_evaluation: ClassVar[bool] = True  # whether tokens are dropped in evaluation, too
+    merges: ClassVar[bool] = True  # whether the trained weights can be merged into the base model
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
     def plan(self, adapter_name: str | None = None) -> Plan:
-        """The plan of an adapter, default the active one.
+        """The plan of an adapter. Default None: the active adapter.
 
         Raises:
-            AdapterError: If there is none of that name.
+            AdapterError: If there is no adapter of that name.
         """
         name = adapter_name or (self.active_adapters or [None])[0]
         controllers = find_controllers(self.model)
@@ -47,36 +47,36 @@ class MethodTuner(FileChecks, BaseTuner):
 
     @classmethod
     def resolve(cls, model: nn.Module, config: Any) -> Resolution:
-        """What attaching an adapter would do to the model, with all checks run on it. It is left as it was.
+        """What attaching an adapter would do to the model. Runs all checks and does not change the model.
 
         Args:
             model: A supported vision transformer, with or without adapters of this method.
-            config: Of the adapter.
+            config: Configuration of the adapter.
 
         Raises:
-            UnsupportedModelError: With the reason that the probe found.
-            ConfigError: Naming everything that this model does not allow.
+            UnsupportedModelError: If the model is not supported; the message gives the reason.
+            ConfigError: If the model does not allow the configuration; the message names every problem.
         """
         raise NotImplementedError(f"{cls.__name__} resolves nothing")
 
     @default_state()
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Check everything, then attach the adapter; which parameters asked for gradients before the first is kept.
+        """Run all checks, then attach the adapter. The first one stores `requires_grad` of all parameters.
 
         Raises:
-            AdapterError: If the model has a tuner around it, or adapters of another method.
+            AdapterError: If the model is wrapped by a tuner, or has adapters of another method.
             UnsupportedModelError, ConfigError: See `resolve`.
         """
         given: Any = self.peft_config[adapter_name]
         self._check_place(model, given)
         warn_of_names(model, list(self.peft_config))
         for controller in find_controllers(model):
-            controller.fetch_base()  # checks run the base model, and a new adapter goes where its weights are
+            controller.fetch_base()  # checks run the base model; new adapters go to the device of its weights
         found = given.resolution or self.resolve(model, given)
         config = self._record(model, given, found)
         held = [*found.held, *found.spec.unread]
         config.attached_to(model, found.spec, found.plan, held, self._known_fingerprint(adapter_name))
-        config.resolution = found  # PEFT hands the configuration to the methods that it calls back
+        config.resolution = found  # PEFT passes the configuration to the methods that it calls
         self.peft_config[adapter_name] = config
         if "_asked" not in self.__dict__:
             self._asked = {name: p.requires_grad for name, p in model.named_parameters()}
@@ -90,19 +90,19 @@ class MethodTuner(FileChecks, BaseTuner):
         tell_ddp(model, self._offloaded(model))
 
     def _record(self, model: nn.Module, config: Any, found: Any) -> Any:
-        """The adapter's own copy of `config`, which names what was chosen for the model."""
+        """The adapter's copy of `config`, with the values that were chosen for the model."""
         return config.recorded(found)
 
     def _assign(self, model: nn.Module, adapter_name: str, given: Any, found: Any) -> None:
-        """Give controllers and layers what they need to follow the adapter's plan; they are in place."""
+        """Set what controllers and layers need for the adapter's plan. Called after they are created."""
 
     def _offloaded(self, model: nn.Module) -> list[str]:
-        """Names of parameters that are on the CPU while nothing reads them."""
+        """Names of parameters that are offloaded to the CPU while they are not used."""
         return []
 
     @property
     def controllers(self) -> list[Any]:
-        """The controllers of the model's blocks, by block. The model is walked for them once, not at each forward."""
+        """The controllers of the model's blocks, by block. Cached, because it is read in each forward."""
         found = self.__dict__.get("_controllers")
         if not found:
             found = self.__dict__["_controllers"] = find_controllers(self.model)
@@ -110,7 +110,7 @@ class MethodTuner(FileChecks, BaseTuner):
 
     @property
     def spec(self) -> ModelSpec:
-        """What the probe found."""
+        """Description of the model, from `probe_model`."""
         return find_controllers(self.model)[0].spec
 
     @property
@@ -120,7 +120,7 @@ class MethodTuner(FileChecks, BaseTuner):
         return self.spec
 
     def explain(self) -> str:
-        """What each block was planned to do, what is active, and why not if the two differ: one line a block."""
+        """One line per block: its plan, what is active, and the reason if the two differ."""
         model: Any = self.model
         return explain_blocks([(model.get_submodule(r.spec.blocks[r.index]), r) for r in find_controllers(model)])
 
@@ -128,27 +128,27 @@ class MethodTuner(FileChecks, BaseTuner):
         return peft_config
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Make one adapter active: its weights, its plan, its head.
+        """Make one adapter active: its weights, its plan and its head.
 
         Raises:
-            AdapterError: If several are named.
+            AdapterError: If several adapters are named.
         """
         check_single([adapter_name] if isinstance(adapter_name, str) else list(adapter_name), "activate")
         super().set_adapter(adapter_name, inference_mode=inference_mode)
         self._set_modes()
 
     def enable_adapter_layers(self) -> None:
-        """Switch adapters on."""
+        """Enable adapters."""
         super().enable_adapter_layers()
         self._set_modes()
 
     def disable_adapter_layers(self) -> None:
-        """Switch adapters off: the model is the base model."""
+        """Disable adapters: the model runs as the base model."""
         super().disable_adapter_layers()
         self._set_modes()
 
     def _set_modes(self) -> None:
-        """Training mode in each block as the active plan has it."""
+        """Set each block's training mode by the active plan."""
         for controller in find_controllers(self.model):
             block = self.model.get_submodule(controller.spec.blocks[controller.index])
             block.train(block.training)
@@ -170,7 +170,7 @@ class MethodTuner(FileChecks, BaseTuner):
             self.set_adapter(following)
 
     def _detach_controllers(self) -> None:
-        """Take the controllers off for good."""
+        """Detach the controllers from the blocks permanently."""
         self.__dict__.pop("_controllers", None)
         for controller in find_controllers(self.model):
             controller.clear_base()
@@ -179,19 +179,19 @@ class MethodTuner(FileChecks, BaseTuner):
             block.train(block.training)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        """PEFT's own copies a `weight`, which a LayerScale or a pooling head does not have."""
+        """Does not copy `weight` as PEFT does, because a LayerScale or a pooling head has none."""
         setattr(parent, child_name, new_module)
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        """PEFT's own expects the name right before the last part of the key; an adapter's modules are nested."""
+        """PEFT expects the adapter's name right before the last part of the key, but our modules are nested."""
         return key.replace(f".{cls.prefix}params.{adapter_name}.", f".{cls.prefix}params.")
 
     def _check_place(self, model: nn.Module, config: Any) -> None:
-        """Refuse a model that carries what this tuner does not know, and a file that its own settings do not fit.
+        """Raise if the model has other tuners, or if the adapter's file does not match its settings.
 
         Raises:
-            AdapterError: If the model has a tuner around it, or adapters of another method.
+            AdapterError: If the model is wrapped by a tuner, or has adapters of another method.
             AdapterFileError: See `check_file`.
         """
         if isinstance(model, (PeftModel, BaseTuner)):
@@ -227,14 +227,14 @@ class MethodTuner(FileChecks, BaseTuner):
             check_inputs(main_input(self.model), controllers[0].spec, args, kwargs)
         try:
             yield
-        except BaseException:  # an interrupt, which the model's hooks are not told of
+        except BaseException:  # for example an interrupt, after which the model's forward hooks do not run
             if controllers:
                 controllers[0].context.now.clear()
             raise
 
 
 def warn_of_names(model: nn.Module, adapter_names: list[str]) -> None:
-    """Saving one of several adapters, PEFT leaves out every key that holds the name of another, silently."""
+    """Warn of names that are part of a module's name: PEFT would leave keys out when it saves another adapter."""
     names = (re.split(r"\.(?:\w+_params|modules_to_save)\.", name)[0] for name, _ in model.named_modules())
     parts = {part for name in names for part in name.split(".")}
     if len(adapter_names) > 1 and (clashing := [name for name in adapter_names if name in parts]):

@@ -1,1 +1,1 @@
-"""What methods share that train copies or low-rank updates of blocks."""
+"""Base classes of methods that train copies or low-rank updates of blocks."""

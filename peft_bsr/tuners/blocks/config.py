@@ -1,4 +1,4 @@
-"""What the methods that train whole blocks are all asked: how blocks train, and what they keep for backward."""
+"""Base configuration of methods that train blocks: how blocks train, and what they keep for backward."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ class BlockConfig(SavedConfig):
     )
     exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "These leaf modules do not train."})
     modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Further modules to train and save whole; final norm and head are anyway."}
+        default=None, metadata={"help": "Further modules to train and save; final norm and head always are."}
     )
     lean: str = field(default="exact", metadata={"help": "'off', 'exact' or 'max': what is not kept for backward."})
     saved_activations: str = field(
-        default="full", metadata={"help": "'full' or 'int8': how numbers are kept for backward."}
+        default="full", metadata={"help": "'full' or 'int8': precision of activations that are kept for backward."}
     )
     gradient_tokens: float = field(
         default=1.0, metadata={"help": "Share of the tokens that carry gradients in training; all run forward."}
@@ -70,15 +70,15 @@ class BlockConfig(SavedConfig):
         return {"lora_A": (self.r,)} if self.trainable == "lora" and places else {}
 
     def plan_for(self, spec: ModelSpec) -> Plan:
-        """The plan that this config means for the model of `spec`.
+        """The plan of this configuration for the model of `spec`.
 
         Raises:
-            ConfigError: Naming everything that this model does not allow.
+            ConfigError: If the model does not allow the configuration; the message names every problem.
         """
         raise NotImplementedError(f"{type(self).__name__} makes no plan")
 
     def recorded(self, resolution: Any) -> Any:
-        """A copy that names what was chosen for the model, and where it trains."""
+        """A copy with the values that were chosen for the model, and the layout."""
         config = super().recorded(resolution)
         config.layout = dict(resolution.layout)
         return config
@@ -88,7 +88,7 @@ class BlockConfig(SavedConfig):
         return True
 
     def _problems(self) -> list[str]:
-        """Every value that cannot be, and what to use instead."""
+        """Invalid values and what to use instead, one sentence each."""
         problems = []
         for name, choices in (
             ("trainable", Trainable),
@@ -132,7 +132,7 @@ class BlockConfig(SavedConfig):
 
 
 def saving_less(plan: Plan, config: BlockConfig, spec: ModelSpec) -> Plan:
-    """The plan with what the config says of lean blocks, of 8 bits and of tokens without gradients.
+    """The plan with the settings for lean blocks, int8 activations and gradient tokens.
 
     Raises:
         ConfigError: If the model's tokens cannot be ranked as the config asks.

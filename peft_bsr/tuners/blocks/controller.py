@@ -7,14 +7,14 @@ from peft_bsr.tuners.base.layer import AdapterController
 
 
 class MergeableController(AdapterController):
-    """A block's controller whose adapters can be merged. Token reduction stays active after a merge.
+    """A block controller whose adapters can be merged. Token reduction stays active after a merge.
 
     Args:
-        index, column, context, rule: See `BlockController`.
+        index, spec, context, rule: See `BlockController`.
     """
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Token reduction is not in the weights: a merged adapter goes on reducing, its outputs do not change."""
+        """Keep the token reduction of merged adapters active. It is not in the weights, so outputs do not change."""
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.plans]
         self.merged_adapters[:] = names or self.merged_adapters
 
@@ -23,7 +23,7 @@ class MergeableController(AdapterController):
         self.merged_adapters.clear()
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Switch adapters on or off."""
+        """Enable or disable adapters."""
         if not enabled:
             self.unmerge()
         super().enable_adapters(enabled)

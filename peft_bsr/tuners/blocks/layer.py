@@ -19,7 +19,7 @@ class LowRankUpdate(nn.Module):
     """`x -> base(x) + (lora_alpha / r) * (x A^T) B^T` on one Linear module; B starts at zero.
 
     Args:
-        base: The Linear it belongs to; only its shape, dtype and device are used.
+        base: The Linear to update. Only its shape, dtype and device are used.
         r: Rank.
         lora_alpha: Scale, divided by `r`.
     """
@@ -49,20 +49,20 @@ def move_away(module: nn.Module) -> None:
 
 
 def move_like(module: nn.Module, like: Tensor, device: torch.device) -> None:
-    """To a device and the floating-point dtype of `like`."""
+    """Move a module to a device and, if floating point, to the dtype of `like`."""
     if not any(p.is_meta for p in module.parameters()):
         module.to(device=device, dtype=like.dtype if like.dtype.is_floating_point else None)
 
 
 def _replicated(module: nn.Module) -> Tensor:
-    """A weight in a replica of nn.DataParallel, where weights are no parameters."""
+    """A weight in a replica of nn.DataParallel, where weights are not parameters."""
     return next(value for m in module.modules() for value in vars(m).values() if isinstance(value, Tensor))
 
 
 class BlockWeights(nn.Module, SingleAdapterLayer):
-    """A leaf module whose weights train: one copy of the module, or one low-rank update, per adapter.
+    """A tuner layer on a leaf module: one trained copy of the module, or one low-rank update, per adapter.
 
-    While a copy runs, the base module's weights are offloaded: see `peft_bsr.engine.WeightOffload`.
+    While a copy runs, the base module's weights are offloaded, see `peft_bsr.engine.WeightOffload`.
 
     Args:
         base_layer: The frozen module.
@@ -79,10 +79,10 @@ class BlockWeights(nn.Module, SingleAdapterLayer):
         self._active_adapter: list[str] = []
         self.merged_adapters: list[str] = []
         self.unmerged_weights: dict[str, Tensor] = {}
-        self.others: set[str] = set()  # adapters that have a module of another kind here
+        self.others: set[str] = set()  # adapters with a module other than a copy
         self.weight_offload = WeightOffload()
-        self.adapter_state = object()  # another one after each change of what runs here
-        self.saved_as: dict[str, str] = {}  # adapter -> this module's name where the adapter was saved, if another
+        self.adapter_state = object()  # replaced after each change of what runs here
+        self.saved_as: dict[str, str] = {}  # adapter -> this module's name in the adapter's file, if it differs
         self.register_load_state_dict_pre_hook(drop_saved_name)
         for name in ("in_features", "out_features"):
             if hasattr(base_layer, name):
@@ -91,16 +91,16 @@ class BlockWeights(nn.Module, SingleAdapterLayer):
     def update_layer(
         self, adapter_name: str, config: BlockConfig, low_rank: bool = False, other: nn.Module | None = None
     ) -> None:
-        """Add an adapter that starts as the base module (or away from it, with `init_weights=False`).
+        """Add an adapter. It starts as the base module, or away from it with `init_weights=False`.
 
         Args:
-            adapter_name: Its name.
-            config: Its configuration.
+            adapter_name: Name of the adapter.
+            config: Configuration of the adapter.
             low_rank: Add a low-rank update instead of a copy.
-            other: A module of the method's own instead of a copy.
+            other: Add this module instead of a copy.
         """
         module: nn.Module
-        self.others.discard(adapter_name)  # an adapter of that name may have been deleted
+        self.others.discard(adapter_name)  # from a deleted adapter of the same name
         if other is not None:
             module = other
             self.others.add(adapter_name)
@@ -111,7 +111,7 @@ class BlockWeights(nn.Module, SingleAdapterLayer):
             module = copy_with_hooks(self.base_layer)
             for name, parameter in list(module.named_parameters()):
                 start = self.pretrained(name, parameter).detach().to(self.device, copy=True)
-                # registered anew, so that PEFT's low_cpu_mem_usage puts it on the meta device
+                # registered again, so that PEFT's low_cpu_mem_usage moves it to the meta device
                 owner, _, own_name = name.rpartition(".")
                 module.get_submodule(owner).register_parameter(own_name, nn.Parameter(start))
         if not config.init_weights:
@@ -120,11 +120,11 @@ class BlockWeights(nn.Module, SingleAdapterLayer):
         self.bsr_params[adapter_name] = module
 
     def pretrained(self, name: str, parameter: Tensor) -> Tensor:
-        """The base module's own parameter, also while an adapter is merged into it."""
+        """A parameter of the base module as it was before any merge."""
         return self.unmerged_weights.get(name, parameter)
 
     def forward(self, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
-        """Run the active adapter's module in the base module's place."""
+        """Run the active adapter's module instead of the base module."""
         if self.merged_adapters and self._disable_adapters:
             self.unmerge()
         name = self.carried_adapter
@@ -145,20 +145,20 @@ class BlockWeights(nn.Module, SingleAdapterLayer):
 
     @property
     def device(self) -> torch.device:
-        """Where the module runs; offloaded base weights are elsewhere."""
+        """The device on which the module runs. Offloaded base weights are on the CPU."""
         trained = (p for module in self.bsr_params.values() for p in module.parameters())
         return next((p.device for p in trained if not p.is_meta), next(self.base_layer.parameters()).device)
 
     @property
     def offloads_base(self) -> bool:
-        """Whether nothing reads the base module's weights: a trained copy runs in its place."""
+        """Whether the base module's weights are unused, because a trained copy runs."""
         name = self.carried_adapter
         return name is not None and not self.merged and not isinstance(self.bsr_params[name], LowRankUpdate)
 
     def place_base(self) -> None:
-        """Park the base module's weights if nothing reads them, else have them where the module runs.
+        """Offload the base module's weights if they are unused, else load them to the device of the module.
 
-        Called after each change of what runs, which is noted for those who looked the running module up.
+        Called after each change of what runs; also replaces `adapter_state`, so that cached look-ups are repeated.
         """
         self.adapter_state = object()
         if self.offloads_base:
@@ -177,7 +177,7 @@ class BlockWeights(nn.Module, SingleAdapterLayer):
         self.place_base()
 
     def active_module(self) -> tuple[nn.Module | None, LowRankUpdate | None]:
-        """The module that `forward` runs, None where it is not one module alone, and the update beside it."""
+        """The module that `forward` runs (None if it is not a single module), and its low-rank update or None."""
         name = self.carried_adapter
         if name is None or self.merged:
             return self.base_layer, None
@@ -187,11 +187,11 @@ class BlockWeights(nn.Module, SingleAdapterLayer):
         return (None if name in self.others else module), None
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Put the adapter's weights into the base module, itself (not base + difference); the old ones are kept.
+        """Replace the base module's weights by the adapter's. The old ones are kept for `unmerge`.
 
         Args:
-            safe_merge: Refuse weights that are not finite.
-            adapter_names: The adapter to merge, default the active one.
+            safe_merge: Whether to check that the weights are finite. Default False.
+            adapter_names: The adapter to merge. Default None: the active adapter.
 
         Raises:
             AdapterError: If several are named, or with `safe_merge`, if a weight is NaN or infinite.
@@ -213,7 +213,7 @@ class BlockWeights(nn.Module, SingleAdapterLayer):
         self.place_base()
 
     def check_finite(self, adapter_name: str) -> None:
-        """Refuse weights that a merge would make NaN or infinite.
+        """Raise if merged weights would be NaN or infinite.
 
         Raises:
             AdapterError: If there are any.
@@ -227,7 +227,7 @@ class BlockWeights(nn.Module, SingleAdapterLayer):
             )
 
     def unmerge(self) -> None:
-        """Put the base module's own weights back, bit for bit."""
+        """Restore the base module's weights exactly."""
         for name, weight in self.unmerged_weights.items():
             self.base_layer.get_parameter(name).data = weight
         self.unmerged_weights = {}
@@ -243,7 +243,7 @@ class BlockWeights(nn.Module, SingleAdapterLayer):
             return {name: p.detach().to(dtypes[name], copy=True) for name, p in module.named_parameters()}
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Switch adapters on or off; off also unmerges, so that the output is the base model's own."""
+        """Enable or disable adapters. Disabling also unmerges, so that the output is the base model's."""
         if not enabled and self.merged:
             self.unmerge()
         super().enable_adapters(enabled)
@@ -252,7 +252,7 @@ class BlockWeights(nn.Module, SingleAdapterLayer):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         if adapter_name not in self.bsr_params:
             return
-        base = next(self.base_layer.parameters())  # a LayerScale has no `weight`, which is where PEFT looks
+        base = next(self.base_layer.parameters())  # PEFT reads `weight`, which a LayerScale does not have
         module = self.bsr_params[adapter_name]
         if not any(p.is_meta for p in module.parameters()):
             dtype = base.dtype if base.dtype.is_floating_point else None

@@ -22,16 +22,16 @@ OtherTargets = Callable[[nn.Module, ModelSpec, Any, Plan], dict[str, Way]]
 def resolve_targets(
     model: nn.Module, spec: ModelSpec, config: BlockConfig, others: OtherTargets
 ) -> tuple[Plan, dict[str, Way], dict[str, str]]:
-    """The plan, the modules to train (name -> by what) and the layout. Nothing is changed.
+    """The plan, the modules to train (name -> how they train) and the layout. Does not change the model.
 
     Args:
         model: The model.
-        spec: Its column.
-        config: Of the adapter.
-        others: (model, column, config, plan) -> what else the method trains.
+        spec: Description of the model.
+        config: Configuration of the adapter.
+        others: (model, spec, config, plan) -> other modules that the method trains.
 
     Raises:
-        ConfigError: Naming everything that this model does not allow.
+        ConfigError: If the model does not allow the configuration; the message names every problem.
     """
     requested = config.plan_for(spec)
     if requested.trained_blocks[:1] == [0] and _early(model, spec, requested, config):
@@ -43,7 +43,7 @@ def resolve_targets(
     in_block: Way = "low_rank" if config.trainable == "lora" else "copy"
     layout = config.layout or {}
     is_foreign = any(places.get(place) != name for place, name in layout.items())
-    is_told = is_foreign or (bool(layout) and config.fills_weights)  # patterns of a file are not asked
+    is_told = is_foreign or (bool(layout) and config.fills_weights)  # patterns from a file are not used
     if is_foreign:
         problems += _check_foreign_layout(places, layout)
     if is_told:
@@ -79,7 +79,7 @@ def resolve_targets(
 
 
 def _places(spec: ModelSpec, plan: Plan, others: Mapping[str, Way]) -> dict[str, str]:
-    """Canonical place -> module name of all that this plan may train."""
+    """Canonical place -> module name of all modules that this plan can train."""
     places = {
         f"blocks.{index}.{role}": f"{spec.blocks[index]}.{leaf}"
         for index in plan.trained_blocks
@@ -97,7 +97,7 @@ def _check_low_rank(model: nn.Module, targets: dict[str, Way]) -> list[str]:
 
 
 def _check_foreign_layout(places: dict[str, str], layout: dict[str, str]) -> list[str]:
-    """A file from another layout must train the same places, and needs a PEFT that lets us rename keys."""
+    """Problems of a file from another layout: it must train the same places, and needs a PEFT that can rename keys."""
     if unknown := sorted(set(layout) - set(places)):
         return [
             f"`layout` names {unknown}, which this model does not have or this plan does not train. The adapter was "
@@ -117,7 +117,7 @@ def _matches(pattern: list[str] | str | None, name: str, default: bool) -> bool:
 
 
 def is_excluded(config: BlockConfig, name: str) -> bool:
-    """Whether `exclude_modules` or `modules_to_save` take the module out of our hands."""
+    """Whether `exclude_modules` or `modules_to_save` name the module, so that this adapter does not train it."""
     saved = any(re.match(rf"(^|.*\.){m}($|\..*)", name) for m in config.modules_to_save or ())
     return saved or _matches(config.exclude_modules, name, False)
 
@@ -128,7 +128,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _check_read(spec: ModelSpec, plan: Plan) -> list[str]:
-    """Blocks that would train for nothing."""
+    """Problems of trained blocks that do not change the output."""
     unread = [index for index in plan.trained_blocks if index > spec.last_read]
     if not unread:
         return []
@@ -163,7 +163,7 @@ def _check_modules_to_save(model: nn.Module, spec: ModelSpec, plan: Plan, config
 
 
 def _check_tied(model: nn.Module, names: list[str]) -> list[str]:
-    """A copy of a weight that other modules share would be a weight of its own."""
+    """Problems of shared weights: a trained copy would no longer be shared."""
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
@@ -179,7 +179,7 @@ def _check_tied(model: nn.Module, names: list[str]) -> list[str]:
 
 
 def _early(model: nn.Module, spec: ModelSpec, plan: Plan, config: BlockConfig) -> set[str]:
-    """Modules of `modules_to_save` that lie before the place where the gradient ends."""
+    """Modules of `modules_to_save` that run before the gradient is cut."""
     if not plan.cuts_gradient or not config.modules_to_save:
         return set()
     reached = (*spec.head, *spec.blocks[min(plan.trained_blocks) :])
@@ -192,5 +192,5 @@ def _named(model: nn.Module, saved: str) -> list[str]:
 
 
 def _overlap(name: str, other: str) -> bool:
-    """Whether one module is the other, or lies in it."""
+    """Whether one module is the other, or contains it."""
     return f"{name}.".startswith(f"{other}.") or f"{other}.".startswith(f"{name}.")

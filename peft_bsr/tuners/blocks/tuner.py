@@ -1,4 +1,4 @@
-"""The tuner of methods that train copies or low-rank updates of blocks, the way PEFT expects."""
+"""Base tuner of methods that train copies or low-rank updates of blocks."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class BlockResolution(Resolution):
     """What a method that trains blocks will do to a model.
 
     Attributes:
-        targets: Name of each module that trains, or that something takes the place of -> by what.
+        targets: Name of each module that trains or is replaced -> how.
         layout: Canonical place -> name of each of them.
     """
 
@@ -59,15 +59,15 @@ class BlockTuner(MethodTuner):
 
     @classmethod
     def resolve(cls, model: nn.Module, config: Any) -> BlockResolution:
-        """What attaching an adapter would do to the model, with all checks run on it. It is left as it was.
+        """What attaching an adapter would do to the model. Runs all checks and does not change the model.
 
         Args:
             model: A supported vision transformer, with or without adapters of this method.
-            config: Of the adapter.
+            config: Configuration of the adapter.
 
         Raises:
-            UnsupportedModelError: With the reason that the probe found.
-            ConfigError: Naming everything that this model does not allow.
+            UnsupportedModelError: If the model is not supported; the message gives the reason.
+            ConfigError: If the model does not allow the configuration; the message names every problem.
         """
         controllers = find_controllers(model)
         spec, stock = (controllers[0].spec, None) if controllers else probe(model)
@@ -83,7 +83,7 @@ class BlockTuner(MethodTuner):
                 check_rounded(model, spec, rounded, bool(controllers))
                 with tried_rounding(model, spec, rounded):
                     crossed = [i for i, b in enumerate(plan.blocks) if b.saves_less and not b.trained]
-                    if "int8" in rounded.values() and crossed:  # in bfloat16 they are what autocast makes of them
+                    if "int8" in rounded.values() and crossed:  # in bfloat16 they equal what autocast computes
                         lean = verify_lean(model, spec, plan, index=crossed[0]).blocks
                         blocks = (lean[i] if i in crossed else b for i, b in enumerate(plan.blocks))
                         plan = replace(plan, blocks=tuple(blocks))
@@ -91,17 +91,17 @@ class BlockTuner(MethodTuner):
 
     @classmethod
     def _base_head(cls, model: nn.Module) -> AbstractContextManager[None]:
-        """The base model's own head runs inside, whatever an adapter has in its place."""
+        """Context manager: the base model's head runs, even if an adapter replaces it."""
         return nullcontext()
 
     @classmethod
     def _other_targets(cls, model: nn.Module, spec: ModelSpec, config: Any, plan: Plan) -> dict[str, Way]:
-        """What else an adapter trains, by place; called with the model's own head in place."""
+        """Other modules that an adapter trains, by place. Called while the base model's head is active."""
         return {}
 
     @classmethod
     def _verify(cls, model: nn.Module, spec: ModelSpec, plan: Plan, stock: StockRun | None) -> None:
-        """Check on the model what only this method asks of it."""
+        """Run the method's own checks on the model."""
 
     def _assign(self, model: nn.Module, adapter_name: str, given: Any, found: Any) -> None:
         controllers = self._attached_controllers(model, found.spec)
@@ -118,7 +118,7 @@ class BlockTuner(MethodTuner):
         return [f"{name}.base_layer.{p}" for name, layer in layers for p, _ in layer.base_layer.named_parameters()]
 
     def _attached_controllers(self, model: nn.Module, spec: ModelSpec) -> list[Any]:
-        """The controllers, put on the blocks by the first adapter."""
+        """The controllers; the first adapter attaches them to the blocks."""
         if not find_controllers(model):
             context = ForwardContext()
             for index in range(spec.depth):
@@ -126,7 +126,7 @@ class BlockTuner(MethodTuner):
         return find_controllers(model)
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:
-        """A block whose controller, which may not be there yet, gets something: the block stands for it."""
+        """Also matches a block if its controller, which may not exist yet, is a target."""
         if f"{key}.{CONTROLLER}" in peft_config.resolution.targets:
             return True
         if key.endswith(f".{CONTROLLER}"):
@@ -158,11 +158,11 @@ class BlockTuner(MethodTuner):
         layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
 
     def _other_module(self, way: Way | None, config: Any, layer: Any) -> nn.Module | None:
-        """What the method puts in the place of a target that is neither copied nor updated."""
+        """The module that replaces a target which is neither copied nor updated."""
         return None
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Put an adapter's weights into the base modules. Token reduction stays active, so outputs do not change.
+        """Merge an adapter into the base modules. Token reduction stays active, so outputs do not change.
 
         Raises:
             AdapterError: If several adapters are named, or a weight is not finite (`safe_merge=True`).
@@ -171,7 +171,7 @@ class BlockTuner(MethodTuner):
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
     def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> list[str]:
-        """Refuse what cannot be merged before the first layer is."""
+        """Raise if an adapter cannot be merged, before any layer is merged."""
         names = list(adapter_names or self.active_adapters)
         check_single(names, "merge")
         if unknown := [name for name in names if name not in self.peft_config]:
@@ -212,7 +212,7 @@ class BlockTuner(MethodTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """First to this model's names: the file may be from another layout, or from peft 0.20 (see `layer.py`)."""
+        """Rename keys to this model's names first: the file may be from another layout, or from peft 0.20."""
         own = {}
         for name, layer in model.named_modules():
             if isinstance(layer, SingleAdapterLayer) and adapter_name in getattr(layer, "bsr_params", ()):
@@ -228,7 +228,7 @@ class BlockTuner(MethodTuner):
         return cls._load_checked(model, config, adapter_name, renamed)
 
     def _restore_base_modules(self) -> None:
-        """Unmerge, and take off PEFT's wrappers around `modules_to_save`, which would leave the trained ones behind."""
+        """Unmerge, and remove PEFT's wrappers around `modules_to_save`, which would leave the trained modules."""
         for name, module in list(self.model.named_modules()):
             if isinstance(module, BlockWeights) and module.merged:
                 module.unmerge()
@@ -238,7 +238,7 @@ class BlockTuner(MethodTuner):
 
 @contextmanager
 def _tried_updates(model: nn.Module, config: BlockConfig, targets: Mapping[str, Way]) -> Iterator[None]:
-    """Have low-rank updates, away from zero but small beside the weights, where they will be, for a while."""
+    """Context manager: add small random low-rank updates where the adapter will have them."""
     places = {name: model.get_submodule(name) for name, way in targets.items() if way == "low_rank"}
     with quiet(model):
         seed(model)

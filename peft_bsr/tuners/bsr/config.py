@@ -1,4 +1,4 @@
-"""Configuration of BSR, and the plan that it means for a given model."""
+"""Configuration of BSR, and its plan for a model."""
 
 from __future__ import annotations
 
@@ -30,77 +30,83 @@ class BSRConfig(BlockConfig):
     """Configuration of Block Selective Reprogramming: train a few whole blocks, drop tokens by class attention.
 
     The final norm and the head are always trained and saved; `modules_to_save` is not needed for them. Blocks before
-    the first trained one stay out of the graph and in evaluation mode, whatever the model's mode. Defaults are
-    the paper's for 12 blocks (train {3, 7, 11}, reduce at {3, 6, 9}, keep half, fuse), scaled to the model's depth.
+    the first trained one are not in the graph and always run in evaluation mode. Defaults are the paper's for 12 blocks
+    (train {3, 7, 11}, reduce at {3, 6, 9}, keep half, fuse), scaled to the model's depth.
 
-    Source: arXiv 2405.10951. Departures: kept tokens stay in the order of their positions (the paper's order is by
-    score, the result is the same), in compact mode heads that average patches average the kept and the fused ones, and
-    LayerScale vectors that the block itself holds (BEiT, Data2Vec, InternVL) stay frozen.
+    Source: arXiv 2405.10951. Differences from the paper: kept tokens stay in the order of their positions (the paper
+    sorts them by score; the result is the same), in compact mode heads that average patches average the kept and the
+    fused ones, and LayerScale vectors that are parameters of the block itself (BEiT, Data2Vec, InternVL) are frozen.
 
-    What is left None is chosen for the model when the adapter is attached, and written into the adapter's own copy of
-    the config.
+    Fields that are None are chosen for the model when the adapter is attached, and set in the adapter's copy of the
+    configuration.
 
     Args:
         trainable_blocks: Blocks that train: indices from 0, `"every:n"` (every n-th block ending at the last),
             `"last:n"` (the last n). Default `"every:4"`.
         reduction_blocks: Blocks that drop tokens: indices from 0, `[]` for none. Default None: a quarter, a half and
             three quarters into the depth ({3, 6, 9} of 12).
-        keep_rate: Share of the tokens (prefix not counted) that a reduction keeps, in (0, 1]; one for all, or a list
-            with one for each of `reduction_blocks`. 1.0 switches reduction off. Default 0.5.
-        reduction: What happens to the others: `"drop"` (the paper's; lowest attention first) or `"merge"` (the most
-            similar tokens are averaged, weighted by the patches that each of them holds; no scores are needed, and in
-            full view each patch has the value of the token that it is part of), see `peft_bsr.core.merge_tokens`.
+        keep_rate: Share of the tokens that a reduction keeps, in (0, 1], not counting prefix tokens. One value for all
+            reductions, or a list with one value for each of `reduction_blocks`. 1.0 disables reduction. Default 0.5.
+        reduction: What a reduction does with the other tokens. `"drop"` drops those with the lowest scores, as in the
+            paper. `"merge"` averages the most similar tokens, weighted by the number of patches in each; it needs no
+            scores, and in full view each patch has the value of its merged token, see `peft_bsr.core.merge_tokens`.
             Default `"drop"`.
-        fuse_dropped: Append one token summed from the dropped ones, weighted by their scores. Default None: True in
-            compact mode; in full view nothing is fused, as dropped tokens stay in the sequence. Not with `"merge"`.
-        reduce_at: `"mid_block"` (after attention and its residual, the paper's) or `"after_block"`. Default None:
-            mid-block where the parts of the model's blocks are known.
-        mode: `"compact"` (the sequence gets shorter) or `"full_view"` (it keeps its length outside of the blocks, so
-            heads that need the grid, mean heads that must see every token and hidden states of constant length work).
-            Default None: compact where no output changes its shape by it.
-        score: What tokens are ranked by: `"class"` (the class token's attention, the paper's), `"mean_query"` or
-            `"received"` for models without one, see `peft_bsr.core.token_scores`. Default None: the class token's
-            attention, or where there is none or the head reads other special tokens, the better of the two others. Not
-            with `reduction="merge"`.
-        trainable: `"full"` trains copies of the blocks' weights, `"lora"` a low-rank update of their Linear modules.
-        r: Rank of the update, `trainable="lora"` only.
-        lora_alpha: The update is scaled by `lora_alpha / r`, `trainable="lora"` only.
-        init_weights: False starts away from the base model (PEFT's convention for tests). Default True: the model
-            starts as the base model, exactly at `keep_rate=1.0`.
-        target_modules: Only these leaf modules of the trained blocks train: name endings, or a regular expression on
-            the whole name. Default None: all of them.
-        exclude_modules: These do not train, same forms; may also name the final norm or head.
-        modules_to_save: Further modules to train and save whole, PEFT's way. They must lie behind the first trained
-            block, because the gradient is cut there.
-        lean: What blocks that gradients reach do not keep for backward. `"exact"`: nothing that one pass over the
-            tokens restores, no matrix product is computed twice; `"max"`: first products of the halves are computed
-            again too; `"off"`: the stock blocks. Gradients are the same. Parts that the self-test does not find equal
-            stay stock. If the head reads only special tokens, the last block computes queries, output projection and
-            MLP for those alone in training (not with `"off"`). Default `"exact"`.
-        saved_activations: `"full"`, or `"int8"`: what those blocks do keep is kept in 8 bits, rounded stochastically.
-            Gradients have an error of about 1 % then. Default `"full"`.
-        gradient_tokens: Share of the tokens that carry gradients in training, special tokens beside, in (0, 1]. All
-            tokens run forward; from the first trained block on, the others run without a graph, and keys and values of
-            them are numbers to backward. Chosen in each forward by the attention of the block before (of the first
-            block: by its own), and again at each reduction, among what it keeps. Default 1.0.
-        gradient_tokens_by: `"score"` (those that rank highest, see `score`) or `"random"`. Default `"score"`.
-        frozen_weights: `"full"`, or how the Linear weights of blocks that never train are rounded in the model itself,
-            for good: `"int8"` (8 bits, as a model that is loaded quantised has them; needs torchao) or `"bfloat16"`
-            (with their biases; under autocast to bfloat16 nothing changes but memory, without it the products of the
-            rounded weights are computed in the inputs' dtype). Disabled, unloaded and merged models run on the rounded
-            weights. Default `"full"`.
-        layout: Canonical place -> name in the model of each trained module. Written when the adapter is attached; by
-            it a file that was saved on another layout of the same model (other module names) is read.
-        labels: Names of the classes. Written when the adapter is attached, for `peft_bsr.load`.
-        tasks: Several tasks, name -> number of classes or `TaskConfig`; each gets a head in the classifier's place, and
-            the model is called with `task=` or `task_ids=`. Kept as a list, because files sort names. Default None.
-        task_weights: Name -> weight of the task's loss; 1 where there is none. Default None.
-        moe: The trained blocks' MLPs become mixtures of experts with a gate for each task. Default None: dense blocks.
-        preset: `"paper"` sets what the multitask release has, whatever these fields say: `keep_rate=0.7`,
+        fuse_dropped: Whether to append the sum of the dropped tokens, weighted by their scores, as one token. Default
+            None: True in compact mode; False in full view, where dropped tokens stay in the sequence. Not with
+            `reduction="merge"`.
+        reduce_at: `"mid_block"` (after the attention and its residual, as in the paper) or `"after_block"`. Default
+            None: mid-block if the structure of the model's blocks is known, else after the block.
+        mode: `"compact"` (the sequence gets shorter) or `"full_view"` (it keeps its length outside of the blocks, for
+            heads that need the patch grid or the mean of all tokens, and for hidden states of constant length).
+            Default None: compact if it does not change the shape of any output.
+        score: How tokens are ranked: `"class"` (attention of the class token, as in the paper), `"mean_query"` or
+            `"received"` (for models without a class token), see `peft_bsr.core.token_scores`. Default None: `"class"`;
+            the better of the two others if there is no class token, or if the head reads other special tokens. Not with
+            `reduction="merge"`.
+        trainable: `"full"` trains copies of the blocks' weights, `"lora"` low-rank updates of their Linear modules.
+            Default `"full"`.
+        r: Rank of the updates, for `trainable="lora"`. Default 8.
+        lora_alpha: The updates are scaled by `lora_alpha / r`, for `trainable="lora"`. Default 16.
+        init_weights: Whether the adapter starts without effect: at `keep_rate=1.0` the outputs are exactly those of the
+            base model. False starts away from it, for tests. Default True.
+        target_modules: Leaf modules of the trained blocks that train: suffixes of their names, or a regular expression
+            for the whole name. Default None: all.
+        exclude_modules: Modules that do not train, in the same forms. May also name the final norm or the head. Default
+            None.
+        modules_to_save: Further modules to train and save, as in PEFT. They must run after the start of the first
+            trained block, because the gradient is cut there. Default None.
+        lean: Which activations the blocks with gradients do not keep for backward. `"exact"`: those that element-wise
+            operations and norms can recompute, so no matrix product runs twice; `"max"`: also the outputs of the first
+            matrix products in attention and MLP; `"off"`: the original blocks. Gradients are the same. Parts that fail
+            the self-test run as the original. If the head reads only special tokens, the last block computes queries,
+            output projection and MLP for those alone in training (not with `"off"`). Default `"exact"`.
+        saved_activations: `"full"`, or `"int8"` to keep the remaining activations in int8 with stochastic rounding. The
+            error of the gradients is about 1 % then. Default `"full"`.
+        gradient_tokens: Share of the tokens that carry gradients in training, in (0, 1]; special tokens always do. All
+            tokens run forward, but from the first trained block on the others run without a graph, and their keys and
+            values are constants in backward. Tokens are selected in each forward by the attention of the block before
+            the first trained one (or of block 0 itself), and again among the tokens that each reduction keeps. Default
+            1.0.
+        gradient_tokens_by: `"score"` (the tokens with the highest scores, see `score`) or `"random"`. Default
+            `"score"`.
+        frozen_weights: `"full"`, or the precision to which Linear weights of blocks that never train are permanently
+            rounded in the model: `"int8"` (needs torchao) or `"bfloat16"` (with their biases). Under autocast to
+            bfloat16, `"bfloat16"` changes only the memory; without autocast, products are computed in the dtype of the
+            inputs. Disabled, unloaded and merged models run with the rounded weights. Default `"full"`.
+        layout: Canonical place -> name in the model of each trained module. Written when the adapter is attached, so
+            that the file can be loaded on a model with other module names.
+        labels: Class names. Written when the adapter is attached, for `peft_bsr.load`.
+        tasks: For several tasks: name -> number of classes or `TaskConfig`. Each gets a head in place of the
+            classifier, and the model is called with `task=` or `task_ids=`. Stored as a list, because JSON files sort
+            names. Default None.
+        task_weights: Name -> weight of the task's loss. Default None: 1 for each.
+        moe: Replace the MLPs of the trained blocks by mixtures of experts with a gate for each task. Default None:
+            dense blocks.
+        preset: `"paper"` overrides fields with the values of the multitask release: `keep_rate=0.7`,
             `reduction="drop"`, `fuse_dropped=False`, and in `moe`, `renormalize=False`. Default None.
 
     Raises:
-        ConfigError: Naming every value that cannot be.
+        ConfigError: If values are invalid; the message names all of them.
 
     Examples:
         >>> BSRConfig(trainable_blocks="last:3", keep_rate=0.7).trainable_blocks
@@ -232,7 +238,7 @@ class BSRConfig(BlockConfig):
         """The plan that this config means for the model of `spec`.
 
         Raises:
-            ConfigError: Naming everything that this model does not allow.
+            ConfigError: If the model does not allow the configuration; the message names every problem.
         """
         trainable = resolve_trainable_blocks(self, spec.depth)
         instead = f' or "last:{min(len(trainable), spec.depth)}"'

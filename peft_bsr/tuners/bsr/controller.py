@@ -1,4 +1,4 @@
-"""A block's controller in BSR: each adapter's plan, the block's mixtures, and calls with tasks."""
+"""The block controller of BSR: each adapter's plan, the block's mixtures of experts, and calls with tasks."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ from peft_bsr.tuners.blocks.layer import BlockWeights, move_away
 
 @dataclass(frozen=True)
 class TaskSettings:
-    """What an adapter's forwards need to know of its tasks.
+    """The tasks of an adapter, as its forwards need them.
 
     Attributes:
-        tasks: In the order of their heads and gates.
-        weights: Name -> weight of the loss.
-        balance_weight: Of the balance loss.
+        tasks: Tasks in the order of their heads and gates.
+        weights: Name -> weight of the task's loss.
+        balance_weight: Weight of the balance loss.
     """
 
     tasks: list[TaskConfig]
@@ -46,14 +46,14 @@ class TaskSettings:
 
 
 class BSRController(MergeableController):
-    """A block's controller with one plan per adapter. Token reduction is not a weight: it stays active after a merge.
+    """A block controller with one plan per adapter. Token reduction stays active after a merge.
 
-    An adapter's mixture of experts for this block lives here. While it runs, the block's own MLP weights are offloaded
-    (see `peft_bsr.engine.WeightOffload`), unless the experts share them. The first block's controller opens and closes
-    the forwards of adapters with tasks.
+    It contains each adapter's mixture of experts for this block. While a mixture runs, the weights of the block's MLP
+    are offloaded (see `peft_bsr.engine.WeightOffload`), unless the experts share them. The first block's controller
+    opens and closes the forwards of adapters with tasks.
 
     Args:
-        index, column, context, rule: See `BlockController`.
+        index, spec, context, rule: See `BlockController`.
     """
 
     mixes = True
@@ -64,7 +64,7 @@ class BSRController(MergeableController):
         super().__init__(index, spec, context, rule)
         self.bsr_params = nn.ModuleDict()
         self.calls: dict[str, TaskSettings] = {}
-        self.saved_as: dict[str, str] = {}  # adapter -> this module's name where the adapter was saved, if another
+        self.saved_as: dict[str, str] = {}  # adapter -> this module's name in the adapter's file, if it differs
         self.offloaded: tuple[
             tuple[nn.Module, WeightOffload], ...
         ] = ()  # a tuple: the block's modules are not the controller's
@@ -72,11 +72,11 @@ class BSRController(MergeableController):
         self.register_load_state_dict_pre_hook(drop_saved_name)
 
     def update_layer(self, adapter_name: str, config: Any, block: nn.Module) -> None:
-        """Add an adapter's mixture, made of the block's pretrained MLP.
+        """Add an adapter's mixture, created from the block's pretrained MLP.
 
         Args:
-            adapter_name: Its name.
-            config: Its configuration.
+            adapter_name: Name of the adapter.
+            config: Configuration of the adapter.
             block: The block.
         """
         first, _, second = self._mlp(block)
@@ -108,13 +108,13 @@ class BSRController(MergeableController):
 
     @property
     def offloads_base(self) -> bool:
-        """Whether nothing reads the weights of the block's MLP: the active adapter's experts have their own."""
+        """Whether the weights of the block's MLP are unused, because the active adapter's experts have their own."""
         name = self.carried_adapter
         mixture: Any = self.bsr_params[name] if name is not None and name in self.bsr_params else None
         return mixture is not None and isinstance(mixture.experts, FullExperts)
 
     def place_base(self) -> None:
-        """Park the weights of the block's MLP if nothing reads them, else have them where the experts are."""
+        """Offload the weights of the block's MLP if they are unused, else load them to the experts' device."""
         if not self.offloads_base:
             self.fetch_base()
             return
@@ -122,12 +122,12 @@ class BSRController(MergeableController):
             weight_offload.offload(module)
 
     def fetch_base(self) -> None:
-        """Have the weights of the block's MLP where the experts are."""
+        """Load the weights of the block's MLP to the experts' device."""
         for module, weight_offload in self.offloaded:
             weight_offload.onload(module, self._device)
 
     def clear_base(self) -> None:
-        """Have the weights of the block's MLP in memory, for good."""
+        """Load the weights of the block's MLP and end their offloading."""
         for module, weight_offload in self.offloaded:
             weight_offload.clear(module, self._device)
 
@@ -147,7 +147,7 @@ class BSRController(MergeableController):
         self.place_base()
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter; its experts know where the block's MLP belongs."""
+        """Remove an adapter, after loading the block's MLP to its experts' device."""
         self.fetch_base()
         super().delete_adapter(adapter_name)
         self.place_base()
@@ -165,21 +165,21 @@ class BSRController(MergeableController):
 
     @property
     def task_settings(self) -> TaskSettings | None:
-        """The active adapter's, None where it has no tasks."""
+        """The task settings of the active adapter, or None if it has no tasks."""
         return self.calls.get(self.carried_adapter or "")
 
     def attached(self, model: nn.Module) -> None:
-        """Open and close the model's forwards, if an adapter has tasks."""
+        """Register hooks that open and close the model's forwards, if an adapter has tasks."""
         if self.index == 0 and self.calls:
             model.register_forward_pre_hook(self.open_call, prepend=True, with_kwargs=True)
             model.register_forward_hook(self.close_call, always_call=True)
 
     def detached(self, model: nn.Module) -> None:
-        """Leave the model's forwards alone."""
+        """Remove the hooks of `attached`."""
         remove_hooks(model, self)
 
     def open_call(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Take what concerns tasks out of the arguments."""
+        """Remove the arguments about tasks from the call."""
         settings, resume_point = self.task_settings, self.context.now.resume_point
         self.context.now.call = None
         if settings is None or (resume_point is not None and resume_point.tokens is None):
@@ -191,7 +191,7 @@ class BSRController(MergeableController):
         return args, kwargs
 
     def close_call(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Put losses and outputs of the tasks together; after an error only forget the call."""
+        """Combine losses and outputs of the tasks. After an error, only discard the call."""
         now = self.context.now
         call, now.call = now.call, None
         settings, totals = self.task_settings, now.usage
@@ -204,7 +204,7 @@ class BSRController(MergeableController):
         return collect_output(settings.tasks, settings.weights, settings.balance_weight, call, output)
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Switch adapters on or off."""
+        """Enable or disable adapters."""
         super().enable_adapters(enabled)
         self.place_base()
 
@@ -213,7 +213,7 @@ class BSRController(MergeableController):
 
 
 def _pretrained(module: Any, device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of a Linear, under a tuner layer or not."""
+    """Pretrained weight and bias of a Linear, with or without a tuner layer."""
     own: Any = without_layer(module)
     values = {name: parameter.detach() for name, parameter in own.named_parameters()}
     if isinstance(module, BlockWeights):

@@ -1,4 +1,4 @@
-"""A plan of BSR, said in words."""
+"""Describes a BSR adapter in words."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from peft_bsr.tuners.bsr.config import BSRConfig
 
 
 def describe(config: BSRConfig, spec: ModelSpec, plan: Plan) -> list[str]:
-    """What an adapter does to its model, one sentence an item."""
+    """What an adapter does to its model, as a list of sentences."""
     trained = plan.trained_blocks
     how = "low-rank updates of" if config.trainable == "lora" else "all weights of"
     sentences = [

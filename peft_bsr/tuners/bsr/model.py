@@ -1,4 +1,4 @@
-"""The tuner: injects BSR, its tasks and its mixtures of experts into a vision transformer."""
+"""The tuner of BSR, with its tasks and its mixtures of experts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from peft_bsr.tuners.bsr.controller import BSRController, TaskSettings
 class BSRModel(BlockTuner):
     """BSR on a vision transformer; made by `get_peft_model(model, BSRConfig())`.
 
-    All checks (the model's column, the plan on this model, exactness on a probe image) run before the first change.
+    All checks (probe of the model, its plan, exactness on a probe image) run before the model is changed.
 
     Args:
         model: A supported vision transformer, see `peft_bsr.probe_model`.
@@ -32,8 +32,8 @@ class BSRModel(BlockTuner):
         adapter_name: Name of the adapter, default `"default"`.
 
     Raises:
-        UnsupportedModelError: With the reason that the probe found.
-        ConfigError: Naming everything that this model does not allow.
+        UnsupportedModelError: If the model is not supported; the message gives the reason.
+        ConfigError: If the model does not allow the configuration; the message names every problem.
 
     Examples:
         >>> from peft import get_peft_model
@@ -53,7 +53,7 @@ class BSRModel(BlockTuner):
 
     @classmethod
     def _other_targets(cls, model: nn.Module, spec: ModelSpec, config: Any, plan: Plan) -> dict[str, Way]:
-        """Heads of tasks in the classifier's place, and mixtures of experts at the blocks' controllers."""
+        """Heads of tasks, which replace the classifier, and mixtures of experts in the blocks' controllers."""
         if not config.tasks:
             return {}
         mixtures = [spec.blocks[index] for index, block in enumerate(plan.blocks) if block.mixture]
@@ -96,7 +96,7 @@ class BSRModel(BlockTuner):
         return TaskHeads([new_head(task, *sizes) for task in config.tasks], config.tasks, context)
 
     def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> list[str]:
-        """Refuse what the base model has no place for."""
+        """Raise if the adapter has parts that the base model has no place for."""
         for name in adapter_names or self.active_adapters:
             config: Any = self.peft_config.get(name)
             if config is not None and config.tasks:
@@ -111,7 +111,7 @@ class BSRModel(BlockTuner):
 
 @contextmanager
 def _without_heads(model: nn.Module) -> Iterator[None]:
-    """The base model's own classifier runs for a while, in the place of the heads of several tasks."""
+    """Context manager: the base model's classifier runs instead of the heads of several tasks."""
     layers: list[Any] = [m for m in model.modules() if isinstance(m, BlockWeights) and not m.disable_adapters]
     layers = [layer for layer in layers if any(isinstance(m, TaskHeads) for m in layer.bsr_params.values())]
     with disabled_layers(layers):

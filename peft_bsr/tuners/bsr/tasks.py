@@ -1,4 +1,4 @@
-"""Tasks that come to a trained adapter, and one that leaves it as an adapter of its own."""
+"""Adding a task to a trained adapter, and exporting one as an adapter of its own."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from peft_bsr.tuners.blocks.layer import BlockWeights, move_like
 _HEAD = re.compile(r"(.*\.heads\.)(\d+)(\..*)")
 
 
-@torch.inference_mode(False)  # weights that are made there can never train
+@torch.inference_mode(False)  # inference tensors can never train
 def add_task(model: PeftModel, name: str, task: int | TaskConfig, adapter_name: str | None = None) -> None:
-    """Give an adapter one more task, with a new gate and a new head; everything else stays as it was trained.
+    """Add a task to an adapter, with a new gate and a new head. Everything else is unchanged.
 
-    The gates are new parameters then: make the optimizer afterwards. Files written from now on have the new task.
+    The gates are new parameters afterwards: create the optimizer after this call. Later saves include the new task.
 
     Args:
-        model: From `get_peft_model` or `PeftModel.from_pretrained`.
-        name: Of the task.
+        model: Model from `get_peft_model` or `PeftModel.from_pretrained`.
+        name: Name of the task.
         task: Its number of classes, or its `TaskConfig`.
-        adapter_name: The adapter, default the active one.
+        adapter_name: The adapter. Default None: the active adapter.
 
     Raises:
-        AdapterError: If the adapter has no tasks, has this one already, or drops the tokens that a dense one needs.
-        ConfigError: If the task cannot be.
+        AdapterError: If the adapter has no tasks, has this one already, or drops tokens that a dense task needs.
+        ConfigError: If the task is invalid.
 
     Examples:
         >>> add_task(model, "svhn", 10)  # doctest: +SKIP
@@ -72,15 +72,16 @@ def add_task(model: PeftModel, name: str, task: int | TaskConfig, adapter_name: 
 
 
 def export_task(model: PeftModel, task: str, folder: str | Path, adapter_name: str | None = None) -> None:
-    """Write one task as an adapter of its own: its gates, its head and all that it shares with the others.
+    """Save one task as an adapter of its own: its gates, its head and all shared weights.
 
-    Loaded, it need not be named in calls, and returns what a single-task model returns. The model is not changed.
+    A model with this adapter is called without `task=` and returns the outputs of a single-task model. `model` is not
+    changed.
 
     Args:
-        model: From `get_peft_model` or `PeftModel.from_pretrained`.
+        model: Model from `get_peft_model` or `PeftModel.from_pretrained`.
         task: Name of the task.
-        folder: Where `adapter_config.json` and `adapter_model.safetensors` go.
-        adapter_name: The adapter, default the active one.
+        folder: Folder for `adapter_config.json` and `adapter_model.safetensors`.
+        adapter_name: The adapter. Default None: the active adapter.
 
     Raises:
         AdapterError: If the adapter has no such task.

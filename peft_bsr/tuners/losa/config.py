@@ -1,4 +1,4 @@
-"""Configuration of LoSA, and the plan that it means for a given model."""
+"""Configuration of LoSA, and its plan for a model."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ _MOST_PATCHES = 2**18
 
 @dataclass
 class LoSAConfig(SavedConfig):
-    """Configuration of Low-rank Side Adaptation: small mixers beside a frozen backbone refine what its head gets.
+    """Configuration of Low-rank Side Adaptation: a side network of small mixers refines a frozen backbone's tokens.
 
     The backbone runs without gradients. After each block that is read, a low-rank mixer across channels and one across
-    positions add to a side state; the tokens that the head gets are the last block's plus that state, so any head
-    works. What trains are the mixers, the final norm and the head. Nothing can be merged: the mixers are no part of the
-    weights. A fresh adapter leaves the model as it is.
+    positions are added to a side state. The head gets the last block's tokens plus that state, so any head works. The
+    mixers, the final norm and the head train. An adapter cannot be merged, because the mixers are not part of the
+    model's weights. A new adapter does not change the outputs.
 
-    Source: arXiv 2402.02887, our reading of the abstract. Readings and departures: docs/losa.md.
+    Source: arXiv 2402.02887, our reading of the abstract. Interpretations and differences: docs/losa.md.
 
     Args:
         r: Rank of the channel mixers. Default 16.
         token_r: Rank of the token mixers. Default 16.
-        token_mixing: Whether tokens are mixed across positions; without it every image size fits as it is, and the
-            method is near E3VA. Default True.
-        layers: Blocks that are read: indices from 0, or `"every:n"` counted back from the last one. Default
-            `"every:1"`: all that the head depends on.
+        token_mixing: Whether to mix tokens across positions. Without it the adapter does not depend on the image size,
+            and the method is close to E3VA. Default True.
+        layers: Blocks that are read: indices from 0, or `"every:n"` (every n-th, counted back from the last one).
+            Default `"every:1"`: all on which the head depends.
         keep_rate: Share of the image tokens that a reduction keeps, see `BSRConfig`. Default 1.0: no reduction.
         reduction_blocks: Blocks that drop image tokens. Default None: a quarter, a half and three quarters into the
             depth.
@@ -45,19 +45,19 @@ class LoSAConfig(SavedConfig):
         reduce_at: See `BSRConfig`.
         mode: See `BSRConfig`.
         score: See `BSRConfig`.
-        kept_tokens: How the one token tensor of each layer is kept for backward: `"full"` (as it is), `"bfloat16"`,
-            `"float16"` or `"int8"` (256 steps, rounded stochastically). The forward does not change. Default `"full"`.
-        frozen_weights: `"full"`, or how the Linear weights of the blocks are rounded in the model itself, for good:
-            `"int8"` (needs torchao) or `"bfloat16"`, see `BSRConfig`. Default `"full"`.
-        init_weights: False starts away from the base model (PEFT's convention for tests). Default True.
-        grid: Patches that the token mixers are made for, (rows, columns). Written when the adapter is attached; images
-            of another size interpolate between them.
+        kept_tokens: Precision of the one token tensor that each layer keeps for backward: `"full"` (its own dtype),
+            `"bfloat16"`, `"float16"` or `"int8"` (stochastic rounding). The forward does not change. Default `"full"`.
+        frozen_weights: `"full"`, or the precision to which Linear weights of the blocks are permanently rounded in the
+            model: `"int8"` (needs torchao) or `"bfloat16"`, see `BSRConfig`. Default `"full"`.
+        init_weights: Whether the model starts as the base model; False starts away from it (for tests). Default True.
+        grid: Patch grid of the token mixers, (rows, columns). Written when the adapter is attached; for images of
+            another size the mixers are interpolated.
         layout: Canonical place -> name in the model of each trained module. Written when the adapter is attached.
-        target_modules: Has to stay None: the blocks that are read are `layers`.
-        labels: Names of the classes. Written when the adapter is attached, for `peft_bsr.load`.
+        target_modules: Must be None; choose the blocks to read with `layers`.
+        labels: Class names. Written when the adapter is attached, for `peft_bsr.load`.
 
     Raises:
-        ConfigError: Naming every value that cannot be.
+        ConfigError: If values are invalid; the message names all of them.
 
     Examples:
         >>> LoSAConfig(layers="every:4", kept_tokens="int8").r
@@ -148,7 +148,7 @@ class LoSAConfig(SavedConfig):
         """The plan that this config means for the model of `spec`: frozen blocks.
 
         Raises:
-            ConfigError: Naming everything that this model does not allow.
+            ConfigError: If the model does not allow the configuration; the message names every problem.
         """
         layers = self.read_layers(spec)
         reductions, problems = resolve_reductions(self, spec)

@@ -1,4 +1,4 @@
-"""A plan of LoSA, said in words."""
+"""Describes a LoSA adapter in words."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from peft_bsr.tuners.losa.config import LoSAConfig
 
 
 def describe(config: LoSAConfig, spec: ModelSpec, plan: Plan) -> list[str]:
-    """What an adapter does to its model, one sentence an item."""
+    """What an adapter does to its model, as a list of sentences."""
     axes = "channels and positions" if config.token_mixing else "channels"
     read = config.read_layers(spec)
     return [

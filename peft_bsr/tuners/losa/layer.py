@@ -1,6 +1,6 @@
-"""LoSA's controller on each block: reads the block's tokens, and hands the refined ones on after the last.
+"""The block controller of LoSA: reads the block's tokens, and returns the refined ones after the last block.
 
-The side state goes from block to block on the context of the running forward; nothing stays on a module.
+The side state is passed from block to block in the context of the running forward, not on a module.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ class Side:
     """The side network in one forward.
 
     Attributes:
-        grid: Of the image's patches, None where nobody saw the image.
-        state: y [B, N or A, D], what the mixers have added so far; None = nothing.
-        places: [B, A] of the state's tokens in the full sequence, None = all are there.
-        num_reductions: Before these places.
+        grid: Patch grid of the image. None if the image is unknown.
+        state: Sum of the mixers' outputs so far, y [B, N or A, D]. None = no output yet.
+        places: Indices of the state's tokens in the full sequence, [B, A]. None = all tokens.
+        num_reductions: Number of reductions before `places`.
         collected: Tokens and origins of the blocks that are read, in a forward that only collects them.
     """
 
@@ -43,7 +43,7 @@ class Side:
 
 
 class LoSAController(AdapterController):
-    """A block's controller, which holds each adapter's mixer for the block, if the block is read.
+    """A block controller with each adapter's mixer for the block, if the block is read.
 
     Args:
         index, spec, context, rule: See `BlockController`.
@@ -58,15 +58,15 @@ class LoSAController(AdapterController):
         super().__init__(index, spec, context, rule)
         self.bsr_params = nn.ModuleDict()
         self.layers: dict[str, list[int]] = {}
-        self.saved_as: dict[str, str] = {}  # adapter -> this module's name where the adapter was saved, if another
+        self.saved_as: dict[str, str] = {}  # adapter -> this module's name in the adapter's file, if it differs
         self.register_load_state_dict_pre_hook(drop_saved_name)
 
     def update_layer(self, adapter_name: str, config: LoSAConfig, block: nn.Module) -> None:
         """Add an adapter's mixer.
 
         Args:
-            adapter_name: Its name.
-            config: Its configuration.
+            adapter_name: Name of the adapter.
+            config: Configuration of the adapter.
             block: The block.
         """
         mixer, like = SideMixer(self.spec, config), next(exact_parameters(block))
@@ -77,17 +77,17 @@ class LoSAController(AdapterController):
 
     @property
     def read_layers(self) -> list[int]:
-        """The blocks that are read, and the last that the head depends on, whose tokens are refined."""
+        """The blocks that are read, and the last one on which the head depends, whose tokens are refined."""
         name = self.carried_adapter
         return [] if name is None else sorted({*self.layers[name], self.spec.last_read})
 
     def attached(self, model: nn.Module) -> None:
-        """See the images of the model's forwards, after the last controller has opened them."""
+        """Register the hook that reads the images, after the forward's context is opened."""
         if self.index == self.spec.depth - 1:
             model.register_forward_pre_hook(self.see_image, with_kwargs=True)
 
     def see_image(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Note the grid of the image's patches."""
+        """Store the patch grid of the image."""
         image, spec = kwargs.get(main_input(model), args[0] if args else None), self.spec
         if self.plan is None or not isinstance(image, Tensor) or spec.grid is None:
             return
@@ -98,12 +98,12 @@ class LoSAController(AdapterController):
             side.grid = image.shape[2] // spec.patch_size[0], image.shape[3] // spec.patch_size[1]
 
     def refine(self, block: nn.Module, tokens: Tensor, route: Route | None) -> Tensor:
-        """Read the block, if its turn has come; after the last that the head depends on, its tokens plus the state.
+        """Read the block if it is to be read. After the last one that the head depends on, add the state to its tokens.
 
         Raises:
-            StopForwardError: After that block, if the forward was to collect tokens alone.
+            StopForwardError: After that block, if the forward only collects tokens.
             ForwardError: If the block was called outside of the model's forward.
-            InputError: If the image's patches fit the token mixers in no way.
+            InputError: If the token mixers cannot be interpolated to the patch grid.
         """
         if self.context.now.resume_point is not None:
             self._collect(tokens, route)
@@ -113,7 +113,7 @@ class LoSAController(AdapterController):
     def instead(
         self, block: nn.Module, hidden_states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Tensor | None:
-        """Where the forward begins with the tokens of all blocks that are read, no block runs."""
+        """Skip the block if the forward starts with the tokens of all blocks that are read."""
         now, layers = self.context.now, self.read_layers
         resume_point = now.resume_point
         if resume_point is None or resume_point.tokens is None:
@@ -156,7 +156,7 @@ class LoSAController(AdapterController):
         return side
 
     def _follow(self, side: Side, route: Route | None) -> None:
-        """Bring the state to the tokens that are alive; a token that was fused since begins at zero."""
+        """Select the state of the tokens that are left. New fused tokens start at zero."""
         if route is None or route.is_full_view or route.num_reductions == side.num_reductions:
             return
         places = route.places()
@@ -171,7 +171,7 @@ class LoSAController(AdapterController):
         side.places, side.num_reductions = places, route.num_reductions
 
     def _grid(self, side: Side, tokens: Tensor, route: Route | None, mixer: SideMixer) -> tuple[int, ...]:
-        """Of the image's patches, as far as the token mixer asks."""
+        """The patch grid of the image, if the token mixer needs it."""
         if not mixer.mixes_tokens:
             return ()
         number = tokens.shape[1] - self.spec.num_special if route is None else route.num_patches
@@ -200,7 +200,7 @@ class LoSAController(AdapterController):
         return is_last and not reads_others and plan is not None and plan.mode == "compact"
 
     def _collect(self, tokens: Tensor, route: Route | None) -> None:
-        """Keep the tokens for whoever asked for them; after the last, stop."""
+        """Collect the tokens for the resume point. After the last block, stop the forward."""
         layers, now = self.read_layers, self.context.now
         if self.index not in layers:
             return

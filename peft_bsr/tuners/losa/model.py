@@ -1,4 +1,4 @@
-"""The tuner: puts LoSA beside a frozen vision transformer, the way PEFT expects."""
+"""The tuner of LoSA."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from peft_bsr.tuners.losa.layer import LoSAController
 class LoSAModel(BlockTuner):
     """LoSA on a vision transformer; made by `get_peft_model(model, LoSAConfig())`.
 
-    All checks (the model's spec, the plan on this model) run before the first change.
+    All checks (probe of the model, its plan) run before the model is changed.
 
     Args:
         model: A supported vision transformer, see `peft_bsr.probe_model`.
@@ -26,8 +26,8 @@ class LoSAModel(BlockTuner):
         adapter_name: Name of the adapter, default `"default"`.
 
     Raises:
-        UnsupportedModelError: With the reason that the probe found.
-        ConfigError: Naming everything that this model does not allow.
+        UnsupportedModelError: If the model is not supported; the message gives the reason.
+        ConfigError: If the model does not allow the configuration; the message names every problem.
 
     Examples:
         >>> from peft import get_peft_model
@@ -43,10 +43,10 @@ class LoSAModel(BlockTuner):
     merges = False
 
     def layers(self, adapter_name: str | None = None) -> list[int]:
-        """The blocks that an adapter reads, default the active one.
+        """The blocks that an adapter reads. Default None: the active adapter.
 
         Raises:
-            AdapterError: If there is none of that name.
+            AdapterError: If there is no adapter of that name.
         """
         self.plan(adapter_name)
         layers: list[int] = find_controllers(self.model)[0].layers[adapter_name or self.active_adapters[0]]
@@ -54,7 +54,7 @@ class LoSAModel(BlockTuner):
 
     @classmethod
     def _other_targets(cls, model: nn.Module, spec: ModelSpec, config: Any, plan: Plan) -> dict[str, Way]:
-        """The mixers, at the blocks' controllers."""
+        """The mixers, in the blocks' controllers."""
         return {f"{spec.blocks[index]}.{CONTROLLER}": "mixer" for index in config.read_layers(spec)}
 
     def _assign(self, model: nn.Module, adapter_name: str, given: Any, found: Any) -> None:

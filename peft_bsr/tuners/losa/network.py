@@ -1,4 +1,4 @@
-"""What LoSA trains beside each block that is read: a mixer across channels and one across positions.
+"""The side network of LoSA: for each block that is read, a mixer across channels and one across positions.
 
 Shapes: B images, N tokens `[prefix | patches | suffix]`, A alive ones, D width, r and t ranks.
 """
@@ -23,8 +23,8 @@ class SideMixer(nn.Module):
     Both `up` start at zero.
 
     Args:
-        spec: The model's.
-        config: Ranks, and the patches that the token mixer is made for.
+        spec: Description of the model.
+        config: Ranks, and the patch grid of the token mixer.
     """
 
     def __init__(self, spec: ModelSpec, config: LoSAConfig) -> None:
@@ -44,16 +44,16 @@ class SideMixer(nn.Module):
             nn.init.zeros_(tensor)
 
     def forward(self, tokens: Tensor, grid: tuple[int, ...], places: Tensor | None, num_fused: int) -> Tensor:
-        """What is added to the side state.
+        """Compute the block's contribution to the side state.
 
         Args:
             tokens: u [B, N or A, D].
-            grid: Of the image's patches.
-            places: [B, A] int64 of the alive tokens in the full sequence, or None where all are there.
-            num_fused: Fused tokens that places after the sequence's end stand for.
+            grid: Patch grid of the image.
+            places: Indices of the alive tokens in the full sequence, [B, A] int64. None = all tokens.
+            num_fused: Number of fused tokens, whose indices are after the end of the full sequence.
 
         Returns:
-            [B, N or A, D], under autocast in its dtype, else in that of the weights.
+            [B, N or A, D], in autocast's dtype, or without autocast in that of the weights.
         """
         own: list[Any] = [self.norm, self.channel_down, self.channel_up]
         weights: list[Tensor] = [tensor for module in own for tensor in (module.weight, module.bias)]
@@ -65,23 +65,23 @@ class SideMixer(nn.Module):
         return mix_tokens(tokens, MixerWeights(*weights), self.norm.eps, self.kept)
 
     def token_weights(self, grid: tuple[int, ...], places: Tensor | None, num_fused: int) -> list[Tensor]:
-        """Weights and biases of the token mixer for the patches of an image: see `MixerWeights`."""
+        """Weights and biases of the token mixer for an image's patch grid, see `MixerWeights`."""
         down, up = self.token_down, self.token_up
         if grid == self.grid and places is None:
             return [down.weight, down.bias, up.weight, up.bias]
         table = torch.cat([down.weight.t(), up.weight, up.bias[:, None]], dim=1)
         if grid != self.grid:
             table = self._resized(table, grid)
-        if places is not None:  # a fused token stands nowhere: it neither gives nor takes
+        if places is not None:  # a fused token has no position and is not mixed
             table = nn.functional.pad(table, (0, 0, 0, num_fused))[places]
         of_down, of_up, bias = table.split([down.out_features, down.out_features, 1], dim=-1)
         return [of_down.transpose(-1, -2), down.bias, of_up, bias[..., 0]]
 
     def _resized(self, table: Tensor, grid: tuple[int, ...]) -> Tensor:
-        """The table [N, 2 t + 1] for another grid: bicubic, like position embeddings; sums over patches stay as large.
+        """Interpolate the table [N, 2 t + 1] to another grid: bicubic, scaled so that sums over patches are unchanged.
 
         Raises:
-            InputError: If the two are no grids of one image.
+            InputError: If one of the two is not the grid of one image.
         """
         if len(self.grid) != 2 or len(grid) != 2:
             raise InputError(

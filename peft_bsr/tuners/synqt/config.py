@@ -1,4 +1,4 @@
-"""Configuration of SynQT, and the plan that it means for a given model."""
+"""Configuration of SynQT, and its plan for a model."""
 
 from __future__ import annotations
 
@@ -28,54 +28,55 @@ _RATES = ("dropout", "drop_path")
 class SynQTConfig(SavedConfig):
     """Configuration of Synthesized Query Tuning: learned queries read a frozen backbone, a fusing head classifies.
 
-    The backbone runs without gradients; what trains are prompts, small adapters that make queries of them, and a head
-    that takes the place of the model's classifier. Nothing can be merged: the queries are no part of the weights.
+    The backbone runs without gradients. Prompts, small adapters that turn them into queries, and a head that replaces
+    the model's classifier train. An adapter cannot be merged, because the queries are not part of the model's weights.
 
-    Source: arXiv 2407.06964. Readings and departures: docs/synqt.md.
+    Source: arXiv 2407.06964. Interpretations and differences: docs/synqt.md.
 
     Args:
-        num_queries: T, learned prompts a layer. Default 4.
+        num_queries: Learned prompts per layer, T. Default 4.
         bottleneck: Width of the adapters of prompts and head. Default 48.
-        attention_bottleneck: Width of the adapters that stand for the projections of the queries' self-attention.
+        attention_bottleneck: Width of the adapters that replace the projections of the queries' self-attention.
             Default 8.
-        feature_scale: Where the learned scale of the layer before in the next layer's queries starts. Default 0.1.
-        attention_scale: Where that of the queries' self-attention starts. Default 0.1.
-        ffn_scale: Where that of the adapter behind it starts. Default 0.1.
-        dropout: In the adapters, on the queries and on the head's weights, in [0, 1). Default 0.1.
-        drop_path: Rate at which the head leaves out the adapter of a feature of an image, in [0, 1). Default 0.3.
-        layers: Blocks that are read, indices from 0; later blocks do not run. Default None: all.
+        feature_scale: Initial value of the learned scale of the previous layer's feature in the next layer's queries.
+            Default 0.1.
+        attention_scale: Initial value of the learned scale of the queries' self-attention. Default 0.1.
+        ffn_scale: Initial value of the learned scale of the adapter after it. Default 0.1.
+        dropout: Dropout rate in the adapters, on the queries and on the head's weights, in [0, 1). Default 0.1.
+        drop_path: Drop-path rate of the head's adapter, per image and feature, in [0, 1). Default 0.3.
+        layers: Blocks that are read, indices from 0. Blocks after the last one do not run. Default None: all.
         keep_rate: Share of the image tokens that a reduction keeps, see `BSRConfig`. Default 1.0: no reduction.
-        reduction_blocks: Blocks that drop image tokens; one that nothing is read behind is left out. Default None: a
+        reduction_blocks: Blocks that drop image tokens. Those after which no block is read are skipped. Default None: a
             quarter, a half and three quarters into the depth.
         reduction: `"drop"` or `"merge"`, see `BSRConfig`. Default `"drop"`.
         fuse_dropped: See `BSRConfig`.
         reduce_at: See `BSRConfig`.
         mode: See `BSRConfig`.
         score: See `BSRConfig`.
-        kept_tokens: How the one token tensor of each layer is kept for backward: `"full"` (as it is), `"bfloat16"`,
-            `"float16"` or `"int8"` (256 steps, rounded stochastically). The forward does not change. Default `"full"`.
-        frozen_weights: `"full"`, or how the Linear weights of the backbone's blocks (but not those of keys and values,
-            which are absorbed) are rounded in the model itself, for good: `"int8"` (needs torchao) or `"bfloat16"`, see
-            `BSRConfig`. Disabled and unloaded models run on them. Default `"full"`.
-        target_modules: Has to stay None: the blocks that are read are `layers`.
-        labels: Names of the classes. Written when the adapter is attached, for `peft_bsr.load`.
+        kept_tokens: Precision of the one token tensor that each layer keeps for backward: `"full"` (its own dtype),
+            `"bfloat16"`, `"float16"` or `"int8"` (stochastic rounding). The forward does not change. Default `"full"`.
+        frozen_weights: `"full"`, or the precision to which Linear weights of the blocks are permanently rounded in the
+            model: `"int8"` (needs torchao) or `"bfloat16"`, see `BSRConfig`. Keys and values are not rounded, because
+            they are absorbed. Disabled and unloaded models run with the rounded weights. Default `"full"`.
+        target_modules: Must be None; choose the blocks to read with `layers`.
+        labels: Class names. Written when the adapter is attached, for `peft_bsr.load`.
 
     Raises:
-        ConfigError: Naming every value that cannot be.
+        ConfigError: If values are invalid; the message names all of them.
 
     Examples:
         >>> SynQTConfig(num_queries=16, layers=[2, 5, 8, 11]).num_queries
         16
     """
 
-    num_queries: int = field(default=4, metadata={"help": "Learned prompts a layer."})
+    num_queries: int = field(default=4, metadata={"help": "Learned prompts per layer."})
     bottleneck: int = field(default=48, metadata={"help": "Width of the adapters of prompts and head."})
     attention_bottleneck: int = field(default=8, metadata={"help": "Width of the adapters in the self-attention."})
-    feature_scale: float = field(default=0.1, metadata={"help": "Start of the scale of the layer before."})
-    attention_scale: float = field(default=0.1, metadata={"help": "Start of the scale of the self-attention."})
-    ffn_scale: float = field(default=0.1, metadata={"help": "Start of the scale of the adapter behind it."})
-    dropout: float = field(default=0.1, metadata={"help": "In adapters, on queries and on the head's weights."})
-    drop_path: float = field(default=0.3, metadata={"help": "Rate at which the head's adapter is left out."})
+    feature_scale: float = field(default=0.1, metadata={"help": "Initial scale of the previous layer's feature."})
+    attention_scale: float = field(default=0.1, metadata={"help": "Initial scale of the self-attention."})
+    ffn_scale: float = field(default=0.1, metadata={"help": "Initial scale of the adapter after it."})
+    dropout: float = field(default=0.1, metadata={"help": "Dropout rate in adapters, on queries and on head weights."})
+    drop_path: float = field(default=0.3, metadata={"help": "Drop-path rate of the head's adapter."})
     layers: list[int] | None = field(default=None, metadata={"help": "Blocks that are read; None = all."})
     keep_rate: float | list[float] = field(
         default=1.0, metadata={"help": "Share of tokens kept at each reduction, one for all or one per block."}
@@ -129,14 +130,14 @@ class SynQTConfig(SavedConfig):
 
 
 def build_plan(config: SynQTConfig, spec: ModelSpec) -> tuple[Plan, list[int]]:
-    """The plan that `config` means for the model of `spec`, and the blocks that are read, ascending.
+    """The plan of `config` for the model of `spec`, and the blocks that are read, ascending.
 
     Args:
         config: A checked configuration.
-        spec: The model's column.
+        spec: Description of the model.
 
     Raises:
-        ConfigError: Naming everything that this model does not allow.
+        ConfigError: If the model does not allow the configuration; the message names every problem.
     """
     layers = list(range(spec.depth)) if config.layers is None else sorted(config.layers)
     reductions, problems = resolve_reductions(config, spec)

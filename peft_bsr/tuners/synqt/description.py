@@ -1,4 +1,4 @@
-"""A plan of SynQT, said in words."""
+"""Describes a SynQT adapter in words."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from peft_bsr.tuners.synqt.config import SynQTConfig
 
 
 def describe(config: SynQTConfig, spec: ModelSpec, plan: Plan) -> list[str]:
-    """What an adapter does to its model, one sentence an item."""
+    """What an adapter does to its model, as a list of sentences."""
     read = config.layers if config.layers is not None else list(range(spec.depth))
     return [
         f"All {spec.depth} blocks are frozen; {config.num_queries} learned queries a block read "

@@ -1,7 +1,7 @@
-"""Tuner layers of SynQT: a controller on each block that reads it, and the head in the classifier's place.
+"""Tuner layers of SynQT: a controller on each block, and the head that replaces the classifier.
 
-What the queries made of the blocks so far goes from block to block, and to the head, on the context of the running
-forward; nothing stays on a module.
+What the queries have read is passed from block to block, and to the head, in the context of the running forward, not
+on a module.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class Reading:
     """What one forward's queries have read so far.
 
     Attributes:
-        feature_scale: s_feat, None where one layer is read.
-        reads: (H, F_att, F_ffn) of each layer, each [B, 1, D], averaged over the queries.
+        feature_scale: s_feat. None if only one layer is read.
+        reads: (H, F_att, F_ffn) of each layer, averaged over the queries, each [B, 1, D].
     """
 
     feature_scale: Tensor | None
@@ -35,24 +35,24 @@ class Reading:
 
     @property
     def feature(self) -> Tensor | None:
-        """H of the layer before."""
+        """H of the previous layer."""
         return self.reads[-1][0] if self.reads else None
 
     def features(self) -> Tensor:
-        """All of them in the head's order, [B, 1 + 3 L, D]."""
+        """All features in the order of the head, [B, 1 + 3 L, D]."""
         by_kind = [feature for kind in zip(*self.reads, strict=True) for feature in kind]
         return torch.cat([self.reads[-1][0], *by_kind], dim=1)
 
 
 class SynQTController(AdapterController):
-    """Reads a block: makes queries of one adapter's prompts and sends them through the block's own weights.
+    """A block controller that turns an adapter's prompts into queries and runs them through the block's weights.
 
     Args:
-        index: The block's place in the model.
-        spec: The model's column.
+        index: Index of the block.
+        spec: Description of the model.
         context: Shared by the controllers and the head of one model.
         rule: Exceptions of the model's family.
-        like: A weight of the block; adapters go where it is, in its dtype.
+        like: A weight of the block. Adapters have its device and dtype.
     """
 
     builds_graph = False
@@ -65,7 +65,7 @@ class SynQTController(AdapterController):
         self.synqt_params = nn.ModuleDict()
         self.paths: dict[str, QueryPath] = {}
         self.layers: dict[str, list[int]] = {}
-        self._block_class: type | None = None  # of the block when it was looked at last
+        self._block_class: type | None = None  # of the block at the last check
         self.register_buffer("place", torch.empty(0, device=like.device, dtype=like.dtype), persistent=False)
         self.register_load_state_dict_pre_hook(drop_saved_name)
 
@@ -75,11 +75,11 @@ class SynQTController(AdapterController):
         """Add an adapter.
 
         Args:
-            adapter_name: Its name.
-            config: Its configuration.
-            plan: Of the frozen blocks.
+            adapter_name: Name of the adapter.
+            config: Configuration of the adapter.
+            plan: Plan of the frozen blocks.
             path: How blocks are read.
-            layers: Which of them are, ascending.
+            layers: Indices of the blocks that are read, ascending.
         """
         self.plans[adapter_name], self.paths[adapter_name], self.layers[adapter_name] = plan, path, layers
         if self.index in layers:
@@ -96,16 +96,16 @@ class SynQTController(AdapterController):
     def instead(
         self, block: nn.Module, hidden_states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Tensor | None:
-        """Read the block, if its turn has come; what goes on if nobody reads what it gives, so that it need not run.
+        """Read the block if it is to be read. Returns a replacement for its output if the block need not run.
 
         Args:
             block: The block.
-            hidden_states: [B, N, D], what it is called with.
+            hidden_states: Input of the block, [B, N, D].
             args: Further arguments of the call.
-            kwargs: Its keywords.
+            kwargs: Keyword arguments of the call.
 
         Raises:
-            StopForwardError: Behind the last layer, if the forward was to collect tokens alone.
+            StopForwardError: After the last layer, if the forward only collects tokens.
             AdapterError: If the block is sharded by itself.
         """
         name = self.carried_adapter
@@ -130,7 +130,7 @@ class SynQTController(AdapterController):
         return hidden_states if begins_behind or self.index >= layers[-1] else None
 
     def _alive(self, hidden_states: Tensor, args: Any, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
-        """The tokens that are left on the running route, and which of them are padding."""
+        """The tokens that are left on the current route, and which of them are padding."""
         route, mask = self.context.now.route, attention_mask(self.spec, args, kwargs)
         if route is not None and route.origins is not None:
             mask = route.gather(mask, "mask")
@@ -170,7 +170,7 @@ class SynQTController(AdapterController):
 
 
 class SynQTHead(nn.Module, SingleAdapterLayer):
-    """The fusing head in the classifier's place: takes what was read, not what it is called with.
+    """The fusing head, which replaces the classifier. Its input is what the queries have read, not its argument.
 
     Args:
         base_layer: The model's classifier.
@@ -195,20 +195,20 @@ class SynQTHead(nn.Module, SingleAdapterLayer):
         """Add an adapter.
 
         Args:
-            adapter_name: Its name.
-            config: Its configuration.
-            width: D.
-            num_layers: L, layers that are read.
-            final_norm: The backbone's.
+            adapter_name: Name of the adapter.
+            config: Configuration of the adapter.
+            width: Embedding dimension, D.
+            num_layers: Number of layers that are read, L.
+            final_norm: The backbone's final norm, or None.
         """
         self.synqt_params[adapter_name] = FusingHead(width, num_layers, self.out_features, config, final_norm)
         self._move_adapter_to_device_of_base_layer(adapter_name)
 
     def forward(self, pooled: Tensor) -> Tensor:
-        """Logits [B, classes] of the active adapter; those of the base model where there is none.
+        """Logits [B, classes] of the active adapter, or of the base model if none is active.
 
         Raises:
-            ForwardError: If nothing was read: it was called outside of the model's forward.
+            ForwardError: If it was called outside of the model's forward.
         """
         name = self.carried_adapter
         if name is None:
@@ -228,7 +228,7 @@ class SynQTHead(nn.Module, SingleAdapterLayer):
 
 
 def _refuse_sharded(block: nn.Module, index: int) -> None:
-    """Queries read a block's weights outside of its own forward, where FSDP2 gathers them only for the block itself."""
+    """Raise if the block is sharded by itself: FSDP2 gathers its weights only for its own forward."""
     if any(hasattr(parameter, "full_tensor") for parameter in block.parameters()):
         raise AdapterError(
             f"SynQT reads the weights of block {index} outside of the block's own forward, but they are sharded: "

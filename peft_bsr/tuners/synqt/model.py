@@ -1,4 +1,4 @@
-"""The tuner: puts SynQT beside a frozen vision transformer, the way PEFT expects."""
+"""The tuner of SynQT."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class SynQTResolution(Resolution):
 
     Attributes:
         path: How blocks are read.
-        layers: Which of them are, ascending.
-        classifier: Name of the module that its head takes the place of.
+        layers: Indices of the blocks that are read, ascending.
+        classifier: Name of the module that its head replaces.
     """
 
     path: QueryPath
@@ -62,8 +62,8 @@ class SynQTResolution(Resolution):
 class SynQTModel(MethodTuner):
     """SynQT on a vision transformer with a classifier; made by `get_peft_model(model, SynQTConfig())`.
 
-    All checks (the model's column, its classifier, the plan on this model, the query path against its own blocks) run
-    before the first change.
+    All checks (probe of the model, its classifier, its plan, the query path compared with the blocks) run before the
+    model is changed.
 
     Args:
         model: A supported vision transformer, see `peft_bsr.probe_model`.
@@ -71,8 +71,8 @@ class SynQTModel(MethodTuner):
         adapter_name: Name of the adapter, default `"default"`.
 
     Raises:
-        UnsupportedModelError: With the reason that was found.
-        ConfigError: Naming everything that this model does not allow.
+        UnsupportedModelError: If the model is not supported; the message gives the reason.
+        ConfigError: If the model does not allow the configuration; the message names every problem.
 
     Examples:
         >>> from peft import get_peft_model
@@ -89,10 +89,10 @@ class SynQTModel(MethodTuner):
     merges = False
 
     def layers(self, adapter_name: str | None = None) -> list[int]:
-        """The blocks that an adapter reads, default the active one.
+        """The blocks that an adapter reads. Default None: the active adapter.
 
         Raises:
-            AdapterError: If there is none of that name.
+            AdapterError: If there is no adapter of that name.
         """
         self.plan(adapter_name)
         layers: list[int] = find_controllers(self.model)[0].layers[adapter_name or self.active_adapters[0]]
@@ -100,15 +100,15 @@ class SynQTModel(MethodTuner):
 
     @classmethod
     def resolve(cls, model: nn.Module, config: Any) -> SynQTResolution:
-        """What attaching an adapter would do to the model, with all checks run on it. It is left as it was.
+        """What attaching an adapter would do to the model. Runs all checks and does not change the model.
 
         Args:
             model: A supported vision transformer with a classifier, with or without adapters of SynQT.
-            config: Of the adapter.
+            config: Configuration of the adapter.
 
         Raises:
-            UnsupportedModelError: With the reason that was found.
-            ConfigError: Naming everything that this model does not allow.
+            UnsupportedModelError: If the model is not supported; the message gives the reason.
+            ConfigError: If the model does not allow the configuration; the message names every problem.
         """
         controllers = find_controllers(model)
         with _stock(model, controllers):
@@ -158,7 +158,7 @@ class SynQTModel(MethodTuner):
         layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> NoReturn:
-        """Refused: there is nothing to merge into.
+        """Not supported, because there are no weights to merge into.
 
         Raises:
             AdapterError: Always.
@@ -184,7 +184,7 @@ class SynQTModel(MethodTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """First to this model's names: the file may be from another layout of it, or from peft 0.20."""
+        """Rename keys to this model's names first: the file may be from another layout, or from peft 0.20."""
         layers: dict[int | None, tuple[str, Any]] = {}
         for name, layer in model.named_modules():
             if isinstance(layer, (SynQTController, SynQTHead)) and adapter_name in layer.synqt_params:
@@ -204,7 +204,7 @@ class SynQTModel(MethodTuner):
 
 @contextmanager
 def _stock(model: nn.Module, controllers: list[Any]) -> Iterator[None]:
-    """Take the controllers and the head off for a while."""
+    """Context manager: detach the controllers and the head."""
     heads = {name: module for name, module in model.named_modules() if isinstance(module, SynQTHead)}
     with detached(model, controllers):
         for name, head in heads.items():

@@ -1,4 +1,4 @@
-"""What SynQT trains: prompts that become queries, and a head that fuses what they read.
+"""The trained modules of SynQT: prompts that become queries, and a head that fuses what they read.
 
 Shapes: B images, T queries, L layers that are read, D width, F = 1 + 3 L features.
 """
@@ -15,13 +15,13 @@ from peft_bsr.tuners.synqt.config import SynQTConfig
 class Adapter(nn.Module):
     """`A_r(z) = z + W2 (s * dropout(gelu(W1 z)))`, r wide inside; starts as the identity.
 
-    s is a learned scalar that starts at 1. It stands in front of W2, where its gradient needs r numbers, not behind,
-    where it would need D.
+    s is a learned scalar that starts at 1. It is applied before W2, where its gradient needs r values per token instead
+    of D.
 
     Args:
-        width: D.
-        bottleneck: r.
-        rate: Of dropout. Default 0.
+        width: Embedding dimension, D.
+        bottleneck: Inner width, r.
+        rate: Dropout rate. Default 0.
     """
 
     def __init__(self, width: int, bottleneck: int, rate: float = 0.0) -> None:
@@ -42,7 +42,7 @@ class Adapter(nn.Module):
 
 
 class QuerySynthesis(nn.Module):
-    """One layer's queries: prompts and what the layer before gave, through adapters and a self-attention.
+    """The queries of one layer, from prompts and the previous layer's feature, by adapters and a self-attention.
 
     ```
     z = A(P + s_feat H);  z = z + a SelfAttention(LN(z));  z = z + f A'(LN(z));  Hq = dropout(z)
@@ -53,7 +53,7 @@ class QuerySynthesis(nn.Module):
     Args:
         width: D.
         config: Sizes, scales and rates.
-        holds_scale: Whether it holds `s_feat`, which all layers share: the first one does, if there are several.
+        holds_scale: Whether it contains `s_feat`, which all layers share: only the first of several layers does.
     """
 
     def __init__(self, width: int, config: SynQTConfig, holds_scale: bool) -> None:
@@ -74,9 +74,9 @@ class QuerySynthesis(nn.Module):
         """Make the queries.
 
         Args:
-            feature: H of the layer read before, [B, 1, D]; None in the first one.
+            feature: H of the previous layer, [B, 1, D]. None in the first layer.
             feature_scale: s_feat.
-            batch_size: B.
+            batch_size: Batch size, B.
 
         Returns:
             Hq [B, T, D].
@@ -100,20 +100,20 @@ class QuerySynthesis(nn.Module):
 
 
 class FusingHead(nn.Module):
-    """Logits from the features of all layers: each adapted, weighted by what the last one says, averaged.
+    """Logits from the features of all layers: each is adapted and weighted by the last one, then they are averaged.
 
     ```
     u = f + A(LN(f));  w = [1, tanh(dropout(gelu(G u_0)))];  logits = classifier(LN'(mean(w u)))
     ```
-    LN, A and G are shared by all features; G has no bias. In training, `A(LN(f))` is left out for a feature of an image
-    at the rate of drop-path, but never for the first one.
+    LN, A and G are shared by all features; G has no bias. In training, drop-path skips `A(LN(f))` per image and
+    feature, except for the first feature.
 
     Args:
         width: D.
-        num_layers: L.
-        num_labels: Classes.
+        num_layers: Number of layers, L.
+        num_labels: Number of classes.
         config: Sizes and rates.
-        final_norm: The backbone's, that LN' starts as; None to start as the identity.
+        final_norm: The backbone's final norm, which initializes LN'. None = LN' starts as the identity.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class FusingHead(nn.Module):
             self.final_norm.eps = final_norm.eps
             with torch.no_grad():
                 for name, parameter in final_norm.named_parameters():
-                    if not parameter.is_meta:  # in a model without weights there is nothing to start from
+                    if not parameter.is_meta:  # a model without weights has nothing to copy
                         self.final_norm.get_parameter(name).copy_(parameter)
         self.classifier = nn.Linear(width, num_labels)
         nn.init.trunc_normal_(self.classifier.weight, std=0.02)

@@ -126,18 +126,22 @@ class BoundBlock:
                 tokens = put_tokens(whole, after.places(), tokens)
         return ((tokens, *output[1:]) if isinstance(output, tuple) else tokens), tuple(left)
 
+    def _stock_reason(self, arguments: dict[str, Any]) -> str | None:
+        """Why the attention half runs as stock modules in this call, or None."""
+        if self.lean_attention is None:
+            return self.reasons.get("attention")
+        if self._captures and captured_outputs() - {"hidden_states"}:
+            return "attention weights are captured"
+        return self.lean_attention.problem(arguments)
+
     def _begin_split(
         self, call: BlockCall, tokens: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> TokenSplit | None:
         """Which of the tokens [B, A, D] carry no gradients in the block; chosen here if no block before has chosen."""
         if not call.splits or not call.plan.in_graph:
             return None
-        half, reason = self.lean_attention, self.reasons.get("attention")
-        arguments = self._arguments(call, tokens, args, kwargs)
-        if half is not None:
-            reason = half.problem(arguments) or (self.reader and f"the hook {self.reader} looks at its modules")
-            if self._captures and captured_outputs() - {"hidden_states"}:
-                reason = "attention weights are captured"
+        half, arguments = self.lean_attention, self._arguments(call, tokens, args, kwargs)
+        reason = self._stock_reason(arguments) or (self.reader and f"the hook {self.reader} looks at its modules")
         if half is None or reason is not None:
             self.aside("gradient tokens", str(reason))
             return None
@@ -180,11 +184,8 @@ class BoundBlock:
             is_whole = chosen.shape[1] == split.chosen.shape[1]
             return split.join(chosen, others) if is_whole else chosen, [], call.token_scores
         if lean is not None and lean.attention:
-            half, reason = self.lean_attention, self.reasons.get("attention")
+            half, reason = self.lean_attention, self._stock_reason(arguments)
             if half is not None:
-                reason = half.problem(arguments)
-                if self._captures and captured_outputs() - {"hidden_states"}:
-                    reason = "attention weights are captured"
                 if reason is None:
                     change = half(call, tokens, self.side_input_hooks.gather(arguments), lean)
                     asked = tokens if lean.num_queries is None else tokens[:, : lean.num_queries]

@@ -185,11 +185,10 @@ class BoundBlock:
             return split.join(chosen, others) if is_whole else chosen, [], call.token_scores
         if lean is not None and lean.attention:
             half, reason = self.lean_attention, self._stock_reason(arguments)
-            if half is not None:
-                if reason is None:
-                    change = half(call, tokens, self.side_input_hooks.gather(arguments), lean)
-                    asked = tokens if lean.num_queries is None else tokens[:, : lean.num_queries]
-                    return asked + change, [], call.token_scores
+            if half is not None and reason is None:
+                change = half(call, tokens, self.side_input_hooks.gather(arguments), lean)
+                asked = tokens if lean.num_queries is None else tokens[:, : lean.num_queries]
+                return asked + change, [], call.token_scores
             self.aside("attention", str(reason))
         change, returned = self.attention(tokens, arguments)
         return tokens + change, returned, call.token_scores

@@ -1,4 +1,4 @@
-"""Would sampled rows of weight gradients (WTA-CRS, 2305.15265) make a lean step faster? Too little to be an option.
+"""Would sampled rows of weight gradients (WTA-CRS, 2305.15265) make a lean step faster? A prototype, not an option yet.
 
     python benchmarks/sampled_weights.py
 

@@ -43,6 +43,7 @@ def test_what_trains_without_an_adapter(row, parts):
     assert all(any(part in name for name in trained) for part in parts)
 
 
+@pytest.mark.slow
 def test_a_row_is_measured_and_predicted(monkeypatch):
     monkeypatch.setattr(gpu_step, "TIMED_SECONDS", 0.1)
     row = Row("BSR", "exact", batch=8)

@@ -17,7 +17,11 @@ from methods import METHODS, Method
 __all__ = ["assert_unchanged", "images", "make_vit", "run", "snapshot"]
 
 
-@pytest.fixture(params=list(METHODS))
+# Whole weights without reductions and low-rank updates with them: the other two of the four run with the slow tests
+SELDOM = ("bsr_full_reduced", "bsr_lora", "synqt")
+
+
+@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.slow if name in SELDOM else ()) for name in METHODS])
 def method(request: pytest.FixtureRequest) -> Method:
     """Each method in turn."""
     return METHODS[request.param]

@@ -294,8 +294,15 @@ def train_once(family: str, lean: str, **settings: object) -> tuple[list[torch.T
     return outputs, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}, saved
 
 
-@pytest.mark.parametrize("trainable", ["full", "lora"])
-@pytest.mark.parametrize("keep_rate", [1.0, 0.7])
+@pytest.mark.parametrize(
+    ("keep_rate", "trainable"),
+    [
+        (1.0, "full"),
+        (0.7, "lora"),
+        pytest.param(1.0, "lora", marks=pytest.mark.slow),
+        pytest.param(0.7, "full", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_whole_models_train_alike_and_keep_less(family, keep_rate, trainable):
     outputs, gradients, saved = train_once(family, "off", keep_rate=keep_rate, trainable=trainable)

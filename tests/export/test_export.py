@@ -43,10 +43,19 @@ STRICT_FAMILIES = [
 # tensor", without an adapter too), and with eager attention this family does not reduce tokens; the old exporter can
 ONNX_FAMILIES = [
     "vit",
-    "dinov3",
     *(
         pytest.param(name, marks=SLOW)
-        for name in ("dinov2", "dinov3_compact", "beit", "siglip", "clip_bare", "vjepa2", "mlcd", "siglip_pooling")
+        for name in (
+            "dinov2",
+            "dinov3",
+            "dinov3_compact",
+            "beit",
+            "siglip",
+            "clip_bare",
+            "vjepa2",
+            "mlcd",
+            "siglip_pooling",
+        )
     ),
 ]
 ONNX_SETTINGS = {"beit": {"attn_implementation": "eager"}}  # for the same bug of torch

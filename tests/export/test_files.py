@@ -132,6 +132,7 @@ def test_torch_export_runs_without_this_package(make_peft, five_images, tmp_path
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.slow
 def test_any_batch_in_torch_export(make_peft, five_images, tmp_path):
     model = make_peft("synqt")
     report = peft_bsr.export(model, "torch.export", tmp_path / "vit.pt2", check=False)
@@ -234,6 +235,7 @@ def test_several_tasks_are_exported_one_by_one(make_model, five_images, tmp_path
     torch.testing.assert_close(found, model(pixel_values=five_images, task="b").logits, atol=1e-6, rtol=0)
 
 
+@pytest.mark.slow
 def test_mixtures_of_experts_in_onnx(make_peft, tmp_path):
     pytest.importorskip("onnxruntime")
     report = peft_bsr.export(make_peft("experts"), "onnx", tmp_path / "vit.onnx")

@@ -92,7 +92,9 @@ def test_checkpointing_and_compiled(method, reentrant):
     assert train(method, compiled=True, reentrant=reentrant) == pytest.approx(expected(method), rel=1e-4)
 
 
-@pytest.mark.parametrize("method", SLOW)
+@pytest.mark.parametrize(
+    "method", [pytest.param(name, marks=() if name == "bsr" else pytest.mark.slow) for name in CONFIGS]
+)
 def test_evaluation_compiled_as_a_whole(method):
     """Once trained, in one graph; ALaST, too, which no compiler traces in training."""
     model = make(method).eval()

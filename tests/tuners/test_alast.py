@@ -408,6 +408,7 @@ def test_autocast_trains_in_half_precision(make_vit, images):
     assert schedule.step == 8 and all(delta == delta for delta in schedule.deltas)
 
 
+@pytest.mark.slow
 def test_blocks_compiled_one_by_one_take_the_same_steps(make_vit, images):
     losses = []
     for compiled in (False, True):

@@ -48,4 +48,4 @@ def test_a_dataset_without_images_is_named(make_model, tmp_path):
     pandas.DataFrame({"text": ["a"], "label": [0]}).to_parquet(tmp_path / "text.parquet")
     result = run("--dataset", str(tmp_path / "text.parquet"))
     assert result.returncode == 1
-    assert "none of them holds images. Name it by `--image-spec`" in result.stderr
+    assert "none of them holds images. Choose one with `--image-column`" in result.stderr

@@ -103,14 +103,14 @@ def inner_config(config: Any) -> Any:
 def _siglip2_inputs(config: Any, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
     """NaFlex inputs: flattened patches, a mask and the grid. The last row is padding, as in most real batches."""
     rows = int(config.num_patches**0.5)
-    specs = config.num_patches // rows
-    values = torch.randn(batch_size, rows * specs, config.num_channels * config.patch_size**2, generator=generator)
-    mask = torch.ones(batch_size, rows * specs, dtype=torch.int64)
-    mask[:, -specs:] = 0
+    columns = config.num_patches // rows
+    values = torch.randn(batch_size, rows * columns, config.num_channels * config.patch_size**2, generator=generator)
+    mask = torch.ones(batch_size, rows * columns, dtype=torch.int64)
+    mask[:, -columns:] = 0
     return {
         "pixel_values": values,
         "pixel_attention_mask": mask,
-        "spatial_shapes": torch.tensor([[rows - 1, specs]] * batch_size),
+        "spatial_shapes": torch.tensor([[rows - 1, columns]] * batch_size),
     }
 
 

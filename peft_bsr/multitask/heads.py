@@ -39,8 +39,8 @@ class DenseHead(nn.Module):
 
     def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         """Tokens [b, N, D] of a grid (h, w) -> maps [b, C, h, w]."""
-        rows, specs = grid
-        patches = tokens[:, self.num_prefix : self.num_prefix + rows * specs]
+        rows, columns = grid
+        patches = tokens[:, self.num_prefix : self.num_prefix + rows * columns]
         output: Tensor = self.linear(self.norm(patches.to(self.norm.weight.dtype)))
         return output.transpose(1, 2).unflatten(2, grid)
 

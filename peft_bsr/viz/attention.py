@@ -46,9 +46,9 @@ def draw_attention(model: nn.Module, pixel_values: Tensor, image: np.ndarray, pa
     if not found:
         raise UnsupportedModelError(f"the attention of {type(model).__name__} does not expose its weights or queries.")
     lines = -(-(len(found) + 1) // _COLUMNS)
-    specs = -(-(len(found) + 1) // lines)
-    figure = Figure(figsize=(1.6 * specs, 1.8 * lines), layout="constrained")
-    axes = figure.subplots(lines, specs, squeeze=False).flatten()
+    columns = -(-(len(found) + 1) // lines)
+    figure = Figure(figsize=(1.6 * columns, 1.8 * lines), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False).flatten()
     axes[0].imshow(image, cmap="gray", vmin=0, vmax=1)
     axes[0].set_title("input", fontsize=8)
     palette = colormaps["magma"].with_extremes(bad="0.75")

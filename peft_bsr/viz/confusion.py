@@ -23,7 +23,7 @@ def draw_confusion(counts: Sequence[Sequence[int]], names: Sequence[str], path: 
     shown by index.
 
     Args:
-        counts: [C][C], number of images of the row's class that were predicted as the column's class.
+        counts: [C, C], number of images of the row's class that were predicted as the column's class.
         names: Names of the C classes.
         path: File to write; its extension sets the format (`.png`, `.svg`, ...).
 

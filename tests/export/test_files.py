@@ -198,7 +198,7 @@ def test_a_file_that_computes_otherwise_is_refused(make_peft, monkeypatch, tmp_p
     ("settings", "message"),
     [
         ({"format": "tflite"}, "`format='tflite'` is unknown. Use one of 'onnx', 'torch.export', 'executorch'"),
-        ({"quantize": "int8"}, "`quantize='int8'` with `format='torch.export'`: only \"int8\" in \"onnx\""),
+        ({"quantize": "int8"}, "`quantize='int8'` with `format='torch.export'`: only \"int8\" with \"onnx\""),
         ({"format": "onnx", "quantize": "int4"}, "`quantize='int4'` with `format='onnx'`"),
         ({"batch_size": 0}, "`batch_size=0` must be a number of images"),
         ({"path": "vit.onnx"}, "must end in '.pt2' for `format='torch.export'`"),

@@ -95,7 +95,7 @@ def test_a_page_has_all_there_is_and_needs_nothing_else(full_record, tmp_path):
     assert page.open == []
     for heading in ("What trains", "Training", "Results on 4 test images", "Confusion matrix",
                     "Images with the highest loss", "Peak memory", "Memory over the blocks",
-                    "Against full fine-tuning", "Kept tokens", "Budgets", "How it was made"):  # fmt: skip
+                    "Compared with full fine-tuning", "Kept tokens", "Budgets", "How it was made"):  # fmt: skip
         assert f"<h2>{heading}</h2>" in text
     sources = [value for _, attributes in page.seen for key, value in attributes.items() if key in ("src", "href")]
     assert sources

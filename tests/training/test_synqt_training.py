@@ -118,7 +118,7 @@ def test_padding_is_not_in_the_cache_and_refused(tmp_path):
         {"pixel_values": torch.randn(16, 192), "pixel_attention_mask": mask, "spatial_shapes": torch.tensor([3, 4])}
         for _ in range(2)
     ]
-    with pytest.raises(FeatureCacheError, match="it reads more than that"):
+    with pytest.raises(FeatureCacheError, match="it reads more than these tokens"):
         FeatureCache.build(model, data, tmp_path, dtype=torch.float32, progress=False)
 
 

@@ -9,6 +9,7 @@ A relative error above 1e-5 is the gradient of something else. Compiled = dynamo
 
 from __future__ import annotations
 
+import argparse
 import platform
 from collections.abc import Callable
 from typing import Any
@@ -101,6 +102,7 @@ def relative_error(model: nn.Module) -> float:
 
 def main() -> None:
     """Print the table."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     torch.set_num_threads(1)
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}"
     print(f"{versions}, CPU ({platform.machine()}), float64, batch 8, 32 px\n")

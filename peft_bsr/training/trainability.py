@@ -68,6 +68,7 @@ def verify_trainability(
         >>> tiny = ViTConfig(hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=64)
         >>> model = get_peft_model(ViTForImageClassification(tiny), BSRConfig())
         >>> verify_trainability(model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]))
+        {}
     """
     model = extract_model_from_parallel(model)
     groups, owners = find_trainable_groups(model), {} if optimizer is None else owners_of(optimizer)

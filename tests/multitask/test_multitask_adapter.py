@@ -178,7 +178,7 @@ CALLS = [
         r"No task was given, but this adapter has several: \['zoo', 'digits', 'clothes'\].",
     ),
     ({"task": "cars"}, r"`task` has 'cars', but the tasks of this adapter are \['zoo', 'digits', 'clothes'\]\."),
-    ({"task_ids": [0, 1, 2, 3, 0, 1]}, r"`task_ids` asks for 3, but the tasks of this adapter are .* \(0 to 2\)"),
+    ({"task_ids": [0, 1, 2, 3, 0, 1]}, r"`task_ids` has 3, but the tasks of this adapter are .* \(0 to 2\)"),
     ({"task_ids": [0, 1]}, "2 tasks were given for 6 images"),
     ({"task": "zoo", "task_ids": [0] * 6}, "were both given"),
     ({"task": "zoo", "labels": torch.zeros(4)}, "Task 'zoo' has 6 images in this batch, but `labels` for it have the"),

@@ -155,7 +155,7 @@ def test_a_cache_of_something_else_is_refused(tmp_path):
         (vit(reduction_blocks=[1], keep_rate=0.7), "reductions"),
         (vit(reduction_blocks=[1], mode="full_view"), "mode"),
     ):
-        with pytest.raises(FeatureCacheError, match=f"belongs to something else:  .*{word} is "), cache.read_by(other):
+        with pytest.raises(FeatureCacheError, match=f"belongs to something else: .*{word} is "), cache.read_by(other):
             pass
     changed = vit(reduction_blocks=[1])
     with torch.no_grad():

@@ -138,7 +138,7 @@ def test_a_cache_of_something_else_is_refused(make_model, tmp_path):
         (synqt(make_model, layers=[0, 1]), "layers"),
         (synqt(make_model, keep_rate=0.5, reduction_blocks=[1]), "reductions"),
     ):
-        with pytest.raises(FeatureCacheError, match=f"belongs to something else:  .*{word} is "), cache.read_by(other):
+        with pytest.raises(FeatureCacheError, match=f"belongs to something else: .*{word} is "), cache.read_by(other):
             pass
     changed = synqt(make_model)
     with torch.no_grad():

@@ -292,7 +292,7 @@ def test_a_model_without_an_adapter_or_with_a_disabled_one(make_model):
 
 def test_an_adapter_loaded_for_use(make_model, method, tmp_path):
     build(make_model, method).save_pretrained(tmp_path)
-    assert "load with `is_trainable=True`" in refused(PeftModel.from_pretrained(make_model(), tmp_path))
+    assert "use `is_trainable=True`" in refused(PeftModel.from_pretrained(make_model(), tmp_path))
     model = PeftModel.from_pretrained(make_model(), tmp_path, is_trainable=True)
     verify_trainability(model, optimizer_of(model))
 

@@ -106,12 +106,16 @@ class Contributions:
         try:
             found = cls(**json.loads(Path(path).read_text(encoding="utf-8")))
             numbers = [*found.of_blocks(), *found.of_blocks("lora")]
-            whole = found.kind in get_args(Kind) and len(found.whole) == len(found.low_rank) > 0
-            if not whole or not all(0 <= number < float("inf") for number in numbers):
-                raise ConfigError("not every block has a finite number")
-        except (OSError, ConfigError, ValueError, TypeError, AttributeError) as error:
-            raise ConfigError(f"`{path}` holds no contributions of blocks: {error}. Measure them again.") from error
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise _not_contributions(path, error) from error
+        whole = found.kind in get_args(Kind) and len(found.whole) == len(found.low_rank) > 0
+        if not whole or not all(0 <= number < float("inf") for number in numbers):
+            raise _not_contributions(path, "not every block has a finite number")
         return found
+
+
+def _not_contributions(path: str | Path, problem: object) -> ConfigError:
+    return ConfigError(f"`{path}` holds no contributions of blocks: {problem}. Measure them again.")
 
 
 def contributions(

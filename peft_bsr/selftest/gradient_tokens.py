@@ -21,10 +21,9 @@ from peft_bsr.backbones import (
 )
 from peft_bsr.core import num_kept
 from peft_bsr.engine import BlockPlan, Lean, Plan
-from peft_bsr.engine.watch import without_hooks
 from peft_bsr.errors import ConfigError
 from peft_bsr.selftest.lean import verify_lean
-from peft_bsr.selftest.reduction import controlled
+from peft_bsr.selftest.reduction import alone, training_mode
 
 
 def verify_gradient_tokens(model: nn.Module, spec: ModelSpec, plan: Plan, stock: StockRun | None = None) -> None:
@@ -110,30 +109,20 @@ def _try(
     """Output of block `index`, gradient of its input, and why it was not parted; the others detached if told which."""
     (hidden, *others), kwargs, _ = stock.calls[index]
     block: Any = model.get_submodule(spec.blocks[index])
-    blocks = [BlockPlan(cut_gradient=i < index) for i in range(spec.depth)]
-    blocks[index] = plan
-    checkpointing = block.__dict__.pop("gradient_checkpointing", None)  # its class says False then
     with (
-        without_hooks(block.modules()),
-        controlled(model, spec, Plan(tuple(blocks)), start_at=index, like=hidden) as controllers,
-        torch.enable_grad(),
+        alone(model, spec, index, plan, hidden) as controller,
+        training_mode(block, [block]),  # its parts stay as they are: nothing is dropped
     ):
         tokens = hidden.detach().clone().requires_grad_()
-        block.training = True  # its parts stay as they are: nothing is dropped
-        try:
-            entering = tokens if is_chosen is None else torch.where(is_chosen[:, None], tokens, tokens.detach())
-            with no_zero_tables(block):
-                seed(model)
-                output = tensors_of(block(entering, *others, **kwargs))[0]
-        finally:
-            block.training = False
-            if checkpointing is not None:
-                block.__dict__["gradient_checkpointing"] = checkpointing
+        entering = tokens if is_chosen is None else torch.where(is_chosen[:, None], tokens, tokens.detach())
+        seed(model)
+        with no_zero_tables(block):
+            output = tensors_of(block(entering, *others, **kwargs))[0]
         weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output)
         if is_chosen is not None:
             weights = weights * is_chosen[:, None]
         (gradient,) = torch.autograd.grad((output * weights).sum(), tokens)
-    return output.detach(), gradient, controllers[0].aside.get("gradient tokens")
+    return output.detach(), gradient, controller.aside.get("gradient tokens")
 
 
 __all__ = ["verify_gradient_tokens"]

@@ -27,8 +27,7 @@ from peft_bsr.backbones import (
 from peft_bsr.core import is_quantized
 from peft_bsr.engine import BlockPlan, LivingBytes, Plan
 from peft_bsr.engine.parts import attention_dropouts
-from peft_bsr.engine.watch import without_hooks
-from peft_bsr.selftest.reduction import controlled
+from peft_bsr.selftest.reduction import alone, training_mode
 
 logger = logging.getLogger(__name__)
 
@@ -144,13 +143,7 @@ def _try(
     """Run block `index` by `plan`, forward and backward, on what the stock model called it with."""
     (hidden, *others), kwargs, _ = stock.calls[index]
     block = model.get_submodule(spec.blocks[index])
-    blocks = [BlockPlan(cut_gradient=i < index) for i in range(spec.depth)]
-    blocks[index] = plan
-    with (
-        without_hooks(block.modules()),  # a half that they look at runs stock later, as long as they are there
-        controlled(model, spec, Plan(tuple(blocks)), start_at=index, like=hidden) as controllers,
-        _in_training(block, spec) as parameters,
-    ):
+    with alone(model, spec, index, plan, hidden) as controller, _in_training(block, spec) as parameters:
         tokens = hidden.detach().clone().requires_grad_()
         seed(model)
         with no_zero_tables(block), LivingBytes() as living:
@@ -159,7 +152,7 @@ def _try(
         output = output[:, :num_queries]
         weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output)
         gradients = torch.autograd.grad((output * weights).sum(), [tokens, *parameters], allow_unused=True)
-    return _Tried([output.detach(), *gradients], living_bytes, next(iter(controllers[0].aside.values()), None))
+    return _Tried([output.detach(), *gradients], living_bytes, next(iter(controller.aside.values()), None))
 
 
 @contextmanager
@@ -170,17 +163,10 @@ def _in_training(block: nn.Module, spec: ModelSpec) -> Iterator[list[Tensor]]:
     for parameter in frozen:
         parameter.requires_grad_(True)
     modules = list(block.modules()) if _has_dropout(block, spec) else [block]
-    for module in modules:
-        module.training = True
-    checkpointing = block.__dict__.pop("gradient_checkpointing", None)  # its class says False then
     try:
-        with torch.enable_grad():
+        with training_mode(block, modules):
             yield [p for p in parameters if p.requires_grad]
     finally:
-        for module in modules:
-            module.training = False
-        if checkpointing is not None:
-            block.__dict__["gradient_checkpointing"] = checkpointing
         for parameter in frozen:
             parameter.requires_grad_(False)
 

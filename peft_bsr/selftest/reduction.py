@@ -26,10 +26,10 @@ from peft_bsr.backbones import (
 )
 from peft_bsr.core import ForwardContext, mean_of_visible, token_scores, weights_to_scores
 from peft_bsr.engine.controller import BlockController
-from peft_bsr.engine.plan import Mode, Plan
+from peft_bsr.engine.plan import BlockPlan, Mode, Plan
 from peft_bsr.engine.record import record_routes
 from peft_bsr.engine.runner import attach_controller, detach_controller
-from peft_bsr.engine.watch import Watch
+from peft_bsr.engine.watch import Watch, without_hooks
 from peft_bsr.errors import UnsupportedModelError
 
 
@@ -213,6 +213,47 @@ def _reversed(model: nn.Module, spec: ModelSpec, plan: Plan) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def alone(model: nn.Module, spec: ModelSpec, index: int, plan: BlockPlan, like: Tensor) -> Iterator[BlockController]:
+    """Context manager: block `index` can be called by itself and follows `plan`, without the user's hooks on it.
+
+    Args:
+        model: The model.
+        spec: Description of the model.
+        index: Index of the block.
+        plan: The block's part of a plan that cuts the gradient before it.
+        like: Input of the block, [B, N, D].
+
+    Yields:
+        The block's controller.
+    """
+    blocks = [BlockPlan(cut_gradient=i < index) for i in range(spec.depth)]
+    blocks[index] = plan
+    modules = model.get_submodule(spec.blocks[index]).modules()
+    # a half that hooks look at runs as stock modules later, as long as they are there
+    with (
+        without_hooks(modules),
+        controlled(model, spec, Plan(tuple(blocks)), start_at=index, like=like) as controllers,
+    ):
+        yield controllers[0]
+
+
+@contextmanager
+def training_mode(block: nn.Module, modules: list[nn.Module]) -> Iterator[None]:
+    """Context manager: `modules` of `block` are in training mode, gradients are on, and nothing is checkpointed."""
+    for module in modules:
+        module.training = True
+    checkpointing = block.__dict__.pop("gradient_checkpointing", None)  # its class says False then
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        for module in modules:
+            module.training = False
+        if checkpointing is not None:
+            block.__dict__["gradient_checkpointing"] = checkpointing
 
 
 @contextmanager

@@ -6,7 +6,7 @@ suffix, H heads, d head width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -274,3 +274,17 @@ class ResumePoint:
     num_reductions: int = 0
     lengths: tuple[int, ...] = ()
     merged: Tensor | None = None
+
+    @property
+    def starts(self) -> bool:
+        """Whether a forward starts here. False: it stops here."""
+        return self.tokens is not None
+
+    def fill(self, parts: Sequence[Tensor]) -> None:
+        """Set the tokens [B, N, D] of each block that a side network reads."""
+        self.tokens, self.lengths = torch.cat(list(parts), dim=1), tuple(part.shape[1] for part in parts)
+
+    def part(self, place: int) -> Tensor:
+        """Tokens [B, N, D] of one of the blocks that a side network reads; the inverse of `fill`."""
+        assert self.tokens is not None, "a forward that stops here has not filled it yet"
+        return self.tokens.split(self.lengths, dim=1)[place]

@@ -135,8 +135,8 @@ class BlockController(nn.Module):
             kwargs: Keyword arguments of the call.
         """
         resume_point = self.context.now.resume_point
-        begins_after = resume_point is not None and resume_point.tokens is not None and self.index < resume_point.index
-        return hidden_states if begins_after else None
+        starts_later = resume_point is not None and resume_point.starts and self.index < resume_point.index
+        return hidden_states if starts_later else None
 
     def bound(self, block: nn.Module) -> BoundBlock:
         """The block's halves, looked up again if anything in the block has changed."""

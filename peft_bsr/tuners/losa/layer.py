@@ -17,7 +17,7 @@ from peft_bsr.core import ForwardContext, Route, pick_tokens, put_tokens
 from peft_bsr.engine import StopForwardError
 from peft_bsr.errors import ForwardError, InputError
 from peft_bsr.ops import exact_parameters
-from peft_bsr.tuners.base.layer import AdapterController, drop_saved_name
+from peft_bsr.tuners.base.reading import ReadingController
 from peft_bsr.tuners.blocks.layer import move_away, move_like
 from peft_bsr.tuners.losa.config import LoSAConfig
 from peft_bsr.tuners.losa.network import SideMixer
@@ -42,24 +42,20 @@ class Side:
     collected: list[tuple[Tensor, Tensor | None]] = field(default_factory=list)
 
 
-class LoSAController(AdapterController):
+class LoSAController(ReadingController):
     """A block controller with each adapter's mixer for the block, if the block is read.
 
     Args:
         index, spec, context, rule: See `BlockController`.
     """
 
-    builds_graph = False
     refines = True
     adapter_layer_names = ("bsr_params",)
-    other_param_names = ("plans", "layers")
 
     def __init__(self, index: int, spec: ModelSpec, context: ForwardContext, rule: FamilyRule) -> None:
         super().__init__(index, spec, context, rule)
         self.bsr_params = nn.ModuleDict()
-        self.layers: dict[str, list[int]] = {}
         self.saved_as: dict[str, str] = {}  # adapter -> this module's name in the adapter's file, if it differs
-        self.register_load_state_dict_pre_hook(drop_saved_name)
 
     def update_layer(self, adapter_name: str, config: LoSAConfig, block: nn.Module) -> None:
         """Add an adapter's mixer.
@@ -116,12 +112,12 @@ class LoSAController(AdapterController):
         """Skip the block if the forward starts with the tokens of all blocks that are read."""
         now, layers = self.context.now, self.read_layers
         resume_point = now.resume_point
-        if resume_point is None or resume_point.tokens is None:
+        if resume_point is None or not resume_point.starts:
             return None
         if self.index not in layers:
             return hidden_states
         place, plan, route = layers.index(self.index), self.plan, now.route
-        tokens = resume_point.tokens.split(resume_point.lengths, dim=1)[place]
+        tokens = resume_point.part(place)
         if resume_point.origins is not None and route is not None and plan is not None:
             alive = [length - self.spec.num_special for length in resume_point.lengths]
             number = sum(part.reduction is not None for part in plan.blocks[: self.index + 1])
@@ -210,8 +206,7 @@ class LoSAController(AdapterController):
         if self.index == layers[-1]:
             resume_point, found = now.resume_point, side.collected
             assert resume_point is not None, "tokens are collected for a resume point"
-            resume_point.tokens = torch.cat([tokens for tokens, _ in found], dim=1)
-            resume_point.lengths = tuple(tokens.shape[1] for tokens, _ in found)
+            resume_point.fill([tokens for tokens, _ in found])
             origins = [part for _, part in found if part is not None]
             resume_point.origins = torch.cat(origins, dim=1) if origins else None
             raise StopForwardError

@@ -9,13 +9,13 @@ from torch import nn
 from peft_bsr.backbones import ModelSpec
 from peft_bsr.engine import CONTROLLER, Plan
 from peft_bsr.errors import AdapterError
-from peft_bsr.tuners.base.layer import find_controllers
+from peft_bsr.tuners.base.reading import ReadingTuner
 from peft_bsr.tuners.blocks.targets import Way
 from peft_bsr.tuners.blocks.tuner import BlockTuner
 from peft_bsr.tuners.losa.layer import LoSAController
 
 
-class LoSAModel(BlockTuner):
+class LoSAModel(ReadingTuner, BlockTuner):
     """LoSA on a vision transformer; made by `get_peft_model(model, LoSAConfig())`.
 
     All checks (probe of the model, its plan) run before the model is changed.
@@ -40,17 +40,6 @@ class LoSAModel(BlockTuner):
     """
 
     controller_cls = LoSAController
-    merges = False
-
-    def layers(self, adapter_name: str | None = None) -> list[int]:
-        """The blocks that an adapter reads. Default None: the active adapter.
-
-        Raises:
-            AdapterError: If there is no adapter of that name.
-        """
-        self.plan(adapter_name)
-        layers: list[int] = find_controllers(self.model)[0].layers[adapter_name or self.active_adapters[0]]
-        return layers
 
     @classmethod
     def _other_targets(cls, model: nn.Module, spec: ModelSpec, config: Any, plan: Plan) -> dict[str, Way]:

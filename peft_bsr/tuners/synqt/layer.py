@@ -16,7 +16,8 @@ from peft_bsr.backbones import FamilyRule, ModelSpec
 from peft_bsr.core import ForwardContext, hidden_tokens, pick_tokens
 from peft_bsr.engine import Plan, QueryPath, StopForwardError, attention_mask
 from peft_bsr.errors import AdapterError, ForwardError
-from peft_bsr.tuners.base.layer import AdapterController, SingleAdapterLayer, drop_saved_name
+from peft_bsr.tuners.base.layer import SingleAdapterLayer, drop_saved_name
+from peft_bsr.tuners.base.reading import ReadingController
 from peft_bsr.tuners.synqt.config import SynQTConfig
 from peft_bsr.tuners.synqt.network import FusingHead, QuerySynthesis
 
@@ -44,7 +45,7 @@ class Reading:
         return torch.cat([self.reads[-1][0], *by_kind], dim=1)
 
 
-class SynQTController(AdapterController):
+class SynQTController(ReadingController):
     """A block controller that turns an adapter's prompts into queries and runs them through the block's weights.
 
     Args:
@@ -55,7 +56,6 @@ class SynQTController(AdapterController):
         like: A weight of the block. Adapters have its device and dtype.
     """
 
-    builds_graph = False
     adapter_layer_names = ("synqt_params",)
     other_param_names = ("plans", "paths", "layers")
     place: Tensor  # on the block's device, in its dtype; empty
@@ -64,10 +64,8 @@ class SynQTController(AdapterController):
         super().__init__(index, spec, context, rule)
         self.synqt_params = nn.ModuleDict()
         self.paths: dict[str, QueryPath] = {}
-        self.layers: dict[str, list[int]] = {}
         self._block_class: type | None = None  # of the block at the last check
         self.register_buffer("place", torch.empty(0, device=like.device, dtype=like.dtype), persistent=False)
-        self.register_load_state_dict_pre_hook(drop_saved_name)
 
     def update_layer(
         self, adapter_name: str, config: SynQTConfig, plan: Plan, path: QueryPath, layers: list[int]
@@ -87,12 +85,6 @@ class SynQTController(AdapterController):
             self.synqt_params[adapter_name] = QuerySynthesis(self.spec.width, config, holds_scale)
             self._move_adapter_to_device_of_base_layer(adapter_name)
 
-    @property
-    def read_layers(self) -> list[int]:
-        """The blocks that queries read."""
-        name = self.carried_adapter
-        return [] if name is None else self.layers[name]
-
     def instead(
         self, block: nn.Module, hidden_states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Tensor | None:
@@ -111,15 +103,13 @@ class SynQTController(AdapterController):
         name = self.carried_adapter
         assert name is not None, "a controller without an adapter has no plan, and its block runs untouched"
         layers, resume_point = self.layers[name], self.context.now.resume_point
-        begins_behind = resume_point is not None and resume_point.tokens is not None
+        starts_after = resume_point is not None and resume_point.starts
         if self.index in layers:
             if type(block) is not self._block_class:  # `fully_shard(block)` makes it another
                 _refuse_sharded(block, self.index)
                 self._block_class = type(block)
-            if resume_point is not None and begins_behind:
-                assert resume_point.tokens is not None, "it begins with them"
-                tokens = resume_point.tokens.split(resume_point.lengths, dim=1)[layers.index(self.index)]
-                self._read(name, block, tokens, None)
+            if resume_point is not None and starts_after:
+                self._read(name, block, resume_point.part(layers.index(self.index)), None)
             else:
                 alive, hidden = self._alive(hidden_states, args, kwargs)
                 tokens = self.paths[name].tokens_of(block, alive)
@@ -127,7 +117,7 @@ class SynQTController(AdapterController):
                     self._read(name, block, tokens, hidden)
                 else:
                     self._collect(tokens, layers)
-        return hidden_states if begins_behind or self.index >= layers[-1] else None
+        return hidden_states if starts_after or self.index >= layers[-1] else None
 
     def _alive(self, hidden_states: Tensor, args: Any, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
         """The tokens that are left on the current route, and which of them are padding."""
@@ -156,10 +146,7 @@ class SynQTController(AdapterController):
         if self.index == layers[-1]:
             resume_point, collected = self.context.now.resume_point, self.context.now.reading
             assert resume_point is not None, "tokens are collected for a resume point"
-            resume_point.tokens, resume_point.lengths = (
-                torch.cat(collected, dim=1),
-                tuple(t.shape[1] for t in collected),
-            )
+            resume_point.fill(collected)
             raise StopForwardError
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: Any = None) -> None:

@@ -20,9 +20,9 @@ from peft_bsr.selftest import verify_plan, verify_queries
 from peft_bsr.tuners.base.classifier import find_classifier, find_final_norm
 from peft_bsr.tuners.base.frozen_weights import check_rounded, linears_to_round, tried_rounding
 from peft_bsr.tuners.base.layer import ROOT, detached, find_controllers, parameter_of
+from peft_bsr.tuners.base.reading import ReadingTuner
 from peft_bsr.tuners.base.reductions import allowed_modes
 from peft_bsr.tuners.base.resolution import Resolution
-from peft_bsr.tuners.base.tuner import MethodTuner
 from peft_bsr.tuners.synqt.config import build_plan
 from peft_bsr.tuners.synqt.layer import SynQTController, SynQTHead
 
@@ -59,7 +59,7 @@ class SynQTResolution(Resolution):
         return replace(found, path=replace(self.path, spec=found.spec))
 
 
-class SynQTModel(MethodTuner):
+class SynQTModel(ReadingTuner):
     """SynQT on a vision transformer with a classifier; made by `get_peft_model(model, SynQTConfig())`.
 
     All checks (probe of the model, its classifier, its plan, the query path compared with the blocks) run before the
@@ -86,17 +86,6 @@ class SynQTModel(MethodTuner):
 
     prefix = "synqt_"
     controller_cls = SynQTController
-    merges = False
-
-    def layers(self, adapter_name: str | None = None) -> list[int]:
-        """The blocks that an adapter reads. Default None: the active adapter.
-
-        Raises:
-            AdapterError: If there is no adapter of that name.
-        """
-        self.plan(adapter_name)
-        layers: list[int] = find_controllers(self.model)[0].layers[adapter_name or self.active_adapters[0]]
-        return layers
 
     @classmethod
     def resolve(cls, model: nn.Module, config: Any) -> SynQTResolution:

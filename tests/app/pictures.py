@@ -13,9 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from playwright.sync_api import sync_playwright
-
-from peft_bsr.app.serving import serve
 
 PICTURES = Path(__file__).parents[2] / "docs" / "images"
 HIGH = {"plans": 1000, "kept": 860, "results": 1000}  # pixels of a picture in the documentation
@@ -28,6 +25,10 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=PICTURES, help="default docs/images")
     parser.add_argument("--every", action="store_true", help="1280 and 390 pixels, light and dark, the whole height")
     args = parser.parse_args()
+    from playwright.sync_api import sync_playwright  # here, so that pytest collects the file without it
+
+    from peft_bsr.app.serving import serve
+
     page = serve()
     views = [(w, s) for w in (1280, 390) for s in ("light", "dark")] if args.every else [(1280, "light")]
     with sync_playwright() as playwright:

@@ -103,7 +103,7 @@ def test_what_is_kept_and_what_cannot_be_read(tab, tiny):
         tab.wait_for_selector(f"#kept {found}")
     view = keep(str(tiny), photograph("china.jpg"), 0.5)
     captions = tab.locator("#kept figcaption").all_inner_texts()
-    assert [f"{tokens} tokens" in text for tokens, text in zip(view.tokens, captions[1:], strict=True)]
+    assert all(f"{tokens} tokens" in text for tokens, text in zip(view.tokens, captions[1:], strict=True))
     assert f"{view.flops / 1e9:.2f} GFLOPs" in tab.locator("#kept").inner_text()
     slider = tab.get_by_role("slider", name="Kept at each reduction")
     slider.focus()

@@ -145,6 +145,8 @@ def test_the_commands_exist(
     """Scripts that pages name are there and know the options that pages give them."""
     monkeypatch.setattr(sys, "argv", [script, "--help"])
     monkeypatch.setattr(sys, "path", [str((ROOT / script).parent), *sys.path])
+    for beside in (ROOT / script).parent.glob("*.py"):  # tests have modules of the same names
+        monkeypatch.delitem(sys.modules, beside.stem, raising=False)
     with pytest.raises(SystemExit) as left:
         runpy.run_path(str(ROOT / script), run_name="__main__")
     assert left.value.code == 0

@@ -48,7 +48,9 @@ def clean_dynamo():
 @pytest.mark.parametrize("mode", ["compact", "full_view"])
 def test_recorded_routes_share_no_memory_with_the_forward(mode, monkeypatch):
     inside, reduced = [], Forward.reduced
-    monkeypatch.setattr(Forward, "reduced", lambda now, i, origins: inside.append(origins) or reduced(now, i, origins))
+    monkeypatch.setattr(
+        Forward, "reduced", lambda now, i, origins, *rest: inside.append(origins) or reduced(now, i, origins, *rest)
+    )
     model = make(BSRConfig(**REDUCED, mode=mode)).eval()
     inside.clear()  # forwards at attach
     with record_routes(model) as routes:

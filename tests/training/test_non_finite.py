@@ -48,7 +48,7 @@ def test_the_batch_of_a_bad_image_is_kept(loss, make_model, tmp_path):
 
 def test_a_run_that_diverged_is_told_its_learning_rate(make_model, tmp_path):
     model = get_peft_model(make_model(), BSRConfig(trainable_blocks="last:2"))
-    with pytest.raises(NonFiniteLossError, match=r"previous steps were too large.  Lower the learning rate \(1e\+38"):
+    with pytest.raises(NonFiniteLossError, match=r"previous steps were too large. Lower the learning rate \(1e\+38"):
         train(model, tmp_path, data(), learning_rate=1e38, lr_scheduler_type="constant", max_grad_norm=0.0)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before the import of gradio, which uses the network
 import gradio as gr
+from gradio.events import Dependency
 from PIL import Image
 
 from peft_bsr.app.html import chart_html, error_html, kept_html, plans_html
@@ -38,15 +39,16 @@ def make_page() -> gr.Blocks:
     with gr.Blocks(title="peft_bsr", analytics_enabled=False, delete_cache=(60, _KEPT_SECONDS)) as page:
         gr.Markdown("# What fits, what is kept, what it costs\nMemory-efficient fine-tuning of vision transformers.")
         with gr.Tab("What fits"):
-            _plans_tab(page)
+            fills = _plans_tab(page)
         with gr.Tab("What is kept"):
-            _kept_tab()
+            _kept_tab(fills)
         with gr.Tab("What it costs and reaches"):
             _results_tab(page)
     return page
 
 
-def _plans_tab(page: gr.Blocks) -> None:
+def _plans_tab(page: gr.Blocks) -> list[Dependency]:
+    """The events that go on estimating in the background; what a person asks for cancels them."""
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
             source = gr.Dropdown(
@@ -77,6 +79,7 @@ def _plans_tab(page: gr.Blocks) -> None:
         fills.append(planned.success(_fill, asked, None, show_progress="hidden", **_LANE))
     gr.on([button.click, memory.change], None, cancels=fills)
     number.input(_lines, [*asked, number], [shell, python], show_progress="hidden", **_LANE)
+    return fills
 
 
 def _of_card(card: str, memory: float, device: str) -> tuple[float, str]:
@@ -108,7 +111,7 @@ def _lines(*values: Any) -> tuple[str, str]:
     return shell_of(plan, question), python_of(plan, question)
 
 
-def _kept_tab() -> None:
+def _kept_tab(fills: list[Dependency]) -> None:
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
             local = local_models()
@@ -126,6 +129,7 @@ def _kept_tab() -> None:
     name.change(lambda chosen: gr.update(visible=chosen == "upload"), name, upload, show_progress="hidden")
     for trigger in (button.click, rate.change, upload.upload):
         trigger(_keep, [source, name, upload, rate, blocks], found, **_LANE)
+    gr.on([button.click, rate.change, upload.upload], None, cancels=fills)
 
 
 def _keep(source: str, name: str, upload: Image.Image | None, rate: float, blocks: str) -> str:

@@ -121,7 +121,7 @@ def command_losses(tmp_path_factory: pytest.TempPathFactory) -> Any:
     for way, settings in COMMAND_WAYS.items():
         output = tmp_path_factory.mktemp("trained")
         asked = ["train", "--model", str(base), "--dataset", "digits", "--output", str(output), "--max-steps", "10"]
-        asked += ["--batch-size", "8", "--set", "trainable_blocks=[1,3]", "--trainer", "logging_steps=1"]
+        asked += ["--batch-size", "8", "--set", "trainable_blocks=[1,3]", "--trainer", "logging_steps=1", "--no-measuring"]
         assert main([*asked, *settings, "--trainer", "save_strategy=steps", "--trainer", "save_steps=10"]) == 0
         (state,) = output.rglob("trainer_state.json")
         log = json.loads(state.read_text())["log_history"]

@@ -65,7 +65,7 @@ class BoundBlock:
         inside = [m for child in block.children() for m in modules_of(child, own)]
         self.reader = self.watch.foreign_hook(inside)
 
-    def asked(self, call: BlockCall) -> BlockCall:
+    def adapted(self, call: BlockCall) -> BlockCall:
         """The call as the halves need it."""
         return call
 

@@ -67,7 +67,7 @@ class CompiledBlock(TracedBlock):
         self.run_attention, self.run_mlp = _halves(compiler)
         self.watch = Watch(modules_of(block, own), (side_input_hooks, *own))
 
-    def asked(self, call: BlockCall) -> BlockCall:
+    def adapted(self, call: BlockCall) -> BlockCall:
         """The call as the halves need it. They do not read the route, which differs between blocks."""
         return call.traced(is_gathered=True)
 

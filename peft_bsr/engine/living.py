@@ -1,4 +1,4 @@
-"""Counts the bytes of tensors that are still alive, independently of who holds them."""
+"""Counts the bytes of tensors that are still alive, independently of what holds them."""
 
 from __future__ import annotations
 

@@ -94,13 +94,13 @@ class _Recomputed(torch.autograd.Function):
         needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[3:]]
         with torch.enable_grad(), torch.autocast(gradient.device.type, enabled=False):
             inputs: list[Any] = [
-                tensor if tensor is None else tensor.detach().requires_grad_(asks)
-                for tensor, asks in zip((tokens, *weights), needs, strict=True)
+                tensor if tensor is None else tensor.detach().requires_grad_(needed)
+                for tensor, needed in zip((tokens, *weights), needs, strict=True)
             ]
             mixed = MixerWeights(*inputs[1:]).mix(inputs[0], ctx.eps)
-            asked = [tensor for tensor, asks in zip(inputs, needs, strict=True) if asks]
+            asked = [tensor for tensor, needed in zip(inputs, needs, strict=True) if needed]
             found = iter(torch.autograd.grad(mixed, asked, gradient))
-        of_tokens, *of_weights = [next(found) if asks else None for asks in needs]
+        of_tokens, *of_weights = [next(found) if needed else None for needed in needs]
         return None if of_tokens is None else of_tokens.to(ctx.dtype), None, None, *of_weights
 
 

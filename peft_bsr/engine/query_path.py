@@ -86,8 +86,8 @@ class QueryPath:
     def attend(self, block: nn.Module, queries: Tensor, tokens: Tensor, hidden: Tensor | None) -> Tensor:
         """The attention's output [B, T, D] for normalised queries [B, T, D]."""
         spec = self.spec
-        ask, key, value, output = projections(block, spec)
-        query, heads, scaling = ask(queries), spec.num_heads, spec.scaling
+        project, key, value, output = projections(block, spec)
+        query, heads, scaling = project(queries), spec.num_heads, spec.scaling
         if self.absorbs:
             absorbed = absorb_key(query, key.weight, heads)
             pooled = pool_tokens(absorbed, tokens, scaling, hidden, self.kept)

@@ -119,16 +119,16 @@ class ControlledBlock(nn.Module):
         block_call.split_after = block_call.split
         packing: AbstractContextManager[Admit | None] = nullcontext()
         bound = controller.bound(self)
-        asked = bound.asked(block_call)
-        if block_call.int8 and not (asked.is_traced or torch.compiler.is_compiling()):
+        adapted = bound.adapted(block_call)
+        if block_call.int8 and not (adapted.is_traced or torch.compiler.is_compiling()):
             packing = saved_in_int8(self, _fewest_values(spec, block_call, hidden_states), (args, kwargs))
-        earlier, now.running = now.running, asked
+        earlier, now.running = now.running, adapted
         try:
             with (
-                controller.scorer.watching(None if asked.score is None or asked.is_traced else spec.scores_from),
+                controller.scorer.watching(None if adapted.score is None or adapted.is_traced else spec.scores_from),
                 packing as block_call.admit,
             ):
-                output, left = bound.run(asked, stock, hidden_states, args, kwargs, mix)
+                output, left = bound.run(adapted, stock, hidden_states, args, kwargs, mix)
                 block_call.note(left)
                 return output
         finally:

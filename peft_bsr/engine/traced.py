@@ -52,7 +52,7 @@ class TracedBlock(BoundBlock):
             self.attention, self.mlp = StockAttention(block, spec.block_spec), StockMLP(block, spec.block_spec)
         self.run_attention, self.run_mlp = attention_half, mlp_half
 
-    def asked(self, call: BlockCall) -> BlockCall:
+    def adapted(self, call: BlockCall) -> BlockCall:
         """The call as the halves need it."""
         return call.traced() if self.spec.block_spec is not None else call
 

@@ -6,7 +6,7 @@ Shapes: B images, N tokens of the sequence, A alive ones, D width.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ from peft_bsr.engine.watch import Watch
 from peft_bsr.errors import ForwardError
 from peft_bsr.ops import merge_tokens, reduce_tokens
 
+BlockOutput = Tensor | tuple[Any, ...]  # the tokens, alone or first in a tuple
+LeanHalf = TypeVar("LeanHalf", PartedAttention, LeanMLP)
+
 
 class BoundBlock:
     """The halves of a block, original and lean. Modules are looked up once; tensors are read in each call.
@@ -34,7 +37,7 @@ class BoundBlock:
 
     Attributes:
         reasons: `"attention"` or `"mlp"` -> why this half cannot run lean. Empty if both can.
-        reader: Name of another hook inside the block, or None.
+        reader: Name of a hook of the user inside the block, or None.
         watch: Detects changes after which the block must be looked up again.
     """
 
@@ -43,12 +46,12 @@ class BoundBlock:
         block: nn.Module,
         spec: ModelSpec,
         side_input_hooks: SideInputHooks,
-        own: tuple[Any, ...],
+        own: tuple[object, ...],
         aside: Callable[[str, str], None],
     ) -> None:
         self.block, self.spec, self.side_input_hooks, self.aside = block, spec, side_input_hooks, aside
         self.reasons: dict[str, str] = {}
-        self._captures = False  # whether transformers can capture what the attention gives
+        self._captures = False  # whether transformers can capture the attention's outputs
         self.lean_attention: PartedAttention | None = None
         self.lean_mlp: LeanMLP | None = None
         if spec.block_spec is not None:
@@ -62,19 +65,19 @@ class BoundBlock:
         inside = [m for child in block.children() for m in modules_of(child, own)]
         self.reader = self.watch.foreign_hook(inside)
 
-    def asked(self, call: BlockCall) -> BlockCall:
+    def adapted(self, call: BlockCall) -> BlockCall:
         """The call as the halves need it."""
         return call
 
     def run(
         self,
         call: BlockCall,
-        stock: Callable[..., Any],
+        stock: Callable[..., BlockOutput],
         hidden_states: Tensor,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        args: tuple[object, ...],
+        kwargs: dict[str, object],
         mix: Callable[[Tensor], Tensor] | None,
-    ) -> tuple[Any, tuple[Tensor, ...]]:
+    ) -> tuple[BlockOutput, tuple[Tensor, ...]]:
         """Run the block on the tokens of `call.route`. Bit-equal to the original block if all tokens are kept.
 
         In full view, input and output have the full length: the alive tokens are selected, run, and written back.
@@ -86,7 +89,7 @@ class BoundBlock:
             hidden_states: [B, A, D], in full view [B, N, D].
             args: Further arguments for the block.
             kwargs: Keyword arguments for the block.
-            mix: Replaces the MLP, normalized tokens -> their change, or None.
+            mix: Function that replaces the MLP, normalized tokens -> their change, or None.
 
         Returns:
             The block's output, with fewer tokens after a reduction; then also the origins [B, A], and after merging
@@ -96,6 +99,7 @@ class BoundBlock:
         is_partial = route.is_full_view and route.num_tokens < route.full_length
         tokens = pick_tokens(whole, route.places()) if is_partial else whole
         is_mid_block = reduction is not None and reduction.position == "mid_block"
+        output: BlockOutput
         scores: Tensor | None = None
         left: list[Tensor] = []
         split = self._begin_split(call, tokens, args, kwargs)
@@ -126,7 +130,7 @@ class BoundBlock:
                 tokens = put_tokens(whole, after.places(), tokens)
         return ((tokens, *output[1:]) if isinstance(output, tuple) else tokens), tuple(left)
 
-    def _stock_reason(self, arguments: dict[str, Any]) -> str | None:
+    def _stock_reason(self, arguments: dict[str, object]) -> str | None:
         """Why the attention half runs as stock modules in this call, or None."""
         if self.lean_attention is None:
             return self.reasons.get("attention")
@@ -135,9 +139,9 @@ class BoundBlock:
         return self.lean_attention.problem(arguments)
 
     def _begin_split(
-        self, call: BlockCall, tokens: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, call: BlockCall, tokens: Tensor, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> TokenSplit | None:
-        """Which of the tokens [B, A, D] carry no gradients in the block; chosen here if no block before has chosen."""
+        """Which tokens [B, A, D] carry gradients in the block; selected here if no earlier block did. None = all."""
         if not call.splits or not call.plan.in_graph:
             return None
         half, arguments = self.lean_attention, self._arguments(call, tokens, args, kwargs)
@@ -154,10 +158,10 @@ class BoundBlock:
         return call.split
 
     def _end_split(self, call: BlockCall, scores: Tensor | None, tokens: Tensor) -> TokenSplit | None:
-        """Which of the tokens [B, A, D] that attention, or the reduction after it, left carry no gradients from now on.
+        """Which tokens [B, A, D], after attention and reduction, carry gradients from now on. None = all.
 
-        A reduction has them chosen again, among what it keeps; without one, a block that no gradient reaches ranks them
-        for the next.
+        After a reduction, they are selected again among the tokens that it keeps. Without one, only a block that no
+        gradient reaches selects them, for the next block.
         """
         if call.splits and scores is not None:
             reduction, route = call.plan.reduction, call.route
@@ -171,14 +175,14 @@ class BoundBlock:
         self,
         call: BlockCall,
         tokens: Tensor,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        args: tuple[object, ...],
+        kwargs: dict[str, object],
         split: TokenSplit | None = None,
-    ) -> tuple[Tensor, list[Any], Tensor | None]:
-        """Tokens after the first half [B, A or Q, D], what else the attention returns, and scores if any are asked."""
+    ) -> tuple[Tensor, list[object], Tensor | None]:
+        """Tokens after the first half [B, A or Q, D], other outputs of the attention, and scores if asked for."""
         arguments, lean = self._arguments(call, tokens, args, kwargs), call.lean
         if split is not None:
-            assert self.lean_attention is not None, "looked at in `_begin_split`"
+            assert self.lean_attention is not None, "checked in `_begin_split`"
             gathered = self.side_input_hooks.gather(arguments)
             chosen, others = self.lean_attention.parted(call, split, tokens, gathered, lean)
             is_whole = chosen.shape[1] == split.chosen.shape[1]
@@ -215,18 +219,19 @@ class BoundBlock:
         return self.mlp(tokens, mix)
 
     def _arguments(
-        self, call: BlockCall, tokens: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> dict[str, Any]:
-        """What the block calls its attention with, next to the hidden states."""
+        self, call: BlockCall, tokens: Tensor, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> dict[str, object]:
+        """The arguments of the block's attention other than the hidden states."""
         block_spec, compute = self.spec.block_spec, self.side_input_hooks.rule.attention_arguments
-        assert block_spec is not None, "only a block whose parts are known is taken apart"
+        assert block_spec is not None, "only blocks with known parts are split into halves"
         arguments = {**dict(zip(block_spec.block_inputs, args, strict=False)), **kwargs} if args else kwargs
         if compute is not None:
             return compute(self.block, tokens, arguments)
         names = block_spec.attention_inputs
         return arguments if names is None else {n: value for n, value in arguments.items() if n in names}
 
-    def _lean(self, name: str, half: Callable[..., Any], *parts: str) -> Any:
+    def _lean(self, name: str, half: Callable[[nn.Module, ModelSpec], LeanHalf], *parts: str) -> LeanHalf | None:
+        """The lean half with these parts, or None. `reasons` then says why."""
         try:
             made = half(self.block, self.spec)
         except NotLeanError as reason:
@@ -242,19 +247,19 @@ class BoundBlock:
             self.reasons[name] = f"another `forward` was set on its {replaced}"
         return None if name in self.reasons else made
 
-    def __reduce__(self) -> tuple[Any, ...]:  # a copy of the block looks its own parts up
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:  # a copy of the block looks up its own parts
         return type(None), ()
 
 
-def modules_of(module: Any, without: tuple[Any, ...]) -> list[Any]:
-    """The module and all in it, but for modules that are named and what is in these."""
+def modules_of(module: object, without: tuple[object, ...]) -> list[nn.Module]:
+    """The module and its submodules, except those in `without` and their submodules; empty if it is not a module."""
     if not isinstance(module, nn.Module) or module in without:
         return []
     return [module, *(m for child in module.children() for m in modules_of(child, without))]
 
 
 def _reduced(reduction: Reduction | None, route: Route, scores: Tensor | None, tokens: Tensor) -> tuple[Tensor, ...]:
-    """The tokens that the reduction leaves, their origins, and if it merges, what each patch is part of."""
+    """Tokens after the reduction, their origins, and after merging the origin of the token that contains each patch."""
     assert reduction is not None, "only blocks with a reduction reduce"
     special = route.num_prefix + route.num_suffix
     keep = reduction.keep(route.num_tokens - special, special, route.full_length)
@@ -262,7 +267,7 @@ def _reduced(reduction: Reduction | None, route: Route, scores: Tensor | None, t
         origins, merged = route.origins_like(tokens), route.merged_like(tokens)
         return merge_tokens(tokens, origins, merged, route.num_prefix, keep, route.num_suffix)
     if scores is None:
-        raise ForwardError("the attention ran without showing its queries and keys; was its implementation replaced?")
+        raise ForwardError("the attention's queries and keys were not seen; was its implementation replaced?")
     if not reduction.fuse:
         scores = scores.detach()  # only the choice of tokens depends on them
     fused_origin = route.fused_origin if reduction.fuse else None
@@ -270,7 +275,7 @@ def _reduced(reduction: Reduction | None, route: Route, scores: Tensor | None, t
 
 
 def _scores_of_kept(reduction: Reduction, route: Route, scores: Tensor) -> Tensor:
-    """Scores of what the reduction leaves of tokens with these scores [B, A]; the fused token is above all."""
+    """Scores of the tokens after the reduction, from those before it [B, A]; the fused token ranks first."""
     start, end = route.num_prefix, scores.shape[1] - route.num_suffix
     competing = scores[:, start:end]
     keep = reduction.keep(end - start, route.num_prefix + route.num_suffix, route.full_length)
@@ -281,7 +286,7 @@ def _scores_of_kept(reduction: Reduction, route: Route, scores: Tensor) -> Tenso
 
 
 def _split(wanted: GradientTokens, route: Route, scores: Tensor | None, tokens: Tensor) -> TokenSplit | None:
-    """Which of the tokens [B, A, D] carry no gradients, by their scores [B, A]."""
+    """Select the tokens [B, A, D] that carry gradients, by their scores [B, A]; None = all."""
     if wanted.score is None or scores is None:
         scores = torch.rand(tokens.shape[:2], device=tokens.device)
     return TokenSplit.of(scores.detach(), wanted.share, route.num_prefix, route.num_suffix)

@@ -1,4 +1,4 @@
-"""What a block is told: its plan on the running forward's route, and which of its halves run lean in it."""
+"""Runs a block by its plan, on the running forward's route."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from peft_bsr.backbones import AttentionScorer, FamilyRule, ModelSpec, SideInputHooks, hidden_first
 from peft_bsr.core import BLOCKS, BlockCall, ForwardContext, Route, TaskCall
-from peft_bsr.engine.bound import BoundBlock
+from peft_bsr.engine.bound import BlockOutput, BoundBlock
 from peft_bsr.engine.compiled import CompiledBlock, Compiler, halves_obstacle
 from peft_bsr.engine.gradient_cut import cut_gradient
 from peft_bsr.engine.plan import BlockPlan, Lean, Plan
@@ -21,6 +21,9 @@ from peft_bsr.engine.resume import stop_or_resume
 from peft_bsr.engine.traced import TracedBlock
 from peft_bsr.engine.watch import Watch, around_blocks
 from peft_bsr.errors import LeanBlockWarning
+
+if TYPE_CHECKING:
+    from peft_bsr.engine.runner import ControlledBlock
 
 _PART = "a part of the model was called by itself"
 CONTROLLER = "token_router"  # name of a block's controller among its children
@@ -88,9 +91,9 @@ class BlockController(nn.Module):
             tokens: Output of the block, [B, N, D].
             route: Route after the block, or None if the plan has no reduction.
         """
-        raise NotImplementedError(f"{type(self).__name__} refines nothing")
+        raise NotImplementedError(f"{type(self).__name__} does not refine tokens")
 
-    def side_effect_free(self) -> AbstractContextManager[Any]:
+    def side_effect_free(self) -> AbstractContextManager[None]:
         """Context manager: forwards inside do not change the controller's state."""
         return nullcontext()
 
@@ -124,7 +127,7 @@ class BlockController(nn.Module):
         return Route(spec.num_prefix, num_patches, spec.num_suffix, is_full_view, call=self.context.now.call)
 
     def instead(
-        self, block: nn.Module, hidden_states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, block: nn.Module, hidden_states: Tensor, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> Tensor | None:
         """A replacement for the block's output if the block need not run, or None to run it. Called first.
 
@@ -177,7 +180,7 @@ class BlockController(nn.Module):
         warnings.warn(
             f"block {self.index} "
             + (
-                "keeps in full what was to be kept in 8 bits"
+                "keeps activations in full, not in 8 bits as planned"
                 if part == "int8"
                 else "has gradients of all its tokens, not of some as planned"
                 if part == "gradient tokens"
@@ -188,22 +191,24 @@ class BlockController(nn.Module):
             stacklevel=2,
         )
 
-    def open_forward(self, model: nn.Module, args: Any) -> None:
+    def open_forward(self, model: nn.Module, args: tuple[object, ...]) -> None:
         """Forward pre-hook of the last block's controller, on the model and on the modules that call its blocks."""
         now = self.context.now
         if now.open(model):
             outside = now.outside
-            if torch.compiler.is_compiling():  # it asks `traced_reader`
+            if torch.compiler.is_compiling():  # `traced_reader` looks for hooks then
                 return
             if outside is None or outside.root is not model or not outside.is_current():
                 around = around_blocks(model, self.spec)
                 now.outside = Watch(around, (self,)) if around else None
 
-    def close_forward(self, model: nn.Module, args: Any, output: Any) -> None:
+    def close_forward(self, model: nn.Module, args: tuple[object, ...], output: object) -> None:
         """Forward hook of the same modules, called after an exception, too."""
         self.context.now.close(model)
 
-    def call(self, block: Any, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call(
+        self, block: ControlledBlock, run: Callable[..., Any], args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> BlockOutput:
         """Call the block on the route of the current forward.
 
         Args:
@@ -251,7 +256,9 @@ class BlockController(nn.Module):
         self._leave(call)
         return output
 
-    def _block_call(self, block: Any, plan: Plan, own: BlockPlan, hidden_states: Tensor) -> BlockCall | None:
+    def _block_call(
+        self, block: ControlledBlock, plan: Plan, own: BlockPlan, hidden_states: Tensor
+    ) -> BlockCall | None:
         """Settings for the block's forward. None = run the original block on its whole input."""
         lean, int8 = self._saving(block, own) if own.saves_less else (None, False)
         route = self.context.now.current() if plan.reduces else None
@@ -267,8 +274,8 @@ class BlockController(nn.Module):
         split = self.context.now.split if splits else None
         return BlockCall(route, score, own, lean, int8, is_traced, splits=splits, split=split)
 
-    def _splits(self, block: Any, plan: BlockPlan) -> bool:
-        """Whether some tokens carry no gradients in this forward: not where nothing trains, or a compiler looks on."""
+    def _splits(self, block: ControlledBlock, plan: BlockPlan) -> bool:
+        """Whether some tokens carry no gradients in this forward: only in training, and not under a compiler."""
         if not (block.training and torch.is_grad_enabled()):
             return False
         if torch.compiler.is_compiling():
@@ -282,11 +289,11 @@ class BlockController(nn.Module):
             return False
         return True
 
-    def _saving(self, block: Any, plan: BlockPlan) -> tuple[Lean | None, bool]:
-        """What of the plan saves memory now: nothing where nothing is kept for backward.
+    def _saving(self, block: ControlledBlock, plan: BlockPlan) -> tuple[Lean | None, bool]:
+        """How the halves run lean, and whether activations are packed in 8 bits. Neither without a backward.
 
-        Decided outside of gradient checkpointing, whose first forward runs without gradients and whose second does not.
-        Its own hooks keep nothing already; those of 8 bits would replace them.
+        Decided outside of gradient checkpointing, because its first forward runs without gradients and its second with
+        them. Inside, activations are not packed: the hooks would replace those of checkpointing.
         """
         if not (block.training and plan.in_graph and torch.is_grad_enabled()):
             return None, False
@@ -309,7 +316,7 @@ class BlockController(nn.Module):
         return lean, int8
 
     def other_reader(self, block: Any) -> str | None:
-        """What beside the head may look at the tokens that the last block gives, or None."""
+        """What other than the head may read the tokens of the last block, or None."""
         now = self.context.now
         if torch.compiler.is_compiling():
             around = self.traced_reader() if any(now.owner is root for root in self.roots) else self.called_reader()
@@ -321,16 +328,16 @@ class BlockController(nn.Module):
             if outside is None or outside.root is not now.owner:
                 return _PART
             hook = self.bound(block).watch.hook or outside.hook
-        return f"the hook {hook} looks at what it gives" if hook else None
+        return f"the hook {hook} reads its output" if hook else None
 
     @torch.compiler.assume_constant_result
     def traced_reader(self) -> str:
-        """Name of a hook around the blocks, empty for none; a compiler takes the answer as fixed."""
+        """Name of a hook around the blocks, empty for none; a constant in compiled code."""
         return Watch(around_blocks(self.roots[0], self.spec), (self,)).hook or ""
 
     @torch.compiler.assume_constant_result
     def called_reader(self) -> str | None:
-        """The same where blocks are compiled one by one, maybe in a copy of the model; None = a part was called."""
+        """`traced_reader` for blocks compiled one by one, maybe in a copy of the model; None = a part was called."""
         now = self.context.now
         return None if now.outside is None or now.outside.root is not now.owner else now.outside.hook or ""
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
+from torch import nn
+
+from peft_bsr.engine.controller import BlockController
 from peft_bsr.engine.plan import BlockPlan, GradientTokens, Plan
 
 
-def explain_blocks(blocks: list[tuple[Any, Any]]) -> str:
+def explain_blocks(blocks: Sequence[tuple[nn.Module, BlockController]]) -> str:
     """One line per block: its plan, and which parts of it are not active in training, with the reason.
 
     Args:
@@ -64,10 +67,10 @@ def _aside(part: str) -> str:
     return whole.get(part, f"{part} runs stock")
 
 
-def _standing(controller: Any, block: Any, plan: BlockPlan) -> dict[str, str]:
+def _standing(controller: BlockController, block: nn.Module, plan: BlockPlan) -> dict[str, str]:
     """Reasons that do not depend on the input."""
-    reasons: dict[str, str] = controller.bound(block).reasons
-    assert plan.lean is not None, "only lean halves step aside"
+    reasons = controller.bound(block).reasons
+    assert plan.lean is not None, "only lean halves have reasons to run stock"
     wanted = {"attention": plan.lean.attention, "mlp": plan.lean.mlp and not plan.mixture}
     return {half: reason for half, reason in reasons.items() if wanted[half]}
 

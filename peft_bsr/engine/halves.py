@@ -1,13 +1,13 @@
-"""The two halves of a pre-norm block, each as stock modules run it and lean. A half gives its change of the tokens.
+"""The two halves of a pre-norm block: stock, by the block's own modules, and lean, keeping less for backward.
 
-Shapes: B images, N tokens, Q of them asked for queries, H heads, d head width, D width.
+Shapes: B images, N tokens, Q of them used as queries, H heads, d head width, D width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +15,15 @@ from torch import Tensor, nn
 from peft_bsr.backbones import BlockSpec, ModelSpec, apply_part, attend, computes_weights, first_rows
 from peft_bsr.compat.transformers_api import ROTATE, function_of
 from peft_bsr.core import BlockCall
-from peft_bsr.engine.parts import LinearSource, attention_dropouts, find_mlp, linear_source, norm_source
+from peft_bsr.engine.parts import LinearSource, NormSource, attention_dropouts, find_mlp, linear_source, norm_source
 from peft_bsr.engine.plan import Lean
 from peft_bsr.ops import MLPOp, NormOp, ProjectionsOp, lean_dropout, recomputed, token_scores
 
-_KNOWN = ("attention_mask", "position_embeddings")  # what a lean attention knows to do with
-_SIDE = 5  # inputs of the attention next to its heads: the mask, and weight and bias of two norms
-Changed = tuple[Tensor, list[Any]]  # the change [B, N or Q, D] and what else the attention returns
+_KNOWN = ("attention_mask", "position_embeddings")  # arguments that a lean attention supports
+_SIDE = 5  # inputs of `_mix` before query, key and value: the mask, and weight and bias of two norms
+Changed = tuple[Tensor, list[object]]  # the change [B, N or Q, D], and the attention's other outputs
+Admit = Callable[[bool], None]  # see `BlockCall.admit`
+Source = TypeVar("Source")
 
 
 class StockAttention:
@@ -35,8 +37,8 @@ class StockAttention:
     def __init__(self, block: nn.Module, block_spec: BlockSpec) -> None:
         self.block, self.block_spec = block, block_spec
 
-    def __call__(self, tokens: Tensor, arguments: dict[str, Any]) -> Changed:
-        """[B, N, D] -> change, others."""
+    def __call__(self, tokens: Tensor, arguments: dict[str, object]) -> Changed:
+        """[B, N, D] -> change, other outputs."""
         block, block_spec = self.block, self.block_spec
         attended = getattr(block, block_spec.attention)(apply_part(block, block_spec.norm1, tokens), **arguments)
         attended, *others = attended if isinstance(attended, tuple) else (attended,)
@@ -46,7 +48,7 @@ class StockAttention:
 
 
 class StockMLP:
-    """norm2, the MLP and what follows it, called as modules. `mix` may run in the place of the MLP.
+    """norm2, the MLP and what follows it, called as modules. `mix` may replace the MLP.
 
     Args:
         block: The block.
@@ -78,18 +80,18 @@ class LeanMLP:
 
     Args:
         block: The block.
-        spec: Knows its parts.
+        spec: Description of the model.
 
     Attributes:
-        called: Modules that run as such.
+        called: Modules that it calls, so that their hooks run.
 
     Raises:
-        NotLeanError: With what stands in the way.
+        NotLeanError: If the half cannot run lean, with the reason.
     """
 
     def __init__(self, block: nn.Module, spec: ModelSpec) -> None:
         block_spec = spec.block_spec
-        assert block_spec is not None, "only a block whose parts are known is taken apart"
+        assert block_spec is not None, "only blocks with known parts are split into halves"
         parts = _known(find_mlp(block, block_spec))
         kind, eps, self.norm = _known(norm_source(getattr(block, block_spec.norm2)))
         self.linears = [_known(linear_source(module)) for module in (*parts.first, parts.last)]
@@ -97,10 +99,10 @@ class LeanMLP:
         if activation is None:
             raise NotLeanError(f"the derivative of {type(parts.activation).__name__} is not known")
         if len(parts.hidden_dropout) > 1:
-            raise NotLeanError("several dropouts lie inside of the MLP")
+            raise NotLeanError("the MLP has several dropouts before its last Linear")
         self.op = MLPOp(kind, eps, tuple(source.scaling for source in self.linears), activation)
         self.hidden_dropout = parts.hidden_dropout
-        self.after = [
+        self.after: list[Callable[[Tensor], Tensor]] = [
             *parts.output_dropout,
             *_after(block, () if block_spec.mlp_adds_residual else block_spec.after_mlp),
         ]
@@ -110,7 +112,7 @@ class LeanMLP:
         """[B, N, D] -> tokens after the half, residual included."""
         tensors = _read(self.norm, self.linears)
         rate = self.hidden_dropout[0].p if self.hidden_dropout and self.hidden_dropout[0].training else 0.0
-        # for the few tokens that a head reads, the first product is computed again at any level
+        # for the few tokens that a head reads, the first product is recomputed at both levels
         expanded = self.op(tokens, tensors, lean.save_products and lean.num_queries is None, rate)
         return tokens + _run_after(self.after, expanded)
 
@@ -120,29 +122,30 @@ class LeanAttention:
 
     Args:
         block: The block.
-        spec: Knows its parts.
+        spec: Description of the model.
 
     Attributes:
-        called: Modules that run as such.
+        called: Modules that it calls, so that their hooks run.
 
     Raises:
-        NotLeanError: With what stands in the way.
+        NotLeanError: If the half cannot run lean, with the reason.
     """
 
     def __init__(self, block: nn.Module, spec: ModelSpec) -> None:
         block_spec = spec.block_spec
-        assert block_spec is not None, "only a block whose parts are known is taken apart"
+        assert block_spec is not None, "only blocks with known parts are split into halves"
         if spec.scores_from is None or not spec.num_heads:
-            raise NotLeanError("the queries and keys of the attention are not seen")
-        self.attention: Any = block.get_submodule(spec.attention)
+            raise NotLeanError("the probe did not find the attention's queries and keys")
+        self.attention = block.get_submodule(spec.attention)
         inside = {name: path for name, path in spec.paths.items() if name.startswith("attention.")}
         param_modules = {name: block.get_submodule(path) for name, path in inside.items()}
         names = ("qkv",) if "attention.qkv" in param_modules else ("query", "key", "value")
         kind, eps, self.norm = _known(norm_source(getattr(block, block_spec.norm1)))
         self.linears = [_known(linear_source(param_modules.get(f"attention.{name}"))) for name in names]
-        self.output: Any = param_modules.get("attention.output")
-        if self.output is None:
-            raise NotLeanError("no output projection is known")
+        output = param_modules.get("attention.output")
+        if output is None:
+            raise NotLeanError("no output projection was found")
+        self.output = output
         width = self.linears[0].out_features // (3 if len(self.linears) == 1 else 1)
         scalings = tuple(source.scaling for source in self.linears)
         self.op = partial(ProjectionsOp, kind, eps, scalings, width // spec.num_heads)
@@ -151,27 +154,27 @@ class LeanAttention:
         self.source, self.scaling = spec.scores_from, spec.scaling or self.head_width**-0.5
         self.rotate = function_of(self.attention, ROTATE)
         norms = [getattr(self.attention, name, None) for name in ("q_norm", "k_norm")]
-        self.norms = [
+        self.norms: list[NormSource | None] = [
             None if norm is None or isinstance(norm, nn.Identity) else _known(norm_source(norm)) for norm in norms
         ]
         self.rates, dropouts = attention_dropouts(self.attention, getattr(block, block_spec.attention))
-        self.after = [*dropouts, *_after(block, block_spec.after_attention)]
+        self.after: list[Callable[[Tensor], Tensor]] = [*dropouts, *_after(block, block_spec.after_attention)]
         self.called = _called([self.output, *self.after])
 
-    def problem(self, arguments: dict[str, Any]) -> str | None:
+    def problem(self, arguments: dict[str, object]) -> str | None:
         """Why the half cannot run with these arguments, or None."""
         for name, value in arguments.items():
-            # a single number speaks of no token (Trainer's `num_items_in_batch` comes by here)
+            # a scalar does not depend on the tokens (Trainer passes `num_items_in_batch`)
             is_array = isinstance(value, tuple) or (isinstance(value, Tensor) and value.ndim > 0)
             if name not in _KNOWN and is_array:
                 return f"the attention is called with `{name}`"
         if self.rotate is None and arguments.get("position_embeddings") is not None:
-            return "how the attention rotates its queries and keys is not known"
+            return "the function that rotates the attention's queries and keys was not found"
         return None
 
-    def __call__(self, call: BlockCall, tokens: Tensor, arguments: dict[str, Any], lean: Lean) -> Tensor:
-        """[B, N, D] -> change [B, N or Q, D]; scores asked for are left in `call`."""
-        mask, tables = arguments.get("attention_mask"), arguments.get("position_embeddings")
+    def __call__(self, call: BlockCall, tokens: Tensor, arguments: dict[str, object], lean: Lean) -> Tensor:
+        """[B, N, D] -> change [B, N or Q, D]; scores, if asked for, are stored in `call`."""
+        mask, tables = known_arguments(arguments)
         op, tensors, rate = self.op_for(lean.num_queries), self.tensors(), self.rate
         mix = partial(self._mix, call.score, tables, rate, call.admit, not lean.save_products)
         inputs = (mask, *self.norm_tensors())
@@ -185,40 +188,46 @@ class LeanAttention:
 
     @property
     def rate(self) -> float:
-        """Of the dropout on attention weights, now."""
+        """Current dropout rate of the attention weights."""
         return max([read() for read in self.rates], default=0.0) if self.attention.training else 0.0
 
     def op_for(self, num_queries: int | None) -> ProjectionsOp:
-        """Norm and projections with so many queries; None = of all tokens."""
+        """Norm and projections, with queries of the first `num_queries` tokens; None = of all."""
         op = self.ops.get(num_queries)
         if op is None:
             op = self.ops[num_queries] = self.op(num_queries)
         return op
 
-    def tensors(self) -> list[Any]:
-        """Of norm and projections, as they are now."""
+    def tensors(self) -> list[Tensor | None]:
+        """Current tensors of the norm and the projections."""
         return _read(self.norm, self.linears)
 
     def norm_tensors(self) -> list[Tensor | None]:
-        """Weight and bias of the query's and of the key's norm."""
+        """Weight and bias of the query norm, then of the key norm; None without one."""
         return [*_tensors_of(self.norms[0]), *_tensors_of(self.norms[1])]
 
     def finished(self, mixed: Tensor) -> Tensor:
-        """The output projection and what follows it."""
+        """Run the output projection and what follows it."""
         return _run_after(self.after, self.output(mixed))
 
     def _mix(
-        self, score: str | None, tables: Any, rate: float, admit: Any, is_recomputed: bool, *inputs: Any
+        self,
+        score: str | None,
+        tables: Sequence[Tensor] | None,
+        rate: float,
+        admit: Admit | None,
+        is_recomputed: bool,
+        *inputs: Any,
     ) -> tuple[Tensor, ...]:
-        """Attention output [B, Q, H * d], and the token scores [B, N] if they are asked for.
+        """Attention output [B, Q, H * d], and the token scores [B, N] if asked for.
 
         Args:
-            score: Kind of the scores.
-            tables: Of positions, or None.
-            rate: Of the dropout on attention weights.
-            admit: Told that square matrices are tokens, where these are kept in 8 bits; or None.
-            is_recomputed: Whether nothing of this is kept, since it runs again.
-            *inputs: The mask; weight and bias of the query's and the key's norm; query, key and value by heads.
+            score: Kind of token score, or None.
+            tables: Rotary tables, or None.
+            rate: Dropout rate of the attention weights.
+            admit: See `BlockCall.admit`.
+            is_recomputed: Whether all of this is recomputed in backward.
+            *inputs: The mask; weight and bias of the query norm and the key norm; query, key and value by heads.
         """
         mask, query_weight, query_bias, key_weight, key_bias, query, key, value = inputs
         query = self._normed(self.norms[0], query, query_weight, query_bias, is_recomputed)
@@ -229,18 +238,22 @@ class LeanAttention:
         mixed = self._attended(query, key, value, mask, rate, admit)
         return (mixed,) if score is None else (mixed, token_scores(score, query, key, self.scaling, mask))
 
-    def _attended(self, query: Tensor, key: Tensor, value: Tensor, mask: Any, rate: float, admit: Any) -> Tensor:
+    def _attended(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, rate: float, admit: Admit | None
+    ) -> Tensor:
         """The attention's output [B, Q, H * d]; see `_mix`."""
-        shows_weights = admit is None or rate or computes_weights(self.attention, self.source)
-        if not shows_weights and query.shape[2] == query.shape[3]:
+        is_square = query.shape[2] == query.shape[3]
+        if admit is not None and is_square and not (rate or computes_weights(self.attention, self.source)):
             admit(True)
         mixed = attend(self.attention, self.source, query, key, value, mask, self.scaling, rate)
         if admit is not None:
             admit(False)
         return mixed
 
-    def _normed(self, source: Any, part: Tensor, weight: Tensor, bias: Tensor | None, is_recomputed: bool) -> Tensor:
-        """Queries or keys after their norm, over a head or over all of them; only its input and output are kept."""
+    def _normed(
+        self, source: NormSource | None, part: Tensor, weight: Tensor, bias: Tensor | None, is_recomputed: bool
+    ) -> Tensor:
+        """Queries or keys after their norm, over each head or over all heads; only its input and output are kept."""
         if source is None:
             return part
         kind, eps, _ = source
@@ -250,9 +263,9 @@ class LeanAttention:
         (tokens,) = run(tokens, weight, bias) if is_recomputed else recomputed(run, tokens, weight, bias)
         return tokens.unflatten(2, (-1, self.head_width)).transpose(1, 2) if is_whole else tokens
 
-    def _rotated(self, query: Tensor, key: Tensor, tables: Any) -> tuple[Tensor, Tensor]:
-        """Queries and keys at their positions; fewer queries are those of the first tokens."""
-        assert self.rotate is not None, "looked at in `mismatch`"
+    def _rotated(self, query: Tensor, key: Tensor, tables: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Queries and keys after rotary embedding. Q < N queries are those of the first tokens."""
+        assert self.rotate is not None, "checked in `problem`"
         count = query.shape[2]
         if count < key.shape[2]:  # tables have a row for each token
             query = torch.cat([query, key[:, :, count:]], dim=2)
@@ -261,15 +274,22 @@ class LeanAttention:
 
 
 class NotLeanError(Exception):
-    """A half cannot run lean, for the reason in its text; never leaves the engine."""
+    """A half cannot run lean, for the reason in its text; caught in the engine."""
 
 
-def _project_and_mix(op: ProjectionsOp, mix: Any, tokens: Tensor, *inputs: Any) -> Any:
-    """All of a lean attention but the output projection, by plain operations."""
+def known_arguments(arguments: Mapping[str, Any]) -> tuple[Tensor | None, Sequence[Tensor] | None]:
+    """The attention mask and the rotary tables among an attention's arguments."""
+    return arguments.get("attention_mask"), arguments.get("position_embeddings")
+
+
+def _project_and_mix(
+    op: ProjectionsOp, mix: Callable[..., tuple[Tensor, ...]], tokens: Tensor, *inputs: Tensor | None
+) -> tuple[Tensor, ...]:
+    """A lean attention without its output projection, by plain operations."""
     return mix(*inputs[:_SIDE], *op.plain(tokens, inputs[_SIDE:]))
 
 
-def _tensors_of(norm: Any) -> tuple[Tensor | None, Tensor | None]:
+def _tensors_of(norm: NormSource | None) -> tuple[Tensor | None, Tensor | None]:
     return (None, None) if norm is None else (norm[2]["weight"], norm[2].get("bias"))
 
 
@@ -277,16 +297,16 @@ def _run_norm(kind: type[NormOp], eps: float, tokens: Tensor, weight: Tensor, bi
     return (kind(weight, bias, eps).run(tokens)[0].to(tokens.dtype),)
 
 
-def _read(norm: dict[str, Any], linears: Sequence[LinearSource]) -> list[Any]:
-    """Tensors of the norm and the Linears as they are now."""
+def _read(norm: Mapping[str, Tensor | None], linears: Sequence[LinearSource]) -> list[Tensor | None]:
+    """Current tensors of the norm and the Linears."""
     tensors = [norm["weight"], norm.get("bias")]
     for source in linears:
         tensors += source.read()
     return tensors
 
 
-def _after(block: nn.Module, names: Sequence[str]) -> list[Any]:
-    """What runs after a half's Linears: modules, or vectors that the block holds."""
+def _after(block: nn.Module, names: Sequence[str]) -> list[Callable[[Tensor], Tensor]]:
+    """What runs after a half's Linears: modules, or products with parameters of the block."""
     parts = [(name, getattr(block, name)) for name in names]
     return [
         part if isinstance(part, nn.Module) else partial(apply_part, block, name)
@@ -295,12 +315,12 @@ def _after(block: nn.Module, names: Sequence[str]) -> list[Any]:
     ]
 
 
-def _called(parts: Sequence[Any]) -> tuple[nn.Module, ...]:
-    """Those that a lean half calls as modules, so that their hooks run."""
+def _called(parts: Sequence[object]) -> tuple[nn.Module, ...]:
+    """The modules that a lean half calls; it runs dropouts itself."""
     return tuple(part for part in parts if isinstance(part, nn.Module) and type(part) is not nn.Dropout)
 
 
-def _run_after(parts: Sequence[Any], tokens: Tensor) -> Tensor:
+def _run_after(parts: Sequence[Callable[[Tensor], Tensor]], tokens: Tensor) -> Tensor:
     for part in parts:
         if type(part) is not nn.Dropout:
             tokens = part(tokens)
@@ -309,7 +329,12 @@ def _run_after(parts: Sequence[Any], tokens: Tensor) -> Tensor:
     return tokens
 
 
-def _known(found: Any) -> Any:
+def _known(found: Source | str) -> Source:
+    """`found`; a string is the reason why it was not found.
+
+    Raises:
+        NotLeanError: For a string.
+    """
     if isinstance(found, str):
         raise NotLeanError(found)
     return found

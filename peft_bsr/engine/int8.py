@@ -1,10 +1,10 @@
-"""What a block saves for backward, in 8 bits: autograd's saved-tensor hooks, each few numbers on a grid of 256 steps.
+"""Packs the activations that a block saves for backward into 8 bits, by autograd's saved-tensor hooks.
 
-Rounding is stochastic, so that the gradient's error has mean zero; its noise comes from torch's own generator, so that
-a resumed run goes on equal. A tensor that several operations save is packed once: what is packed is known by its
-storage (held weakly: a freed one's address may be given to another), its version and the range of memory. What is not
-an activation stays as it is: parameters, what the block is called with (indices, masks, tables of positions),
-attention weights, and everything smaller than a token tensor (statistics).
+Each small group of numbers has its own grid of 256 steps. Rounding is stochastic, so that the gradient's error has mean
+zero; the noise comes from torch's generator, so that a resumed run continues identically. A tensor that several
+operations save is packed once: it is recognised by its storage (a weak reference, because addresses are used again),
+its version and its range of memory. What is not an activation stays as it is: parameters, the block's arguments
+(indices, masks, rotary tables), attention weights, and everything smaller than a token tensor (statistics).
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,49 +19,51 @@ from torch import Tensor, nn
 from peft_bsr.compat.torch_api import StorageWeakRef, version_of
 from peft_bsr.ops import PackedTensor, group_size
 
-_watcher: ContextVar[Callable[[Tensor], Any] | None] = ContextVar("watcher", default=None)
+Packed = tuple[PackedTensor, torch.Size, tuple[int, ...]]  # numbers, shape, stride
+
+_watcher: ContextVar[Callable[[Tensor], object] | None] = ContextVar("watcher", default=None)
 
 
 @contextmanager
-def saved_in_int8(block: nn.Module, num_values: float, arguments: Any) -> Iterator[Callable[[bool], None]]:
-    """What operations inside save for backward is packed, if it is an activation.
+def saved_in_int8(block: nn.Module, num_values: float, arguments: object) -> Iterator[Callable[[bool], None]]:
+    """Context manager: activations that operations inside save for backward are packed.
 
-    Not for inside of gradient checkpointing, whose own hooks these would replace.
+    Not for use inside of gradient checkpointing: its saved-tensor hooks would be replaced.
 
     Args:
-        block: Whose parameters and buffers are left as they are.
-        num_values: Numbers in the block's smallest token tensor; what is smaller is left as it is.
-        arguments: Tensors (in tuples, lists or dicts) that are left as they are.
+        block: The block. Its parameters and buffers are not packed.
+        num_values: Number of values in the block's smallest token tensor; smaller tensors are not packed.
+        arguments: Tensors (in tuples, lists or dicts) that are not packed.
 
     Yields:
-        A function that is told whether square matrices are tokens from now on: queries, keys, values and outputs of as
-        many tokens as a head is wide look like attention weights, which are left as they are.
+        A function to call with True while square matrices are tokens, and with False otherwise. Queries, keys, values
+        and outputs of as many tokens as a head is wide look like attention weights, which are not packed.
     """
     outside = (*block.parameters(), *block.buffers(), *_tensors_in(arguments))
     exact = {StorageWeakRef(tensor.untyped_storage()) for tensor in outside}
-    # autocast's copies of weights are tensors of their own, known by their shape alone
+    # autocast's copies of weights are other tensors, recognised only by their shape
     casts = any(torch.is_autocast_enabled(device) for device in {tensor.device.type for tensor in outside})
     shapes = {tuple(sorted(p.shape)) for p in block.parameters() if p.ndim == 2 and casts}
-    memo: dict[Any, PackedTensor] = {}
+    memo: dict[tuple[object, ...], PackedTensor] = {}
     squares = {"are_tokens": False}
 
     def admit(squares_are_tokens: bool) -> None:
         squares["are_tokens"] = squares_are_tokens
 
-    def pack(tensor: Tensor) -> Any:
+    def pack(tensor: Tensor) -> Tensor | Packed:
         is_square = tensor.ndim > 2 and tensor.shape[-1] == tensor.shape[-2]  # attention weights, masks
         storage = tensor.untyped_storage()
         is_square &= not squares["are_tokens"] and not _is_split_by_heads(tensor)
         if StorageWeakRef(storage) in exact:
             _note(tensor)
-            return tensor.detach()  # itself it would hold the graph that holds it, if no backward comes
+            return tensor.detach()  # the tensor itself would make a reference cycle with the graph, if no backward runs
         if (
             not tensor.is_floating_point()
             or tensor.numel() < num_values
             or is_square
             or tuple(sorted(tensor.shape)) in shapes
         ):
-            # a piece of a larger tensor (the class token's query) would keep the whole of it
+            # a view of a larger tensor (the class token's query) would keep all of it
             kept = tensor.detach()
             kept = kept.clone() if 2 * tensor.nbytes < storage.nbytes() else kept
             _note(kept)
@@ -75,7 +76,7 @@ def saved_in_int8(block: nn.Module, num_values: float, arguments: Any) -> Iterat
             _note(memo[place].codes, memo[place].smallest, memo[place].step)
         return memo[place], dense.shape, dense.stride()
 
-    def unpack(packed: Any) -> Tensor:
+    def unpack(packed: Tensor | Packed) -> Tensor:
         if isinstance(packed, Tensor):
             return packed
         numbers, shape, stride = packed
@@ -89,8 +90,8 @@ def saved_in_int8(block: nn.Module, num_values: float, arguments: Any) -> Iterat
 
 
 @contextmanager
-def watch_kept(note: Callable[[Tensor], Any]) -> Iterator[None]:
-    """Calls `note` with what `saved_in_int8` keeps, packed or as it is: hooks further out do not see it."""
+def watch_kept(note: Callable[[Tensor], object]) -> Iterator[None]:
+    """Call `note` with each tensor that `saved_in_int8` keeps, packed or not; outer hooks do not see it."""
     token = _watcher.set(note)
     try:
         yield
@@ -100,11 +101,12 @@ def watch_kept(note: Callable[[Tensor], Any]) -> Iterator[None]:
 
 def _note(*tensors: Tensor) -> None:
     note = _watcher.get()
-    for tensor in tensors if note is not None else ():
-        note(tensor)  # type: ignore[misc]
+    if note is not None:
+        for tensor in tensors:
+            note(tensor)
 
 
-def _tensors_in(value: Any) -> list[Tensor]:
+def _tensors_in(value: object) -> list[Tensor]:
     if isinstance(value, Tensor):
         return [value]
     values = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else ()
@@ -112,12 +114,12 @@ def _tensors_in(value: Any) -> list[Tensor]:
 
 
 def _is_split_by_heads(tensor: Tensor) -> bool:
-    """Whether it lies in memory as [B, N, H, d], as attention weights never do: heads are next to each other there."""
+    """Whether the tensor [B, H, N, d] has the memory layout of [B, N, H, d], which attention weights never have."""
     return tensor.ndim == 4 and tensor.shape[1] > 1 and tensor.stride(1) == tensor.shape[3] < tensor.stride(2)
 
 
 def _is_dense(tensor: Tensor) -> bool:
-    """Whether its numbers fill a range of memory, in whatever order of the axes."""
+    """Whether the tensor fills a range of memory without gaps, in any order of the axes."""
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size != 1 and stride != expected:

@@ -1,4 +1,4 @@
-"""Tokens kept for backward beside a frozen backbone: as they are, or rounded."""
+"""Tokens of a frozen backbone that are kept for backward, in full or rounded."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ KeptTokens = Literal["full", "bfloat16", "float16", "int8"]
 
 
 def keep_tokens(tokens: Tensor, kept: KeptTokens) -> tuple[Tensor, ...]:
-    """What `restore_tokens` makes tokens of: one tensor, or codes, smallest numbers and steps."""
+    """Pack tokens for `restore_tokens`: one tensor, or codes, smallest numbers and steps."""
     if kept == "full":
         return (tokens,)
     if kept != "int8":
@@ -24,12 +24,12 @@ def keep_tokens(tokens: Tensor, kept: KeptTokens) -> tuple[Tensor, ...]:
 
 
 def restore_tokens(packed: tuple[Tensor, ...], shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """The tokens, of that shape; rounded to 16 bits they stay in these.
+    """Unpack tokens. Those rounded to 16 bits keep the 16-bit dtype.
 
     Args:
         packed: From `keep_tokens`.
-        shape: They had.
-        dtype: They had.
+        shape: Shape of the tokens.
+        dtype: Dtype of tokens that were packed as `"int8"`.
     """
     if len(packed) == 1:
         return packed[0]

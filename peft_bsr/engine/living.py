@@ -1,9 +1,9 @@
-"""Counts the bytes of tensors that are still alive, independently of who holds them."""
+"""Counts the bytes of tensors that are still alive, independently of what holds them."""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -39,7 +39,7 @@ class LivingBytes(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.sizes: dict[int, int] = {}  # address of a storage -> bytes
-        # weak, of the storage itself, not of its Python object; and as long as one is there, no other gets its address
+        # weak, to the storage, not its Python object; while one is here, its address is not used again
         self._references: dict[int, StorageWeakRef] = {}
 
     def bytes(self, exclude: Iterable[Tensor] = (), collects: bool = True) -> int:
@@ -59,11 +59,11 @@ class LivingBytes(TorchDispatchMode):
         return alive - {storage_key(storage) for tensor in exclude for storage in _storages(tensor)}
 
     def note(self, tensor: Tensor, is_new: bool = True) -> None:
-        """Note a tensor's storages, unless they are known.
+        """Record a tensor's storages, unless they are recorded already.
 
         Args:
-            tensor: Any.
-            is_new: Whether they count; False for what was there before.
+            tensor: The tensor.
+            is_new: Whether its bytes count; False for tensors that existed before.
         """
         for storage in _storages(tensor):
             number = storage_key(storage)
@@ -73,10 +73,16 @@ class LivingBytes(TorchDispatchMode):
                 self._appeared(storage)
 
     def _appeared(self, storage: torch.UntypedStorage) -> None:
-        """For a subclass: a storage is noted for the first time."""
+        """Called when a storage is recorded for the first time; for subclasses."""
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is not torch.ops.aten.lift_fresh.default:  # `torch.tensor` makes its argument
+    def __torch_dispatch__(
+        self,
+        function: Any,
+        types: Sequence[type],
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
+        if function is not torch.ops.aten.lift_fresh.default:  # its argument is new: `torch.tensor` made it
             for tensor in _tensors((args, kwargs)):
                 self.note(tensor, is_new=False)
         output = function(*args, **(kwargs or {}))
@@ -85,7 +91,7 @@ class LivingBytes(TorchDispatchMode):
         return output
 
 
-def _tensors(values: Any) -> Iterator[Tensor]:
+def _tensors(values: object) -> Iterator[Tensor]:
     return (leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor))
 
 

@@ -1,4 +1,4 @@
-"""Low-rank mixing of tokens across channels and across positions, computed again for backward.
+"""Low-rank mixing of tokens across channels and across positions, recomputed in backward.
 
 Shapes: B images, N tokens, D width, r and t ranks.
 """
@@ -17,13 +17,13 @@ from peft_bsr.engine.traced import region
 
 
 class MixerWeights(NamedTuple):
-    """The weights of one mixer, in one dtype. Without mixing across positions the last four are None.
+    """The weights of one mixer, all of one dtype. Without mixing across positions, the last four are None.
 
     Attributes:
         norm_weight, norm_bias: [D].
         channel_down, channel_down_bias: [r, D], [r].
         channel_up, channel_up_bias: [D, r], [D].
-        token_down, token_down_bias: [t, N] or one for each image [B, t, N], [t].
+        token_down, token_down_bias: [t, N] or per image [B, t, N], [t].
         token_up, token_up_bias: [N, t] or [B, N, t], [N] or [B, N].
     """
 
@@ -51,18 +51,18 @@ class MixerWeights(NamedTuple):
 
 
 def mix_tokens(tokens: Tensor, weights: MixerWeights, eps: float, kept: KeptTokens = "full") -> Tensor:
-    """A channel mixer, then a token mixer on its outcome; nothing but the tokens is kept for backward.
+    """A channel mixer, then a token mixer on its output; only the tokens are kept for backward.
 
     ```
     v = LN(u);  c = W_up gelu(W_down v + a) + a';  t = W_up' gelu(W_down' (v + c) + e) + e'
     ```
-    Where a compiler traces it, the tokens are kept as they are.
+    Under `torch.compile`, the tokens are kept in full.
 
     Args:
-        tokens: u [B, N, D], any floating dtype; they are kept in it.
-        weights: They say in which dtype it is computed.
+        tokens: u [B, N, D], any floating dtype.
+        weights: Weights of the mixer; their dtype is the compute dtype.
         eps: LayerNorm epsilon.
-        kept: How the tokens are kept for backward. The forward always uses them as they are.
+        kept: How the tokens are kept for backward, in full or rounded. The forward does not round them.
 
     Returns:
         c + t [B, N, D], in the dtype of the weights.
@@ -74,8 +74,8 @@ def mix_tokens(tokens: Tensor, weights: MixerWeights, eps: float, kept: KeptToke
         if torch.compiler.is_compiling():
             (mixed,) = region(lambda tokens: (weights.mix(tokens.to(dtype), eps),), "input", tokens)
             return mixed
-        found: Tensor = _Recomputed.apply(tokens, eps, kept, *weights)
-        return found
+        mixed = _Recomputed.apply(tokens, eps, kept, *weights)
+        return mixed
 
 
 class _Recomputed(torch.autograd.Function):
@@ -87,20 +87,20 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-        number = len(ctx.needs_input_grad) - 3  # of the weights, some of them None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        number = len(ctx.needs_input_grad) - 3  # number of weights, some of them None
         weights, packed = ctx.saved_tensors[:number], ctx.saved_tensors[number:]
         tokens = restore_tokens(packed, ctx.shape, ctx.dtype).to(weights[0].dtype)
         needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[3:]]
         with torch.enable_grad(), torch.autocast(gradient.device.type, enabled=False):
             inputs: list[Any] = [
-                tensor if tensor is None else tensor.detach().requires_grad_(asks)
-                for tensor, asks in zip((tokens, *weights), needs, strict=True)
+                tensor if tensor is None else tensor.detach().requires_grad_(needed)
+                for tensor, needed in zip((tokens, *weights), needs, strict=True)
             ]
             mixed = MixerWeights(*inputs[1:]).mix(inputs[0], ctx.eps)
-            asked = [tensor for tensor, asks in zip(inputs, needs, strict=True) if asks]
+            asked = [tensor for tensor, needed in zip(inputs, needs, strict=True) if needed]
             found = iter(torch.autograd.grad(mixed, asked, gradient))
-        of_tokens, *of_weights = [next(found) if asks else None for asks in needs]
+        of_tokens, *of_weights = [next(found) if needed else None for needed in needs]
         return None if of_tokens is None else of_tokens.to(ctx.dtype), None, None, *of_weights
 
 

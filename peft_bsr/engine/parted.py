@@ -1,11 +1,12 @@
-"""The attention half where some tokens carry gradients and the others run without a graph.
+"""The attention half when some tokens carry gradients and the others run without a graph.
 
-All tokens ask all tokens, in the order of the sequence, so the forward is the ordinary one; keys and values of the
-others are numbers to backward. Shapes: B images, N tokens, C chosen, O others, H heads, d head width, D width.
+All tokens attend to all tokens in the order of the sequence, so the forward does not change; for backward, keys and
+values of the others are constants. Shapes: B images, N tokens, C chosen, O others, H heads, d head width, D width.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from peft_bsr.backbones import attend, first_rows
 from peft_bsr.core import BlockCall, TokenSplit
-from peft_bsr.engine.halves import LeanAttention
+from peft_bsr.engine.halves import Admit, LeanAttention, known_arguments
 from peft_bsr.engine.plan import Lean
 from peft_bsr.ops import recomputed, token_scores
 
@@ -23,18 +24,18 @@ class PartedAttention(LeanAttention):
     """A lean attention half that can also run in two parts; see `LeanAttention`."""
 
     def parted(
-        self, call: BlockCall, split: TokenSplit, tokens: Tensor, arguments: dict[str, Any], lean: Lean | None
+        self, call: BlockCall, split: TokenSplit, tokens: Tensor, arguments: dict[str, object], lean: Lean | None
     ) -> tuple[Tensor, Tensor]:
         """The tokens after the half: those that carry gradients [B, C or Q, D], and the others [B, O, D].
 
         Args:
-            call: Scores asked for are left in it.
-            split: Which carry gradients.
+            call: The block's call. Scores, if asked for, are stored in it.
+            split: Which tokens carry gradients.
             tokens: [B, N, D].
-            arguments: Of the attention.
-            lean: What is not kept for backward; None = plain operations, which keep all they need.
+            arguments: Arguments of the attention other than the tokens.
+            lean: What is not kept for backward; None = plain operations.
         """
-        mask, tables = arguments.get("attention_mask"), arguments.get("position_embeddings")
+        mask, tables = known_arguments(arguments)
         count = None if lean is None else lean.num_queries
         op, rate = self.op_for(count), self.rate
         is_recomputed = lean is not None and not lean.save_products
@@ -56,9 +57,9 @@ class PartedAttention(LeanAttention):
             mixed = attend(self.attention, self.source, query, key, value, split.rows_of(mask)[1], self.scaling, rate)
             return after, others + self.finished(mixed)
 
-    def scores(self, kind: str, tokens: Tensor, arguments: dict[str, Any]) -> Tensor:
+    def scores(self, kind: str, tokens: Tensor, arguments: dict[str, object]) -> Tensor:
         """Scores of the tokens [B, N], without a graph, before the half runs."""
-        mask, tables = arguments.get("attention_mask"), arguments.get("position_embeddings")
+        mask, tables = known_arguments(arguments)
         with torch.no_grad():
             inputs = (*self.norm_tensors(), *self.tensors())
             query, key, _ = self._heads(self.op_for(None).plain, True, tokens, *inputs)
@@ -69,21 +70,21 @@ class PartedAttention(LeanAttention):
     def _mix_parts(
         self,
         score: str | None,
-        tables: Any,
+        tables: Sequence[Tensor] | None,
         rate: float,
-        admit: Any,
+        admit: Admit | None,
         is_recomputed: bool,
         split: TokenSplit,
-        project: Any,
+        project: Callable[[Tensor, Sequence[Tensor | None]], tuple[Tensor, Tensor, Tensor]],
         chosen: Tensor,
         others: Tensor,
-        mask: Any,
-        *inputs: Any,
+        mask: Tensor | None,
+        *inputs: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        """What the chosen get [B, C or Q, H * d]; query of the others, key and value of all, without a graph; scores.
+        """Attention output of the chosen [B, C or Q, H * d]; query of the others, key and value of all; scores.
 
-        Arguments are those of `LeanAttention._mix`, the two parts of the tokens, and `project`, which makes queries,
-        keys and values of the chosen.
+        Only the first has a graph. Arguments are those of `LeanAttention._mix`, the two parts of the tokens, and
+        `project`, which computes query, key and value of the chosen.
         """
         query, key, value = self._heads(project, is_recomputed, chosen, *inputs)
         with torch.no_grad():
@@ -102,7 +103,13 @@ class PartedAttention(LeanAttention):
         found = mixed, other_query.detach(), key.detach(), value.detach()
         return found if score is None else (*found, token_scores(score, ranked, key, self.scaling, mask))
 
-    def _heads(self, project: Any, is_recomputed: bool, tokens: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def _heads(
+        self,
+        project: Callable[[Tensor, Sequence[Tensor | None]], tuple[Tensor, Tensor, Tensor]],
+        is_recomputed: bool,
+        tokens: Tensor,
+        *inputs: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value by heads, after their norms."""
         query_weight, query_bias, key_weight, key_bias, *tensors = inputs
         query, key, value = project(tokens, tensors)
@@ -111,7 +118,7 @@ class PartedAttention(LeanAttention):
 
 
 def _join(split: TokenSplit, chosen: Tensor, others: Tensor) -> Tensor:
-    """[B, H, C, d] and [B, H, O, d] -> [B, H, N, d], in memory as [B, N, H, d]."""
+    """[B, H, C, d] and [B, H, O, d] -> [B, H, N, d], with the memory layout of [B, N, H, d]."""
     return split.join(chosen.transpose(1, 2), others.transpose(1, 2)).transpose(1, 2)
 
 

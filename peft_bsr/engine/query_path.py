@@ -1,15 +1,16 @@
-"""A frozen block read by queries: its own weights work on a few learned tokens, its own tokens do not change.
+"""Learned queries that run through a frozen block with its weights and attend to its tokens, which do not change.
 
-Only queries run through the block's query and output projections, norms and MLP; gradients cross those for them alone.
-Of the block's tokens one normalised tensor is kept for backward, in the dtype asked for. Queries stand nowhere in the
-image, so they read content alone: rotary tables are not applied to them nor to the keys that they read, and relative
-position biases are left out. Masks of padding are followed.
+Only the queries run through the block's query and output projections, norms and MLP, and only they have gradients
+there. Of the block's tokens, one normalised tensor is kept for backward, in the chosen dtype. Queries have no position
+in the image: rotary tables are applied neither to them nor to the keys they attend to, and relative position biases are
+left out. Padding masks apply.
 
 Shapes: B images, N tokens, T queries, H heads, d head width, D width.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,13 +28,13 @@ ROLES = ("query", "key", "value", "output")
 
 @dataclass(frozen=True)
 class QueryPath:
-    """How blocks are read.
+    """How queries read blocks.
 
     Attributes:
-        spec: Knows their parts.
-        absorbs: Whether key and value projections are absorbed, so that only tokens are kept; else keys and values are.
-        kept: How absorbed projections keep the tokens for backward: as they are, or rounded, `"int8"` to 256 steps. The
-            forward always uses them as they are; keys and values are never rounded.
+        spec: Description of the model.
+        absorbs: Whether key and value projections are absorbed, so that tokens are kept instead of keys and values.
+        kept: How tokens are kept for backward if projections are absorbed: in full or rounded, `"int8"` to 256 steps.
+            The forward does not round them; keys and values are never rounded.
     """
 
     spec: ModelSpec
@@ -42,32 +43,32 @@ class QueryPath:
 
     @property
     def exact_names(self) -> tuple[str, ...]:
-        """Roles of the projections that are absorbed: plain weights, which nobody may round."""
+        """Canonical names of the absorbed projections. Their weights must not be quantised."""
         return ("attention.key", "attention.value") if self.absorbs else ()
 
     def tokens_of(self, block: nn.Module, hidden_states: Tensor) -> Tensor:
-        """What queries read: LN1 of the block's input [B, N, D], without a graph."""
-        assert self.spec.block_spec is not None, "only blocks whose parts are known are read"
+        """The tokens that queries attend to: norm1 of the block's input [B, N, D], without a graph."""
+        assert self.spec.block_spec is not None, "only blocks with known parts are read"
         with torch.no_grad():
             return apply_part(block, self.spec.block_spec.norm1, hidden_states)
 
     def read(
         self, block: nn.Module, queries: Tensor, tokens: Tensor, hidden: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """What the block makes of the queries.
+        """Run the queries through the block.
 
         Args:
-            block: Frozen.
+            block: The frozen block.
             queries: [B, T, D].
             tokens: [B, N, D], see `tokens_of`; any floating dtype.
             hidden: [B, N] bool, True where a token is padding, or None.
 
         Returns:
-            F_att [B, T, D], the attention's part, and F_ffn [B, T, D], the MLP's: the block's output for the queries
-            is their sum with them. LayerScale and DropPath are the block's own.
+            F_att [B, T, D] of the attention half and F_ffn [B, T, D] of the MLP half, after the block's LayerScale and
+            DropPath. `queries + F_att + F_ffn` is the block's output.
         """
         block_spec = self.spec.block_spec
-        assert block_spec is not None, "only blocks whose parts are known are read"
+        assert block_spec is not None, "only blocks with known parts are read"
         mine = queries.to(_dtype_of(block, queries))
         attended = self.attend(block, apply_part(block, block_spec.norm1, mine), tokens, hidden)
         for name in block_spec.after_attention:
@@ -85,8 +86,8 @@ class QueryPath:
     def attend(self, block: nn.Module, queries: Tensor, tokens: Tensor, hidden: Tensor | None) -> Tensor:
         """The attention's output [B, T, D] for normalised queries [B, T, D]."""
         spec = self.spec
-        ask, key, value, output = projections(block, spec)
-        query, heads, scaling = ask(queries), spec.num_heads, spec.scaling
+        project, key, value, output = projections(block, spec)
+        query, heads, scaling = project(queries), spec.num_heads, spec.scaling
         if self.absorbs:
             absorbed = absorb_key(query, key.weight, heads)
             pooled = pool_tokens(absorbed, tokens, scaling, hidden, self.kept)
@@ -101,13 +102,13 @@ class QueryPath:
 
 
 def projections(block: nn.Module, spec: ModelSpec) -> list[Any]:
-    """The block's query, key, value and output projections; None where it has not got that one."""
+    """The block's query, key, value and output projections, None for each that it does not have."""
     param_modules = {role: block.get_submodule(leaf) for role, leaf in spec.paths.items()}
     return [param_modules.get(f"attention.{role}") for role in ROLES]
 
 
-def attention_mask(spec: ModelSpec, args: Any, kwargs: dict[str, Any]) -> Tensor | None:
-    """The mask that a block is called with, if it is a tensor."""
+def attention_mask(spec: ModelSpec, args: Iterable[object], kwargs: Mapping[str, object]) -> Tensor | None:
+    """The attention mask among a block's arguments, or None if there is none or it is not a tensor."""
     names = () if spec.block_spec is None else spec.block_spec.block_inputs
     mask = {**dict(zip(names, args, strict=False)), **kwargs}.get("attention_mask")
     return mask if isinstance(mask, Tensor) else None
@@ -116,10 +117,10 @@ def attention_mask(spec: ModelSpec, args: Any, kwargs: dict[str, Any]) -> Tensor
 def pool_tokens(
     query: Tensor, tokens: Tensor, scaling: float, hidden: Tensor | None = None, kept: KeptTokens = "full"
 ) -> Tensor:
-    """`softmax(query . token * scaling)` times the tokens; gradients reach the query alone.
+    """`softmax(query . token * scaling)` times the tokens; only the query has gradients.
 
     Args:
-        query: [B, R, D], absorbed queries.
+        query: Absorbed queries [B, R, D].
         tokens: [B, N, D], any floating dtype.
         scaling: Factor on the products.
         hidden: [B, N] bool, True where a token is padding, or None.
@@ -154,7 +155,7 @@ class _PooledTokens(torch.autograd.Function):
 
 
 def _dtype_of(block: nn.Module, like: Tensor) -> torch.dtype:
-    """What the block computes in; autocast casts by itself."""
+    """The block's compute dtype; under autocast, the dtype of `like`, because autocast casts it."""
     if torch.is_autocast_enabled(like.device.type):
         return like.dtype
     return next((p.dtype for p in exact_parameters(block)), like.dtype)

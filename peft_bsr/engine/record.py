@@ -1,4 +1,4 @@
-"""Watching the routes of a model's forwards."""
+"""Records the routes of a model's forwards."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from peft_bsr.errors import AdapterError
 
 @contextmanager
 def record_routes(model: nn.Module) -> Iterator[list[tuple[int, Route]]]:
-    """Collect `(block index, route behind it)` of every reduction that runs inside the `with` block.
+    """Collect `(block index, route after it)` of every reduction that runs inside the `with` block.
 
     Args:
-        model: A model with one of our adapters.
+        model: A model with an adapter of this package.
 
     Yields:
-        The list, filled as forwards run. Routes share no memory with the forward, and do not keep what it was asked.
+        The list, filled as forwards run. Routes share no memory with the forward and do not hold its tasks.
 
     Raises:
-        AdapterError: If the model carries none of our adapters.
+        AdapterError: If the model has no adapter of this package.
 
     Examples:
         >>> with record_routes(model) as routes:  # doctest: +SKIP
@@ -46,10 +46,10 @@ def record_routes(model: nn.Module) -> Iterator[list[tuple[int, Route]]]:
 
 
 def find_forward(model: nn.Module) -> Forward:
-    """What the blocks of `model` share, in this thread.
+    """The state that the blocks of `model` share during a forward, of this thread.
 
     Raises:
-        AdapterError: If the model carries none of our adapters.
+        AdapterError: If the model has no adapter of this package.
     """
     contexts = [getattr(module, "context", None) for module in model.modules()]
     context = next((c for c in contexts if isinstance(c, ForwardContext)), None)

@@ -1,8 +1,8 @@
-"""Watching what the class token looks at in every block of a forward."""
+"""Records the token scores of every block in a forward."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,17 +11,17 @@ from torch import Tensor, nn
 
 from peft_bsr.backbones import AttentionScorer, ModelSpec, SdpaObserver, observed_interface
 from peft_bsr.core import CLASS_FREE_SCORE, BlockCall, ForwardContext, Route, ScoreKind
-from peft_bsr.engine.runner import CONTROLLER
+from peft_bsr.engine.controller import CONTROLLER, BlockController
 
 
 @dataclass(frozen=True)
 class BlockScores:
-    """How much the tokens of one block's attention were attended to in one forward.
+    """Token scores of one block's attention in one forward.
 
     Attributes:
-        block: Its index.
-        scores: [B, N], mean over heads, see `peft_bsr.core.token_scores`; N tokens are alive, special ones included.
-        route: Which tokens those are.
+        block: Index of the block.
+        scores: [B, N], mean over heads, see `peft_bsr.core.token_scores`. N counts the alive tokens with special ones.
+        route: The route that tells which tokens these are.
     """
 
     block: int
@@ -31,12 +31,12 @@ class BlockScores:
 
 @contextmanager
 def record_scores(model: nn.Module, spec: ModelSpec, kind: ScoreKind | None = None) -> Iterator[list[BlockScores]]:
-    """Collect the token scores of every block that runs inside the `with` block, from the attention's own queries.
+    """Collect the token scores of every block that runs inside the `with` block, by its own queries and keys.
 
     Args:
-        model: With or without one of our adapters; not compiled.
-        spec: Of this model, its names as in `model`.
-        kind: What is collected; default the class token's row, or the mean query's where there is no such token.
+        model: The model, with or without an adapter of this package; not compiled.
+        spec: Description of the model, with module names as in `model`.
+        kind: Kind of score. Default None: `"class"`, or `CLASS_FREE_SCORE` if there is no prefix token.
 
     Yields:
         A list that fills up as the model runs.
@@ -50,7 +50,7 @@ def record_scores(model: nn.Module, spec: ModelSpec, kind: ScoreKind | None = No
     own, found = ForwardContext(), list[BlockScores]()
     scorer = AttentionScorer(own)
 
-    def begin(controller: Any, hidden_states: Tensor) -> None:
+    def begin(controller: BlockController | None, hidden_states: Tensor) -> None:
         route = None if controller is None else controller.context.now.route
         if route is None:
             patches = hidden_states.shape[1] - spec.num_special
@@ -84,8 +84,8 @@ def record_scores(model: nn.Module, spec: ModelSpec, kind: ScoreKind | None = No
         yield found
 
 
-def _both(scorer: AttentionScorer, controller: Any) -> Any:
-    """Tells the block's own scorer too, whose place on the attention is taken."""
+def _both(scorer: AttentionScorer, controller: BlockController | None) -> Callable[..., None]:
+    """An observer that also calls the block's own scorer, which it replaces on the attention."""
 
     def observe(*seen: Any) -> None:
         scorer.observe(*seen)

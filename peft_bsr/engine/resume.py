@@ -1,10 +1,9 @@
-"""Forwards that stop or begin in the middle of a model: what a cache of frozen blocks' outputs is made and fed by."""
+"""Forwards that stop or start in the middle of a model, to fill and use a cache of frozen blocks' outputs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,19 +14,23 @@ from peft_bsr.errors import ForwardError
 
 
 class StopForwardError(Exception):
-    """Ends a forward that was to stop at a place; never leaves `run_until`."""
+    """Ends a forward at a resume point; caught in `run_until`."""
 
 
-def run_until(model: nn.Module, index: int, inputs: dict[str, Any]) -> ResumePoint:
+def run_until(model: nn.Module, index: int, inputs: Mapping[str, object]) -> ResumePoint:
     """Run `model(**inputs)` up to block `index`, without gradients.
 
     Args:
-        model: A model with one of our adapters.
-        index: The block that does not run any more.
-        inputs: Of the model.
+        model: A model with an adapter of this package.
+        index: Index of the first block that does not run.
+        inputs: Keyword arguments of the model.
 
     Returns:
-        What stands in front of the block.
+        The block's input tokens and their route.
+
+    Raises:
+        AdapterError: If the model has no adapter of this package.
+        ForwardError: If the forward ended without reaching the block.
     """
     resume_point = ResumePoint(index)
     with _resume_point(find_forward(model), resume_point), torch.no_grad():
@@ -35,12 +38,12 @@ def run_until(model: nn.Module, index: int, inputs: dict[str, Any]) -> ResumePoi
             model(**inputs)
         except StopForwardError:
             return resume_point
-    raise ForwardError(f"the forward came to its end without block {index}; is the adapter disabled?")
+    raise ForwardError(f"the forward ended without reaching block {index}; is the adapter disabled?")
 
 
 @contextmanager
 def run_from(model: nn.Module, resume_point: ResumePoint) -> Iterator[None]:
-    """A forward inside begins at `resume_point`; earlier blocks do not run."""
+    """Context manager: forwards inside start at `resume_point`; earlier blocks do not run."""
     with _resume_point(find_forward(model), resume_point):
         yield
 
@@ -55,7 +58,7 @@ def _resume_point(now: Forward, resume_point: ResumePoint) -> Iterator[None]:
 
 
 def stop_or_resume(now: Forward, hidden_states: Tensor) -> Tensor:
-    """Stop before the resume point's block, or take its tokens and its route. Called by that block."""
+    """Stop before the resume point's block, or return its tokens and set its route. Called by that block."""
     resume_point = now.resume_point
     assert resume_point is not None, "only the resume point's block calls this"
     route = now.route

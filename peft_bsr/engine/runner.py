@@ -1,18 +1,18 @@
-"""Makes a model's blocks follow a plan. The one file that changes a block's class.
+"""Makes a model's blocks follow a plan. The only file that changes a block's class.
 
 Each block gets a child module, its controller, and a subclass of its own class with the same name (state-dict keys,
-`isinstance`, output capture and FSDP's wrapping stay intact). The block's *call* takes the running forward's route from
-the context and hands it to `forward` as a keyword. Gradient checkpointing, wherever transformers puts it (around
-`forward`, in earlier versions around the call of `nn.Module`), lies inside: a recomputation gets the very route of its
-own forward. Reading "the latest route" there was wrong by 0.6 to 1.1, silently.
+`isinstance`, output capture and FSDP's wrapping stay intact). The block's `__call__` reads the running forward's route
+from the context and passes it to `forward` as a keyword. Gradient checkpointing, wherever transformers applies it
+(around `forward`, in earlier versions around `nn.Module.__call__`), is inside, so a recomputation gets the route of its
+own forward. Reading "the latest route" there gave silent errors of 0.6 to 1.1.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from contextlib import nullcontext
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,15 +20,20 @@ from torch import Tensor, nn
 from peft_bsr.backbones import ModelSpec, ScoringConfig
 from peft_bsr.compat.torch_api import remove_hooks
 from peft_bsr.core import BlockCall
+from peft_bsr.engine.bound import BlockOutput
 from peft_bsr.engine.controller import CONTROLLER, BlockController
+from peft_bsr.engine.halves import Admit
 from peft_bsr.engine.int8 import saved_in_int8
 from peft_bsr.engine.traced import half_readers, warn_of_budget
 
+Controlled = TypeVar("Controlled", bound="ControlledBlock")
+
 
 class ControlledBlock(nn.Module):
-    """Mixin in front of a transformer block's own class; see `controlled_class`."""
+    """Mixin before a transformer block's own class; see `controlled_class`."""
 
     uncontrolled_class: type
+    _modules: dict[str, Any]
 
     @property
     def is_leading(self) -> bool:
@@ -36,8 +41,8 @@ class ControlledBlock(nn.Module):
         plan = getattr(self, CONTROLLER).block_plan
         return plan is not None and not plan.in_graph
 
-    def train(self, mode: bool = True) -> Any:
-        """Set the mode; inside of a block that always leads, only a controller that learns leaves evaluation mode."""
+    def train(self: Controlled, mode: bool = True) -> Controlled:
+        """Set the mode. Blocks before the first trained one stay in evaluation mode, except trained controllers."""
         super().train(mode)
         controller: BlockController = getattr(self, CONTROLLER)
         if self.is_leading and not controller.is_dynamic:
@@ -47,32 +52,34 @@ class ControlledBlock(nn.Module):
 
     @property
     def gradient_checkpointing(self) -> bool:
-        """What transformers set, but off in leading blocks: there is nothing to recompute for."""
+        """The value that transformers set, but False in leading blocks, which have no backward."""
         return self.__dict__.get("gradient_checkpointing", False) and not self.is_leading
 
     @gradient_checkpointing.setter
     def gradient_checkpointing(self, enabled: bool) -> None:
-        self.__dict__["gradient_checkpointing"] = enabled  # where the block's own class looks once we are gone
+        self.__dict__["gradient_checkpointing"] = enabled  # the block's own class reads it there
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> BlockOutput:
         """Call the block on the running forward's route."""
-        controller: Any = self._modules[CONTROLLER]
+        controller: BlockController = self._modules[CONTROLLER]
         try:
             return controller.call(self, super().__call__, args, kwargs)
-        except BaseException:  # the model's hooks are not told of interrupts, nor that only a part of the model ran
+        except BaseException:  # after an interrupt, or if only a part of the model was called, its hooks do not run
             controller.context.now.clear()
             raise
 
-    def forward(self, hidden_states: Tensor, *args: Any, block_call: BlockCall | None = None, **kwargs: Any) -> Any:
-        """Run the block, on a route if it is called for one. All comes with the call, for recomputation.
+    def forward(
+        self, hidden_states: Tensor, *args: object, block_call: BlockCall | None = None, **kwargs: object
+    ) -> BlockOutput:
+        """Run the block, on a route if there is one. All settings are arguments, so that a recomputation has them.
 
         Args:
             hidden_states: [B, P + A + S, D], or in full view [B, N, D].
-            *args: For the block.
-            block_call: What is asked, or None to run the stock block on all it gets.
-            **kwargs: For the block.
+            *args: Further arguments of the block.
+            block_call: Settings for this call, or None to run the stock block on its whole input.
+            **kwargs: Keyword arguments of the block.
         """
-        controller: Any = self._modules[CONTROLLER]
+        controller: BlockController = self._modules[CONTROLLER]
         if controller.builds_graph or controller.plan is None:
             return self._run(super().forward, block_call, hidden_states, args, kwargs)
         with torch.no_grad():
@@ -80,7 +87,7 @@ class ControlledBlock(nn.Module):
         if not controller.refines:
             return output
         tokens, *others = output if isinstance(output, tuple) else (output,)
-        route = controller.context.now.route
+        route: Any = controller.context.now.route
         if block_call is not None and block_call.score is not None:
             route = route.reduced(others[-1] if block_call.is_traced else block_call.origins)
         refined = controller.refine(self, tokens, route)
@@ -88,15 +95,16 @@ class ControlledBlock(nn.Module):
 
     def _run(
         self,
-        stock: Callable[..., Any],
+        stock: Callable[..., BlockOutput],
         block_call: BlockCall | None,
         hidden_states: Tensor,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
+        args: tuple[object, ...],
+        kwargs: dict[str, object],
+    ) -> BlockOutput:
+        """Run the block, or its halves if `block_call` is given."""
         if block_call is None:
             return stock(hidden_states, *args, **kwargs)
-        controller: Any = self._modules[CONTROLLER]
+        controller: BlockController = self._modules[CONTROLLER]
         now, plan, spec = controller.context.now, block_call.plan, controller.spec
         mix = (
             functools.partial(controller.mix, self, block_call.route.call)
@@ -107,20 +115,20 @@ class ControlledBlock(nn.Module):
             output, left = controller.bound(self).run(block_call, stock, hidden_states, args, kwargs, mix)
             parts = output if isinstance(output, tuple) else (output,)
             return (*parts, *left) if left else output
-        block_call.token_scores = block_call.origins = block_call.merged = None  # a recomputation finds its own
+        block_call.token_scores = block_call.origins = block_call.merged = None  # a recomputation sets its own
         block_call.split_after = block_call.split
-        packing: Any = nullcontext()
+        packing: AbstractContextManager[Admit | None] = nullcontext()
         bound = controller.bound(self)
-        asked = bound.asked(block_call)
-        if block_call.int8 and not (asked.is_traced or torch.compiler.is_compiling()):
+        adapted = bound.adapted(block_call)
+        if block_call.int8 and not (adapted.is_traced or torch.compiler.is_compiling()):
             packing = saved_in_int8(self, _fewest_values(spec, block_call, hidden_states), (args, kwargs))
-        earlier, now.running = now.running, asked
+        earlier, now.running = now.running, adapted
         try:
             with (
-                controller.scorer.watching(None if asked.score is None or asked.is_traced else spec.scores_from),
+                controller.scorer.watching(None if adapted.score is None or adapted.is_traced else spec.scores_from),
                 packing as block_call.admit,
             ):
-                output, left = bound.run(asked, stock, hidden_states, args, kwargs, mix)
+                output, left = bound.run(adapted, stock, hidden_states, args, kwargs, mix)
                 block_call.note(left)
                 return output
         finally:
@@ -128,16 +136,16 @@ class ControlledBlock(nn.Module):
 
     @torch.compiler.assume_constant_result
     def traced_readers(self) -> tuple[str, str, str]:
-        """See `half_readers`; a compiler takes the answer as fixed."""
+        """See `half_readers`; a constant in compiled code."""
         controller: BlockController = getattr(self, CONTROLLER)
         return half_readers(self, controller.spec, (controller, controller.scorer, controller.side_input_hooks))
 
     @torch.compiler.assume_constant_result
     def traced_aside(self, reader: str | None) -> None:
-        """Note what steps aside while a compiler traces the block.
+        """Record which parts of the plan are not active while a compiler traces the block.
 
         Args:
-            reader: Why the last block gives all of its tokens, or None.
+            reader: Why the last block computes all of its tokens, or None.
         """
         controller: BlockController = getattr(self, CONTROLLER)
         controller.aside = {} if reader is None else {"class token only": reader}
@@ -148,16 +156,16 @@ class ControlledBlock(nn.Module):
 
     @torch.compiler.assume_constant_result
     def traced_whole(self) -> None:
-        """Note that all tokens carry gradients while a compiler traces the block."""
+        """Record that all tokens carry gradients, because a compiler traces the block."""
         getattr(self, CONTROLLER).step_aside("gradient tokens", "torch.compile traces the block")
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+    def __reduce_ex__(self, protocol: object) -> tuple[object, ...]:
         return _new_controlled_block, (self.uncontrolled_class,), self.__dict__
 
 
 @functools.cache
-def controlled_class(block_class: type) -> type:
-    """The subclass of `block_class` that takes a route; made once, with the same name."""
+def controlled_class(block_class: type) -> type[ControlledBlock]:
+    """The subclass of `block_class` that takes a route, with the same name; made once."""
     namespace = {
         "uncontrolled_class": block_class,
         "__module__": block_class.__module__,
@@ -167,16 +175,16 @@ def controlled_class(block_class: type) -> type:
 
 
 def _new_controlled_block(block_class: type) -> nn.Module:
-    cls: Any = controlled_class(block_class)
+    cls = controlled_class(block_class)
     return cls.__new__(cls)
 
 
 def attach_controller(model: nn.Module, controller: BlockController) -> None:
-    """Put `controller` on its block of `model`. `detach_controller` takes it all back."""
+    """Put `controller` on its block of `model`. `detach_controller` undoes it."""
     spec = controller.spec
     block = model.get_submodule(spec.blocks[controller.index])
     setattr(block, CONTROLLER, controller)
-    block_class: Any = type(block)
+    block_class: type = type(block)
     block.__class__ = controlled_class(block_class)
     attention: Any = block.get_submodule(spec.attention)
     controller.side_input_hooks.attach(block, spec.attention)
@@ -209,7 +217,7 @@ def detach_controller(model: nn.Module, controller: BlockController) -> None:
 
 
 def _openers(model: nn.Module, controller: BlockController) -> list[nn.Module]:
-    """The model and the modules that call the blocks, for the last controller; else none."""
+    """Modules whose forward hooks open and close a forward: the model and the caller of the blocks. Last block only."""
     spec = controller.spec
     if controller.index != spec.depth - 1:
         return []
@@ -218,7 +226,7 @@ def _openers(model: nn.Module, controller: BlockController) -> list[nn.Module]:
 
 
 def _fewest_values(spec: ModelSpec, call: BlockCall, hidden_states: Tensor) -> float:
-    """Numbers in the smallest set of tokens that counts: those kept, or those dropped; above one for each head."""
+    """Number of values in the block's smallest token tensor (kept or dropped tokens); at least 2 per token and head."""
     rate = 1.0 if call.plan.reduction is None else call.plan.reduction.keep_rate
     share = min(rate, 1 - rate) * 0.9 if rate < 1 else 1.0
     if call.splits:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +17,12 @@ def saved_activations(model: nn.Module, forward: Callable[[], Tensor]) -> int:
     """Bytes that autograd saves for backward in one forward, each storage once, parameters and buffers excluded.
 
     Args:
-        model: Whose parameters and buffers are not counted.
+        model: The model. Its parameters and buffers are not counted.
         forward: Runs the model and returns the loss; it is not backpropagated.
 
     Returns:
-        saved bytes. Device and dtype are the model's; on the CPU this equals what the process holds for backward, up
-        to the allocator's rounding.
+        Saved bytes, on the model's device and in its dtype. On the CPU this equals what the process holds for backward,
+        up to the allocator's rounding.
 
     Examples:
         >>> layer = torch.nn.Linear(4, 2)
@@ -50,7 +49,7 @@ def saved_by_module(model: nn.Module, forward: Callable[[], Tensor]) -> dict[str
         {'0': 48, '1': 24}
     """
     persistent = {storage_key(t.untyped_storage()) for t in (*model.parameters(), *model.buffers())}
-    storages: dict[int, Any] = {}  # the storage is held, so that its address cannot be given away while we count
+    storages: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used again while we count
     saved: defaultdict[str, int] = defaultdict(int)
     names = {module: name for name, module in model.named_modules()}
     running = [""]
@@ -61,12 +60,12 @@ def saved_by_module(model: nn.Module, forward: Callable[[], Tensor]) -> dict[str
         if number not in persistent and number not in storages:
             storages[number] = storage
             saved[running[-1]] += storage.nbytes()
-        return tensor.detach()  # itself it would hold the graph that holds it, unseen by the garbage collector
+        return tensor.detach()  # the tensor itself would make a reference cycle with the graph
 
-    def enter(module: nn.Module, _: Any) -> None:
+    def enter(module: nn.Module, _: object) -> None:
         running.append(names.get(module, running[-1]))
 
-    def leave(*_: Any) -> None:
+    def leave(*_: object) -> None:
         running.pop()
 
     # hooks on the modules themselves would keep lean blocks from running lean

@@ -1,8 +1,8 @@
-"""A block as a compiler sees it: each half is a checkpoint region whose policy says what is kept for backward.
+"""A block under `torch.compile`: each half is a checkpoint region with a policy for what is kept for backward.
 
-The halves are the block's own modules. What a region keeps is what the eager lean halves keep: at `lean="exact"` the
-block's input, the products of the first Linears and the attention's output; at `"max"` the input alone, and the
-attention's output where weights behind it train. A compiler restores the rest, in kernels of its own.
+The halves are the block's own modules. A region keeps what the eager lean halves keep: at `lean="exact"` the block's
+input, the products of the first Linears and the attention's output; at `"max"` only the input, and the attention's
+output if the output projection trains. The compiler recomputes the rest.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from peft_bsr.backbones import ModelSpec, ScoreSource, SideInputHooks, run_scored
 from peft_bsr.compat.torch_api import activation_memory_budget
-from peft_bsr.core import BlockCall
+from peft_bsr.core import BlockCall, TokenSplit
 from peft_bsr.engine.bound import BoundBlock, modules_of
 from peft_bsr.engine.halves import StockAttention, StockMLP
 from peft_bsr.engine.plan import Lean
 from peft_bsr.engine.watch import Watch
 from peft_bsr.errors import MemoryBudgetWarning
 
-_PRODUCTS = {  # operator -> where its arguments have the left factor
+_PRODUCTS: dict[object, int] = {  # operator -> position of the left factor in its arguments
     torch.ops.aten.mm.default: 0,
     torch.ops.aten.bmm.default: 0,
     torch.ops.aten.addmm.default: 1,
     torch.ops.aten.baddbmm.default: 1,
 }
-_ATTENTION = ("scaled_dot_product", "flash_attn", "flash_attention", "flex_attention")  # in names of operators
-_RANK_SHARE = 8  # a product is kept if it sums over at least an eighth of its width: not a low-rank update
-Keeps = Literal["all", "products", "attention", "input"]  # of what happens in a half, for backward
+_ATTENTION = ("scaled_dot_product", "flash_attn", "flash_attention", "flex_attention")  # parts of operator names
+_RANK_SHARE = 8  # a product is kept if it sums over at least 1/8 of its width; a low-rank update does not
+Keeps = Literal["all", "products", "attention", "input"]  # what a half keeps for backward
 
 
 class TracedBlock(BoundBlock):
@@ -41,30 +41,35 @@ class TracedBlock(BoundBlock):
 
     Args:
         block: The block.
-        spec: Knows its parts.
+        spec: Description of the model.
         side_input_hooks: Selects the alive tokens' part of side inputs.
     """
 
-    def __init__(self, block: Any, spec: ModelSpec, side_input_hooks: SideInputHooks) -> None:
-        self.block: Any = block
+    def __init__(self, block: nn.Module, spec: ModelSpec, side_input_hooks: SideInputHooks) -> None:
+        self.block: Any = block  # a ControlledBlock
         self.spec, self.side_input_hooks = spec, side_input_hooks
         if spec.block_spec is not None:
             self.attention, self.mlp = StockAttention(block, spec.block_spec), StockMLP(block, spec.block_spec)
         self.run_attention, self.run_mlp = attention_half, mlp_half
 
-    def asked(self, call: BlockCall) -> BlockCall:
+    def adapted(self, call: BlockCall) -> BlockCall:
         """The call as the halves need it."""
         return call.traced() if self.spec.block_spec is not None else call
 
     @property
     def readers(self) -> tuple[str, str, str]:
         """See `half_readers`."""
-        found: tuple[str, str, str] = self.block.traced_readers()
-        return found
+        readers: tuple[str, str, str] = self.block.traced_readers()
+        return readers
 
     def _attend(
-        self, call: BlockCall, tokens: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], split: Any = None
-    ) -> tuple[Tensor, list[Any], Tensor | None]:
+        self,
+        call: BlockCall,
+        tokens: Tensor,
+        args: tuple[object, ...],
+        kwargs: dict[str, object],
+        split: TokenSplit | None = None,
+    ) -> tuple[Tensor, list[object], Tensor | None]:
         arguments, lean, kind = self._arguments(call, tokens, args, kwargs), call.lean, call.score
         keeps: Keeps = "all"
         if lean is not None and lean.attention and not self.readers[1]:
@@ -78,7 +83,11 @@ class TracedBlock(BoundBlock):
         return asked, [], scores[0] if scores else None
 
     def _expand(
-        self, call: BlockCall, tokens: Tensor, mix: Callable[[Tensor], Tensor] | None, split: Any = None
+        self,
+        call: BlockCall,
+        tokens: Tensor,
+        mix: Callable[[Tensor], Tensor] | None,
+        split: TokenSplit | None = None,
     ) -> Tensor:
         lean = call.lean
         if mix is not None:
@@ -91,7 +100,7 @@ class TracedBlock(BoundBlock):
     def _attention_keeps(self, lean: Lean) -> Keeps:
         if lean.save_products and lean.num_queries is None:
             return "products"
-        # for the few tokens that a head reads, products of all tokens would be kept
+        # products of all tokens would be kept, although the head reads few of them
         places = [leaf for role, leaf in self.spec.paths.items() if role == "attention.output"]
         trains = any(p.requires_grad for leaf in places for p in self.block.get_submodule(leaf).parameters())
         return "attention" if trains else "input"
@@ -104,21 +113,21 @@ def attention_half(
     num_queries: int | None,
     keeps: Keeps,
     tokens: Tensor,
-    arguments: dict[str, Any],
+    arguments: dict[str, object],
 ) -> tuple[Tensor, ...]:
     """The first half of a block as a pure function.
 
     Args:
         attention: Norm, attention and what follows it.
-        source: How scores are had.
-        kind: Of the scores asked for, or None.
-        num_queries: Tokens that ask, at the front; None = all.
+        source: Source of token scores.
+        kind: Kind of token score, or None.
+        num_queries: Number of first tokens that are used as queries; None = all.
         keeps: What is kept for backward.
         tokens: [B, N, D].
-        arguments: Of the attention.
+        arguments: Arguments of the attention other than the tokens.
 
     Returns:
-        The tokens that asked, after the half [B, N or Q, D], and scores [B, N] if they were asked for.
+        The tokens used as queries, after the half [B, N or Q, D], and scores [B, N] if asked for.
     """
 
     def half(tokens: Tensor) -> tuple[Tensor, ...]:
@@ -135,18 +144,18 @@ def attention_half(
 
 
 def mlp_half(mlp: StockMLP, keeps: Keeps, tokens: Tensor) -> Tensor:
-    """The second half of a block as a pure function: tokens [B, N, D] -> the same after it."""
+    """The second half of a block as a pure function: tokens [B, N, D] -> tokens [B, N, D]."""
     (after,) = region(lambda tokens: (mlp(tokens),), keeps, tokens)
     return after
 
 
 def region(run: Callable[[Tensor], tuple[Tensor, ...]], keeps: Keeps, tokens: Tensor) -> tuple[Tensor, ...]:
-    """Run a pure function so that a compiler keeps of what happens inside no more for backward than said.
+    """Run a pure function in a checkpoint region, which limits what a compiler keeps for backward.
 
     Args:
-        run: Tensors -> tensors; may read other tensors, and changes nothing.
-        keeps: What is kept.
-        tokens: For it.
+        run: Tokens -> tensors; may read other tensors, and changes nothing.
+        keeps: What is kept for backward.
+        tokens: Argument of `run`.
     """
     if keeps == "all":
         return run(tokens)
@@ -158,8 +167,8 @@ def region(run: Callable[[Tensor], tuple[Tensor, ...]], keeps: Keeps, tokens: Te
     return outputs
 
 
-def _keep_products(ctx: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """Keep what attention gives, and every product but those of a low-rank update."""
+def _keep_products(ctx: object, operator: object, *args: Any, **kwargs: object) -> CheckpointPolicy:
+    """Keep the attention's output, and all products except those of low-rank updates."""
     place = _PRODUCTS.get(operator)
     if place is None:
         return _keep_attention(ctx, operator)
@@ -168,20 +177,20 @@ def _keep_products(ctx: Any, operator: Any, *args: Any, **kwargs: Any) -> Checkp
     return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def _keep_attention(ctx: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """Keep what attention gives."""
+def _keep_attention(ctx: object, operator: object, *args: object, **kwargs: object) -> CheckpointPolicy:
+    """Keep the attention's output."""
     name = str(operator)
     is_kept = any(part in name for part in _ATTENTION)
     return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def half_readers(block: nn.Module, spec: ModelSpec, own: tuple[Any, ...]) -> tuple[str, str, str]:
-    """Names of hooks that look at a block, at its first half and at its second, empty for none.
+def half_readers(block: nn.Module, spec: ModelSpec, own: tuple[object, ...]) -> tuple[str, str, str]:
+    """Names of the user's hooks on a block, on its attention half and on its MLP half, empty for none.
 
     Args:
         block: The block.
-        spec: Knows its parts.
-        own: Objects whose hooks are our own.
+        spec: Description of the model.
+        own: Objects whose hooks are ignored, because they are this package's.
     """
     parts, every = spec.block_spec, modules_of(block, ())
     watch = Watch(every, own)
@@ -195,12 +204,12 @@ def half_readers(block: nn.Module, spec: ModelSpec, own: tuple[Any, ...]) -> tup
 
 
 def warn_of_budget(module: nn.Module) -> None:
-    """Warn where a compiler would compute random numbers anew for backward.
+    """Warn if compiled code would draw random numbers again in backward.
 
-    With torch's memory budget below 1 it draws others then, and gradients are wrong (pytorch#190758).
+    With torch's memory budget below 1, it draws other numbers, and gradients are wrong (pytorch#190758).
 
     Args:
-        module: What is compiled; parts that draw nothing now (rates of 0, evaluation mode) do not count.
+        module: The module that is compiled. Parts with rates of 0 or in evaluation mode do not count.
     """
     budget = activation_memory_budget()
     if budget >= 1:
@@ -217,7 +226,7 @@ def warn_of_budget(module: nn.Module) -> None:
 
 
 def _draws(module: nn.Module) -> bool:
-    """Whether a rate of dropout or drop path above 0 is among the module's attributes."""
+    """Whether an attribute of the module is a dropout or drop path rate above 0."""
     own = vars(module)
     rates = [
         value

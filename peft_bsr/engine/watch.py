@@ -1,11 +1,10 @@
-"""Whether modules are what they were: the same children, hooks, forwards and adapters. A cheap look at each call."""
+"""Detects changes of modules: their children, hooks, forwards and adapters. Cheap enough for each call."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from operator import itemgetter
-from typing import Any
 
 from torch import nn
 
@@ -13,19 +12,19 @@ from peft_bsr.backbones import ModelSpec
 from peft_bsr.compat.torch_api import MODULES, hook_dictionaries
 from peft_bsr.compat.transformers_api import captured_outputs, is_capture_hook
 
-STATE = "adapter_state"  # attribute of a module that holds adapters; another object after each change
-_SHARDING = ("torch.distributed.", "accelerate.")  # their hooks gather weights or move inputs, and look at no numbers
+STATE = "adapter_state"  # attribute of a tuner layer; another object after each change of its adapters
+_SHARDING = ("torch.distributed.", "accelerate.")  # their hooks gather weights or move inputs, and read no values
 
 
 class Watch:
-    """Modules as they are when this is made.
+    """A record of modules, to detect later changes.
 
     Args:
-        modules: What is watched.
-        own: Objects whose methods are no one else's hooks.
+        modules: The modules.
+        own: Objects whose hooks on the modules are ignored.
     """
 
-    def __init__(self, modules: Iterable[Any], own: tuple[Any, ...] = ()) -> None:
+    def __init__(self, modules: Iterable[nn.Module], own: tuple[object, ...] = ()) -> None:
         self._modules, self._own = list(modules), own
         self._kinds = [*map(type, self._modules)]
         holders = [getattr(module, MODULES) for module in self._modules]
@@ -33,11 +32,11 @@ class Watch:
         self._parents, self._names = [parent for parent, _, _ in links], [name for _, name, _ in links]
         self._children = [child for _, _, child in links]
         hooks = _hooks_of(self._modules)
-        self._dictionaries: list[dict[Any, Any]] = [*hooks, *holders]
-        self._count = sum(map(len, self._dictionaries))  # what was taken out of one is missed below
+        self._dictionaries: list[Sized] = [*hooks, *holders]
+        self._count = sum(map(len, self._dictionaries))  # finds removals, which the comparisons in `is_current` miss
         self._filled = [dictionary for dictionary in hooks if dictionary]
-        self._numbers = [*map(tuple, self._filled)]  # of the hooks; no two get the same
-        self._attributes: list[dict[str, Any]] = [module.__dict__ for module in self._modules]
+        self._numbers = [*map(tuple, self._filled)]  # ids of the hooks; never used twice
+        self._attributes: list[dict[str, object]] = [module.__dict__ for module in self._modules]
         self._forward = ["forward"] * len(self._modules)
         self._own_forwards = [*map(dict.get, self._attributes, self._forward)]
         self._holders = [vars(module) for module in self._modules if STATE in vars(module)]
@@ -58,13 +57,13 @@ class Watch:
 
     @property
     def hook(self) -> str | None:
-        """Name of a hook that looks at any of the modules in this forward, or None."""
+        """Name of a foreign hook that runs on any of the modules in this forward, or None."""
         if self._foreign is None and self._captures and captured_outputs():
             return "output_capturing_hook"
         return self._foreign
 
-    def foreign_hook(self, modules: Iterable[Any]) -> str | None:
-        """Name of a hook that looks at any of these modules, whether or not outputs are captured, or None."""
+    def foreign_hook(self, modules: Iterable[nn.Module]) -> str | None:
+        """Name of a foreign hook on any of these modules, or None. Hooks for captured outputs do not count."""
         for hooks in _hooks_of(modules):
             for hook in hooks.values():
                 if _is_foreign(hook, self._own):
@@ -73,25 +72,25 @@ class Watch:
         return None
 
     @property
-    def root(self) -> Any:
+    def root(self) -> nn.Module:
         """The first of the modules."""
         return self._modules[0]
 
-    def __reduce__(self) -> tuple[Any, ...]:  # a copy of the modules is watched by its own
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:  # copied modules get a new Watch
         return type(None), ()
 
     @staticmethod
-    def captures(modules: Iterable[Any]) -> bool:
+    def captures(modules: Iterable[nn.Module]) -> bool:
         """Whether transformers has put its hooks for captured outputs on any of these modules."""
         return any(is_capture_hook(hook) for hooks in _hooks_of(modules) for hook in hooks.values())
 
 
 @contextmanager
-def without_hooks(modules: Iterable[Any]) -> Iterator[None]:
-    """Hooks that look at any of these modules are off inside.
+def without_hooks(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Context manager: foreign hooks on these modules do not run inside.
 
     Args:
-        modules: None of them has hooks of ours.
+        modules: Modules without hooks of this package.
     """
     kept = [(hooks, dict(hooks)) for hooks in _hooks_of(modules) if hooks]
     try:
@@ -106,33 +105,34 @@ def without_hooks(modules: Iterable[Any]) -> Iterator[None]:
 
 
 def around_blocks(model: nn.Module, spec: ModelSpec) -> list[nn.Module]:
-    """What may see the tokens that the last block gives: the model first, and what runs around and after its blocks.
+    """Modules that may see the last block's output: the model first, then those that contain or follow its blocks.
 
     Args:
-        model: The model, or the module in it that calls the blocks: then the list is empty, whoever calls it sees them.
-        spec: Its names are those of the whole model.
+        model: The model. For the module in it that calls the blocks, the list is empty: any caller sees the output.
+        spec: Description of the whole model.
     """
     names = dict(model.named_modules())
     if spec.blocks[0] not in names:
         return []
-    behind = tuple(f"{head}." for head in (*spec.head, *spec.unread))
+    after = tuple(f"{head}." for head in (*spec.head, *spec.unread))
     around = spec.blocks[0].rpartition(".")[0]
     return [
         module
         for name, module in names.items()
-        if name == "" or f"{around}.".startswith(f"{name}.") or f"{name}.".startswith(behind)
+        if name == "" or f"{around}.".startswith(f"{name}.") or f"{name}.".startswith(after)
     ]
 
 
-def _is_foreign(hook: Any, own: tuple[Any, ...]) -> bool:
+def _is_foreign(hook: Callable[..., object], own: tuple[object, ...]) -> bool:
+    """Whether a hook is not of `own`, of a sharding library or of transformers' output capture."""
     function = getattr(hook, "func", hook)
     is_own = any(getattr(function, "__self__", None) is owner for owner in own)
     module = f"{getattr(function, '__module__', '')}."
     return not is_own and not module.startswith(_SHARDING) and not is_capture_hook(hook)
 
 
-def _hooks_of(modules: Iterable[Any]) -> list[dict[int, Any]]:
-    """Dictionaries that fill up when somebody adds a hook."""
+def _hooks_of(modules: Iterable[nn.Module]) -> list[dict[int, Callable[..., object]]]:
+    """The dictionaries in which the modules hold their hooks."""
     return [hooks for module in modules for hooks in hook_dictionaries(module)]
 
 

@@ -1,8 +1,8 @@
-"""Weights that nothing reads for now leave memory: they go to a file that is mapped, off the accelerator.
+"""Moves weights that are not needed for now out of memory, off the accelerator, to a memory-mapped file.
 
 A trained copy of a block would double that block's weights. The base weights are needed again only to switch the
-adapter off, to merge or to attach another; until then the file is their place, and what reads them on the CPU reads the
-same numbers through the mapping.
+adapter off, to merge or to attach another. Until then they are in the file, and code that reads them on the CPU gets
+the same values through the mapping.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from peft_bsr.compat.torch_api import version_of
 
 logger = logging.getLogger(__name__)
 
-_SMALLEST = 2**16  # bytes; a page for every bias would cost more than it gives
+_SMALLEST = 2**16  # bytes; for smaller parameters (biases), pages would cost more than they save
 
 
 class WeightOffload:
-    """Place for the parameters of one module.
+    """Offloads the parameters of one module.
 
     Examples:
         >>> layer, weight_offload = torch.nn.Linear(256, 256), WeightOffload()
@@ -35,13 +35,13 @@ class WeightOffload:
 
     def __init__(self) -> None:
         self._mapped: dict[str, Tensor] = {}
-        self._fetched: dict[str, tuple[int, int]] = {}  # what `onload` made: address and version
+        self._fetched: dict[str, tuple[int, int]] = {}  # address and version of what `onload` made
 
     def offload(self, module: nn.Module) -> None:
-        """Move the parameters' memory to a file and map it; values do not change. Without room they stay, logged.
+        """Move the parameters to a mapped file; values do not change. If it cannot be written, they stay, logged.
 
         Args:
-            module: Whose parameters, of 64 KiB and more. Their device becomes the CPU.
+            module: The module. Its parameters of 64 KiB and more are moved; their device becomes the CPU.
         """
         for name, parameter in module.named_parameters():
             data = parameter.data
@@ -51,7 +51,7 @@ class WeightOffload:
             try:
                 parameter.data = self._mapped[name] if is_known else _map_to_file(data)
             except OSError as error:
-                logger.warning("base weights stay in memory, %s cannot take them: %s", tempfile.gettempdir(), error)
+                logger.warning("base weights stay in memory, writing to %s failed: %s", tempfile.gettempdir(), error)
                 return
             self._mapped[name] = parameter.data
 
@@ -61,24 +61,24 @@ class WeightOffload:
         return [parameter for parameter in module.parameters() if _is_worth_it(parameter)]
 
     def onload(self, module: nn.Module, device: torch.device) -> None:
-        """Bring offloaded parameters back to where they are computed with. On the CPU they are there already."""
+        """Copy offloaded parameters to `device`. On the CPU nothing is copied: they are read from the file."""
         for name, parameter in module.named_parameters():
             if self._is_offloaded(name, parameter.data) and device.type not in ("cpu", "meta"):
                 parameter.data = parameter.data.to(device)
                 self._fetched[name] = (parameter.data_ptr(), version_of(parameter))
 
     def clear(self, module: nn.Module, device: torch.device) -> None:
-        """Bring offloaded parameters back into memory and forget the files."""
+        """Copy offloaded parameters back into memory on `device` and release the files."""
         for name, parameter in module.named_parameters():
             if self._is_offloaded(name, parameter.data):
                 parameter.data = parameter.data.to(device, copy=True)
-        self.__init__()  # type: ignore[misc]
+        self._mapped, self._fetched = {}, {}
 
     def _is_offloaded(self, name: str, data: Tensor) -> bool:
         return name in self._mapped and self._mapped[name].data_ptr() == data.data_ptr()
 
     def __deepcopy__(self, memo: object) -> WeightOffload:
-        return WeightOffload()  # a copied parameter lies in memory
+        return WeightOffload()  # a copied parameter is in memory
 
     def __reduce__(self) -> tuple[type[WeightOffload], tuple[()]]:
         return WeightOffload, ()
@@ -89,7 +89,7 @@ def _is_worth_it(data: Tensor) -> bool:
 
 
 def _map_to_file(data: Tensor) -> Tensor:
-    """The same numbers, backed by a file without a name."""
+    """A copy of the tensor, backed by a mapped file that is already unlinked."""
     dense = data.detach().contiguous().cpu()
     handle, path = tempfile.mkstemp(prefix="peft_bsr_")
     try:
@@ -97,7 +97,7 @@ def _map_to_file(data: Tensor) -> Tensor:
             file.write(dense.view(torch.uint8).numpy().data)
         storage = torch.UntypedStorage.from_file(path, shared=False, nbytes=dense.nbytes)
     finally:
-        with contextlib.suppress(OSError):  # Windows keeps a mapped file's name, and clears its temporary folder itself
+        with contextlib.suppress(OSError):  # Windows cannot unlink a mapped file; it clears the folder later
             os.unlink(path)
     return torch.empty(0, dtype=dense.dtype).set_(storage, 0, dense.shape, dense.stride())  # type: ignore[arg-type]
 

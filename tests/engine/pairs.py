@@ -1,4 +1,4 @@
-"""One model with `lean="off"` and the same with lean blocks: what both have to do alike."""
+"""Helpers that compare a model with `lean="off"` to the same model with lean blocks."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def assert_alike(
 ) -> None:
     """Same names and shapes, and values that differ by no more than `tolerance` of the largest of their kind."""
     assert found.keys() == expected.keys(), about
-    sizes = {True: 0.0, False: 0.0}  # a key's bias has no gradient but rounding
+    sizes = {True: 0.0, False: 0.0}  # the gradient of a key's bias is only rounding errors
     for name, value in expected.items():
         is_output = name.startswith("output")
         sizes[is_output] = max(sizes[is_output], float(value.abs().max()))
@@ -66,13 +66,13 @@ def assert_alike(
 
 
 def stock_halves(model: Any) -> dict[str, str]:
-    """What ran stock though it was planned lean, in the latest training forward: block and half -> reason."""
+    """Halves that were planned lean and ran stock in the latest training forward: block and half -> reason."""
     controllers = model.base_model.controllers
     return {f"{r.index} {half}": reason for r in controllers for half, reason in r.aside.items()}
 
 
 def modules_of(model: Any, index: int) -> dict[str, nn.Module]:
-    """Name -> module of block `index` and all in it but what the adapter added around it."""
+    """Name -> module of block `index` and its submodules, except those that the adapter added."""
     name = model.base_model.spec.blocks[index]
     found = {n: m for n, m in base_of(model).named_modules() if f"{n}.".startswith(f"{name}.")}
     return {n: m for n, m in found.items() if "token_router" not in n}

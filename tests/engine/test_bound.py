@@ -1,4 +1,4 @@
-"""What is looked up once is looked up again when the model changes: lean blocks do what they do with `lean="off"`."""
+"""Cached look-ups are repeated when the model changes: lean blocks do what they do with `lean="off"`."""
 
 from __future__ import annotations
 
@@ -212,7 +212,7 @@ def test_adapters_come_go_and_merge():
         for lean, model in models.items():
             change(model)
             for parameter in base_of(model).classifier.parameters():
-                parameter.requires_grad_(True)  # something trains, also of the base model
+                parameter.requires_grad_(True)  # a part of the base model trains, too
             results[lean] = step(model)
             with model.disable_adapter():
                 results[lean]["output disabled"] = model(**batch_of(model)).logits.detach()

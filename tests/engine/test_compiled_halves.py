@@ -18,7 +18,7 @@ from tests.engine.test_compiled_lean import assert_same, kept_bytes
 SIZES = {"hidden_size": 48, "num_attention_heads": 3, "intermediate_size": 96, "image_size": 80, "patch_size": 8}
 PARTITIONED = "aot_eager_decomp_partition"  # eager kernels, and the partitioner that inductor uses
 NEEDS_GCC = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
-MOST_GRAPHS = 5  # halves: of frozen blocks two, of the first that trains one more and the MLP's, of later ones one more
+MOST_GRAPHS = 5  # two for frozen blocks, one more attention and MLP for the first trained, one more for later ones
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +44,7 @@ def batch(seed=0, images=4):
 
 
 def steps(model, count, looks=False, autocast=False, **settings):
-    """Bytes kept (if it looks for them), loss and gradients of each step; and the token counts that were met."""
+    """Bytes kept (if `looks`), loss and gradients of each step; and the token counts that occurred."""
     optimizer = torch.optim.SGD(model.parameters(), 0.05)
     found, lengths = [], set()
     for seed in range(count):
@@ -74,7 +74,7 @@ def graphs():
     ],
 )
 def test_steps_of_other_lengths_are_those_of_eager_mode(depth, count, backend):
-    looks = backend != "eager"  # which runs regions as such: what they kept can be looked at once
+    looks = backend != "eager"  # eager runs the regions themselves, and what they keep can be read only once
     expected, lengths = steps(make(depth), count, looks)
     model = peft_bsr.compile(make(depth), backend=backend)
     found, met = steps(model, count, looks)
@@ -125,13 +125,15 @@ def test_under_autocast_and_with_gradient_checkpointing():
 
 @pytest.mark.slow
 def test_what_steps_aside():
-    """A half that somebody looks at is not compiled, what is kept in 8 bits is kept in full."""
+    """A half with a hook is not compiled, and activations are kept in full, not in 8 bits."""
     model, sums = make(saved_activations="int8"), []
     expected = steps(make(), 2)[0]
     peft_bsr.compile(model, backend=PARTITIONED)
     mlp = model.get_base_model().vit.layers[3].mlp
     handle = mlp.register_forward_hook(lambda module, args, output: sums.append(float(output.sum())))
-    with pytest.warns(LeanBlockWarning, match="keeps in full what was to be kept in 8 bits: its halves are compiled"):
+    with pytest.warns(
+        LeanBlockWarning, match="keeps activations in full, not in 8 bits as planned: its halves are compiled"
+    ):
         assert_same(steps(model, 1)[0][0], expected[0], 1e-2)  # block 3 is not compiled, and packs
     assert len(sums) == 1
     handle.remove()

@@ -112,7 +112,7 @@ def test_block_by_block(name):
 
 
 def test_without_regions_a_compiler_keeps_more():
-    """What the bounds above would let through if lean did nothing under a compiler."""
+    """The bounds above would fail if lean did nothing under a compiler."""
     model, stock = make(PLANS["max"][0]), make(REDUCED | {"lean": "off"})
     found = step(stock, torch.compile(stock, backend=PARTITIONED, fullgraph=True))
     assert found[0] > 3 * step(model, model)[0]
@@ -127,7 +127,7 @@ def test_under_autocast():
 
 
 def test_with_gradient_checkpointing():
-    """Blocks that are checkpointed as a whole keep their inputs alone."""
+    """Blocks that are checkpointed as a whole keep only their inputs."""
     model = make(PLANS["exact"][0])
     expected = step(model, model)
     model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
@@ -174,7 +174,9 @@ def test_int8_steps_aside_and_says_so():
     model = make(PLANS["exact"][0] | {"saved_activations": "int8"})
     plain = make(PLANS["exact"][0])
     expected = step(plain, plain)
-    with pytest.warns(LeanBlockWarning, match="block 1 keeps in full what was to be kept in 8 bits: torch.compile"):
+    with pytest.warns(
+        LeanBlockWarning, match="block 1 keeps activations in full, not in 8 bits as planned: torch.compile"
+    ):
         found = step(model, torch.compile(model, backend="aot_eager", fullgraph=True))
     assert_same(found, expected)
     assert model.base_model.explain().count("activations are kept in full: torch.compile traces the block") == 3
@@ -182,7 +184,7 @@ def test_int8_steps_aside_and_says_so():
 
 @pytest.mark.parametrize("name", ["exact", pytest.param("every block max", marks=pytest.mark.slow)])
 def test_live_dropout_draws_the_same_in_backward(name):
-    """By finite differences: what a region computes again must not draw anew."""
+    """By finite differences: the recomputation of a region must not draw new random numbers."""
     model = make(PLANS[name][0], dropout=0.3).double()
     compiled = torch.compile(model, backend=PARTITIONED, fullgraph=True)
     weight = next(p for n, p in model.named_parameters() if p.requires_grad and ".fc1." in n and p.dim() == 2)
@@ -209,7 +211,7 @@ def test_a_memory_budget_with_live_dropout_is_warned_of():
     with torch._functorch.config.patch(activation_memory_budget=0.5):
         with pytest.warns(MemoryBudgetWarning, match="draws random numbers in training.*Set the budget to 1"):
             step(model, torch.compile(model, backend="aot_eager", fullgraph=True))
-        warn_of_budget(model.eval())  # draws nothing: says nothing
+        warn_of_budget(model.eval())  # no random numbers, no warning
 
 
 def test_regional_compilation():
@@ -298,7 +300,7 @@ def test_inductor(name):
 
 
 def test_another_keep_rate_is_no_symbol():
-    """A float that is another one in the next compilation becomes a symbol for dynamo, which cannot count tokens."""
+    """A float that differs in the next compilation becomes symbolic, and tokens cannot be counted with a symbol."""
     for rate in (0.6, 0.4):
         model = make(REDUCED | {"keep_rate": rate})
         compiled = torch.compile(model, backend="eager", fullgraph=True)

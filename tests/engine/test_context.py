@@ -45,7 +45,7 @@ def test_nothing_is_left_after_an_exception(method, error, make_model, images):
     with pytest.raises(error, match="in the middle"):
         model(pixel_values=images)
     handle.remove()
-    interrupted = error is KeyboardInterrupt  # torch calls no hooks then; the next forward begins anew all the same
+    interrupted = error is KeyboardInterrupt  # torch calls no hooks then; the next forward starts fresh all the same
     if not interrupted:
         assert_empty(context_of(model))
     if method == "bsr" and not interrupted:
@@ -55,7 +55,7 @@ def test_nothing_is_left_after_an_exception(method, error, make_model, images):
     found = model(pixel_values=images).logits
     torch.manual_seed(0)
     expected = reference(pixel_values=images).logits
-    if method != "alast":  # whose budgets have seen a part of a forward more
+    if method != "alast":  # its budgets have seen one more part of a forward
         assert torch.equal(found, expected)
     assert_empty(context_of(model))
     assert seen[0]() is None, "the graph of the forward that failed is gone"

@@ -1,4 +1,4 @@
-"""What outlives a forward is not overwritten by the next, as memory of CUDA graphs is (`mode="reduce-overhead"`)."""
+"""Tensors that outlive a forward are not in the memory of CUDA graphs, which the next one overwrites."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def make(config):
 
 
 def overwriting(graph: fx.GraphModule, _: list[Tensor]):
-    """A back end whose outputs have the same memory in each run, but for operators that stay outside of CUDA graphs."""
+    """A backend whose outputs share memory between runs, except for operators outside of CUDA graphs."""
     (outputs,) = graph.graph.output_node().args
     pool: dict[int, Tensor] = {}
 

@@ -229,7 +229,7 @@ def test_recording_without_an_adapter_says_so(make_model):
 
 
 def test_an_attention_mask_follows_the_route(make_model, images):
-    """Masking a patch from the start equals masking it in the stock model, also behind a reduction."""
+    """Masking a patch from the start equals masking it in the stock model, also after a reduction."""
     model = reduced_model(make_model, "vit", reduction_blocks=[1], keep_rate=0.9, fuse_dropped=False)
     mask = torch.ones(2, 17, dtype=torch.bool)
     mask[:, 5:9] = False

@@ -1,4 +1,4 @@
-"""All tokens run forward as ever, and gradients are those of a literal reference in which the others are detached."""
+"""The forward does not change; gradients equal those of a reference in which the other tokens are detached."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_gradients_are_those_of_the_literal_reference(lean, first, keep_rates, m
 
 @pytest.mark.parametrize(("lean", "trainable"), [("off", "lora"), ("exact", "full"), ("max", "lora")])
 def test_the_forward_is_the_ordinary_one_to_the_last_digit(lean, trainable, make_model, images):
-    """With fused tokens, which carry gradients always."""
+    """With fused tokens, which always carry gradients."""
     settings = {"trainable": trainable, "reduction_blocks": [1], "lean": lean, "keep_rate": 0.6}
     whole, parted = (attach(make_model("vit"), gradient_tokens=share, **settings) for share in (1.0, 0.5))
     (loss, gradients), (same, others) = step(whole, images), step(parted, images)
@@ -136,7 +136,7 @@ def test_alast_has_gradients_of_some(make_model, images):
 
 
 def test_what_is_kept_is_what_was_predicted(make_model, images):
-    """And the more tokens carry gradients, the more."""
+    """More tokens with gradients keep more."""
     base = make_model("vit")
     with torch.device("meta"):
         bare = type(base)(base.config)

@@ -39,7 +39,7 @@ def test_exactly_the_plan_gets_a_gradient(family, trainable, make_model, images)
 
 
 def test_gradients_equal_those_of_the_plain_model(family, make_model, images):
-    """Without reduction, a trained copy gets the very gradient that full fine-tuning would give that block."""
+    """Without reduction, a trained copy gets the gradient that the block has in full fine-tuning."""
     plain = make_model(family).train()
     loss_of(plain, images).backward()
     model = get_peft_model(make_model(family), BSRConfig(**CONFIG | {"keep_rate": 1.0})).train()

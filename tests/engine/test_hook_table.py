@@ -57,7 +57,7 @@ HALVES = {
 
 
 def first(values):
-    """The first tensor in what a hook gets."""
+    """The first tensor among a hook's arguments."""
     if isinstance(values, Tensor):
         return values
     values = values.to_tuple() if hasattr(values, "to_tuple") else values
@@ -65,7 +65,7 @@ def first(values):
 
 
 def put_hooks(module, seen):
-    """A hook of every kind, each of which notes the first tensor that it gets."""
+    """A hook of every kind; each records the first tensor among its arguments."""
 
     def note(kind, values):
         value = first(values)
@@ -122,7 +122,7 @@ def test_each_row_is_what_the_stock_model_shows(row):
             model, checkpointing = model_in(mode), mode == "checkpointing"
             expected = seen_on(STOCK, STOCK, place, training, checkpointing)
             found = seen_on(model, model.base_model.model, place, training, checkpointing)
-            if ".layers.0" in place:  # in front of the graph: forward hooks alone, and nothing is computed again
+            if ".layers.0" in place:  # before the graph: only forward hooks run, without recomputation
                 backward |= {kind for kind, _ in found if kind == "backward"}
                 expected = [(kind, value) for kind, value in expected if kind == "forward"][:2]
             assert [kind for kind, _ in found] == [kind for kind, _ in expected], (mode, training)
@@ -172,7 +172,7 @@ KINDS = ["forward_hook", "forward_pre_hook", "full_backward_hook", "full_backwar
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_hooks_of_a_module_run_on_its_trained_copy_until_they_are_removed(when, kind):
-    """Those that the module had when the adapter came, and those that come later."""
+    """Hooks from before and after the adapter was attached."""
     base = make_stock()
     places = [base.get_submodule(n) for n in ("vit.layers.2.mlp.fc1", "vit.layers.2.layernorm_before", "vit.layernorm")]
     recorders = [Recorder() for _ in places]

@@ -1,4 +1,4 @@
-"""A user's hook sees in training what it would see on the stock model, and what was planned lean says why it is not."""
+"""A user's hook sees in training what it sees on the stock model, and `explain()` says why a half is not lean."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_a_hook_may_come_and_go(place, make_model, images):
     before = saved()
     assert "hook" not in model.base_model.explain()
     handles = watch(model, place, [])
-    is_block = place == "vit.layers.3"  # a hook on the block itself says nothing of its halves
+    is_block = place == "vit.layers.3"  # a hook on the block itself does not concern its halves
     with warnings.catch_warnings(record=True) as given:
         warnings.simplefilter("always")
         more = saved()
@@ -116,7 +116,7 @@ def test_captured_hidden_states_are_whole(make_model, images):
         model = build(make_model, lean)
         before = saved_activations(model, lambda m=model: m(pixel_values=images).logits.sum())
         states.append(model(pixel_values=images, output_hidden_states=True).hidden_states)
-        # the hooks that transformers put for that stay where they are
+        # transformers' hooks for captured outputs stay registered
         assert saved_activations(model, lambda m=model: m(pixel_values=images).logits.sum()) == before
     for a, b in zip(*states, strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)

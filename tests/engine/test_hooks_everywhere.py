@@ -29,14 +29,14 @@ def tensors_in(values):
 
 
 def larger(values):
-    """Floating-point tensors a little larger."""
+    """Scale floating-point tensors up by 10%."""
     if isinstance(values, Tensor):
         return values * 1.1 if values.is_floating_point() else values
     return tuple(map(larger, values)) if isinstance(values, tuple) else values
 
 
 class Hooks:
-    """Hooks of every kind, which note what they see and change it."""
+    """Hooks of every kind that record what they see and change it."""
 
     def __init__(self):
         self.seen = []
@@ -64,7 +64,7 @@ class Hooks:
 
 
 def hooked_step(model, module, **kinds):
-    """What hooks on the module saw in a training step, and what came out of it."""
+    """What hooks on the module saw in a training step, and the step's result."""
     hooks = Hooks()
     handles = hooks.put_on(module, **kinds)
     try:
@@ -155,7 +155,7 @@ def test_hooks_see_all_tokens_of_the_last_block(lean):
         ]
         assert_same_sights(found, seen, place)
         assert_alike(result, outcome)
-        assert stock_halves(models[0]) == {"3 class token only": f"the hook Hooks.{kind} looks at what it gives"}
+        assert stock_halves(models[0]) == {"3 class token only": f"the hook Hooks.{kind} reads its output"}
         assert f"class token only runs stock: the hook Hooks.{kind}" in models[0].base_model.explain()
     step(models[0])
     assert stock_halves(models[0]) == {}
@@ -182,7 +182,7 @@ def test_the_warning_comes_once_and_says_why():
 
 @pytest.mark.parametrize("keep_rate", [0.7, 1.0])
 def test_nothing_is_said_where_nothing_was_planned_or_kept(keep_rate):
-    """Frozen leading blocks, evaluation, no gradients, `lean="off"`, and the class token alone."""
+    """Frozen leading blocks, evaluation, no gradients, `lean="off"`, and the class token only."""
     lean, off = make("vit", "exact", keep_rate=keep_rate), make("vit", "off", keep_rate=keep_rate)
     base_of(lean).vit.layers[0].mlp.register_forward_hook(lambda *_: None)
     with warnings.catch_warnings():
@@ -286,7 +286,7 @@ def test_gradients_cross_captured_outputs():
 
 
 def test_a_forward_set_on_a_module_runs():
-    """As libraries do that wrap forwards in place of hooks."""
+    """Some libraries wrap `forward` instead of adding hooks."""
     models = [make("vit", lean) for lean in ("exact", "off")]
     places = ["mlp.fc1", "mlp.fc1.bsr_params.default", "mlp.activation_fn", "layernorm_after", "mlp", "dropout"]
     for place in [*places, "attention.o_proj"]:

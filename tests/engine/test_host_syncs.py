@@ -49,7 +49,7 @@ CONFIGS = {
 
 
 class Reading(TorchFunctionMode):
-    """Counts lists that are made of tensors, for which no operation runs where the tensor is on the CPU."""
+    """Counts lists made from tensors, which run no operation if the tensor is on the CPU."""
 
     def __init__(self, found: Counter[str]) -> None:
         super().__init__()

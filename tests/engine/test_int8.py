@@ -81,7 +81,7 @@ def test_the_address_of_a_freed_tensor_is_not_taken_for_it():
     weight = nn.Parameter(torch.ones(64))
     with saved_in_int8(nn.Identity(), 1, ()):
         outputs = []
-        for i in range(20):  # the allocator hands the same address out again and again
+        for i in range(20):  # the allocator uses the same address again
             outputs.append((torch.full((4, 64), float(i)) * weight).sum())
     gradients = [float(torch.autograd.grad(output, weight)[0].mean()) for output in outputs]
     assert gradients == pytest.approx([4.0 * i for i in range(20)], abs=4 * 20 * 2**-7)
@@ -182,7 +182,7 @@ def test_autocast_packs_activations_and_no_weights():
 
 @pytest.mark.parametrize("family", ["ViT", "DINOv3"])
 def test_as_many_tokens_as_a_head_is_wide_are_packed_too(family):
-    """Queries, keys and values have the shape of attention weights then; they are known by what they are."""
+    """Queries, keys and values have the shape of attention weights then, and are told apart by their role."""
     sizes = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 256}
     torch.manual_seed(0)
     if family == "ViT":

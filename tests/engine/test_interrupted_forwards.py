@@ -40,7 +40,7 @@ def left_behind(model):
 
 
 def fail(model, place, error, run=None):
-    """A forward that a pre-hook on a module ends; weak references to the tensors that the hook was called with."""
+    """Run a forward that a pre-hook on a module ends; returns weak references to the hook's tensors."""
     seen = []
 
     def stop(module, args):
@@ -64,7 +64,7 @@ def test_nothing_is_left_wherever_a_forward_ends(name, error):
     inside = ["layers.2", "layers.2.mlp", "layers.3.attention", "layers.1.attention.v_proj", "layers.0"]
     for place in [*(f"vit.{part}" for part in inside), "vit.embeddings", "vit.layernorm", "vit", "classifier", ""]:
         if name == "synqt" and place.startswith("vit.layers.3."):
-            continue  # which does not run
+            continue  # it does not run
         seen = fail(model, place, error)
         assert left_behind(model) == {}, place
         assert all(reference() is None for reference in seen), (
@@ -74,7 +74,7 @@ def test_nothing_is_left_wherever_a_forward_ends(name, error):
 
 
 def test_a_failed_forward_without_hooks_of_the_model_leaves_nothing():
-    """Where the blocks are called by what torch calls no hooks of: `forward`, or a loop over the blocks."""
+    """The blocks are called without hooks of the model: by `forward`, or in a loop over the blocks."""
     model = make("vit", "exact")
     vit, batch = base_of(model).vit, batch_of(model)
     fail(model, "vit.layers.2.mlp", ValueError, lambda: vit.forward(**batch))
@@ -105,7 +105,7 @@ def test_a_forward_that_stops_on_purpose_leaves_nothing(index):
 
 @pytest.mark.parametrize("keep_rate", [1.0, 0.7])
 def test_parts_of_a_model_give_all_their_tokens_in_training(keep_rate):
-    """Blocks that keep the class token alone do so only where nobody else can read what they give."""
+    """The last block computes only the class token only if nothing else can read its output."""
     results = {}
     for lean in ("off", "exact", "max"):
         model = make("vit", lean, keep_rate=keep_rate)
@@ -180,7 +180,7 @@ def test_a_copy_made_while_a_forward_runs_is_a_model_of_its_own():
 
 
 class Hook:
-    """A hook that pickles: what it runs stays here."""
+    """A hook that can be pickled: the function it runs is an attribute of the class."""
 
     run = None
 
@@ -197,7 +197,7 @@ HOOK = Hook()
 
 
 def replicate(model):
-    """What `nn.DataParallel` makes for each device, which has no way for the CPU: parameters are plain tensors."""
+    """The replica that `nn.DataParallel` makes per device, on the CPU: parameters are plain tensors."""
     copies = {module: module._replicate_for_data_parallel() for module in model.modules()}
     for module, replica in copies.items():
         replica._modules.update({name: copies[child] for name, child in module._modules.items() if child is not None})

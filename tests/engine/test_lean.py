@@ -74,7 +74,7 @@ def compare_near(found, expected, inputs, tolerance):
 
 
 def update_of(linear):
-    """A low-rank update, away from zero."""
+    """A low-rank update that is not zero."""
     update = LowRankUpdate(linear, 3, 5)
     nn.init.normal_(update.lora_B)
     return update
@@ -85,7 +85,7 @@ def run(linear, update, inputs):
 
 
 def tensors_of_parts(norm, linears, updates):
-    """What `HalfSettings.bind` takes, and the scalings of the updates."""
+    """Tensors for `HalfSettings.bind`, and the scalings of the updates."""
     tensors = [norm.weight, getattr(norm, "bias", None)]
     for linear, update in zip(linears, updates, strict=True):
         tensors += [linear.weight, linear.bias]
@@ -95,7 +95,7 @@ def tensors_of_parts(norm, linears, updates):
 
 @pytest.fixture(params=["layer", "rms", "torch_rms"])
 def norm_of(request):
-    """A norm of each kind, away from where it starts."""
+    """A norm of each kind with weights other than the initial ones."""
     norm = {"layer": nn.LayerNorm, "rms": Aimv2RMSNorm, "torch_rms": lambda w: nn.RMSNorm(w, eps=1e-6)}[request.param]
     norm = norm(WIDTH)
     for parameter in norm.parameters():
@@ -313,7 +313,7 @@ def test_whole_models_train_alike_and_keep_less(family, keep_rate, trainable):
             torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
         assert found.keys() == gradients.keys()
         for name, expected in gradients.items():
-            # a key's bias has no gradient but rounding: softmax does not see it
+            # the gradient of a key's bias is only rounding errors, because softmax cancels it
             size = largest if re.search(r"\bk(ey)?(_proj)?\..*bias", name) else expected.abs().max()
             assert (found[name] - expected).abs().max() <= 1e-5 * size, name
         assert less < saved
@@ -340,7 +340,7 @@ def test_gradient_checkpointing_on_top(lean, use_reentrant):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", ["vit", "internvl_qk_norm", "dinov2_swiglu"])
 def test_adapters_in_fp32_on_a_model_in_half_precision(family, dtype, trainable):
-    """PEFT's default: the adapter's products are in fp32, and what they give is rounded to the model's dtype."""
+    """PEFT's default: the adapter's products are in fp32, and their outputs are rounded to the model's dtype."""
 
     def run(lean: str):
         torch.manual_seed(3)
@@ -387,7 +387,7 @@ def test_the_last_block_runs_for_what_the_head_reads():
 
 
 def test_what_the_trainer_counts_does_not_keep_a_block_from_running_lean():
-    """transformers hands `num_items_in_batch` on, down to each attention."""
+    """transformers passes `num_items_in_batch` down to each attention."""
     model = get_peft_model(SUPPORTED["vit"](), BSRConfig(trainable_blocks=[1, 3])).train()
     batch = run_batch(model.base_model.model) | {"labels": torch.tensor([0, 1])}
     counted = batch | {"num_items_in_batch": torch.tensor(2)}
@@ -418,7 +418,7 @@ DROPOUTS = {
 def test_dropout_inside_lean_halves_drops_the_same_numbers(family, lean):
     def run(lean: str):
         torch.manual_seed(3)
-        # BLIP's attention shows its weights after dropout alone, so the stock block chooses other tokens
+        # BLIP's attention returns its weights after dropout, so the stock block chooses other tokens
         keep_rate = 1.0 if family == "blip" else 0.7
         config = BSRConfig(trainable_blocks=[1, 3], reduction_blocks=[1, 2], keep_rate=keep_rate, lean=lean)
         model = get_peft_model(SUPPORTED[family](**DROPOUTS[family]), config).train()
@@ -444,7 +444,7 @@ def test_dropout_inside_lean_halves_drops_the_same_numbers(family, lean):
 
 
 def test_updates_are_tried_when_attached(monkeypatch):
-    """A wrong gradient of theirs is found, so that such blocks run as they are; others have none."""
+    """The self-test finds a wrong gradient of updates, and these blocks run stock; blocks without updates stay lean."""
 
     def lean(trainable: str) -> bool:
         config = BSRConfig(trainable_blocks=[1, 3], trainable=trainable)

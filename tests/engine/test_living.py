@@ -1,4 +1,4 @@
-"""What lives after a forward is what is reported as kept for backward."""
+"""The bytes alive after a forward are those reported as kept for backward."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CONFIGS = {
         for lean in ("off", "exact", "max")
         for saved in ("full", "int8")
     },
-    **{  # with budgets that stay, as each forward is a step
+    **{  # with fixed budgets, because each forward is a step
         f"alast {lean} {saved}": ALaSTConfig(alpha=0.0, lean=lean, saved_activations=saved)
         for lean in ("off", "exact", "max")
         for saved in ("full", "int8")
@@ -62,7 +62,7 @@ def test_what_lives_is_what_is_reported(name, autocast):
     if "weights" in name:
         pytest.importorskip("torchao", reason="torchao is not installed")
     reported, living = reported_and_living(CONFIGS[name], autocast)
-    assert reported > 200_000  # small things do not decide
+    assert reported > 200_000  # so that small tensors do not matter
     assert living == pytest.approx(reported, rel=0.02)
 
 
@@ -104,7 +104,7 @@ def test_a_lean_function_that_keeps_its_inputs_on_ctx_is_seen(settings, monkeypa
 
 
 class Holder(torch.autograd.Function):
-    """Keeps 4 times its input beside what it saves."""
+    """Keeps 4 times its input next to what it saves."""
 
     @staticmethod
     def forward(ctx, x):
@@ -165,7 +165,7 @@ def test_of_a_wrapper_the_inner_tensors_count():
 
 @pytest.mark.parametrize("settings", [{"lean": "exact"}, {"lean": "max"}])
 def test_the_test_at_attach_sees_what_ctx_keeps(settings, monkeypatch):
-    """It counts what lives, too: such a half is left out, with the reason."""
+    """The self-test also counts living bytes: such a half runs stock, with the reason."""
     save = torch.autograd.function.FunctionCtx.save_for_backward
 
     def save_and_keep(ctx, *tensors):

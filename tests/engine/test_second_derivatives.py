@@ -1,4 +1,4 @@
-"""Gradients of gradients: right, or refused in words."""
+"""Second derivatives are right, or an error says that there are none."""
 
 from __future__ import annotations
 

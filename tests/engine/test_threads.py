@@ -28,7 +28,7 @@ def outputs(model, images):
 
 
 def test_an_adapter_that_is_set_in_the_middle_of_a_forward_gives_neither(make_model, images):
-    """The other thread's turn is given to it inside of block 2."""
+    """The other thread runs while the forward is in block 2."""
     model = two_adapters(make_model)
     default, other = outputs(model, images)
     model.set_adapter("default")
@@ -67,7 +67,7 @@ def test_with_a_lock_each_thread_gets_its_adapter(make_model, images):
 
 
 def test_training_in_threads_gives_each_its_gradients(make_model, images):
-    """One model, a loss a thread: gradients add up as they do one after the other."""
+    """One model, one loss per thread: gradients add up as in sequence."""
     model = get_peft_model(make_model(), BSRConfig(trainable_blocks=[1, 3], reduction_blocks=[2])).train()
     batches = [images, images.flip(3), torch.cat([images, images])]
 

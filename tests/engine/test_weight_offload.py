@@ -1,4 +1,4 @@
-"""Base weights of trained modules lie in mapped files, and nobody notices."""
+"""Base weights of trained modules are in mapped files; results do not change."""
 
 from __future__ import annotations
 

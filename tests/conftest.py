@@ -6,6 +6,7 @@ import gc
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
+from zlib import crc32
 
 import pytest
 import torch
@@ -77,6 +78,21 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 def _family(nodeid: str) -> str:
     folder, name, *_ = nodeid.partition("::")[0].split("/")
     return name.removesuffix(".py") if folder == "tests" else "docstrings"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`@pytest.mark.sampled(n)`: all but every n-th case are slow tests; the first depends on the test's name."""
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("sampled") is not None:
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for test, found in cases.items():
+        (n,) = found[0].get_closest_marker("sampled").args
+        first = crc32(test.encode()) % min(n, len(found))
+        for place, item in enumerate(found):
+            if place % n != first:
+                item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)

@@ -20,6 +20,8 @@ sys.path.insert(0, str(ROOT / "tests" / "contract"))
 
 import checks  # noqa: E402
 
+pytestmark = pytest.mark.sampled(2)
+
 
 class ToyConfig(PreTrainedConfig):
     model_type = "toy_vit"

@@ -11,7 +11,7 @@ from report import VERSIONS, render, survey
 
 from peft_bsr import BSRConfig, UnsupportedModelError, probe_model
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*lru_cache.*")
+pytestmark = [pytest.mark.filterwarnings("ignore:.*lru_cache.*"), pytest.mark.sampled(2)]
 
 # family -> the mode chosen for it, the score, and whether the other mode can be asked for
 EXPECTED = {
@@ -87,6 +87,7 @@ PARTLY_LEAN = {  # rotates or biases its attention by itself, where no side inpu
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("family", SUPPORTED)
 def test_blocks_run_lean(family):
     assert lean_levels(family) == PARTLY_LEAN.get(family, "exact, max")
@@ -97,6 +98,7 @@ def test_every_family_has_an_expectation():
     assert list(REASONS) and set(REASONS) == set(REFUSED)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("check", CHECKS)
 @pytest.mark.parametrize(("family", "mode"), CASES, ids=lambda value: str(value))
 def test_contract(family, mode, check):
@@ -131,6 +133,7 @@ def test_others_are_refused_with_the_reason_that_the_probe_found(family):
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("family", SUPPORTED)
 def test_probing_and_attaching_leave_the_random_state_and_the_model_alone(family):
     model = SUPPORTED[family]()

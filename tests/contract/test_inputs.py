@@ -14,6 +14,8 @@ from transformers import SiglipVisionConfig, SiglipVisionModel
 from peft_bsr import ConfigError, UnsupportedModelError, record_routes, set_image_size
 from peft_bsr.backbones import native_size, resized_tables
 
+pytestmark = pytest.mark.sampled(2)
+
 INTERPOLATED = {"interpolate_pos_encoding": True}
 SIZES = {  # family -> (height, width), further arguments
     "vit": ((48, 32), INTERPOLATED),
@@ -36,6 +38,7 @@ def images(height: int, width: int, batch_size: int = 2) -> torch.Tensor:
     return torch.randn(batch_size, 3, height, width, generator=torch.Generator().manual_seed(2))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("mode", ["compact", "full_view"])
 @pytest.mark.parametrize("family", SIZES)
 def test_other_image_sizes(family, mode):
@@ -126,6 +129,7 @@ def test_sizes_may_change_from_batch_to_batch():
         assert routes[0][1].num_tokens == 3 + height * width // 64 // 2
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("family", SUPPORTED)
 def test_one_image_gives_what_it_gives_in_a_batch(family):
     if family == "vit_mae":
@@ -138,6 +142,7 @@ def test_one_image_gives_what_it_gives_in_a_batch(family):
         torch.testing.assert_close(one, all_of_them[:1], atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     "family", ["vit", "dinov2", "dinov3", "beit", "data2vec", "siglip", "siglip2", "vjepa2", "mlcd"]

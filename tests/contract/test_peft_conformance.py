@@ -17,6 +17,8 @@ from transformers import AutoModelForImageClassification, ViTForImageClassificat
 
 from peft_bsr import AdapterFileError, AdapterNameWarning, ALaSTModel, BSRModel, LoSAModel, SynQTModel
 
+pytestmark = pytest.mark.sampled(2)
+
 NEEDS_OWN_KEYS = (
     "peft 0.20 leaves the adapter's name in the keys of nested modules; PeftModel reads them, others do not"
 )
@@ -197,6 +199,7 @@ def test_a_config_of_a_newer_version_is_read_without_what_is_unknown(model, meth
     method.assert_same(run(loaded, images), run(model, images))
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.filterwarnings("ignore::peft_bsr.errors.AdapterNameWarning")
 @pytest.mark.parametrize(
     ("key", "saved_as", "loaded_as"),

@@ -12,6 +12,8 @@ from peft import PeftModel, get_peft_model
 
 from peft_bsr import AdapterError, ReductionNotMergedWarning
 
+pytestmark = pytest.mark.sampled(2)
+
 LABELS = torch.tensor([0, 1])
 HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 
@@ -209,6 +211,7 @@ def test_pickle(model, images, run, make_vit, tmp_path, through):
     assert torch.equal(run(reference.unload(), images), run(make_vit(), images))
 
 
+@pytest.mark.sampled(3)
 @HALF
 @pytest.mark.parametrize("autocast_adapter_dtype", [True, False])
 def test_half_precision_base(method, make_vit, images, tmp_path, dtype, autocast_adapter_dtype):
@@ -236,6 +239,7 @@ def test_half_precision_base(method, make_vit, images, tmp_path, dtype, autocast
         assert torch.equal(loaded(pixel_values=inputs).logits, model.eval()(pixel_values=inputs).logits)
 
 
+@pytest.mark.sampled(2)
 @HALF
 def test_half_precision_is_near_full(method, make_vit, images, run, dtype):
     settings = {"keep_rate": 1.0} if method.reduces else {}  # rounding may choose other tokens
@@ -271,6 +275,7 @@ def test_init_weights(method, make_vit, images, run, seed):
         assert all((p.abs().sum() == 0) == ("lora_B" in name) for name, p in updates.items())
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_gradient_checkpointing_changes_nothing(method, make_vit, images, use_reentrant, when):

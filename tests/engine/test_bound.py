@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from pairs import CONFIG, assert_alike, base_of, batch_of, make, step, stock_halves
 
-pytestmark = pytest.mark.filterwarnings("ignore::peft_bsr.errors.LeanBlockWarning")
+pytestmark = [pytest.mark.filterwarnings("ignore::peft_bsr.errors.LeanBlockWarning"), pytest.mark.sampled(2)]
 
 
 def layer(model, index=1):
@@ -172,6 +172,7 @@ def made(lean, trainable):
     return model, step(model)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("trainable", ["full", "lora"])
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_changed_model_runs_as_with_lean_off(name, trainable):

@@ -84,6 +84,7 @@ def assert_same(found, expected, share=1e-5):
         )
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", CASES)
 def test_the_whole_model(name):
     settings, allowed = PLANS[name]
@@ -97,6 +98,7 @@ def test_the_whole_model(name):
         assert_same(step(model, compiled), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n == "max" else pytest.mark.slow) for n in PLANS])
 def test_block_by_block(name):
     settings, allowed = PLANS[name]
@@ -111,6 +113,7 @@ def test_block_by_block(name):
         assert_same(step(model, model), expected)
 
 
+@pytest.mark.slow
 def test_without_regions_a_compiler_keeps_more():
     """The bounds above would fail if lean did nothing under a compiler."""
     model, stock = make(PLANS["max"][0]), make(REDUCED | {"lean": "off"})
@@ -118,6 +121,7 @@ def test_without_regions_a_compiler_keeps_more():
     assert found[0] > 3 * step(model, model)[0]
 
 
+@pytest.mark.slow
 def test_under_autocast():
     model = make(PLANS["exact"][0])
     expected = step(model, model, autocast=True)
@@ -126,6 +130,7 @@ def test_under_autocast():
     assert_same(found, expected, share=2e-2)
 
 
+@pytest.mark.slow
 def test_with_gradient_checkpointing():
     """Blocks that are checkpointed as a whole keep only their inputs."""
     model = make(PLANS["exact"][0])
@@ -136,6 +141,7 @@ def test_with_gradient_checkpointing():
     assert found[0] < 0.5 * expected[0]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("part", ["attention", "mlp"])
 def test_a_hook_sees_the_half_that_runs_as_stock_modules(part):
     model = make(PLANS["exact"][0])
@@ -149,6 +155,7 @@ def test_a_hook_sees_the_half_that_runs_as_stock_modules(part):
     assert len(sums) == 1
 
 
+@pytest.mark.slow
 def test_the_last_block_gives_all_tokens_to_a_hook():
     model, shapes = make(PLANS["exact"][0]), []
     model.get_base_model().vit.layers[3].register_forward_hook(
@@ -182,6 +189,7 @@ def test_int8_steps_aside_and_says_so():
     assert model.base_model.explain().count("activations are kept in full: torch.compile traces the block") == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["exact", pytest.param("every block max", marks=pytest.mark.slow)])
 def test_live_dropout_draws_the_same_in_backward(name):
     """By finite differences: the recomputation of a region must not draw new random numbers."""
@@ -206,6 +214,7 @@ def test_live_dropout_draws_the_same_in_backward(name):
     assert (weight.grad * direction).sum().item() == pytest.approx((moved[0] - moved[1]) / 2e-4, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_memory_budget_with_live_dropout_is_warned_of():
     model = make(PLANS["exact"][0], dropout=0.3)
     with torch._functorch.config.patch(activation_memory_budget=0.5):

@@ -17,6 +17,8 @@ from peft_bsr.engine import Plan, bound
 from peft_bsr.errors import UnsupportedModelError
 from peft_bsr.selftest import verify_plan
 
+pytestmark = pytest.mark.sampled(2)
+
 EVERY_BLOCK = {"trainable_blocks": [1, 3], "reduction_blocks": [0, 1, 2, 3]}
 
 

@@ -20,6 +20,8 @@ from gradient_tokens import loss_with_gradients_of_some
 from pairs import SUPPORTED, make, stock_halves
 from pairs import step as any_step
 
+pytestmark = pytest.mark.sampled(2)
+
 LABELS = torch.tensor([0, 2])
 NONE = {"reduction_blocks": []}
 

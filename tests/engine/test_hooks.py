@@ -13,6 +13,8 @@ from peft_bsr import BSRConfig
 from peft_bsr.cost import saved_activations
 from peft_bsr.errors import LeanBlockWarning
 
+pytestmark = pytest.mark.sampled(2)
+
 PLACES = [
     "vit",
     "vit.layers.3",

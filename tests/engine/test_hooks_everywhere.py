@@ -96,6 +96,7 @@ def with_lean_off(family, trainable, keep_rate):
     return {name: hooked_step(model, modules[name]) for name in names}
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("lean", ["exact", "max"])
 @pytest.mark.parametrize(
     ("family", "trainable", "keep_rate"), [("vit", "full", 1.0), ("vit", "lora", 0.7), ("dinov2", "full", 0.7)]

@@ -23,6 +23,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "contract"))
 
 from families import SUPPORTED, run_batch
 
+pytestmark = pytest.mark.sampled(2)
+
 FAMILIES = ["vit", "clip", "siglip", "dinov2", "dinov3", "beit", "vivit"]
 
 
@@ -113,6 +115,7 @@ def gradients_of(family: str, saved_activations: str, **settings: object) -> dic
     return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("lean", ["off", "exact", "max"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_of_every_family_are_near(family, lean):

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from pairs import SUPPORTED, assert_alike, base_of, batch_of, make, step
 
-pytestmark = pytest.mark.filterwarnings("ignore::peft_bsr.errors.LeanBlockWarning")
+pytestmark = [pytest.mark.filterwarnings("ignore::peft_bsr.errors.LeanBlockWarning"), pytest.mark.sampled(2)]
 
 
 def with_synqt():

@@ -35,6 +35,8 @@ from families import SUPPORTED, run_batch
 
 from peft_bsr.backbones import tensors_of
 
+pytestmark = pytest.mark.sampled(2)
+
 WIDTH, HIDDEN = 16, 64
 
 
@@ -294,6 +296,7 @@ def train_once(family: str, lean: str, **settings: object) -> tuple[list[torch.T
     return outputs, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}, saved
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("keep_rate", "trainable"),
     [

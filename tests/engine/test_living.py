@@ -14,6 +14,8 @@ from peft_bsr import ALaSTConfig, BSRConfig, SynQTConfig
 from peft_bsr.cost import saved_activations
 from peft_bsr.engine import LivingBytes
 
+pytestmark = pytest.mark.sampled(2)
+
 SIZES = {"hidden_size": 96, "num_hidden_layers": 6, "num_attention_heads": 3, "intermediate_size": 384}
 SIZES |= {"image_size": 80, "patch_size": 8}  # 101 tokens
 CONFIGS = {
@@ -56,6 +58,7 @@ def reported_and_living(config, autocast=False, mutate=None):
     return reported, living.bytes(exclude=[loss])
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_what_lives_is_what_is_reported(name, autocast):

@@ -20,6 +20,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from pairs import SUPPORTED, assert_alike, base_of, batch_of, make, step
 
+pytestmark = pytest.mark.sampled(2)
+
 MERGE = {"reduction": "merge", "reduction_blocks": [0, 2], "keep_rate": 0.5}
 SOME = ("vit", "dinov3", "beit", "siglip2", "yolos", "vjepa2", "dpt")  # one of each kind of side input, head and score
 FAMILIES = [name if name in SOME else pytest.param(name, marks=pytest.mark.slow) for name in SUPPORTED]

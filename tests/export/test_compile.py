@@ -64,6 +64,7 @@ def assert_same_step(found, expected, atol=1e-5) -> None:
             torch.testing.assert_close(found[1][name], gradient, atol=atol, rtol=0, msg=name)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_the_model_compiles_as_one_graph(make_wrapped, family):
@@ -84,6 +85,7 @@ def test_one_graph_serves_every_batch_size(make_wrapped):
     torch.testing.assert_close(found, model(batches[1]), atol=1e-6, rtol=0)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("family", TRAINED_FAMILIES)
 def test_a_compiled_training_step(make_wrapped, family):
     model, batches = make_wrapped(family)

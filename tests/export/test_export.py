@@ -72,11 +72,13 @@ def assert_exports(model: nn.Module, batches: list[Tensor], strict: bool) -> Non
         torch.testing.assert_close(exported(images), model(images), atol=1e-5, rtol=0)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_export(make_wrapped, family):
     assert_exports(*make_wrapped(family), strict=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", STRICT_FAMILIES)
 def test_strict_export(make_wrapped, family):
     assert_exports(*make_wrapped(family), strict=True)
@@ -100,6 +102,7 @@ def assert_same_in_onnx(path: Path, model: nn.Module, batches: list[Tensor]) -> 
         torch.testing.assert_close(torch.from_numpy(output), model(images), atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ONNX_FAMILIES)
 def test_onnx(make_wrapped, family, quiet, tmp_path):
     pytest.importorskip("onnxscript")
@@ -111,6 +114,7 @@ def test_onnx(make_wrapped, family, quiet, tmp_path):
     assert_same_in_onnx(path, model, batches)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_onnx_by_the_old_exporter(make_wrapped, family, quiet, tmp_path):
     pytest.importorskip("onnx")

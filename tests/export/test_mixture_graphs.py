@@ -60,6 +60,7 @@ def test_a_compiled_training_step(model):
         torch.testing.assert_close(found[name], gradient, atol=1e-5, rtol=0, msg=name)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("strict", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_export_with_a_batch_of_any_size(model, strict):

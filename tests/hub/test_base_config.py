@@ -22,6 +22,8 @@ from peft_bsr.cli.sources import load_model
 from tests.bad_input.conftest import unseal
 from tests.conftest import SIZES, TEXT
 
+pytestmark = pytest.mark.sampled(2)
+
 
 def logits(model, images):
     with torch.no_grad():

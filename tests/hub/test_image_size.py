@@ -20,6 +20,8 @@ from peft_bsr.backbones import native_size
 from peft_bsr.exporting.prepare import to_image_function
 from tests.conftest import SIZES, TEXT
 
+pytestmark = pytest.mark.sampled(2)
+
 CONFIGS = {
     "bsr": BSRConfig(init_weights=False),
     "alast": ALaSTConfig(train_embeddings=True),

@@ -27,6 +27,8 @@ from transformers import (
 import peft_bsr
 from peft_bsr import BSRConfig, HubError, SynQTConfig
 
+pytestmark = pytest.mark.sampled(2)
+
 BLOCKS = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64}
 IMAGES = {**BLOCKS, "image_size": 32, "patch_size": 8}
 

@@ -39,11 +39,13 @@ PINNED: dict[str, list[tuple[float, float]]] = {  # (loss, gradient norm) in the
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("name", "way"), PAIRS)
 def test_every_way_trains_alike(name, way):
     torch.testing.assert_close(trajectory(name, WAYS[way]), trajectory(name), rtol=2e-5, atol=0)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("name", "way"), PAIRS)
 def test_no_way_drifts_to_one_side(name, way):
     """Rounding errors have both signs: their mean over all steps is far below what a single step is allowed."""
@@ -51,6 +53,7 @@ def test_no_way_drifts_to_one_side(name, way):
     assert (((found - expected) / expected).mean(0).abs() < 3e-6).all()
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("name", "way"), LESS)
 def test_every_level_keeps_less(name, way):
     """Otherwise stock blocks would be compared with themselves."""
@@ -121,7 +124,8 @@ def command_losses(tmp_path_factory: pytest.TempPathFactory) -> Any:
     for way, settings in COMMAND_WAYS.items():
         output = tmp_path_factory.mktemp("trained")
         asked = ["train", "--model", str(base), "--dataset", "digits", "--output", str(output), "--max-steps", "10"]
-        asked += ["--batch-size", "8", "--set", "trainable_blocks=[1,3]", "--trainer", "logging_steps=1", "--no-measuring"]
+        asked += ["--batch-size", "8", "--set", "trainable_blocks=[1,3]", "--trainer", "logging_steps=1"]
+        asked += ["--no-measuring", "--test-size", "0.05", "--validation-size", "0.05"]
         assert main([*asked, *settings, "--trainer", "save_strategy=steps", "--trainer", "save_steps=10"]) == 0
         (state,) = output.rglob("trainer_state.json")
         log = json.loads(state.read_text())["log_history"]

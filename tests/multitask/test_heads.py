@@ -10,6 +10,8 @@ from torch.nn.functional import cross_entropy, interpolate
 from peft_bsr import BSRConfig, TaskConfig
 from peft_bsr.multitask import task_loss
 
+pytestmark = pytest.mark.sampled(2)
+
 TASKS = {
     "kinds": 3,
     "angle": TaskConfig("angle", 2, "regression"),

@@ -15,6 +15,8 @@ from peft_bsr.core import TaskCall
 from peft_bsr.cost import count_flops
 from peft_bsr.multitask import FullExperts, Mixture, PlainMLP
 
+pytestmark = pytest.mark.sampled(2)
+
 _path = Path(__file__).parents[1] / "reference" / "experts.py"
 _spec = importlib.util.spec_from_file_location("reference_experts", _path)
 reference = importlib.util.module_from_spec(_spec)

@@ -37,6 +37,7 @@ def test_config_round_trips_with_the_order_of_tasks(make_config, tmp_path):
         assert isinstance(loaded.moe, MoEConfig)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", ["other", "zoo", "experts", "classifier", "gates"])
 def test_save_and_load_under_any_name(model, make_vit, images, run, tmp_path, name):
     expected = every_task(model, images, run)

@@ -8,6 +8,8 @@ from peft import PeftModel, get_peft_model
 
 from peft_bsr import AdapterError, BSRConfig, TaskConfig, add_task, export_task
 
+pytestmark = pytest.mark.sampled(2)
+
 NAMES = ["zoo", "digits", "clothes"]
 
 

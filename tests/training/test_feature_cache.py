@@ -24,6 +24,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from families import SUPPORTED
 from test_trainer import Blobs
 
+pytestmark = pytest.mark.sampled(2)
+
 DATA = Blobs(21, seed=0)
 
 

@@ -13,6 +13,8 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from peft_bsr import ALaSTConfig, BSRConfig, MoEConfig, SynQTConfig
 
+pytestmark = pytest.mark.sampled(2)
+
 SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
 CONFIGS: dict[str, Callable[[], Any]] = {
     "bsr": lambda: BSRConfig(trainable_blocks=[1, 2], reduction_blocks=[1], keep_rate=0.5),
@@ -64,6 +66,7 @@ def expected(method: str) -> list[float]:
     return losses
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("method", SLOW)
 def test_compiled_as_a_whole(method):
     assert train(method, compiled=True) == pytest.approx(expected(method), rel=1e-4)
@@ -86,6 +89,7 @@ def test_checkpointing(method, reentrant):
     assert train(method, reentrant=reentrant) == pytest.approx(expected(method), rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reentrant", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("method", [pytest.param(m, marks=() if m == "bsr" else pytest.mark.slow) for m in CONFIGS])
 def test_checkpointing_and_compiled(method, reentrant):

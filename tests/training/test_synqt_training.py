@@ -20,6 +20,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from families import SUPPORTED
 from test_trainer import Blobs
 
+pytestmark = pytest.mark.sampled(2)
+
 DATA = Blobs(21, seed=0)
 SMALL = {"num_queries": 2, "bottleneck": 8, "attention_bottleneck": 4}
 

@@ -27,6 +27,8 @@ from peft_bsr import (
 )
 from tests.training.test_trainer import make_trainer
 
+pytestmark = pytest.mark.sampled(2)
+
 CONFIGS = {
     "bsr": BSRConfig(trainable_blocks=[2, 3], reduction_blocks=[1]),
     "lora": BSRConfig(trainable_blocks=[1, 3], trainable="lora", saved_activations="int8", lean="max"),
@@ -57,6 +59,7 @@ def optimizer_of(model, kind=torch.optim.AdamW, **settings):
 REFUSED = {("alast_paper", "vit_bare"): "'embeddings' cannot be trained by name"}
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("method", ["bsr", "alast", "alast_paper"])
 def test_what_trains_in_any_family_passes(make_model, family, method):
     """All but the listed ones are accepted; whoever refuses another must list it."""
@@ -98,6 +101,7 @@ def same(found, expected) -> bool:
     return found == expected
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD], ids=["adamw", "sgd"])
 def test_what_trains_passes_and_nothing_changes(make_model, method, kind, images):
     model = build(make_model, method)

@@ -28,6 +28,8 @@ from peft_bsr import (
 from tests.conftest import FAMILIES, SIZES
 from tests.training.test_trainer import Blobs, make_trainer
 
+pytestmark = pytest.mark.sampled(2)
+
 CONFIGS = {
     "bsr": BSRConfig(trainable_blocks=[2, 3], reduction_blocks=[1, 2]),
     "lora": BSRConfig(trainable_blocks=[2, 3], reduction_blocks=[2], trainable="lora", lean="max", init_weights=False),
@@ -122,6 +124,7 @@ def test_both_loops_take_the_same_steps(make_model, method, tmp_path):
     assert_near(trained(model), reference(make_model, method, tmp_path))
 
 
+@pytest.mark.sampled(3)
 def test_input_gradients_put_no_frozen_block_into_the_graph(make_model, method, train, tmp_path):
     """1. `enable_input_require_grads` cost a factor of four; both loops stop if a frozen block joins the graph."""
     model = attach(make_model(), method)
@@ -130,6 +133,7 @@ def test_input_gradients_put_no_frozen_block_into_the_graph(make_model, method, 
     assert_near(trained(model), reference(make_model, method, tmp_path))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "not_reentrant"])
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_checkpointing_however_and_whenever_enabled(make_model, method, train, use_reentrant, when, tmp_path):
@@ -160,6 +164,7 @@ def make_beit() -> nn.Module:
     return model
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "not_reentrant"])
 @pytest.mark.parametrize(
     ("make_model", "method"),
@@ -212,6 +217,7 @@ def test_rotating_reaches_every_block(make_model, train, tmp_path):
     assert moved == {"0", "1", "2", "3"}
 
 
+@pytest.mark.sampled(3)
 def test_an_adapter_loaded_again_goes_on_training(make_model, method, train, tmp_path):
     """Resuming must not leave frozen what trained: every part moves on, and the steps are those of one run."""
     if method == "alast":
@@ -227,6 +233,7 @@ def test_an_adapter_loaded_again_goes_on_training(make_model, method, train, tmp
         train(frozen, tmp_path / "frozen", 1)
 
 
+@pytest.mark.sampled(3)
 def test_the_head_is_saved(make_model, method, train, tmp_path):
     """A head that is trained and not saved loads as a random one."""
     model = attach(make_model(), method)
@@ -239,6 +246,7 @@ def test_the_head_is_saved(make_model, method, train, tmp_path):
         assert torch.equal(reloaded(pixel_values=images).logits, model.eval()(pixel_values=images).logits)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("train", [bare, pytest.param(trainer, marks=pytest.mark.slow)], ids=["bare", "trainer"])
 @pytest.mark.parametrize("when", [pytest.param("before", marks=pytest.mark.slow), "after"])
 def test_compiled_blocks_follow_the_freezing(make_model, method, train, when, tmp_path):

@@ -17,6 +17,8 @@ from peft_bsr.cost import saved_activations
 from peft_bsr.engine import record_routes
 from tests.reference.alast import importance, new_budget, token_counts
 
+pytestmark = pytest.mark.sampled(2)
+
 LABELS = torch.tensor([0, 2])
 
 

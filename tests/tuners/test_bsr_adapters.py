@@ -12,6 +12,8 @@ from peft_bsr import AdapterError, BSRConfig, ReductionNotMergedWarning
 from peft_bsr.backbones import ScoringConfig
 from peft_bsr.engine import BlockController
 
+pytestmark = pytest.mark.sampled(2)
+
 
 @pytest.fixture
 def two(model, make_config, make_vit):

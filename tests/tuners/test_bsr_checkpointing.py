@@ -8,6 +8,8 @@ from peft import get_peft_model
 
 from peft_bsr.cost import saved_activations
 
+pytestmark = pytest.mark.sampled(2)
+
 KINDS = [None, False, True]
 
 

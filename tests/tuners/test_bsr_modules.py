@@ -10,6 +10,8 @@ from safetensors.torch import load_file
 
 from peft_bsr import BSRConfig
 
+pytestmark = pytest.mark.sampled(2)
+
 LINEARS = {f"attention.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")} | {"mlp.fc1", "mlp.fc2"}
 
 

@@ -19,6 +19,8 @@ from peft_bsr.errors import MissingDependencyError
 from peft_bsr.ops import FrozenLinear
 from peft_bsr.tuners.base import frozen_weights
 
+pytestmark = pytest.mark.sampled(2)
+
 LABELS = torch.tensor([0, 1])
 needs_torchao = pytest.mark.usefixtures("torchao")
 
@@ -204,6 +206,7 @@ def test_it_is_reported_once(how, make_vit, caplog):
     assert least < float(message.rsplit(" ", 1)[1]) < most
 
 
+@pytest.mark.sampled(3)
 def test_saved_it_reloads_equal_and_disabled_or_unloaded_it_runs_on_the_rounded_weights(
     key, how, make_vit, images, run, tmp_path
 ):
@@ -302,6 +305,7 @@ def test_a_copy_trains(how, make_vit, images):
     assert not any(p.grad is not None for p in model.parameters())
 
 
+@pytest.mark.sampled(3)
 @needs_torchao
 @pytest.mark.parametrize("autocast", [False, True])
 def test_gradients_in_8_bits_are_those_of_the_rounded_weights(key, make_vit, images, autocast):

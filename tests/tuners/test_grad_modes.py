@@ -14,6 +14,8 @@ import peft_bsr
 from peft_bsr import ALaSTConfig, BSRConfig, HubError, MoEConfig, SynQTConfig, UnsupportedModelError, probe_model
 from peft_bsr.cost import estimate
 
+pytestmark = pytest.mark.sampled(2)
+
 CONFIGS: dict[str, Callable[[], Any]] = {
     "bsr": BSRConfig,
     "lora": lambda: BSRConfig(trainable="lora", lean="max"),
@@ -57,6 +59,7 @@ def test_attached_there_it_trains_outside(make_vit, method, mode, images):
     assert all(torch.equal(gradient, expected[name]) for name, gradient in found.items())
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("is_trainable", [False, True])
 def test_loaded_there_it_is_the_same(make_vit, method, mode, is_trainable, images, tmp_path):
     named = {"task": "a"} if method == "tasks" else {}
@@ -125,6 +128,7 @@ STATES = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("state", STATES)
 @pytest.mark.parametrize("config", ["lora", "tasks", "synqt"])
 def test_the_callers_state_is_not_the_models(make_vit, config, state, images, tmp_path):

@@ -124,6 +124,7 @@ def test_the_two_layouts_are_one_model(new, old, images):
     torch.testing.assert_close(old(images), new(images).logits)
 
 
+@pytest.mark.sampled(2)
 @needs_key_translation
 @pytest.mark.parametrize("to_old", [True, False])
 @pytest.mark.parametrize("adapter_name", ["default", "other"])

@@ -77,6 +77,7 @@ def test_models_without_one_classifier_or_plain_attention_are_refused(family, sn
     assert_unchanged(model, before)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("keep_rate", [1.0, 0.5])
 @pytest.mark.parametrize("family", CLASSIFIERS)
 def test_every_family_with_a_classifier_trains(family, keep_rate):

@@ -161,6 +161,7 @@ def saved_mib(**settings) -> float:
     return saved_activations(model, lambda: model(**batch).loss) / 2 / 2**20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_queries", MIB_PER_IMAGE)
 def test_saved_activations_of_vit_base(num_queries):
     assert saved_mib(num_queries=num_queries) <= MIB_PER_IMAGE[num_queries]

@@ -1,4 +1,4 @@
-"""What the model is: the only package that knows model families. `probe_model(model)` returns a `ModelSpec`."""
+"""Description of models: the only package that knows model families. `probe_model(model)` returns a `ModelSpec`."""
 
 from peft_bsr.backbones.add_head import with_head
 from peft_bsr.backbones.block_spec import apply_part

@@ -1,9 +1,8 @@
-"""`with_head`: a classifier on a vision model that has none."""
+"""`with_head`: add a classifier to a vision model without a head."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -22,30 +21,30 @@ def with_head(
     problem_type: ProblemType | None = None,
     dropout: float = 0.0,
 ) -> BackboneForImageClassification:
-    """Put a classifier on a vision model that has none: DINOv3, AIMv2, RADIO, a tower of SigLIP, ...
+    """Add a classifier to a vision model without a head: DINOv3, AIMv2, RADIO, a SigLIP vision tower, ...
 
-    The classifier is new: it has to be trained. `get_peft_model(with_head(...), BSRConfig())` trains it with the
-    adapter. The model saves and loads like those of transformers, after `import peft_bsr`.
+    The classifier is new and has to be trained. `get_peft_model(with_head(...), BSRConfig())` trains it with the
+    adapter. After `import peft_bsr`, the model saves and loads like any transformers model.
 
     Args:
-        backbone: A vision model of transformers that gives `last_hidden_state`, with its weights. It becomes part of
+        backbone: A transformers vision model with its weights that returns `last_hidden_state`. It becomes part of
             the new model and is not copied.
-        num_labels: C, classes, labels or values.
-        pool: What the classifier reads: `"class"` (the class token; of several their mean, of RADIO all of them),
-            `"mean"` (of the patches), `"class+mean"` (both, side by side), `"attention"` (one query over the patches,
-            the backbone's own where it has one). Default None: what the family was made for, see
+        num_labels: Number of classes, labels or values.
+        pool: What the classifier reads: `"class"` (the class token; the mean if there are several, for RADIO all of
+            them), `"mean"` (of the patches), `"class+mean"` (both, concatenated), `"attention"` (one query over the
+            patches, the backbone's own if it has one). Default None: what the family was trained for, see
             docs/guides/with_head.md.
         labels: Names of the classes or values. Default None: transformers' `LABEL_0`, ...
-        problem_type: What labels are: `"single_label_classification"`, `"multi_label_classification"` or
-            `"regression"`. Default None: transformers decides by the first labels.
-        dropout: On what the classifier reads, in training. Default 0.
+        problem_type: `"single_label_classification"`, `"multi_label_classification"` or `"regression"`. Default None:
+            transformers chooses it from the first labels.
+        dropout: Dropout rate on the classifier's input. Default 0.
 
     Returns:
-        The model, in the mode that the backbone is in.
+        The model, in the backbone's training or evaluation mode.
 
     Raises:
-        ConfigError: Naming every argument that cannot be. The backbone is unchanged.
-        UnsupportedModelError: If the backbone has a head already, or gives no tokens of each image.
+        ConfigError: Naming every invalid argument. The backbone is unchanged.
+        UnsupportedModelError: If the backbone already has a head, or does not return one sequence of tokens per image.
 
     Examples:
         >>> from transformers import DINOv3ViTConfig, DINOv3ViTModel
@@ -77,12 +76,12 @@ def with_head(
     return BackboneForImageClassification.around(backbone, config)
 
 
-def _check_class(backbone: Any) -> None:
-    """Refuse what cannot be made again out of its configuration, or has a head."""
+def _check_class(backbone: object) -> None:
+    """Reject a model that cannot be created again from its configuration, or that has a head."""
     if not isinstance(backbone, PreTrainedModel):
         raise UnsupportedModelError(
-            f"with_head needs a vision model of transformers, not {type(backbone).__name__}. Load one by "
-            "`AutoModel.from_pretrained(...)`; an adapter comes around the result."
+            f"with_head needs a transformers vision model, not {type(backbone).__name__}. Load one with "
+            "`AutoModel.from_pretrained(...)`, and attach an adapter to the result."
         )
     expected = backbone_class_of(backbone.config)
     if expected is None:
@@ -90,7 +89,7 @@ def _check_class(backbone: Any) -> None:
     if type(backbone) is not expected:
         raise UnsupportedModelError(
             f"with_head needs a {expected.__name__}, which has no head, not a {type(backbone).__name__}. Give the "
-            "vision model inside, or load it by `AutoModel.from_pretrained(...)`."
+            "vision model inside, or load it with `AutoModel.from_pretrained(...)`."
         )
 
 

@@ -1,9 +1,8 @@
-"""Names of a block's parts: which module owns its parameters, what it is, and in which order the parts run."""
+"""The parts of a block: modules that own parameters, their canonical names, and the order in which they run."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
 
 from torch import Tensor, nn
 
@@ -17,7 +16,7 @@ _PROJECTION_ROLES = {
 
 
 def attention_names(block: nn.Module) -> list[str]:
-    """Modules inside a block that own query, key and value projections (or one for all three)."""
+    """Names of the modules in a block that own query, key and value projections (or a fused one)."""
     found = (name for name, module in block.named_modules() if any(_has_all(module, names) for names in _PROJECTIONS))
     return [name for name in found if name]
 
@@ -26,9 +25,9 @@ def parameter_owners(module: nn.Module, prefix: str = "", avoid: str = "") -> It
     """Names of the outermost modules inside `module` that hold parameters of their own.
 
     Args:
-        module: Where to look; its own parameters do not count.
-        prefix: Put in front of the names.
-        avoid: A name; modules that contain it are looked into, itself is left out.
+        module: The module to search. Its own parameters do not count.
+        prefix: Prefix for the names.
+        avoid: Name of a module to leave out. A module that contains it is searched, not named.
     """
     for child_name, child in module.named_children():
         name = f"{prefix}{child_name}"
@@ -44,13 +43,13 @@ def parameter_owners(module: nn.Module, prefix: str = "", avoid: str = "") -> It
 def find_block_spec(
     block: nn.Module, order: list[str], residual_takers: set[str], attention_name: str
 ) -> BlockSpec | None:
-    """The parts of a pre-norm block, or None where it is something else.
+    """The parts of a pre-norm block, or None for any other block.
 
     Args:
         block: The block.
         order: Its direct children in the order in which they ran.
-        residual_takers: Those of them that were called with two tensors.
-        attention_name: The module with the projections, relative to the block.
+        residual_takers: Children that were called with two tensors.
+        attention_name: Name of the module with the projections, relative to the block.
     """
     attention = attention_name.split(".")[0]
     order = order[order.index(attention) - 1 :] if attention in order[1:] else []
@@ -79,18 +78,18 @@ def find_block_spec(
 def canonical_names_of(
     block: nn.Module, param_modules: tuple[str, ...], block_spec: BlockSpec | None, attention_name: str
 ) -> tuple[str, ...]:
-    """What each leaf is, under the same name whatever a layout calls it."""
-    return tuple(_role(block, leaf, param_modules, block_spec, attention_name) for leaf in param_modules)
+    """The name of each of `param_modules` that does not depend on the model, such as `"attention.query"`."""
+    return tuple(_canonical_name(block, name, param_modules, block_spec, attention_name) for name in param_modules)
 
 
-def _role(
-    block: nn.Module, leaf: str, param_modules: tuple[str, ...], block_spec: BlockSpec | None, attention_name: str
+def _canonical_name(
+    block: nn.Module, name: str, param_modules: tuple[str, ...], block_spec: BlockSpec | None, attention_name: str
 ) -> str:
-    if leaf.startswith(f"{attention_name}.") and leaf.split(".")[-1] in _PROJECTION_ROLES:
-        return f"attention.{_PROJECTION_ROLES[leaf.split('.')[-1]]}"
+    if name.startswith(f"{attention_name}.") and name.split(".")[-1] in _PROJECTION_ROLES:
+        return f"attention.{_PROJECTION_ROLES[name.split('.')[-1]]}"
     if block_spec is None:
-        return leaf
-    part, _, inner = leaf.partition(".")
+        return name
+    part, _, inner = name.partition(".")
     if part == block_spec.attention:
         others = [
             other
@@ -99,26 +98,26 @@ def _role(
             and other.split(".")[-1] not in _PROJECTION_ROLES
             and isinstance(block.get_submodule(other), nn.Linear)
         ]
-        return "attention.output" if others == [leaf] else ".".join(filter(None, ("attention", inner)))
+        return "attention.output" if others == [name] else ".".join(filter(None, ("attention", inner)))
     names = {block_spec.norm1: "norm1", block_spec.norm2: "norm2"}
-    names |= {name: f"scale1.{i}" for i, name in enumerate(block_spec.after_attention)}
-    names |= {name: f"scale2.{i}" for i, name in enumerate(block_spec.after_mlp)}
+    names |= {scale: f"scale1.{i}" for i, scale in enumerate(block_spec.after_attention)}
+    names |= {scale: f"scale2.{i}" for i, scale in enumerate(block_spec.after_mlp)}
     if part in block_spec.mlp:
         inside = [other for other in param_modules if other.split(".")[0] in block_spec.mlp]
         inside.sort(key=lambda other: block_spec.mlp.index(other.split(".")[0]))
-        return f"mlp.{inside.index(leaf)}"
+        return f"mlp.{inside.index(name)}"
     return ".".join(filter(None, (names.get(part, part), inner)))
 
 
-def takes_residual(args: tuple[Any, ...]) -> bool:
-    """Whether a call hands over two tensors of hidden states."""
+def takes_residual(args: tuple[object, ...]) -> bool:
+    """Whether a module is called with two tensors of hidden states."""
     tensors = [value for value in args if isinstance(value, Tensor) and value.ndim == 3]
     return len(tensors) == 2
 
 
 def apply_part(block: nn.Module, name: str, tokens: Tensor, *others: Tensor) -> Tensor:
-    """Run a part of the block: a module is called, a vector or number multiplies, None does nothing."""
-    part: Any = getattr(block, name)
+    """Apply a part of the block: a module is called, a vector or number is a factor, None does nothing."""
+    part: Callable[..., Tensor] | Tensor | float | None = getattr(block, name)
     if part is None:
         return tokens
     return part(tokens, *others) if isinstance(part, nn.Module) else part * tokens

@@ -1,46 +1,47 @@
-"""What must agree between two models for one to go on with what was trained on, or computed by, the other."""
+"""What must agree between two models before one can use adapters or cached features of the other."""
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from peft_bsr.backbones.model_spec import ModelSpec
 from peft_bsr.backbones.probe import probe_model
 from peft_bsr.backbones.registry import vision_config
 
 Plain = str | int | float | list[int] | None
-_SAMPLED = 16  # numbers of each weight
+_SAMPLED = 16  # values per parameter
 _DIGESTED = (torch.float32, torch.bfloat16, torch.float64)
 _EPS = ("eps", "variance_epsilon")
-_POSITIONS = re.compile(r"position|pos_embed")  # tables that another size of images makes anew
+_POSITIONS = re.compile(r"position|pos_embed")  # tables that depend on the image size
 _ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function")
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """How a model's blocks compute, as plain values. Weights, head, dtype and image size are no part of it.
+    """Architecture of a model's blocks, as plain values. Weights, head, dtype and image size are not part of it.
 
-    What cannot be told of a model is None, and agrees with everything.
+    A value that is not known for a model is None and agrees with every value.
 
     Attributes:
-        family: `model_type` of the configuration that the blocks are made by; without one the class of a block.
+        family: `model_type` of the configuration from which the blocks are built; without one, a block's class name.
         depth: Number of blocks.
-        width: Channels of a token.
-        heads: Of the attention.
-        mlp: Widest Linear of a block outside its attention, in output channels.
+        width: Embedding dimension.
+        heads: Number of attention heads.
+        mlp: Largest number of output features of a block's Linear modules outside its attention.
         patch: (height, width) of a patch in pixels.
-        prefix: Special tokens in front of the patches.
-        suffix: Special tokens after them.
-        activation: Of the MLP.
-        eps: Of the blocks' norms.
-        rope: Base of rotary position embeddings.
+        prefix: Number of special tokens before the patches.
+        suffix: Number of special tokens after the patches.
+        activation: Activation function of the MLP.
+        eps: Epsilon of the blocks' norms.
+        rope: Base (theta) of the rotary position embeddings.
 
     Examples:
         >>> a = Fingerprint("vit", 12, 768, 12, 3072, (16, 16), 1, 0, "gelu", 1e-12, None)
@@ -69,23 +70,20 @@ class Fingerprint:
 
         Args:
             model: A vision transformer, with or without adapters.
-            spec: Description of the model. Default None: it is probed.
+            spec: Description of the model. Default None: the model is probed.
 
         Raises:
-            UnsupportedModelError: If it has to be probed and is not supported.
+            UnsupportedModelError: If the model is probed and not supported.
         """
         model = _base_of(model)
         spec = probe_model(model) if spec is None else spec
         config = vision_config(model)
         block = model.get_submodule(spec.blocks[0])
-        param_modules: dict[str, Any] = {name: _own(block.get_submodule(name)) for name in spec.param_modules}
+        param_modules = {name: _own(block.get_submodule(name)) for name in spec.param_modules}
         outside = [m for name, m in param_modules.items() if not f"{name}.".startswith(f"{spec.attention}.")]
-        widths = [m.out_features for m in outside if isinstance(getattr(m, "out_features", None), int)]
+        widths = [width for m in outside if isinstance(width := getattr(m, "out_features", None), int)]
         eps = [
-            getattr(m, name)
-            for m in param_modules.values()
-            for name in _EPS
-            if isinstance(getattr(m, name, None), float)
+            value for m in param_modules.values() for name in _EPS if isinstance(value := getattr(m, name, None), float)
         ]
         is_image = spec.grid is not None and len(spec.grid) == 2 and len(spec.image_shape) == 3
         return cls(
@@ -103,19 +101,19 @@ class Fingerprint:
         )
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Fingerprint:
-        """From what `to_dict` gave. Names that this version does not know are left out."""
-        known = {field.name: values.get(field.name) for field in fields(cls)}
+    def from_dict(cls, values: Mapping[str, Plain]) -> Fingerprint:
+        """From the result of `to_dict`. Unknown names are ignored."""
+        known: dict[str, Any] = {field.name: values.get(field.name) for field in fields(cls)}
         patch = known["patch"]
         return cls(**known | {"patch": tuple(patch) if isinstance(patch, list) else None})
 
     def to_dict(self) -> dict[str, Plain]:
-        """Plain values by name, as JSON has them."""
+        """The values by name, ready for JSON."""
         values: dict[str, Plain] = {field.name: getattr(self, field.name) for field in fields(self)}
         return values | {"patch": None if self.patch is None else list(self.patch)}
 
     def differences(self, other: Fingerprint) -> list[str]:
-        """What differs, in words: this one's value first. Empty where the two agree."""
+        """Descriptions of the differences, with this fingerprint's value first. Empty if the two agree."""
         pairs = [(field.name, getattr(self, field.name), getattr(other, field.name)) for field in fields(self)]
         return [f"{name} {a!r} instead of {b!r}" for name, a, b in pairs if None not in (a, b) and a != b]
 
@@ -125,7 +123,7 @@ def fingerprint(model: nn.Module, spec: ModelSpec | None = None) -> dict[str, Pl
 
     Args:
         model: A vision transformer, with or without adapters.
-        spec: Description of the model. Default None: it is probed.
+        spec: Description of the model. Default None: the model is probed.
 
     Examples:
         >>> from transformers import ViTConfig, ViTModel
@@ -138,23 +136,23 @@ def fingerprint(model: nn.Module, spec: ModelSpec | None = None) -> dict[str, Pl
 
 @torch.no_grad()
 def weights_digest(model: nn.Module, spec: ModelSpec, apart: Sequence[str] = ()) -> str | None:
-    """A digest of the embeddings and blocks of a model without adapters: 16 evenly spaced numbers of each parameter.
+    """A digest of the embeddings and blocks of a model without adapters: 16 evenly spaced values of each parameter.
 
-    It tells another checkpoint from the same one in float32, bfloat16 or float64: numbers are compared in bfloat16. It
-    does not see a change between the numbers that it takes, and does not know which parameter is which, so that another
-    layout (names of modules) of the same model agrees. Cost: one small copy a parameter.
+    It tells two checkpoints apart, but not one checkpoint in float32, bfloat16 and float64: values are compared in
+    bfloat16. It misses changes between the sampled values. Module names do not matter, so another layout of the same
+    model has the same digest. Cost: one small copy per parameter.
 
     Args:
         model: The model.
-        spec: Its column; the head does not count, nor do tables of positions, which depend on the size of images.
-        apart: Modules that do not count either, by the ends of their names.
+        spec: Description of the model. Its head and its position tables, which depend on the image size, do not count.
+        apart: Names, or dotted parts of names, of further modules that do not count.
 
     Returns:
-        32 hexadecimal digits, or None where numbers are missing (meta, sharded), quantized or in float16, which rounds
-        otherwise.
+        32 hexadecimal digits, or None if weights are missing (meta, sharded), quantized, or in float16, which rounds
+        differently.
     """
-    behind = tuple(f"{name}." for name in (*spec.head, *spec.unread))
-    named = {n: p for n, p in model.named_parameters() if not (f"{n}.".startswith(behind) or _POSITIONS.search(n))}
+    head = tuple(f"{name}." for name in (*spec.head, *spec.unread))
+    named = {n: p for n, p in model.named_parameters() if not (f"{n}.".startswith(head) or _POSITIONS.search(n))}
     weights = {n: p for n, p in named.items() if not any(f".{part}." in f".{n}." for part in apart)}
     if any(type(p.data) is not Tensor or p.is_meta or p.dtype not in _DIGESTED for p in weights.values()):
         return None
@@ -169,8 +167,7 @@ def _sample(weight: Tensor) -> Tensor:
 
 
 def _base_of(model: nn.Module) -> nn.Module:
-    base: Any = model
-    return base.get_base_model() if hasattr(model, "get_base_model") else base
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _own(module: nn.Module) -> nn.Module:
@@ -178,12 +175,12 @@ def _own(module: nn.Module) -> nn.Module:
     return own
 
 
-def _number(config: Any, name: str) -> int | None:
+def _number(config: PreTrainedConfig | None, name: str) -> int | None:
     value = getattr(config, name, None)
     return value if isinstance(value, int) else None
 
 
-def _rope_base(config: Any) -> float | None:
+def _rope_base(config: PreTrainedConfig | None) -> float | None:
     parameters = getattr(config, "rope_parameters", None)
     base = (parameters or {}).get("rope_theta") if isinstance(parameters, dict) else None
     base = getattr(config, "rope_theta", None) if base is None else base

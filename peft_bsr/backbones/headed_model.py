@@ -1,9 +1,11 @@
-"""A vision model with a classifier that it did not have: a model of transformers with a configuration of its own."""
+"""A headless vision model with a new classifier, as a transformers model with its own configuration class."""
 
 from __future__ import annotations
 
 import copy
 import inspect
+import os
+from collections.abc import Collection
 from typing import Any, cast
 
 import torch
@@ -29,22 +31,22 @@ _WORDS = {
     "class+mean": "the class token and the mean of the patches",
     "attention": "an attention pool over the patches",
 }
-_PLACE = ("revision", "token", "cache_dir", "local_files_only", "dtype")  # what a configuration takes for itself
+_PLACE = ("revision", "token", "cache_dir", "local_files_only", "dtype")  # arguments that the configuration consumes
 
 
 class BackboneWithHeadConfig(PreTrainedConfig):
     """Configuration of `BackboneForImageClassification`.
 
-    `from_pretrained` takes the folder or Hub id of a headless model as well: its configuration becomes
+    `from_pretrained` also takes the folder or Hub id of a headless model, whose configuration becomes
     `backbone_config`.
 
     Args:
-        backbone_config: Of the vision model.
-        pool: See `with_head`. Default None: what the family was made for; the model fills it in.
-        num_prefix: Tokens at the front that are no patches. Default None: the model finds them.
-        classifier_dropout: On what the classifier reads, in training. Default 0.
+        backbone_config: Configuration of the vision model.
+        pool: See `with_head`. Default None: what the family was trained for, filled in by the model.
+        num_prefix: Number of tokens before the patches. Default None: counted by the model.
+        classifier_dropout: Dropout rate on the classifier's input. Default 0.
         initializer_range: Standard deviation of new weights. Default 0.02.
-        kwargs: Of `PreTrainedConfig`: `num_labels`, `id2label`, `problem_type`, ...
+        kwargs: Arguments of `PreTrainedConfig`: `num_labels`, `id2label`, `problem_type`, ...
     """
 
     model_type = "peft_bsr_with_head"
@@ -57,7 +59,7 @@ class BackboneWithHeadConfig(PreTrainedConfig):
         num_prefix: int | None = None,
         classifier_dropout: float = 0.0,
         initializer_range: float = 0.02,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> None:
         if isinstance(backbone_config, dict):
             backbone_config = config_class_of(backbone_config["model_type"]).from_dict(dict(backbone_config))
@@ -69,9 +71,9 @@ class BackboneWithHeadConfig(PreTrainedConfig):
 
     @classmethod
     def get_config_dict(
-        cls, pretrained_model_name_or_path: Any, **kwargs: Any
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What a file says; a headless model's becomes `backbone_config`."""
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: object
+    ) -> tuple[dict[str, object], dict[str, object]]:
+        """Values of a saved configuration; that of a headless model becomes `backbone_config`."""
         stored, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if stored.get("model_type", cls.model_type) != cls.model_type:
             inner = config_class_of(stored["model_type"]).from_dict(dict(stored))
@@ -80,18 +82,18 @@ class BackboneWithHeadConfig(PreTrainedConfig):
 
 
 class BackboneForImageClassification(PreTrainedModel):
-    """A vision model without a head, a pool over its tokens, and a linear classifier.
+    """A headless vision model, a pool over its tokens, and a linear classifier.
 
-    `AutoModelForImageClassification.from_pretrained` makes it of a folder that its `save_pretrained` wrote, after
-    `import peft_bsr`; its own `from_pretrained` takes a headless model's folder or Hub id as well.
+    After `import peft_bsr`, `AutoModelForImageClassification.from_pretrained` loads a folder that its `save_pretrained`
+    wrote. Its own `from_pretrained` also takes the folder or Hub id of a headless model.
 
     Args:
-        config: Its configuration. What it leaves open is filled in.
-        backbone: The vision model, with its weights. Default None: one of the configuration, with random weights.
+        config: Configuration. Values that are None are filled in.
+        backbone: The vision model, with its weights. Default None: created from the configuration with random weights.
 
     Raises:
-        UnsupportedModelError: If the vision model gives no tokens of each image.
-        ConfigError: If `pool` asks for a class token where there is none.
+        UnsupportedModelError: If the vision model does not return one sequence of tokens per image.
+        ConfigError: If `pool` needs a class token and the model has none.
     """
 
     config_class = BackboneWithHeadConfig
@@ -106,7 +108,7 @@ class BackboneForImageClassification(PreTrainedModel):
 
     def __init__(self, config: BackboneWithHeadConfig, backbone: PreTrainedModel | None = None) -> None:
         super().__init__(config)
-        inner: Any = config.backbone_config
+        inner: PreTrainedConfig = config.backbone_config
         made = backbone_class_of(inner)
         if config.num_prefix is None:
             config.num_prefix = _count_prefix(made, inner)
@@ -115,7 +117,7 @@ class BackboneForImageClassification(PreTrainedModel):
             inner.mask_ratio = 0.0  # a classifier sees the whole image
         if backbone is not None:
             keep_weights(backbone)
-        self.backbone: Any = made(inner) if backbone is None else backbone
+        self.backbone: PreTrainedModel = made(inner) if backbone is None else backbone
         self.has_own = config.pool == "attention" and bool(getattr(self.backbone, "use_head", False))
         self.pool = TokenPool(cast(Pool, config.pool), inner, config.num_prefix, self.has_own)
         self.dropout = nn.Dropout(config.classifier_dropout)
@@ -133,8 +135,8 @@ class BackboneForImageClassification(PreTrainedModel):
         if isinstance(query, nn.Parameter) and not getattr(query, "_is_hf_initialized", False):
             query.normal_(0.0, self.config.initializer_range)
 
-    def get_input_embeddings(self) -> Any:
-        """The backbone's."""
+    def get_input_embeddings(self) -> nn.Module:
+        """The backbone's input embeddings."""
         return self.backbone.get_input_embeddings()
 
     def forward(
@@ -144,24 +146,24 @@ class BackboneForImageClassification(PreTrainedModel):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
-        **kwargs: Any,
-    ) -> ImageClassifierOutput | tuple[Any, ...]:
+        **kwargs: object,
+    ) -> ImageClassifierOutput | tuple[object, ...]:
         """Classify images.
 
         Args:
-            pixel_values: [B, C, height, width], or what the backbone takes.
-            labels: Class of each image [B]; for several labels or values [B, `num_labels`]. With them there is a loss.
-            output_hidden_states: Whether to return the tokens after each block as well.
-            output_attentions: Whether to return attention weights as well.
-            return_dict: False for a tuple. Default True.
+            pixel_values: [B, C, height, width], or the backbone's own format.
+            labels: Class of each image [B], or for several labels or values [B, `num_labels`], to compute the loss.
+            output_hidden_states: Whether to return the tokens after each block.
+            output_attentions: Whether to return attention weights.
+            return_dict: Whether to return a `ModelOutput` instead of a tuple. Default True.
             kwargs: Further inputs of the backbone, such as `pixel_attention_mask`.
 
         Returns:
-            `loss` with labels, and `logits` [B, `num_labels`].
+            `loss` if there are labels, and `logits` [B, `num_labels`].
         """
         asked = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
         given = kwargs | {name: value for name, value in asked.items() if value is not None}
-        if "noise" in self.inputs and "noise" not in given:  # a masked autoencoder shuffles its patches by it
+        if "noise" in self.inputs and "noise" not in given:  # a masked autoencoder sorts its patches by it
             given["noise"] = self._in_order(pixel_values)
         outputs = self.backbone(pixel_values, **given)
         if self.has_own:
@@ -178,11 +180,11 @@ class BackboneForImageClassification(PreTrainedModel):
 
     @classmethod
     def around(cls, backbone: PreTrainedModel, config: BackboneWithHeadConfig) -> BackboneForImageClassification:
-        """A new classifier on a vision model, on its device, in its dtype and mode.
+        """Add a new classifier to a vision model, on its device and in its dtype and mode.
 
         Args:
             backbone: The vision model.
-            config: What it is to be; its `backbone_config` becomes the vision model's own.
+            config: Configuration. Its `backbone_config` is replaced by the vision model's.
         """
         config.backbone_config = backbone.config
         weight = next(p for p in backbone.parameters() if p.is_floating_point())
@@ -193,7 +195,7 @@ class BackboneForImageClassification(PreTrainedModel):
         return model.train(backbone.training)
 
     def describe_head(self) -> str:
-        """What the classifier reads, and why, in one clause."""
+        """A clause that says what the classifier reads and why."""
         made_for = family_pool(self.config.backbone_config, self.config.num_prefix)
         why = f" ({made_for.why})" if made_for.pool == self.config.pool else ""
         return f"a new classifier reads {_WORDS[self.config.pool]}{why}"
@@ -204,8 +206,10 @@ class BackboneForImageClassification(PreTrainedModel):
         return torch.arange(number, device=pixel_values.device, dtype=torch.float32).expand(len(pixel_values), -1)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """A saved model of this class, or one with a new classifier on a headless model's weights.
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], *args: object, **kwargs: Any
+    ) -> Any:
+        """Load a saved model of this class, or a headless model's weights with a new classifier.
 
         Args:
             pretrained_model_name_or_path: Folder or Hub id.
@@ -225,7 +229,7 @@ class BackboneForImageClassification(PreTrainedModel):
         backbone, report = backbone_class_of(config.backbone_config).from_pretrained(
             source, config=config.backbone_config, output_loading_info=True, **kwargs
         )
-        _check_found(backbone, report, source)
+        _check_found(backbone, report["missing_keys"], source)
         model = cls.around(backbone, config)
         new = {name for name, _ in model.named_parameters() if not name.startswith("backbone.")}
         missing = new | {f"backbone.{name}" for name in report["missing_keys"]}
@@ -233,8 +237,8 @@ class BackboneForImageClassification(PreTrainedModel):
         return (model, report | {"missing_keys": missing, "mismatched_keys": other}) if wants_report else model
 
 
-def _count_prefix(backbone_class: Any, config: Any) -> int:
-    """Tokens in front of the patches, by the shapes of one forward without weights."""
+def _count_prefix(backbone_class: type[PreTrainedModel], config: PreTrainedConfig) -> int:
+    """Number of tokens before the patches, from the shapes of one forward on the meta device."""
     config = copy.deepcopy(config)
     if hasattr(config, "mask_ratio"):
         config.mask_ratio = 0.0
@@ -242,33 +246,35 @@ def _count_prefix(backbone_class: Any, config: Any) -> int:
         model = backbone_class(config).eval()
     shape = input_shapes(model)[0]
     if main_input(model) != "pixel_values" or len(shape) not in (2, 3):
-        raise UnsupportedModelError(f"{backbone_class.__name__} takes no images, but {main_input(model)} of {shape}.")
-    if len(shape) == 2:  # images of several sizes, their patches flattened: such towers have no other tokens
+        raise UnsupportedModelError(
+            f"{backbone_class.__name__} takes `{main_input(model)}` of shape {shape} instead of images."
+        )
+    if len(shape) == 2:  # flattened patches of images of several sizes: such models have no other tokens
         return 0
     with torch.no_grad():
         tokens = getattr(model(**probe_inputs(model, 1, shape)), "last_hidden_state", None)
     if not isinstance(tokens, Tensor) or tokens.ndim != 3:
-        found = "none at all" if tokens is None else tuple(tokens.shape)
+        found = "returns none" if tokens is None else f"this has shape {tuple(tokens.shape)}"
         raise UnsupportedModelError(
-            f"{backbone_class.__name__} gives no tokens [images, tokens, width] as `last_hidden_state`, but {found}: "
-            "a classifier has nothing to read. Give the vision model inside."
+            f"{backbone_class.__name__} should return tokens [images, tokens, width] as `last_hidden_state`, but "
+            f"{found}. Give the vision model inside."
         )
     number = tokens.shape[1] - _count_patches(config, shape)
     if number < 0:
         raise UnsupportedModelError(
-            f"{backbone_class.__name__} gives {tokens.shape[1]} tokens for {_count_patches(config, shape)} patches: it "
-            "is no plain vision transformer."
+            f"{backbone_class.__name__} returns {tokens.shape[1]} tokens for {_count_patches(config, shape)} patches: "
+            "it is not a plain vision transformer."
         )
     return number
 
 
-def _count_patches(config: Any, shape: tuple[int, ...]) -> int:
+def _count_patches(config: PreTrainedConfig, shape: tuple[int, ...]) -> int:
     patch = config.patch_size
     rows, columns = (patch, patch) if isinstance(patch, int) else patch
     return (shape[-2] // rows) * (shape[-1] // columns)
 
 
-def _check_pool(pool: str | None, config: Any, num_prefix: int) -> str:
+def _check_pool(pool: str | None, config: PreTrainedConfig, num_prefix: int) -> str:
     if pool is None:
         return family_pool(config, num_prefix).pool
     if "class" in pool and not num_prefix:
@@ -276,13 +282,13 @@ def _check_pool(pool: str | None, config: Any, num_prefix: int) -> str:
     return pool
 
 
-def _check_found(backbone: Any, report: dict[str, Any], source: Any) -> None:
-    """Refuse a checkpoint whose vision weights are called otherwise: transformers fills them at random."""
-    lost = [name for name in report["missing_keys"] if not name.startswith("pooler.")]
-    if len(lost) > len(backbone.state_dict()) / 2:
+def _check_found(backbone: PreTrainedModel, missing: Collection[str], source: str | os.PathLike[str]) -> None:
+    """Reject a checkpoint in which the vision weights have other names: transformers would initialize them."""
+    missing = [name for name in missing if not name.startswith("pooler.")]
+    if len(missing) > len(backbone.state_dict()) / 2:
         raise UnsupportedModelError(
-            f"{type(backbone).__name__} finds none of its weights in {str(source)!r}, which is a larger model. Load "
-            "that by its own class, give the vision model inside to `with_head`, and save what it returns."
+            f"Most weights of {type(backbone).__name__} are missing in {str(source)!r}, which is a larger model. Load "
+            "it with its own class, give the vision model inside to `with_head`, and save the result."
         )
 
 

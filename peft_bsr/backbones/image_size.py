@@ -1,10 +1,10 @@
-"""Models that take images of one size only, made to take another: their position table is interpolated once."""
+"""Change the image size of a model that takes one size only, by interpolating its position table once."""
 
 from __future__ import annotations
 
 import copy
 import inspect
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,22 +19,22 @@ _INTERPOLATE = "interpolate_pos_encoding"  # method and argument of transformers
 _RESIZED = "resized_tables"  # attribute of the module with that method: names of its tables that were resized
 
 
-@torch.inference_mode(False)  # a table that is made there can never train
+@torch.inference_mode(False)  # a parameter created in inference mode can never train
 def set_image_size(model: nn.Module, image_size: int | tuple[int, int]) -> None:
-    """Have a model take images of another size.
+    """Change the image size of a model.
 
-    The position table becomes what transformers' `interpolate_pos_encoding=True` makes of it at every call, so that the
-    model gives the same outputs without that argument; its configuration says the new size. So a saved model is one of
-    that size, and an adapter remembers it: `peft_bsr.load` resizes its base model again. Models that interpolate
-    by themselves (DINOv2, BEiT) take any size already and are left as they are.
+    The position table is replaced by what `interpolate_pos_encoding=True` of transformers computes at every call, so
+    the model gives the same outputs without that argument, and its configuration gets the new size. A saved model has
+    the new size. An adapter stores it: `peft_bsr.load` resizes the base model again. Models that always interpolate
+    (DINOv2, BEiT) take any size and are not changed.
 
     Args:
-        model: Of transformers, with pretrained weights, and before an adapter is attached.
-        image_size: Pixels of a side, or (height, width) where the model's own interpolation takes that (ViT; not CLIP).
+        model: A transformers model with pretrained weights, without an adapter.
+        image_size: Side in pixels, or (height, width) if the model's own interpolation supports it (ViT; not CLIP).
 
     Raises:
-        ConfigError: If a side is no multiple of the patches', or if the model has an adapter already.
-        UnsupportedModelError: If the model has no interpolation, or no configuration. It is unchanged.
+        ConfigError: If a side is not a multiple of the patch size, or if the model already has an adapter.
+        UnsupportedModelError: If the model has no interpolation or no configuration. The model is unchanged.
 
     Examples:
         >>> from transformers import ViTConfig, ViTForImageClassification
@@ -61,8 +61,8 @@ def set_image_size(model: nn.Module, image_size: int | tuple[int, int]) -> None:
     _tell_configs(model, height, width)
 
 
-def native_size(config: Any) -> tuple[int, int] | None:
-    """Height and width that a model's configuration names, or None."""
+def native_size(config: PreTrainedConfig) -> tuple[int, int] | None:
+    """(height, width) in a model's configuration, or None."""
     size = getattr(inner_config(config), "image_size", None)
     if size is None:
         return None
@@ -71,7 +71,7 @@ def native_size(config: Any) -> tuple[int, int] | None:
 
 
 def resized_tables(model: nn.Module) -> set[str]:
-    """Names of the parameters that `set_image_size` made out of the pretrained ones."""
+    """Names of the parameters that `set_image_size` resized."""
     return {
         f"{name}.{table}" if name else table
         for name, module in model.named_modules()
@@ -79,18 +79,18 @@ def resized_tables(model: nn.Module) -> set[str]:
     }
 
 
-def _config_of(model: nn.Module, height: int) -> Any:
+def _config_of(model: nn.Module, height: int) -> PreTrainedConfig:
     """The configuration of the model's vision part."""
     config = inner_config(getattr(model, "config", None))
-    if hasattr(model, "get_base_model"):  # PEFT's, whose column is of the size before
+    if hasattr(model, "get_base_model"):  # a PeftModel, whose ModelSpec has the old size
         raise ConfigError(
-            f"`image_size={height}`: {type(model).__name__} has an adapter already. Set the size of the base model "
-            "before, or load the adapter with `peft_bsr.load(adapter, image_size=...)`."
+            f"`image_size={height}`: {type(model).__name__} already has an adapter. Set the size of the base model "
+            "first, or load the adapter with `peft_bsr.load(adapter, image_size=...)`."
         )
     if config is None:
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no config, by which its size could be changed. Give the model of transformers "
-            "that is in it."
+            f"{type(model).__name__} has no config, which is needed to change its image size. Give the transformers "
+            "model inside."
         )
     return config
 
@@ -102,27 +102,27 @@ def _check_patches(model: nn.Module, height: int, width: int) -> None:
         if side < step or side % step:
             fitting = [size for size in (side // step * step, (side // step + 1) * step) if size]
             raise ConfigError(
-                f"`image_size={side}`: {type(model).__name__} cuts images into patches of {step} px, and this is no "
-                f"multiple of it. Use {' or '.join(map(str, fitting))}."
+                f"`image_size={side}`: {type(model).__name__} cuts images into patches of {step} px, so each side must "
+                f"be a multiple of {step}. Use {' or '.join(map(str, fitting))}."
             )
 
 
 def _resized_copy(model: nn.Module, height: int, width: int) -> nn.Module:
-    """The same model without weights, made for that size."""
+    """The same model of that size, on the meta device."""
     config = copy.deepcopy(model.config)
-    inner: Any = inner_config(config)
+    inner: PreTrainedConfig = inner_config(config)
     inner.image_size = _like(inner.image_size, height, width)
-    make: Any = type(model)
+    make: type[nn.Module] = type(model)
     try:
         with torch.device("meta"):
-            resized: nn.Module = make(config)
+            resized = make(config)
     except Exception as error:
         raise _unsupported(model, height, width, f"{type(error).__name__}: {error}") from error
     return resized
 
 
 def _tables(model: nn.Module, resized: nn.Module) -> dict[str, str]:
-    """Parameters that have another shape at that size -> the module that can interpolate them, or ""."""
+    """Name of each parameter that has another shape at that size -> name of the module that interpolates it, or ""."""
     sizes = {name: parameter.shape for name, parameter in resized.named_parameters()}
     found = [
         name for name, parameter in model.named_parameters() if parameter.shape != sizes.get(name, parameter.shape)
@@ -139,7 +139,7 @@ def _owner(model: nn.Module, name: str) -> str:
 
 
 def _takes_any(model: nn.Module, tables: dict[str, str], height: int, width: int) -> bool:
-    """Whether the model takes images of that size as it is. One with a switch for that has to be told."""
+    """Whether the model takes images of that size unchanged, without an argument that turns interpolation on."""
     owners = [model.get_submodule(owner) for owner in tables.values() if owner]
     if any(_INTERPOLATE in inspect.signature(owner.forward).parameters for owner in owners):
         return False
@@ -158,20 +158,20 @@ def _runs(resized: nn.Module, height: int, width: int) -> bool:
         with torch.no_grad():
             shape = (*input_shapes(resized)[-1][:-2], height, width)
             resized(**{main_input(resized): torch.empty(1, *shape, device="meta")})
-    except Exception:  # whatever a model says of a size that it does not take
+    except Exception:  # models raise any exception for a size that they do not take
         return False
     return True
 
 
 def _interpolated(model: nn.Module, resized: nn.Module, name: str, owner: str, height: int, width: int) -> Tensor:
-    """What the model's own interpolation makes of a table."""
+    """A table, interpolated by the model's own method."""
     if not owner:
         raise _unsupported(model, height, width, f"nothing interpolates its `{name}`")
     table, shape = model.get_parameter(name), resized.get_parameter(name).shape
     try:
         with torch.no_grad():
-            interpolate: Any = getattr(model.get_submodule(owner), _INTERPOLATE)
-            found: Tensor = interpolate(table.new_empty((1, *shape[-2:])), height, width)
+            interpolate: Callable[[Tensor, int, int], Tensor] = getattr(model.get_submodule(owner), _INTERPOLATE)
+            found = interpolate(table.new_empty((1, *shape[-2:])), height, width)
         return found.reshape(shape).to(table.dtype)
     except Exception as error:
         raise _unsupported(model, height, width, f"`{owner}.{_INTERPOLATE}` failed with {error!r}") from error
@@ -182,13 +182,13 @@ def _put(model: nn.Module, name: str, owner: str, table: Tensor) -> None:
     module = model.get_submodule(place)
     before = module.get_parameter(last)
     module.register_parameter(last, nn.Parameter(table.contiguous(), requires_grad=before.requires_grad))
-    holder: Any = model.get_submodule(owner)
+    holder = model.get_submodule(owner)
     relative = name.removeprefix(f"{owner}.")
     setattr(holder, _RESIZED, tuple(sorted({*getattr(holder, _RESIZED, ()), relative})))
 
 
 def _follow(owner: nn.Module, resized: nn.Module) -> None:
-    """Take over the plain numbers and position numbers that go with a size."""
+    """Copy the plain attributes and position indices that depend on the size."""
     for module, other in zip(owner.modules(), resized.modules(), strict=True):
         for name, value in vars(other).items():
             if isinstance(value, (int, tuple, list)) and not name.startswith("_") and name != "training":
@@ -201,29 +201,30 @@ def _follow(owner: nn.Module, resized: nn.Module) -> None:
 
 
 def _tell_configs(model: nn.Module, height: int, width: int) -> None:
-    """Its own and its parts'. They are copied first: another model may have been made of the same ones."""
+    """Set the size in the configs of the model and its parts, which are copied first: other models may share them."""
     native = native_size(model.config)
-    copies: dict[int, Any] = {}
+    copies: dict[int, object] = {}
     for module in model.modules():
         if isinstance(getattr(module, "config", None), PreTrainedConfig):
             module.config = copy.deepcopy(module.config, copies)
-            inner: Any = inner_config(module.config)
+            inner: PreTrainedConfig = inner_config(module.config)
             if native_size(inner) == native:
                 inner.image_size = _like(inner.image_size, height, width)
 
 
-def _like(size: Any, height: int, width: int) -> Any:
-    """As the configuration has it: one number, or two."""
+def _like(size: int | Sequence[int], height: int, width: int) -> int | Sequence[int]:
+    """The new size in the configuration's format: one number or two."""
     if isinstance(size, int):
         return height if height == width else [height, width]
-    return type(size)((height, width))
+    make: Callable[[tuple[int, int]], Sequence[int]] = type(size)
+    return make((height, width))
 
 
 def _unsupported(model: nn.Module, height: int, width: int, why: str) -> UnsupportedModelError:
     native = " x ".join(map(str, native_size(model.config) or ()))
     return UnsupportedModelError(
-        f"{type(model).__name__} takes images of {native} px alone, not of {height} x {width}: {why}. Leave the size "
-        "out, or take a model that takes any size, such as DINOv2."
+        f"{type(model).__name__} takes images of {native} px only, not of {height} x {width}: {why}. Leave the size "
+        "out, or use a model that takes any size, such as DINOv2."
     )
 
 

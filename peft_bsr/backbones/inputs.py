@@ -1,26 +1,28 @@
-"""Random inputs for one forward of a model, and the frame in which such forwards run without a trace."""
+"""Random inputs for one forward of a model, and context managers for forwards without side effects."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from peft_bsr.backbones.registry import find_rule, vision_config
+from peft_bsr.backbones.registry import Arguments, Call, find_rule, vision_config
 from peft_bsr.errors import UnsupportedModelError
 
 _PREFERRED_PATCHES = 256  # a probe at DINOv2's native 518 px (1369 patches) takes seconds, at 256 patches a fraction
 _AUTOCAST = ("cpu", "cuda", "mps", "xpu")
+RecordedCall = tuple[tuple[Any, ...], Arguments, Any]
+"""Positional arguments of a block, hidden states first; keyword arguments; output."""
 
 
 @contextmanager
 def in_mode(training: bool, *models: nn.Module) -> Iterator[None]:
-    """Have `models` in training or in evaluation mode; afterwards every module has its own mode again."""
+    """Context manager: `models` are in training or evaluation mode. Restores the mode of every module."""
     modes = [(module, module.training) for model in models for module in model.modules()]
     try:
         for model in models:
@@ -35,7 +37,7 @@ def in_mode(training: bool, *models: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def default_state() -> Iterator[None]:
-    """Leave the caller's `torch.inference_mode`, autocast, default device and dtype: they are not the model's."""
+    """Context manager: torch's defaults instead of the caller's inference mode, autocast, default device and dtype."""
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         for kind in _AUTOCAST:
@@ -50,17 +52,17 @@ def default_state() -> Iterator[None]:
 
 @contextmanager
 def quiet(model: nn.Module) -> Iterator[None]:
-    """Run `model` without a trace: evaluation mode, no gradients, the random state and every module's mode restored.
+    """Context manager: `model` is in evaluation mode without gradients. Restores the random state and all modes.
 
-    `torch.inference_mode()` is left, because the probe asks for gradients of the head; see `default_state`.
+    Inference mode is disabled, because the probe computes gradients of the head; see `default_state`.
 
     Raises:
-        UnsupportedModelError: If the model's weights were made there.
+        UnsupportedModelError: If the model's weights were created in inference mode.
     """
     if any(p.is_inference() for p in model.parameters()):
         raise UnsupportedModelError(
-            "its weights were made inside `torch.inference_mode()` and can have no gradients. Load the model outside "
-            "of it, or inside `torch.no_grad()`."
+            "its weights were created inside `torch.inference_mode()` and cannot have gradients. Load the model "
+            "outside of it, or inside `torch.no_grad()`."
         )
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     with (
@@ -68,21 +70,21 @@ def quiet(model: nn.Module) -> Iterator[None]:
         in_mode(False, model),
         torch.random.fork_rng(devices),
         torch.no_grad(),
-        torch.compiler.set_stance("force_eager"),  # a compiled block would not call hooks that come later
+        torch.compiler.set_stance("force_eager"),  # a compiled block does not call hooks that are added later
     ):
         yield
 
 
 def probe_inputs(model: nn.Module, batch_size: int, shape: tuple[int, ...] | None = None) -> dict[str, Tensor]:
-    """Random inputs of `model`, always the same, in the dtype and on the device of its weights.
+    """Random inputs of `model`, the same at every call, in the dtype and on the device of its weights.
 
     Args:
         model: A vision (or spectrogram) model.
-        batch_size: B.
-        shape: Shape of the main input without the batch; default the first of `input_shapes`.
+        batch_size: Batch size.
+        shape: Shape of the main input without the batch. Default None: the first of `input_shapes`.
 
     Raises:
-        UnsupportedModelError: If the config does not say what the input looks like.
+        UnsupportedModelError: If the config does not describe the input.
     """
     like = next(p for p in model.parameters() if p.is_floating_point())
     generator = torch.Generator().manual_seed(0)
@@ -97,10 +99,10 @@ def probe_inputs(model: nn.Module, batch_size: int, shape: tuple[int, ...] | Non
 
 
 def input_shapes(model: nn.Module) -> list[tuple[int, ...]]:
-    """Shapes of the main input to try, without the batch: a small image where the native one has many patches.
+    """Shapes of the main input to try, without the batch: first a small image if the native one has many patches.
 
     Raises:
-        UnsupportedModelError: If the config does not say what the input looks like.
+        UnsupportedModelError: If the config does not describe the input.
     """
     rule, config = find_rule(model), vision_config(model)
     if rule.probe_inputs is not None:
@@ -126,22 +128,22 @@ def input_shapes(model: nn.Module) -> list[tuple[int, ...]]:
 
 
 def _without_size(model: nn.Module) -> str:
-    """What to do with a model whose config does not say what an image is: mostly one with a backbone inside."""
+    """Advice for a model without an image size in its config. Most such models contain a backbone that has one."""
     parts = [name for name, part in model.named_modules() if name and hasattr(_config(part), "image_size")]
     if parts:
         part = f"model.{parts[0]}"
         return (
-            f"it has no config with an `image_size`, but `{parts[0]}` in it has. Attach to that: "
+            f"it has no config with an `image_size`, but `{parts[0]}` in it has. Attach the adapter there: "
             f"`{part} = get_peft_model({part}, BSRConfig())`; docs/guides/own_heads.md shows the rest."
         )
     return (
-        "its config names no `image_size`, so no probe image can be made. Register a FamilyRule with `probe_inputs`, "
+        "its config has no `image_size`, so no probe image can be created. Register a FamilyRule with `probe_inputs`, "
         "see docs/new_model.md."
     )
 
 
-def _config(module: nn.Module) -> Any:
-    """The config of a model of transformers, not the one that its parts keep as well."""
+def _config(module: nn.Module) -> PreTrainedConfig | None:
+    """The config of a transformers model; None for its parts, which may hold the same config."""
     return module.config if isinstance(module, PreTrainedModel) else None
 
 
@@ -150,22 +152,22 @@ class StockRun:
     """One forward of the stock model on the probe's image.
 
     Attributes:
-        calls: (arguments, keywords, output) of every block, the hidden states first among the arguments.
+        calls: Arguments and output of every block.
         outputs: All tensors that the model returned.
     """
 
-    calls: list[tuple[tuple[Any, ...], dict[str, Any], Any]]
+    calls: list[RecordedCall]
     outputs: list[Tensor]
 
 
 def run_stock(model: nn.Module, blocks: tuple[str, ...], inputs: dict[str, Tensor]) -> StockRun:
-    """Forward once, inside `quiet`, and note what every block is called with and gives."""
-    calls: list[tuple[tuple[Any, ...], dict[str, Any], Any]] = []
+    """Run one forward, inside `quiet`, and record the arguments and the output of every block."""
+    calls: list[RecordedCall] = []
 
-    def note(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def record(block: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> None:
         calls.append((*hidden_first(args, kwargs), output))
 
-    handles = [model.get_submodule(name).register_forward_hook(note, with_kwargs=True) for name in blocks]
+    handles = [model.get_submodule(name).register_forward_hook(record, with_kwargs=True) for name in blocks]
     try:
         return StockRun(calls, tensors_of(run_probe(model, inputs)))
     finally:
@@ -173,21 +175,21 @@ def run_stock(model: nn.Module, blocks: tuple[str, ...], inputs: dict[str, Tenso
             handle.remove()
 
 
-def hidden_first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A block's call with its hidden states as the first argument."""
+def hidden_first(args: tuple[object, ...], kwargs: dict[str, object]) -> Call:
+    """A block's arguments with its hidden states as the first positional one."""
     if args:
         return args, kwargs
     return (kwargs["hidden_states"],), {name: value for name, value in kwargs.items() if name != "hidden_states"}
 
 
-def run_probe(model: nn.Module, inputs: dict[str, Tensor]) -> Any:
+def run_probe(model: nn.Module, inputs: dict[str, Tensor]) -> object:
     """One forward, inside `quiet`, with the same random numbers every time (a masked autoencoder draws its masks)."""
     seed(model)
     return model(**inputs)
 
 
 def seed(model: nn.Module) -> None:
-    """Start the random numbers of the CPU and of the model's devices; other devices' are left, in use or not."""
+    """Set the random seed of the CPU and of the model's devices, but of no other device."""
     for device in {torch.device("cpu"), *(p.device for p in model.parameters())}:
         if device.type == "cpu":
             torch.default_generator.manual_seed(0)
@@ -197,8 +199,8 @@ def seed(model: nn.Module) -> None:
             torch.get_device_module(device).manual_seed(0)
 
 
-def tensors_of(output: Any) -> list[Tensor]:
-    """All tensors of a model's output, in order."""
+def tensors_of(output: object) -> list[Tensor]:
+    """All tensors in a model's output, in order."""
     if isinstance(output, Tensor):
         return [output]
     values = output.to_tuple() if hasattr(output, "to_tuple") else output
@@ -214,15 +216,15 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """How far two orders of the same sums may lie apart: 1e-4 in fp32, 5e-2 in half precision."""
+    """Relative error that is allowed for sums in another order: 1e-4 in fp32, 5e-2 in half precision."""
     return 1e-4 if dtype in (torch.float32, torch.float64) else 5e-2
 
 
 def main_input(model: nn.Module) -> str:
-    """Name of the input that images come by."""
+    """Name of the model's main input, such as `"pixel_values"`."""
     return getattr(model, "main_input_name", "pixel_values")
 
 
-def _pair(size: Any) -> tuple[int, int]:
+def _pair(size: int | Sequence[int]) -> tuple[int, int]:
     height, width = (size, size) if isinstance(size, int) else size
     return height, width

@@ -1,21 +1,17 @@
-"""What an attention gets next to the hidden states, told apart by two images of different size."""
+"""Possible kinds of an attention's side inputs, from its calls with images of two sizes."""
 
 from __future__ import annotations
-
-from typing import Any
 
 from torch import nn
 
 from peft_bsr.backbones.inputs import probe_inputs, run_probe, tensors_of
-from peft_bsr.backbones.registry import find_rule
+from peft_bsr.backbones.registry import Arguments, Call, find_rule
 from peft_bsr.backbones.side_inputs import input_names, named_inputs
 from peft_bsr.core import Route, SideInput
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]
-
 
 class _AttentionSeen(Exception):  # noqa: N818  (a way out of a forward, not an error)
-    """Leaves the forward at the first attention."""
+    """Stops the forward at the first attention."""
 
 
 def possible_kinds(
@@ -26,21 +22,22 @@ def possible_kinds(
     image_shape: tuple[int, ...],
     grid: tuple[int, ...] | None,
 ) -> dict[str, tuple[SideInput, ...]]:
-    """What each argument of the attention can be, the likeliest first; see `Route.gather`.
+    """Kinds that each argument of the attention can have, most likely first; see `Route.gather`.
 
-    What an axis of N at one size means, a second size tells, if the model takes one: an axis that grows with the image
-    has a place for each token. Of models of one size, what a shape leaves open is tried, see `check_permutation`.
+    A second image size shows which axes of length N are token axes: those that grow with the image. For models that
+    take one size only, `check_permutation` tries the kinds that the shapes allow.
 
     Args:
         model: The model, inside `quiet`.
-        attention: Its first.
-        call: What this was called with for an image of `image_shape`.
-        route: Of that forward.
-        image_shape: Without the batch.
-        grid: Its patches: (.., rows, columns), or None.
+        attention: Its first attention.
+        call: Arguments of this attention for an image of `image_shape`.
+        route: Route of that forward.
+        image_shape: Shape of the image without the batch.
+        grid: Its patch grid (.., rows, columns), or None.
 
     Returns:
-        Nothing for arguments without tensors, and for families that say by themselves what follows.
+        Kinds by name of the argument, without arguments that have no tensors. Empty for families that gather side
+        inputs by a rule of their own.
     """
     if find_rule(model).gather_side_inputs is not None:
         return {}
@@ -58,27 +55,27 @@ def possible_kinds(
     return found
 
 
-def _tensors(names: tuple[str, ...], call: Call) -> dict[str, Any]:
-    """The arguments that hold tensors, by name, without the hidden states."""
+def _tensors(names: tuple[str, ...], call: Call) -> Arguments:
+    """The arguments that contain tensors, by name, without the hidden states."""
     named = named_inputs(names, *call)
     return {name: value for name, value in named.items() if name != "hidden_states" and tensors_of(value)}
 
 
 def _first_call(model: nn.Module, attention: nn.Module, image_shape: tuple[int, ...]) -> Call | None:
-    """What the attention is called with for an image of that shape; None where the model takes none."""
+    """Arguments of the attention for an image of that shape; None if the model does not take it."""
     seen: list[Call] = []
 
-    def leave(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def stop(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         seen.append((args, dict(kwargs)))
         raise _AttentionSeen
 
-    handle = attention.register_forward_pre_hook(leave, with_kwargs=True)
+    handle = attention.register_forward_pre_hook(stop, with_kwargs=True)
     try:
         run_probe(model, probe_inputs(model, 1, image_shape))
     except _AttentionSeen:
         return seen[0]
     except (ValueError, TypeError, RuntimeError, AttributeError, IndexError):
-        pass  # it takes images of one size only
+        pass  # the model takes images of one size only
     finally:
         handle.remove()
     return None

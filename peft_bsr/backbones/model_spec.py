@@ -1,4 +1,4 @@
-"""The ModelSpec: an immutable description of a vision transformer, found by probing and free of tensors."""
+"""The ModelSpec: an immutable description of a vision transformer, found by probing, without tensors."""
 
 from __future__ import annotations
 

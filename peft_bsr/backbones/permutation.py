@@ -1,6 +1,6 @@
-"""The permutation test: dropping tokens is exact only if a block treats patches alike wherever they stand.
+"""The permutation test: dropping tokens is exact only if a block does not use the positions of its patches.
 
-Or where side inputs (position tables, biases, masks) tell it where they stand, which then follow the kept tokens.
+Or if it gets them from side inputs (position tables, biases, masks), which can be gathered for the kept tokens.
 """
 
 from __future__ import annotations
@@ -8,13 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import product
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from peft_bsr.backbones.inputs import tensors_of, tolerance
-from peft_bsr.backbones.registry import find_rule
+from peft_bsr.backbones.registry import Call, find_rule
 from peft_bsr.backbones.side_inputs import SideInputHooks
 from peft_bsr.core import BlockCall, ForwardContext, Route, SideInput, is_quantized
 from peft_bsr.errors import UnsupportedModelError
@@ -25,27 +24,27 @@ def check_permutation(
     block: nn.Module,
     attention_name: str,
     hidden: Tensor,
-    call: tuple[tuple[Any, ...], dict[str, Any]],
+    call: Call,
     route: Route,
     kinds: Mapping[str, tuple[SideInput, ...]],
 ) -> tuple[bool, dict[str, SideInput]]:
-    """Swap patches and see whether the block's output is swapped alike.
+    """Permute the patches and check that the block's output is permuted in the same way.
 
     Args:
-        model: For its family's exceptions.
+        model: The model, to look up its family.
         block: The block to run.
-        attention_name: Its attention.
-        hidden: Tokens [1, N, D] that it was called with.
-        call: The other arguments it was called with.
-        route: Which of them are patches.
-        kinds: What each argument of its attention can be, the likeliest first.
+        attention_name: Name of its attention, relative to the block.
+        hidden: Its hidden states [1, N, D].
+        call: Its other arguments.
+        route: Tells which tokens are patches.
+        kinds: Kinds that each argument of its attention can have, most likely first.
 
     Returns:
-        Whether it takes side inputs (swapped as well) for it to be so, and what each of them is: where several kinds
-        are possible, the first with which it is so.
+        Whether this holds only if side inputs are permuted too, and the kind of each side input: the first with which
+        it holds.
 
     Raises:
-        UnsupportedModelError: If the block uses positions that no side input tells it.
+        UnsupportedModelError: If the block uses positions that it does not get from a side input.
     """
     with no_zero_tables(block):
         return _find_kinds(model, block, attention_name, hidden, call, route, kinds)
@@ -56,7 +55,7 @@ def _find_kinds(
     block: nn.Module,
     attention_name: str,
     hidden: Tensor,
-    call: tuple[tuple[Any, ...], dict[str, Any]],
+    call: Call,
     route: Route,
     possible: Mapping[str, tuple[SideInput, ...]],
 ) -> tuple[bool, dict[str, SideInput]]:
@@ -67,7 +66,7 @@ def _find_kinds(
     attention = block.get_submodule(attention_name)
 
     def changes(tokens: Tensor) -> list[Tensor]:
-        """What the attention and the whole block make of the tokens: [attention's output, block's change]."""
+        """[output of the attention, change of the tokens by the block]."""
         seen: list[Tensor] = []
         handle = attention.register_forward_hook(lambda _m, _a, output: seen.append(tensors_of(output)[0]))
         try:
@@ -80,7 +79,7 @@ def _find_kinds(
     scales = [expected[0].abs().max(), hidden.abs().max()]
 
     def error() -> float:
-        """Largest difference, in units of what is beyond tolerance: over 1 is too much."""
+        """Largest difference as a multiple of the tolerance."""
         found = changes(hidden[:, places])
         return max(excess(*pair) for pair in zip(found, expected, scales, strict=True))
 
@@ -92,20 +91,20 @@ def _find_kinds(
     context.now.running = BlockCall(shuffled)
 
     def failure(kinds: Mapping[str, SideInput]) -> str | None:
-        """What goes wrong if the arguments are of these kinds, or None."""
+        """The failure with arguments of these kinds, or None."""
         side_input_hooks = SideInputHooks(context, rule, kinds)
         side_input_hooks.attach(block, attention_name)
         try:
-            followed = error()
+            gathered = error()
         except (ValueError, TypeError, RuntimeError, AttributeError, IndexError) as raised:
-            return f"), and with position tables, biases and masks swapped alike they fail with {raised!r}"
+            return f"), and if position tables, biases and masks are swapped too, they fail with {raised!r}"
         finally:
             side_input_hooks.detach(block, attention_name)
-        if followed <= 1:
+        if gathered <= 1:
             return None
         return (
-            f" by {raw:.0f} times the tolerance, {followed:.0f} times with position tables, biases and masks swapped "
-            "alike), so what they compute on fewer tokens is not known"
+            f" by {raw:.0f} times the tolerance, {gathered:.0f} times if position tables, biases and masks are swapped "
+            "too), so they cannot run on fewer tokens"
         )
 
     likeliest = failure(choices[0])
@@ -121,7 +120,7 @@ def _find_kinds(
 
 @contextmanager
 def no_zero_tables(block: nn.Module) -> Iterator[None]:
-    """Fill matrices of zeros with random numbers for a while: a fresh table of biases would hide what it does."""
+    """Context manager: matrices of zeros hold random numbers. A new bias table of zeros would hide its effect."""
     zeros = [p for p in block.parameters() if p.ndim >= 2 and not is_quantized(p) and not p.any()]
     originals = [p.data for p in zeros]
     for parameter in zeros:
@@ -134,10 +133,10 @@ def no_zero_tables(block: nn.Module) -> Iterator[None]:
 
 
 def excess(found: Tensor, expected: Tensor, scale: Tensor) -> float:
-    """The largest difference over what may be: a small part of how much tokens differ, or rounding at `scale`.
+    """The largest difference as a multiple of the tolerance: a small fraction of the spread, or rounding at `scale`.
 
-    Measured against the spread over tokens, because where weights are small (a fresh model, a LayerScale of 1e-5)
-    tokens hardly change each other, and a comparison with the values themselves would pass whatever blocks do.
+    The spread is that over tokens. If weights are small (a new model, a LayerScale of 1e-5), tokens hardly change each
+    other, and a comparison with the values themselves would pass for any block.
     """
     spread = (expected - expected.mean(dim=1, keepdim=True)).abs().max()
     allowed = torch.maximum(tolerance(found.dtype) * spread, 16 * torch.finfo(found.dtype).eps * scale)

@@ -1,16 +1,17 @@
-"""From the tokens of a headless vision model to one vector for each image: what each family was made for, and why.
+"""Pool the tokens of a headless vision model into one vector per image, in the way each family was trained for.
 
-Shapes: B images, N tokens, P prefix tokens, D width.
+Shapes: B images, N tokens, P prefix tokens, M patches, D width.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
+from transformers import PreTrainedConfig
 
 from peft_bsr.compat.transformers_api import backbone_class_of, classifiers_of
 
@@ -20,13 +21,13 @@ POOLS: tuple[Pool, ...] = get_args(Pool)
 
 @dataclass(frozen=True)
 class FamilyPool:
-    """What is read of a family's tokens.
+    """How to pool a family's tokens.
 
     Attributes:
-        pool: What the family was made for.
-        why: One clause.
-        norm: Name of the backbone's own last norm where its `last_hidden_state` has not been through it.
-        new_norm: Whether a new LayerNorm comes first: neither the tokens nor the backbone have one.
+        pool: Pooling that the family was trained for.
+        why: The reason, as a clause.
+        norm: Name of the backbone's last norm if it is not applied to `last_hidden_state`.
+        new_norm: Whether to add a new LayerNorm before pooling, because the backbone has no last norm.
     """
 
     pool: Pool
@@ -38,7 +39,7 @@ class FamilyPool:
 _OWN_CLASSIFIER = "as its released classifier does"
 _CONTRASTIVE = "it was trained against texts"
 FAMILY_POOLS: dict[str, FamilyPool] = {
-    "aimv2_vision_model": FamilyPool("attention", "it was scored with one"),
+    "aimv2_vision_model": FamilyPool("attention", "it was evaluated with one"),
     "blip_vision_model": FamilyPool("class", _CONTRASTIVE),
     "chinese_clip_vision_model": FamilyPool("class", _CONTRASTIVE, norm="post_layernorm"),
     "clip_vision_model": FamilyPool("class", _CONTRASTIVE, norm="post_layernorm"),
@@ -56,29 +57,29 @@ FAMILY_POOLS: dict[str, FamilyPool] = {
     "siglip_vision_model": FamilyPool("attention", "its own, which was trained against texts"),
     "vit_mae": FamilyPool("mean", "as it was fine-tuned by its authors"),
 }
-"""`model_type` of a backbone -> what its classifier reads."""
+"""`model_type` of a backbone -> how to pool its tokens."""
 
 
-def family_pool(config: Any, num_prefix: int) -> FamilyPool:
-    """The family's entry, or by its tokens: the class token where there are special tokens, else the mean.
+def family_pool(config: PreTrainedConfig, num_prefix: int) -> FamilyPool:
+    """The family's entry. Without one, the class token if there are prefix tokens, else the mean.
 
     Args:
-        config: Of the backbone.
-        num_prefix: P.
+        config: Configuration of the backbone.
+        num_prefix: Number of tokens before the patches, P.
     """
     found = FAMILY_POOLS.get(config.model_type)
     if found is None:
         return FamilyPool("class", "it has one") if num_prefix else FamilyPool("mean", "it has no class token")
     if config.model_type == "internvl_vision" and getattr(config, "use_mean_pooling", False):
-        return FamilyPool(found.pool, found.why, new_norm=True)  # its last norm is left out then
+        return FamilyPool(found.pool, found.why, new_norm=True)  # the model has no last norm then
     return found
 
 
-def takes_head(config: Any) -> bool:
-    """Whether a model's configuration is a headless vision model's: its family, or its class, has no head.
+def takes_head(config: PreTrainedConfig) -> bool:
+    """Whether a configuration is that of a vision model without a head, to which `with_head` can add one.
 
     Args:
-        config: Of any model.
+        config: Configuration of any model.
     """
     if classifiers_of(config):
         return False
@@ -88,11 +89,11 @@ def takes_head(config: Any) -> bool:
     return bare is not None and bare.__name__ in (config.architectures or ())
 
 
-def class_tokens(config: Any) -> tuple[int, ...]:
-    """Positions of a backbone's class tokens.
+def class_tokens(config: PreTrainedConfig) -> tuple[int, ...]:
+    """Indices of a backbone's class tokens.
 
     Args:
-        config: Of the backbone.
+        config: Configuration of the backbone.
     """
     if config.model_type == "radio":
         return tuple(config.summary_idxs)
@@ -100,19 +101,19 @@ def class_tokens(config: Any) -> tuple[int, ...]:
 
 
 class TokenPool(nn.Module):
-    """Tokens [B, N, D] -> what a classifier reads [B, `width`].
+    """Tokens [B, N, D] -> input of a classifier [B, `width`].
 
     Args:
         pool: One of `POOLS`.
-        config: Of the backbone.
-        num_prefix: P.
-        has_own: Whether the backbone has an attention pool of its own.
+        config: Configuration of the backbone.
+        num_prefix: Number of tokens before the patches, P.
+        has_own: Whether the backbone has its own attention pool.
 
     Attributes:
-        width: Of the output, D or a multiple of it.
+        width: Width of the output, D or a multiple of it.
     """
 
-    def __init__(self, pool: Pool, config: Any, num_prefix: int, has_own: bool) -> None:
+    def __init__(self, pool: Pool, config: PreTrainedConfig, num_prefix: int, has_own: bool) -> None:
         super().__init__()
         self.pool, self.num_prefix = pool, num_prefix
         self.classes = class_tokens(config)
@@ -129,8 +130,8 @@ class TokenPool(nn.Module):
         """Pool the tokens.
 
         Args:
-            tokens: [B, N, D].
-            mask: [B, N - P], 0 at patches that are padding. Default None: there are none.
+            tokens: Tokens of the backbone, [B, N, D].
+            mask: 0 for padding, [B, M]. Default None: no padding.
         """
         if self.norm is not None:
             tokens = self.norm(tokens)
@@ -164,7 +165,7 @@ class AttentionPool(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, patches: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Pool [B, M, D]; `mask` [B, M] is 0 at padding."""
+        """Pool patches [B, M, D]; `mask` [B, M] is 0 for padding."""
         heads = (self.num_heads, -1)
         query = self.query.expand(len(patches), -1, -1).unflatten(-1, heads).transpose(1, 2)
         key, value = (linear(patches).unflatten(-1, heads).transpose(1, 2) for linear in (self.key, self.value))

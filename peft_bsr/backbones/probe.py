@@ -1,9 +1,7 @@
-"""Probe a model once and describe it as a `ModelSpec`, or refuse with the reason that was found.
+"""Probe a model and describe it as a `ModelSpec`, or raise an error with the reason.
 
-The embeddings of two random images and one whole forward pass, without gradients up to the last block: blocks are what
-maps [B, N, D] to [B, N, D], special tokens are those that two different images share, the head is what changes the
-output behind the last block. No table of class names. The model's weights, buffers, mode and the random state are left
-alone.
+The probe embeds two random images and runs one forward, without gradients up to the last block, and changes nothing.
+Blocks map [B, N, D] to [B, N, D]; special tokens are equal for two images; the head is what changes the final output.
 """
 
 from __future__ import annotations
@@ -13,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from peft_bsr.backbones.block_spec import (
     attention_names,
@@ -22,6 +21,7 @@ from peft_bsr.backbones.block_spec import (
     takes_residual,
 )
 from peft_bsr.backbones.inputs import (
+    RecordedCall,
     StockRun,
     hidden_first,
     input_shapes,
@@ -33,7 +33,7 @@ from peft_bsr.backbones.inputs import (
 from peft_bsr.backbones.kinds import possible_kinds
 from peft_bsr.backbones.model_spec import ModelSpec
 from peft_bsr.backbones.permutation import check_permutation
-from peft_bsr.backbones.registry import vision_config
+from peft_bsr.backbones.registry import Call, vision_config
 from peft_bsr.backbones.scoring import find_score_source
 from peft_bsr.core import Route
 from peft_bsr.errors import UnsupportedModelError
@@ -51,7 +51,7 @@ def probe_model(model: nn.Module) -> ModelSpec:
         Its `ModelSpec`.
 
     Raises:
-        UnsupportedModelError: Naming what was found and what is supported. The model is unchanged.
+        UnsupportedModelError: With the reason. The model is unchanged.
 
     Examples:
         >>> from transformers import ViTConfig, ViTForImageClassification
@@ -63,41 +63,41 @@ def probe_model(model: nn.Module) -> ModelSpec:
 
 
 def probe(model: nn.Module) -> tuple[ModelSpec, StockRun]:
-    """`probe_model`, and the forward pass that it took, for further checks."""
+    """`probe_model`, and its forward pass for further checks."""
     try:
         return _probe(model)
     except UnsupportedModelError as error:
-        reason = str(error)  # one that ends with a full stop says by itself what to do
-        told = reason if reason.endswith(".") else f"{reason}. {_INSTEAD}"
-        raise UnsupportedModelError(f"{type(model).__name__} is not supported: {told}") from None
+        reason = str(error)
+        advised = reason if reason.endswith(".") else f"{reason}. {_INSTEAD}"  # a full sentence has its own advice
+        raise UnsupportedModelError(f"{type(model).__name__} is not supported: {advised}") from None
 
 
 class _EmbeddingsSeen(Exception):  # noqa: N818  (a way out of a forward, not an error)
-    """Leaves the forward at the first block."""
+    """Stops the forward at the first block."""
 
 
 class _Trace:
-    """What the probe's hooks saw."""
+    """What the probe's hooks record in one forward."""
 
     def __init__(self) -> None:
-        self.calls: list[tuple[tuple[Any, ...], dict[str, Any], Any]] = []  # arguments, keywords, output of each block
+        self.calls: list[RecordedCall] = []
         self.has_begun = False
-        self.start: Any = None  # a block's hidden states, where the graph starts
-        self.attention_call: tuple[tuple[Any, ...], dict[str, Any]] | None = None  # the first block's
+        self.start: Any = None  # hidden states at which the autograd graph starts
+        self.attention_call: Call | None = None  # the first block's
         self.attention_shapes: list[tuple[int, ...]] = []
-        self.order: dict[int, list[str]] = {}  # block index -> children as they ran
+        self.order: dict[int, list[str]] = {}  # block index -> children in the order in which they ran
         self.residual_takers: set[str] = set()
         self.grids: list[tuple[int, ...]] = []
-        self.behind: dict[str, list[Tensor]] = {}  # head candidates -> what each call of them gave
+        self.after_blocks: dict[str, list[Tensor]] = {}  # module that may belong to the head -> outputs of its calls
 
     @property
     def inputs(self) -> list[Tensor]:
-        """Hidden states that each block got."""
+        """Input hidden states of each block."""
         return [args[0] for args, _, _ in self.calls]
 
     @property
     def outputs(self) -> list[Any]:
-        """Hidden states that each block gave."""
+        """Output hidden states of each block."""
         return [output[0] if isinstance(output, tuple) else output for _, _, output in self.calls]
 
 
@@ -111,7 +111,7 @@ def _probe(model: nn.Module) -> tuple[ModelSpec, StockRun]:
     with quiet(model):
         image_shape, embeddings, output, trace = _run(model, found)
         if not all(bool(t.isfinite().all()) for t in tensors_of(output) if t.is_floating_point()):
-            raise UnsupportedModelError("its own output for a random image is NaN or infinite. Look at its weights.")
+            raise UnsupportedModelError("its output for a random image is NaN or infinite. Check its weights.")
         _check_blocks(trace, blocks)
         num_prefix, num_suffix = _count_special(embeddings)
         num_patches = embeddings.shape[1] - num_prefix - num_suffix
@@ -137,7 +137,7 @@ def _probe(model: nn.Module) -> tuple[ModelSpec, StockRun]:
         attention=attention_name,
         block_spec=block_spec,
         head=head,
-        unread=tuple(name for name in trace.behind if name not in head),
+        unread=tuple(name for name in trace.after_blocks if name not in head),
         width=embeddings.shape[-1],
         num_prefix=num_prefix,
         num_patches=num_patches,
@@ -160,7 +160,7 @@ def _probe(model: nn.Module) -> tuple[ModelSpec, StockRun]:
 
 
 class _Blocks(NamedTuple):
-    """The list's name, the attention's name relative to a block, and the blocks."""
+    """Name of the list of blocks, name of the attention relative to a block, and the blocks."""
 
     list_name: str
     attention_name: str
@@ -189,8 +189,8 @@ def _find_blocks(model: nn.Module) -> _Blocks:
     return _Blocks(matching[0], found[matching[0]][0], list(model.get_submodule(matching[0]).children()))
 
 
-def _run(model: nn.Module, blocks: _Blocks) -> tuple[tuple[int, ...], Tensor, Any, _Trace]:
-    """Embed two images, then forward the first of them."""
+def _run(model: nn.Module, blocks: _Blocks) -> tuple[tuple[int, ...], Tensor, object, _Trace]:
+    """Compute the embeddings of two images, then run one forward with the first."""
     failure: Exception | None = None
     for image_shape in input_shapes(model):
         try:
@@ -200,28 +200,28 @@ def _run(model: nn.Module, blocks: _Blocks) -> tuple[tuple[int, ...], Tensor, An
         except UnsupportedModelError:
             raise
         except (ValueError, TypeError, RuntimeError, AttributeError, IndexError) as error:
-            failure = error  # a fixed-size model refuses the small image; the last try is its native size
+            failure = error  # a fixed-size model rejects the small image; the last attempt is its native size
     raise UnsupportedModelError(f"a forward pass on random inputs failed with {failure!r}")
 
 
-def _forward(model: nn.Module, blocks: _Blocks, image_shape: tuple[int, ...], start: int) -> tuple[Any, _Trace]:
-    """One watched forward; the graph starts at the output of block `start`."""
+def _forward(model: nn.Module, blocks: _Blocks, image_shape: tuple[int, ...], start: int) -> tuple[object, _Trace]:
+    """One forward with hooks; the autograd graph starts at the output of block `start`."""
     trace = _Trace()
     with ExitStack() as hooks:
         _watch(model, blocks, trace, hooks, start)
-        with torch.no_grad():  # leaving it also undoes what the hook of block `start` switches on
+        with torch.no_grad():  # on exit it also undoes the `set_grad_enabled` in the hook of block `start`
             return run_probe(model, probe_inputs(model, 1, image_shape)), trace
 
 
 def _embed(model: nn.Module, first_block: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    """What the first block gets: the forward is left there."""
-    seen: list[Any] = []
+    """Input of the first block; the forward stops there."""
+    seen: list[object] = []
 
-    def leave(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def stop(block: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         seen.append(args[0] if args else kwargs.get("hidden_states"))
         raise _EmbeddingsSeen
 
-    handle = first_block.register_forward_pre_hook(leave, with_kwargs=True)
+    handle = first_block.register_forward_pre_hook(stop, with_kwargs=True)
     try:
         run_probe(model, inputs)
     except _EmbeddingsSeen:
@@ -230,20 +230,20 @@ def _embed(model: nn.Module, first_block: nn.Module, inputs: dict[str, Tensor]) 
         handle.remove()
     if len(seen) != 1 or not isinstance(seen[0], Tensor) or seen[0].ndim != 3:
         shape = tuple(getattr(seen[0], "shape", ())) if seen else None
-        raise UnsupportedModelError(f"its first block gets {shape} in the place of tokens [B, N, D]")
+        raise UnsupportedModelError(f"its first block gets {shape} instead of tokens [B, N, D]")
     return seen[0]
 
 
 def _watch(model: nn.Module, found: _Blocks, trace: _Trace, hooks: ExitStack, start: int) -> None:
     list_name, attention_name, blocks = found
 
-    def on(handle: Any) -> None:
+    def keep(handle: RemovableHandle) -> None:
         hooks.callback(handle.remove)
 
-    def enter_block(block: nn.Module, args: tuple[Any, ...]) -> None:
+    def enter_block(block: nn.Module, args: tuple[object, ...]) -> None:
         trace.has_begun = True
 
-    def leave_block(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    def leave_block(block: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> object:
         trace.calls.append((*hidden_first(args, kwargs), output))
         hidden_states, *others = output if isinstance(output, tuple) else (output,)
         if block is blocks[start] and isinstance(hidden_states, Tensor):
@@ -252,42 +252,42 @@ def _watch(model: nn.Module, found: _Blocks, trace: _Trace, hooks: ExitStack, st
             return (trace.start, *others) if isinstance(output, tuple) else trace.start
         return None
 
-    def enter_attention(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def enter_attention(attention: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         trace.attention_call = trace.attention_call or (args, dict(kwargs))
         tokens = args[0] if args else next(iter(kwargs.values()), None)
         trace.attention_shapes.append(tuple(getattr(tokens, "shape", ())))
 
-    def enter_child(name: str, order: list[str], args: tuple[Any, ...]) -> None:
+    def enter_child(name: str, order: list[str], args: tuple[object, ...]) -> None:
         order.append(name)
         if takes_residual(args):
             trace.residual_takers.add(name)
 
-    def leave_patches(conv: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+    def leave_patches(conv: nn.Module, args: tuple[object, ...], output: Tensor) -> None:
         if not trace.has_begun:
             trace.grids.append(tuple(output.shape[2:]))
 
-    def leave_behind(name: str, output: Any) -> None:
+    def leave_head(name: str, output: object) -> None:
         tensors = tensors_of(output) if len(trace.calls) == len(blocks) else []
         if tensors:
-            trace.behind.setdefault(name, []).append(tensors[0])
+            trace.after_blocks.setdefault(name, []).append(tensors[0])
 
     for index, block in enumerate(blocks):
-        on(block.register_forward_pre_hook(enter_block))
-        on(block.register_forward_hook(leave_block, prepend=True, with_kwargs=True))
-        on(block.get_submodule(attention_name).register_forward_pre_hook(enter_attention, with_kwargs=True))
+        keep(block.register_forward_pre_hook(enter_block))
+        keep(block.register_forward_hook(leave_block, prepend=True, with_kwargs=True))
+        keep(block.get_submodule(attention_name).register_forward_pre_hook(enter_attention, with_kwargs=True))
         for child_name, child in block.named_children():
             order = trace.order.setdefault(index, [])
-            on(child.register_forward_pre_hook(lambda _m, a, order=order, name=child_name: enter_child(name, order, a)))
+            keep(child.register_forward_pre_hook(lambda _m, a, order=order, n=child_name: enter_child(n, order, a)))
     for module in model.modules():
         if isinstance(module, (nn.Conv2d, nn.Conv3d)):
-            on(module.register_forward_hook(leave_patches))
+            keep(module.register_forward_hook(leave_patches))
     for name in parameter_owners(model, avoid=list_name):
         hook = model.get_submodule(name).register_forward_hook
-        on(hook(lambda _m, _a, output, name=name: leave_behind(name, output)))
+        keep(hook(lambda _m, _a, output, name=name: leave_head(name, output)))
 
 
 def _check_blocks(trace: _Trace, blocks: list[nn.Module]) -> None:
-    """Every block ran once, [B, N, D] -> [B, N, D], and its attention saw all tokens."""
+    """Check that every block ran once, [B, N, D] -> [B, N, D], and that its attention saw all tokens."""
     if len(trace.calls) != len(blocks):
         raise UnsupportedModelError(f"its {len(blocks)} blocks ran {len(trace.calls)} times in one forward")
     shape = trace.inputs[0].shape
@@ -295,7 +295,7 @@ def _check_blocks(trace: _Trace, blocks: list[nn.Module]) -> None:
         if not isinstance(output, Tensor) or hidden.shape != shape or output.shape != shape:
             found = tuple(getattr(output, "shape", ())) or type(output).__name__
             raise UnsupportedModelError(
-                f"block {index} maps {tuple(hidden.shape)} to {found}, so that not all blocks see the same tokens"
+                f"block {index} maps {tuple(hidden.shape)} to {found}, so not all blocks have the same tokens"
             )
     for index, attended in enumerate(trace.attention_shapes):
         if attended != shape:
@@ -309,21 +309,21 @@ def _check_blocks(trace: _Trace, blocks: list[nn.Module]) -> None:
 
 
 def _count_special(embeddings: Tensor) -> tuple[int, int]:
-    """Lengths of the prefix and the suffix of tokens that both images share."""
+    """Numbers of tokens at the front and at the end that are equal for both images."""
     shared = (embeddings[0] == embeddings[1]).all(dim=-1).tolist()
     if all(shared):
         raise UnsupportedModelError("its first block gets the same tokens for two different images")
     num_prefix, num_suffix = shared.index(False), shared[::-1].index(False)
     if any(shared[num_prefix : len(shared) - num_suffix]):
         special = [i for i, is_special in enumerate(shared) if is_special]
-        raise UnsupportedModelError(f"tokens that do not depend on the image sit among the patches, at {special}")
+        raise UnsupportedModelError(f"tokens that do not depend on the image are among the patches, at {special}")
     return num_prefix, num_suffix
 
 
 def _read_out(
-    model: nn.Module, blocks: _Blocks, image_shape: tuple[int, ...], output: Any, trace: _Trace
+    model: nn.Module, blocks: _Blocks, image_shape: tuple[int, ...], output: object, trace: _Trace
 ) -> tuple[int, Tensor, tuple[str, ...]]:
-    """The last block whose output counts, its tokens that do [N], and the modules after the blocks that do."""
+    """What changes the model's output: the last such block, its tokens [N], and the modules after the blocks."""
     last = len(blocks.modules) - 1
     for index in range(last, -1, -1):
         if index < last:
@@ -333,18 +333,18 @@ def _read_out(
     raise UnsupportedModelError("its output does not depend on any of its blocks")
 
 
-def _gradients(output: Any, trace: _Trace) -> tuple[Tensor, tuple[str, ...]] | None:
-    """Tokens where the graph starts that change the output [N], and the modules after the blocks that do."""
+def _gradients(output: object, trace: _Trace) -> tuple[Tensor, tuple[str, ...]] | None:
+    """Tokens at the start of the graph [N], and modules after the blocks, that change the output; None if none do."""
     tensors = [t for t in tensors_of(output) if t.requires_grad]
     if not tensors:
         return None
     generator = torch.Generator().manual_seed(0)
-    with torch.enable_grad():  # random weights: a plain sum of a LayerNorm's output has no gradient
+    with torch.enable_grad():  # random weights, because the gradient of a LayerNorm's plain sum is 0
         weighted = [t.float() * torch.randn(t.shape, generator=generator).to(t.device) for t in tensors]
         probe = torch.stack([t.sum() for t in weighted]).sum()
-    outputs = [(name, t) for name, calls in trace.behind.items() for t in calls if t.requires_grad]
+    outputs = [(name, t) for name, calls in trace.after_blocks.items() for t in calls if t.requires_grad]
     start, *rest = torch.autograd.grad(probe, [trace.start, *(t for _, t in outputs)], allow_unused=True)
     if start is None:
         return None
     used = {name for (name, _), gradient in zip(outputs, rest, strict=True) if gradient is not None}
-    return start.abs().sum(dim=(0, 2)).ne(0).cpu(), tuple(name for name in trace.behind if name in used)
+    return start.abs().sum(dim=(0, 2)).ne(0).cpu(), tuple(name for name in trace.after_blocks if name in used)

@@ -1,4 +1,4 @@
-"""Registry of model families with exceptions that probing cannot find.
+"""Registry of exceptions for model families that probing cannot find.
 
 See docs/new_model.md for when a model needs an entry.
 """
@@ -7,16 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import InitVar, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from peft_bsr.core import Route
 from peft_bsr.deprecation import warn_renamed
 from peft_bsr.errors import ConfigError
 
 Arguments = dict[str, Any]
+"""Arguments of a module's forward by name."""
+Call = tuple[tuple[Any, ...], Arguments]
+"""Positional and keyword arguments of a module's forward."""
+_Config = TypeVar("_Config")  # a configuration or None
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,7 @@ class FamilyRule:
         probe_inputs: `(config, batch_size, generator) -> inputs`: random inputs for one forward. Default None: images,
             videos or spectrograms of the shape in the config.
         gather_side_inputs: `(route, arguments) -> arguments`: selects the alive tokens' part of the attention's
-            arguments (by name, without the hidden states). Default None: `Route.gather` for each argument, with the
+            arguments (by name, without the hidden states). Default None: `Route.gather` on each argument with the
             kind that the probe found.
         position_bias: Name of a module in the block or its attention that returns a bias [.., N, N] for all tokens. Its
             `dim_size` is set to the full length; inside an attention, its output is gathered by the route. Default
@@ -41,10 +46,10 @@ class FamilyRule:
         >>> unregister_family("my_model")
     """
 
-    probe_inputs: Callable[[Any, int, torch.Generator], dict[str, Tensor]] | None = None
+    probe_inputs: Callable[[PreTrainedConfig, int, torch.Generator], dict[str, Tensor]] | None = None
     gather_side_inputs: Callable[[Route, Arguments], Arguments] | None = None
     position_bias: str | None = None
-    attention_arguments: Callable[[Any, Tensor, Arguments], Arguments] | None = None
+    attention_arguments: Callable[[nn.Module, Tensor, Arguments], Arguments] | None = None
     follow_attention: InitVar[Callable[[Route, Arguments], Arguments] | None] = None
     """Old name of `gather_side_inputs`."""
 
@@ -82,17 +87,17 @@ def unregister_family(model_type: str) -> None:
 
 
 def find_rule(model: nn.Module) -> FamilyRule:
-    """The entry for `model`. Empty for most models."""
+    """The entry for `model`; an empty rule for most models."""
     return _RULES.get(getattr(vision_config(model), "model_type", ""), FamilyRule())
 
 
-def vision_config(model: nn.Module) -> Any:
+def vision_config(model: nn.Module) -> PreTrainedConfig | None:
     """The config from which the model's blocks are built, or None."""
     return inner_config(getattr(model, "config", None))
 
 
-def inner_config(config: Any) -> Any:
-    """The part of a config that describes the blocks: the vision model's, the backbone's, or the config itself."""
+def inner_config(config: _Config) -> _Config:
+    """The part of a config that describes the blocks: `vision_config`, `backbone_config`, or the config itself."""
     for part in ("vision_config", "backbone_config"):
         inner = getattr(config, part, None)
         if hasattr(inner, "num_hidden_layers"):  # a hybrid's convolutional backbone has none
@@ -100,7 +105,7 @@ def inner_config(config: Any) -> Any:
     return config
 
 
-def _siglip2_inputs(config: Any, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
+def _siglip2_inputs(config: PreTrainedConfig, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
     """NaFlex inputs: flattened patches, a mask and the grid. The last row is padding, as in most real batches."""
     rows = int(config.num_patches**0.5)
     columns = config.num_patches // rows
@@ -138,13 +143,13 @@ def _gather_vjepa2(route: Route, arguments: Arguments) -> Arguments:
     return {**arguments, "position_mask": numbers}
 
 
-def _timm_inputs(config: Any, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
+def _timm_inputs(config: PreTrainedConfig, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
     shape = config.pretrained_cfg["input_size"]
     return {"pixel_values": torch.randn(batch_size, *shape, generator=generator)}
 
 
 def _gather_timm(route: Route, arguments: Arguments) -> Arguments:
-    """EVA's table contains sine and cosine, concatenated: [M, 2 d]."""
+    """EVA's table is sine and cosine, concatenated: [M, 2 d]."""
     followed = route.gather_side_inputs(arguments, but="rope")
     rope = arguments.get("rope")
     if rope is None:

@@ -1,46 +1,48 @@
-"""Token scores from the query and key that attention really uses, whichever implementation runs.
+"""Token scores from the queries and keys that an attention uses, for any attention implementation.
 
-Three ways, in this order; the probe finds out which one an attention allows:
+There are three sources. The probe takes the first that works for an attention:
 
-1. `"interface"`: transformers looks the attention function up by `attention.config._attn_implementation` at each call.
-   While scores are asked for, the attention gets a view of its config that names a scored version of the configured
-   function; it notes query, key and mask and runs the configured one. The model's own config is untouched (so
-   masks are still made for the configured implementation), and `model.set_attn_implementation` keeps working.
-2. `"sdpa"`: attention that calls torch's `scaled_dot_product_attention` itself (timm, Data2Vec).
-3. `"weights"`: attention that always returns its weights (BLIP).
+1. `"interface"`: transformers looks up the attention function by `attention.config._attn_implementation` at each call.
+   The attention gets a view of its config. While scores are needed, this names a scored version of the configured
+   function, which also computes the scores. The model's own config is not changed, so masks are still created for the
+   configured implementation, and `model.set_attn_implementation` keeps working.
+2. `"sdpa"`: the attention calls torch's `scaled_dot_product_attention` (timm, Data2Vec).
+3. `"weights"`: the attention always returns its weights (BLIP).
 
-Hooks on the q and k projections would be wrong wherever something sits between projection and product (row error
-5e-2 on DINOv3, 1e-2 on BEiT).
+Hooks on the q and k projections would be wrong if anything happens between projection and product (row error 5e-2 on
+DINOv3, 1e-2 on BEiT).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache, partial
-from typing import Any
+from typing import Any, SupportsIndex, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedConfig
 
 from peft_bsr.backbones.lookup import attention_function
 from peft_bsr.backbones.model_spec import ScoreSource
+from peft_bsr.backbones.registry import Arguments
 from peft_bsr.compat.transformers_api import IMPLEMENTATION, attention_functions
 from peft_bsr.core import BlockCall, ForwardContext, weights_to_scores
 from peft_bsr.ops import lean_dropout, token_scores
 
-_TWIN_PREFIX = "scored|"
-# what attention was called with and what it gave: query [B, H, N, d], key, value, scaling, mask, output [B, H, N, d]
-Observer = Callable[[Tensor, Tensor, Tensor, float, Any, Tensor], None]
+_SCORED_PREFIX = "scored|"
+Observer = Callable[[Tensor, Tensor, Tensor, float, object, Tensor], None]
+"""Called with an attention's query [B, H, N, d], key, value, scaling, mask (any type) and output [B, H, N, d]."""
+_Mask = TypeVar("_Mask")
 
 
 class AttentionScorer:
-    """Fills the scores of the block that runs with what its attention is called with.
+    """Computes the token scores of the running block from the inputs of its attention.
 
     Args:
-        context: Knows the block that runs.
+        context: Context of the forward, which holds the running block's call.
     """
 
     def __init__(self, context: ForwardContext) -> None:
@@ -48,7 +50,7 @@ class AttentionScorer:
 
     @property
     def is_asked(self) -> bool:
-        """Whether the running block wants scores that it has not got, or has few queries in a compiled attention."""
+        """Whether the running block needs scores and has none yet, or uses few queries in a compiled attention."""
         call = self.context.now.running
         if call is None:
             return False
@@ -56,53 +58,52 @@ class AttentionScorer:
 
     @property
     def traced_call(self) -> BlockCall | None:
-        """The call of the block that runs, if a compiler sees it."""
+        """The running block's call if it is being compiled, else None."""
         call = self.context.now.running
         return call if call is not None and call.is_traced else None
 
-    def observe(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: Any, output: Tensor) -> None:
-        """Score the tokens of [B, H, N, d]; a second attention inside the same block is not looked at."""
+    def observe(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: object, output: Tensor) -> None:
+        """Score the tokens by query and key [B, H, N, d]. A second attention in the same block is ignored."""
         call = self.context.now.running
         if call is not None and call.score is not None and call.token_scores is None:
             call.token_scores = token_scores(call.score, query, key, scaling, _dense(mask))
 
-    def observe_weights(self, attention: nn.Module, args: Any, output: Any) -> None:
-        """A forward hook for attention that returns (output, weights [B, H, N, N])."""
+    def observe_weights(self, attention: nn.Module, args: object, output: tuple[Tensor, Tensor]) -> None:
+        """A forward hook for an attention that returns (output, weights [B, H, N, N])."""
         call = self.context.now.running
         if call is not None and call.score is not None and call.token_scores is None and not call.is_traced:
             call.token_scores = weights_to_scores(call.score, output[1])
 
-    def watching(self, source: ScoreSource | None) -> Any:
-        """A context in which attention of this source reports here; only `"sdpa"` needs one."""
+    def watching(self, source: ScoreSource | None) -> AbstractContextManager[object]:
+        """A context in which attention of this source is observed; only `"sdpa"` needs one."""
         return SdpaObserver(self.observe) if source == "sdpa" else nullcontext()
 
 
 class ScoringConfig:
-    """A view of an attention module's config that names the scored attention while scores are asked for.
+    """A view of an attention module's config that names the scored attention while scores are needed.
 
-    In all else it is that config: an instance of a subclass of the config's class, which shares its `__dict__`.
+    Otherwise it behaves like the config: its class is a subclass of the config's class and it shares the `__dict__`.
 
     Args:
-        config: The config to look through; it stays shared with the rest of the model.
-        scorer: Asked at each look-up, told at each call.
+        config: The config, which stays shared with the rest of the model.
+        scorer: Tells whether scores are needed, and observes the attention.
     """
 
     __slots__ = ("config", "scorer")
-    config: Any
-    scorer: Any
+    config: PreTrainedConfig
+    scorer: AttentionScorer | _AlwaysObserve
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        """A view of `args[0]`; but `type(view)()`, as in `to_diff_dict`, is a config, not a view."""
+        """A view of `args[0]`. But `type(view)()`, as in `to_diff_dict`, creates a plain config."""
         if cls is not ScoringConfig:
             return cls.__bases__[1](*args, **kwargs)
-        config_class: Any = type(args[0])
-        return object.__new__(_view_class(config_class))
+        return object.__new__(_view_class(type(args[0])))
 
-    def __init__(self, config: Any, scorer: Any) -> None:
+    def __init__(self, config: PreTrainedConfig, scorer: AttentionScorer | _AlwaysObserve) -> None:
         for name, value in (("__dict__", config.__dict__), ("config", config), ("scorer", scorer)):
             object.__setattr__(self, name, value)
 
-    def __init_subclass__(cls) -> None:  # transformers' own would write an `__init__` into the subclass
+    def __init_subclass__(cls) -> None:  # that of PreTrainedConfig would add an `__init__` to the subclass
         pass
 
     @property
@@ -111,15 +112,15 @@ class ScoringConfig:
         return _scored(implementation) if self.scorer.is_asked else implementation
 
     @_attn_implementation.setter
-    def _attn_implementation(self, value: Any) -> None:
+    def _attn_implementation(self, value: str | dict[str, str] | None) -> None:
         setattr(self.config, IMPLEMENTATION, value)
 
     def __eq__(self, other: object) -> bool:
         return bool(self.config == (other.config if isinstance(other, ScoringConfig) else other))
 
-    __hash__ = None  # type: ignore[assignment]  # as a config
+    __hash__ = None  # type: ignore[assignment]  # like a config
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[object, ...]:
         return ScoringConfig, (self.config, self.scorer)
 
 
@@ -129,14 +130,16 @@ def _view_class(config_class: type) -> type:
 
 
 class SdpaObserver(TorchFunctionMode):
-    """Tells `observe` what `scaled_dot_product_attention` is called with."""
+    """Calls `observe` for every `scaled_dot_product_attention`."""
 
     def __init__(self, observe: Observer) -> None:
         super().__init__()
         self.observe = observe
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Pass everything on."""
+    def __torch_function__(
+        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: Arguments | None = None
+    ) -> object:
+        """Call `func`, and `observe` if it is attention."""
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
         if func is nn.functional.scaled_dot_product_attention:
@@ -144,11 +147,13 @@ class SdpaObserver(TorchFunctionMode):
         return output
 
 
-def find_score_source(attention: Any, args: Any, kwargs: Any) -> tuple[ScoreSource | None, int, float]:
-    """Which way `attention`, called with these arguments, allows (see the module's text); its heads and scaling."""
+def find_score_source(
+    attention: nn.Module, args: tuple[Any, ...], kwargs: Arguments
+) -> tuple[ScoreSource | None, int, float]:
+    """The first source (see the module docstring) that works for an attention's call, number of heads and scaling."""
     seen: list[tuple[int, float]] = []
 
-    def observe(query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: Any, output: Tensor) -> None:
+    def observe(query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: object, output: Tensor) -> None:
         seen.append((query.shape[1], scaling))
 
     with observed_interface(attention, observe):
@@ -168,20 +173,22 @@ def find_score_source(attention: Any, args: Any, kwargs: Any) -> tuple[ScoreSour
 
 @contextmanager
 def observed_interface(attention: Any, observe: Observer) -> Iterator[None]:
-    """Tell `observe` what the attention function of transformers' interface is called with."""
+    """Context manager: `observe` is called for every call of transformers' attention interface in `attention`."""
     config = getattr(attention, "config", None)
     if config is None or not hasattr(config, IMPLEMENTATION):
         yield
         return
     base = config.config if isinstance(config, ScoringConfig) else config
-    attention.config = ScoringConfig(base, _Asking(observe))
+    attention.config = ScoringConfig(base, _AlwaysObserve(observe))
     try:
         yield
     finally:
         attention.config = config
 
 
-class _Asking:
+class _AlwaysObserve:
+    """Takes the place of an `AttentionScorer` where there is no forward context."""
+
     is_asked = True
     traced_call = None
 
@@ -195,14 +202,14 @@ def _attend_scored(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Any,
+    attention_mask: object,
     scaling: float | None = None,
-    **kwargs: Any,
-) -> Any:
-    """Run `implementation`, and tell the module's scorer on what.
+    **kwargs: object,
+) -> tuple[Tensor, Tensor | None]:
+    """Run `implementation`, and pass its inputs to the module's scorer.
 
-    Where a compiler sees the call nobody is told: the scores are handed on in the place of the attention weights, which
-    few implementations give, and only the queries that the block asks run.
+    In a compiled call, the scorer is not used: the scores are returned in place of the attention weights, which few
+    implementations return, and only the queries that the block needs are computed.
     """
     function, scorer = attention_function(module, implementation), module.config.scorer
     call = scorer.traced_call
@@ -222,17 +229,17 @@ def _attend_scored(
 
 
 def run_scored(source: ScoreSource, kind: str, run: Callable[[], tuple[Tensor, list[Any]]]) -> tuple[Tensor, Tensor]:
-    """What the first half of a block gives and its token scores [B, N], where a compiler sees the call.
+    """Result of a block's attention half and its token scores [B, N], in a compiled call.
 
     Args:
-        source: Of the attention's scores.
-        kind: Of the scores.
-        run: The half: its change, and what else its attention returns.
+        source: Source of the scores.
+        kind: Kind of the scores, see `peft_bsr.core.token_scores`.
+        run: Runs the half. Returns its change of the tokens, and the other outputs of its attention.
     """
     if source == "sdpa":
         seen: list[Tensor] = []
 
-        def observe(query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: Any, output: Tensor) -> None:
+        def observe(query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: object, output: Tensor) -> None:
             seen.append(token_scores(kind, query, key, scaling, _dense(mask)))
 
         with SdpaObserver(observe):
@@ -249,26 +256,26 @@ def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: Any,
+    mask: Tensor | None,
     scaling: float,
     dropout: float = 0.0,
 ) -> Tensor:
-    """What `attention` makes of query [B, H, Q, d], key and value [B, H, N, d], in the implementation configured.
+    """Attention in the configured implementation.
 
     Args:
         attention: The module with the projections.
-        source: How its scores are had; where that is not transformers' interface, torch's own attention runs.
-        query: Asked.
-        key: Compared with.
-        value: Summed.
-        mask: Boolean or additive, or None.
-        scaling: Factor on the products.
-        dropout: Rate of the dropout on attention weights.
+        source: Source of its scores. Unless it is `"interface"`, `scaled_dot_product_attention` runs.
+        query: [B, H, Q, d].
+        key: [B, H, N, d].
+        value: [B, H, N, d].
+        mask: Boolean or additive mask, or None.
+        scaling: Factor on the products of queries and keys.
+        dropout: Dropout rate on the attention weights. Default 0.
 
     Returns:
         [B, Q, H * d].
     """
-    if source == "weights" and dropout:  # as such an attention does it: torch's own keeps more when it drops
+    if source == "weights" and dropout:  # like this kind of attention; torch's function saves more with dropout
         weights = lean_dropout((query @ key.transpose(2, 3) * scaling).softmax(dim=-1), dropout)
         return (weights @ value).transpose(1, 2).flatten(2)
     if source != "interface":
@@ -280,12 +287,12 @@ def attend(
 
 
 def computes_weights(attention: Any, source: ScoreSource | None) -> bool:
-    """Whether `attend` without dropout makes a matrix of attention weights [B, H, Q, N] that autograd can see."""
+    """Whether `attend` without dropout computes attention weights [B, H, Q, N] that autograd records."""
     return source == "interface" and getattr(attention.config, IMPLEMENTATION) in (None, "eager")
 
 
 def _scored(implementation: str | None) -> str:
-    name = f"{_TWIN_PREFIX}{implementation}"
+    name = f"{_SCORED_PREFIX}{implementation}"
     if name not in attention_functions:
         AttentionInterface.register(name, partial(_attend_scored, implementation))
     return name
@@ -301,30 +308,33 @@ def _report(
     dropout_p: float = 0.0,
     is_causal: bool = False,
     scale: float | None = None,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> None:
     observe(query, key, value, _scale(query, scale), attn_mask, output)
 
 
-def first_rows(mask: Any, num_queries: int) -> Any:
-    """The part of a mask [B, 1, N, N] for the first queries; other masks have no rows to choose."""
-    has_rows = isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[2] > num_queries
-    return mask[:, :, :num_queries] if has_rows else mask
+def first_rows(mask: _Mask, num_queries: int) -> _Mask | Tensor:
+    """The rows of a mask [B, 1, N, N] for the first queries. Other masks are returned unchanged."""
+    if isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[2] > num_queries:
+        return mask[:, :, :num_queries]
+    return mask
 
 
 def _scale(query: Tensor, scaling: float | None) -> float:
     return query.shape[-1] ** -0.5 if scaling is None else scaling
 
 
-def _dense(mask: Any) -> Tensor | None:
-    """Masks [B, 1, N, N] and biases count for the scores; the [B, N] padding of flash attention becomes one."""
+def _dense(mask: object) -> Tensor | None:
+    """The mask or bias for the scores; a padding mask [B, N] of flash attention is expanded to [B, 1, 1, N]."""
     if not isinstance(mask, Tensor):
         return None
     return mask[:, None, None, :].bool() if mask.ndim == 2 else mask
 
 
-def explicit_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: Any) -> tuple[Tensor, Tensor]:
-    """Weights [B, H, N, N] and output [B, H, N, d] of plain softmax attention in fp32: the reference for scores."""
+def explicit_attention(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: object
+) -> tuple[Tensor, Tensor]:
+    """Weights [B, H, N, N] and output [B, H, N, d] of plain softmax attention in fp32, the reference for scores."""
     logits = query.float() @ key.float().transpose(2, 3) * scaling
     dense = _dense(mask)
     if dense is not None:

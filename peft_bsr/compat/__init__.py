@@ -1,5 +1,5 @@
-"""Private interfaces of peft, transformers and torch, each under a name of its own; the rest of the package asks here.
+"""All uses of private interfaces of peft, transformers and torch, each behind a name of this package.
 
-None of them is promised by its library. tests/compat has a test for each, which fails by name on a release where it is
-gone or different. Nothing is imported here: `core` and `ops` know torch alone.
+The libraries do not guarantee them. tests/compat has a test for each, which fails by name on a release that removes or
+changes it. This file imports nothing, because `core` and `ops` may import torch only.
 """

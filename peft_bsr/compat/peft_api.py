@@ -1,7 +1,7 @@
-"""Private interfaces of peft that the package uses. Tried: peft 0.20.0, 0.21.2.
+"""Private interfaces of peft that the package uses. Tested with peft 0.20.0 and 0.21.2.
 
-Methods with a leading underscore that tuners and layers of the package override stand with their classes;
-tests/compat/test_peft_api.py holds their names and parameters.
+Private methods of peft's tuners and layers that the package overrides are in its own classes;
+tests/compat/test_peft_api.py checks their names and parameters.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
@@ -19,17 +18,17 @@ from peft.utils import PeftType, register_peft_method
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 
 ExcludedModule = _ExcludedModule
-"""What `_check_target_module_exists` gives for a module that is excluded, not merely no target."""
+"""What `_check_target_module_exists` returns for an excluded module, as opposed to one that is not a target."""
 
 cast_input_dtype = BaseTunerLayer._cast_input_dtype
-"""`(layer, tensor, dtype) -> tensor`: cast an input, unless a user has switched that off for the layer."""
+"""`(layer, tensor, dtype) -> tensor`: cast an input, unless the user has disabled casting for the layer."""
 
 TRANSLATES_KEYS = hasattr(BaseTuner, "_remap_adapter_state_dict_for_load")
-"""Whether a tuner may rename the keys of an adapter's file as it is loaded (peft 0.21 and later)."""
+"""Whether a tuner can rename the keys of an adapter file while it is loaded (peft 0.21 and later)."""
 
 
 def extend_peft_type(name: str) -> PeftType:
-    """Add `name` to the enum `PeftType`, or return the member if it is there.
+    """Add `name` to the enum `PeftType`, or return the existing member.
 
     PEFT has no public way to do this: a plain string or a foreign enum passes `get_peft_model` but breaks
     transformers' native `load_adapter` and `AutoModel.from_pretrained` on an adapter folder.
@@ -49,15 +48,15 @@ def extend_peft_type(name: str) -> PeftType:
 
 
 def register_method(name: str, config_cls: type[PeftConfig], model_cls: type[BaseTuner]) -> None:
-    """Make a method known to PEFT. Safe to call again, also after this package was imported again.
+    """Register a method with PEFT. Safe to call again, also after this package was re-imported.
 
     Args:
         name: Lower-case method name.
         config_cls: The `PeftConfig` subclass.
-        model_cls: The `BaseTuner` subclass; its `prefix` marks trained parameters.
+        model_cls: The `BaseTuner` subclass; its `prefix` marks trainable parameters.
     """
     peft_type = extend_peft_type(name.upper())
-    if peft_type in PEFT_TYPE_TO_TUNER_MAPPING:  # a re-import made new classes: they replace the old ones
+    if peft_type in PEFT_TYPE_TO_TUNER_MAPPING:  # a re-import created new classes, which replace the old ones
         PEFT_TYPE_TO_CONFIG_MAPPING[peft_type] = config_cls
         PEFT_TYPE_TO_TUNER_MAPPING[peft_type] = model_cls
         PEFT_TYPE_TO_PREFIX_MAPPING[peft_type] = model_cls.prefix
@@ -65,31 +64,31 @@ def register_method(name: str, config_cls: type[PeftConfig], model_cls: type[Bas
     register_peft_method(name=name, config_cls=config_cls, model_cls=model_cls, prefix=model_cls.prefix)
 
 
-def config_class(peft_type: PeftType | str) -> Any:
-    """The configuration class of a method that is registered.
+def config_class(peft_type: PeftType | str) -> type[PeftConfig]:
+    """The configuration class of a registered method.
 
     Raises:
-        KeyError: If it is not.
+        KeyError: If the method is not registered.
     """
     return PEFT_TYPE_TO_CONFIG_MAPPING[peft_type]
 
 
-def peft_type_of(name: str, **options: Any) -> str:
-    """The method that an adapter's `adapter_config.json` names, before a configuration is made of it.
+def peft_type_of(name: str, **options: object) -> str:
+    """The method named in an adapter's `adapter_config.json`, read without creating a configuration.
 
     Args:
         name: Folder or Hub id.
-        **options: Of `hf_hub_download`.
+        **options: Arguments of `hf_hub_download`.
     """
     return str(PeftConfig._get_peft_type(name, **options))
 
 
 @contextmanager
-def disabled_layers(layers: Iterable[Any]) -> Iterator[None]:
-    """Switch single tuner layers off for a while, without what `enable_adapters` does to gradients.
+def disabled_layers(layers: Iterable[BaseTunerLayer]) -> Iterator[None]:
+    """Context manager: some tuner layers are disabled. `enable_adapters` would also change `requires_grad`.
 
     Args:
-        layers: Tuner layers that are switched on.
+        layers: Tuner layers, enabled.
     """
     layers = list(layers)
     for layer in layers:
@@ -102,10 +101,10 @@ def disabled_layers(layers: Iterable[Any]) -> Iterator[None]:
 
 
 def ignore_gradient_checkpointing_warning() -> None:
-    """Drop transformers' warning that `is_gradient_checkpointing` is deprecated (5.24 and later).
+    """Ignore transformers' warning that `is_gradient_checkpointing` is deprecated (5.24 and later).
 
-    `PeftModel.__init__` reads it at each attach, and a user can change nothing about it. transformers gives its own
-    line as the place of the warning, so that reads from elsewhere cannot be told apart and are not warned of either.
+    `PeftModel.__init__` reads the attribute whenever an adapter is attached, which users cannot change. transformers
+    reports its own line as the origin of the warning, so it is also ignored for all other code.
     """
     place = r"transformers\.modeling_utils$"
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning, place)

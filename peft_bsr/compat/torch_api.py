@@ -1,15 +1,16 @@
-"""Private interfaces of torch that the package uses. Tried: torch 2.13.0, 2.14.1."""
+"""Private interfaces of torch that the package uses. Tested with torch 2.13.0 and 2.14.1."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import Node
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -18,29 +19,31 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _IGNORED_BY_DDP = "_ddp_params_and_buffers_to_ignore"
 
+Hook = Callable[..., object]
+
 PARAMETERS = "_parameters"
-"""Attribute of a module: its own parameters by name. Writing there goes around wrappers of `register_parameter`."""
+"""Attribute of a module: its own parameters by name. Writing to it bypasses wrappers of `register_parameter`."""
 
 MODULES = "_modules"
-"""Attribute of a module: its children by name, the dictionary itself. As the one before it is read in each forward, and
-by compilers: so both are no functions.
+"""Attribute of a module: its children by name. This and `PARAMETERS` are names, not functions, because they are read in
+every forward and by compilers.
 """
 
 CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-"""The CPU's fused attention, which torch's own counter of FLOPs does not know."""
+"""Fused attention on the CPU, which torch's FLOP counter does not know."""
 
 CPU_ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-"""Its backward."""
+"""Backward of `CPU_ATTENTION`."""
 
 softmax_backward = torch.ops.aten._softmax_backward_data
-"""`(gradient, weights, dim, dtype) -> gradient of the logits`, whose softmax over the axis `dim` the weights are."""
+"""`(gradient, weights, dim, dtype) -> gradient of the logits`, where `weights` is their softmax over `dim`."""
 
 ONNX_REGISTRATION_LOGGER = "torch.onnx._internal.exporter._registration"
-"""Name of the logger by which the exporter says that torchvision is not there."""
+"""Name of the logger with which the exporter reports that torchvision is not installed."""
 
 
 def storage_key(storage: torch.UntypedStorage) -> int:
-    """A number that two Python objects of one storage share; another one may get it when the storage is gone."""
+    """A number that identifies a storage while it lives; Python objects of one storage share it."""
     return storage._cdata
 
 
@@ -49,29 +52,29 @@ def version_of(tensor: Tensor) -> int:
     return tensor._version
 
 
-def hook_dictionaries(module: Any) -> list[dict[int, Any]]:
-    """Dictionaries of a module that fill up when somebody adds a hook; the numbers of two hooks are never the same."""
+def hook_dictionaries(module: nn.Module) -> list[dict[int, Hook]]:
+    """The dictionaries in which a module keeps its hooks; the key of a hook is never used again."""
     return [hooks for name in _HOOKS if (hooks := getattr(module, name, None)) is not None]
 
 
 def copy_with_hooks(base: nn.Module) -> nn.Module:
-    """A copy with the very hooks of `base`: those that come later run on both, and those that go are gone from both."""
+    """A deep copy that shares its hook dictionaries with `base`: a hook added to or removed from one is on both."""
     names = [*_HOOKS, "_forward_hooks_always_called", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs"]
     hooks = [getattr(module, name) for module in base.modules() for name in names]
     module = copy.deepcopy(base, {id(own): own for own in hooks})
     for part in module.modules():
         if part._is_full_backward_hook is None:
-            part._is_full_backward_hook = True  # a backward hook that comes later tells this to `base` alone
+            part._is_full_backward_hook = True  # a backward hook that is added later sets this on `base` only
     return module
 
 
 def has_forward_hooks(module: nn.Module) -> bool:
-    """Whether anything looks at what the module gets or gives."""
+    """Whether the module has forward hooks or forward pre-hooks."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def unsaved_buffers(module: nn.Module) -> set[str]:
-    """Names of the module's own buffers that its state dict leaves out."""
+    """Names of the module's own non-persistent buffers."""
     return module._non_persistent_buffers_set
 
 
@@ -85,22 +88,22 @@ def remove_hooks(module: nn.Module, owner: object) -> None:
             module._forward_hooks_always_called.pop(key, None)
 
 
-def gradient_hooks(parameter: Tensor) -> dict[int, Any]:
-    """Hooks that run when the gradient is there (optimizers that step within the backward); the dictionary itself.
+def gradient_hooks(parameter: Tensor) -> dict[int, Hook]:
+    """The dictionary of the parameter's post-accumulate-grad hooks (optimizers that step during backward use them).
 
-    An empty one of its own where there was never a hook.
+    A new empty dictionary if the parameter never had such a hook.
     """
-    hooks: dict[int, Any] | None = parameter._post_accumulate_grad_hooks
+    hooks: dict[int, Hook] | None = parameter._post_accumulate_grad_hooks
     return {} if hooks is None else hooks
 
 
 def step_hook_names(optimizer: torch.optim.Optimizer) -> list[str]:
-    """Attributes of the optimizer that hold hooks around its step."""
+    """Names of the optimizer's attributes that hold its step hooks."""
     return [name for name in vars(optimizer) if name.startswith("_optimizer_step_")]
 
 
 def leave_to_ddp(model: nn.Module, ignored: Iterable[str]) -> None:
-    """Tell DistributedDataParallel which parameters and buffers it shall leave alone, by name; none = take it back."""
+    """Set the names of the parameters and buffers that DistributedDataParallel ignores; empty = ignore none."""
     names = list(ignored)
     if names:
         setattr(model, _IGNORED_BY_DDP, names)
@@ -109,41 +112,41 @@ def leave_to_ddp(model: nn.Module, ignored: Iterable[str]) -> None:
 
 
 def no_memory() -> FakeTensorMode:
-    """A context in which tensors have no memory: shape, dtype and device alone, on devices that need not exist.
+    """A context in which tensors have a shape, dtype and device but no memory; the device need not exist.
 
-    All that meets comes from the same one, which may be entered again.
+    Only tensors of the same context can be combined. It may be entered again.
     """
     return FakeTensorMode(allow_non_fake_inputs=True)  # constants of a compiled graph are real
 
 
-def saved_in_node(node: Any) -> Iterator[Tensor]:
-    """Tensors that a node of autograd's graph keeps for its backward."""
+def saved_in_node(node: Node) -> Iterator[Tensor]:
+    """Tensors that a node of the autograd graph saves for backward."""
     saved = [getattr(node, name) for name in dir(node) if name.startswith("_saved_")]
     for value in (*saved, *getattr(node, "saved_tensors", ())):
         yield from (t for t in (value if isinstance(value, (list, tuple)) else (value,)) if isinstance(t, Tensor))
 
 
-def recompile_limit(limit: int) -> AbstractContextManager[Any]:
+def recompile_limit(limit: int) -> AbstractContextManager[object]:
     """A context in which Dynamo compiles one function up to `limit` times."""
-    context: AbstractContextManager[Any] = torch._dynamo.config.patch(
+    context: AbstractContextManager[object] = torch._dynamo.config.patch(
         recompile_limit=limit, accumulated_recompile_limit=limit
     )
     return context
 
 
 def activation_memory_budget() -> float:
-    """Share of what a compiled graph would keep for backward that it may keep; 1 = all (torch's default)."""
+    """Fraction of its activations that a compiled graph may save for backward; 1 = all (torch's default)."""
     return float(torch._functorch.config.activation_memory_budget)
 
 
-def flop_formula(operator: Any, own: dict[Any, Callable[..., int]]) -> Callable[..., int] | None:
-    """The formula of an operator that a dispatch mode sees, from `own` or torch's registry, or None."""
+def flop_formula(operator: OpOverload, own: Mapping[OpOverloadPacket, Callable[..., int]]) -> Callable[..., int] | None:
+    """The FLOP formula of an operator that a dispatch mode sees, from `own` or torch's registry, or None."""
     packet = operator._overloadpacket
     return own.get(packet) or flop_registry.get(packet)
 
 
 def takes_tensors(formula: Callable[..., int]) -> Callable[..., int]:
-    """Mark a formula for `FlopCounterMode` as one that takes tensors, not shapes."""
+    """Mark a formula for `FlopCounterMode` as one that takes tensors instead of shapes."""
     formula._get_raw = True  # type: ignore[attr-defined]
     return formula
 

@@ -1,4 +1,4 @@
-"""Private interfaces of transformers that the package uses. Tried: transformers 5.18.0, 5.23.0, 5.24.0."""
+"""Private interfaces of transformers that the package uses. Tested with transformers 5.18.0, 5.23.0 and 5.24.0."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import nn
-from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
@@ -18,78 +18,81 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.pipelines import SUPPORTED_TASKS
 
+AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
+"""`(module, query, key, value, mask, scaling=..., dropout=...) -> (output, weights or None)`, with query [B, H, N, d]
+and output [B, N, H, d].
+"""
+
 _CAPTURING = "transformers.utils.output_capturing"
 
 IMPLEMENTATION = "_attn_implementation"
-"""Attribute of a config: the name by which an attention looks its function up at each call; None or `"eager"` = own."""
+"""Attribute of a config: name of the attention function, read at every call; None or `"eager"` = the model's own."""
 
 CHECKPOINT_FUNCTION = "_gradient_checkpointing_func"
 """Attribute of a block under gradient checkpointing: a partial of torch's `checkpoint`, called with its forward."""
 
-attention_functions: Mapping[str, Callable[..., Any]] = ALL_ATTENTION_FUNCTIONS
-"""Attention functions by the name of their implementation, those too that were registered later."""
+attention_functions: Mapping[str, AttentionFunction] = ALL_ATTENTION_FUNCTIONS
+"""Attention functions by the name of their implementation, including those registered later."""
 
 EAGER_ATTENTION = "eager_attention_forward"
-"""Function in the file of a model: its own attention, `(module, query, key, value, mask, scaling) -> (output, weights)`
-with query [B, H, N, d] and output [B, N, H, d].
-"""
+"""Name, in a modeling file, of the model's own attention function; see `AttentionFunction`."""
 
 ROTATE = "apply_rotary_pos_emb"
-"""Function in the file of a model: `(query, key, cos, sin) -> (query, key)`."""
+"""Name of a function in a modeling file: `(query, key, cos, sin) -> (query, key)`."""
 
 
-def function_of(module: nn.Module, name: str) -> Any:
-    """The function `name` that the forward of `module` finds next to itself in its file.
+def function_of(module: nn.Module, name: str) -> Callable[..., Any] | None:
+    """The function `name` in the file that defines the forward of `module`.
 
-    A class may inherit its forward, or call that of its base class, from another file.
+    A class may inherit its forward from another file, or call its base class's there.
 
     Args:
         module: An attention.
         name: `EAGER_ATTENTION` or `ROTATE`.
 
     Returns:
-        The function, or None if no class of `module` with a forward has one next to it.
+        The function, or None if no file of a class of `module` with a forward has it.
     """
     files = [sys.modules.get(cls.__module__) for cls in type(module).__mro__ if "forward" in vars(cls)]
     return next((getattr(file, name) for file in files if hasattr(file, name)), None)
 
 
-def is_capture_hook(hook: Any) -> bool:
-    """Whether a forward hook is one of those by which transformers captures hidden states and attention weights."""
+def is_capture_hook(hook: object) -> bool:
+    """Whether transformers uses this forward hook to capture hidden states or attention weights."""
     return getattr(hook, "__module__", None) == _CAPTURING
 
 
 def captured_outputs() -> frozenset[str]:
-    """What the running forward captures (`"hidden_states"`, `"attentions"`); transformers' hooks outlast a request."""
+    """What the running forward captures (`"hidden_states"`, `"attentions"`). The hooks alone do not tell: they stay."""
     collector = getattr(sys.modules.get(_CAPTURING), "_active_collector", None)
     return frozenset((collector.get() or ()) if collector is not None else ())
 
 
-def source_of(config: Any) -> str | None:
-    """Folder or Hub id that a model was loaded from; None or empty where it was made in memory."""
+def source_of(config: PreTrainedConfig | None) -> str | None:
+    """Folder or Hub id that a model was loaded from; None or empty if it was created in memory."""
     return getattr(config, "_name_or_path", None)
 
 
-def forget_source(config: Any) -> None:
-    """What is made of the config no longer claims to have the weights of the place that it was loaded from."""
+def forget_source(config: PreTrainedConfig) -> None:
+    """Clear the folder or Hub id in a config, so that a model created from it does not claim those weights."""
     config._name_or_path = ""
 
 
-def classifiers_of(config: Any) -> tuple[type[nn.Module], ...]:
-    """Classes of image classifiers that `AutoModelForImageClassification` knows for a config, empty for none."""
+def classifiers_of(config: PreTrainedConfig) -> tuple[type[PreTrainedModel], ...]:
+    """Image classifier classes that `AutoModelForImageClassification` knows for a config; empty if none."""
     found = AutoModelForImageClassification._model_mapping.get(type(config), ())
     return tuple(found) if isinstance(found, (list, tuple)) else (found,)
 
 
-def model_classes_of(config: Any) -> tuple[type[nn.Module], ...]:
+def model_classes_of(config: PreTrainedConfig) -> tuple[type[PreTrainedModel], ...]:
     """`classifiers_of`, and the bare models that `AutoModel` knows for the config."""
     mappings = (MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, MODEL_MAPPING)
     found = [mapping[type(config)] for mapping in mappings if type(config) in mapping]
     return tuple(one for kinds in found for one in (kinds if isinstance(kinds, tuple) else (kinds,)))
 
 
-def config_class_of(model_type: str) -> Any:
-    """The class of configurations of that `model_type`.
+def config_class_of(model_type: str) -> type[PreTrainedConfig]:
+    """The configuration class of a `model_type`.
 
     Raises:
         KeyError: If there is none.
@@ -97,8 +100,8 @@ def config_class_of(model_type: str) -> Any:
     return CONFIG_MAPPING[model_type]
 
 
-def backbone_class_of(config: Any) -> Any:
-    """The class of the bare model of a config: the one of `AutoModel`, the vision model next to it, or None."""
+def backbone_class_of(config: PreTrainedConfig) -> Any:
+    """The bare model class of a config: `AutoModel`'s, else the vision model in the same modeling file, or None."""
     if type(config) in MODEL_MAPPING:
         found = MODEL_MAPPING[type(config)]
         return found[0] if isinstance(found, tuple) else found
@@ -110,21 +113,21 @@ def backbone_class_of(config: Any) -> Any:
     return None
 
 
-def register_classifier(config_class: Any, model_class: Any) -> None:
-    """Make an image classifier known to the automatic classes and to pipelines."""
+def register_classifier(config_class: type[PreTrainedConfig], model_class: type[PreTrainedModel]) -> None:
+    """Register an image classifier with the Auto classes and with pipelines."""
     AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
     AutoModelForImageClassification.register(config_class, model_class, exist_ok=True)
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES[config_class.model_type] = model_class.__name__
 
 
 def keep_weights(model: nn.Module) -> None:
-    """Have no model that this one becomes part of draw its weights again."""
+    """Mark the weights as initialized, so that a model that contains this one does not initialize them again."""
     for module in model.modules():
         module._is_hf_initialized = True  # type: ignore[assignment]
 
 
 def class_names_of_task(task: str) -> set[str]:
-    """Names of the models that the automatic classes of a pipeline's task know.
+    """Names of the model classes that the Auto classes of a pipeline task know.
 
     Args:
         task: `"image-classification"`, ...
@@ -137,7 +140,7 @@ def class_names_of_task(task: str) -> set[str]:
 
 
 def image_processor_names(model_type: str) -> dict[str, str]:
-    """Class names of the image processors of a model type by backend (`"pil"`, ...), empty for none."""
+    """Class names of a model type's image processors by backend (`"pil"`, ...); empty if there are none."""
     names = IMAGE_PROCESSOR_MAPPING_NAMES.get(model_type)
     return dict(names) if isinstance(names, dict) else {}
 
@@ -147,6 +150,7 @@ __all__ = [
     "EAGER_ATTENTION",
     "IMPLEMENTATION",
     "ROTATE",
+    "AttentionFunction",
     "attention_functions",
     "backbone_class_of",
     "captured_outputs",

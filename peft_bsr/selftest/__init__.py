@@ -1,4 +1,4 @@
-"""Proof on the model itself, before anything is attached for good, that what was planned computes the same."""
+"""Checks on the model itself, when an adapter is attached, that a plan computes what it should."""
 
 from peft_bsr.selftest.experts import verify_mixture
 from peft_bsr.selftest.gradient_tokens import verify_gradient_tokens

@@ -1,4 +1,4 @@
-"""Proof at attach that a block's MLP is the two Linear modules and the activation that experts are copied from."""
+"""Check at attach that a block's MLP equals its two Linear modules and activation, from which experts are copied."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from peft_bsr.selftest.reduction import controlled
 
 
 class _OneExpertController(BlockController):
-    """Runs the parts of the MLP in its place."""
+    """Runs the parts of the MLP instead of the MLP."""
 
     mixes = True
 
@@ -37,13 +37,13 @@ class _OneExpertController(BlockController):
 
 
 def verify_mixture(model: nn.Module, spec: ModelSpec, plan: Plan, stock: StockRun | None = None) -> None:
-    """Run one block that gets a mixture with the parts of its MLP in the MLP's place; the model is left as it was.
+    """Check the first block with a mixture of experts: it runs with the parts of its MLP. The model is not changed.
 
     Args:
         model: The model.
         spec: Description of the model.
         plan: A plan with or without mixtures.
-        stock: The probe's forward, if there is one; default: one more is run.
+        stock: The probe's forward. Default None: a new one is run.
 
     Raises:
         UnsupportedModelError: If experts cannot be copied from the block, with the reason.
@@ -55,7 +55,7 @@ def verify_mixture(model: nn.Module, spec: ModelSpec, plan: Plan, stock: StockRu
     if spec.block_spec is None or plain_mlp(block, spec.block_spec) is None:
         raise UnsupportedModelError(
             f"{name}: experts are copies of an MLP of two Linear modules with an activation between and no dropout, "
-            "which the blocks of this model do not have. Leave `moe=None` for several tasks on dense blocks."
+            "which this model's blocks do not have. Use `moe=None` for several tasks on dense blocks."
         )
     with quiet(model):
         stock = stock or run_stock(model, spec.blocks, probe_inputs(model, 1, spec.image_shape))
@@ -66,6 +66,6 @@ def verify_mixture(model: nn.Module, spec: ModelSpec, plan: Plan, stock: StockRu
         error = relative_error(found, tensors_of(expected)[0])
     if not error <= tolerance(found.dtype):
         raise UnsupportedModelError(
-            f"{name}: its blocks compute something else than norm, attention, norm and a plain MLP with two residuals "
-            f"(they differ by {error:.1e}), so experts cannot take the MLP's place. Leave `moe=None`."
+            f"{name}: its blocks compute something other than norm, attention, norm and a plain MLP with two "
+            f"residuals (they differ by {error:.1e}), so experts cannot replace the MLP. Use `moe=None`."
         )

@@ -1,4 +1,4 @@
-"""Proof at attach that lean halves of a block give what the stock block gives: outputs and gradients."""
+"""Check at attach that the lean halves of a block have the stock block's outputs and gradients."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,26 +30,26 @@ from peft_bsr.selftest.reduction import alone, training_mode
 
 logger = logging.getLogger(__name__)
 
-_INT8_ERROR = 5e-2  # of a block's gradients, by their norm; 1e-2 is usual
+_INT8_ERROR = 5e-2  # relative error of a block's gradients by their norm; 1e-2 is typical
 
 
 def verify_lean(
     model: nn.Module, spec: ModelSpec, plan: Plan, stock: StockRun | None = None, index: int | None = None
 ) -> Plan:
-    """Try every part of `plan`'s lean blocks on one of them, and leave out what is not equal; nothing is changed.
+    """Check each half of the plan's lean blocks on one block, and remove from the plan those that are not equal.
 
-    Where a block has dropout, it is tried with it: from the same state of the random generator, stock and lean blocks
-    drop the same numbers.
+    A block with dropout is checked with dropout: from the same random state, stock and lean blocks drop the same
+    values. The model is not changed.
 
     Args:
         model: The model.
         spec: Description of the model.
-        plan: A plan; the queries of its last block are restricted here, if the head reads special tokens alone.
-        stock: The probe's forward, if there is one; default: one more is run.
-        index: The block to try; default the first that saves less.
+        plan: A plan. If the head reads prefix tokens only, the queries of its last block are restricted here.
+        stock: The probe's forward. Default None: a new one is run.
+        index: The block to check. Default None: the first one that saves less for backward.
 
     Returns:
-        The plan with the parts that passed. What did not is logged and written into `Plan.notes`, with the reason.
+        The plan with the parts that passed. Those that failed are logged and added to `Plan.notes`, with the reason.
     """
     if index is None:
         index = next((i for i, block in enumerate(plan.blocks) if block.saves_less), None)
@@ -75,13 +74,13 @@ def verify_lean(
         run = stock or run_stock(model, spec.blocks, probe_inputs(model, 1, spec.image_shape))
         if wanted.lean is not None and spec.block_spec is None:
             notes.append("lean blocks: their parts are not those of a pre-norm block")
-            logger.info("%s: blocks run as they are, %s", type(model).__name__, notes[-1].partition(": ")[2])
+            logger.info("%s: blocks run stock, %s", type(model).__name__, notes[-1].partition(": ")[2])
             plan = plan.with_lean(None)
         elif wanted.lean is not None:
             parts = {}
             for part in ("attention", "mlp"):
-                alone = replace(wanted.lean, attention=part == "attention", mlp=part == "mlp")
-                parts[part] = passes(index, BlockPlan(True, lean=alone), f"lean {part}")
+                half = replace(wanted.lean, attention=part == "attention", mlp=part == "mlp")
+                parts[part] = passes(index, BlockPlan(True, lean=half), f"lean {part}")
             lean = replace(wanted.lean, **parts)
             plan = plan.with_lean(lean if any(parts.values()) else None)
             if parts["attention"] and _reads_prefix_alone(spec, plan):
@@ -95,7 +94,7 @@ def verify_lean(
 
 
 def _reads_prefix_alone(spec: ModelSpec, plan: Plan) -> bool:
-    """Whether the patches that the last block gives are not looked at."""
+    """Whether the last block's output is read at prefix tokens only."""
     reads_others = spec.reads_patches or spec.reads_suffix or not spec.reads_prefix
     last = plan.blocks[-1]
     return not reads_others and plan.mode == "compact" and last.reduction is None and last.lean is not None
@@ -103,11 +102,11 @@ def _reads_prefix_alone(spec: ModelSpec, plan: Plan) -> bool:
 
 @dataclass
 class _Tried:
-    """What one forward and backward of a block gave.
+    """Results of one forward and backward of a block.
 
     Attributes:
         values: The output, then the gradients of its input and of its parameters.
-        living_bytes: Alive between the two.
+        living_bytes: Bytes of tensors alive between forward and backward.
         aside: Why a half ran stock, or None.
     """
 
@@ -117,11 +116,11 @@ class _Tried:
 
 
 def _problem(expected: _Tried, found: _Tried, int8: bool) -> str | None:
-    """Why a block cannot run by a plan: outputs, gradients or bytes alive differ from stock. None if it can."""
+    """How a block's outputs or gradients differ from stock, or that it saves no memory. None if it passes."""
     if found.aside is not None:
         return found.aside
     if found.living_bytes >= expected.living_bytes:
-        return "it keeps no less for backward than the stock block"
+        return "it does not save less for backward than the stock block"
     if [t is None for t in expected.values] != [t is None for t in found.values]:
         return "a gradient is missing"
     pairs = [(a, b) for a, b in zip(expected.values, found.values, strict=True) if a is not None and b is not None]
@@ -130,7 +129,7 @@ def _problem(expected: _Tried, found: _Tried, int8: bool) -> str | None:
         error /= math.sqrt(sum(float(a.square().sum()) for a, _ in pairs[1:]))
         allowed = _INT8_ERROR
     else:
-        # what is zero but for rounding (a key's bias: softmax does not see it) is measured by the others' size
+        # gradients that are zero except for rounding (a key's bias: softmax cancels it) are compared at others' scale
         floor = 1e-2 * max(float(a.abs().max()) for a, _ in pairs[1:])
         error = max(float((a - b).abs().max() / a.abs().max().clamp_min(floor)) for a, b in pairs)
         allowed = tolerance(pairs[0][0].dtype)
@@ -140,7 +139,7 @@ def _problem(expected: _Tried, found: _Tried, int8: bool) -> str | None:
 def _try(
     model: nn.Module, spec: ModelSpec, index: int, plan: BlockPlan, stock: StockRun, num_queries: int | None
 ) -> _Tried:
-    """Run block `index` by `plan`, forward and backward, on what the stock model called it with."""
+    """Run block `index` by `plan`, forward and backward, with the stock forward's arguments."""
     (hidden, *others), kwargs, _ = stock.calls[index]
     block = model.get_submodule(spec.blocks[index])
     with alone(model, spec, index, plan, hidden) as controller, _in_training(block, spec) as parameters:
@@ -157,8 +156,8 @@ def _try(
 
 @contextmanager
 def _in_training(block: nn.Module, spec: ModelSpec) -> Iterator[list[Tensor]]:
-    """`block` is in training mode, its parts too if there is dropout, and all its parameters ask for gradients."""
-    parameters: list[Any] = list(block.parameters())
+    """Context manager: `block` trains (with its parts if there is dropout) and all its parameters require gradients."""
+    parameters = list(block.parameters())
     frozen = [p for p in parameters if not p.requires_grad and p.is_floating_point() and not is_quantized(p)]
     for parameter in frozen:
         parameter.requires_grad_(True)
@@ -172,7 +171,7 @@ def _in_training(block: nn.Module, spec: ModelSpec) -> Iterator[list[Tensor]]:
 
 
 def _has_dropout(block: nn.Module, spec: ModelSpec) -> bool:
-    """Whether anything in the block drops numbers in training."""
+    """Whether the block has dropout."""
     if any(isinstance(module, nn.Dropout) and module.p for module in block.modules()):
         return True
     attention = block.get_submodule(spec.attention)

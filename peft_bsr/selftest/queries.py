@@ -1,4 +1,4 @@
-"""Proof at attach that a query path through a block is the block: its own tokens, sent as queries, come out equal."""
+"""Check at attach that a query path equals its block: the block's own tokens as queries give the block's output."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +22,7 @@ from peft_bsr.backbones import (
     run_stock,
     tensors_of,
 )
+from peft_bsr.backbones.registry import Arguments
 from peft_bsr.compat.torch_api import has_forward_hooks
 from peft_bsr.core import hidden_tokens
 from peft_bsr.engine import ROLES, QueryPath, attention_mask, projections
@@ -32,22 +32,22 @@ logger = logging.getLogger(__name__)
 
 
 def verify_queries(model: nn.Module, spec: ModelSpec, index: int, path: QueryPath, stock: StockRun | None) -> QueryPath:
-    """Send the tokens of one block through the query path and compare with the block; the model is left as it was.
+    """Run the tokens of one block through the query path and compare with the block. The model is not changed.
 
-    Positions (rotary tables, relative biases) are taken out of the block for that, because queries have none.
+    Positions (rotary tables, relative biases) are disabled in the block, because queries have none.
 
     Args:
         model: The model, without adapters.
         spec: Description of the model.
-        index: The block to try; all share their parts.
-        path: The path asked for.
-        stock: The probe's forward, if there is one; default: one more is run.
+        index: The block to check. All blocks have the same parts.
+        path: The query path.
+        stock: The probe's forward. None: a new one is run.
 
     Returns:
-        The path; without absorbed projections if these are not plain or do not come out equal, which is logged.
+        The path. Without absorbed projections, which is logged, if these are not plain Linear modules or differ.
 
     Raises:
-        UnsupportedModelError: If blocks cannot be read, with the reason.
+        UnsupportedModelError: If blocks cannot be read by queries, with the reason.
     """
     name = type(model).__name__
     block = model.get_submodule(spec.blocks[index])
@@ -61,56 +61,57 @@ def verify_queries(model: nn.Module, spec: ModelSpec, index: int, path: QueryPat
             plain = _excess(QueryPath(spec, absorbs=False), block, hidden_states, hidden, expected)
             if not plain <= 1:
                 raise UnsupportedModelError(
-                    f"{name}: its blocks cannot be read by queries: a block's own tokens, sent as queries, come out "
-                    f"different from the block's output ({plain:.0f} times the tolerance). Something else lies between "
-                    "its projections and its softmax (norms of queries and keys, positions of its own). Use BSR, which "
-                    "takes blocks as they are."
+                    f"{name}: its blocks cannot be read by queries: with a block's own tokens as queries, the result "
+                    f"differs from the block's output by {plain:.0f} times the tolerance. Something happens between "
+                    "its projections and its softmax (norms of queries and keys, its own positions). Use BSR, which "
+                    "runs blocks as they are."
                 )
             if not path.absorbs:
                 return path
             if not all(_is_plain(module) for module in projections(block, spec)[1:3]):
-                reason = "the projections are no plain Linear modules"
+                reason = "the projections are not plain Linear modules"
             else:
                 absorbed = _excess(QueryPath(spec), block, hidden_states, hidden, expected)
                 if absorbed <= 1:
                     return path
-                reason = f"absorbed ones differ {absorbed:.0f} times the tolerance"
-    logger.info("%s: keys and values are made and kept for backward, %s", name, reason)
+                reason = f"absorbed projections differ by {absorbed:.0f} times the tolerance"
+    logger.info("%s: keys and values are computed and saved for backward, %s", name, reason)
     return replace(path, absorbs=False)
 
 
 def _check_parts(name: str, block: nn.Module, spec: ModelSpec) -> None:
     if spec.block_spec is None:
         raise UnsupportedModelError(
-            f"{name}: its blocks are something else than norm, attention, norm and MLP with two residuals, so queries "
-            "cannot be sent through their parts. Use BSR, which takes blocks as they are."
+            f"{name}: its blocks are not norm, attention, norm and MLP with two residuals, so queries cannot be run "
+            "through their parts. Use BSR, which runs blocks as they are."
         )
     missing = [role for role, module in zip(ROLES, projections(block, spec), strict=True) if module is None]
     if missing:
         attention = [leaf for role, leaf in spec.paths.items() if "attention" in role]
         raise UnsupportedModelError(
-            f"{name}: queries need an attention with query, key, value and output projections of their own; no module "
-            f"for {missing} was found among {attention} (one Linear for all three?). Use BSR instead."
+            f"{name}: queries need an attention with separate query, key, value and output projections; no module for "
+            f"{missing} was found among {attention} (a fused qkv Linear?). Use BSR instead."
         )
     ask, key, value, _ = projections(block, spec)
     if not spec.num_heads or not spec.scaling or not (ask.out_features == key.out_features == value.out_features):
         raise UnsupportedModelError(
-            f"{name}: the number of heads and the scaling of its attention are not seen, or its queries, keys and "
-            "values have different widths. Use `attn_implementation='sdpa'`, or BSR."
+            f"{name}: the number of heads or the scaling of its attention is unknown, or its queries, keys and values "
+            "have different widths. Use `attn_implementation='sdpa'`, or BSR."
         )
 
 
-def _is_plain(module: Any) -> bool:
-    """Whether the module is its weight and bias, with nothing around it or in the place of it."""
+def _is_plain(module: nn.Module) -> bool:
+    """Whether the module is exactly a Linear, without hooks."""
     return type(module) is nn.Linear and module.weight.is_floating_point() and not has_forward_hooks(module)
 
 
 def _run_block(
-    model: nn.Module, block: nn.Module, spec: ModelSpec, hidden_states: Tensor, args: list[Any], kwargs: dict[str, Any]
+    model: nn.Module, block: nn.Module, spec: ModelSpec, hidden_states: Tensor, args: list[object], kwargs: Arguments
 ) -> tuple[Tensor, Tensor]:
-    """The stock attention's output and the stock block's, both [B, N, D], without positions."""
+    """Outputs of the stock attention and of the stock block, both [B, N, D], without positions."""
+    assert spec.block_spec is not None, "checked before"
     seen: list[Tensor] = []
-    attention = block.get_submodule(spec.block_spec.attention)  # type: ignore[union-attr]
+    attention = block.get_submodule(spec.block_spec.attention)
     handle = attention.register_forward_hook(lambda _m, _a, output: seen.append(tensors_of(output)[0]))
     try:
         with _without_positions(model, block, spec):
@@ -123,7 +124,7 @@ def _run_block(
 def _excess(
     path: QueryPath, block: nn.Module, tokens: Tensor, hidden: Tensor | None, expected: tuple[Tensor, Tensor]
 ) -> float:
-    """Largest difference to the stock attention and block, in units of what is beyond tolerance: over 1 is too much."""
+    """Largest difference from the stock attention and block as a multiple of the tolerance."""
     normalized = path.tokens_of(block, tokens)
     attended = path.attend(block, normalized, normalized, hidden)
     change = torch.stack(path.read(block, tokens, normalized, hidden)).sum(dim=0)
@@ -133,11 +134,11 @@ def _excess(
 
 @contextmanager
 def _without_positions(model: nn.Module, block: nn.Module, spec: ModelSpec) -> Iterator[None]:
-    """Attention inside gets tables that do not rotate, no relative biases, and masks of padding alone."""
+    """Context manager: the block's attention gets rotary tables that do not rotate, no biases, only padding masks."""
     attention = block.get_submodule(spec.attention)
     names = input_names(attention)
 
-    def strip(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def strip(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> tuple[object, dict[str, object]]:
         named = {**dict(zip(names, args[1:], strict=False)), **kwargs}
         tokens = {} if args else {"hidden_states": named.pop("hidden_states")}
         return args[:1], {**tokens, **{key: _content_only(value) for key, value in named.items()}}
@@ -153,7 +154,7 @@ def _without_positions(model: nn.Module, block: nn.Module, spec: ModelSpec) -> I
             handle.remove()
 
 
-def _content_only(value: Any) -> Any:
+def _content_only(value: object) -> object:
     if isinstance(value, (tuple, list)) and len(value) == 2 and all(isinstance(t, Tensor) for t in value):
         return torch.ones_like(value[0]), torch.zeros_like(value[1])
     if isinstance(value, Tensor) and value.is_floating_point() and value.ndim >= 3:

@@ -1,4 +1,4 @@
-"""Proof, before anything is attached for good, that a plan runs exactly on this model."""
+"""Check at attach that the token reduction of a plan is exact on this model."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from peft_bsr.backbones import (
     tensors_of,
     tolerance,
 )
+from peft_bsr.backbones.registry import Arguments
 from peft_bsr.core import ForwardContext, mean_of_visible, token_scores, weights_to_scores
 from peft_bsr.engine.controller import BlockController
 from peft_bsr.engine.plan import BlockPlan, Mode, Plan
@@ -40,27 +41,26 @@ def verify_plan(
     modes: tuple[Mode, ...] | None = None,
     stock: StockRun | None = None,
 ) -> Plan:
-    """Check on one random image that `plan` does on `model` what it says; the model is left as it was.
+    """Check token reduction on one random image. The model is not changed.
 
-    1. With every token kept, the blocks that reduce tokens equal the stock ones bit for bit.
-    2. Where tokens are dropped, the attention is the softmax of the queries and keys that the scores are made of, and
-       the scores are its rows.
-    3. The reduced forward runs through the head, keeps the planned number of tokens and returns the same shapes; in
-       compact mode, the head does not care in which order the tokens come (a grid head may take 9 tokens for a 3 x 3
-       image, silently).
+    1. If all tokens are kept, blocks that reduce tokens equal the stock blocks bit for bit.
+    2. Attention is the softmax of the queries and keys from which the scores are computed, and the scores are its rows.
+    3. The reduced forward runs through the head, keeps the planned number of tokens and returns the same shapes. In
+       compact mode, the order of the tokens does not change the output (a grid head could silently take 9 tokens for a
+       3 x 3 image).
 
     Args:
         model: The model.
         spec: Description of the model.
         plan: The plan.
-        modes: Modes to try for the third check, the first that passes is taken; default the plan's own.
-        stock: The probe's forward, if there is one; default: one more is run.
+        modes: Modes to try in the third check; the first that passes is used. Default None: the plan's mode.
+        stock: The probe's forward. Default None: a new one is run.
 
     Returns:
-        The plan, in the mode that was taken. Nothing is fused in full view: dropped tokens stay where they are.
+        The plan in the mode that passed. In full view, `fuse` is off: dropped tokens stay in the sequence.
 
     Raises:
-        UnsupportedModelError: Naming the check that failed.
+        UnsupportedModelError: With the check that failed.
     """
     modes = modes or (plan.mode,)
     if not plan.reduces:
@@ -74,7 +74,7 @@ def verify_plan(
         failures = []
         for mode in modes:
             candidate = plan.with_reductions(mode, **({"fuse": False} if mode == "full_view" else {}))
-            may_shorten = len(modes) == 1  # who asks for compact mode wants shorter hidden states
+            may_shorten = len(modes) == 1  # the user asked for compact mode, in which hidden states are shorter
             failure = _try_reduced(model, spec, candidate, inputs, stock.outputs, may_shorten)
             if failure is None:
                 return candidate
@@ -87,7 +87,7 @@ def _check_reachable(model: nn.Module, spec: ModelSpec, plan: Plan, name: str) -
     if spec.scores_from is None and not plan.merges:
         raise UnsupportedModelError(
             f"{name}: its attention is not looked up in transformers' AttentionInterface, does not call torch's "
-            "scaled_dot_product_attention and does not return its weights, so the tokens' scores cannot be had. Use "
+            "scaled_dot_product_attention and does not return its weights, so there are no token scores. Use "
             "`reduction='merge'` (BSR, SynQT), `keep_rate=1.0`, `attn_implementation='sdpa'`, or a newer transformers."
         )
     for block in spec.blocks:
@@ -100,7 +100,7 @@ def _check_reachable(model: nn.Module, spec: ModelSpec, plan: Plan, name: str) -
 
 
 def _check_blocks(model: nn.Module, spec: ModelSpec, plan: Plan, stock: StockRun) -> None:
-    """Identity with all tokens kept, and true scores, block by block on what the stock model called it with."""
+    """Check outputs with all tokens kept, and scores, for each block with the stock forward's arguments."""
     name = type(model).__name__
     keep_all = plan.with_reductions(keep_rate=1.0)
     for index, (args, kwargs, expected) in enumerate(stock.calls):
@@ -112,7 +112,7 @@ def _check_blocks(model: nn.Module, spec: ModelSpec, plan: Plan, stock: StockRun
             found = tensors_of(block(*args, **kwargs))
         if not all(torch.equal(a, b) for a, b in zip(found, tensors_of(expected), strict=True)):
             raise UnsupportedModelError(
-                f"{name}: its blocks compute something else than norm, attention, norm and MLP with two residuals, so "
+                f"{name}: its blocks compute something other than norm, attention, norm and MLP with two residuals, so "
                 "tokens cannot be reduced inside them. Use `reduce_at='after_block'` or `keep_rate=1.0`."
             )
         kind = reduction.score
@@ -125,26 +125,26 @@ def _check_blocks(model: nn.Module, spec: ModelSpec, plan: Plan, stock: StockRun
 
 
 def _score_error(
-    model: nn.Module, spec: ModelSpec, index: int, kind: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    model: nn.Module, spec: ModelSpec, index: int, kind: str, args: tuple[object, ...], kwargs: Arguments
 ) -> float:
-    """How far the scores, and the attention's output, lie from an explicit softmax, relative to their maxima."""
+    """Largest relative error of the scores and of the attention's output, compared with an explicit softmax."""
     block = model.get_submodule(spec.blocks[index])
     attention = block.get_submodule(spec.attention)
     errors: list[float] = []
 
-    def observe(query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: Any, output: Tensor) -> None:
+    def observe(query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: object, output: Tensor) -> None:
         weights, attended = explicit_attention(query, key, value, scaling, mask)
         errors.append(relative_error(output.float(), attended))
         mask = mask if isinstance(mask, Tensor) else None
         expected = weights_to_scores(kind, weights, mask)
-        if expected is None:  # no row of the attention: the mean query's own softmax is the reference
+        if expected is None:  # "mean_query" is not a row of the attention; the reference is the mean query's softmax
             mean = mean_of_visible(query.float(), mask)
             row_mask = None if mask is None else mask[:, :, :1]
             expected = explicit_attention(mean, key, value, scaling, row_mask)[0][:, :, 0].mean(dim=1)
         errors.append(relative_error(token_scores(kind, query, key, scaling, mask).float(), expected))
 
     if spec.scores_from == "weights":
-        return 0.0  # the scores are rows of what the attention itself returns
+        return 0.0  # the scores are rows of the weights that the attention returns
     context = observed_interface(attention, observe) if spec.scores_from == "interface" else SdpaObserver(observe)
     with context:
         block(*args, **kwargs)
@@ -159,11 +159,11 @@ def _try_reduced(
     stock: list[Tensor],
     may_shorten: bool,
 ) -> str | None:
-    """What goes wrong in the reduced forward, or None."""
+    """The failure of the reduced forward, or None."""
     if plan.token_counts(spec.num_tokens, spec.num_special)[-1][1] == spec.num_tokens:
-        plan = plan.with_reductions(keep_rate=0.5)  # the rate keeps all of these few tokens; larger images lose some
+        plan = plan.with_reductions(keep_rate=0.5)  # the rate keeps all tokens of this image, but not of larger ones
     if plan.mode == "compact" and not spec.is_chained:
-        return "something changes the tokens between two blocks, which it does to the whole sequence"
+        return "something between two blocks changes the whole sequence"
     with controlled(model, spec, plan), record_routes(model) as routes:
         try:
             reduced = tensors_of(run_probe(model, inputs))
@@ -176,7 +176,7 @@ def _try_reduced(
     counts = plan.token_counts(spec.num_tokens, spec.num_special)
     after = [*(attention for attention, _ in counts[1:]), None]
     found = {index: route.num_tokens for index, route in routes}
-    # the reversed forward's routes overwrite those of the first, which are as long
+    # the routes of the reversed forward replace those of the first, which have the same lengths
     wrong = {i: n for i, n in found.items() if after[i] is not None and n != after[i]}
     if wrong or len(found) != sum(b.reduction is not None for b in plan.blocks):
         return f"planned token counts {counts}, found {found}"
@@ -195,10 +195,10 @@ def _try_reduced(
 
 @contextmanager
 def _reversed(model: nn.Module, spec: ModelSpec, plan: Plan) -> Iterator[None]:
-    """Reverse the order of the tokens that the first reduction leaves; if order decides what merges, the last one."""
+    """Context manager: tokens are in reverse order after the first reduction; after the last one if the plan merges."""
     reducing = [i for i, block in enumerate(plan.blocks) if block.reduction is not None]
 
-    def reverse(block: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+    def reverse(block: nn.Module, args: object, kwargs: Arguments, output: Any) -> object:
         tokens, *others = output if isinstance(output, tuple) else (output,)
         call = kwargs["block_call"]
         end = spec.num_prefix + call.origins.shape[1]
@@ -217,7 +217,7 @@ def _reversed(model: nn.Module, spec: ModelSpec, plan: Plan) -> Iterator[None]:
 
 @contextmanager
 def alone(model: nn.Module, spec: ModelSpec, index: int, plan: BlockPlan, like: Tensor) -> Iterator[BlockController]:
-    """Context manager: block `index` can be called by itself and follows `plan`, without the user's hooks on it.
+    """Context manager: block `index` can be called by itself and runs by `plan`, without the user's hooks.
 
     Args:
         model: The model.
@@ -232,7 +232,7 @@ def alone(model: nn.Module, spec: ModelSpec, index: int, plan: BlockPlan, like: 
     blocks = [BlockPlan(cut_gradient=i < index) for i in range(spec.depth)]
     blocks[index] = plan
     modules = model.get_submodule(spec.blocks[index]).modules()
-    # a half that hooks look at runs as stock modules later, as long as they are there
+    # a half with hooks on its modules runs stock anyway, as long as they are there
     with (
         without_hooks(modules),
         controlled(model, spec, Plan(tuple(blocks)), start_at=index, like=like) as controllers,
@@ -242,10 +242,10 @@ def alone(model: nn.Module, spec: ModelSpec, index: int, plan: BlockPlan, like: 
 
 @contextmanager
 def training_mode(block: nn.Module, modules: list[nn.Module]) -> Iterator[None]:
-    """Context manager: `modules` of `block` are in training mode, gradients are on, and nothing is checkpointed."""
+    """Context manager: `modules` of `block` are in training mode, gradients are on, and checkpointing is off."""
     for module in modules:
         module.training = True
-    checkpointing = block.__dict__.pop("gradient_checkpointing", None)  # its class says False then
+    checkpointing = block.__dict__.pop("gradient_checkpointing", None)  # the class attribute is False
     try:
         with torch.enable_grad():
             yield
@@ -265,18 +265,18 @@ def controlled(
     like: Tensor | None = None,
     controller_cls: type[BlockController] = BlockController,
 ) -> Iterator[list[BlockController]]:
-    """Attach controllers for a while.
+    """Context manager: the blocks have controllers.
 
     Args:
         model: The model.
         spec: Description of the model.
-        plan: What the controllers follow.
-        start_at: A block that will be called on its own.
-        like: Its hidden states [B, N, D]; no other block gets a controller then.
+        plan: The plan that the controllers run.
+        start_at: Index of a block that is called by itself, if `like` is given. Default 0.
+        like: Input of this block [B, N, D]; no other block gets a controller. Default None: all blocks get one.
         controller_cls: Class of the controllers.
 
     Yields:
-        The controllers, which do not warn of halves that step aside.
+        The controllers. They do not warn if a half runs stock.
     """
     context, rule = ForwardContext(), find_rule(model)
     now = context.now
@@ -287,7 +287,7 @@ def controlled(
     for controller in controllers:
         attach_controller(model, controller)
     if like is not None:
-        now.outside = Watch([nn.Identity()])  # as in a model that looks at what its head reads alone
+        now.outside = Watch([nn.Identity()])  # as in a model that uses only what its head reads
         now.open(now.outside.root)
         now.route = controllers[0].start_route(like)
     try:

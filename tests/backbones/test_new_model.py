@@ -120,7 +120,7 @@ def test_the_toy_model_passes_the_contract(entry, check, mode):
 
 
 def test_without_an_entry_it_is_refused():
-    with pytest.raises(UnsupportedModelError, match="its config names no `image_size`"):
+    with pytest.raises(UnsupportedModelError, match="its config has no `image_size`"):
         probe_model(make_toy())
 
 

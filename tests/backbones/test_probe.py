@@ -84,7 +84,7 @@ REFUSED = {
         lambda: BertModel(
             BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, vocab_size=30)
         ),
-        "its config names no `image_size`",
+        "its config has no `image_size`",
     ),
     "a convolutional network": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()), "no list of equal blocks"),
 }
@@ -164,7 +164,7 @@ def test_tokens_that_do_not_depend_on_the_image_are_special_only_at_the_ends(mak
         return embeddings
 
     model.vit.embeddings.register_forward_hook(blank_the_middle)
-    with pytest.raises(UnsupportedModelError, match=r"sit among the patches, at \[0, 7\]"):
+    with pytest.raises(UnsupportedModelError, match=r"are among the patches, at \[0, 7\]"):
         probe_model(model)
 
 

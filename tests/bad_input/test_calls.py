@@ -87,14 +87,14 @@ MODELS: list[tuple[Callable[[], nn.Module], Any, type[Exception], str]] = [
         bert,
         BSRConfig(),
         UnsupportedModelError,
-        "BertModel is not supported: its config names no `image_size`, so no probe image can be made. Register "
+        "BertModel is not supported: its config has no `image_size`, so no probe image can be created. Register "
         "a FamilyRule with `probe_inputs`, see docs/new_model.md.",
     ),
     (
         bert,
         ALaSTConfig(),
         UnsupportedModelError,
-        "BertModel is not supported: its config names no `image_size`, so no probe image can be made. Register "
+        "BertModel is not supported: its config has no `image_size`, so no probe image can be created. Register "
         "a FamilyRule with `probe_inputs`, see docs/new_model.md.",
     ),
     (

@@ -1,7 +1,7 @@
-"""What every supported model must pass. Each check raises AssertionError; the test and the report call the same ones.
+"""Checks that every supported model must pass, used by the test and the report. They raise AssertionError.
 
-The reference for attention is the stock model with eager attention, watched and masked at its softmax: it shares no
-code with the package's way to query, key and mask.
+The reference for attention is the stock model with eager attention, observed and masked at its softmax. It shares no
+code with the way in which the package gets query, key and mask.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def attach(name: str, mode: str | None, **settings: Any) -> PeftModel:
 
 @functools.lru_cache(maxsize=4)
 def _attached(name: str, mode: str | None, settings: tuple[tuple[str, Any], ...]) -> PeftModel:
-    """What the checks, and the tests of a family, take copies of."""
+    """The model of which the checks and the tests of a family take copies."""
     given = {key: list(value) if isinstance(value, tuple) else value for key, value in settings}
     torch.manual_seed(3)
     return get_peft_model(SUPPORTED[name](), BSRConfig(mode=mode, **{**EVERY_BLOCK, **given})).eval()
@@ -54,12 +54,12 @@ def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:
 
 
 def check_identity(name: str, mode: str | None) -> None:
-    """keep_rate 1.0 is the untouched model bit for bit, and so are reducing blocks that happen to keep everything."""
+    """keep_rate 1.0 equals the base model bit for bit, and so do reducing blocks that happen to keep all tokens."""
     base = SUPPORTED[name]()
     batch = run_batch(base)
     expected = outputs(base, batch)
     assert_same(outputs(attach(name, mode, keep_rate=1.0), batch), expected)
-    nearly_all = attach(name, mode, keep_rate=0.999)  # the ceiling keeps every one of these few tokens
+    nearly_all = attach(name, mode, keep_rate=0.999)  # rounding up keeps all of these few tokens
     with record_routes(nearly_all) as routes:
         found = outputs(nearly_all, batch)
     assert len(routes) == 3, "the blocks ran through their own forward"
@@ -67,7 +67,7 @@ def check_identity(name: str, mode: str | None) -> None:
 
 
 def check_masking(name: str, mode: str | None, batch: dict[str, Any] | None = None) -> None:
-    """Dropping tokens equals keeping them and masking their keys in the blocks behind, to 1e-5."""
+    """Dropping tokens equals keeping them and masking their keys in later blocks, to 1e-5."""
     model = attach(name, mode, keep_rate=0.7, fuse_dropped=False)
     spec = model.base_model.spec
     batch = batch or run_batch(model.base_model.model)
@@ -85,12 +85,12 @@ def check_masking(name: str, mode: str | None, batch: dict[str, Any] | None = No
     blocks[-1].register_forward_hook(lambda _m, _a, out: seen.update(masked=tensors_of(out)[0]))
 
     def mask_dropped(index: int, logits: Tensor) -> Tensor:
-        behind = [route for block, route in routes if block < index]
-        if not behind:
+        earlier = [route for block, route in routes if block < index]
+        if not earlier:
             return logits
         special = torch.ones(len(logits), spec.num_special, dtype=torch.bool)
         prefix, suffix = special[:, : spec.num_prefix], special[:, spec.num_prefix :]
-        visible = torch.cat([prefix, behind[-1].alive(), suffix], dim=1)
+        visible = torch.cat([prefix, earlier[-1].alive(), suffix], dim=1)
         return logits.masked_fill(~visible[:, None, None], -1e30)
 
     with watched_softmax(blocks, change=mask_dropped):
@@ -103,7 +103,7 @@ def check_masking(name: str, mode: str | None, batch: dict[str, Any] | None = No
 
 
 def check_scores(name: str, mode: str | None) -> None:
-    """The scores that tokens are ranked by equal those made of the stock model's eager attention, to 1e-5."""
+    """Token scores equal those computed from the stock model's eager attention, to 1e-5."""
     model = attach(name, mode, reduction_blocks=[1])
     spec, kind = model.base_model.spec, model.peft_config["default"].score
     batch = run_batch(model.base_model.model)
@@ -128,7 +128,7 @@ def check_scores(name: str, mode: str | None) -> None:
 
 
 def expected_scores(kind: str, logits: Tensor) -> Tensor:
-    """Scores [B, N] from the logits [B, H, N, N] of plain attention, padding left out of means over queries."""
+    """Scores [B, N] from the logits [B, H, N, N] of plain attention, without padding in means over queries."""
     weights = logits.softmax(dim=-1)
     is_padding = logits[:, :, 0] < -1e30
     count = (~is_padding).sum(dim=-1, keepdim=True)
@@ -142,7 +142,7 @@ def expected_scores(kind: str, logits: Tensor) -> Tensor:
 
 
 def check_gradients(name: str, mode: str | None) -> None:
-    """Gradients under both kinds of checkpointing, with two forwards before the backward, equal those without."""
+    """Gradients with both kinds of checkpointing and two forwards before the backward equal those without."""
     found = []
     for use_reentrant in (None, False, True):
         model = attach(name, mode, keep_rate=0.7, init_weights=False).train()
@@ -167,7 +167,7 @@ def check_gradients(name: str, mode: str | None) -> None:
 
 
 def check_lean(name: str, mode: str | None) -> None:
-    """Gradients of lean blocks, exact and max, equal those of stock blocks to 1e-5."""
+    """Gradients of lean blocks, `exact` and `max`, equal those of stock blocks to 1e-5."""
 
     def gradients(lean: str) -> tuple[dict[str, Tensor | None], str]:
         model = attach(name, mode, keep_rate=0.7, init_weights=False, lean=lean).train()
@@ -184,13 +184,13 @@ def check_lean(name: str, mode: str | None) -> None:
         for parameter, gradient in expected.items():
             assert (found[parameter] is None) == (gradient is None), parameter
             if gradient is not None:
-                # what is zero but for rounding (a key's bias) is measured by the others' size
+                # gradients that are zero except for rounding (a key's bias) are compared at the others' scale
                 size = max(float(gradient.abs().max()), 1e-2 * largest)
                 assert float((found[parameter] - gradient).abs().max()) <= 1e-5 * size, parameter
 
 
 def lean_levels(name: str) -> str:
-    """What of the family's blocks runs lean, as far as the test at attach found it equal."""
+    """The lean levels of the family's blocks that pass the check at attach."""
     found = {}
     for level in ("exact", "max"):
         lean = attach(name, None, lean=level).base_model.plan().blocks[1].lean
@@ -200,21 +200,21 @@ def lean_levels(name: str) -> str:
 
 
 def check_save_and_load(name: str, mode: str | None) -> None:
-    """A saved adapter, loaded on a fresh base model under another name, gives the same outputs bit for bit."""
+    """A saved adapter, loaded on a new base model under another name, has the same outputs bit for bit."""
     model = attach(name, mode, init_weights=False)
     batch = run_batch(model.base_model.model)
     expected = outputs(model, batch)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        # trainable, because torch multiplies in another order where a weight requires no gradient
+        # trainable, because torch uses another order of operations if a weight does not require gradients
         loaded = PeftModel.from_pretrained(SUPPORTED[name](), folder, "other", is_trainable=True).eval()
     assert_same(outputs(loaded, batch), expected)
     assert loaded.peft_config["other"].mode == model.peft_config["default"].mode
 
 
 def check_disable(name: str, mode: str | None) -> None:
-    """Disabled and unloaded, the model is the base model bit for bit."""
-    base = SUPPORTED[name]().requires_grad_(False)  # torch multiplies in another order where a weight requires none
+    """Disabled and unloaded, the model equals the base model bit for bit."""
+    base = SUPPORTED[name]().requires_grad_(False)  # torch uses another order of operations without gradients
     batch = run_batch(base)
     expected = outputs(base, batch)
     model = attach(name, mode, init_weights=False)
@@ -238,7 +238,7 @@ CHECKS: dict[str, Callable[[str, str | None], None]] = {
 
 def use_eager(model: nn.Module, name: str) -> None:
     """Switch a stock model to eager attention."""
-    if name.startswith("data2vec"):  # chooses the class of its attention when it is made
+    if name.startswith("data2vec"):  # it chooses the class of its attention in its constructor
         from transformers.models.data2vec import modeling_data2vec_vision as module
 
         for attention in model.modules():
@@ -264,7 +264,7 @@ class _SoftmaxWatcher(TorchFunctionMode):
 
 @contextmanager
 def watched_softmax(blocks: list[nn.Module], change: Callable[[int, Tensor], Tensor]) -> Iterator[None]:
-    """`change(block index, logits [B, H, N, N])` before every softmax of attention in a block."""
+    """Context manager: `change(block index, logits [B, H, N, N])` replaces the logits of each attention softmax."""
     running: list[int] = []
     handles = []
     for index, block in enumerate(blocks):

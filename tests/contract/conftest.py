@@ -1,4 +1,4 @@
-"""The contract's own modules are imported by name; fixtures of the methods that PEFT's contract is checked for."""
+"""Makes the modules of this folder importable by name; fixtures for the methods in the tests of PEFT's behaviour."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from methods import METHODS, Method
 __all__ = ["assert_unchanged", "images", "make_vit", "run", "snapshot"]
 
 
-# Whole weights without reductions and low-rank updates with them: the other two of the four run with the slow tests
+# Full weights without reductions and LoRA with reductions run by default; the other two combinations are slow tests
 SELDOM = ("bsr_full_reduced", "bsr_lora", "synqt")
 
 

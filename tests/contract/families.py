@@ -1,7 +1,7 @@
-"""Tiny random models of every family, with a batch for each; what the contract test and the compatibility page run on.
+"""Tiny random models of every family, with a batch for each, for the contract test and the compatibility page.
 
-`FAMILIES[name]()` makes a model in evaluation mode, always with the same weights. Tables that start at zero (position
-biases, LayerScale of ones) are drawn at random, because a check on zeros passes whatever the code does.
+`SUPPORTED[name]()` creates a model in evaluation mode, always with the same weights. Parameters that are initialized to
+constants (position biases, LayerScale) are random, because a check with zeros or ones would hide errors.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _RANDOMIZED = ("lambda", "bias_table", "gamma", "mid_position", "position_embedd
 
 
 def _model(name: str, config_name: str, **settings: Any) -> Callable[..., nn.Module]:
-    """Make `transformers.<name>(transformers.<config_name>(**settings))`."""
+    """A function that creates `transformers.<name>(transformers.<config_name>(**settings))`."""
 
     def make(seed: int = 0, **extra: Any) -> nn.Module:
         with torch.random.fork_rng():
@@ -282,7 +282,7 @@ REFUSED: dict[str, Callable[..., nn.Module]] = {
 
 
 def run_batch(model: nn.Module, batch_size: int = 2, seed: int = 1) -> dict[str, Tensor]:
-    """A batch of random inputs as a user of `model` would give it."""
+    """A batch of random inputs for `model`."""
     generator = torch.Generator().manual_seed(seed)
     kind = type(model).__name__
 

@@ -1,4 +1,4 @@
-"""The methods that PEFT's contract is checked for, and what each is expected to look like from outside."""
+"""The methods in the tests of PEFT's behaviour, and the names and parameters expected of each."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ RANK = 4
 
 @dataclass(frozen=True)
 class Method:
-    """One method on a ViT of four blocks, away from the base model so that it shows in the outputs.
+    """One method on a ViT of four blocks, with random adapter weights so that its outputs differ from the base model's.
 
     Attributes:
-        config_class: Of its configuration.
-        defaults: Of the tests' configurations.
-        blocks: That it puts something on.
-        other: What another adapter of the method is asked for.
+        config_class: Class of its configuration.
+        defaults: Values in the configurations of the tests.
+        blocks: Indices of the blocks that it changes.
+        other: Values in the configuration of a second adapter.
     """
 
     config_class: type[PeftConfig]
@@ -43,7 +43,7 @@ class Method:
 
     @property
     def merges(self) -> bool:
-        """Whether it trains the blocks' own weights, and not a side network."""
+        """Whether it trains weights of the blocks, which can be merged, instead of a side network."""
         return not (self.is_synqt or self.is_losa)
 
     @property
@@ -56,12 +56,12 @@ class Method:
 
     @property
     def in_blocks(self) -> set[str]:
-        """Modules of the blocks that train."""
+        """Names of the modules in a block that train."""
         return set() if self.is_losa else LINEARS if self.is_lora else LINEARS | NORMS
 
     @property
     def reduces(self) -> bool:
-        """In evaluation."""
+        """Whether it reduces tokens in evaluation mode."""
         return not self.is_alast and self.defaults.get("keep_rate", 1.0) < 1
 
     @property
@@ -70,7 +70,7 @@ class Method:
 
     @property
     def container(self) -> str:
-        """Name of what holds an adapter's parameters on a layer."""
+        """Name of the container of the adapters' parameters on a layer."""
         return "synqt_params" if self.is_synqt else "bsr_params"
 
     def config(self, **settings: Any) -> PeftConfig:
@@ -78,7 +78,7 @@ class Method:
         return self.config_class(**{**self.defaults, **away, **settings})
 
     def start_config(self, **settings: Any) -> PeftConfig:
-        """A configuration whose adapter begins at the base model, if the method does that."""
+        """A configuration whose adapter starts equal to the base model, if the method supports it."""
         return self.config(**({} if self.is_synqt else {"init_weights": True}), **settings)
 
     def attach(self, base: nn.Module, name: str = "default", **settings: Any) -> PeftModel:
@@ -87,7 +87,7 @@ class Method:
         return self.stir(model) if self.is_synqt else model.eval()
 
     def stir(self, model: nn.Module) -> Any:
-        """Away from the start, where SynQT's adapters are the identity; each parameter elsewhere."""
+        """Add noise to each adapter parameter, because SynQT's adapters start as the identity."""
         generator = torch.Generator().manual_seed(3)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -96,14 +96,14 @@ class Method:
         return model.eval()
 
     def assert_same(self, found: Tensor, expected: Tensor) -> None:
-        """Bit for bit. SynQT: torch multiplies in another order where a weight requires no gradient."""
+        """Assert bit equality. SynQT: to 1e-6, as torch's order of operations depends on `requires_grad`."""
         if self.is_synqt:
             torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
         else:
             assert torch.equal(found, expected)
 
     def expected_keys(self, model: PeftModel, name: str = "default") -> set[str]:
-        """Of the file of an adapter with the method's own blocks."""
+        """Keys in the file of an adapter on `blocks`."""
         if self.is_synqt:
             names = (key for key, _ in model.named_parameters() if f".synqt_params.{name}." in key)
             return {key.replace(f".synqt_params.{name}.", ".synqt_params.") for key in names}
@@ -118,7 +118,7 @@ class Method:
         return {f"base_model.model.{key}" for key in keys}
 
     def num_trained(self, base: nn.Module) -> int:
-        """Numbers that train, counted on the base model; not for SynQT."""
+        """Number of trainable parameters, computed from the base model; not for SynQT."""
         total = sum(
             p.numel() for leaf in ("vit.layernorm", "classifier") for p in base.get_submodule(leaf).parameters()
         )

@@ -1,4 +1,4 @@
-"""Training under autocast to bfloat16: every family, as on the stock model and as CUDA would have it."""
+"""Training under autocast to bfloat16 for every family, with CUDA's rule for the dtypes of layer norm."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ REDUCED = {"trainable_blocks": [1, 3], "reduction_blocks": [1], "keep_rate": 0.7
 
 @pytest.fixture(autouse=True)
 def norms_of_one_dtype(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """CUDA's kernel of this operator wants tokens and weight of one dtype, the CPU's takes both."""
+    """CUDA's layer norm kernel needs tokens and weight of the same dtype, while the CPU's takes mixed dtypes."""
     native = torch.native_layer_norm
 
     def strict(tokens: Tensor, shape: list[int], weight: Tensor | None, bias: Tensor | None, eps: float):
@@ -46,7 +46,7 @@ def assert_finite(found: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_training_under_autocast(name):
     batch = run_batch(SUPPORTED[name]())
-    assert_finite(gradients(SUPPORTED[name]().train(), batch))  # all of the stock model
+    assert_finite(gradients(SUPPORTED[name]().train(), batch))  # the stock model
     found = []
     for lean in ("off", "exact"):
         torch.manual_seed(3)

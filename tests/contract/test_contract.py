@@ -1,4 +1,4 @@
-"""Every supported family passes every check, in every mode that its head allows; others are refused with a reason."""
+"""Supported families pass every check in every mode that their head allows; others are rejected with a reason."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from peft_bsr import BSRConfig, UnsupportedModelError, probe_model
 
 pytestmark = [pytest.mark.filterwarnings("ignore:.*lru_cache.*"), pytest.mark.sampled(2)]
 
-# family -> the mode chosen for it, the score, and whether the other mode can be asked for
+# family -> default mode, default score, whether the other mode works
 EXPECTED = {
     "vit": ("compact", "class", True),
     "vit_bare": ("full_view", "class", True),
@@ -79,7 +79,7 @@ REASONS = {
 }
 
 
-PARTLY_LEAN = {  # rotates or biases its attention by itself, where no side input shows how
+PARTLY_LEAN = {  # the attention computes its rotation or bias itself, not from side inputs
     "data2vec": "exact (mlp only), max (mlp only)",
     "data2vec_shared_bias": "exact (mlp only), max (mlp only)",
     "vjepa2": "exact (mlp only), max (mlp only)",
@@ -113,7 +113,7 @@ def test_mode_and_score_are_chosen_and_written_into_the_config(family):
     mode, score, _ = EXPECTED[family]
     assert (config.mode, config.score) == (mode, score)
     assert config.fuse_dropped is (mode == "compact")
-    assert asked.mode is None, "the user's own config can be used for another model"
+    assert asked.mode is None, "the user's config is not changed and can be used for another model"
 
 
 @pytest.mark.parametrize("family", [name for name, (_, _, other) in EXPECTED.items() if not other])
@@ -137,7 +137,7 @@ def test_others_are_refused_with_the_reason_that_the_probe_found(family):
 @pytest.mark.parametrize("family", SUPPORTED)
 def test_probing_and_attaching_leave_the_random_state_and_the_model_alone(family):
     model = SUPPORTED[family]()
-    model(**run_batch(model))  # transformers puts its own hooks on at the first call
+    model(**run_batch(model))  # transformers adds its own hooks at the first call
     hooks = {name: (len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in model.named_modules()}
     model.train()
     modes = {name: module.training for name, module in model.named_modules()}
@@ -155,5 +155,5 @@ def test_the_compatibility_page_is_up_to_date(pytestconfig):
     page = pytestconfig.rootpath / "docs" / "compatibility.md"
     rows = [line for line in render(survey(run_checks=False)).splitlines() if line.startswith("|")]
     committed = [line for line in page.read_text().partition(VERSIONS)[0].splitlines() if line.startswith("|")]
-    # the columns in front of the checks: family, special tokens, positions, scores, mode
+    # the columns before the checks: family, special tokens, positions, scores, modes
     assert [row.split("|")[:8] for row in committed] == [row.split("|")[:8] for row in rows], "run `make compatibility`"

@@ -1,4 +1,4 @@
-"""What users feed: other image sizes, one image, half precision, another attention implementation, their own masks."""
+"""Inputs of users: other image sizes, one image, half precision, another attention implementation, padding masks."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def images(height: int, width: int, batch_size: int = 2) -> torch.Tensor:
 @pytest.mark.parametrize("mode", ["compact", "full_view"])
 @pytest.mark.parametrize("family", SIZES)
 def test_other_image_sizes(family, mode):
-    """The adapter was attached at 32 x 32; counts are rates of what comes in."""
+    """The adapter was attached at 32 x 32; the number of kept tokens is a rate of the tokens of the input."""
     size, arguments = SIZES[family]
     batch = {"pixel_values": images(*size), **arguments}
     check_masking(family, mode, batch)
@@ -60,14 +60,14 @@ ANY_SIZE = ["dinov2", "dinov2_registers", "dinov3", "beit", "beit_no_bias", "dat
 @pytest.mark.parametrize("family", RESIZED)
 def test_a_resized_model_is_the_stock_one_that_interpolates(family, side):
     stock, resized = SUPPORTED[family](), SUPPORTED[family]()
-    stock.config = resized.config  # as of models that are made of one configuration
+    stock.config = resized.config  # like models created from the same configuration
     set_image_size(resized, side)
     assert native_size(stock.config) == (32, 32)
     assert native_size(resized.config) == (side, side)
     assert sum(name in resized_tables(resized) for name, _ in resized.named_parameters()) == 1
     batch = {"pixel_values": images(side, side)}
     assert_same(outputs(resized, batch), outputs(stock, batch | INTERPOLATED))
-    again = type(resized)(resized.config).eval()  # its configuration says what it is
+    again = type(resized)(resized.config).eval()  # the configuration has the new size
     again.load_state_dict(resized.state_dict())
     assert_same(outputs(again, batch), outputs(resized, batch))
 
@@ -84,9 +84,9 @@ def test_a_model_of_any_size_keeps_its_weights(family):
 @pytest.mark.parametrize(
     ("family", "size", "error", "message"),
     [
-        ("vit", 36, ConfigError, "cuts images into patches of 8 px, and this is no multiple of it. Use 32 or 40."),
+        ("vit", 36, ConfigError, "patches of 8 px, so each side must be a multiple of 8. Use 32 or 40."),
         ("vit", 4, ConfigError, "Use 8."),
-        ("clip", (48, 64), UnsupportedModelError, "takes images of 32 x 32 px alone, not of 48 x 64: TypeError"),
+        ("clip", (48, 64), UnsupportedModelError, "takes images of 32 x 32 px only, not of 48 x 64: TypeError"),
         ("aimv2", 64, UnsupportedModelError, "nothing interpolates its `embeddings.position_embedding.weight`"),
         ("videomae", 32, UnsupportedModelError, "its forward refuses them"),
         ("vivit", 32, UnsupportedModelError, "`vivit.embeddings.interpolate_pos_encoding` failed with"),
@@ -110,14 +110,14 @@ def test_images_that_are_not_square():
 
 
 def test_a_size_of_its_own_that_patches_do_not_fill_is_kept():
-    config = SiglipVisionConfig(**VIT | {"image_size": 33})  # as google/siglip-so400m-patch14-384 has it
+    config = SiglipVisionConfig(**VIT | {"image_size": 33})  # like google/siglip-so400m-patch14-384
     model = SiglipVisionModel(config)
     set_image_size(model, 33)
     assert model.config.image_size == 33
 
 
 def test_the_size_is_set_before_the_adapter():
-    with pytest.raises(ConfigError, match="has an adapter already"):
+    with pytest.raises(ConfigError, match="already has an adapter"):
         set_image_size(attach("vit", None), 64)
 
 
@@ -148,7 +148,7 @@ def test_one_image_gives_what_it_gives_in_a_batch(family):
     "family", ["vit", "dinov2", "dinov3", "beit", "data2vec", "siglip", "siglip2", "vjepa2", "mlcd"]
 )
 def test_half_precision(family, dtype):
-    """Attach, forward and backward in half precision; keep_rate 1.0 is the untouched model bit for bit."""
+    """Attach, forward and backward in half precision; keep_rate 1.0 equals the base model bit for bit."""
     from peft import get_peft_model
 
     from peft_bsr import BSRConfig
@@ -221,9 +221,9 @@ def _tensors(output: object) -> list[torch.Tensor]:
 
 
 def test_a_grid_head_sees_the_grid_in_its_order():
-    """DPT's maps of the dropped patches' places come from the dropped patches, not from their neighbours.
+    """DPT's feature maps have the dropped patches at their own places, not their neighbours.
 
-    The reduction leaves nine tokens, which this head would take for a 3 x 3 image.
+    The reduction keeps nine tokens, which this head would take for a 3 x 3 image.
     """
     model = attach("dpt", None, reduction_blocks=[3])
     assert model.peft_config["default"].mode == "full_view"
@@ -239,4 +239,4 @@ def test_a_grid_head_sees_the_grid_in_its_order():
         outputs(model, batch)
     alive = routes[0][1].alive()
     torch.testing.assert_close(reduced[:, 1:][alive], stock[:, 1:][alive], atol=1e-5, rtol=1e-5)
-    assert not torch.allclose(reduced[:, 1:][~alive], stock[:, 1:][~alive], atol=1e-3), "their MLP was left out"
+    assert not torch.allclose(reduced[:, 1:][~alive], stock[:, 1:][~alive], atol=1e-3), "dropped patches skip the MLP"

@@ -1,4 +1,4 @@
-"""What PEFT promises of every method, files and names: one test for each behaviour, for each of our methods."""
+"""PEFT's behaviour for every method, part 1: attributes, names and files. Each test runs for each of our methods."""
 
 from __future__ import annotations
 
@@ -274,7 +274,7 @@ def test_low_cpu_mem_usage_creates_on_the_meta_device(method, make_vit):
 
 @pytest.fixture
 def adapter_folder(method, make_vit, tmp_path, images, run):
-    """An adapter whose config knows the folder of its base model; beside it, the logits it must give."""
+    """An adapter folder whose config names the folder of its base model; its expected logits are next to it."""
     make_vit().save_pretrained(tmp_path / "base")
     model = method.attach(AutoModelForImageClassification.from_pretrained(tmp_path / "base"))
     model.save_pretrained(tmp_path / "adapter")
@@ -374,7 +374,7 @@ def test_native_activation_of_two_is_refused(method, make_vit):
 @pytest.mark.skipif(not HAS_OWN_KEYS, reason=NEEDS_OWN_KEYS)
 @pytest.mark.parametrize("change", ["layout", "peft 0.20"])
 def test_a_file_with_other_names_is_read(make_vit, images, run, tmp_path, key, change):
-    """transformers renames modules between versions; peft 0.20 leaves the adapter's name in keys of nested modules."""
+    """transformers renames modules between versions; peft 0.20 keeps the adapter's name in keys of nested modules."""
     method = METHODS[key]
     model = method.attach(make_vit())
     model.save_pretrained(tmp_path)
@@ -391,6 +391,6 @@ def test_a_file_with_other_names_is_read(make_vit, images, run, tmp_path, key, c
         other[key] = tensor
     assert set(other) != saved_keys(tmp_path)
     save_file(other, path)
-    config = tmp_path / "adapter_config.json"  # its digests are of the file as it was
+    config = tmp_path / "adapter_config.json"  # its digests are those of the original file
     config.write_text(json.dumps({**json.loads(config.read_text()), "digests": None}))
     method.assert_same(run(PeftModel.from_pretrained(make_vit(), tmp_path).eval(), images), run(model, images))

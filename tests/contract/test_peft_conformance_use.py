@@ -1,4 +1,4 @@
-"""What PEFT promises of every method, adapters in use: merged, disabled, deleted, copied, in half precision."""
+"""PEFT's behaviour for every method, part 2: merged, disabled, deleted and copied adapters, and half precision."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["b
 
 @pytest.fixture
 def two(model, method):
-    """Adapters "default" and "other", which is on other blocks; the first is active."""
+    """A model with the active adapter "default", and "other" on other blocks."""
     torch.manual_seed(1)
     model.add_adapter("other", method.config(**method.other))
     return model.eval()
@@ -29,7 +29,7 @@ def two(model, method):
 @pytest.fixture
 def merges(method):
     if not method.merges:
-        pytest.skip("a side network cannot be merged, which is a test of its own")
+        pytest.skip("a side network cannot be merged, which another test checks")
 
 
 def adapter_parameters(model, method) -> dict[str, torch.nn.Parameter]:

@@ -1,4 +1,4 @@
-"""timm's ViT and EVA (DINOv3's port among them) through transformers' TimmWrapper; skipped where timm is missing."""
+"""timm's ViT and EVA (including its DINOv3) through transformers' TimmWrapper; skipped if timm is not installed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 timm = pytest.importorskip("timm", reason="timm is not installed")
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 4}
-ARCHITECTURES = {  # name -> architecture, arguments, prefix tokens, whether positions count
+ARCHITECTURES = {  # name -> architecture, arguments, number of prefix tokens, whether blocks use positions
     "timm_vit": ("vit_tiny_patch16_224", {}, 1, False),
     "timm_vit_layer_scale": ("vit_tiny_patch16_224", {"init_values": 0.1}, 1, False),
     "timm_vit_mean": ("vit_tiny_patch16_224", {"global_pool": "avg", "class_token": False}, 0, False),
@@ -54,7 +54,7 @@ def test_contract(family, check, mode):
 
 
 def test_its_checkpointing_works_without_reduction_and_is_refused_with_one(family):
-    """timm checkpoints around a block's call, where no route reaches the recomputation: loud, never silent."""
+    """timm checkpoints around a block's call, so the recomputation has no route: it raises an error."""
     for keep_rate in (1.0, 0.7):
         model = checks.attach(family, None, keep_rate=keep_rate).train()
         base = model.base_model.model
@@ -75,7 +75,7 @@ def test_its_checkpointing_works_without_reduction_and_is_refused_with_one(famil
                 torch.testing.assert_close(parameter.grad, expected[name])
 
 
-def test_column(family):
+def test_model_spec(family):
     from peft_bsr import probe_model
 
     spec = probe_model(maker(family)())

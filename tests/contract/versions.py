@@ -2,8 +2,9 @@
 
     python tests/contract/versions.py [--folder FOLDER] [--only N ...] [--tests ...]
 
-Makes one virtual environment for each torch, and folders with the other versions that go before it, in FOLDER; what is
-there is used again. Writes the table at the end of docs/compatibility.md. Some gigabytes: older torch comes with CUDA.
+Creates one virtual environment for each torch version in FOLDER, and folders with the other versions that come first on
+the path. Existing ones are used again. Writes the table at the end of docs/compatibility.md. Needs several gigabytes:
+older torch comes with CUDA.
 """
 
 from __future__ import annotations
@@ -34,13 +35,13 @@ PACKAGES = ("accelerate", "numpy", "packaging", "pillow", "pytest", "pytest-xdis
 
 @dataclass(frozen=True)
 class Versions:
-    """One row.
+    """One row of the table.
 
     Attributes:
-        torch: Version.
-        transformers: Version.
-        peft: Version.
-        is_supported: Whether the package's own requirements allow it; else it was merely tried.
+        torch: Version of torch.
+        transformers: Version of transformers.
+        peft: Version of peft.
+        is_supported: Whether the package's requirements allow these versions.
     """
 
     torch: str
@@ -50,7 +51,7 @@ class Versions:
 
 
 def rows() -> list[Versions]:
-    """Those of constraints.txt, each oldest alone, all oldest together, a newer torch, and what is not supported."""
+    """The versions of constraints.txt, each oldest one alone, all oldest together, a newer torch, unsupported ones."""
     pins = dict(re.findall(r"^(torch|transformers|peft)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.M))
     torch, transformers, peft = pins["torch"], pins["transformers"], pins["peft"]
     return [
@@ -67,12 +68,12 @@ def rows() -> list[Versions]:
 
 
 def pip(python: Path | str, *words: str) -> None:
-    """Install, quietly."""
+    """Run a quiet `pip install`."""
     subprocess.run([str(python), "-m", "pip", "install", "--quiet", *words], check=True)
 
 
 def environment(folder: Path, versions: Versions) -> tuple[Path, list[Path]]:
-    """The interpreter of a torch, and folders for the path that hold the row's transformers and peft."""
+    """The Python interpreter with the row's torch, and the folders with its transformers and peft."""
     venv = folder / f"torch-{versions.torch}"
     python = venv / "bin" / "python"
     if not python.exists():
@@ -93,7 +94,7 @@ def environment(folder: Path, versions: Versions) -> tuple[Path, list[Path]]:
 
 
 def run_row(folder: Path, versions: Versions, tests: Iterable[str]) -> str:
-    """What the tests say on these versions, in a few words."""
+    """A summary of the test results on these versions."""
     try:
         python, extra = environment(folder, versions)
     except subprocess.CalledProcessError as error:
@@ -124,11 +125,11 @@ def _is_bad(case: ElementTree.Element) -> bool:
 
 
 def main() -> int:
-    """Run all rows and write them; 1 if a supported one fails."""
+    """Run all rows and write the table. Returns 1 if a supported row fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=ROOT / ".venv" / "versions", help="default .venv/versions")
-    parser.add_argument("--only", type=int, nargs="*", help="these rows, counted from 0; the page is left alone")
-    parser.add_argument("--tests", nargs="*", default=TESTS, help="for pytest")
+    parser.add_argument("--only", type=int, nargs="*", help="indices of rows, from 0; the page is not changed")
+    parser.add_argument("--tests", nargs="*", default=TESTS, help="arguments of pytest")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     lines = ["| torch | transformers | peft | supported | contract |", "| --- | --- | --- | --- | --- |"]

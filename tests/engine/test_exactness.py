@@ -163,7 +163,7 @@ def test_a_block_that_computes_something_else_is_refused(make_model, monkeypatch
     block_class = type(model.vit.layers[0])
     stock = block_class.forward
     monkeypatch.setattr(block_class, "forward", lambda *args, **kwargs: stock(*args, **kwargs) * 2)
-    with pytest.raises(UnsupportedModelError, match="compute something else"):
+    with pytest.raises(UnsupportedModelError, match="compute something other"):
         get_peft_model(model, BSRConfig())
 
 

@@ -178,4 +178,4 @@ def test_the_test_at_attach_sees_what_ctx_keeps(settings, monkeypatch):
     monkeypatch.setattr(torch.autograd.function.FunctionCtx, "save_for_backward", save_and_keep)
     plan = get_peft_model(ViTForImageClassification(ViTConfig(**SIZES)), BSRConfig(**settings)).base_model.plan()
     assert all(block.lean is None for block in plan.blocks)
-    assert any("keeps no less for backward" in note for note in plan.notes)
+    assert any("does not save less for backward" in note for note in plan.notes)

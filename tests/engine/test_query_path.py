@@ -74,7 +74,7 @@ def test_projections_that_are_no_plain_modules_are_not_absorbed(make_model, capl
     with caplog.at_level(logging.INFO, logger="peft_bsr"):
         path = verify_queries(model, spec, 0, QueryPath(spec, kept="int8"), stock)
     assert (path.absorbs, path.kept) == (False, "int8")
-    assert "keys and values are made and kept for backward, the projections are no plain Linear" in caplog.text
+    assert "keys and values are computed and saved for backward, the projections are not plain Linear" in caplog.text
 
 
 @pytest.mark.parametrize("family", ["vit", "dinov2", "clip", "siglip", "videomae", "beit"])

@@ -213,13 +213,13 @@ def _attend_scored(
     """
     function, scorer = attention_function(module, implementation), module.config.scorer
     call = scorer.traced_call
-    asked = None if call is None else call.num_queries
-    if asked is None:
+    num_queries = None if call is None else call.num_queries
+    if num_queries is None:
         output = function(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     else:
-        mask = first_rows(attention_mask, asked)
-        output = function(module, query[:, :, :asked], key, value, mask, scaling=scaling, **kwargs)
-        output = nn.functional.pad(output[0], (0, 0, 0, 0, 0, query.shape[2] - asked)), output[1]
+        mask = first_rows(attention_mask, num_queries)
+        output = function(module, query[:, :, :num_queries], key, value, mask, scaling=scaling, **kwargs)
+        output = nn.functional.pad(output[0], (0, 0, 0, 0, 0, query.shape[2] - num_queries)), output[1]
     scale = _scale(query, scaling)
     if call is None:
         scorer.observe(query, key, value, scale, attention_mask, output[0].transpose(1, 2))

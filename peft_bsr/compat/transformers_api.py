@@ -63,7 +63,7 @@ def is_capture_hook(hook: object) -> bool:
 
 
 def captured_outputs() -> frozenset[str]:
-    """What the running forward captures (`"hidden_states"`, `"attentions"`). The hooks alone do not tell: they stay."""
+    """Outputs that the running forward captures: `"hidden_states"`, `"attentions"`. The hooks remain after a forward."""
     collector = getattr(sys.modules.get(_CAPTURING), "_active_collector", None)
     return frozenset((collector.get() or ()) if collector is not None else ())
 

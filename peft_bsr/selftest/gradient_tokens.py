@@ -25,7 +25,7 @@ from peft_bsr.core import num_kept
 from peft_bsr.engine import BlockPlan, Lean, Plan
 from peft_bsr.errors import ConfigError
 from peft_bsr.selftest.lean import verify_lean
-from peft_bsr.selftest.reduction import alone, training_mode
+from peft_bsr.selftest.reduction import single_block, training_mode
 
 
 def verify_gradient_tokens(model: nn.Module, spec: ModelSpec, plan: Plan, stock: StockRun | None = None) -> None:
@@ -111,7 +111,7 @@ def _try(
     (hidden, *others), kwargs, _ = stock.calls[index]
     block = model.get_submodule(spec.blocks[index])
     with (
-        alone(model, spec, index, plan, hidden) as controller,
+        single_block(model, spec, index, plan, hidden) as controller,
         training_mode(block, [block]),  # not its parts: no dropout
     ):
         tokens = hidden.detach().clone().requires_grad_()

@@ -26,7 +26,7 @@ from peft_bsr.backbones import (
 from peft_bsr.core import is_quantized
 from peft_bsr.engine import BlockPlan, LivingBytes, Plan
 from peft_bsr.engine.parts import attention_dropouts
-from peft_bsr.selftest.reduction import alone, training_mode
+from peft_bsr.selftest.reduction import single_block, training_mode
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ def verify_lean(
             plan = plan.with_lean(lean if any(parts.values()) else None)
             if parts["attention"] and _reads_prefix_alone(spec, plan):
                 last = replace(lean, num_queries=spec.num_prefix)
-                if passes(spec.depth - 1, BlockPlan(True, lean=last), "special tokens alone in the last block"):
+                if passes(spec.depth - 1, BlockPlan(True, lean=last), "special tokens only in the last block"):
                     plan = replace(plan, blocks=(*plan.blocks[:-1], replace(plan.blocks[-1], lean=last)))
         if wanted.int8:
             candidate = BlockPlan(True, lean=plan.blocks[index].lean, int8=True)
@@ -142,7 +142,7 @@ def _try(
     """Run block `index` by `plan`, forward and backward, with the stock forward's arguments."""
     (hidden, *others), kwargs, _ = stock.calls[index]
     block = model.get_submodule(spec.blocks[index])
-    with alone(model, spec, index, plan, hidden) as controller, _in_training(block, spec) as parameters:
+    with single_block(model, spec, index, plan, hidden) as controller, _in_training(block, spec) as parameters:
         tokens = hidden.detach().clone().requires_grad_()
         seed(model)
         with no_zero_tables(block), LivingBytes() as living:

@@ -216,14 +216,16 @@ def _reversed(model: nn.Module, spec: ModelSpec, plan: Plan) -> Iterator[None]:
 
 
 @contextmanager
-def alone(model: nn.Module, spec: ModelSpec, index: int, plan: BlockPlan, like: Tensor) -> Iterator[BlockController]:
-    """Context manager: block `index` can be called by itself and runs by `plan`, without the user's hooks.
+def single_block(
+    model: nn.Module, spec: ModelSpec, index: int, plan: BlockPlan, like: Tensor
+) -> Iterator[BlockController]:
+    """Context manager: block `index` can be called without the rest of the model, runs by `plan`, has no user hooks.
 
     Args:
         model: The model.
         spec: Description of the model.
         index: Index of the block.
-        plan: The block's part of a plan that cuts the gradient before it.
+        plan: Plan of the block; the gradient is cut before it.
         like: Input of the block, [B, N, D].
 
     Yields:

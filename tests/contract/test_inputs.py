@@ -137,9 +137,9 @@ def test_one_image_gives_what_it_gives_in_a_batch(family):
     model = attach(family, None)
     batch = run_batch(model.base_model.model)
     whole = outputs(model, batch)
-    alone = outputs(model, {name: value[:1] for name, value in batch.items()})
-    for one, all_of_them in zip(alone, whole, strict=True):
-        torch.testing.assert_close(one, all_of_them[:1], atol=2e-5, rtol=1e-4)
+    single = outputs(model, {name: value[:1] for name, value in batch.items()})
+    for one, several in zip(single, whole, strict=True):
+        torch.testing.assert_close(one, several[:1], atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.sampled(2)

@@ -80,7 +80,7 @@ def test_what_the_test_at_attach_left_out():
     model = get_peft_model(SUPPORTED["vit"](hidden_act="sigmoid"), BSRConfig())
     assert explain(model)[-1] == "  lean mlp: the derivative of Sigmoid is not known"
     model = make("vit", "exact", {"attention_probs_dropout_prob": 0.2}, keep_rate=1.0)
-    assert explain(model)[-1].startswith("  special tokens alone in the last block: it differs")
+    assert explain(model)[-1].startswith("  special tokens only in the last block: it differs")
 
 
 def test_reasons_of_modules_come_without_a_forward_and_go_again():

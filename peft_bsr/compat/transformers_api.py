@@ -63,7 +63,7 @@ def is_capture_hook(hook: object) -> bool:
 
 
 def captured_outputs() -> frozenset[str]:
-    """Outputs that the running forward captures: `"hidden_states"`, `"attentions"`. The hooks remain after a forward."""
+    """Outputs that the running forward captures, such as `"attentions"`. Its hooks remain afterwards."""
     collector = getattr(sys.modules.get(_CAPTURING), "_active_collector", None)
     return frozenset((collector.get() or ()) if collector is not None else ())
 

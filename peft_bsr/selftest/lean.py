@@ -83,7 +83,7 @@ def verify_lean(
                 parts[part] = passes(index, BlockPlan(True, lean=half), f"lean {part}")
             lean = replace(wanted.lean, **parts)
             plan = plan.with_lean(lean if any(parts.values()) else None)
-            if parts["attention"] and _reads_prefix_alone(spec, plan):
+            if parts["attention"] and _reads_prefix_only(spec, plan):
                 last = replace(lean, num_queries=spec.num_prefix)
                 if passes(spec.depth - 1, BlockPlan(True, lean=last), "special tokens only in the last block"):
                     plan = replace(plan, blocks=(*plan.blocks[:-1], replace(plan.blocks[-1], lean=last)))
@@ -93,7 +93,7 @@ def verify_lean(
     return replace(plan, notes=tuple(notes))
 
 
-def _reads_prefix_alone(spec: ModelSpec, plan: Plan) -> bool:
+def _reads_prefix_only(spec: ModelSpec, plan: Plan) -> bool:
     """Whether the last block's output is read at prefix tokens only."""
     reads_others = spec.reads_patches or spec.reads_suffix or not spec.reads_prefix
     last = plan.blocks[-1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from torch import Tensor, nn
 
@@ -117,7 +117,7 @@ def takes_residual(args: tuple[object, ...]) -> bool:
 
 def apply_part(block: nn.Module, name: str, tokens: Tensor, *others: Tensor) -> Tensor:
     """Apply a part of the block: a module is called, a vector or number is a factor, None does nothing."""
-    part: Callable[..., Tensor] | Tensor | float | None = getattr(block, name)
+    part: nn.Module | Tensor | float | None = getattr(block, name)
     if part is None:
         return tokens
     return part(tokens, *others) if isinstance(part, nn.Module) else part * tokens

@@ -167,7 +167,8 @@ def _sample(weight: Tensor) -> Tensor:
 
 
 def _base_of(model: nn.Module) -> nn.Module:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    base: Any = model
+    return base.get_base_model() if hasattr(model, "get_base_model") else base
 
 
 def _own(module: nn.Module) -> nn.Module:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._ops import OpOverload, OpOverloadPacket
+from torch._ops import OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import Node
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -139,8 +140,8 @@ def activation_memory_budget() -> float:
     return float(torch._functorch.config.activation_memory_budget)
 
 
-def flop_formula(operator: OpOverload, own: Mapping[OpOverloadPacket, Callable[..., int]]) -> Callable[..., int] | None:
-    """The FLOP formula of an operator that a dispatch mode sees, from `own` or torch's registry, or None."""
+def flop_formula(operator: Any, own: Mapping[OpOverloadPacket, Callable[..., int]]) -> Callable[..., int] | None:
+    """The FLOP formula of an `OpOverload` that a dispatch mode gets, from `own` or torch's registry, or None."""
     packet = operator._overloadpacket
     return own.get(packet) or flop_registry.get(packet)
 

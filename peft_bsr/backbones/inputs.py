@@ -104,7 +104,8 @@ def input_shapes(model: nn.Module) -> list[tuple[int, ...]]:
     Raises:
         UnsupportedModelError: If the config does not describe the input.
     """
-    rule, config = find_rule(model), vision_config(model)
+    rule = find_rule(model)
+    config: PreTrainedConfig = vision_config(model)
     if rule.probe_inputs is not None:
         return [tuple(rule.probe_inputs(config, 1, torch.Generator().manual_seed(0))[main_input(model)].shape[1:])]
     if main_input(model) == "input_values" and hasattr(config, "num_mel_bins"):

@@ -99,7 +99,7 @@ def vision_config(model: nn.Module) -> PreTrainedConfig | None:
 def inner_config(config: _Config) -> _Config:
     """The part of a config that describes the blocks: `vision_config`, `backbone_config`, or the config itself."""
     for part in ("vision_config", "backbone_config"):
-        inner = getattr(config, part, None)
+        inner: Any = getattr(config, part, None)
         if hasattr(inner, "num_hidden_layers"):  # a hybrid's convolutional backbone has none
             return inner
     return config

@@ -97,7 +97,8 @@ class ScoringConfig:
         """A view of `args[0]`. But `type(view)()`, as in `to_diff_dict`, creates a plain config."""
         if cls is not ScoringConfig:
             return cls.__bases__[1](*args, **kwargs)
-        return object.__new__(_view_class(type(args[0])))
+        config_class: Any = type(args[0])
+        return object.__new__(_view_class(config_class))
 
     def __init__(self, config: PreTrainedConfig, scorer: AttentionScorer | _AlwaysObserve) -> None:
         for name, value in (("__dict__", config.__dict__), ("config", config), ("scorer", scorer)):

@@ -8,6 +8,7 @@ from peft_bsr.core.attention import (
     token_scores,
     weights_to_scores,
 )
+from peft_bsr.core.autograd import BackwardContext
 from peft_bsr.core.budgets import (
     DELTA_REDUCTIONS,
     SELECTIONS,
@@ -42,6 +43,7 @@ __all__ = [
     "NAMED_KINDS",
     "SCORE_KINDS",
     "SELECTIONS",
+    "BackwardContext",
     "BlockCall",
     "Choice",
     "Forward",

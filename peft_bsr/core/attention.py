@@ -1,4 +1,4 @@
-"""Scores of tokens by attention. Shapes: B images, H heads, N tokens, P prefix tokens, d head width."""
+"""Token scores from attention. Shapes: B images, H heads, N tokens, P prefix tokens, d head width."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ SCORE_KINDS: tuple[str, ...] = get_args(ScoreKind)
 def token_scores(kind: str, query: Tensor, key: Tensor, scaling: float, attention_mask: Tensor | None = None) -> Tensor:
     """How much each token is attended to, mean over heads.
 
-    - `"class"`: the class token's (token 0's) row of `softmax(Q K^T * scaling + mask)`, BSR's score.
+    - `"class"`: the row of the class token (token 0) in `softmax(Q K^T * scaling + mask)`, the score of BSR.
     - `"mean_query"`: the row of the mean of all queries, for models without a class token.
-    - `"received"`: the mean of all rows, for the same; it needs the whole N x N product.
+    - `"received"`: the mean of all rows, also for models without a class token. Computes the whole N x N product.
 
-    The first two depend on one query, so they cost 2 N d FLOPs a head (0.01 % of a ViT-B block) and no N x N tensor.
+    The first two use one query, so they cost 2 N d FLOPs per head (0.01 % of a ViT-B block) and no N x N tensor.
 
     Args:
         kind: One of the above.
-        query: [B, H, N, d], the very tensor that the attention uses (after rotation or normalisation, if any).
+        query: [B, H, N, d], as the attention uses it (after rotation or normalization, if any).
         key: [B, H, N, d], likewise.
         scaling: Factor on the products, usually `d ** -0.5`.
         attention_mask: Additive float or boolean (True = visible) mask that broadcasts to [B, H, N, N], or None.

@@ -1,6 +1,6 @@
-"""Adaptive layer budgets (ALaST, arXiv 2408.08670): importance of blocks, budgets that follow it, who trains.
+"""Adaptive layer budgets (ALaST, arXiv 2408.08670): importance of blocks, their budgets, and which blocks train.
 
-Shapes: B images, D width, L blocks, K of them train in a step.
+Shapes: B images, D width, L blocks, K of which train in a step.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def block_change(before: Tensor, after: Tensor, reduction: str) -> Tensor:
     Args:
         before: Class tokens entering the block, [B, D].
         after: Class tokens leaving it, [B, D].
-        reduction: `"relative"` divides each image's by `||before||^2`; `"paper"` and `"mean"` do not.
+        reduction: `"relative"` divides the value of each image by `||before||^2`; `"paper"` and `"mean"` do not.
 
     Returns:
         A scalar in float32, for `reduced_delta`.
@@ -39,11 +39,11 @@ def block_change(before: Tensor, after: Tensor, reduction: str) -> Tensor:
 
 
 def reduced_delta(total: float, images: float, reduction: str) -> float:
-    """The importance of a block in a step: the sum over its images (the paper's), or their mean.
+    """The importance of a block in a step: the sum over the images, as in the paper, or their mean.
 
     Args:
         total: Sum of `block_change` over the step's batches, and over all processes.
-        images: Their images.
+        images: Number of images in them.
         reduction: See `block_change`.
     """
     return total if reduction == "paper" else total / images
@@ -58,11 +58,11 @@ def update_budgets(
     importance differs from the first step's, and nothing accumulates.
 
     Args:
-        budgets: [L].
+        budgets: Current budgets, [L].
         new: Importance in this step, [L].
-        old: In the step before, [L].
+        old: Importance in the previous step, [L].
         alpha: Step size.
-        low: Least budget.
+        low: Smallest budget.
         high: Largest budget.
 
     Examples:
@@ -76,17 +76,18 @@ def select_blocks(budgets: Sequence[float], count: int, selection: str, generato
     """Indices of the blocks that train, ascending.
 
     Args:
-        budgets: [L].
-        count: K.
-        selection: `"sample"` draws without replacement from softmax(budgets), the paper's; `"topk"` takes the largest,
-            of equals the later; `"prefix"` the last K, so that what is frozen is a leading prefix and leaves the graph.
-        generator: Of the draws.
+        budgets: Current budgets, [L].
+        count: Number of blocks, K.
+        selection: `"sample"` draws without replacement from softmax(budgets), as in the paper; `"topk"` takes the
+            largest, and the later of equal ones; `"prefix"` takes the last K, so that the frozen blocks are the first
+            ones and not in the graph.
+        generator: Random generator of the draws.
     """
     depth = len(budgets)
     if selection == "sample":
-        # exponential times with rates exp(b): the first K to ring are K draws without replacement from softmax(b)
-        rings = [(generator.expovariate(math.exp(budget)), index) for index, budget in enumerate(budgets)]
-        return sorted(index for _, index in sorted(rings)[:count])
+        # the K smallest of exponential variables with rates exp(b) are K draws without replacement from softmax(b)
+        times = [(generator.expovariate(math.exp(budget)), index) for index, budget in enumerate(budgets)]
+        return sorted(index for _, index in sorted(times)[:count])
     if selection == "topk":
         return sorted(sorted(range(depth), key=lambda index: (budgets[index], index))[depth - count :])
     return list(range(depth - count, depth))

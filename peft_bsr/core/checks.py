@@ -1,26 +1,25 @@
-"""What settings are asked, one sentence each, and their upper ends: a file from elsewhere may ask for anything."""
+"""Checks of settings, one sentence per problem. Sizes have upper limits, because a file may contain any value."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any
 
 LARGEST_SIZE = 2**16
-"""Of ranks, bottlenecks, queries, experts and multiples."""
+"""Largest rank, bottleneck, multiple, and number of queries or experts."""
 MOST_CLASSES = 2**18
-"""Outputs of a head; ImageNet-21k has 21 843."""
+"""Largest number of classes of a head; ImageNet-21k has 21 843."""
 LARGEST_NUMBER = 1e6
-"""Of scales and weights."""
+"""Largest scale or weight."""
 
 
 @dataclass(frozen=True)
 class Within:
-    """Numbers that a setting may have.
+    """A range of numbers.
 
     Attributes:
-        words: After "must be a number".
-        holds: Whether a number is one of them; false for NaN.
+        words: Description for messages, after "must be a number".
+        holds: Whether a number is in the range; False for NaN.
     """
 
     words: str
@@ -36,19 +35,20 @@ EITHER_SIGN = Within(
 )
 
 
-def is_whole(value: Any, low: float = float("-inf"), high: float = float("inf")) -> bool:
-    """Whether it is a whole number, `low` to `high`; True and False are none."""
+def is_whole(value: object, low: float = float("-inf"), high: float = float("inf")) -> bool:
+    """Whether the value is an integer from `low` to `high`. Booleans are not."""
     return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 
 
-def is_number(value: Any, within: Within | None = None) -> bool:
-    """Whether it is a number, `within` that; True and False are none."""
-    is_one = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return is_one and (within is None or within.holds(value))
+def is_number(value: object, within: Within | None = None) -> bool:
+    """Whether the value is a number, in the range `within` if it is given. Booleans are not."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return within is None or within.holds(value)
 
 
-def check_whole(settings: Any, *names: str, high: int = LARGEST_SIZE, instead: str = "") -> list[str]:
-    """Fields that are no whole number from 1 to `high`; `instead` names what else they may be."""
+def check_whole(settings: object, *names: str, high: int = LARGEST_SIZE, instead: str = "") -> list[str]:
+    """Problems of fields that must be integers from 1 to `high`. `instead` names other allowed values."""
     return [
         f"`{name}={getattr(settings, name)!r}` must be an integer from 1 to {high}{instead}."
         for name in names
@@ -56,8 +56,8 @@ def check_whole(settings: Any, *names: str, high: int = LARGEST_SIZE, instead: s
     ]
 
 
-def check_numbers(settings: Any, *names: str, within: Within, instead: str = "") -> list[str]:
-    """Fields that are no number `within` that; `instead` names what else they may be."""
+def check_numbers(settings: object, *names: str, within: Within, instead: str = "") -> list[str]:
+    """Problems of fields that must be numbers in a range. `instead` names other allowed values."""
     return [
         f"`{name}={getattr(settings, name)!r}` must be a number {within.words}{instead}."
         for name in names
@@ -65,14 +65,14 @@ def check_numbers(settings: Any, *names: str, within: Within, instead: str = "")
     ]
 
 
-def check_flags(settings: Any, *names: str, instead: str = "True or False") -> list[str]:
-    """Fields that are neither True nor False."""
+def check_flags(settings: object, *names: str, instead: str = "True or False") -> list[str]:
+    """Problems of fields that must be True or False."""
     found = {name: getattr(settings, name) for name in names}
     return [f"`{n}={value!r}` must be {instead}." for n, value in found.items() if not isinstance(value, bool)]
 
 
-def check_choice(settings: Any, name: str, choices: Collection[str]) -> list[str]:
-    """A field that is none of `choices`."""
+def check_choice(settings: object, name: str, choices: Collection[str]) -> list[str]:
+    """The problem of a field that must be one of `choices`, in a list."""
     value = getattr(settings, name)
     return [] if value in choices else [f"`{name}={value!r}` is unknown. Use one of {', '.join(map(repr, choices))}."]
 

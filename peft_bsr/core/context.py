@@ -1,4 +1,4 @@
-"""What blocks hand to each other within one forward."""
+"""The state of a running forward: what its blocks pass to each other."""
 
 from __future__ import annotations
 
@@ -13,33 +13,34 @@ from peft_bsr.core.gradient_tokens import TokenSplit
 from peft_bsr.core.route import ResumePoint, Route, TaskCall
 from peft_bsr.errors import ForwardError
 
-BLOCKS = "blocks"  # owner of a forward that no hook saw begin
+BLOCKS = "blocks"  # owner of a forward that begins at the first block, without a hook of the model
 
 
 class BlockCall:
-    """One block's forward in progress: what it is asked, and what it leaves behind.
+    """One call of a block: its settings and its results.
 
-    Hooks, output capture and checkpointing around a block expect what the stock block returns, so the origins do not
-    leave it by the return value. A recomputed block (gradient checkpointing) gets the call of its own forward.
+    Hooks, output capture and checkpointing around a block expect the output of the stock block, so the origins are not
+    part of its return value. A block that is recomputed (gradient checkpointing) gets the call of its first forward.
 
     Args:
-        route: Tokens alive in it.
-        score: Kind of token score that its attention is asked for, or None.
-        plan: The block's plan.
-        lean: Which halves run lean in this forward and how, or None.
-        int8: Whether it keeps in 8 bits what it keeps in this forward.
-        is_traced: Whether a compiler sees the call: then the block's forward sets nothing, in the call or around it
-            (it may be a region that the compiler checkpoints), and gives the origins after what it gives.
-        is_gathered: Whether what the attention is called with speaks of the alive tokens alone already.
+        route: Route of the block's input.
+        score: Kind of token score to compute in the attention, or None.
+        plan: The block's `BlockPlan`.
+        lean: Settings of the halves that run lean in this forward (`Lean`), or None.
+        int8: Whether activations are kept for backward in int8 in this forward.
+        is_traced: Whether a compiler traces the call. The block's forward then sets no attributes, because the compiler
+            may checkpoint it, and returns the origins after its outputs.
+        is_gathered: Whether the arguments of the attention are already limited to the alive tokens.
         splits: Whether some tokens carry no gradients in this forward.
-        split: Which, as the block before left it; None = all carry them, or nobody has chosen yet.
+        split: The tokens with and without gradients before the block; None = all carry them, or none was chosen yet.
 
     Attributes:
-        admit: Told that square matrices are tokens, not attention weights, where these are kept in 8 bits; else None.
-        token_scores: The scores [B, N], once the attention has run.
-        origins: Origins after the block's reduction [B, A], or None without one.
-        merged: What each patch is part of after it [B, M], or None where nothing is merged.
-        split_after: Which tokens carry no gradients after the block.
+        admit: Called with True where square matrices are tokens, not attention weights, if activations are kept in
+            int8; else None.
+        token_scores: Token scores [B, N], set by the attention.
+        origins: Origins after the block's reduction, [B, A]. None without a reduction.
+        merged: `Route.merged` after the reduction, [B, M]. None if nothing is merged.
+        split_after: The tokens with and without gradients after the block.
     """
 
     __slots__ = (
@@ -81,38 +82,38 @@ class BlockCall:
         self.merged: Tensor | None = None
 
     def note(self, left: Sequence[Tensor]) -> None:
-        """Keep what the block's reduction left: origins, and where it merges, what each patch is part of."""
+        """Set the results of the block's reduction: `origins`, and `merged` if it merges."""
         self.origins, self.merged = (*left, None, None)[:2]
 
     @property
     def num_queries(self) -> int | None:
-        """How many tokens ask the others, in a compiled block whose attention runs as a module; None = all."""
+        """Number of tokens with queries, in a compiled block whose attention runs as a module. None = all."""
         return self.lean.num_queries if self.is_traced and self.lean is not None else None
 
     def traced(self, is_gathered: bool = False) -> BlockCall:
-        """The same call where a compiler sees it."""
+        """A copy of this call with `is_traced`."""
         return BlockCall(self.route, self.score, self.plan, self.lean, self.int8, True, is_gathered)
 
 
 class Forward:
-    """The forward that runs in one thread, see `ForwardContext`.
+    """The running forward of one thread, see `ForwardContext`.
 
     Attributes:
-        owner: What opened the running forward; None = no forward runs.
-        route: The running forward's route, between blocks.
-        running: The call of the block that runs right now, for what its attention is called with.
-        split: Which tokens carry no gradients, between blocks; None = all carry them, or nobody has chosen yet.
-        reading: What a query path made of the blocks so far, between blocks and up to its head.
-        call: What the running forward is asked, in a model with tasks.
-        resume_point: Where the next forward stops or begins, see `peft_bsr.engine.resume`.
-        recorders: Called with (block index, route after it) after each reduction.
-        usage: Where `record_usage` collects tokens of each task and expert, by block.
-        has_warned: Whether it was said that a block planned lean runs stock.
-        outside: Watches the model around its blocks, from the latest forward of the whole model on.
+        owner: The module that opened the running forward, or `BLOCKS`. None = no forward runs.
+        route: The route, between blocks.
+        running: The call of the block that is running now, for the arguments of its attention.
+        split: The tokens with and without gradients, between blocks; None = all carry them, or none was chosen yet.
+        reading: The state of a side network or of learned queries, between blocks and up to the head.
+        call: Tasks of the running forward, in a model with tasks.
+        resume_point: Where the next forward stops or starts, see `peft_bsr.engine.resume`.
+        recorders: Functions of (block index, route after it), called after each reduction.
+        usage: Block index -> tokens per task and expert, collected by `record_usage`.
+        has_warned: Whether a warning was given that a block planned as lean runs as the original.
+        outside: `Watch` of the modules around the blocks, set by each forward of the whole model.
     """
 
     def __init__(self) -> None:  # class attributes would fail torch.compile's guards
-        self.owner: Any = None
+        self.owner: object = None
         self.route: Route | None = None
         self.running: BlockCall | None = None
         self.split: TokenSplit | None = None
@@ -124,70 +125,71 @@ class Forward:
         self.has_warned = False
         self.outside: Any = None
 
-    def open(self, owner: Any) -> bool:
-        """A forward of `owner` begins; one inside another changes nothing.
+    def open(self, owner: object) -> bool:
+        """Begin a forward. Does nothing inside of another forward.
 
         Args:
-            owner: A module, or `BLOCKS` where no hook saw that a forward began: the first block's call begins one then.
+            owner: The module whose forward begins, or `BLOCKS` if the first block is called outside of a forward.
 
         Returns:
-            Whether it is the outermost.
+            Whether it is the outermost forward.
         """
-        if self.owner not in (None, BLOCKS, owner):  # its own is there if an interrupt ended the forward before
+        if self.owner not in (None, BLOCKS, owner):  # `owner` itself if an interrupt ended its last forward
             return False
         self.owner, self.route, self.running, self.split, self.reading = owner, None, None, None, None
         return True
 
-    def close(self, owner: Any) -> None:
-        """The forward of `owner` has ended, in whatever way."""
+    def close(self, owner: object) -> None:
+        """End the forward of `owner`, also after an error."""
         if self.owner is owner:
             self.owner = self.route = self.running = self.split = self.reading = None
 
     def clear(self) -> None:
-        """The running forward ends in the middle."""
+        """Discard the running forward, after an interrupt."""
         self.owner = self.route = self.running = self.split = self.reading = self.call = None
 
     def current(self) -> Route:
-        """The running forward's route.
+        """The route of the running forward.
 
         Raises:
-            ForwardError: If a block was called on its own, outside of the model's forward.
+            ForwardError: If a block was called outside of the model's forward.
         """
         if self.route is None:
             raise ForwardError(
-                "a block of a model with an adapter ran outside of the model's forward. Call the model; and if this is "
-                "a backward pass, gradient checkpointing wraps the block's call (timm's does), where no route reaches "
-                "the recomputation: switch it off, or set `keep_rate=1.0`"
+                "a block of a model with an adapter ran outside of the model's forward. Call the model. If this is a "
+                "backward pass, gradient checkpointing wraps the block's call (as timm does), so the recomputation has "
+                "no route: disable it, or set `keep_rate=1.0`."
             )
         return self.route
 
     def reduced(self, index: int, origins: Tensor, merged: Tensor | None = None) -> None:
-        """Block `index` has left the tokens of `origins` [B, A], of which the patches are part by `merged` [B, M]."""
+        """Update the route after the reduction of block `index`: `origins` [B, A], and `merged` [B, M] if it merges."""
         self.route = route = self.current().reduced(origins, merged)
         for recorder in self.recorders:
             recorder(index, route)
 
     def resume(self, point: ResumePoint) -> None:
-        """The forward goes on in the middle, on the route that earlier blocks left."""
+        """Continue a forward at `point`, on the route after the earlier blocks."""
         if self.route is not None:
-            left = {"origins": point.origins, "num_reductions": point.num_reductions, "merged": point.merged}
-            self.route = replace(self.route, **left)  # type: ignore[arg-type]
+            self.route = replace(
+                self.route, origins=point.origins, num_reductions=point.num_reductions, merged=point.merged
+            )
 
 
 class ForwardContext(threading.local):
     """The running forward of a model, one per thread (nn.DataParallel).
 
-    Hooks of the model open it and close it, also after an exception, so that nothing is left of a forward but its
-    outputs. A recomputed block (gradient checkpointing) does not look here: it gets the call of its own forward.
+    Hooks of the model open and close it, also after an exception, so that only the outputs of a forward are left. A
+    block that is recomputed (gradient checkpointing) does not use it: it gets the call of its first forward.
 
     Attributes:
-        now: This thread's forward; an object of its own, because torch.compile loses what is set on a thread-local.
+        now: The forward of this thread. A separate object, because torch.compile loses attributes of a thread-local.
     """
 
     def __init__(self) -> None:  # runs in every thread
         self.now = Forward()
 
-    def __reduce__(self) -> tuple[type[ForwardContext], tuple[()]]:  # copies and pickles start empty
+    def __reduce__(self) -> tuple[type[ForwardContext], tuple[()]]:  # copies and pickles are empty
         return ForwardContext, ()
 
 

@@ -1,6 +1,6 @@
-"""Routing tokens to experts: who computes a token, with which weight, and all of them grouped by expert.
+"""Routes tokens to experts, and runs the experts on tokens grouped by expert.
 
-Shapes: n tokens (images and their tokens flattened), D width, E experts, k of them chosen for each token, T tasks.
+Shapes: n tokens (images and their tokens flattened), D width, E experts, k of which are chosen for each token, T tasks.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from peft_bsr.core.reduction import is_traced
 
 @dataclass(frozen=True)
 class Choice:
-    """Which experts compute which tokens.
+    """The experts that are chosen for each token.
 
     Attributes:
-        probabilities: [n, E], softmax over all experts, in fp32 at least.
-        weights: [n, k], of the chosen ones, likewise.
-        experts: [n, k] int64, the chosen ones, best first.
+        probabilities: Softmax over all experts, [n, E], in fp32 or wider.
+        weights: Weights of the chosen experts, [n, k], in the same dtype.
+        experts: Indices of the chosen experts, [n, k] int64, best first.
     """
 
     probabilities: Tensor
@@ -30,9 +30,10 @@ class Choice:
     experts: Tensor
 
     def counts(self) -> Tensor:
-        """Tokens of each expert, [E] int64."""
+        """Number of tokens of each expert, [E] int64."""
         chosen = self.experts.flatten()
-        counts = chosen.new_zeros(self.probabilities.shape[1])  # bincount's length depends on the data, for a compiler
+        # not `bincount`, whose length depends on the data for a compiler
+        counts = chosen.new_zeros(self.probabilities.shape[1])
         return counts.scatter_add(0, chosen, torch.ones_like(chosen))
 
 
@@ -40,10 +41,10 @@ def choose_experts(logits: Tensor, top_k: int, renormalize: bool = True) -> Choi
     """Softmax over all experts, then the k best.
 
     Args:
-        logits: [n, E], of the gate.
-        top_k: k.
-        renormalize: Divide the chosen weights by their sum, so that experts that are all the same MLP together are
-            that MLP. The paper's release does not: its layers start at about k / E of the MLP.
+        logits: Logits of the gate, [n, E].
+        top_k: Number of experts per token, k.
+        renormalize: Whether to divide the chosen weights by their sum, so that identical experts compute the same as
+            one of them. The paper's release does not: its layers start at about k / E of the MLP. Default True.
 
     Examples:
         >>> choose_experts(torch.tensor([[0.0, 2.0, 1.0]]), top_k=2).experts.tolist()
@@ -57,12 +58,12 @@ def choose_experts(logits: Tensor, top_k: int, renormalize: bool = True) -> Choi
 
 
 def gate_logits(tokens: Tensor, gates: Tensor, tasks: int | Tensor) -> Tensor:
-    """Each token's logits by the gate of its image's task, without a loop over images or tasks.
+    """Logits of each token from the gate of its image's task, without a loop over images or tasks.
 
     Args:
         tokens: [B, N, D].
-        gates: [T, E, D].
-        tasks: Index of the batch's task, or one for each image, [B] int64.
+        gates: Weights of the gates, [T, E, D].
+        tasks: Index of the batch's task, or one index per image, [B] int64.
 
     Returns:
         [B, N, E].
@@ -73,19 +74,19 @@ def gate_logits(tokens: Tensor, gates: Tensor, tasks: int | Tensor) -> Tensor:
 
 
 def run_experts(tokens: Tensor, choice: Choice, run: Callable[[Tensor, Product], Tensor]) -> Tensor:
-    """Sum over the chosen experts of weight times output, each token computed by these alone: the cost follows k.
+    """Weighted sum of the outputs of the chosen experts. Other experts do not run, so the cost is proportional to k.
 
-    On the CPU each expert's tokens are one group of their own size. On other devices, for which the host would have to
-    wait, and while a graph is made (`torch.compile`, `torch.export`, ONNX), groups are padded, see `Groups`.
+    On the CPU, the group of each expert has exactly its tokens. On other devices, where this would need a host
+    synchronization, and in graphs (`torch.compile`, `torch.export`, ONNX), groups are padded, see `Groups`.
 
     Args:
         tokens: [n, D].
-        choice: Of these tokens.
+        choice: The experts of each token.
         run: (tokens grouped by expert, product with stacked weights, see `Groups.product`) -> outputs of any width.
-            The last axis is the width; everything but the products is row by row.
+            The last axis is the width; other operations than the products act on each row separately.
 
     Returns:
-        [n, that width], in the dtype of the outputs.
+        Outputs [n, width], in the dtype of `run`.
 
     Examples:
         >>> choice, weights = choose_experts(torch.randn(5, 3), top_k=2), torch.randn(3, 6, 4)
@@ -99,12 +100,12 @@ def run_experts(tokens: Tensor, choice: Choice, run: Callable[[Tensor, Product],
 
 
 def balance_loss(choice: Choice) -> Tensor:
-    """CV^2 of the experts' importance plus CV^2 of their load, a scalar; 0 where all are used alike.
+    """CV^2 of the experts' importance plus CV^2 of their load, a scalar. 0 if all experts are used equally.
 
-    Importance is the sum of an expert's weights over the tokens that chose it, load is their number. CV^2 is the
-    variance over the square of the mean.
+    Importance is the sum of an expert's weights over the tokens that chose it, load is the number of these tokens. CV^2
+    is the variance divided by the square of the mean.
 
-    Source: Shazeer et al. (arXiv 1701.06538), eqs. 6, 7, 11, as in M3ViT. Departure: load is counted, not estimated
+    Source: Shazeer et al. (arXiv 1701.06538), eqs. 6, 7, 11, as in M3ViT. Difference: load is counted, not estimated
     through the noise, so only importance has a gradient.
     """
     importance = torch.zeros_like(choice.probabilities).scatter(1, choice.experts, choice.weights).sum(dim=0)

@@ -1,44 +1,44 @@
-"""Tokens grouped by the expert that computes them, and the product of each group with its expert's weights.
+"""Groups tokens by expert, and multiplies each group by the weights of its expert.
 
-Two layouts. By size: groups one after the other, which needs their sizes in Python. By block: groups padded to blocks
-of one size, whose number is known in advance, so that no shape depends on the data: a GPU is never waited for, and
-graphs (`torch.compile`, `torch.export`, ONNX, CUDA graphs) can have it. No token is ever dropped.
+Two layouts. By size: groups follow each other, which needs their sizes in Python. By block: groups are padded to blocks
+of equal size, whose number is known in advance, so no shape depends on the data: it needs no host synchronization and
+works in graphs (`torch.compile`, `torch.export`, ONNX, CUDA graphs). No token is dropped.
 
-Shapes: n tokens, E experts, k of them chosen for each token, R rows of all groups, D inputs, F outputs of a product.
+Shapes: n tokens, E experts, k of which are chosen for each token, R rows of all groups, D inputs, F outputs.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from peft_bsr.core.autograd import BackwardContext
 from peft_bsr.core.quantized import in_dtype
 
-_BLOCKS = 4  # blocks that an expert with an even share of the tokens fills; each expert pads one more at most
-_ALIGNED = 8  # rows of a block are a multiple of it, for tensor cores
+_BLOCKS = 4  # blocks per expert if all have equally many tokens; each expert adds at most one block of padding
+_ALIGNED = 8  # the size of a block is a multiple of this, for tensor cores
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 class Groups:
-    """Where the tokens of each expert are.
+    """The layout of tokens grouped by expert.
 
     Args:
-        experts: [n, k] int64, those chosen for each token, no expert twice for one token.
-        num_experts: E.
-        by_block: Layout by blocks: the products cost 5/4 of those by size, at most those of all experts on all tokens.
-            They cost the latter in a graph to export, whose batch has any size. False: by size.
+        experts: Experts of each token, [n, k] int64, all different for one token.
+        num_experts: Number of experts, E.
+        by_block: Whether to use the layout by blocks. Its products cost 5/4 of those by size, but at most those of all
+            experts on all tokens; in graphs for export, whose batch size varies, always the latter.
 
     Attributes:
-        shape: (R,), or (blocks, rows of a block).
-        rows: [R] int64, the token of each row; of rows that pad, any.
-        places: [n k] int64, the row of each choice.
-        product: ([*shape, D], weights [E, F, D], biases [E, F] or None) -> [*shape, F], each row with its expert's.
-            Under autocast in its dtype.
+        shape: (R,), or (blocks, rows per block).
+        rows: Token of each row, [R] int64. Rows of padding have any token.
+        places: Row of each token and choice, [n k] int64.
+        product: ([*shape, D], weights [E, F, D], biases [E, F] or None) -> [*shape, F], each row with the weights of
+            its expert. In autocast's dtype under autocast.
     """
 
     shape: tuple[int, ...]
@@ -69,7 +69,7 @@ class Groups:
             starts, self.shape = counts.cumsum(dim=0) - counts, (num_tokens * top_k,)
 
             def product(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-                # unbound once: a gradient per expert, stacked, where indexing would add up E tensors of the full size
+                # `unbind` stacks one gradient per expert; indexing would add up E tensors of the full size
                 biases = (None,) * len(sizes) if bias is None else bias.unbind()
                 parts = zip(inputs.split(sizes), weight.unbind(), biases, strict=True)
                 return torch.cat([linear(part, own, shift) for part, own, shift in parts if len(part)])
@@ -77,16 +77,20 @@ class Groups:
         self.product: Product = product
         self.places = starts[chosen] + ranks
         tokens = torch.arange(num_tokens, device=device)[:, None].expand(num_tokens, top_k).flatten()
-        # rows that pad are many tokens, none of them often: their gradients of zero are added one by one
+        # padding uses many different tokens: gradients of one token, although zero, are added one after the other
         padding = torch.arange(math.prod(self.shape), device=device) % counts.new_full((), num_tokens)
         self.rows = padding.scatter(0, self.places, tokens)
 
 
+class _BlockContext(BackwardContext):
+    bias_dtype: torch.dtype | None
+
+
 class _BlockProduct(torch.autograd.Function):
-    """Blocks [M, rows, D] times the weights of their owners, E blocks at a time: no more weights are copied at once."""
+    """Blocks [M, rows, D] times the weights of their experts, E blocks at a time, to copy at most E weights at once."""
 
     @staticmethod
-    def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None, owners: Tensor) -> Tensor:
+    def forward(ctx: _BlockContext, inputs: Tensor, weight: Tensor, bias: Tensor | None, owners: Tensor) -> Tensor:
         ctx.save_for_backward(inputs, weight, owners)
         ctx.bias_dtype = None if bias is None else bias.dtype
         outputs = []
@@ -99,7 +103,7 @@ class _BlockProduct(torch.autograd.Function):
         return torch.cat(outputs)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _BlockContext, gradient: Tensor) -> tuple[Tensor | None, ...]:
         inputs, weight, owners = ctx.saved_tensors
         of_inputs = of_weight = of_bias = None
         if ctx.needs_input_grad[0]:

@@ -1,4 +1,4 @@
-"""Tensors of a forward that somebody reads after it."""
+"""Copies tensors that are read after the forward."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ _OUTSIDE = [tag] if (tag := getattr(torch.Tag, "cudagraph_unsafe", None)) is not
 
 
 def outliving(tensor: Tensor) -> Tensor:
-    """A copy without a gradient that holds after the next forward too, also where that replays a CUDA graph.
+    """A detached copy that stays valid after the next forward, even if that replays a CUDA graph.
 
-    All memory of a CUDA graph (`mode="reduce-overhead"`) is overwritten when the graph runs again, a clone in it as
-    well. So a compiler gets an operator that is marked to stay outside of such graphs.
+    A CUDA graph (`mode="reduce-overhead"`) overwrites all its memory when it is replayed, including clones made in it.
+    In compiled code, the copy is therefore made by an operator that is tagged to run outside of CUDA graphs.
 
     Source: https://docs.pytorch.org/docs/stable/torch.compiler_cudagraph_trees.html
     """

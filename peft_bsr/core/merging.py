@@ -1,7 +1,6 @@
-"""Merging of similar tokens, after token merging (ToMe, arXiv 2210.09461): nothing is dropped, so no score is needed.
+"""Merges similar tokens (ToMe, arXiv 2210.09461). Nothing is dropped, so no scores are needed.
 
-Shapes: B images, N tokens of which the first P are the prefix and the last S a suffix, M = N - P - S others, K of them
-left, D width.
+Shapes: B images, N tokens: P prefix, M others and S suffix tokens, K of the M are left, D width.
 """
 
 from __future__ import annotations
@@ -16,13 +15,13 @@ from peft_bsr.core.reduction import select_tokens
 
 
 def sum_tokens(tokens: Tensor, place: Tensor, weights: Tensor, left: int) -> Tensor:
-    """Weighted sums of tokens by place, [B, N, D] -> [B, left, D]; no token is kept for backward.
+    """Weighted sums of tokens by target index, [B, N, D] -> [B, left, D]. Keeps no tokens for backward.
 
     Args:
         tokens: [B, N, D].
-        place: [B, N] int64, in 0 to `left` - 1.
-        weights: [B, N], no gradient goes to them.
-        left: How many there are.
+        place: Target index of each token, [B, N] int64, from 0 to `left` - 1.
+        weights: [B, N], without gradients.
+        left: Number of sums.
     """
     weighted = tokens * weights[..., None]
     # not `index_add`, which keeps its source for backward
@@ -38,23 +37,23 @@ def merge_tokens(
     num_suffix: int = 0,
     sums: Callable[[Tensor, Tensor, Tensor, int], Tensor] = sum_tokens,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Merge similar tokens until `keep` of those that are not special are left; each takes the place of its partner.
+    """Merge similar tokens until `keep` non-special tokens are left.
 
-    The tokens at even places look for their most similar one at the odd places, by the cosine of the detached hidden
-    states. The M - K most similar pairs merge: at the odd place stands the mean of all that came together there,
-    weighted by how many patches each of them holds. Gradients flow through the means, never through the choice. A round
-    takes away half of the tokens at most; for fewer there is another one, on the means.
+    Each token at an even position is matched to its most similar token at an odd position, by the cosine of the
+    detached hidden states. The M - K most similar pairs merge: the token at the odd position becomes the mean of all
+    tokens matched to it and itself, weighted by the number of patches in each. Gradients flow through the means, not
+    through the matching. One round removes at most half of the tokens; further rounds work on the means.
 
-    Source: arXiv 2210.09461. Departures: docs/bsr.md.
+    Source: arXiv 2210.09461. Differences: docs/bsr.md.
 
     Args:
         hidden_states: [B, P + M + S, D].
-        origins: [B, M], the patch in whose place each token stands (see `Route`), ascending.
-        merged: [B, patches], the origin of the token that holds each patch.
-        num_prefix: P.
-        keep: K, static, at least 1. With K = M the very inputs are returned.
-        num_suffix: S.
-        sums: What sums the tokens up, see `sum_tokens`.
+        origins: `Route.origins`, [B, M], ascending.
+        merged: `Route.merged`, the origin of the token that contains each patch, [B, patches].
+        num_prefix: Number of special tokens at the front, P.
+        keep: Number of tokens left, K, a Python integer of at least 1. With K = M the inputs are returned unchanged.
+        num_suffix: Number of special tokens at the end, S. Default 0.
+        sums: Function that sums the tokens. Default `sum_tokens`.
 
     Returns:
         hidden states [B, P + K + S, D], origins [B, K] and merged [B, patches].
@@ -77,14 +76,14 @@ def merge_tokens(
         weights = pad(weights, (num_prefix, num_suffix), value=1.0)
         place = _with_special(place, num_prefix, left, num_suffix)
         hidden_states = sums(hidden_states, place, weights, num_prefix + left + num_suffix)
-        # patches follow the token that they were part of
+        # patches move with their token
         moved = merged.scatter(1, origins, origins.gather(1, goes_to))
         origins, merged = origins.gather(1, kept), moved.gather(1, merged)
     return hidden_states, origins, merged
 
 
 def _matched(tokens: Tensor, num_merged: int) -> Tensor:
-    """[B, M], where each of the tokens [B, M, D] goes: to itself, or to its partner if it merges."""
+    """Target of each of the tokens [B, M, D]: its own index, or that of the token it merges into, [B, M]."""
     seeking, found = tokens[:, ::2], normalize(tokens[:, 1::2], dim=2)
     nearest, partner = (seeking @ found.transpose(1, 2)).max(dim=2)
     cosine = nearest / seeking.norm(dim=2).clamp_min(torch.finfo(tokens.dtype).tiny)
@@ -94,21 +93,21 @@ def _matched(tokens: Tensor, num_merged: int) -> Tensor:
 
 
 def _places(goes_to: Tensor, left: int) -> tuple[Tensor, Tensor]:
-    """For each token [B, M] its place among those left; and the former places of these [B, K], ascending."""
+    """New index of each token [B, M], and the old indices of the tokens that are left [B, K], ascending."""
     stays = goes_to == torch.arange(goes_to.shape[1], device=goes_to.device)
     place = (stays.long().cumsum(dim=1) - 1).gather(1, goes_to)
     return place, torch.zeros_like(goes_to[:, :left]).scatter(1, place, goes_to)
 
 
 def _with_special(place: Tensor, num_prefix: int, left: int, num_suffix: int) -> Tensor:
-    """[B, P + M + S], places of all tokens; special ones stay beside the others."""
+    """New indices of all tokens including special ones, [B, P + M + S]."""
     prefix, suffix = torch.arange(num_prefix), torch.arange(num_suffix) + num_prefix + left
     parts = [special.to(place.device).expand(len(place), -1) for special in (prefix, suffix)]
     return torch.cat([parts[0], place + num_prefix, parts[1]], dim=1)
 
 
 def _weights(origins: Tensor, merged: Tensor, place: Tensor, left: int, dtype: torch.dtype) -> Tensor:
-    """[B, M], the share of each token in the one that it becomes part of, by patches."""
+    """Weight of each token in the mean, its share of the patches, [B, M]."""
     held = torch.zeros_like(merged).scatter_add(1, merged, torch.ones_like(merged)).gather(1, origins)
     total = torch.zeros_like(place[:, :left]).scatter_add(1, place, held)
     return held.to(dtype) / total.gather(1, place)

@@ -1,4 +1,4 @@
-"""Weights that are kept in fewer bits than they compute in, by tensor subclasses such as torchao's."""
+"""Quantized weights: tensor subclasses such as those of torchao."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from torch import Tensor
 
 
 def is_quantized(tensor: Tensor) -> bool:
-    """Whether a weight's numbers are made from fewer bits."""
+    """Whether a tensor is a quantized tensor subclass."""
     return type(tensor).dequantize is not Tensor.dequantize
 
 
 def as_plain(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A weight as numbers of that dtype, whatever it is kept as."""
+    """The tensor, dequantized if necessary, in `dtype`."""
     return tensor.dequantize().to(dtype) if is_quantized(tensor) else tensor.to(dtype)
 
 
 def in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The tensor in that dtype; itself, without asking torch, where it has it."""
+    """The tensor in `dtype`; the same object, without a call of torch, if it has this dtype already."""
     return tensor if tensor.dtype is dtype else tensor.to(dtype)
 
 
 def kept_bytes(tensor: Tensor) -> int:
-    """Bytes of memory behind a tensor: of its parts, if it is made from fewer bits."""
+    """Bytes of a tensor's storage; for a quantized tensor, of its inner tensors."""
     if not is_quantized(tensor):
         return tensor.untyped_storage().nbytes()
     parts, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]

@@ -1,8 +1,8 @@
-"""Queries beside a frozen attention's own tokens (SynQT, arXiv 2407.06964), its key and value projections absorbed.
+"""Attention of additional queries to a frozen block's tokens (SynQT, arXiv 2407.06964), without keys and values.
 
-`softmax(q . (Wk x + bk)) (Wv x + bv)` over tokens x needs neither keys nor values: `q . (Wk x)` is `(Wk^T q) . x`, the
-product with `bk` is the same for all tokens, so that softmax does not see it, and as the weights sum to one, `Wv` and
-`bv` may be applied to the pooled token. What is left of the tokens is the tokens themselves.
+`softmax(q . (Wk x + bk)) (Wv x + bv)` over tokens x needs neither keys nor values: `q . (Wk x)` is `(Wk^T q) . x`; the
+product with `bk` is the same for all tokens, so it cancels in the softmax; and because the weights sum to one, `Wv` and
+`bv` can be applied to the pooled token. Only the tokens themselves are kept for backward.
 
 Shapes: B images, N tokens, Q queries, H heads, d head width, D width of a token.
 """
@@ -14,15 +14,15 @@ from torch import Tensor
 
 
 def absorb_key(query: Tensor, key_weight: Tensor, num_heads: int) -> Tensor:
-    """`Wk^T q` of every head: what scores tokens without making keys of them.
+    """`Wk^T q` of every head, which scores tokens without computing their keys.
 
     Args:
-        query: [B, Q, H * d], behind the query projection.
-        key_weight: [H * d, D], of the key projection; its bias does not matter.
-        num_heads: H.
+        query: Output of the query projection, [B, Q, H * d].
+        key_weight: Weight of the key projection, [H * d, D]. Its bias has no effect.
+        num_heads: Number of heads, H.
 
     Returns:
-        [B, Q * H, D], a query's heads beside each other.
+        [B, Q * H, D], with the heads of each query next to each other.
     """
     batch, num_queries, _ = query.shape
     per_head = query.unflatten(2, (num_heads, -1)).permute(2, 0, 1, 3).flatten(1, 2)
@@ -31,10 +31,10 @@ def absorb_key(query: Tensor, key_weight: Tensor, num_heads: int) -> Tensor:
 
 
 def pooling_weights(query: Tensor, tokens: Tensor, scaling: float, hidden: Tensor | None = None) -> Tensor:
-    """`softmax(query . token * scaling)` over the tokens; in fp32 at least, as in eager attention.
+    """`softmax(query . token * scaling)` over the tokens, in fp32 or wider, as in eager attention.
 
     Args:
-        query: [B, R, D], any number of rows R.
+        query: [B, R, D], with any number of rows R.
         tokens: [B, N, D].
         scaling: Factor on the products.
         hidden: [B, N] bool, True where a token is padding, or None.
@@ -49,13 +49,13 @@ def pooling_weights(query: Tensor, tokens: Tensor, scaling: float, hidden: Tenso
 
 
 def apply_value(pooled: Tensor, value_weight: Tensor, value_bias: Tensor | None, num_heads: int) -> Tensor:
-    """The value projection on pooled tokens, each head's part on its own.
+    """Apply the value projection to pooled tokens, separately for each head.
 
     Args:
-        pooled: [B, Q * H, D], as `absorb_key` orders them.
-        value_weight: [H * d, D].
-        value_bias: [H * d] or None.
-        num_heads: H.
+        pooled: Pooled tokens, [B, Q * H, D], in the order of `absorb_key`.
+        value_weight: Weight of the value projection, [H * d, D].
+        value_bias: Its bias [H * d], or None.
+        num_heads: Number of heads, H.
 
     Returns:
         [B, Q, H * d].
@@ -71,13 +71,13 @@ def apply_value(pooled: Tensor, value_weight: Tensor, value_bias: Tensor | None,
 def attend_plain(
     query: Tensor, key: Tensor, value: Tensor, num_heads: int, scaling: float, hidden: Tensor | None = None
 ) -> Tensor:
-    """Queries on keys and values, as any attention has it.
+    """Scaled dot-product attention of queries to keys and values.
 
     Args:
         query: [B, Q, H * d].
         key: [B, N, H * d].
         value: [B, N, H * d].
-        num_heads: H.
+        num_heads: Number of heads, H.
         scaling: Factor on the products, usually `d ** -0.5`.
         hidden: [B, N] bool, True where a token is padding, or None.
 
@@ -96,7 +96,7 @@ def attend_plain(
 
 
 def hidden_tokens(mask: Tensor | None) -> Tensor | None:
-    """Which tokens an attention mask hides from every query, None where it hides none by itself.
+    """Which tokens an attention mask hides from all queries.
 
     Args:
         mask: [B, N] (nonzero = visible), or boolean (True = visible) or additive [B, 1 or H, 1 or N, N], or None.

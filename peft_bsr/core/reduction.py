@@ -15,32 +15,32 @@ from peft_bsr.errors import ForwardError
 
 
 def is_traced() -> bool:
-    """Whether torch.compile, torch.export or a TorchScript trace looks on, for which plain operations are run."""
+    """Whether torch.compile, torch.export or a TorchScript trace is running, which need plain operations."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def num_kept(keep_rate: float, num_tokens: int) -> int:
-    """Tokens that survive: `ceil(keep_rate * num_tokens)`, in exact decimals (0.55 of 100 is 55, not 56).
+    """Number of tokens kept: `ceil(keep_rate * num_tokens)`, in exact decimals (0.55 of 100 is 55, not 56).
 
     Args:
-        keep_rate: In (0, 1].
-        num_tokens: Tokens that compete (M), prefix not counted.
+        keep_rate: Share of the tokens to keep, in (0, 1].
+        num_tokens: Number of non-special tokens, M.
     """
     return math.ceil(round(keep_rate * int(num_tokens), 6))
 
 
 def select_tokens(scores: Tensor, keep: int) -> tuple[Tensor, Tensor]:
-    """Indices of the `keep` highest scores and of the rest, each ascending, so that positions stay sorted.
+    """Indices of the `keep` highest scores and of the others, each ascending.
 
     Args:
         scores: [B, M]. Ties go to the lower index.
-        keep: K, static, 1 <= K <= M.
+        keep: Number of tokens to keep, K, a Python integer from 1 to M.
 
     Returns:
-        kept [B, K] and dropped [B, M - K], int64.
+        Indices of the kept tokens [B, K] and of the dropped tokens [B, M - K], int64.
     """
     scores, num_tokens = scores.detach(), scores.shape[1]
-    # by the K-th value alone: which of two equals `topk` takes is not defined, and ONNX has no stable sort
+    # only the K-th value is used: `topk` does not define the order of ties, and ONNX has no stable sort
     last = scores.topk(keep, dim=1).values[:, -1:]
     is_above, is_tie = scores > last, scores == last
     is_kept = is_above | (is_tie & (is_tie.long().cumsum(dim=1) <= keep - is_above.sum(dim=1, keepdim=True)))
@@ -60,23 +60,23 @@ def reduce_tokens(
 ) -> tuple[Tensor, Tensor]:
     """Keep the special tokens and the `keep` best other ones; optionally append one token fused from the dropped ones.
 
-    The fused token is the sum of the dropped tokens weighted by their scores, not normalised, appended behind the
-    kept ones; gradients flow through its values and weights, never through the choice of indices.
+    The fused token is the sum of the dropped tokens weighted by their scores, not normalized, appended after the kept
+    ones. Gradients flow through its values and weights, not through the choice of indices.
 
     Args:
         hidden_states: [B, P + M + S, D].
-        origins: [B, M], where each token that is not special comes from (see `Route`), ascending.
-        scores: [B, P + M + S], attention of the tokens, mean over heads.
-        num_prefix: P.
-        keep: K. With K = M nothing is dropped and the very inputs are returned.
-        fused_origin: Origin number of the fused token, or None to drop without fusing.
-        num_suffix: S, special tokens at the end.
+        origins: `Route.origins`, [B, M], ascending.
+        scores: Token scores, [B, P + M + S], see `token_scores`.
+        num_prefix: Number of special tokens at the front, P.
+        keep: Number of tokens to keep, K. With K = M nothing is dropped and the inputs are returned unchanged.
+        fused_origin: Origin of the fused token, or None to drop without fusing.
+        num_suffix: Number of special tokens at the end, S. Default 0.
 
     Returns:
-        hidden states [B, P + K (+ 1) + S, D] and origins [B, K (+ 1)].
+        Hidden states [B, P + K (+ 1) + S, D] and origins [B, K (+ 1)].
 
     Raises:
-        ForwardError: If the shapes do not belong together.
+        ForwardError: If the shapes do not match.
     """
     check_tokens(hidden_states, origins, scores, hidden_states.shape[1] - num_prefix - num_suffix)
     if keep == origins.shape[1]:
@@ -96,21 +96,21 @@ def reduce_tokens(
 
 
 def check_tokens(hidden_states: Tensor, origins: Tensor | None, scores: Tensor, num_competing: int) -> None:
-    """Refuse shapes that do not belong together.
+    """Check that the shapes of tokens [B, N, D], scores [B, N] and origins [B, M] match.
 
     Raises:
-        ForwardError: If tokens [B, N, D], scores [B, N] and origins [B, M] do not.
+        ForwardError: If they do not.
     """
     if scores.shape[1] != hidden_states.shape[1] or (origins is not None and origins.shape[1] != num_competing):
         raise ForwardError(
             f"scores {tuple(scores.shape)}, tokens {tuple(hidden_states.shape)} and origins "
-            f"{None if origins is None else tuple(origins.shape)} do not belong together with "
+            f"{None if origins is None else tuple(origins.shape)} do not match for "
             f"{hidden_states.shape[1] - num_competing} special tokens"
         )
 
 
 def pick_tokens(hidden_states: Tensor, positions: Tensor) -> Tensor:
-    """[B, N, D] at positions [B, K] -> [B, K, D]; by `index_select`, as `gather` keeps its whole input for backward."""
+    """[B, N, D] at positions [B, K] -> [B, K, D]. Not by `gather`, which keeps its whole input for backward."""
     images, num_tokens, width = hidden_states.shape
     rows = positions + num_tokens * torch.arange(images, device=positions.device)[:, None]
     return hidden_states.reshape(-1, width).index_select(0, rows.reshape(-1)).view(images, -1, width)

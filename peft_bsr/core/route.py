@@ -144,7 +144,7 @@ class Route:
         suffix = torch.arange(suffix_start, self.full_length, device=device).expand(batch, -1)
         return torch.cat([prefix, self.num_prefix + fused, suffix], dim=1)
 
-    def readings(self, value: Any) -> tuple[SideInput, ...]:
+    def readings(self, value: object) -> tuple[SideInput, ...]:
         """Kinds that an attention input of all tokens can have by its shape, most likely first, `"other"` last.
 
         Shapes are ambiguous: a bias [.., N, N] looks like a table of width N, and another axis may happen to have

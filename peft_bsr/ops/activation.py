@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _gelu_backward = torch.ops.aten.gelu_backward.default
 _silu_backward = torch.ops.aten.silu_backward.default
@@ -27,7 +26,7 @@ class Activation:
     backward: Callable[[Tensor, Tensor], Tensor]
 
     @classmethod
-    def of(cls, module: Any) -> Activation | None:
+    def of(cls, module: nn.Module) -> Activation | None:
         """The activation of a torch or transformers module, or None if it is unknown."""
         name = type(module).__name__
         by_tanh = ("GELUTanh", "PytorchGELUTanh", "NewGELUActivation", "FastGELUActivation")

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout
 
+from peft_bsr.core import BackwardContext
+
 
 def generator_state(device: torch.device) -> Tensor:
     """State of the device's default generator, a small tensor on the CPU."""
@@ -42,14 +44,19 @@ def lean_dropout(tokens: Tensor, rate: float) -> Tensor:
     return output
 
 
+class _DropoutContext(BackwardContext):
+    state: Tensor
+    rate: float
+
+
 class _LeanDropout(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tokens: Tensor, rate: float) -> Tensor:
+    def forward(ctx: _DropoutContext, tokens: Tensor, rate: float) -> Tensor:
         ctx.state, ctx.rate = generator_state(tokens.device), rate
         return tokens * draw_mask(tokens, rate)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: _DropoutContext, gradient: Tensor) -> tuple[Tensor, None]:
         with generator_at(ctx.state, gradient.device):
             return gradient * draw_mask(gradient, ctx.rate), None
 

@@ -8,13 +8,12 @@ cast to the dtype of the inputs, and again in backward.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from peft_bsr.core import as_plain, is_quantized
+from peft_bsr.core import BackwardContext, as_plain, is_quantized
 
 
 class FrozenLinear(nn.Linear):
@@ -42,16 +41,20 @@ def exact_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
             yield from (p for p in part.parameters(recurse=False) if p.is_floating_point())
 
 
+class _FrozenContext(BackwardContext):
+    weight: Tensor
+
+
 class _FrozenProduct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: _FrozenContext, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.weight = weight  # a constant, not an activation: hidden from saved-tensor hooks
         if not is_quantized(weight):
             weight, bias = weight.to(inputs.dtype), None if bias is None else bias.to(inputs.dtype)
         return linear(inputs, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _FrozenContext, gradient: Tensor) -> tuple[Tensor | None, ...]:
         bias = gradient.flatten(0, -2).sum(dim=0) if ctx.needs_input_grad[2] else None
         return gradient @ as_plain(ctx.weight, gradient.dtype), None, bias
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any, NamedTuple
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ from peft_bsr.ops.linear import LinearOp
 from peft_bsr.ops.norm import NormOp
 
 _NORM, _LINEAR = 2, 4  # number of tensors
+_P = ParamSpec("_P")
+_Context, _Output = TypeVar("_Context"), TypeVar("_Output")
 
 
 class Compute(NamedTuple):
@@ -57,31 +59,34 @@ class HalfSettings:
     eps: float
     scalings: tuple[float, ...]
 
-    def bind(self, tensors: Sequence[Any], compute: Compute) -> tuple[Any, list[LinearOp]]:
+    def bind(self, tensors: Sequence[Tensor | None], compute: Compute) -> tuple[NormOp, list[LinearOp]]:
         """The norm and the Linears of the half, with Linears cast to the compute dtype.
 
         Args:
             tensors: Weight and bias of the norm, then weight, bias, lora_A and lora_B of each Linear.
             compute: Compute dtype of the Linears.
         """
-        starts = range(_NORM, len(tensors), _LINEAR)
+        given: Sequence[Any] = tensors  # weights of norm and Linears are not None
+        starts = range(_NORM, len(given), _LINEAR)
         linears = [
-            LinearOp(*tensors[i : i + _LINEAR], scaling).cast(*compute)  # type: ignore[call-arg]
+            LinearOp(*given[i : i + _LINEAR], scaling).cast(*compute)  # type: ignore[call-arg]
             for i, scaling in zip(starts, self.scalings, strict=True)
         ]
-        return self.norm(tensors[0], tensors[1], self.eps), linears
+        return self.norm(given[0], given[1], self.eps), linears
 
 
-def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+def without_autocast(
+    function: Callable[Concatenate[_Context, Tensor, _P], _Output],
+) -> Callable[Concatenate[_Context, Tensor, _P], _Output]:
     """Decorator that runs an autograd function's forward or backward without autocast."""
 
     @wraps(function)
-    def run(ctx: Any, tensor: Tensor, *others: Any) -> Any:
+    def run(ctx: _Context, tensor: Tensor, *others: _P.args, **named: _P.kwargs) -> _Output:
         device = tensor.device.type
         if not torch.is_autocast_enabled(device):
-            return function(ctx, tensor, *others)
+            return function(ctx, tensor, *others, **named)
         with torch.autocast(device, enabled=False):
-            return function(ctx, tensor, *others)
+            return function(ctx, tensor, *others, **named)
 
     return run
 

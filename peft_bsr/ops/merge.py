@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from peft_bsr.core import is_traced, sum_tokens
+from peft_bsr.core import BackwardContext, is_traced, sum_tokens
 from peft_bsr.core import merge_tokens as plain_merge_tokens
 from peft_bsr.ops.half import without_autocast
 
@@ -25,7 +23,7 @@ class _Summed(torch.autograd.Function):
 
     @staticmethod
     @without_autocast
-    def forward(ctx: Any, tokens: Tensor, place: Tensor, weights: Tensor, left: int) -> Tensor:
+    def forward(ctx: BackwardContext, tokens: Tensor, place: Tensor, weights: Tensor, left: int) -> Tensor:
         images, _, width = tokens.shape
         rows = (place + left * torch.arange(images, device=place.device)[:, None]).reshape(-1)
         weighted = (tokens * weights[..., None]).reshape(-1, width)
@@ -34,7 +32,7 @@ class _Summed(torch.autograd.Function):
 
     @staticmethod
     @without_autocast
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: BackwardContext, gradient: Tensor) -> tuple[Tensor | None, ...]:
         rows, weights = ctx.saved_tensors
         of_tokens = gradient.reshape(-1, gradient.shape[2]).index_select(0, rows).view(*weights.shape, -1)
         return of_tokens.mul_(weights[..., None]), None, None, None

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from peft_bsr.core import in_dtype
+from peft_bsr.core import BackwardContext, in_dtype
 from peft_bsr.ops.activation import Activation
 from peft_bsr.ops.dropout import draw_mask, generator_at, generator_state
 from peft_bsr.ops.half import (
@@ -36,7 +35,9 @@ class MLPOp(HalfSettings):
 
     activation: Activation
 
-    def __call__(self, tokens: Tensor, tensors: Sequence[Any], save_products: bool = True, rate: float = 0.0) -> Tensor:
+    def __call__(
+        self, tokens: Tensor, tensors: Sequence[Tensor | None], save_products: bool = True, rate: float = 0.0
+    ) -> Tensor:
         """Output of the MLP without the residual.
 
         Args:
@@ -52,11 +53,25 @@ class MLPOp(HalfSettings):
         return output
 
 
+class _MLPContext(BackwardContext):
+    op: MLPOp
+    compute: Compute
+    rate: float
+    state: Tensor | None
+    num_products: int
+
+
 class _LeanMLP(torch.autograd.Function):
     @staticmethod
     @without_autocast
     def forward(
-        ctx: Any, tokens: Tensor, op: MLPOp, compute: Compute, save_products: bool, rate: float, *tensors: Any
+        ctx: _MLPContext,
+        tokens: Tensor,
+        op: MLPOp,
+        compute: Compute,
+        save_products: bool,
+        rate: float,
+        *tensors: Tensor | None,
     ) -> Tensor:
         ctx.op, ctx.compute, ctx.rate = op, compute, rate
         ctx.state = generator_state(tokens.device) if rate else None
@@ -73,7 +88,7 @@ class _LeanMLP(torch.autograd.Function):
 
     @staticmethod
     @without_autocast
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _MLPContext, gradient: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivatives()
         op, compute = ctx.op, ctx.compute
         tokens, *saved = ctx.saved_tensors

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -78,7 +78,7 @@ class RMSNormOp(NamedTuple):
 NormOp = LayerNormOp | RMSNormOp
 
 
-def norm_kind(module: Any) -> tuple[type[NormOp], float] | None:
+def norm_kind(module: nn.Module) -> tuple[type[NormOp], float] | None:
     """Operator and epsilon of a norm module, or None if it is unknown. The self-test compares it with the module."""
     if type(module) is nn.LayerNorm and module.weight is not None:
         return LayerNormOp, module.eps

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from peft_bsr.core import in_dtype
+from peft_bsr.core import BackwardContext, in_dtype
 from peft_bsr.ops.half import (
     Compute,
     HalfSettings,
@@ -38,7 +37,7 @@ class ProjectionsOp(HalfSettings):
     head_width: int
     num_queries: int | None = None
 
-    def __call__(self, tokens: Tensor, tensors: Sequence[Any]) -> Heads:
+    def __call__(self, tokens: Tensor, tensors: Sequence[Tensor | None]) -> Heads:
         """[B, N, D] -> queries [B, H, Q, d], keys and values [B, H, N, d].
 
         Args:
@@ -48,13 +47,13 @@ class ProjectionsOp(HalfSettings):
         heads: Heads = _LeanProjections.apply(tokens, self, Compute.of(tokens), *tensors)
         return heads
 
-    def plain(self, tokens: Tensor, tensors: Sequence[Any]) -> Heads:
+    def plain(self, tokens: Tensor, tensors: Sequence[Tensor | None]) -> Heads:
         """The same with plain operations, for autograd or a compiler."""
         compute = Compute.of(tokens)
         with torch.autocast(tokens.device.type, enabled=False):
             return self.run(tokens, compute, tensors)
 
-    def run(self, tokens: Tensor, compute: Compute, tensors: Sequence[Any]) -> Heads:
+    def run(self, tokens: Tensor, compute: Compute, tensors: Sequence[Tensor | None]) -> Heads:
         """`plain` without autocast."""
         norm, (query, *others) = self.bind(tensors, compute)
         (batch, num_tokens, _), width = tokens.shape, self.head_width
@@ -70,17 +69,24 @@ class ProjectionsOp(HalfSettings):
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
+class _ProjectionsContext(BackwardContext):
+    op: ProjectionsOp
+    compute: Compute
+
+
 class _LeanProjections(torch.autograd.Function):
     @staticmethod
     @without_autocast
-    def forward(ctx: Any, tokens: Tensor, op: ProjectionsOp, compute: Compute, *tensors: Any) -> Heads:
+    def forward(
+        ctx: _ProjectionsContext, tokens: Tensor, op: ProjectionsOp, compute: Compute, *tensors: Tensor | None
+    ) -> Heads:
         ctx.op, ctx.compute = op, compute
         ctx.save_for_backward(tokens, *tensors)
         return op.run(tokens, compute, tensors)
 
     @staticmethod
     @without_autocast
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _ProjectionsContext, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivatives()
         op, compute = ctx.op, ctx.compute
         tokens, *tensors = ctx.saved_tensors

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peft_bsr.core import BackwardContext
 from peft_bsr.ops.dropout import generator_at, generator_state
 from peft_bsr.ops.half import Compute, refuse_second_derivatives
 
 
 def recomputed(
-    run: Callable[..., tuple[Tensor, ...]], tokens: Tensor, *parameters: Any, is_random: bool = False
+    run: Callable[..., tuple[Tensor, ...]], tokens: Tensor, *parameters: Tensor | None, is_random: bool = False
 ) -> tuple[Tensor, ...]:
     """`run(tokens, *parameters)`, keeping the tokens alone.
 
@@ -30,9 +31,21 @@ def recomputed(
     return outputs
 
 
+class _RecomputedContext(BackwardContext):
+    run: Callable[..., tuple[Tensor, ...]]
+    compute: Compute
+    state: Tensor | None
+
+
 class _Recomputed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, run: Callable[..., Any], is_random: bool, tokens: Tensor, *parameters: Any) -> Any:
+    def forward(
+        ctx: _RecomputedContext,
+        run: Callable[..., tuple[Tensor, ...]],
+        is_random: bool,
+        tokens: Tensor,
+        *parameters: Tensor | None,
+    ) -> tuple[Tensor, ...]:
         ctx.compute = Compute.of(tokens)
         ctx.state = generator_state(tokens.device) if is_random else None
         ctx.run = run
@@ -41,7 +54,7 @@ class _Recomputed(torch.autograd.Function):
         return run(tokens, *parameters)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _RecomputedContext, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_second_derivatives()
         dtype, casts = ctx.compute
         inputs: list[Any] = [None if t is None else t.detach() for t in ctx.saved_tensors]

@@ -6,14 +6,12 @@ Shapes: B images, N tokens = P prefix + M competing + S suffix, K kept, D width,
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from peft_bsr.compat.torch_api import softmax_backward
-from peft_bsr.core import check_tokens, in_dtype, is_traced
+from peft_bsr.core import BackwardContext, check_tokens, in_dtype, is_traced
 from peft_bsr.core import reduce_tokens as traced_reduce_tokens
 from peft_bsr.core import token_scores as any_token_scores
 from peft_bsr.ops.half import refuse_second_derivatives, without_autocast
@@ -51,11 +49,21 @@ def token_scores(kind: str, query: Tensor, key: Tensor, scaling: float, attentio
     return any_token_scores(kind, query, key, scaling, attention_mask)
 
 
+class _ReducedContext(BackwardContext):
+    sizes: tuple[torch.Size, torch.dtype, int, int, int]  # shape, dtype of the scores, P, P + M, K
+
+
 class _Reduced(torch.autograd.Function):
     @staticmethod
     @without_autocast
     def forward(
-        ctx: Any, hidden: Tensor, scores: Tensor, num_prefix: int, num_competing: int, keep: int, fuses: bool
+        ctx: _ReducedContext,
+        hidden: Tensor,
+        scores: Tensor,
+        num_prefix: int,
+        num_competing: int,
+        keep: int,
+        fuses: bool,
     ) -> tuple[Tensor, Tensor]:
         batch, num_tokens, width = hidden.shape
         end = num_prefix + num_competing
@@ -85,7 +93,7 @@ class _Reduced(torch.autograd.Function):
 
     @staticmethod
     @without_autocast
-    def backward(ctx: Any, gradient: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _ReducedContext, gradient: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
         kept_rows, *fused = ctx.saved_tensors
         shape, dtype, num_prefix, end, keep = ctx.sizes
         hidden_grad = gradient.new_empty(shape) if fused else gradient.new_zeros(shape)
@@ -108,9 +116,13 @@ class _Reduced(torch.autograd.Function):
         return hidden_grad, scores_grad, None, None, None, None
 
 
+class _ScoresContext(BackwardContext):
+    scaling: float
+
+
 class _ClassScores(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, scaling: float) -> Tensor:
+    def forward(ctx: _ScoresContext, query: Tensor, key: Tensor, scaling: float) -> Tensor:
         # a product and a sum: `@` would copy the key
         logits = (query[:, :, :1] * key).sum(dim=-1) * scaling
         weights = logits.softmax(dim=-1, dtype=torch.float64 if query.dtype is torch.float64 else torch.float32)
@@ -119,7 +131,7 @@ class _ClassScores(torch.autograd.Function):
         return in_dtype(weights, query.dtype).mean(dim=1)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _ScoresContext, gradient: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivatives(*_REFUSED)
         query, key, weights = ctx.saved_tensors
         shared = (gradient * (ctx.scaling / weights.shape[1]))[:, None].to(weights.dtype).expand_as(weights)

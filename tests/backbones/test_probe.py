@@ -117,7 +117,7 @@ def test_the_last_block_that_counts(make_model):
 @pytest.mark.parametrize("config", [BSRConfig(trainable_blocks=[1, 3]), ALaSTConfig()], ids=["bsr", "alast"])
 def test_blocks_that_would_train_for_nothing_are_refused(config):
     backbone = Dinov2Backbone(Dinov2Config(**SIZES, mlp_ratio=2, out_indices=[1, 2]))
-    with pytest.raises(ConfigError, match=r"3 would train for nothing.*with blocks 0 to 1\."):
+    with pytest.raises(ConfigError, match=r"3 would train without effect.*with blocks 0 to 1\."):
         get_peft_model(backbone, config)
 
 

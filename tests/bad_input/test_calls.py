@@ -225,7 +225,7 @@ MODELS: list[tuple[Callable[[], nn.Module], Any, type[Exception], str]] = [
         BSRConfig(trainable_blocks=[3], layout={"blocks.9.x": "y"}),
         ConfigError,
         "BSRConfig: `layout` names ['blocks.9.x'], which this model does not have or this plan does not "
-        "train. The adapter was made for another model; to begin a new one with this config, set "
+        "train. The adapter was made for another model; to create a new one with this configuration, set "
         "`layout=None`.",
     ),
     (
@@ -251,35 +251,35 @@ MODELS: list[tuple[Callable[[], nn.Module], Any, type[Exception], str]] = [
         lambda: make_adapter("bsr"),
         BSRConfig(),
         AdapterError,
-        "PeftModel has adapters already; another comes beside them with `model.add_adapter(name, config)`. "
+        "PeftModel already has adapters; add another with `model.add_adapter(name, config)`. "
         "To start from the base model, call `model.unload()` first.",
     ),
     (
         lambda: make_adapter("synqt"),
         SynQTConfig(),
         AdapterError,
-        "PeftModel has adapters already; another comes beside them with `model.add_adapter(name, config)`. "
+        "PeftModel already has adapters; add another with `model.add_adapter(name, config)`. "
         "To start from the base model, call `model.unload()` first.",
     ),
     (
         lambda: make_adapter("synqt").base_model.model,
         BSRConfig(),
         AdapterError,
-        "ViTForImageClassification carries adapters of another method (SynQTController). Call `unload()` there "
+        "ViTForImageClassification has adapters of another method (SynQTController). Call `unload()` on it "
         "first, or load the base model again.",
     ),
     (
         lambda: make_adapter("bsr").base_model.model,
         ALaSTConfig(),
         AdapterError,
-        "ViTForImageClassification carries adapters of another method (BSRController). Call `unload()` there "
+        "ViTForImageClassification has adapters of another method (BSRController). Call `unload()` on it "
         "first, or load the base model again.",
     ),
     (
         lambda: make_adapter("alast").base_model.model,
         SynQTConfig(),
         AdapterError,
-        "ViTForImageClassification carries adapters of another method (ALaSTController). Call `unload()` there "
+        "ViTForImageClassification has adapters of another method (ALaSTController). Call `unload()` on it "
         "first, or load the base model again.",
     ),
 ]
@@ -426,8 +426,8 @@ CALLS: list[tuple[str, Callable[[Any], Any], type[Exception], str]] = [
         "bsr",
         lambda m: m.base_model.set_adapter(["a", "b"]),
         AdapterError,
-        "Cannot activate ['a', 'b'] together: each of them holds whole weights and a plan, and two of them "
-        "do not add up. Name one of them.",
+        "Cannot activate ['a', 'b'] together: each adapter has its own weights and plan, which cannot be "
+        "combined. Name one adapter.",
     ),
     (
         "bsr",
@@ -451,8 +451,8 @@ CALLS: list[tuple[str, Callable[[Any], Any], type[Exception], str]] = [
         "bsr",
         lambda m: m.merge_adapter(["default", "default"]),
         AdapterError,
-        "Cannot merge ['default', 'default'] together: each of them holds whole weights and a plan, and two "
-        "of them do not add up. Name one of them.",
+        "Cannot merge ['default', 'default'] together: each adapter has its own weights and plan, which "
+        "cannot be combined. Name one adapter.",
     ),
     (
         "tasks",
@@ -465,8 +465,8 @@ CALLS: list[tuple[str, Callable[[Any], Any], type[Exception], str]] = [
         "synqt",
         lambda m: m.merge_adapter(),
         AdapterError,
-        "SynQT cannot be merged: its queries and its head compute beside the backbone, whose weights they "
-        "leave alone. Keep the adapter to use it, or call `unload()` for the base model.",
+        "SynQT cannot be merged: its queries and its head compute in addition to the backbone and do not "
+        "change its weights. Keep the adapter to use it, or call `unload()` for the base model.",
     ),
     (
         "bsr",
@@ -486,9 +486,9 @@ CALLS: list[tuple[str, Callable[[Any], Any], type[Exception], str]] = [
         "bsr",
         lambda m: m.base_model.model.vit.layers[2](torch.zeros(1, 17, 32)),
         ForwardError,
-        "a block of a model with an adapter ran outside of the model's forward. Call the model; and if this "
-        "is a backward pass, gradient checkpointing wraps the block's call (timm's does), where no route "
-        "reaches the recomputation: switch i",
+        "a block of a model with an adapter ran outside of the model's forward. Call the model. If this is a "
+        "backward pass, gradient checkpointing wraps the block's call (as timm does), so the recomputation has "
+        "no route: disable it, or set `kee",
     ),
     (
         "synqt",

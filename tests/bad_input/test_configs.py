@@ -140,12 +140,12 @@ CONFIGS: list[tuple[type, dict[str, Any], str]] = [
     (
         BSRConfig,
         {"layout": ["a"]},
-        "BSRConfig: `layout=['a']` must give each place its module's name, or be None.",
+        "BSRConfig: `layout=['a']` must map each place to a module name, or be None.",
     ),
     (
         BSRConfig,
         {"layout": {"a": 1}},
-        "BSRConfig: `layout={'a': 1}` must give each place its module's name, or be None.",
+        "BSRConfig: `layout={'a': 1}` must map each place to a module name, or be None.",
     ),
     (
         BSRConfig,

@@ -130,16 +130,16 @@ FILES: list[tuple[str, Callable[[Path], Any], type[Exception], str]] = [
         "Adapter 'default': base_model.model.classifier.bsr_params.default.heads.1.bias are missing in the file.",
     ),
     ("bsr", weights(dict.clear), AdapterFileError, "Adapter 'default': base_model.model.classifier.bsr_params"),
-    ("lora", config(r=8), AdapterFileError, "'{weights}' does not belong to its adapter_config.json: `base_model"),
-    ("bsr", config(trainable="lora"), AdapterFileError, "'{weights}' does not belong to its adapter_config.json: the"),
+    ("lora", config(r=8), AdapterFileError, "'{weights}' does not match its adapter_config.json: `base_model"),
+    ("bsr", config(trainable="lora"), AdapterFileError, "'{weights}' does not match its adapter_config.json: the"),
     ("synqt", config(layers=[1]), AdapterFileError, "Adapter 'default': "),
-    ("synqt", config(num_queries=5), AdapterFileError, "'{weights}' does not belong to its adapter_config.json: `ba"),
+    ("synqt", config(num_queries=5), AdapterFileError, "'{weights}' does not match its adapter_config.json: `ba"),
     ("tasks", config(tasks=[{"name": "zoo", "num_outputs": 6}]), AdapterFileError, "'{weights}' does not belong to"),
     ("bsr", config(trainable_blocks=[1, 2]), ConfigError, "BSRConfig: `layout` names ['blocks.3.attention."),
     ("bsr", config(trainable_blocks=[1, 11]), ConfigError, "BSRConfig: `trainable_blocks=[1, 11]` asks for block 11"),
     ("bsr", config(keep_rate="half"), ConfigError, "BSRConfig: `keep_rate='half'` holds 'half'"),
     ("bsr", config(trainable=["full"]), ConfigError, "BSRConfig: `trainable=['full']` is unknown."),
-    ("bsr", config(layout=[1]), ConfigError, "BSRConfig: `layout=[1]` must give each place its module's name"),
+    ("bsr", config(layout=[1]), ConfigError, "BSRConfig: `layout=[1]` must map each place to a module name"),
     ("bsr", config(task_type="NOPE"), ConfigError, "BSRConfig: Invalid task type: 'NOPE'."),
     ("alast", config(budget_range=3), ConfigError, "ALaSTConfig: `budget_range=3` must be two numbers"),
     ("synqt", config(layers=[0, 9]), ConfigError, "SynQTConfig: `layers=[0, 9]` asks for block 9"),
@@ -172,7 +172,7 @@ def test_damaged_files(method, damage, error, text, saved, tmp_path, monkeypatch
         assert_same_state(other, with_another)
 
 
-OTHER = "The adapter was trained on another model than this one, which has "
+OTHER = "The adapter was trained on a different model than this one, which has "
 WRONG_MODELS = [
     ("bsr", lambda: make_vit(depth=2), ConfigError, "BSRConfig: `trainable_blocks=[1, 3]` asks for block 3"),
     (
@@ -223,15 +223,18 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_adapter_that_trains(saved, tm
 
 ALONE = [
     (lambda f: (f / CONFIG).unlink(), "'{config}' cannot be read (FileNotFoundError"),
-    (lambda f: (f / WEIGHTS).unlink(), "'{weights}' is missing. Take another checkpoint"),
+    (lambda f: (f / WEIGHTS).unlink(), "'{weights}' is missing. Use another checkpoint"),
     (written(CONFIG, b""), "'{config}' cannot be read (JSONDecodeError"),
     (written(CONFIG, b'{"peft_type": "BSR"'), "'{config}' cannot be read (JSONDecodeError"),
     (written(CONFIG, b"\xff\xfe{}"), "'{config}' cannot be read ("),
     (written(CONFIG, b"[" * 100_000), "'{config}' cannot be read (RecursionError"),
-    (written(CONFIG, b"[1]"), "'{config}' is not of an adapter of peft_bsr: its `peft_type` is None"),
-    (config(peft_type=None), "'{config}' is not of an adapter of peft_bsr: its `peft_type` is None"),
-    (config(peft_type="LORA"), "'{config}' is not of an adapter of peft_bsr: its `peft_type` is 'LORA'"),
-    (config(peft_type=["BSR"]), "'{config}' is not of an adapter of peft_bsr: its `peft_type` is ['BSR']"),
+    (written(CONFIG, b"[1]"), "'{config}' is not the configuration of a peft_bsr adapter: its `peft_type` is None"),
+    (config(peft_type=None), "'{config}' is not the configuration of a peft_bsr adapter: its `peft_type` is None"),
+    (config(peft_type="LORA"), "'{config}' is not the configuration of a peft_bsr adapter: its `peft_type` is 'LORA'"),
+    (
+        config(peft_type=["BSR"]),
+        "'{config}' is not the configuration of a peft_bsr adapter: its `peft_type` is ['BSR']",
+    ),
 ]
 
 

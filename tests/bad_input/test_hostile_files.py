@@ -80,7 +80,7 @@ def test_other_kinds_of_numbers_are_refused(method, dtype, copied):
     name = "base_model.model.classifier.synqt_params.classifier.bias" if method == "synqt" else None
     name = name or "base_model.model.classifier.bsr_params.bias"
     folder = copied(method, lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
-    assert f"{dtype} instead of torch.float32 hold another kind of numbers" in refused(folder)
+    assert f"{dtype} instead of torch.float32 have an incompatible dtype" in refused(folder)
 
 
 def test_another_floating_point_type_is_taken(copied):
@@ -108,7 +108,7 @@ def test_a_pattern_of_a_file_is_never_run(name, pattern, copied):
     folder = copied("bsr", **{name: pattern})
     PeftModel.from_pretrained(make_vit(), folder)  # `layout` says what trains
     unseal(folder, layout=None)
-    assert f"`{name}` is a pattern, which is not taken from a file" in refused(folder, ConfigError)
+    assert f"`{name}` is a regular expression, which is not accepted from a file" in refused(folder, ConfigError)
     unseal(folder, **{name: None, "modules_to_save": [pattern]})
     assert "is not a module's name" in refused(folder, ConfigError)
     assert time.perf_counter() - begin < 10
@@ -131,11 +131,11 @@ def test_sizes_are_compared_with_the_file_before_memory_is_taken(method, values,
     for make in ("empty", "zeros", "full"):
         real = getattr(torch, make)
         monkeypatch.setattr(torch, make, lambda *a, _real=real, **k: taken.append(a) or _real(*a, **k))
-    with pytest.raises(AdapterFileError, match="does not belong to its adapter_config"):
+    with pytest.raises(AdapterFileError, match="does not match its adapter_config"):
         check_adapter(folder)
     base = make_vit()
     taken.clear()
-    with pytest.raises(AdapterFileError, match="does not belong to its adapter_config"):
+    with pytest.raises(AdapterFileError, match="does not match its adapter_config"):
         PeftModel.from_pretrained(base, folder)
     assert all(sum(torch.Size(a[0]) if isinstance(a[0], (list, torch.Size)) else [0]) < 10_000 for a in taken if a)
 

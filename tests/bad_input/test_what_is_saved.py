@@ -31,7 +31,7 @@ def settings(folder: Path) -> dict:
 def test_a_head_replaced_after_attaching_is_not_left_out_silently(method, tmp_path):
     model = make_adapter(method)
     model.base_model.model.classifier = nn.Linear(32, 3)
-    with pytest.raises(AdapterError, match="`classifier` was replaced or taken out after the adapter was attached"):
+    with pytest.raises(AdapterError, match="`classifier` was replaced or removed after the adapter was attached"):
         model.save_pretrained(tmp_path)
     assert not list(tmp_path.glob("adapter*")), "nothing was written"
 

@@ -241,7 +241,7 @@ def test_adapters_with_names_inside_each_other_keep_their_own_files(method, make
 
 
 def test_one_of_several_adapters_called_like_a_module_is_warned_of(model, method):
-    with pytest.warns(AdapterNameWarning, match=r"Adapters \['attention'\] are called like modules"):
+    with pytest.warns(AdapterNameWarning, match=r"Adapters \['attention'\] have the same names as modules"):
         model.add_adapter("attention", method.config())
 
 

@@ -317,7 +317,7 @@ def test_merging_a_side_network_is_refused_with_the_reason_and_changes_nothing(
         pytest.skip("this method can be merged")
     before, expected = snapshot(model), run(model, images)
     for call in ("merge_adapter", "merge_and_unload"):
-        with pytest.raises(AdapterError, match=r"cannot be merged: its .* compute beside the backbone"):
+        with pytest.raises(AdapterError, match=r"cannot be merged: its .* compute in addition to the backbone"):
             getattr(model, call)()
     assert_unchanged(model, before)
     assert torch.equal(run(model, images), expected)

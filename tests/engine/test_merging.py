@@ -128,8 +128,8 @@ def test_an_adapter_is_saved_and_one_from_before_drops(tmp_path):
     ("settings", "message"),
     [
         ({"reduction": "mix"}, r"`reduction='mix'` is unknown. Use one of 'drop', 'merge'"),
-        ({"reduction": "merge", "fuse_dropped": True}, r"`fuse_dropped=True` is for tokens that are dropped"),
-        ({"reduction": "merge", "score": "class"}, r"`score='class'` is for tokens that are dropped"),
+        ({"reduction": "merge", "fuse_dropped": True}, r"`fuse_dropped=True` applies to dropped tokens"),
+        ({"reduction": "merge", "score": "class"}, r"`score='class'` applies to dropped tokens"),
     ],
 )
 @pytest.mark.parametrize("config", [BSRConfig, SynQTConfig])

@@ -205,7 +205,7 @@ CONFIGS = [
     ({"tasks": {"a": 2}, "moe": {"experts": 3}}, r"unknown settings \['experts'\]"),
     ({"tasks": {"a": 2}, "moe": {"top_k": 20}}, "`top_k=20` must not be larger than `num_experts=16`"),
     ({"tasks": {"a": 2}, "task_weights": {"b": 1.0}}, "`task_weights={'b': 1.0}` must give numbers"),
-    ({"tasks": {"a": 2}, "preset": "paper"}, "`preset='paper'` is of mixtures of experts"),
+    ({"tasks": {"a": 2}, "preset": "paper"}, "`preset='paper'` is for mixtures of experts"),
     ({"tasks": {"a": 2}, "preset": "mine"}, "`preset='mine'` is unknown"),
     (
         {"tasks": {"a": {"num_outputs": 2, "kind": "segmentation"}}, "mode": "compact"},

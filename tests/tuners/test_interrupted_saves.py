@@ -102,7 +102,7 @@ def test_killed_at_any_moment(adapter, make_vit, images, run, tmp_path):
         try:
             check_adapter(tmp_path)
         except AdapterFileError as error:  # killed between the two files
-            assert "was not saved together with the adapter_config.json beside it" in str(error)
+            assert "was not saved together with the adapter_config.json next to it" in str(error)
         else:
             assert run(PeftModel.from_pretrained(make_vit(), tmp_path).eval(), images).isfinite().all()
     adapter.save_pretrained(tmp_path)

@@ -35,7 +35,7 @@ SMALL = {"r": 4, "token_r": 3}
         ({"keep_rate": 0.0}, "a rate is a number"),
         ({"kept_tokens": "int4"}, "`kept_tokens='int4'` is unknown"),
         ({"grid": [14, 10**9]}, "must be rows and columns of patches"),
-        ({"layout": {"a": 1}}, "must give each place its module's name"),
+        ({"layout": {"a": 1}}, "must map each place to a module name"),
         ({"target_modules": ["q_proj"]}, "choose the blocks to read by `layers`"),
     ],
     ids=repr,

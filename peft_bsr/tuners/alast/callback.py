@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import TrainerCallback
@@ -12,6 +12,9 @@ from peft_bsr.deprecation import warn_renamed
 from peft_bsr.errors import AdapterError
 from peft_bsr.tuners.alast.layer import ALaSTController
 from peft_bsr.tuners.alast.schedule import ALaSTSchedule
+
+if TYPE_CHECKING:
+    from transformers import TrainerControl, TrainerState, TrainingArguments
 
 
 @dataclass(frozen=True)
@@ -51,18 +54,27 @@ class ALaSTCallback(TrainerCallback):
     def __init__(self) -> None:
         self.history: list[BudgetRecord] = []
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Pass the learning rate to the schedule."""
         schedule = schedule_of(kwargs["model"])
         schedule.learning_rate = float(kwargs["optimizer"].param_groups[0]["lr"])
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Record the step."""
         schedule = schedule_of(kwargs["model"])
         schedule.next_step()
         self.history.append(BudgetRecord(state.global_step, tuple(schedule.budgets), tuple(schedule.selected)))
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
         """Add mean, minimum and maximum of the budgets."""
         budgets = schedule_of(kwargs["model"]).budgets
         if logs is not None and "loss" in logs:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from peft_bsr.backbones import ModelSpec
 from peft_bsr.core import DELTA_REDUCTIONS, SELECTIONS
@@ -22,7 +21,7 @@ from peft_bsr.registration import extend_peft_type
 from peft_bsr.tuners.base.reductions import as_list, check_score, check_ways, resolve_score
 from peft_bsr.tuners.blocks.config import BlockConfig, saving_less
 
-_PRESETS: dict[str | None, dict[str, Any]] = {
+_PRESETS: dict[str | None, dict[str, object]] = {
     None: {
         "initial_budget": 0.95,
         "alpha": 0.5,
@@ -145,8 +144,8 @@ class ALaSTConfig(BlockConfig):
         problems += check_flags(self, "train_embeddings", instead="True, False or None")
         if self.frozen_weights in ("int8", "bfloat16"):
             problems.append(
-                f"`frozen_weights={self.frozen_weights!r}` is for blocks that never train, but here each may. Leave it "
-                '"full".'
+                f"`frozen_weights={self.frozen_weights!r}` is for blocks that never train; here every block may. "
+                'Leave it "full".'
             )
         problems += check_whole(self, "token_multiple", instead=", or None")
         if not is_whole(self.seed):
@@ -159,7 +158,7 @@ class ALaSTConfig(BlockConfig):
         Raises:
             ConfigError: If the model does not allow the configuration; the message names every problem.
         """
-        score: Any = resolve_score(self, spec)
+        score = resolve_score(self, spec)
         problems, count = check_score(score, spec), self.trainable_blocks_per_step
         if count is not None and count > spec.depth:
             problems.append(
@@ -175,7 +174,7 @@ class ALaSTConfig(BlockConfig):
             BlockPlan(True, cut and index == 0, budgeted(plain, budget, budget ** (index + 1)))
             for index in range(spec.depth)
         )
-        return saving_less(Plan(blocks, self.mode or "compact"), self, spec)  # type: ignore[arg-type]
+        return saving_less(Plan(blocks, self.mode or "compact"), self, spec)
 
 
 def budgeted(reduction: Reduction, budget: float, share: float) -> Reduction:
@@ -183,7 +182,7 @@ def budgeted(reduction: Reduction, budget: float, share: float) -> Reduction:
     return replace(reduction, keep_rate=budget, share=share if reduction.multiple > 1 else None)
 
 
-def _is_preset(value: Any) -> bool:
+def _is_preset(value: object) -> bool:
     return value is None or (isinstance(value, str) and value in _PRESETS)
 
 

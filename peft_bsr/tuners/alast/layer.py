@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from peft_bsr.backbones import FamilyRule, ModelSpec
 from peft_bsr.compat.peft_api import BufferDict
@@ -52,7 +52,7 @@ class ALaSTController(MergeableController):
         schedule = self.schedule
         return schedule.plan if schedule is not None and self.training else None
 
-    def call(self, block: Any, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call(self, block: nn.Module, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the block. In training `torch.compile` does not trace it, because the plan changes in each step.
 
         Blocks that are compiled one by one (`block.compile()`) stay compiled.
@@ -75,7 +75,7 @@ class ALaSTController(MergeableController):
         if self.training and torch.is_grad_enabled() and (schedule := self.schedule) is not None:
             schedule.observe(before, after, self.spec.num_prefix)
 
-    def side_effect_free(self) -> AbstractContextManager[Any]:
+    def side_effect_free(self) -> AbstractContextManager[None]:
         """Context manager: forwards inside do not change the budgets or the selection."""
         return nullcontext() if self.schedule is None else self.schedule.side_effect_free()
 
@@ -100,13 +100,13 @@ class ALaSTController(MergeableController):
         return f"alast.ALaSTController(block={self.index}, schedules={sorted(self.schedules)})"
 
 
-def _write_states(controller: ALaSTController, *_: Any) -> None:
+def _write_states(controller: ALaSTController, *_: object) -> None:
     """Write the state of each schedule to its buffer."""
     for name, schedule in controller.schedules.items() if controller.index == 0 else ():
         controller.bsr_state[name] = schedule.pack().to(controller.bsr_state[name].device)
 
 
-def _read_states(controller: ALaSTController, _: Any) -> None:
+def _read_states(controller: ALaSTController, _: object) -> None:
     """Restore each schedule whose buffer was loaded, that is, differs from what `_write_states` wrote."""
     for name, schedule in controller.schedules.items():
         if not torch.equal(controller.bsr_state[name].cpu(), schedule.pack()):

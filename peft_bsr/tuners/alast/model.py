@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from peft_bsr.backbones import ModelSpec
 from peft_bsr.engine import Plan
 from peft_bsr.errors import AdapterError, UnsupportedModelError
-from peft_bsr.tuners.alast.config import ALaSTConfig
 from peft_bsr.tuners.alast.layer import STATE, ALaSTController
 from peft_bsr.tuners.alast.schedule import ALaSTSchedule, check_state
+from peft_bsr.tuners.base.config import SavedConfig
 from peft_bsr.tuners.base.layer import find_controllers
+from peft_bsr.tuners.base.resolution import Resolution
 from peft_bsr.tuners.blocks.layer import BlockWeights
 from peft_bsr.tuners.blocks.tuner import BlockTuner
 
@@ -49,7 +50,7 @@ class ALaSTModel(BlockTuner):
             AdapterError: If there is no adapter of that name.
         """
         name = adapter_name or (self.active_adapters or [None])[0]
-        controllers: Any = find_controllers(self.model)
+        controllers = find_controllers(self.model)
         if not controllers or name not in controllers[0].schedules:
             raise AdapterError(f"There is no adapter {name!r}; this model has {sorted(self.peft_config)}.")
         return controllers[0].schedules[name]
@@ -62,7 +63,7 @@ class ALaSTModel(BlockTuner):
         """
         return self.schedule(adapter_name).plan or super().plan(adapter_name)
 
-    def _assign(self, model: nn.Module, adapter_name: str, given: Any, found: Any) -> None:
+    def _assign(self, model: nn.Module, adapter_name: str, given: SavedConfig, found: Resolution) -> None:
         """Create one schedule for all controllers, with the adapter's weights in each block."""
         spec, plan = found.spec, found.plan
         blocks: list[list[nn.Module]] = [[] for _ in spec.blocks]
@@ -78,7 +79,7 @@ class ALaSTModel(BlockTuner):
 
     @classmethod
     def _get_adapter_state_dict(
-        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor], **kwargs: Any
+        cls, model: nn.Module, config: SavedConfig, adapter_name: str, state_dict: dict[str, Tensor], **kwargs: Any
     ) -> dict[str, Tensor]:
         """Adds the schedule's state, which is neither a parameter nor a buffer."""
         found = super()._get_adapter_state_dict(
@@ -107,8 +108,8 @@ class ALaSTModel(BlockTuner):
         depth = len(find_controllers(model))
         return [f"{name}: {problem}." for name, t in states.items() for problem in check_state(t, depth, config)]
 
-    def _record(self, model: nn.Module, config: Any, found: Any) -> Any:
-        own: ALaSTConfig = super()._record(model, config, found)
+    def _record(self, model: nn.Module, config: SavedConfig, found: Resolution) -> SavedConfig:
+        own = super()._record(model, config, found)
         if own.train_embeddings:
             own.modules_to_save = sorted({*(own.modules_to_save or ()), *find_embeddings(model, found.spec)})
         return own
@@ -125,15 +126,15 @@ def find_embeddings(model: nn.Module, spec: ModelSpec) -> list[str]:
     owners = {n for n in owners if not any(f"{n}.".startswith(f"{part}.") for part in inside)}
     if "" in owners:
         raise UnsupportedModelError(
-            f"{type(model).__name__} holds parameters itself, beside its modules, which cannot be trained by name. Use "
-            "`train_embeddings=False`."
+            f"{type(model).__name__} has parameters of its own outside of its modules, which `modules_to_save` cannot "
+            "name. Use `train_embeddings=False`."
         )
     found = sorted(n for n in owners if not any(n.startswith(f"{other}.") for other in owners))
     for name in found:  # PEFT takes every module whose name ends so
         if inside_it := [n for n, _ in model.named_modules() if n.startswith(f"{name}.") and n.endswith(name)]:
             raise UnsupportedModelError(
-                f"{type(model).__name__}: {name!r} cannot be trained by name, because the name of {inside_it[0]!r} "
-                "in it ends like it. Use `train_embeddings=False`, or a model with a head, where names are longer."
+                f"{type(model).__name__}: `modules_to_save` cannot name {name!r}, because {inside_it[0]!r} inside it "
+                "ends with the same name. Use `train_embeddings=False`, or a model with a head, where names are longer."
             )
     return found
 

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.hooks import RemovableHandle
 
 from peft_bsr.core import block_change, outliving, reduced_delta, select_blocks, update_budgets
 from peft_bsr.engine import Plan
@@ -158,7 +159,7 @@ class ALaSTSchedule:
             self.next_step()
             self._stepped = (self._stepped or set()) | parameters
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state, _stepped=None)
         _watch_optimizers(self)
 
@@ -260,7 +261,7 @@ def check_state(packed: Tensor, depth: int, config: ALaSTConfig) -> list[str]:
 
 
 _SCHEDULES: WeakSet[ALaSTSchedule] = WeakSet()
-_HOOKS: list[Any] = []  # torch's handle of `_see_step`, while there are schedules
+_HOOKS: list[RemovableHandle] = []  # torch's handle of `_see_step`, while there are schedules
 
 
 def _watch_optimizers(schedule: ALaSTSchedule) -> None:
@@ -276,7 +277,7 @@ def _unwatch_optimizers() -> None:
         _HOOKS.pop().remove()
 
 
-def _see_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+def _see_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
     schedules = list(_SCHEDULES)
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for schedule in schedules:

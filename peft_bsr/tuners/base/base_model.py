@@ -43,7 +43,9 @@ def own_config(model: nn.Module) -> PreTrainedConfig | None:
         return None
 
 
-def changed_settings(config: PreTrainedConfig, own: PreTrainedConfig, *, with_labels: bool = False) -> dict[str, Any]:
+def changed_settings(
+    config: PreTrainedConfig, own: PreTrainedConfig, *, with_labels: bool = False
+) -> dict[str, object]:
     """The settings that differ between a model's configuration and its file: name -> plain JSON value.
 
     Args:
@@ -52,7 +54,8 @@ def changed_settings(config: PreTrainedConfig, own: PreTrainedConfig, *, with_la
         with_labels: Whether to include class names. Default False: an adapter stores them separately.
     """
     skipped = _NOT_KEPT | (set() if with_labels else _LABELS)
-    before, found = own.to_dict(), {}
+    before = own.to_dict()
+    found: dict[str, object] = {}
     for name, value in config.to_dict().items():
         if name in skipped or name.startswith("_"):
             continue
@@ -65,7 +68,7 @@ def changed_settings(config: PreTrainedConfig, own: PreTrainedConfig, *, with_la
     return found
 
 
-def with_settings(own: PreTrainedConfig, changes: Mapping[str, Any]) -> PreTrainedConfig:
+def with_settings(own: PreTrainedConfig, changes: Mapping[str, object]) -> PreTrainedConfig:
     """A model's own configuration with the settings from `changed_settings`. Unknown names are ignored.
 
     Args:
@@ -78,8 +81,8 @@ def with_settings(own: PreTrainedConfig, changes: Mapping[str, Any]) -> PreTrain
     if larger := _larger(own.to_dict(), changes):
         name, before, value = larger[0]
         raise AdapterFileError(
-            f"The adapter's `base_config` asks for `{name}={value!r}` where the base model has {before!r}: that would "
-            "be a far larger model. The file is damaged, or not meant well."
+            f"The adapter's `base_config` asks for `{name}={value!r}`, but the base model has {before!r}: the model "
+            "would be far larger. The file is damaged or malicious."
         )
     return type(own).from_dict(_merged(own.to_dict(), changes)) if changes else own
 
@@ -95,7 +98,7 @@ def new_weights(model: nn.Module, own: PreTrainedConfig) -> dict[str, tuple[tupl
     """
     try:
         with torch.device("meta"):
-            stock: Any = type(model)(own)
+            stock = type(model)(own)
     except Exception:  # a class of the user's with another constructor
         return {}
     shapes = {name: tuple(parameter.shape) for name, parameter in stock.named_parameters()}
@@ -104,9 +107,9 @@ def new_weights(model: nn.Module, own: PreTrainedConfig) -> dict[str, tuple[tupl
     return {name: (shape, shapes[name]) for name, shape in found.items() if shape != shapes.get(name, shape)}
 
 
-def _larger(own: Mapping[str, Any], changes: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+def _larger(own: Mapping[str, object], changes: Mapping[str, object]) -> list[tuple[str, object, object]]:
     """Sizes that grow: (name, own value, changed value)."""
-    found = []
+    found: list[tuple[str, object, object]] = []
     for name, value in changes.items():
         before = own.get(name)
         if isinstance(value, dict) and isinstance(before, dict) and name not in _LABELS:
@@ -121,13 +124,13 @@ def _larger(own: Mapping[str, Any], changes: Mapping[str, Any]) -> list[tuple[st
     return found
 
 
-def _merged(values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+def _merged(values: dict[str, Any], changes: Mapping[str, object]) -> dict[str, Any]:
     known = {k: v for k, v in changes.items() if k in values and k not in _NOT_KEPT and not k.startswith("_")}
     inner = {k for k, v in known.items() if k not in _LABELS and isinstance(v, dict) and isinstance(values[k], dict)}
     return values | {k: _merged(values[k], v) if k in inner else v for k, v in known.items()}
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     """The value as plain JSON, or `_ABSENT` if JSON cannot hold it."""
     try:
         return json.loads(json.dumps(value))

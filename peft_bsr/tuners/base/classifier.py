@@ -36,9 +36,9 @@ def find_classifier(model: nn.Module, spec: ModelSpec, who: str) -> str:
     if not found:
         raise UnsupportedModelError(
             f"{type(model).__name__}: {who} the place of the classifier, but none of {linears} gives "
-            "the model's `logits` [images, classes] by itself. Load the model with one classifier, such as "
-            "`AutoModelForImageClassification.from_pretrained(..., num_labels=10)` does, or "
-            "put one on by `peft_bsr.with_head(model, num_labels=10)`."
+            "the model's `logits` [images, classes] by itself. Load the model with one classifier, for example by "
+            "`AutoModelForImageClassification.from_pretrained(..., num_labels=10)`, or add one with "
+            "`peft_bsr.with_head(model, num_labels=10)`."
         )
     return found[0]
 

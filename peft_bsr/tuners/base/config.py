@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from peft import PeftConfig
 from torch import nn
+from transformers import PreTrainedConfig
 
 from peft_bsr.backbones import Fingerprint, ModelSpec, weights_digest
 from peft_bsr.core.checks import MOST_CLASSES
@@ -22,7 +23,10 @@ from peft_bsr.tuners.base.classifier import without_layer
 from peft_bsr.tuners.base.files import AdapterFiles
 from peft_bsr.tuners.base.reductions import record
 
-AFTER_SAVE: list[Callable[[Any, Path], None]] = []
+if TYPE_CHECKING:
+    from peft_bsr.tuners.base.resolution import Resolution
+
+AFTER_SAVE: list[Callable[[SavedConfig, Path], None]] = []
 """Functions of an attached adapter's configuration and its folder, called after each save. The model card uses one.
 
 PEFT has no hook for this: `PeftModel` writes the card itself, and we do not change its class."""
@@ -44,8 +48,8 @@ class Attachment:
     spec: ModelSpec
     plan: Plan
     classes: tuple[str, ...]
-    config: Any
-    own: Any
+    config: object
+    own: PreTrainedConfig | None
     parts: tuple[str, ...] = ()
 
     @property
@@ -71,10 +75,10 @@ class SavedConfig(AdapterFiles, PeftConfig):
     """
 
     labels: list[str] | None = field(default=None, metadata={"help": "Written at attach: class names of the head."})
-    base_config: dict[str, Any] | None = field(
+    base_config: dict[str, object] | None = field(
         default=None, metadata={"help": "Written at save: settings of the base model that differ from its own file."}
     )
-    fingerprint: dict[str, Any] | None = field(
+    fingerprint: dict[str, object] | None = field(
         default=None, metadata={"help": "Written at attach: a description of the base model that identifies it."}
     )
     digests: dict[str, str] | None = field(
@@ -83,8 +87,9 @@ class SavedConfig(AdapterFiles, PeftConfig):
 
     target_modules = cast("Any", None)  # PEFT asks for it; methods that take names of modules have a field
     frozen_weights = "full"  # precision of frozen blocks' weights; methods that support it have a field of this name
-    resolution = None  # a Resolution, if known before the adapter is attached
-    attachment = None  # an Attachment; not annotated, so that it is neither a field nor saved
+    # not annotated, so that these are neither fields nor saved
+    resolution = cast("Any", None)  # the method's Resolution, if known before the adapter is attached
+    attachment = cast("Attachment | None", None)
     place = None  # where `peft_bsr.load` read it
     facts = None  # measurements, see `peft_bsr.hub.CardFacts`
 
@@ -92,17 +97,17 @@ class SavedConfig(AdapterFiles, PeftConfig):
         super().__post_init__()
         problems = []
         if self.labels is not None and not (isinstance(self.labels, list) and all(map(_is_text, self.labels))):
-            problems.append(f"`labels={self.labels!r}` must be a list of names, or None.")
+            problems.append(f"`labels={self.labels!r}` must be a list of strings, or None.")
         elif self.labels is not None and len(self.labels) > MOST_CLASSES:
-            problems.append(f"`labels` has {len(self.labels)} names; at most {MOST_CLASSES} are read.")
+            problems.append(f"`labels` has {len(self.labels)} names; at most {MOST_CLASSES} are allowed.")
         if self.base_config is not None and not isinstance(self.base_config, dict):
-            problems.append(f"`base_config={self.base_config!r}` must be names and values, or None.")
+            problems.append(f"`base_config={self.base_config!r}` must be a dict or None.")
         if self.fingerprint is not None and not isinstance(self.fingerprint, dict):
-            problems.append(f"`fingerprint={self.fingerprint!r}` must be names and values, or None.")
+            problems.append(f"`fingerprint={self.fingerprint!r}` must be a dict or None.")
         if self.digests is not None and not (
             isinstance(self.digests, dict) and all(map(_is_text, self.digests.values()))
         ):
-            problems.append(f"`digests={self.digests!r}` must be names and texts, or None.")
+            problems.append(f"`digests={self.digests!r}` must be a dict of strings, or None.")
         if problems:
             raise ConfigError.from_problems(type(self).__name__, problems)
 
@@ -112,7 +117,7 @@ class SavedConfig(AdapterFiles, PeftConfig):
         spec: ModelSpec,
         plan: Plan,
         held: Sequence[str],
-        fingerprint: dict[str, Any] | None = None,
+        fingerprint: dict[str, object] | None = None,
     ) -> None:
         """Store what identifies the model.
 
@@ -135,14 +140,14 @@ class SavedConfig(AdapterFiles, PeftConfig):
             _check_labels(self.labels, labels)
             _check_model(self.fingerprint, found, warn=self.fills_weights)
             if labels == _default_labels(labels) and self.labels and len(self.labels) == len(labels or ()):
-                labels = self.labels  # a model made in memory has no names
+                labels = self.labels  # a model created in memory has no names
         elif own is not None:
             _check_new(model, new_weights(model, own), held, self)
         classes = tuple(cls.__name__ for cls in type(model).__mro__)
         self.attachment = Attachment(spec, plan, classes, getattr(model, "config", None), own)
         self.labels, self.fingerprint = labels, found
 
-    def _fingerprint_of(self, model: nn.Module, spec: ModelSpec) -> dict[str, Any]:
+    def _fingerprint_of(self, model: nn.Module, spec: ModelSpec) -> dict[str, object]:
         apart = getattr(self, "modules_to_save", None) or ()
         return {**Fingerprint.of(model, spec).to_dict(), "weights": weights_digest(model, spec, apart)}
 
@@ -151,7 +156,7 @@ class SavedConfig(AdapterFiles, PeftConfig):
         """Whether a task needs an output for each patch."""
         return False
 
-    def recorded(self, resolution: Any) -> Any:
+    def recorded(self, resolution: Resolution) -> SavedConfig:
         """A copy with the values that were chosen for the model, see `Resolution`."""
         config = copy.copy(self)
         record(config, resolution.plan)
@@ -160,7 +165,7 @@ class SavedConfig(AdapterFiles, PeftConfig):
     def _labels(self, model: nn.Module, spec: ModelSpec) -> list[str] | None:
         return find_labels(model, spec)
 
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Save the configuration, then call `AFTER_SAVE`.
 
         Args:
@@ -185,7 +190,7 @@ def find_labels(model: nn.Module, spec: ModelSpec) -> list[str] | None:
     return [str(named[index]) for index in sorted(named)]
 
 
-def _is_text(value: Any) -> bool:
+def _is_text(value: object) -> bool:
     return isinstance(value, str)
 
 
@@ -194,19 +199,19 @@ def _default_labels(labels: list[str] | None) -> list[str]:
     return [f"LABEL_{index}" for index in range(len(labels or ()))]
 
 
-def _check_model(saved: dict[str, Any] | None, found: dict[str, Any], *, warn: bool) -> None:
+def _check_model(saved: dict[str, object] | None, found: dict[str, object], *, warn: bool) -> None:
     if saved is None:
         return
     if differing := Fingerprint.from_dict(found).differences(Fingerprint.from_dict(saved)):
         raise AdapterFileError(
-            f"The adapter was trained on another model than this one, which has {', '.join(differing)}. Load it on the "
-            "model that it was trained on; `peft_bsr.load(adapter)` finds it."
+            f"The adapter was trained on a different model than this one, which has {', '.join(differing)}. Load it on "
+            "the model that it was trained on; `peft_bsr.load(adapter)` finds it."
         )
     digests = [values.get("weights") for values in (saved, found)]
     if warn and None not in digests and digests[0] != digests[1]:
         warnings.warn(
             "The base model has other weights than the one that the adapter was trained on. Outputs will differ; load "
-            "the same checkpoint if that is not meant.",
+            "the same checkpoint if this is not intended.",
             OtherWeightsWarning,
             stacklevel=2,
         )
@@ -221,7 +226,12 @@ def _check_labels(saved: list[str] | None, found: list[str] | None) -> None:
         )
 
 
-def _check_new(model: nn.Module, new: dict[str, Any], held: Sequence[str], config: Any) -> None:
+def _check_new(
+    model: nn.Module,
+    new: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]],
+    held: Sequence[str],
+    config: SavedConfig,
+) -> None:
     """Raise if new weights would be lost: frozen at random values, and not in any file."""
     saved = [rf"(^|.*\.){re.escape(name)}($|\..*)" for name in getattr(config, "modules_to_save", None) or ()]
     lost = {
@@ -234,11 +244,11 @@ def _check_new(model: nn.Module, new: dict[str, Any], held: Sequence[str], confi
         return
     name, (shape, before) = next(iter(lost.items()))
     raise ConfigError(
-        f"{type(config).__name__}: `{name}` {list(shape)} is not from the base model, whose own is {list(before)}: it "
-        "would stay at random, and the adapter would not have it. New patch embeddings train with "
+        f"{type(config).__name__}: `{name}` {list(shape)} is not from the base model's files, which have "
+        f"{list(before)}: it would stay random, and the adapter would not contain it. Train new patch embeddings with "
         "`BSRConfig(trainable_blocks='every:1', modules_to_save=['patch_embeddings'])` or "
         "`ALaSTConfig(train_embeddings=True)`; for images of another size use "
-        "`peft_bsr.set_image_size(model, pixels)` instead. If the weights are right as they are, save the model with "
+        "`peft_bsr.set_image_size(model, pixels)` instead. If the weights are trained already, save the model with "
         "`save_pretrained(folder)` and load it from there."
     )
 

@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
 
 from peft_bsr.errors import AdapterFileError
 
@@ -14,7 +13,7 @@ _NOT_COUNTED = {"auto_mapping", "base_model_name_or_path", "digests", "inference
 _CHUNK = 2**20
 
 
-def settings_digest(values: Mapping[str, Any]) -> str:
+def settings_digest(values: Mapping[str, object]) -> str:
     """Digest of `adapter_config.json`, without the path of the base model and what PEFT itself writes.
 
     Args:
@@ -33,7 +32,7 @@ def file_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def with_digests(values: Mapping[str, Any], weights: Path) -> dict[str, Any]:
+def with_digests(values: Mapping[str, object], weights: Path) -> dict[str, object]:
     """Add the digests of the settings, and of the weights if the file exists.
 
     Args:
@@ -46,7 +45,7 @@ def with_digests(values: Mapping[str, Any], weights: Path) -> dict[str, Any]:
     return {**values, "digests": digests}
 
 
-def check_settings(values: Mapping[str, Any], known: Collection[str], path: Path) -> None:
+def check_settings(values: Mapping[str, object], known: Collection[str], path: Path) -> None:
     """Raise if the settings differ from those that were saved. Files of earlier versions have no digest.
 
     Args:
@@ -64,8 +63,8 @@ def check_settings(values: Mapping[str, Any], known: Collection[str], path: Path
     found = {settings_digest(values), settings_digest(read)}
     if not isinstance(digests, dict) or digests.get("settings") not in found:
         raise AdapterFileError(
-            f"{str(path)!r} is not as it was saved: its settings have another digest than `digests` says. The file is "
-            "damaged; take another checkpoint, or download it again. If you changed it yourself, take `digests` out."
+            f"{str(path)!r} was changed after it was saved: its settings do not match `digests`. The file is damaged; "
+            "use another checkpoint, or download it again. If you changed it yourself, remove `digests`."
         )
 
 
@@ -82,9 +81,9 @@ def check_weights_belong(digests: Mapping[str, str] | None, path: Path) -> None:
     expected = (digests or {}).get("weights")
     if expected is not None and file_digest(path) != expected:
         raise AdapterFileError(
-            f"{str(path)!r} was not saved together with the adapter_config.json beside it: a save was interrupted, two "
-            "of them wrote to one folder, or the file is damaged. Take another checkpoint, or save or download it "
-            "again. If you changed it yourself, take `digests` out of adapter_config.json."
+            f"{str(path)!r} was not saved together with the adapter_config.json next to it: a save was interrupted, "
+            "two processes saved to one folder, or the file is damaged. Use another checkpoint, or save or download it "
+            "again. If you changed it yourself, remove `digests` from adapter_config.json."
         )
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from torch import Tensor
 
 from peft_bsr.compat.peft_api import config_class
 from peft_bsr.errors import AdapterFileError, ConfigError, headline
@@ -47,7 +48,9 @@ class AdapterFiles:
             raise ConfigError(f"{type(self).__name__}: {error}") from error
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, subfolder: str | None = None, **kwargs: Any) -> Any:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, subfolder: str | None = None, **kwargs: Any
+    ) -> Any:
         """Check the files, then read the configuration.
 
         Args:
@@ -71,7 +74,7 @@ class AdapterFiles:
         return config
 
     @classmethod
-    def from_json_file(cls, path_json_file: Any, **kwargs: Any) -> dict[str, Any]:
+    def from_json_file(cls, path_json_file: str | Path, **kwargs: object) -> dict[str, Any]:
         """Read and check the file. PEFT calls this for downloaded files, too.
 
         Args:
@@ -95,7 +98,7 @@ class AdapterFiles:
         """
         return {}
 
-    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Save the configuration atomically: an interrupted save leaves the earlier file.
 
         Args:
@@ -116,8 +119,8 @@ class AdapterFiles:
             self.digests = values["digests"]
         except OSError as error:
             raise AdapterFileError(
-                f"{str(folder / CONFIG_NAME)!r} was not written ({error}); an earlier one is as it was. "
-                "Make room, or save to another folder."
+                f"{str(folder / CONFIG_NAME)!r} was not written ({error}); an earlier file is unchanged. "
+                "Free disk space, or save to another folder."
             ) from error
         finally:
             shutil.rmtree(draft, ignore_errors=True)
@@ -135,7 +138,7 @@ def check_adapter(folder: str | Path) -> None:
         folder: Folder with `adapter_config.json` and `adapter_model.safetensors`.
 
     Raises:
-        AdapterFileError: If a file is missing or damaged, weights are pickled, or the files do not belong together.
+        AdapterFileError: If a file is missing or damaged, weights are pickled, or the files do not match.
         ConfigError: If the configuration has invalid values.
 
     Examples:
@@ -156,7 +159,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     return _read_values(folder / CONFIG_NAME)
 
 
-def check_weights(folder: Path) -> dict[str, Any]:
+def check_weights(folder: Path) -> dict[str, Tensor]:
     """Read the header of `adapter_model.safetensors`, which shows whether the file is complete.
 
     Returns:
@@ -171,7 +174,7 @@ def check_weights(folder: Path) -> dict[str, Any]:
     return read_header(path)
 
 
-def check_file(config: Any) -> None:
+def check_file(config: AdapterFiles) -> None:
     """Check the file that PEFT is about to load against the settings. Reads the header only, not the tensors.
 
     Args:
@@ -197,7 +200,7 @@ def check_file(config: Any) -> None:
         ][:1]
     if problems:
         problems[-1] += f" {AGAIN}."
-        raise AdapterFileError.from_problems(f"{str(path)!r} does not belong to its adapter_config.json", problems)
+        raise AdapterFileError.from_problems(f"{str(path)!r} does not match its adapter_config.json", problems)
     check_weights_belong(config.digests, path)
 
 
@@ -208,23 +211,25 @@ def _read_values(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise AdapterFileError(f"{str(path)!r} cannot be read ({headline(error)}). {AGAIN}.") from error
     if size > _LARGEST:
-        raise AdapterFileError(f"{str(path)!r} cannot be read: it has {size} bytes, at most {_LARGEST} are. {AGAIN}.")
+        raise AdapterFileError(
+            f"{str(path)!r} cannot be read: it has {size} bytes, at most {_LARGEST} are allowed. {AGAIN}."
+        )
     peft_type = values.get("peft_type") if isinstance(values, dict) else None
     if not isinstance(peft_type, str) or peft_type not in REGISTERED:
         raise AdapterFileError(
-            f"{str(path)!r} is not of an adapter of peft_bsr: its `peft_type` is {peft_type!r}, not one of "
-            f"{', '.join(map(repr, sorted(REGISTERED)))}. {AGAIN}, or load it as what it is."
+            f"{str(path)!r} is not the configuration of a peft_bsr adapter: its `peft_type` is {peft_type!r}, not "
+            f"one of {', '.join(map(repr, sorted(REGISTERED)))}. {AGAIN}, or load it with PEFT."
         )
     known = {setting.name for setting in fields(config_class(peft_type))}
     check_settings(values, known, path)
     return values
 
 
-def _without_patterns(values: dict[str, Any]) -> list[str]:
+def _without_patterns(values: dict[str, object]) -> list[str]:
     """Remove regular expressions if `layout` names what trains. Returns problems: other patterns, too long lists."""
     lists = {name: given for name, given in values.items() if isinstance(given, list) and name != "labels"}
     problems = [
-        f"`{name}` has {len(given)} entries; at most {_LONGEST} are read."
+        f"`{name}` has {len(given)} entries; at most {_LONGEST} are allowed."
         for name, given in lists.items()
         if len(given) > _LONGEST
     ]
@@ -233,7 +238,9 @@ def _without_patterns(values: dict[str, Any]) -> list[str]:
         if isinstance(given, str) and values.get("layout") and name != "modules_to_save":
             values[name] = None
         elif isinstance(given, str):
-            problems.append(f"`{name}` is a pattern, which is not taken from a file. Give a list of names.")
+            problems.append(
+                f"`{name}` is a regular expression, which is not accepted from a file. Use a list of names."
+            )
         elif isinstance(given, list):
             texts = [text for text in given if isinstance(text, str)]
             odd = [text for text in texts if len(text) > _LONGEST or not _PLAIN_NAME.fullmatch(text)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from peft_bsr.core import is_quantized, kept_bytes
 from peft_bsr.errors import ConfigError, MissingDependencyError, UnsupportedModelError
 from peft_bsr.ops import FrozenLinear, exact_parameters, freeze_linear
 from peft_bsr.tuners.base.classifier import without_layer
+
+if TYPE_CHECKING:
+    from peft_bsr.tuners.base.config import SavedConfig
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +31,7 @@ _ROOT = "base_model.model."
 
 
 def linears_to_round(
-    model: nn.Module, spec: ModelSpec, config: Any, trained: Collection[int], exact_names: Collection[str] = ()
+    model: nn.Module, spec: ModelSpec, config: SavedConfig, trained: Collection[int], exact_names: Collection[str] = ()
 ) -> dict[str, str]:
     """Linear modules to round for an adapter, name -> `"int8"` or `"bfloat16"`: those in blocks that do not train.
 
@@ -51,8 +54,10 @@ def linears_to_round(
         for role, leaf in spec.paths.items()
         if index not in trained and role not in exact_names
     ]
-    modules: dict[str, Any] = {name: without_layer(model.get_submodule(name)) for name in names}
-    modules = {name: module for name, module in modules.items() if type(module) in (nn.Linear, FrozenLinear)}
+    found = {name: without_layer(model.get_submodule(name)) for name in names}
+    modules = {
+        name: module for name, module in found.items() if type(module) is nn.Linear or isinstance(module, FrozenLinear)
+    }
     if how == "bfloat16":
         whole = {name: module.weight.dtype for name, module in modules.items() if type(module) is nn.Linear}
         if torch.float16 in whole.values():
@@ -92,8 +97,8 @@ def check_rounded(model: nn.Module, spec: ModelSpec, wanted: Mapping[str, str], 
         return f"{next(iter(rounded.values()))!r} in blocks {blocks}" if rounded else "'full'"
 
     raise ConfigError(
-        f"the adapter wants frozen weights {told(wanted)}, but in this model they are {told(found)}. All adapters of a "
-        "model share its frozen weights: use the same `frozen_weights` and trained blocks, or load the model anew."
+        f"the adapter needs frozen weights {told(wanted)}, but in this model they are {told(found)}. All adapters of a "
+        "model share its frozen weights: use the same `frozen_weights` and trained blocks, or load the model again."
     )
 
 
@@ -171,7 +176,7 @@ def tell_ddp(model: nn.Module, offloaded: Sequence[str] = ()) -> None:
 
 
 def _not_rounded(model: nn.Module, wanted: Iterable[str]) -> dict[str, nn.Linear]:
-    modules: dict[str, Any] = {name: model.get_submodule(name) for name in wanted}
+    modules = {name: model.get_submodule(name) for name in wanted}
     return {name: module for name, module in modules.items() if type(module) is nn.Linear}
 
 
@@ -223,7 +228,7 @@ def _mebibytes(modules: Iterable[nn.Module]) -> float:
     return sum(kept_bytes(parameter) for module in modules for parameter in module.parameters()) / 2**20
 
 
-def _floats(output: Any) -> list[Tensor]:
+def _floats(output: object) -> list[Tensor]:
     return [tensor.float() for tensor in tensors_of(output) if tensor.is_floating_point()]
 
 

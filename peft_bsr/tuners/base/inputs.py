@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
 
 from torch import Tensor
 
@@ -10,7 +10,7 @@ from peft_bsr.backbones import ModelSpec
 from peft_bsr.errors import InputError
 
 
-def check_inputs(name: str, spec: ModelSpec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def check_inputs(name: str, spec: ModelSpec, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
     """Raise if the input is not a batch of images.
 
     Args:
@@ -29,7 +29,7 @@ def check_inputs(name: str, spec: ModelSpec, args: tuple[Any, ...], kwargs: dict
         raise InputError(f"`{name}` is {found}: {problem}. Call the model with `{name}` [{expected}].")
 
 
-def _problem(spec: ModelSpec, images: Any) -> str | None:
+def _problem(spec: ModelSpec, images: object) -> str | None:
     if not isinstance(images, Tensor):
         return "that is not a tensor"
     shape, axes = images.shape, 1 + len(spec.image_shape)

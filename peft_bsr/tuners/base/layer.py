@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -50,9 +51,10 @@ class SingleAdapterLayer(BaseTunerLayer):
         name = self._active_adapter[0]
         return name if name in self._carried() else None
 
-    def _carried(self) -> Any:
+    def _carried(self) -> Mapping[str, object]:
         """The container with one entry per adapter. Read in each forward, so it avoids PEFT's search of all of them."""
-        return getattr(self._modules[self.adapter_layer_names[0]], MODULES)
+        carried: Mapping[str, object] = getattr(self._modules[self.adapter_layer_names[0]], MODULES)
+        return carried
 
 
 class AdapterController(BlockController, SingleAdapterLayer):
@@ -97,10 +99,10 @@ class AdapterController(BlockController, SingleAdapterLayer):
     def _get_available_adapters(self) -> set[str]:
         return set(self.plans)
 
-    def _carried(self) -> Any:
+    def _carried(self) -> Mapping[str, object]:
         return self.plans
 
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: Any = None) -> None:
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         pass
 
 
@@ -127,7 +129,7 @@ def find_controllers(model: nn.Module) -> list[Any]:
 
 
 @contextmanager
-def detached(model: nn.Module, controllers: list[Any]) -> Iterator[None]:
+def detached(model: nn.Module, controllers: Sequence[AdapterController]) -> Iterator[None]:
     """Context manager: detach the controllers from the blocks."""
     for controller in controllers:
         detach_controller(model, controller)
@@ -146,12 +148,12 @@ def check_single(adapter_names: list[str], action: str) -> None:
     """
     if len(adapter_names) > 1:
         raise AdapterError(
-            f"Cannot {action} {adapter_names} together: each of them holds whole weights and a plan, and two of them "
-            "do not add up. Name one of them."
+            f"Cannot {action} {adapter_names} together: each adapter has its own weights and plan, which cannot be "
+            "combined. Name one adapter."
         )
 
 
-def drop_saved_name(layer: Any, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+def drop_saved_name(layer: SingleAdapterLayer, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
     """State dict hook: removes the adapter's name from keys of nested modules, which peft 0.20 would add twice."""
     (container,) = layer.adapter_layer_names
     adapters = getattr(layer, container)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+from peft import PeftModel
 from torch import Tensor, nn
 
 from peft_bsr.compat.peft_api import ModulesToSaveWrapper
 from peft_bsr.errors import AdapterError, AdapterFileError
+from peft_bsr.tuners.base.config import SavedConfig
 from peft_bsr.tuners.base.layer import ROOT, adapter_parts
 from peft_bsr.tuners.base.source import read_header
 
@@ -24,7 +26,7 @@ class FileChecks:
     """Mixin for PEFT's `BaseTuner`: checks before loading and saving."""
 
     model: nn.Module
-    peft_config: dict[str, Any]
+    peft_config: dict[str, SavedConfig]
     _asked: dict[str, bool]
 
     @contextmanager
@@ -43,6 +45,7 @@ class FileChecks:
             ask_again(self.model, asked)
             raise
         config = self.peft_config[adapter_name]
+        assert config.attachment is not None, "set before the adapter is attached"
         parts = tuple(name for name, _ in adapter_parts(self.model, adapter_name))
         config.attachment = replace(config.attachment, parts=parts)
 
@@ -53,11 +56,14 @@ class FileChecks:
         if path is None:
             return
         header = read_header(path)
-        wrappers: dict[str, Any] = {n: m for n, m in self.model.named_modules() if isinstance(m, ModulesToSaveWrapper)}
-        wrappers = {name: wrapper for name, wrapper in wrappers.items() if adapter_name in wrapper.modules_to_save}
+        wrappers = {
+            name: module
+            for name, module in self.model.named_modules()
+            if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save
+        }
         keys = {
-            f"{ROOT}{n}.{key}"
-            for n, wrapper in wrappers.items()
+            f"{ROOT}{name}.{key}"
+            for name, wrapper in wrappers.items()
             for key in wrapper.adapter_state_dict_load_map(adapter_name)
         }
         own = sum(
@@ -68,14 +74,14 @@ class FileChecks:
         found = sum(tensor.numel() for tensor in header.values())
         problems = _problem(keys - header.keys(), "are missing in the file")
         if found > 2 * own + _SPARE:
-            problems.append(f"the file holds {found} numbers, the adapter has {own}.")
+            problems.append(f"the file has {found} numbers, the adapter {own}.")
         if problems:
             raise _refusal(adapter_name, problems)
 
-    def _known_fingerprint(self, adapter_name: str) -> dict[str, Any] | None:
+    def _known_fingerprint(self, adapter_name: str) -> dict[str, object] | None:
         """The fingerprint that another adapter took before any adapter was attached, or None."""
         configs = {name: config for name, config in self.peft_config.items() if config.attachment is not None}
-        known: Any = next((config for name, config in configs.items() if name != adapter_name), None)
+        known = next((config for name, config in configs.items() if name != adapter_name), None)
         if known is None or known.fingerprint is None:
             return None
         apart = [getattr(config, "modules_to_save", None) for config in (known, self.peft_config[adapter_name])]
@@ -88,13 +94,13 @@ class FileChecks:
         return {f"{name}.{key}": tensor for name, part in parts for key, tensor in part.state_dict().items()}
 
     @classmethod
-    def _problems_of(cls, model: nn.Module, config: Any, state_dict: Mapping[str, Tensor]) -> list[str]:
+    def _problems_of(cls, model: nn.Module, config: SavedConfig, state_dict: Mapping[str, Tensor]) -> list[str]:
         """Problems of the values in a file, one sentence each."""
         return []
 
     @classmethod
     def _load_checked(
-        cls, model: Any, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+        cls, model: nn.Module, config: SavedConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """The tensors for PEFT to load, under the model's names. If they do not fit, a new adapter is removed again.
 
@@ -120,8 +126,8 @@ class FileChecks:
 
     @classmethod
     def _get_adapter_state_dict(
-        cls, model: nn.Module, config: Any, adapter_name: str, *args: Any, **kwargs: Any
-    ) -> Any:
+        cls, model: nn.Module, config: SavedConfig, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
         """The state dict of an adapter, checked to be complete.
 
         Raises:
@@ -159,7 +165,7 @@ def check_loaded(
         *_problem(required - state_dict.keys(), "are missing in the file"),
         *_problem(state_dict.keys() - own.keys(), "are in the file, but not in this adapter"),
         *_problem({f"{n} {a} instead of {b}" for n, (a, b) in shapes.items() if a != b}, "have another shape"),
-        *_problem({f"{n} {a} instead of {b}" for n, (a, b) in kinds.items()}, "hold another kind of numbers"),
+        *_problem({f"{n} {a} instead of {b}" for n, (a, b) in kinds.items()}, "have an incompatible dtype"),
         *_problem(broken, "are NaN or infinite"),
         *others,
     ]
@@ -167,7 +173,7 @@ def check_loaded(
         raise _refusal(adapter_name, problems)
 
 
-def check_whole(model: nn.Module, config: Any, adapter_name: str) -> None:
+def check_whole(model: nn.Module, config: SavedConfig, adapter_name: str) -> None:
     """Raise if a part of the adapter was replaced after it was attached: what trains there would not be saved.
 
     Args:
@@ -184,13 +190,13 @@ def check_whole(model: nn.Module, config: Any, adapter_name: str) -> None:
     if lost := sorted(set(config.attachment.parts) - found):
         modules = sorted({re.split(r"\.(?:\w+_params|modules_to_save)\.", name)[0] for name in lost})
         raise AdapterError(
-            f"Adapter {adapter_name!r} is not saved: `{modules[0]}` was replaced or taken out after the adapter was "
-            "attached, so that what trains there now is no part of it. Change the model before `get_peft_model`, or "
-            "put the module back."
+            f"Adapter {adapter_name!r} is not saved: `{modules[0]}` was replaced or removed after the adapter was "
+            "attached, so what trains there now is not part of the adapter. Change the model before `get_peft_model`, "
+            "or put the module back."
         )
 
 
-def take_back(model: Any, adapter_name: str, asked: dict[str, bool]) -> None:
+def take_back(model: PeftModel, adapter_name: str, asked: dict[str, bool]) -> None:
     """Remove an adapter whose weights could not be loaded.
 
     Args:
@@ -222,13 +228,13 @@ def _is_same_kind(found: Tensor, own: Tensor) -> bool:
 
 def _refusal(adapter_name: str, problems: list[str]) -> AdapterFileError:
     end = (
-        " The file is damaged, or of another model or configuration; nothing of it was loaded. Load it on the model "
-        "that it was trained on, or take another checkpoint."
+        " The file is damaged, or belongs to another model or configuration; nothing was loaded from it. Load it on "
+        "the model that it was trained on, or use another checkpoint."
     )
     return AdapterFileError.from_problems(f"Adapter {adapter_name!r}", [*problems[:-1], problems[-1] + end])
 
 
-def _problem(names: Any, what: str) -> list[str]:
+def _problem(names: Iterable[str], what: str) -> list[str]:
     found = sorted(names)
     more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
     return [f"{', '.join(found[:_NAMED])}{more} {what}."] if found else []

@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any, Protocol, get_args
+from typing import TYPE_CHECKING, Any, Protocol, get_args
 
 from peft_bsr.backbones import ModelSpec
-from peft_bsr.core import CLASS_FREE_SCORE, SCORE_KINDS
+from peft_bsr.core import CLASS_FREE_SCORE, SCORE_KINDS, ScoreKind
 from peft_bsr.core.checks import check_choice, is_whole
 from peft_bsr.engine import Mode, Plan, ReduceAt, Reduction
+
+if TYPE_CHECKING:
+    from peft_bsr.tuners.base.config import SavedConfig
 
 REDUCTIONS = ("drop", "merge")
 
 
-class ReductionSettings(Protocol):
+class ScoreSettings(Protocol):
+    """The field of a configuration that ranks tokens; see `BSRConfig`."""
+
+    score: ScoreKind | None
+
+
+class ReductionSettings(ScoreSettings, Protocol):
     """The fields of a configuration that control token reduction; see `BSRConfig`."""
 
     reduction_blocks: list[int] | None
     keep_rate: float | list[float]
     reduction: str
     fuse_dropped: bool | None
-    reduce_at: str | None
-    mode: str | None
-    score: str | None
+    reduce_at: ReduceAt | None
+    mode: Mode | None
 
 
 def check_reductions(config: ReductionSettings) -> list[str]:
@@ -52,22 +60,22 @@ def check_reductions(config: ReductionSettings) -> list[str]:
     if config.reduction == "merge":
         unread = {"fuse_dropped": config.fuse_dropped is True, "score": config.score is not None}
         problems += [
-            f"`{name}={getattr(config, name)!r}` is for tokens that are dropped, but with `reduction='merge'` none is: "
-            "the most similar ones are averaged. Leave one of them out."
+            f"`{name}={getattr(config, name)!r}` applies to dropped tokens, but `reduction='merge'` drops none: it "
+            "averages the most similar ones. Leave one of the two out."
             for name, is_given in unread.items()
             if is_given
         ]
     return problems
 
 
-def check_ways(config: Any) -> list[str]:
+def check_ways(config: object) -> list[str]:
     """Problems of the fields about dropping tokens. Fields that the configuration does not have are skipped."""
     ways = {"reduce_at": get_args(ReduceAt), "mode": get_args(Mode), "score": SCORE_KINDS}
     given = {name: choices for name, choices in ways.items() if getattr(config, name, None) is not None}
     return [problem for name, choices in given.items() for problem in check_choice(config, name, choices)]
 
 
-def check_indices(config: Any, name: str) -> list[str]:
+def check_indices(config: object, name: str) -> list[str]:
     """Problems of an optional list of block indices."""
     blocks = getattr(config, name)
     if blocks is None:
@@ -106,15 +114,15 @@ def resolve_reductions(config: ReductionSettings, spec: ModelSpec) -> tuple[dict
     if problems:
         return {}, problems
     fuse = score is not None and config.fuse_dropped is not False and config.mode != "full_view"
-    position = reduce_at or ("after_block" if spec.block_spec is None else "mid_block")
+    position: ReduceAt = reduce_at or ("after_block" if spec.block_spec is None else "mid_block")
     return {
-        index: Reduction(float(rate), fuse, position, score)  # type: ignore[arg-type]
+        index: Reduction(float(rate), fuse, position, score)
         for index, rate in zip(reducing, rates, strict=True)
         if rate < 1
     }, []
 
 
-def check_within(config: Any, name: str, blocks: list[int], depth: int, instead: str = "") -> list[str]:
+def check_within(config: object, name: str, blocks: list[int], depth: int, instead: str = "") -> list[str]:
     """Problems of block indices that are not in the model.
 
     Args:
@@ -148,7 +156,7 @@ def check_score(score: str, spec: ModelSpec) -> list[str]:
     return []
 
 
-def resolve_score(config: Any, spec: ModelSpec) -> str:
+def resolve_score(config: ScoreSettings, spec: ModelSpec) -> ScoreKind:
     """The score that ranks tokens: the configuration's, or the best one that the model supports."""
     if config.score is not None:
         return config.score
@@ -157,7 +165,7 @@ def resolve_score(config: Any, spec: ModelSpec) -> str:
     return "received" if spec.scores_from == "weights" else CLASS_FREE_SCORE
 
 
-def allowed_modes(config: Any) -> tuple[Mode, ...]:
+def allowed_modes(config: SavedConfig) -> tuple[Mode, ...]:
     """Modes to try, best first."""
     if config.mode is not None:
         return (config.mode,)
@@ -166,7 +174,7 @@ def allowed_modes(config: Any) -> tuple[Mode, ...]:
     return ("compact",) if getattr(config, "fuse_dropped", None) else ("compact", "full_view")
 
 
-def record(config: Any, plan: Plan) -> None:
+def record(config: object, plan: Plan) -> None:
     """Set the fields of `config` to what was chosen for the model."""
     reductions = [block.reduction for block in plan.blocks if block.reduction is not None]
     if reductions:
@@ -176,12 +184,12 @@ def record(config: Any, plan: Plan) -> None:
             setattr(config, name, chosen[name])
 
 
-def is_index_list(value: Any) -> bool:
+def is_index_list(value: object) -> bool:
     """Whether it is a list of integers."""
     return isinstance(value, list) and all(map(is_whole, value))
 
 
-def as_list(value: Any) -> Any:
+def as_list(value: object) -> Any:
     """Tuples, ranges and sets as lists; anything else unchanged."""
     if isinstance(value, (set, frozenset)):
         return sorted(value)

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 from torch import nn
 
 from peft_bsr.backbones import ModelSpec
 from peft_bsr.engine import Plan
 from peft_bsr.tuners.base.frozen_weights import linears_to_round
+
+if TYPE_CHECKING:
+    from peft_bsr.tuners.base.config import SavedConfig
+
+_Resolution = TypeVar("_Resolution", bound="Resolution")
 
 
 @dataclass(frozen=True)
@@ -30,18 +35,18 @@ class Resolution:
     @property
     def held(self) -> list[str]:
         """Names of the modules whose weights the adapter has or replaces."""
-        raise NotImplementedError(f"{type(self).__name__} does not say what its adapter holds")
+        raise NotImplementedError(f"{type(self).__name__} does not implement `held`")
 
     @property
     def exact_names(self) -> Collection[str]:
         """Roles of leaf modules that are never rounded."""
         return ()
 
-    def with_width(self, width: int) -> Any:
+    def with_width(self: _Resolution, width: int) -> _Resolution:
         """The same for a model of that width."""
         return replace(self, spec=replace(self.spec, width=width))
 
-    def to_round(self, model: nn.Module, config: Any) -> dict[str, str]:
+    def to_round(self, model: nn.Module, config: SavedConfig) -> dict[str, str]:
         """`rounded` for `config`, on a model that has the same modules."""
         return linears_to_round(model, self.spec, config, self.plan.trained_blocks, self.exact_names)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from peft_bsr.errors import AdapterFileError, headline
 
-AGAIN = "Take another checkpoint, or save or download it again"
+AGAIN = "Use another checkpoint, or save or download it again"
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
 

@@ -16,6 +16,7 @@ from peft_bsr.backbones import ModelSpec, default_state, main_input
 from peft_bsr.deprecation import warn_renamed
 from peft_bsr.engine import Plan, detach_controller, explain_blocks
 from peft_bsr.errors import AdapterError, AdapterNameWarning, AdapterSwitchedWarning
+from peft_bsr.tuners.base.config import SavedConfig
 from peft_bsr.tuners.base.files import check_file
 from peft_bsr.tuners.base.frozen_weights import round_weights, tell_ddp
 from peft_bsr.tuners.base.inputs import check_inputs
@@ -46,7 +47,7 @@ class MethodTuner(FileChecks, BaseTuner):
         return controllers[0].plans[name]
 
     @classmethod
-    def resolve(cls, model: nn.Module, config: Any) -> Resolution:
+    def resolve(cls, model: nn.Module, config: SavedConfig) -> Resolution:
         """What attaching an adapter would do to the model. Runs all checks and does not change the model.
 
         Args:
@@ -57,7 +58,7 @@ class MethodTuner(FileChecks, BaseTuner):
             UnsupportedModelError: If the model is not supported; the message gives the reason.
             ConfigError: If the model does not allow the configuration; the message names every problem.
         """
-        raise NotImplementedError(f"{cls.__name__} resolves nothing")
+        raise NotImplementedError(f"{cls.__name__} does not implement `resolve`")
 
     @default_state()
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -67,12 +68,12 @@ class MethodTuner(FileChecks, BaseTuner):
             AdapterError: If the model is wrapped by a tuner, or has adapters of another method.
             UnsupportedModelError, ConfigError: See `resolve`.
         """
-        given: Any = self.peft_config[adapter_name]
+        given = self.peft_config[adapter_name]
         self._check_place(model, given)
         warn_of_names(model, list(self.peft_config))
         for controller in find_controllers(model):
             controller.fetch_base()  # checks run the base model; new adapters go to the device of its weights
-        found = given.resolution or self.resolve(model, given)
+        found: Resolution = given.resolution or self.resolve(model, given)
         config = self._record(model, given, found)
         held = [*found.held, *found.spec.unread]
         config.attached_to(model, found.spec, found.plan, held, self._known_fingerprint(adapter_name))
@@ -89,11 +90,11 @@ class MethodTuner(FileChecks, BaseTuner):
         self._set_modes()
         tell_ddp(model, self._offloaded(model))
 
-    def _record(self, model: nn.Module, config: Any, found: Any) -> Any:
+    def _record(self, model: nn.Module, config: SavedConfig, found: Resolution) -> SavedConfig:
         """The adapter's copy of `config`, with the values that were chosen for the model."""
         return config.recorded(found)
 
-    def _assign(self, model: nn.Module, adapter_name: str, given: Any, found: Any) -> None:
+    def _assign(self, model: nn.Module, adapter_name: str, given: SavedConfig, found: Resolution) -> None:
         """Set what controllers and layers need for the adapter's plan. Called after they are created."""
 
     def _offloaded(self, model: nn.Module) -> list[str]:
@@ -121,7 +122,7 @@ class MethodTuner(FileChecks, BaseTuner):
 
     def explain(self) -> str:
         """One line per block: its plan, what is active, and the reason if the two differ."""
-        model: Any = self.model
+        model = self.model
         return explain_blocks([(model.get_submodule(r.spec.blocks[r.index]), r) for r in find_controllers(model)])
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
@@ -187,7 +188,7 @@ class MethodTuner(FileChecks, BaseTuner):
         """PEFT expects the adapter's name right before the last part of the key, but our modules are nested."""
         return key.replace(f".{cls.prefix}params.{adapter_name}.", f".{cls.prefix}params.")
 
-    def _check_place(self, model: nn.Module, config: Any) -> None:
+    def _check_place(self, model: nn.Module, config: SavedConfig) -> None:
         """Raise if the model has other tuners, or if the adapter's file does not match its settings.
 
         Raises:
@@ -196,25 +197,25 @@ class MethodTuner(FileChecks, BaseTuner):
         """
         if isinstance(model, (PeftModel, BaseTuner)):
             raise AdapterError(
-                f"{type(model).__name__} has adapters already; another comes beside them with "
+                f"{type(model).__name__} already has adapters; add another with "
                 "`model.add_adapter(name, config)`. To start from the base model, call `model.unload()` first."
             )
         if others := {type(controller).__name__ for controller in find_controllers(model)} - {
             self.controller_cls.__name__
         }:
             raise AdapterError(
-                f"{type(model).__name__} carries adapters of another method ({', '.join(sorted(others))}). Call "
-                "`unload()` there first, or load the base model again."
+                f"{type(model).__name__} has adapters of another method ({', '.join(sorted(others))}). Call "
+                "`unload()` on it first, or load the base model again."
             )
         if config.fills_weights:
             check_file(config)
 
     @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+    def _enable_peft_forward_hooks(self, *args: object, **kwargs: object) -> Iterator[None]:
         if kwargs.get("adapter_names") is not None:
             raise AdapterError(
                 f"`adapter_names={kwargs['adapter_names']!r}` asks for several adapters in one batch, but each adapter "
-                "has blocks and token counts of its own. Use `set_adapter` and one batch for each."
+                "has its own blocks and token counts. Use `set_adapter` and one batch per adapter."
             )
         named = [name for name in ("task", "task_ids") if kwargs.get(name) is not None]
         controllers = self.controllers
@@ -239,8 +240,8 @@ def warn_of_names(model: nn.Module, adapter_names: list[str]) -> None:
     parts = {part for name in names for part in name.split(".")}
     if len(adapter_names) > 1 and (clashing := [name for name in adapter_names if name in parts]):
         warnings.warn(
-            f"Adapters {clashing} are called like modules of this model. Running them is safe, but saving another "
-            "adapter beside them would leave out its weights of those modules. Save under other names.",
+            f"Adapters {clashing} have the same names as modules of this model. Running them is safe, but a saved file "
+            "of another adapter would lack its weights in these modules. Save under other names.",
             AdapterNameWarning,
             stacklevel=2,
         )

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from peft_bsr.backbones import ModelSpec
+from peft_bsr.core import ScoreKind
 from peft_bsr.core.checks import POSITIVE, SHARE, check_choice, check_flags, check_numbers, check_whole
-from peft_bsr.engine import GradientTokens, Lean, Plan
+from peft_bsr.engine import GradientTokens, Lean, Mode, Plan
 from peft_bsr.errors import ConfigError
 from peft_bsr.tuners.base.config import SavedConfig
 from peft_bsr.tuners.base.frozen_weights import FROZEN_WEIGHTS_HELP, FrozenWeights
@@ -25,13 +26,15 @@ _MODULE_LISTS = ("target_modules", "exclude_modules", "modules_to_save")
 class BlockConfig(SavedConfig):
     """Base of the configurations of methods that train blocks under a plan; `BSRConfig` documents what they share."""
 
-    mode: str | None = field(
+    mode: Mode | None = field(
         default=None, metadata={"help": "'compact' or 'full_view'; None = chosen by what the head reads."}
     )
-    score: str | None = field(
+    score: ScoreKind | None = field(
         default=None, metadata={"help": "'class', 'mean_query' or 'received'; None = chosen for the model."}
     )
-    trainable: str = field(default="full", metadata={"help": "'full' (whole weights) or 'lora' (low-rank updates)."})
+    trainable: Trainable = field(
+        default="full", metadata={"help": "'full' (whole weights) or 'lora' (low-rank updates)."}
+    )
     r: int = field(default=8, metadata={"help": "Rank of the update, trainable='lora' only."})
     lora_alpha: float = field(default=16, metadata={"help": "The update is scaled by lora_alpha / r."})
     init_weights: bool = field(default=True, metadata={"help": "False starts away from the base model (for tests)."})
@@ -42,17 +45,19 @@ class BlockConfig(SavedConfig):
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Further modules to train and save; final norm and head always are."}
     )
-    lean: str = field(default="exact", metadata={"help": "'off', 'exact' or 'max': what is not kept for backward."})
-    saved_activations: str = field(
+    lean: LeanLevel = field(
+        default="exact", metadata={"help": "'off', 'exact' or 'max': what is not kept for backward."}
+    )
+    saved_activations: SavedActivations = field(
         default="full", metadata={"help": "'full' or 'int8': precision of activations that are kept for backward."}
     )
     gradient_tokens: float = field(
         default=1.0, metadata={"help": "Share of the tokens that carry gradients in training; all run forward."}
     )
-    gradient_tokens_by: str = field(
+    gradient_tokens_by: ChosenBy = field(
         default="score", metadata={"help": "'score' (those that rank highest) or 'random', gradient_tokens < 1 only."}
     )
-    frozen_weights: str = field(default="full", metadata={"help": FROZEN_WEIGHTS_HELP})
+    frozen_weights: FrozenWeights = field(default="full", metadata={"help": FROZEN_WEIGHTS_HELP})
     layout: dict[str, str] | None = field(
         default=None, metadata={"help": "Written at attach: canonical place -> module name of what trains."}
     )
@@ -75,9 +80,9 @@ class BlockConfig(SavedConfig):
         Raises:
             ConfigError: If the model does not allow the configuration; the message names every problem.
         """
-        raise NotImplementedError(f"{type(self).__name__} makes no plan")
+        raise NotImplementedError(f"{type(self).__name__} does not implement `plan_for`")
 
-    def recorded(self, resolution: Any) -> Any:
+    def recorded(self, resolution: Any) -> SavedConfig:
         """A copy with the values that were chosen for the model, and the layout."""
         config = super().recorded(resolution)
         config.layout = dict(resolution.layout)
@@ -104,7 +109,7 @@ class BlockConfig(SavedConfig):
         problems += check_numbers(self, "lora_alpha", within=POSITIVE)
         layout = self.layout
         if layout is not None and not (isinstance(layout, dict) and all(map(_is_text, (*layout, *layout.values())))):
-            problems.append(f"`layout={layout!r}` must give each place its module's name, or be None.")
+            problems.append(f"`layout={layout!r}` must map each place to a module name, or be None.")
         if self.target_modules == "all-linear":
             problems.append(
                 "`target_modules='all-linear'` is not needed: `trainable='lora'` adapts every Linear of the trained "
@@ -142,13 +147,13 @@ def saving_less(plan: Plan, config: BlockConfig, spec: ModelSpec) -> Plan:
     plan = plan.with_int8(config.saved_activations == "int8")
     if config.gradient_tokens == 1:
         return plan
-    score: Any = None if config.gradient_tokens_by == "random" else resolve_score(config, spec)
+    score = None if config.gradient_tokens_by == "random" else resolve_score(config, spec)
     if score is not None and (problems := check_score(score, spec)):
         raise ConfigError.from_problems(type(config).__name__, problems)
     return plan.with_gradient_tokens(GradientTokens(float(config.gradient_tokens), score))
 
 
-def _is_text(value: Any) -> bool:
+def _is_text(value: object) -> bool:
     return isinstance(value, str) and bool(value)
 
 

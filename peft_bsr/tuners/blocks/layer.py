@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ class LowRankUpdate(nn.Module):
         lora_alpha: Scale, divided by `r`.
     """
 
-    def __init__(self, base: Any, r: int, lora_alpha: float) -> None:
+    def __init__(self, base: nn.Linear, r: int, lora_alpha: float) -> None:
         super().__init__()
         self.lora_A = nn.Parameter(base.weight.new_empty(r, base.in_features))
         self.lora_B = nn.Parameter(base.weight.new_zeros(base.out_features, r))
@@ -71,6 +72,8 @@ class BlockWeights(nn.Module, SingleAdapterLayer):
     adapter_layer_names = ("bsr_params",)
 
     base_layer: Any
+    in_features: int  # of a Linear, with the next one
+    out_features: int
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
@@ -166,7 +169,7 @@ class BlockWeights(nn.Module, SingleAdapterLayer):
         else:
             self.weight_offload.onload(self.base_layer, self.device)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> BlockWeights:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BlockWeights:
         super()._apply(fn, recurse)
         self.place_base()
         return self
@@ -223,7 +226,7 @@ class BlockWeights(nn.Module, SingleAdapterLayer):
         if not all(bool(weight.isfinite().all()) for weight in self._merged_weights(adapter_name).values()):
             raise AdapterError(
                 f"Adapter {adapter_name!r} has weights that are NaN or infinite; nothing was merged. "
-                "Train it anew or load an earlier checkpoint."
+                "Train it again or load an earlier checkpoint."
             )
 
     def unmerge(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Literal
 
 from torch import nn
 
@@ -16,7 +16,7 @@ from peft_bsr.tuners.blocks.config import BlockConfig
 from peft_bsr.tuners.blocks.layer import BlockWeights
 
 Way = Literal["copy", "low_rank", "heads", "mixture", "mixer"]
-OtherTargets = Callable[[nn.Module, ModelSpec, Any, Plan], dict[str, Way]]
+OtherTargets = Callable[[nn.Module, ModelSpec, BlockConfig, Plan], dict[str, Way]]
 
 
 def resolve_targets(
@@ -93,7 +93,7 @@ def _places(spec: ModelSpec, plan: Plan, others: Mapping[str, Way]) -> dict[str,
 
 def _check_low_rank(model: nn.Module, targets: dict[str, Way]) -> list[str]:
     wrong = [name for name, way in targets.items() if way == "low_rank" and not _is_linear(model.get_submodule(name))]
-    return [f"`layout` names {wrong[0]!r}, which is no Linear and gets no low-rank update."] if wrong else []
+    return [f"`layout` names {wrong[0]!r}, which is not a Linear and cannot have a low-rank update."] if wrong else []
 
 
 def _check_foreign_layout(places: dict[str, str], layout: dict[str, str]) -> list[str]:
@@ -101,10 +101,10 @@ def _check_foreign_layout(places: dict[str, str], layout: dict[str, str]) -> lis
     if unknown := sorted(set(layout) - set(places)):
         return [
             f"`layout` names {unknown}, which this model does not have or this plan does not train. The adapter was "
-            "made for another model; to begin a new one with this config, set `layout=None`."
+            "made for another model; to create a new one with this configuration, set `layout=None`."
         ]
     if not TRANSLATES_KEYS:
-        return ["the adapter was saved on another layout of this model; reading it needs `peft>=0.21`."]
+        return ["the adapter was saved for another layout of this model; loading it needs `peft>=0.21`."]
     return []
 
 
@@ -133,7 +133,7 @@ def _check_read(spec: ModelSpec, plan: Plan) -> list[str]:
     if not unread:
         return []
     return [
-        f"block {', '.join(map(str, unread))} would train for nothing: the model's output does not depend on blocks "
+        f"block {', '.join(map(str, unread))} would train without effect: the model's output does not depend on blocks "
         f"after {spec.last_read}. Use `BSRConfig(trainable_blocks=[...])` with blocks 0 to {spec.last_read}."
     ]
 
@@ -151,7 +151,7 @@ def _check_modules_to_save(model: nn.Module, spec: ModelSpec, plan: Plan, config
         if unread := [name for name in names if any(_overlap(name, part) for part in spec.unread)]:
             problems.append(
                 f"`modules_to_save={saved!r}` means {unread[0]!r}, which no gradient reaches: the model's output does "
-                "not depend on it. Leave it out; the final norm and the head that counts train without being named."
+                "not depend on it. Leave it out; the final norm and the head always train."
             )
         elif reached := [name for name in names if name in early]:
             problems.append(

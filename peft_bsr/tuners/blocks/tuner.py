@@ -18,6 +18,7 @@ from peft_bsr.engine import CONTROLLER, Plan, attach_controller
 from peft_bsr.errors import AdapterError, ReductionNotMergedWarning
 from peft_bsr.selftest import verify_gradient_tokens, verify_lean, verify_plan
 from peft_bsr.tuners.base.classifier import without_layer
+from peft_bsr.tuners.base.config import SavedConfig
 from peft_bsr.tuners.base.frozen_weights import (
     check_rounded,
     in_one_dtype,
@@ -95,7 +96,7 @@ class BlockTuner(MethodTuner):
         return nullcontext()
 
     @classmethod
-    def _other_targets(cls, model: nn.Module, spec: ModelSpec, config: Any, plan: Plan) -> dict[str, Way]:
+    def _other_targets(cls, model: nn.Module, spec: ModelSpec, config: BlockConfig, plan: Plan) -> dict[str, Way]:
         """Other modules that an adapter trains, by place. Called while the base model's head is active."""
         return {}
 
@@ -103,7 +104,7 @@ class BlockTuner(MethodTuner):
     def _verify(cls, model: nn.Module, spec: ModelSpec, plan: Plan, stock: StockRun | None) -> None:
         """Run the method's own checks on the model."""
 
-    def _assign(self, model: nn.Module, adapter_name: str, given: Any, found: Any) -> None:
+    def _assign(self, model: nn.Module, adapter_name: str, given: SavedConfig, found: Any) -> None:
         controllers = self._attached_controllers(model, found.spec)
         for place, saved_name in (given.layout or {}).items():
             if (own_name := found.layout.get(place, saved_name)) != saved_name:
@@ -125,7 +126,7 @@ class BlockTuner(MethodTuner):
                 attach_controller(model, self.controller_cls(index, spec, context, find_rule(model)))
         return find_controllers(model)
 
-    def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:
+    def _check_target_module_exists(self, peft_config: BlockConfig, key: str) -> object:
         """Also matches a block if its controller, which may not exist yet, is a target."""
         if f"{key}.{CONTROLLER}" in peft_config.resolution.targets:
             return True
@@ -135,7 +136,7 @@ class BlockTuner(MethodTuner):
 
     def _create_and_replace(
         self,
-        peft_config: Any,
+        peft_config: BlockConfig,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
@@ -157,7 +158,7 @@ class BlockTuner(MethodTuner):
             layer.update_layer(adapter_name, peft_config, low_rank=way == "low_rank", other=other)
         layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
 
-    def _other_module(self, way: Way | None, config: Any, layer: Any) -> nn.Module | None:
+    def _other_module(self, way: Way | None, config: BlockConfig, layer: BlockWeights) -> nn.Module | None:
         """The module that replaces a target which is neither copied nor updated."""
         return None
 

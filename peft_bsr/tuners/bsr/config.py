@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from torch import nn
 
 from peft_bsr.backbones import ModelSpec
-from peft_bsr.engine import Plan
+from peft_bsr.engine import Plan, ReduceAt
 from peft_bsr.errors import ConfigError
 from peft_bsr.multitask import MoEConfig, TaskConfig, check_weights, read_moe, read_tasks
 from peft_bsr.registration import extend_peft_type
@@ -130,7 +130,7 @@ class BSRConfig(BlockConfig):
     fuse_dropped: bool | None = field(
         default=None, metadata={"help": "Append one token fused from the dropped ones; None = in compact mode."}
     )
-    reduce_at: str | None = field(
+    reduce_at: ReduceAt | None = field(
         default=None, metadata={"help": "'mid_block' (the paper's) or 'after_block'; None = chosen for the model."}
     )
 
@@ -165,8 +165,8 @@ class BSRConfig(BlockConfig):
         problems += check_weights(self.task_weights, self.tasks)
         if self.moe is not None and self.gradient_tokens != 1:
             problems.append(
-                f"`gradient_tokens={self.gradient_tokens!r}` parts the tokens, but a mixture of experts balances and "
-                "counts all of them. Leave it 1.0, or `moe` None."
+                f"`gradient_tokens={self.gradient_tokens!r}` splits the tokens, but a mixture of experts balances its "
+                "load over all of them. Leave it 1.0, or leave `moe` None."
             )
         if self.reduction == "merge" and self.gradient_tokens != 1:
             problems.append(
@@ -178,16 +178,16 @@ class BSRConfig(BlockConfig):
         if self.preset not in (None, "paper"):
             problems.append(f"`preset={self.preset!r}` is unknown. Use 'paper' or None.")
         if self.preset == "paper" and self.moe is None:
-            problems.append("`preset='paper'` is of mixtures of experts. Give `tasks` and `moe=MoEConfig()` too.")
+            problems.append("`preset='paper'` is for mixtures of experts. Set `tasks` and `moe=MoEConfig()`, too.")
         if self.tasks is not None and self.task_type is not None:
             problems.append(
-                f"`task_type={self.task_type!r}` would make PEFT train a copy of the classifier, which nobody reads: "
-                "the heads of `tasks` take its place. Leave it None."
+                f"`task_type={self.task_type!r}` would make PEFT train a copy of the classifier, which has no effect: "
+                "the heads of `tasks` replace it. Leave it None."
             )
         if self.has_dense_tasks and (self.mode == "compact" or self.fuse_dropped):
             dense = [task.name for task in self.tasks or () if task.is_dense]
             problems.append(
-                f"the tasks {dense} need an output for each patch, so that the sequence must keep its length, without "
+                f"the tasks {dense} need an output for each patch, so the sequence must keep its length, without "
                 'fused tokens. Leave `mode` None or "full_view", and `fuse_dropped` None or False.'
             )
         return problems
@@ -215,11 +215,11 @@ class BSRConfig(BlockConfig):
         return problems
 
     def trains(self, role: str) -> bool:
-        """Not the MLPs whose place whole experts take."""
+        """All except MLPs that are replaced by full experts."""
         return not (self.moe is not None and self.moe.expert_type == "full" and role.startswith("mlp."))
 
     def _labels(self, model: nn.Module, spec: ModelSpec) -> list[str] | None:
-        """Several tasks name their classes themselves."""
+        """None with several tasks, which have their own class names."""
         return None if self.tasks else super()._labels(model, spec)
 
     def sizes(self) -> dict[str, tuple[int | None, ...]]:
@@ -235,7 +235,7 @@ class BSRConfig(BlockConfig):
         return sizes
 
     def plan_for(self, spec: ModelSpec) -> Plan:
-        """The plan that this config means for the model of `spec`.
+        """The plan of this configuration for the model of `spec`.
 
         Raises:
             ConfigError: If the model does not allow the configuration; the message names every problem.
@@ -246,7 +246,7 @@ class BSRConfig(BlockConfig):
         problems = check_within(self, "trainable_blocks", trainable, spec.depth, instead) + not_allowed
         if problems:
             raise ConfigError.from_problems("BSRConfig", problems)
-        plan = Plan.static(spec.depth, trainable, reductions, self.mode or "compact")  # type: ignore[arg-type]
+        plan = Plan.static(spec.depth, trainable, reductions, self.mode or "compact")
         return saving_less(plan.with_mixtures() if self.moe else plan, self, spec)
 
 

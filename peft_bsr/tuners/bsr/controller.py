@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,7 @@ from peft_bsr.tuners.base.classifier import without_layer
 from peft_bsr.tuners.base.layer import drop_saved_name
 from peft_bsr.tuners.blocks.controller import MergeableController
 from peft_bsr.tuners.blocks.layer import BlockWeights, move_away
+from peft_bsr.tuners.bsr.config import BSRConfig
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class BSRController(MergeableController):
         self.observes = index == spec.depth - 1
         self.register_load_state_dict_pre_hook(drop_saved_name)
 
-    def update_layer(self, adapter_name: str, config: Any, block: nn.Module) -> None:
+    def update_layer(self, adapter_name: str, config: BSRConfig, block: nn.Module) -> None:
         """Add an adapter's mixture, created from the block's pretrained MLP.
 
         Args:
@@ -79,17 +81,19 @@ class BSRController(MergeableController):
             config: Configuration of the adapter.
             block: The block.
         """
+        moe, tasks = config.moe, config.tasks
+        assert moe is not None and tasks is not None, "checked by the configuration"
         first, _, second = self._mlp(block)
         self.offloaded = self.offloaded or tuple((without_layer(module), WeightOffload()) for module in (first, second))
         weight = next(without_layer(first).parameters())
         device = first.device if isinstance(first, BlockWeights) else weight.device
         like = torch.empty(0, dtype=weight.dtype, device=device)
         experts: FullExperts | LowRankExperts
-        if config.moe.expert_type == "full":
-            experts = FullExperts(_pretrained(first, device), _pretrained(second, device), config.moe)
+        if moe.expert_type == "full":
+            experts = FullExperts(_pretrained(first, device), _pretrained(second, device), moe)
         else:
-            experts = LowRankExperts(self.spec.width, first.out_features, config.moe, like)
-        mixture = Mixture(experts, len(config.tasks), self.spec.width, config.moe, like)
+            experts = LowRankExperts(self.spec.width, first.out_features, moe, like)
+        mixture = Mixture(experts, len(tasks), self.spec.width, moe, like)
         if not config.init_weights:
             move_away(mixture)
         self.bsr_params[adapter_name] = mixture.train(block.training)
@@ -136,7 +140,7 @@ class BSRController(MergeableController):
         own = (parameter for mixture in self.bsr_params.values() for parameter in mixture.parameters())
         return next((parameter.device for parameter in own if not parameter.is_meta), torch.device("cpu"))
 
-    def _apply(self, fn: Any, recurse: bool = True) -> BSRController:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BSRController:
         super()._apply(fn, recurse)
         self.place_base()
         return self
@@ -178,7 +182,9 @@ class BSRController(MergeableController):
         """Remove the hooks of `attached`."""
         remove_hooks(model, self)
 
-    def open_call(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def open_call(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Remove the arguments about tasks from the call."""
         settings, resume_point = self.task_settings, self.context.now.resume_point
         self.context.now.call = None
@@ -190,7 +196,7 @@ class BSRController(MergeableController):
         self.context.now.call = call
         return args, kwargs
 
-    def close_call(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    def close_call(self, model: nn.Module, args: tuple[object, ...], output: Any) -> Any:
         """Combine losses and outputs of the tasks. After an error, only discard the call."""
         now = self.context.now
         call, now.call = now.call, None
@@ -212,9 +218,9 @@ class BSRController(MergeableController):
         return f"bsr.BSRController(block={self.index}, plans={sorted(self.plans)})"
 
 
-def _pretrained(module: Any, device: torch.device) -> tuple[Tensor, Tensor | None]:
+def _pretrained(module: nn.Module, device: torch.device) -> tuple[Tensor, Tensor | None]:
     """Pretrained weight and bias of a Linear, with or without a tuner layer."""
-    own: Any = without_layer(module)
+    own = without_layer(module)
     values = {name: parameter.detach() for name, parameter in own.named_parameters()}
     if isinstance(module, BlockWeights):
         values = {name: module.pretrained(name, value) for name, value in values.items()}

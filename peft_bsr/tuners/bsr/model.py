@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
 
 from torch import nn
 
@@ -15,6 +14,9 @@ from peft_bsr.errors import AdapterError, ConfigError
 from peft_bsr.multitask import TaskHeads, new_head
 from peft_bsr.selftest import verify_mixture
 from peft_bsr.tuners.base.classifier import find_classifier, find_final_norm
+from peft_bsr.tuners.base.config import SavedConfig
+from peft_bsr.tuners.base.resolution import Resolution
+from peft_bsr.tuners.blocks.config import BlockConfig
 from peft_bsr.tuners.blocks.layer import BlockWeights
 from peft_bsr.tuners.blocks.targets import Way
 from peft_bsr.tuners.blocks.tuner import BlockTuner
@@ -52,7 +54,7 @@ class BSRModel(BlockTuner):
         return _without_heads(model)
 
     @classmethod
-    def _other_targets(cls, model: nn.Module, spec: ModelSpec, config: Any, plan: Plan) -> dict[str, Way]:
+    def _other_targets(cls, model: nn.Module, spec: ModelSpec, config: BlockConfig, plan: Plan) -> dict[str, Way]:
         """Heads of tasks, which replace the classifier, and mixtures of experts in the blocks' controllers."""
         if not config.tasks:
             return {}
@@ -64,15 +66,15 @@ class BSRModel(BlockTuner):
     def _verify(cls, model: nn.Module, spec: ModelSpec, plan: Plan, stock: StockRun | None) -> None:
         verify_mixture(model, spec, plan, stock)
 
-    def _record(self, model: nn.Module, config: Any, found: Any) -> Any:
+    def _record(self, model: nn.Module, config: SavedConfig, found: Resolution) -> SavedConfig:
         if config.tasks and any(parameter.is_meta for parameter in model.parameters()):
             raise ConfigError(
-                "What an adapter with `tasks` costs is not predicted without the model's weights. Attach it and "
-                "measure."
+                "What an adapter with `tasks` costs is not predicted without the model's weights. Attach the adapter "
+                "and measure."
             )
         return super()._record(model, config, found)
 
-    def _assign(self, model: nn.Module, adapter_name: str, given: Any, found: Any) -> None:
+    def _assign(self, model: nn.Module, adapter_name: str, given: SavedConfig, found: Resolution) -> None:
         super()._assign(model, adapter_name, given, found)
         if given.tasks:
             first = self._attached_controllers(model, found.spec)[0]
@@ -86,7 +88,7 @@ class BSRModel(BlockTuner):
         inside = [f"{name}.{p}" for name, m in model.named_modules() if id(m) in mlps for p, _ in m.named_parameters()]
         return super()._offloaded(model) + inside
 
-    def _other_module(self, way: Way | None, config: Any, layer: Any) -> nn.Module | None:
+    def _other_module(self, way: Way | None, config: BlockConfig, layer: BlockWeights) -> nn.Module | None:
         """Heads of several tasks."""
         if way != "heads":
             return None
@@ -98,7 +100,7 @@ class BSRModel(BlockTuner):
     def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> list[str]:
         """Raise if the adapter has parts that the base model has no place for."""
         for name in adapter_names or self.active_adapters:
-            config: Any = self.peft_config.get(name)
+            config = self.peft_config.get(name)
             if config is not None and config.tasks:
                 raise AdapterError(
                     f"Adapter {name!r} cannot be merged: it has a head for each of its tasks"
@@ -112,8 +114,8 @@ class BSRModel(BlockTuner):
 @contextmanager
 def _without_heads(model: nn.Module) -> Iterator[None]:
     """Context manager: the base model's classifier runs instead of the heads of several tasks."""
-    layers: list[Any] = [m for m in model.modules() if isinstance(m, BlockWeights) and not m.disable_adapters]
-    layers = [layer for layer in layers if any(isinstance(m, TaskHeads) for m in layer.bsr_params.values())]
+    enabled = [m for m in model.modules() if isinstance(m, BlockWeights) and not m.disable_adapters]
+    layers = [layer for layer in enabled if any(isinstance(m, TaskHeads) for m in layer.bsr_params.values())]
     with disabled_layers(layers):
         yield
 

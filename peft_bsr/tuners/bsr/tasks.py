@@ -18,6 +18,7 @@ from peft_bsr.multitask import TaskConfig, TaskHeads, new_gates, new_head, read_
 from peft_bsr.tuners.base.classifier import find_final_norm
 from peft_bsr.tuners.base.layer import find_controllers
 from peft_bsr.tuners.blocks.layer import BlockWeights, move_like
+from peft_bsr.tuners.bsr.model import BSRModel
 
 _HEAD = re.compile(r"(.*\.heads\.)(\d+)(\..*)")
 
@@ -43,12 +44,12 @@ def add_task(model: PeftModel, name: str, task: int | TaskConfig, adapter_name: 
     """
     adapter, config = _with_tasks(model, adapter_name)
     if name in (names := [t.name for t in config.tasks]):
-        raise AdapterError(f"Adapter {adapter!r} has a task {name!r} already, among {names}. Choose another name.")
+        raise AdapterError(f"Adapter {adapter!r} already has a task {name!r}, among {names}. Choose another name.")
     tasks, problems = read_tasks({name: task})
     if tasks is None:
         raise AdapterError(f"add_task: {' '.join(problems)}")
     (added,) = tasks
-    tuner: Any = model.base_model
+    tuner: BSRModel = model.base_model
     if added.is_dense and tuner.plan(adapter).mode != "full_view":
         raise AdapterError(
             f"Task {name!r} needs an output for each patch, but adapter {adapter!r} shortens the sequence. Train an "

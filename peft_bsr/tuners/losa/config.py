@@ -8,8 +8,9 @@ from math import prod
 from typing import Any, get_args
 
 from peft_bsr.backbones import ModelSpec
+from peft_bsr.core import ScoreKind
 from peft_bsr.core.checks import check_choice, check_flags, check_whole, is_whole
-from peft_bsr.engine import BlockPlan, KeptTokens, Plan
+from peft_bsr.engine import BlockPlan, KeptTokens, Mode, Plan, ReduceAt
 from peft_bsr.errors import ConfigError
 from peft_bsr.registration import extend_peft_type
 from peft_bsr.tuners.base.config import SavedConfig
@@ -77,13 +78,15 @@ class LoSAConfig(SavedConfig):
         default=None, metadata={"help": "Blocks that drop tokens; None = at 1/4, 1/2 and 3/4 of the depth."}
     )
     fuse_dropped: bool | None = field(default=None, metadata={"help": "Append one token fused from the dropped ones."})
-    reduce_at: str | None = field(default=None, metadata={"help": "'mid_block' or 'after_block'; None = chosen."})
-    mode: str | None = field(default=None, metadata={"help": "'compact' or 'full_view'; None = chosen."})
-    score: str | None = field(default=None, metadata={"help": "'class', 'mean_query' or 'received'; None = chosen."})
-    kept_tokens: str = field(
+    reduce_at: ReduceAt | None = field(default=None, metadata={"help": "'mid_block' or 'after_block'; None = chosen."})
+    mode: Mode | None = field(default=None, metadata={"help": "'compact' or 'full_view'; None = chosen."})
+    score: ScoreKind | None = field(
+        default=None, metadata={"help": "'class', 'mean_query' or 'received'; None = chosen."}
+    )
+    kept_tokens: KeptTokens = field(
         default="full", metadata={"help": "'full', 'bfloat16', 'float16' or 'int8': how tokens are kept for backward."}
     )
-    frozen_weights: str = field(default="full", metadata={"help": FROZEN_WEIGHTS_HELP})
+    frozen_weights: FrozenWeights = field(default="full", metadata={"help": FROZEN_WEIGHTS_HELP})
     init_weights: bool = field(default=True, metadata={"help": "False starts away from the base model (for tests)."})
     grid: list[int] | None = field(
         default=None, metadata={"help": "Written at attach: rows and columns of patches of the token mixers."}
@@ -93,7 +96,7 @@ class LoSAConfig(SavedConfig):
     )
     target_modules: None = field(default=None, metadata={"help": "Not used: see `layers`."})
 
-    # final norm and head train whole, and tokens are dropped, never merged; not annotated, because these are no fields
+    # final norm and head train as copies, tokens are only dropped; not annotated, so that these are not fields
     trainable, exclude_modules, modules_to_save, reduction = "full", None, None, "drop"
 
     def __post_init__(self) -> None:
@@ -106,7 +109,7 @@ class LoSAConfig(SavedConfig):
         problems += check_choice(self, "kept_tokens", get_args(KeptTokens))
         problems += check_choice(self, "frozen_weights", get_args(FrozenWeights))
         if self.target_modules is not None:
-            problems.append(f"`target_modules={self.target_modules!r}`: choose the blocks to read by `layers`.")
+            problems.append(f"`target_modules={self.target_modules!r}`: choose the blocks to read with `layers`.")
         if problems:
             raise ConfigError.from_problems("LoSAConfig", problems)
 
@@ -130,7 +133,7 @@ class LoSAConfig(SavedConfig):
             problems.append(f"`grid={grid!r}` must be rows and columns of patches, {_MOST_PATCHES} at most, or None.")
         names = (*layout, *layout.values()) if isinstance(layout, dict) else (layout,)
         if layout is not None and not all(isinstance(name, str) and name for name in names):
-            problems.append(f"`layout={layout!r}` must give each place its module's name, or be None.")
+            problems.append(f"`layout={layout!r}` must map each place to a module name, or be None.")
         return problems
 
     def sizes(self) -> dict[str, tuple[int | None, ...]]:
@@ -145,7 +148,7 @@ class LoSAConfig(SavedConfig):
         return sorted(self.layers)
 
     def plan_for(self, spec: ModelSpec) -> Plan:
-        """The plan that this config means for the model of `spec`: frozen blocks.
+        """The plan of this configuration for the model of `spec`: all blocks are frozen.
 
         Raises:
             ConfigError: If the model does not allow the configuration; the message names every problem.
@@ -153,22 +156,22 @@ class LoSAConfig(SavedConfig):
         layers = self.read_layers(spec)
         reductions, problems = resolve_reductions(self, spec)
         problems = check_within(self, "layers", layers, spec.depth) + problems
-        if unread := [index for index in layers if spec.last_read < index < spec.depth]:
+        if any(spec.last_read < index < spec.depth for index in layers):
             problems.append(
-                f"`layers={self.layers!r}`: the model's output does not depend on blocks after {spec.last_read}, so "
-                f"nothing read of {', '.join(map(str, unread))} reaches it. Use indices up to {spec.last_read}."
+                f"`layers={self.layers!r}`: the model's output does not depend on blocks after {spec.last_read}. Use "
+                f"indices up to {spec.last_read}."
             )
         if problems:
             raise ConfigError.from_problems("LoSAConfig", problems)
         blocks = tuple(BlockPlan(cut_gradient=True, reduction=reductions.get(i)) for i in range(spec.depth))
-        return Plan(blocks, self.mode or "compact")  # type: ignore[arg-type]
+        return Plan(blocks, self.mode or "compact")
 
     def trains(self, role: str) -> bool:
         """No part of a block trains."""
         return False
 
-    def recorded(self, resolution: Any) -> Any:
-        """A copy that names what was chosen for the model, where it trains, and for which patches."""
+    def recorded(self, resolution: Any) -> SavedConfig:
+        """A copy with the values that were chosen for the model, the layout, and the patch grid."""
         config = super().recorded(resolution)
         config.layout = dict(resolution.layout)
         config.grid = list(patch_grid(config, resolution.spec))
@@ -176,7 +179,7 @@ class LoSAConfig(SavedConfig):
 
 
 def patch_grid(config: LoSAConfig, spec: ModelSpec) -> tuple[int, ...]:
-    """Patches that the token mixers are made for: those of the configuration, or the model's own."""
+    """Patch grid of the token mixers: the configuration's, or the model's."""
     return tuple(config.grid) if config.grid else spec.grid or (spec.num_patches,)
 
 

@@ -145,8 +145,8 @@ class LoSAController(ReadingController):
         if not isinstance(side, Side):
             if not is_first:
                 raise ForwardError(
-                    "a block that LoSA reads was called outside of the model's forward. Call the model; and if this is "
-                    "a backward pass, switch off the gradient checkpointing that wraps the block's call."
+                    "a block that LoSA reads was called outside of the model's forward. Call the model. If this is a "
+                    "backward pass, disable the gradient checkpointing that wraps the block's call."
                 )
             side = self.context.now.reading = Side()
         return side
@@ -175,8 +175,8 @@ class LoSAController(ReadingController):
         found = next((grid for grid in grids if prod(grid) == number), None)
         if found is None:
             raise InputError(
-                f"LoSA's token mixers are made for {' x '.join(map(str, mixer.grid))} patches, and this input has "
-                f"{number}, of which no grid is known. Call the model with images, or train with `token_mixing=False`."
+                f"LoSA's token mixers are made for {' x '.join(map(str, mixer.grid))} patches, but this input has "
+                f"{number} in an unknown grid. Call the model with images, or train with `token_mixing=False`."
             )
         return found
 

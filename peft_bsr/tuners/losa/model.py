@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from torch import nn
 
 from peft_bsr.backbones import ModelSpec
 from peft_bsr.engine import CONTROLLER, Plan
 from peft_bsr.errors import AdapterError
+from peft_bsr.tuners.base.config import SavedConfig
 from peft_bsr.tuners.base.reading import ReadingTuner
+from peft_bsr.tuners.base.resolution import Resolution
+from peft_bsr.tuners.blocks.config import BlockConfig
 from peft_bsr.tuners.blocks.targets import Way
 from peft_bsr.tuners.blocks.tuner import BlockTuner
 from peft_bsr.tuners.losa.layer import LoSAController
@@ -42,19 +45,19 @@ class LoSAModel(ReadingTuner, BlockTuner):
     controller_cls = LoSAController
 
     @classmethod
-    def _other_targets(cls, model: nn.Module, spec: ModelSpec, config: Any, plan: Plan) -> dict[str, Way]:
+    def _other_targets(cls, model: nn.Module, spec: ModelSpec, config: BlockConfig, plan: Plan) -> dict[str, Way]:
         """The mixers, in the blocks' controllers."""
         return {f"{spec.blocks[index]}.{CONTROLLER}": "mixer" for index in config.read_layers(spec)}
 
-    def _assign(self, model: nn.Module, adapter_name: str, given: Any, found: Any) -> None:
+    def _assign(self, model: nn.Module, adapter_name: str, given: SavedConfig, found: Resolution) -> None:
         for controller in self._attached_controllers(model, found.spec):
             controller.layers[adapter_name] = self.peft_config[adapter_name].read_layers(found.spec)
         super()._assign(model, adapter_name, given, found)
 
     def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> NoReturn:
         raise AdapterError(
-            "LoSA cannot be merged: its mixers compute beside the backbone, whose weights they leave alone. Keep the "
-            "adapter to use it, or call `unload()` for the base model."
+            "LoSA cannot be merged: its mixers compute in addition to the backbone and do not change its weights. Keep "
+            "the adapter to use it, or call `unload()` for the base model."
         )
 
 

@@ -6,7 +6,6 @@ Shapes: B images, N tokens `[prefix | patches | suffix]`, A alive ones, D width,
 from __future__ import annotations
 
 from math import prod
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +30,7 @@ class SideMixer(nn.Module):
         super().__init__()
         self.grid = patch_grid(config, spec)
         self.num_prefix, self.num_suffix = spec.num_prefix, spec.num_suffix
-        self.kept: KeptTokens = config.kept_tokens  # type: ignore[assignment]
+        self.kept: KeptTokens = config.kept_tokens
         self.norm = nn.LayerNorm(spec.width)
         self.channel_down, self.channel_up = nn.Linear(spec.width, config.r), nn.Linear(config.r, spec.width)
         starts = [self.channel_up.weight, self.channel_up.bias, self.channel_down.bias]
@@ -55,7 +54,7 @@ class SideMixer(nn.Module):
         Returns:
             [B, N or A, D], in autocast's dtype, or without autocast in that of the weights.
         """
-        own: list[Any] = [self.norm, self.channel_down, self.channel_up]
+        own: list[nn.LayerNorm | nn.Linear] = [self.norm, self.channel_down, self.channel_up]
         weights: list[Tensor] = [tensor for module in own for tensor in (module.weight, module.bias)]
         if self.mixes_tokens:
             weights += self.token_weights(grid, places, num_fused)
@@ -85,8 +84,8 @@ class SideMixer(nn.Module):
         """
         if len(self.grid) != 2 or len(grid) != 2:
             raise InputError(
-                f"LoSA's token mixers are made for {' x '.join(map(str, self.grid))} patches, the input has "
-                f"{' x '.join(map(str, grid))}, and only grids of one image are interpolated. Call the model with "
+                f"LoSA's token mixers are made for {' x '.join(map(str, self.grid))} patches, but the input has "
+                f"{' x '.join(map(str, grid))}, and only 2-D grids are interpolated. Call the model with "
                 "inputs of the size that the adapter was attached for, or train with `token_mixing=False`."
             )
         prefix, patches, suffix = table.split([self.num_prefix, prod(self.grid), self.num_suffix])

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from typing import get_args
 
 from peft_bsr.backbones import ModelSpec
+from peft_bsr.core import ScoreKind
 from peft_bsr.core.checks import EITHER_SIGN, RATE, check_choice, check_numbers, check_whole
-from peft_bsr.engine import BlockPlan, KeptTokens, Plan
+from peft_bsr.engine import BlockPlan, KeptTokens, Mode, Plan, ReduceAt
 from peft_bsr.errors import ConfigError
 from peft_bsr.registration import extend_peft_type
 from peft_bsr.tuners.base.config import SavedConfig
@@ -86,13 +87,15 @@ class SynQTConfig(SavedConfig):
     )
     reduction: str = field(default="drop", metadata={"help": "'drop' tokens or 'merge' the most similar."})
     fuse_dropped: bool | None = field(default=None, metadata={"help": "Append one token fused from the dropped ones."})
-    reduce_at: str | None = field(default=None, metadata={"help": "'mid_block' or 'after_block'; None = chosen."})
-    mode: str | None = field(default=None, metadata={"help": "'compact' or 'full_view'; None = chosen."})
-    score: str | None = field(default=None, metadata={"help": "'class', 'mean_query' or 'received'; None = chosen."})
-    kept_tokens: str = field(
+    reduce_at: ReduceAt | None = field(default=None, metadata={"help": "'mid_block' or 'after_block'; None = chosen."})
+    mode: Mode | None = field(default=None, metadata={"help": "'compact' or 'full_view'; None = chosen."})
+    score: ScoreKind | None = field(
+        default=None, metadata={"help": "'class', 'mean_query' or 'received'; None = chosen."}
+    )
+    kept_tokens: KeptTokens = field(
         default="full", metadata={"help": "'full', 'bfloat16', 'float16' or 'int8': how tokens are kept for backward."}
     )
-    frozen_weights: str = field(default="full", metadata={"help": FROZEN_WEIGHTS_HELP})
+    frozen_weights: FrozenWeights = field(default="full", metadata={"help": FROZEN_WEIGHTS_HELP})
     target_modules: None = field(default=None, metadata={"help": "Not used: see `layers`."})
 
     def __post_init__(self) -> None:
@@ -111,11 +114,11 @@ class SynQTConfig(SavedConfig):
         problems += check_choice(self, "kept_tokens", get_args(KeptTokens))
         problems += check_choice(self, "frozen_weights", get_args(FrozenWeights))
         if self.target_modules is not None:
-            problems.append(f"`target_modules={self.target_modules!r}`: choose the blocks to read by `layers`.")
+            problems.append(f"`target_modules={self.target_modules!r}`: choose the blocks to read with `layers`.")
         if self.task_type is not None:
             problems.append(
-                f"`task_type={self.task_type!r}` would make PEFT train a copy of the classifier, which nobody reads: "
-                "the head of SynQT takes its place. Leave it None."
+                f"`task_type={self.task_type!r}` would make PEFT train a copy of the classifier, which has no effect: "
+                "the head of SynQT replaces it. Leave it None."
             )
         if problems:
             raise ConfigError.from_problems("SynQTConfig", problems)
@@ -147,4 +150,4 @@ def build_plan(config: SynQTConfig, spec: ModelSpec) -> tuple[Plan, list[int]]:
     blocks = tuple(
         BlockPlan(cut_gradient=True, reduction=reductions.get(i) if i < layers[-1] else None) for i in range(spec.depth)
     )
-    return Plan(blocks, config.mode or "compact"), layers  # type: ignore[arg-type]
+    return Plan(blocks, config.mode or "compact"), layers

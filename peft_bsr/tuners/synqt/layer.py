@@ -119,7 +119,9 @@ class SynQTController(ReadingController):
                     self._collect(tokens, layers)
         return hidden_states if starts_after or self.index >= layers[-1] else None
 
-    def _alive(self, hidden_states: Tensor, args: Any, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+    def _alive(
+        self, hidden_states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None]:
         """The tokens that are left on the current route, and which of them are padding."""
         route, mask = self.context.now.route, attention_mask(self.spec, args, kwargs)
         if route is not None and route.origins is not None:
@@ -149,7 +151,7 @@ class SynQTController(ReadingController):
             resume_point.fill(collected)
             raise StopForwardError
 
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: Any = None) -> None:
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         _move(self.synqt_params, adapter_name, self.place)
 
     def __repr__(self) -> str:
@@ -207,7 +209,7 @@ class SynQTHead(nn.Module, SingleAdapterLayer):
         logits: Tensor = self.synqt_params[name](reading.features())
         return logits if torch.is_autocast_enabled(pooled.device.type) else logits.to(pooled.dtype)
 
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: Any = None) -> None:
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         _move(self.synqt_params, adapter_name, next(self.base_layer.parameters()))
 
     def __repr__(self) -> str:

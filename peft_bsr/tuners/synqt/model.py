@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
@@ -19,11 +19,11 @@ from peft_bsr.ops import exact_parameters
 from peft_bsr.selftest import verify_plan, verify_queries
 from peft_bsr.tuners.base.classifier import find_classifier, find_final_norm
 from peft_bsr.tuners.base.frozen_weights import check_rounded, linears_to_round, tried_rounding
-from peft_bsr.tuners.base.layer import ROOT, detached, find_controllers, parameter_of
+from peft_bsr.tuners.base.layer import ROOT, AdapterController, detached, find_controllers, parameter_of
 from peft_bsr.tuners.base.reading import ReadingTuner
 from peft_bsr.tuners.base.reductions import allowed_modes
 from peft_bsr.tuners.base.resolution import Resolution
-from peft_bsr.tuners.synqt.config import build_plan
+from peft_bsr.tuners.synqt.config import SynQTConfig, build_plan
 from peft_bsr.tuners.synqt.layer import SynQTController, SynQTHead
 
 _CONTROLLER_PLACE = re.compile(r".*\.(\d+)\.token_router")
@@ -55,7 +55,7 @@ class SynQTResolution(Resolution):
 
     def with_width(self, width: int) -> SynQTResolution:
         """The same for a model of that width."""
-        found: SynQTResolution = super().with_width(width)
+        found = super().with_width(width)
         return replace(found, path=replace(self.path, spec=found.spec))
 
 
@@ -113,13 +113,13 @@ class SynQTModel(ReadingTuner):
                     path = verify_queries(model, spec, layers[0], path, None)
         return SynQTResolution(spec, plan, rounded, path, tuple(layers), classifier)
 
-    def _check_target_module_exists(self, peft_config: Any, key: str) -> bool:
+    def _check_target_module_exists(self, peft_config: SynQTConfig, key: str) -> bool:
         found: SynQTResolution = peft_config.resolution
         return key in found.spec.blocks or key == found.classifier
 
     def _create_and_replace(
         self,
-        peft_config: Any,
+        peft_config: SynQTConfig,
         adapter_name: str,
         target: Any,
         target_name: str,
@@ -153,8 +153,8 @@ class SynQTModel(ReadingTuner):
             AdapterError: Always.
         """
         raise AdapterError(
-            "SynQT cannot be merged: its queries and its head compute beside the backbone, whose weights they leave "
-            "alone. Keep the adapter to use it, or call `unload()` for the base model."
+            "SynQT cannot be merged: its queries and its head compute in addition to the backbone and do not change "
+            "its weights. Keep the adapter to use it, or call `unload()` for the base model."
         )
 
     def _unload_and_optionally_merge(
@@ -174,7 +174,7 @@ class SynQTModel(ReadingTuner):
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """Rename keys to this model's names first: the file may be from another layout, or from peft 0.20."""
-        layers: dict[int | None, tuple[str, Any]] = {}
+        layers: dict[int | None, tuple[str, nn.Module]] = {}
         for name, layer in model.named_modules():
             if isinstance(layer, (SynQTController, SynQTHead)) and adapter_name in layer.synqt_params:
                 number = layer.index if isinstance(layer, SynQTController) else None
@@ -192,7 +192,7 @@ class SynQTModel(ReadingTuner):
 
 
 @contextmanager
-def _stock(model: nn.Module, controllers: list[Any]) -> Iterator[None]:
+def _stock(model: nn.Module, controllers: Sequence[AdapterController]) -> Iterator[None]:
     """Context manager: detach the controllers and the head."""
     heads = {name: module for name, module in model.named_modules() if isinstance(module, SynQTHead)}
     with detached(model, controllers):

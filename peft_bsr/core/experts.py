@@ -32,7 +32,7 @@ class Choice:
     def counts(self) -> Tensor:
         """Number of tokens of each expert, [E] int64."""
         chosen = self.experts.flatten()
-        # not `bincount`, whose length depends on the data for a compiler
+        # not `bincount`: for a compiler, its length depends on the data
         counts = chosen.new_zeros(self.probabilities.shape[1])
         return counts.scatter_add(0, chosen, torch.ones_like(chosen))
 

@@ -115,7 +115,7 @@ class Route:
         Args:
             tokens: The alive tokens of this route. It must have merged tokens.
         """
-        assert self.origins is not None and self.merged is not None, "only merged tokens can be told apart again"
+        assert self.origins is not None and self.merged is not None, "nothing was merged on this route"
         batch, alive, device = *self.origins.shape, tokens.device
         places = torch.arange(self.num_prefix + alive + self.num_suffix, device=device).expand(batch, -1)
         prefix, kept, suffix = places.split([self.num_prefix, alive, self.num_suffix], dim=1)
@@ -123,7 +123,7 @@ class Route:
         return pick_tokens(tokens, torch.cat([prefix, of_patches, suffix], dim=1))
 
     def alive(self) -> Tensor:
-        """Whether each patch is still a token of its own, [B, num_patches] bool, on the device of `origins`.
+        """Whether each patch is still a separate token, [B, num_patches] bool, on the device of `origins`.
 
         Raises:
             ForwardError: If nothing was reduced, because the batch size is unknown then.

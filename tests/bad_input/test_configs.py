@@ -238,22 +238,22 @@ CONFIGS: list[tuple[type, dict[str, Any], str]] = [
     (
         ALaSTConfig,
         {"budget_range": [0.5]},
-        "ALaSTConfig: `budget_range=[0.5]` must be two numbers, the least and the largest budget.",
+        "ALaSTConfig: `budget_range=[0.5]` must be two numbers, the smallest and the largest budget.",
     ),
     (
         ALaSTConfig,
         {"budget_range": [0.9, 0.5]},
-        "ALaSTConfig: `budget_range=[0.9, 0.5]` must lie in (0, 1], the least budget first.",
+        "ALaSTConfig: `budget_range=[0.9, 0.5]` must lie in (0, 1], the smallest budget first.",
     ),
     (
         ALaSTConfig,
         {"budget_range": [0, 1]},
-        "ALaSTConfig: `budget_range=[0, 1]` must lie in (0, 1], the least budget first.",
+        "ALaSTConfig: `budget_range=[0, 1]` must lie in (0, 1], the smallest budget first.",
     ),
     (
         ALaSTConfig,
         {"budget_range": "wide"},
-        "ALaSTConfig: `budget_range='wide'` must be two numbers, the least and the largest budget.",
+        "ALaSTConfig: `budget_range='wide'` must be two numbers, the smallest and the largest budget.",
     ),
     (
         ALaSTConfig,

@@ -95,8 +95,8 @@ def test_what_a_person_wrote_stays(make_adapter, tmp_path):
 @pytest.mark.parametrize(
     ("config", "sentence"),
     [
-        (ALaSTConfig(), "Budgets decide in every training step which three quarters of the 4 blocks train"),
-        (SynQTConfig(), "All 4 blocks are frozen; 4 learned queries a block read blocks 0 to 3"),
+        (ALaSTConfig(), "In every training step, budgets decide which three quarters of the 4 blocks train"),
+        (SynQTConfig(), "All 4 blocks are frozen; 4 learned queries per block read blocks 0 to 3"),
         (BSRConfig(keep_rate=1.0), "No tokens are dropped."),
         (BSRConfig(trainable="lora", reduction_blocks=[1]), "low-rank updates of block 3 train"),
         (BSRConfig(mode="full_view"), "Dropped tokens keep their place"),

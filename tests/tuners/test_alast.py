@@ -354,7 +354,7 @@ def test_models_without_a_class_token():
     [
         ({"trainable_blocks_per_step": 0}, "`trainable_blocks_per_step=0` must be an integer of at least 1"),
         ({"initial_budget": 0.4}, r"`initial_budget=0.4` must lie in `budget_range=\[0.5, 1.0\]`"),
-        ({"budget_range": (0.9, 0.5)}, r"`budget_range=\[0.9, 0.5\]` must lie in \(0, 1\], the least budget first"),
+        ({"budget_range": (0.9, 0.5)}, r"`budget_range=\[0.9, 0.5\]` must lie in \(0, 1\], the smallest budget first"),
         ({"budget_range": 0.5}, "`budget_range=0.5` must be two numbers"),
         ({"alpha": -1}, "`alpha=-1` must be a number from 0 to"),
         ({"alpha": "rate"}, "`alpha='rate'` must be a number"),

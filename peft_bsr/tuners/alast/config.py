@@ -100,7 +100,7 @@ class ALaSTConfig(BlockConfig):
         metadata={"help": "Budget of every block at the start; None = 0.95."},
     )
     budget_range: list[float] = field(
-        default_factory=lambda: [0.5, 1.0], metadata={"help": "Least and largest budget."}
+        default_factory=lambda: [0.5, 1.0], metadata={"help": "Smallest and largest budget."}
     )
     alpha: float | str | None = field(
         default=None, metadata={"help": "Step size of the budgets, or 'lr' for the learning rate; None = 0.5."}
@@ -132,9 +132,9 @@ class ALaSTConfig(BlockConfig):
         if count is not None and not is_whole(count, 1):
             problems.append(f"`trainable_blocks_per_step={count!r}` must be an integer of at least 1, or None.")
         if not (isinstance(low_high, list) and len(low_high) == 2 and all(map(is_number, low_high))):
-            problems.append(f"`budget_range={low_high!r}` must be two numbers, the least and the largest budget.")
+            problems.append(f"`budget_range={low_high!r}` must be two numbers, the smallest and the largest budget.")
         elif not 0 < low_high[0] <= low_high[1] <= 1:
-            problems.append(f"`budget_range={low_high!r}` must lie in (0, 1], the least budget first.")
+            problems.append(f"`budget_range={low_high!r}` must lie in (0, 1], the smallest budget first.")
         elif not is_number(self.initial_budget) or not low_high[0] <= self.initial_budget <= low_high[1]:
             problems.append(f"`initial_budget={self.initial_budget!r}` must lie in `budget_range={low_high!r}`.")
         if self.alpha != "lr":

@@ -12,9 +12,9 @@ def describe(config: ALaSTConfig, spec: ModelSpec, plan: Plan) -> list[str]:
     """What an adapter does to its model, as a list of sentences."""
     count = config.trainable_blocks_per_step
     return [
-        f"Budgets decide in every training step which {count or 'three quarters'} of the {spec.depth} blocks "
-        "train and how many tokens each of them sees; the final norm and the head always train.",
-        "When it is used, all blocks run on all tokens: a plain model.",
+        f"In every training step, budgets decide which {count or 'three quarters'} of the {spec.depth} blocks "
+        "train and how many tokens each of them gets; the final norm and the head always train.",
+        "In evaluation, all blocks run on all tokens.",
         *describe_gradient_tokens(plan),
     ]
 

@@ -130,7 +130,7 @@ def find_embeddings(model: nn.Module, spec: ModelSpec) -> list[str]:
             "name. Use `train_embeddings=False`."
         )
     found = sorted(n for n in owners if not any(n.startswith(f"{other}.") for other in owners))
-    for name in found:  # PEFT takes every module whose name ends so
+    for name in found:  # PEFT matches every module name that ends with it
         if inside_it := [n for n, _ in model.named_modules() if n.startswith(f"{name}.") and n.endswith(name)]:
             raise UnsupportedModelError(
                 f"{type(model).__name__}: `modules_to_save` cannot name {name!r}, because {inside_it[0]!r} inside it "

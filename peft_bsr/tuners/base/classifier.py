@@ -8,13 +8,13 @@ from peft_bsr.backbones import ModelSpec, probe_inputs, quiet, run_probe
 from peft_bsr.errors import UnsupportedModelError
 
 
-def find_classifier(model: nn.Module, spec: ModelSpec, who: str) -> str:
+def find_classifier(model: nn.Module, spec: ModelSpec, subject: str) -> str:
     """Name of the Linear module whose output is the model's logits [B, classes].
 
     Args:
         model: The model.
         spec: Description of the model.
-        who: Subject and verb for the error, such as "the heads of `tasks` take".
+        subject: Subject and verb of the error, such as "the heads of `tasks` take".
 
     Raises:
         UnsupportedModelError: If no single Linear gives the logits.
@@ -35,7 +35,7 @@ def find_classifier(model: nn.Module, spec: ModelSpec, who: str) -> str:
     found = [name for name, seen in outputs.items() if is_flat and len(seen) == 1 and seen[0] is logits]
     if not found:
         raise UnsupportedModelError(
-            f"{type(model).__name__}: {who} the place of the classifier, but none of {linears} gives "
+            f"{type(model).__name__}: {subject} the place of the classifier, but none of {linears} gives "
             "the model's `logits` [images, classes] by itself. Load the model with one classifier, for example by "
             "`AutoModelForImageClassification.from_pretrained(..., num_labels=10)`, or add one with "
             "`peft_bsr.with_head(model, num_labels=10)`."

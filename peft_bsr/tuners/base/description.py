@@ -26,7 +26,7 @@ def describe_reductions(spec: ModelSpec, plan: Plan) -> list[str]:
     blocks = name_blocks([index for index, _ in reduced])
     if first.score is None:
         sentence = f"At {blocks}, the most similar patches are averaged until {rate} of the tokens are left"
-        in_full_view = " For the head each patch has the value of the token that it is part of."
+        in_full_view = " For the head, each patch has the value of its merged token."
     else:
         dropped = "the others are fused into one token" if first.fuse else "the others are dropped"
         sentence = f"At {blocks}, {rate} of the patches stay, ranked {_RANKED[first.score]}; {dropped}"
@@ -34,7 +34,7 @@ def describe_reductions(spec: ModelSpec, plan: Plan) -> list[str]:
     sentence += f": {spec.num_tokens} tokens become {_listed(left)}."
     if plan.mode == "full_view":
         sentence += in_full_view
-    return [sentence, "The reduction runs in use as in training."]
+    return [sentence, "The reduction is also active in evaluation."]
 
 
 def describe_gradient_tokens(plan: Plan) -> list[str]:
@@ -44,8 +44,8 @@ def describe_gradient_tokens(plan: Plan) -> list[str]:
         return []
     how = "at random" if wanted.score is None else _RANKED.get(wanted.score, wanted.score)
     return [
-        f"In training, gradients run through {wanted.share:.0%} of the patches alone, chosen {how}; all tokens run "
-        "forward, and in use nothing differs."
+        f"In training, only {wanted.share:.0%} of the patches carry gradients, chosen {how}; all tokens run forward, "
+        "and evaluation is unchanged."
     ]
 
 

@@ -92,13 +92,14 @@ def check_rounded(model: nn.Module, spec: ModelSpec, wanted: Mapping[str, str], 
     if found == wanted or not (found or has_others):
         return
 
-    def told(rounded: Mapping[str, str]) -> str:
+    def described(rounded: Mapping[str, str]) -> str:
         blocks = [i for i, block in enumerate(spec.blocks) if any(name.startswith(f"{block}.") for name in rounded)]
         return f"{next(iter(rounded.values()))!r} in blocks {blocks}" if rounded else "'full'"
 
     raise ConfigError(
-        f"the adapter needs frozen weights {told(wanted)}, but in this model they are {told(found)}. All adapters of a "
-        "model share its frozen weights: use the same `frozen_weights` and trained blocks, or load the model again."
+        f"the adapter needs frozen weights {described(wanted)}, but in this model they are {described(found)}. All "
+        "adapters of a model share its frozen weights: use the same `frozen_weights` and trained blocks, or load the "
+        "model again."
     )
 
 

@@ -27,22 +27,22 @@ class FileChecks:
 
     model: nn.Module
     peft_config: dict[str, SavedConfig]
-    _asked: dict[str, bool]
+    _requires_grad: dict[str, bool]
 
     @contextmanager
-    def _or_taken_back(self, adapter_name: str) -> Iterator[None]:
+    def _undone_on_error(self, adapter_name: str) -> Iterator[None]:
         """Context manager around attaching an adapter: checks its file, and restores the model after an error."""
-        asked = {name: p.requires_grad for name, p in self.model.named_parameters()}
+        before = {name: p.requires_grad for name, p in self.model.named_parameters()}
         try:
             yield
             self._check_file(adapter_name)
         except BaseException:
-            tuner: Any = self
+            tuner: Any = self  # with PEFT's methods
             if len(self.peft_config) > 1:
                 tuner.delete_adapter(adapter_name)
             else:
                 tuner.unload()
-            ask_again(self.model, asked)
+            restore_requires_grad(self.model, before)
             raise
         config = self.peft_config[adapter_name]
         assert config.attachment is not None, "set before the adapter is attached"
@@ -120,7 +120,7 @@ class FileChecks:
                 check_loaded(adapter_name, cls._own_state(model, adapter_name), required, renamed, others)
             except AdapterFileError:
                 if is_new:
-                    take_back(model, adapter_name, tuner._asked)
+                    remove_adapter(model, adapter_name, tuner._requires_grad)
                 raise
         return renamed
 
@@ -196,29 +196,29 @@ def check_whole(model: nn.Module, config: SavedConfig, adapter_name: str) -> Non
         )
 
 
-def take_back(model: PeftModel, adapter_name: str, asked: dict[str, bool]) -> None:
+def remove_adapter(model: PeftModel, adapter_name: str, before: dict[str, bool]) -> None:
     """Remove an adapter whose weights could not be loaded.
 
     Args:
         model: The PeftModel with the adapter.
         adapter_name: Name of the adapter.
-        asked: Parameter name of the base model -> its `requires_grad` before the first adapter was attached.
+        before: Parameter name of the base model -> its `requires_grad` before the first adapter was attached.
     """
     if len(model.peft_config) > 1:
         model.delete_adapter(adapter_name)
         return
-    ask_again(model.base_model.unload(), asked)
+    restore_requires_grad(model.base_model.unload(), before)
 
 
-def ask_again(model: nn.Module, asked: Mapping[str, bool]) -> None:
+def restore_requires_grad(model: nn.Module, before: Mapping[str, bool]) -> None:
     """Restore `requires_grad` of parameters.
 
     Args:
         model: The model.
-        asked: Parameter name -> `requires_grad`.
+        before: Parameter name -> `requires_grad`.
     """
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(asked.get(name, parameter.requires_grad))
+        parameter.requires_grad_(before.get(name, parameter.requires_grad))
 
 
 def _is_same_kind(found: Tensor, own: Tensor) -> bool:
@@ -240,4 +240,4 @@ def _problem(names: Iterable[str], what: str) -> list[str]:
     return [f"{', '.join(found[:_NAMED])}{more} {what}."] if found else []
 
 
-__all__ = ["FileChecks", "check_loaded", "check_whole", "take_back"]
+__all__ = ["FileChecks", "check_loaded", "check_whole", "remove_adapter"]

@@ -1,4 +1,4 @@
-"""What methods share whose side network reads blocks of a frozen backbone."""
+"""Base classes of methods with a side network that reads blocks of a frozen backbone."""
 
 from __future__ import annotations
 

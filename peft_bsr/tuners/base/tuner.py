@@ -79,10 +79,10 @@ class MethodTuner(FileChecks, BaseTuner):
         config.attached_to(model, found.spec, found.plan, held, self._known_fingerprint(adapter_name))
         config.resolution = found  # PEFT passes the configuration to the methods that it calls
         self.peft_config[adapter_name] = config
-        if "_asked" not in self.__dict__:
-            self._asked = {name: p.requires_grad for name, p in model.named_parameters()}
+        if "_requires_grad" not in self.__dict__:
+            self._requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
         self.__dict__.pop("_controllers", None)
-        with self._or_taken_back(adapter_name):
+        with self._undone_on_error(adapter_name):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             config.resolution = None
             self._assign(model, adapter_name, given, found)

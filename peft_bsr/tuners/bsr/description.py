@@ -17,7 +17,7 @@ def describe(config: BSRConfig, spec: ModelSpec, plan: Plan) -> list[str]:
         "are frozen."
     ]
     if trained and trained[0] > 0:
-        sentences.append(f"No gradient runs further back than block {trained[0]}.")
+        sentences.append(f"Blocks before block {trained[0]} get no gradient.")
     return [*sentences, *describe_reductions(spec, plan), *describe_gradient_tokens(plan)]
 
 

@@ -1,4 +1,4 @@
-"""Adding a task to a trained adapter, and exporting one as an adapter of its own."""
+"""Adds a task to a trained adapter, and exports one as a separate adapter."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def add_task(model: PeftModel, name: str, task: int | TaskConfig, adapter_name: 
 
 
 def export_task(model: PeftModel, task: str, folder: str | Path, adapter_name: str | None = None) -> None:
-    """Save one task as an adapter of its own: its gates, its head and all shared weights.
+    """Save one task as a separate adapter: its gates, its head and all shared weights.
 
     A model with this adapter is called without `task=` and returns the outputs of a single-task model. `model` is not
     changed.

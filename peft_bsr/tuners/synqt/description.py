@@ -12,8 +12,8 @@ def describe(config: SynQTConfig, spec: ModelSpec, plan: Plan) -> list[str]:
     """What an adapter does to its model, as a list of sentences."""
     read = config.layers if config.layers is not None else list(range(spec.depth))
     return [
-        f"All {spec.depth} blocks are frozen; {config.num_queries} learned queries a block read "
-        f"{name_blocks(read)}, and a head of its own classifies.",
+        f"All {spec.depth} blocks are frozen; {config.num_queries} learned queries per block read "
+        f"{name_blocks(read)}, and a new head classifies.",
         *describe_reductions(spec, plan),
     ]
 

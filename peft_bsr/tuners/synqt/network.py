@@ -34,7 +34,7 @@ class Adapter(nn.Module):
             nn.init.zeros_(tensor)
 
     def forward(self, tokens: Tensor, factor: Tensor | None = None) -> Tensor:
-        """[..., D] -> [..., D], times `factor` if there is one: a learned scalar, whose gradient needs no D either."""
+        """[..., D] -> [..., D], times `factor` if it is given, a learned scalar that is also applied before W2."""
         inside = dropout(gelu(self.down(tokens)), self.rate, self.training) * self.scale
         if factor is None:
             return tokens + self.up(inside)
@@ -48,7 +48,7 @@ class QuerySynthesis(nn.Module):
     z = A(P + s_feat H);  z = z + a SelfAttention(LN(z));  z = z + f A'(LN(z));  Hq = dropout(z)
     ```
     The self-attention has one head over D; its queries, keys, values and output are adapters without dropout, and the
-    first three are normalised, each by a LayerNorm of its own.
+    first three are normalized, each by its own LayerNorm.
 
     Args:
         width: D.
@@ -90,7 +90,7 @@ class QuerySynthesis(nn.Module):
         return dropout(queries, self.rate, self.training)
 
     def attend(self, tokens: Tensor) -> Tensor:
-        """The self-attention of normalised [B, T, D], times its scale."""
+        """The self-attention of normalized tokens [B, T, D], times its scale."""
         query = self.query_norm(self.query(tokens))
         key = self.key_norm(self.key(tokens))
         value = self.value_norm(self.value(tokens))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 
-class BackwardContext(FunctionCtx):
-    """`ctx` as backward sees it. For annotations; subclasses add the attributes that a forward sets.
+class BackwardContext(Protocol):
+    """`ctx` with what backward reads, for annotations. Subclasses add the attributes that a forward sets.
 
     Attributes:
         saved_tensors: The tensors of `save_for_backward`.
@@ -16,6 +17,15 @@ class BackwardContext(FunctionCtx):
 
     saved_tensors: tuple[Tensor, ...]
     needs_input_grad: tuple[bool, ...]
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        """See `torch.autograd.function.FunctionCtx`."""
+
+    def mark_non_differentiable(self, *tensors: Tensor) -> None:
+        """See `torch.autograd.function.FunctionCtx`."""
+
+    def set_materialize_grads(self, value: bool) -> None:
+        """See `torch.autograd.function.FunctionCtx`."""
 
 
 __all__ = ["BackwardContext"]

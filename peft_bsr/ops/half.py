@@ -22,7 +22,8 @@ from peft_bsr.ops.norm import NormOp
 
 _NORM, _LINEAR = 2, 4  # number of tensors
 _P = ParamSpec("_P")
-_Context, _Output = TypeVar("_Context"), TypeVar("_Output")
+_Context = TypeVar("_Context")
+_Output = TypeVar("_Output")
 
 
 class Compute(NamedTuple):

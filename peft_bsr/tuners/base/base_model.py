@@ -124,7 +124,7 @@ def _larger(own: Mapping[str, object], changes: Mapping[str, object]) -> list[tu
     return found
 
 
-def _merged(values: dict[str, Any], changes: Mapping[str, object]) -> dict[str, Any]:
+def _merged(values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     known = {k: v for k, v in changes.items() if k in values and k not in _NOT_KEPT and not k.startswith("_")}
     inner = {k for k, v in known.items() if k not in _LABELS and isinstance(v, dict) and isinstance(values[k], dict)}
     return values | {k: _merged(values[k], v) if k in inner else v for k, v in known.items()}

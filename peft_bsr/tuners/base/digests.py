@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 from peft_bsr.errors import AdapterFileError
 
@@ -32,7 +33,7 @@ def file_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def with_digests(values: Mapping[str, object], weights: Path) -> dict[str, object]:
+def with_digests(values: Mapping[str, object], weights: Path) -> dict[str, Any]:
     """Add the digests of the settings, and of the weights if the file exists.
 
     Args:

@@ -32,9 +32,7 @@ class BlockConfig(SavedConfig):
     score: ScoreKind | None = field(
         default=None, metadata={"help": "'class', 'mean_query' or 'received'; None = chosen for the model."}
     )
-    trainable: Trainable = field(
-        default="full", metadata={"help": "'full' (whole weights) or 'lora' (low-rank updates)."}
-    )
+    trainable: str = field(default="full", metadata={"help": "'full' (whole weights) or 'lora' (low-rank updates)."})
     r: int = field(default=8, metadata={"help": "Rank of the update, trainable='lora' only."})
     lora_alpha: float = field(default=16, metadata={"help": "The update is scaled by lora_alpha / r."})
     init_weights: bool = field(default=True, metadata={"help": "False starts away from the base model (for tests)."})
@@ -45,19 +43,17 @@ class BlockConfig(SavedConfig):
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Further modules to train and save; final norm and head always are."}
     )
-    lean: LeanLevel = field(
-        default="exact", metadata={"help": "'off', 'exact' or 'max': what is not kept for backward."}
-    )
-    saved_activations: SavedActivations = field(
+    lean: str = field(default="exact", metadata={"help": "'off', 'exact' or 'max': what is not kept for backward."})
+    saved_activations: str = field(
         default="full", metadata={"help": "'full' or 'int8': precision of activations that are kept for backward."}
     )
     gradient_tokens: float = field(
         default=1.0, metadata={"help": "Share of the tokens that carry gradients in training; all run forward."}
     )
-    gradient_tokens_by: ChosenBy = field(
+    gradient_tokens_by: str = field(
         default="score", metadata={"help": "'score' (those that rank highest) or 'random', gradient_tokens < 1 only."}
     )
-    frozen_weights: FrozenWeights = field(default="full", metadata={"help": FROZEN_WEIGHTS_HELP})
+    frozen_weights: str = field(default="full", metadata={"help": FROZEN_WEIGHTS_HELP})
     layout: dict[str, str] | None = field(
         default=None, metadata={"help": "Written at attach: canonical place -> module name of what trains."}
     )

@@ -86,7 +86,7 @@ class LoSAConfig(SavedConfig):
     kept_tokens: KeptTokens = field(
         default="full", metadata={"help": "'full', 'bfloat16', 'float16' or 'int8': how tokens are kept for backward."}
     )
-    frozen_weights: FrozenWeights = field(default="full", metadata={"help": FROZEN_WEIGHTS_HELP})
+    frozen_weights: str = field(default="full", metadata={"help": FROZEN_WEIGHTS_HELP})
     init_weights: bool = field(default=True, metadata={"help": "False starts away from the base model (for tests)."})
     grid: list[int] | None = field(
         default=None, metadata={"help": "Written at attach: rows and columns of patches of the token mixers."}

@@ -95,7 +95,7 @@ class SynQTConfig(SavedConfig):
     kept_tokens: KeptTokens = field(
         default="full", metadata={"help": "'full', 'bfloat16', 'float16' or 'int8': how tokens are kept for backward."}
     )
-    frozen_weights: FrozenWeights = field(default="full", metadata={"help": FROZEN_WEIGHTS_HELP})
+    frozen_weights: str = field(default="full", metadata={"help": FROZEN_WEIGHTS_HELP})
     target_modules: None = field(default=None, metadata={"help": "Not used: see `layers`."})
 
     def __post_init__(self) -> None:

@@ -374,15 +374,15 @@ CALLS: list[tuple[str, Callable[[Any], Any], type[Exception], str]] = [
         "bsr",
         lambda m: m(pixel_values=IMAGES, adapter_names=["a", "b"]),
         AdapterError,
-        "`adapter_names=['a', 'b']` asks for several adapters in one batch, but each adapter has blocks and "
-        "token counts of its own. Use `set_adapter` and one batch for each.",
+        "`adapter_names=['a', 'b']` asks for several adapters in one batch, but each adapter has its own "
+        "blocks and token counts. Use `set_adapter` and one batch per adapter.",
     ),
     (
         "synqt",
         lambda m: m(pixel_values=IMAGES, adapter_names=["a", "b"]),
         AdapterError,
-        "`adapter_names=['a', 'b']` asks for several adapters in one batch, but each adapter has blocks and "
-        "token counts of its own. Use `set_adapter` and one batch for each.",
+        "`adapter_names=['a', 'b']` asks for several adapters in one batch, but each adapter has its own "
+        "blocks and token counts. Use `set_adapter` and one batch per adapter.",
     ),
     (
         "tasks",

@@ -85,7 +85,7 @@ FILES: list[tuple[str, Callable[[Path], Any], type[Exception], str]] = [
         "bsr",
         weights(lambda t: t.pop(f"{FC1}.bsr_params.weight")),
         AdapterFileError,
-        f"Adapter 'default': {FC1}.bsr_params.default.weight are missing in the file. The file is damaged, or of",
+        f"Adapter 'default': {FC1}.bsr_params.default.weight are missing in the file. The file is damaged, or",
     ),
     (
         "bsr",
@@ -134,7 +134,7 @@ FILES: list[tuple[str, Callable[[Path], Any], type[Exception], str]] = [
     ("bsr", config(trainable="lora"), AdapterFileError, "'{weights}' does not match its adapter_config.json: the"),
     ("synqt", config(layers=[1]), AdapterFileError, "Adapter 'default': "),
     ("synqt", config(num_queries=5), AdapterFileError, "'{weights}' does not match its adapter_config.json: `ba"),
-    ("tasks", config(tasks=[{"name": "zoo", "num_outputs": 6}]), AdapterFileError, "'{weights}' does not belong to"),
+    ("tasks", config(tasks=[{"name": "zoo", "num_outputs": 6}]), AdapterFileError, "'{weights}' does not match"),
     ("bsr", config(trainable_blocks=[1, 2]), ConfigError, "BSRConfig: `layout` names ['blocks.3.attention."),
     ("bsr", config(trainable_blocks=[1, 11]), ConfigError, "BSRConfig: `trainable_blocks=[1, 11]` asks for block 11"),
     ("bsr", config(keep_rate="half"), ConfigError, "BSRConfig: `keep_rate='half'` holds 'half'"),

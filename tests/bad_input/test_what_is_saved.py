@@ -78,7 +78,7 @@ def test_files_of_two_saves_are_told(method, saved, tmp_path):
     shutil.copy(tmp_path / "other" / WEIGHTS, tmp_path / "adapter")
     base = make_vit()
     before = state_of(base)
-    with pytest.raises(AdapterFileError, match=r"was not saved together with the adapter_config\.json beside it"):
+    with pytest.raises(AdapterFileError, match=r"was not saved together with the adapter_config\.json next to it"):
         PeftModel.from_pretrained(base, tmp_path / "adapter")
     assert_same_state(base, before)
 
@@ -87,7 +87,7 @@ def test_a_setting_that_was_changed_is_told_and_can_be_meant(saved, tmp_path):
     shutil.copytree(saved("bsr"), tmp_path / "adapter")
     values = settings(tmp_path / "adapter")
     (tmp_path / "adapter" / CONFIG).write_text(json.dumps({**values, "keep_rate": 0.75}))
-    with pytest.raises(AdapterFileError, match=r"not as it was saved.*take `digests` out"):
+    with pytest.raises(AdapterFileError, match=r"was changed after it was saved.*remove `digests`"):
         PeftModel.from_pretrained(make_vit(), tmp_path / "adapter")
     unseal(tmp_path / "adapter")
     loaded = PeftModel.from_pretrained(make_vit(), tmp_path / "adapter")
@@ -97,7 +97,7 @@ def test_a_setting_that_was_changed_is_told_and_can_be_meant(saved, tmp_path):
     PeftModel.from_pretrained(make_vit(), tmp_path / "adapter")  # where the base model is may change
     renamed = {"keep_ratd" if name == "keep_rate" else name: value for name, value in values.items()}
     (tmp_path / "adapter" / CONFIG).write_text(json.dumps(renamed))
-    with pytest.raises(AdapterFileError, match="not as it was saved"):
+    with pytest.raises(AdapterFileError, match="was changed after it was saved"):
         PeftModel.from_pretrained(make_vit(), tmp_path / "adapter")
 
 

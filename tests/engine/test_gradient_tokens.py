@@ -172,5 +172,5 @@ def test_what_cannot_be_is_said_before_anything_changes():
             BSRConfig(gradient_tokens=value)
     with pytest.raises(ConfigError, match="`gradient_tokens_by='best'` is unknown"):
         BSRConfig(gradient_tokens=0.5, gradient_tokens_by="best")
-    with pytest.raises(ConfigError, match="balances and counts all of them"):
+    with pytest.raises(ConfigError, match="balances its load over all of them"):
         BSRConfig(gradient_tokens=0.5, tasks={"a": 2}, moe={})

@@ -56,7 +56,7 @@ def optimizer_of(model, kind=torch.optim.AdamW, **settings):
     return kind([p for p in model.parameters() if p.requires_grad], **{"lr": 1e-3, **settings})
 
 
-REFUSED = {("alast_paper", "vit_bare"): "'embeddings' cannot be trained by name"}
+REFUSED = {("alast_paper", "vit_bare"): "`modules_to_save` cannot name 'embeddings'"}
 
 
 @pytest.mark.sampled(2)

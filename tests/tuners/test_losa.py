@@ -36,7 +36,7 @@ SMALL = {"r": 4, "token_r": 3}
         ({"kept_tokens": "int4"}, "`kept_tokens='int4'` is unknown"),
         ({"grid": [14, 10**9]}, "must be rows and columns of patches"),
         ({"layout": {"a": 1}}, "must map each place to a module name"),
-        ({"target_modules": ["q_proj"]}, "choose the blocks to read by `layers`"),
+        ({"target_modules": ["q_proj"]}, "choose the blocks to read with `layers`"),
     ],
     ids=repr,
 )
@@ -140,7 +140,7 @@ def test_patches_of_which_no_grid_is_known_are_refused(make_vit, images):
     model = losa(make_vit())
     embed = model.get_base_model().vit.embeddings
     embed.register_forward_hook(lambda _m, _a, output: output[:, :-3])
-    with pytest.raises(InputError, match="made for 4 x 4 patches, and this input has 13"):
+    with pytest.raises(InputError, match="made for 4 x 4 patches, but this input has 13"):
         model(images)
 
 

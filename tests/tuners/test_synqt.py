@@ -45,7 +45,7 @@ SMALL = {"num_queries": 2, "bottleneck": 4, "attention_bottleneck": 2}
         ({"reduction_blocks": [1], "keep_rate": [0.5, 0.5]}, "has 2 rates for the 1 blocks"),
         ({"score": "norm"}, "`score='norm'` is unknown"),
         ({"kept_tokens": "int4"}, "`kept_tokens='int4'` is unknown. Use one of 'full', 'bfloat16'"),
-        ({"target_modules": ["q_proj"]}, "choose the blocks to read by `layers`"),
+        ({"target_modules": ["q_proj"]}, "choose the blocks to read with `layers`"),
         ({"task_type": "SEQ_CLS"}, "would make PEFT train a copy of the classifier"),
     ],
     ids=repr,

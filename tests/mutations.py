@@ -264,7 +264,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("min(max(b + alpha * (n - o), low), high)", "max(b + alpha * (n - o), low)", "budgets have no upper bound"),
         ("max(b + alpha * (n - o), low)", "b + alpha * (n - o)", "budgets have no lower bound"),
         ("math.exp(budget)", "1.0", "all blocks are drawn alike"),
-        ("sorted(rings)[:count]", "sorted(rings)[-count:]", "small budgets are drawn"),
+        ("sorted(times)[:count]", "sorted(times)[-count:]", "small budgets are drawn"),
         ("(budgets[index], index))[depth - count :]", "(budgets[index], index))[:count]", "the smallest budgets train"),
         ("(budgets[index], index))", "(budgets[index], -index))", "of equal budgets the earlier trains"),
         ("list(range(depth - count, depth))", "list(range(count))", "the first blocks train"),

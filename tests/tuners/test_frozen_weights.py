@@ -246,8 +246,8 @@ def test_adapters_of_one_model_share_its_frozen_weights(how, make_vit, images, r
     model = get_peft_model(make_vit(), make_config("full", how)).eval()
     output = run(model, images)
     for other, message in (
-        ({"frozen_weights": "full"}, rf"wants frozen weights 'full', but .* they are '{how}' in blocks \[0, 2, 3\]\."),
-        ({"trainable_blocks": [2]}, rf"wants frozen weights '{how}' in blocks \[0, 1, 3\], but "),
+        ({"frozen_weights": "full"}, rf"needs frozen weights 'full', but .* they are '{how}' in blocks \[0, 2, 3\]\."),
+        ({"trainable_blocks": [2]}, rf"needs frozen weights '{how}' in blocks \[0, 1, 3\], but "),
     ):
         settings = {**CONFIGS["full"], "frozen_weights": how, **other}
         with pytest.raises(ConfigError, match=message):
@@ -266,7 +266,7 @@ def test_adapters_of_one_model_share_its_frozen_weights(how, make_vit, images, r
 @needs_torchao
 def test_adapters_agree_on_the_kind(make_vit):
     model = get_peft_model(make_vit(), make_config("full", "bfloat16"))
-    message = r"wants frozen weights 'int8' in blocks \[0, 2, 3\], but in this model they are 'bfloat16' in "
+    message = r"needs frozen weights 'int8' in blocks \[0, 2, 3\], but in this model they are 'bfloat16' in "
     with pytest.raises(ConfigError, match=message):
         model.add_adapter("second", make_config("full", "int8"))
 

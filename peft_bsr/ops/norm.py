@@ -78,10 +78,12 @@ class RMSNormOp(NamedTuple):
 NormOp = LayerNormOp | RMSNormOp
 
 
-def norm_kind(module: nn.Module) -> tuple[type[NormOp], float] | None:
+def norm_kind(module: nn.Module | None) -> tuple[type[NormOp], float] | None:
     """Operator and epsilon of a norm module, or None if it is unknown. The self-test compares it with the module."""
     if type(module) is nn.LayerNorm and module.weight is not None:
         return LayerNormOp, module.eps
+    if module is None:
+        return None
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     is_rms = type(module).__name__.endswith("RMSNorm") and set(dict(module.named_parameters())) == {"weight"}
     if is_rms and isinstance(eps, float):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from peft_bsr.backbones import FamilyRule, ModelSpec
 from peft_bsr.compat.peft_api import BufferDict
@@ -15,6 +15,9 @@ from peft_bsr.core import ForwardContext
 from peft_bsr.engine import Plan
 from peft_bsr.tuners.alast.schedule import ALaSTSchedule
 from peft_bsr.tuners.blocks.controller import MergeableController
+
+if TYPE_CHECKING:
+    from peft_bsr.engine.runner import ControlledBlock
 
 STATE = "bsr_state"
 
@@ -52,7 +55,9 @@ class ALaSTController(MergeableController):
         schedule = self.schedule
         return schedule.plan if schedule is not None and self.training else None
 
-    def call(self, block: nn.Module, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call(
+        self, block: ControlledBlock, run: Callable[..., Any], args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> Any:
         """Call the block. In training `torch.compile` does not trace it, because the plan changes in each step.
 
         Blocks that are compiled one by one (`block.compile()`) stay compiled.

@@ -82,7 +82,7 @@ class LoSAController(ReadingController):
         if self.index == self.spec.depth - 1:
             model.register_forward_pre_hook(self.see_image, with_kwargs=True)
 
-    def see_image(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def see_image(self, model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         """Store the patch grid of the image."""
         image, spec = kwargs.get(main_input(model), args[0] if args else None), self.spec
         if self.plan is None or not isinstance(image, Tensor) or spec.grid is None:
@@ -107,7 +107,7 @@ class LoSAController(ReadingController):
         return self._step(block, tokens, route)
 
     def instead(
-        self, block: nn.Module, hidden_states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, block: nn.Module, hidden_states: Tensor, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> Tensor | None:
         """Skip the block if the forward starts with the tokens of all blocks that are read."""
         now, layers = self.context.now, self.read_layers

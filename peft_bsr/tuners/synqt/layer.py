@@ -86,7 +86,7 @@ class SynQTController(ReadingController):
             self._move_adapter_to_device_of_base_layer(adapter_name)
 
     def instead(
-        self, block: nn.Module, hidden_states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, block: nn.Module, hidden_states: Tensor, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> Tensor | None:
         """Read the block if it is to be read. Returns a replacement for its output if the block need not run.
 
@@ -120,7 +120,7 @@ class SynQTController(ReadingController):
         return hidden_states if starts_after or self.index >= layers[-1] else None
 
     def _alive(
-        self, hidden_states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, hidden_states: Tensor, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> tuple[Tensor, Tensor | None]:
         """The tokens that are left on the current route, and which of them are padding."""
         route, mask = self.context.now.route, attention_mask(self.spec, args, kwargs)

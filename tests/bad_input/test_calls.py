@@ -518,7 +518,7 @@ CALLS: list[tuple[str, Callable[[Any], Any], type[Exception], str]] = [
         "tasks",
         lambda m: add_task(m, "zoo", 5),
         AdapterError,
-        "Adapter 'default' has a task 'zoo' already, among ['zoo', 'digits']. Choose another name.",
+        "Adapter 'default' already has a task 'zoo', among ['zoo', 'digits']. Choose another name.",
     ),
     (
         "tasks",

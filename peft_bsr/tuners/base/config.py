@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from peft_bsr.backbones import Fingerprint, ModelSpec, weights_digest
+from peft_bsr.backbones.fingerprint import Plain
 from peft_bsr.core.checks import MOST_CLASSES
 from peft_bsr.engine import Plan
 from peft_bsr.errors import AdapterFileError, ConfigError, OtherWeightsWarning
@@ -78,7 +79,7 @@ class SavedConfig(AdapterFiles, PeftConfig):
     base_config: dict[str, object] | None = field(
         default=None, metadata={"help": "Written at save: settings of the base model that differ from its own file."}
     )
-    fingerprint: dict[str, object] | None = field(
+    fingerprint: dict[str, Plain] | None = field(
         default=None, metadata={"help": "Written at attach: a description of the base model that identifies it."}
     )
     digests: dict[str, str] | None = field(
@@ -117,7 +118,7 @@ class SavedConfig(AdapterFiles, PeftConfig):
         spec: ModelSpec,
         plan: Plan,
         held: Sequence[str],
-        fingerprint: dict[str, object] | None = None,
+        fingerprint: dict[str, Plain] | None = None,
     ) -> None:
         """Store what identifies the model.
 
@@ -147,7 +148,7 @@ class SavedConfig(AdapterFiles, PeftConfig):
         self.attachment = Attachment(spec, plan, classes, getattr(model, "config", None), own)
         self.labels, self.fingerprint = labels, found
 
-    def _fingerprint_of(self, model: nn.Module, spec: ModelSpec) -> dict[str, object]:
+    def _fingerprint_of(self, model: nn.Module, spec: ModelSpec) -> dict[str, Plain]:
         apart = getattr(self, "modules_to_save", None) or ()
         return {**Fingerprint.of(model, spec).to_dict(), "weights": weights_digest(model, spec, apart)}
 
@@ -199,7 +200,7 @@ def _default_labels(labels: list[str] | None) -> list[str]:
     return [f"LABEL_{index}" for index in range(len(labels or ()))]
 
 
-def _check_model(saved: dict[str, object] | None, found: dict[str, object], *, warn: bool) -> None:
+def _check_model(saved: dict[str, Plain] | None, found: dict[str, Plain], *, warn: bool) -> None:
     if saved is None:
         return
     if differing := Fingerprint.from_dict(found).differences(Fingerprint.from_dict(saved)):

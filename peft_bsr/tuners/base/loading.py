@@ -11,6 +11,7 @@ from typing import Any
 from peft import PeftModel
 from torch import Tensor, nn
 
+from peft_bsr.backbones.fingerprint import Plain
 from peft_bsr.compat.peft_api import ModulesToSaveWrapper
 from peft_bsr.errors import AdapterError, AdapterFileError
 from peft_bsr.tuners.base.config import SavedConfig
@@ -78,7 +79,7 @@ class FileChecks:
         if problems:
             raise _refusal(adapter_name, problems)
 
-    def _known_fingerprint(self, adapter_name: str) -> dict[str, object] | None:
+    def _known_fingerprint(self, adapter_name: str) -> dict[str, Plain] | None:
         """The fingerprint that another adapter took before any adapter was attached, or None."""
         configs = {name: config for name, config in self.peft_config.items() if config.attachment is not None}
         known = next((config for name, config in configs.items() if name != adapter_name), None)

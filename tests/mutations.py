@@ -142,8 +142,8 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("copy.deepcopy(base, {id(own): own for own in hooks})", "copy.deepcopy(base)", "hooks are copied"),
         ("part._is_full_backward_hook = True", "pass", "a backward hook that comes later does not fire"),
     ],
-    "selftest/lean.py": [
-        ("without_hooks(block.modules()),", "without_hooks([]),", "a hook at the start turns lean off for good"),
+    "selftest/reduction.py": [
+        ("without_hooks(modules),", "without_hooks([]),", "a hook at the start turns lean off for good"),
     ],
     "engine/traced.py": [
         ("= checkpoint(run, tokens, **settings)", "= run(tokens)", "a compiler keeps everything"),

@@ -60,15 +60,12 @@ class BlockController(nn.Module):
         self, index: int, spec: ModelSpec, context: ForwardContext, rule: FamilyRule, plan: Plan | None = None
     ) -> None:
         super().__init__()
-        self.index = index
-        self.spec = spec
-        self.context = context
-        self.rule = rule
+        self.index, self.spec, self._plan = index, spec, plan
+        self.context, self.rule = context, rule
         self.scorer = AttentionScorer(context)
         self.side_input_hooks = SideInputHooks(context, rule, dict(spec.side_inputs))
         self.aside: dict[str, str] = {}
         self.roots: list[nn.Module] = []
-        self._plan = plan
         self.compiler: Compiler | None = None
         self._bound: BoundBlock | None = None
 

@@ -88,7 +88,7 @@ TESTS: dict[str, list[str]] = {
         for name in ("cache_files", "cache_samples", "feature_cache", "random_draws", "cache_point")
     },
     "compat/torch_api.py": ["tests/compat/test_torch_api.py", "tests/engine/test_hook_table.py"],
-    "selftest/lean.py": ["tests/engine/test_hook_table.py"],
+    "selftest/reduction.py": ["tests/engine/test_hook_table.py"],
 }
 
 # file below peft_bsr -> (old text, new text, what goes wrong)

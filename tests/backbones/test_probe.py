@@ -132,7 +132,7 @@ def test_positions_that_nothing_tells_are_refused(make_model, monkeypatch):
         return stock(self, hidden_states + ramp, *args, **kwargs)
 
     monkeypatch.setattr(attention_class, "forward", forward)
-    with pytest.raises(UnsupportedModelError, match="what they compute on fewer tokens is not known"):
+    with pytest.raises(UnsupportedModelError, match="so they cannot run on fewer tokens"):
         probe_model(model)
 
 

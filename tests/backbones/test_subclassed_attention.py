@@ -84,7 +84,7 @@ def test_eager_attention_of_another_name_is_refused_with_the_reason():
     model = make(ViTAttention)
     for block in model.vit.layers:
         block.attention.__class__ = OwnFunction
-    with pytest.raises(UnsupportedModelError, match=r"OwnFunction.*no `eager_attention_forward`.*'sdpa'"):
+    with pytest.raises(UnsupportedModelError, match=r"OwnFunction.*no function `eager_attention_forward`.*'sdpa'"):
         probe_model(model)
     model.set_attn_implementation("sdpa")
     assert probe_model(model).scores_from == "interface"

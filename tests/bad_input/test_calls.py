@@ -101,16 +101,16 @@ MODELS: list[tuple[Callable[[], nn.Module], Any, type[Exception], str]] = [
         swin,
         BSRConfig(),
         UnsupportedModelError,
-        "SwinForImageClassification is not supported: block 0 maps (1, 64, 16) to (1, 16, 32), so that not "
-        "all blocks see the same tokens. Use PEFT's LoRA for it; docs/compatibility.md lists the models that are "
+        "SwinForImageClassification is not supported: block 0 maps (1, 64, 16) to (1, 16, 32), so not "
+        "all blocks have the same tokens. Use PEFT's LoRA for it; docs/compatibility.md lists the models that are "
         "supported.",
     ),
     (
         swin,
         SynQTConfig(),
         UnsupportedModelError,
-        "SwinForImageClassification is not supported: block 0 maps (1, 64, 16) to (1, 16, 32), so that not "
-        "all blocks see the same tokens. Use PEFT's LoRA for it; docs/compatibility.md lists the models that are "
+        "SwinForImageClassification is not supported: block 0 maps (1, 64, 16) to (1, 16, 32), so not "
+        "all blocks have the same tokens. Use PEFT's LoRA for it; docs/compatibility.md lists the models that are "
         "supported.",
     ),
     (
@@ -138,22 +138,22 @@ MODELS: list[tuple[Callable[[], nn.Module], Any, type[Exception], str]] = [
         broken_vit,
         BSRConfig(),
         UnsupportedModelError,
-        "ViTForImageClassification is not supported: its own output for a random image is NaN or infinite. "
-        "Look at its weights.",
+        "ViTForImageClassification is not supported: its output for a random image is NaN or infinite. "
+        "Check its weights.",
     ),
     (
         broken_vit,
         ALaSTConfig(),
         UnsupportedModelError,
-        "ViTForImageClassification is not supported: its own output for a random image is NaN or infinite. "
-        "Look at its weights.",
+        "ViTForImageClassification is not supported: its output for a random image is NaN or infinite. "
+        "Check its weights.",
     ),
     (
         broken_vit,
         SynQTConfig(),
         UnsupportedModelError,
-        "ViTForImageClassification is not supported: its own output for a random image is NaN or infinite. "
-        "Look at its weights.",
+        "ViTForImageClassification is not supported: its output for a random image is NaN or infinite. "
+        "Check its weights.",
     ),
     (
         lambda: make_vit().vit,

@@ -104,18 +104,18 @@ def test_what_is_kept_in_8_bits_is_near(make_model, images):
 )
 def test_every_family_runs_as_ever_or_is_refused(family):
     """Rotary tables, suffix tokens, the whole grid, position biases; a reduction in the first trained block."""
-    refused = {"mlcd": "rotates its queries", "vjepa2": "cannot be taken apart"}
+    refused = {"mlcd": "the function that rotates", "vjepa2": "cannot be taken apart"}
+    refused |= dict.fromkeys(("data2vec", "data2vec_shared_bias"), "the attention is called with")
+    extra = {}
     if family.startswith(("beit", "data2vec")):
         with pytest.raises(ConfigError, match="drops whole paths"):
             make(family, "exact", gradient_tokens=0.5)
         extra = {"drop_path_rate": 0.0}
-    elif family in refused:
+    if family in refused:
         for lean in ("exact", "off"):
             with pytest.raises(ConfigError, match=refused[family]):
-                make(family, lean, gradient_tokens=0.5)
+                make(family, lean, extra, gradient_tokens=0.5)
         return
-    else:
-        extra = {}
     whole, parted = (make(family, "exact", extra, gradient_tokens=share) for share in (1.0, 0.5))
     expected, found = any_step(whole), any_step(parted)
     assert found.keys() == expected.keys() and not stock_halves(parted)

@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "contract"))
 
 from families import SUPPORTED
 
-REFUSED = {"internvl_qk_norm": "come out different", "blip": r"no module for \['query', 'key', 'value'\]"}
-REFUSED |= {"vjepa2": "positions of its own"}
+REFUSED = {"internvl_qk_norm": "differs from the block", "blip": r"no module for \['query', 'key', 'value'\]"}
+REFUSED |= {"vjepa2": "its own positions"}
 READ = sorted(set(SUPPORTED) - set(REFUSED))
 
 
@@ -59,7 +59,7 @@ def test_a_block_that_is_no_plain_one_is_refused(make_model):
             return 1.01 * output, weights
 
     block.attention.__class__ = Louder
-    with pytest.raises(UnsupportedModelError, match=r"come out different from the block's output \(\d+ times"):
+    with pytest.raises(UnsupportedModelError, match=r"the result differs from the block's output by \d+ times"):
         verify_queries(model, spec, 1, QueryPath(spec), None)
 
 

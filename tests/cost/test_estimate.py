@@ -135,7 +135,7 @@ def test_a_device_that_is_not_there_is_stood_in_for_by_the_cpu():
     trained = 4 * here.trainable_parameters
     assert there.total_bytes >= 5 * trained  # weights, gradients, two states, and AdamW's copy of all it updates
     assert there.total_bytes > here.total_bytes
-    with pytest.raises(ConfigError, match="`device='gpu'` is no device of torch"):
+    with pytest.raises(ConfigError, match="`device='gpu'` is not a device of torch"):
         estimate(on_meta(MODELS["vit"]), device="gpu")
     plans = [plan_for_budget(on_meta(MODELS["vit"]), "1GB", batch_size=1, device=d, limit=1) for d in ("cpu", "cuda")]
     assert [p[0].estimate.total_bytes for p in plans] == [here.total_bytes, there.total_bytes]

@@ -137,7 +137,7 @@ def test_what_steps_aside():
         assert_same(steps(model, 1)[0][0], expected[0], 1e-2)  # block 3 is not compiled, and packs
     assert len(sums) == 1
     handle.remove()
-    assert "keeps its activations" not in model.base_model.explain()
+    assert "kept in full" not in model.base_model.explain()
 
 
 @pytest.mark.slow

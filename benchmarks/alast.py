@@ -53,7 +53,7 @@ def main() -> None:
     full = vit()
     whole = TrainingStep(full, batch)
     references = (saved_activations(full, whole.forward), count_flops(whole))
-    print("| ALaST | saved, MiB an image | to full | FLOPs to full | step to full |\n|---|---|---|---|---|")
+    print("| ALaST | saved, MiB per image | to full | FLOPs to full | step to full |\n|---|---|---|---|---|")
     for name, config in ((name, config) for name, config in CONFIGS.items() if name in (args.only or CONFIGS)):
         model = get_peft_model(vit(), config).train()
         found = measure(model, batch, whole, references, args.draws)

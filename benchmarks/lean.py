@@ -236,7 +236,9 @@ def cache_epoch(args: argparse.Namespace) -> str:
     """Epochs from the feature cache, from images in memory, and of full fine-tuning."""
     images = [{"pixel_values": torch.randn(3, 224, 224), "labels": i % 10} for i in range(32)]
     full = vit(args.device).train()
-    rows = [["plan", "KiB an image", "built, s", "images, s", "cache, s", "cache to images", "to full", "FLOPs behind"]]
+    rows = [
+        ["plan", "KiB per image", "built, s", "images, s", "cache, s", "cache to images", "to full", "FLOPs behind"]
+    ]
     for plan in (
         "{3,7,11}, reduce {3,6,9}",
         "last 4, reduce after 7",

@@ -58,7 +58,7 @@ def print_costs(batch_size: int, device: str, repeats: int, autocast: bool) -> N
         "pixel_values": torch.randn(batch_size, 3, 224, 224, device=device),
         "labels": torch.randint(10, (batch_size,), device=device),
     }
-    print("| method | frozen weights | weights, MiB | saved, MiB an image | step |\n|---|---|---|---|---|")
+    print("| method | frozen weights | weights, MiB | saved, MiB per image | step |\n|---|---|---|---|---|")
     for name in METHODS:
         steps = {}
         for weights in get_args(FrozenWeights):

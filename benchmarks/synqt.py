@@ -83,7 +83,7 @@ def saved(args: argparse.Namespace) -> str:
             rows.append([str(num_queries), label, *cells])
     return (
         table(rows)
-        + "\n\nMiB an image kept for backward in training mode, each storage once, batch 2; by `kept_tokens`."
+        + "\n\nMiB per image kept for backward in training mode, each storage once, batch 2; by `kept_tokens`."
     )
 
 
@@ -111,7 +111,7 @@ def times(args: argparse.Namespace) -> str:
                 taken[name].append(step.seconds())
         flops = {name: count_flops(step) for name, step in steps.items()}
     first = "full fine-tuning"
-    rows = [["T = 4", "step, s", "to full fine-tuning", "FLOPs, to full", "MiB an image on disk"]]
+    rows = [["T = 4", "step, s", "to full fine-tuning", "FLOPs, to full", "MiB per image on disk"]]
     for name, values in taken.items():
         seconds = statistics.median(values)
         ratio = statistics.median(a / b for a, b in zip(values, taken[first], strict=True))

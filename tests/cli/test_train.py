@@ -287,7 +287,7 @@ def test_an_interrupted_run_is_saved_and_says_how_it_goes_on(run, base, images, 
     command = ["train", "--model", base, "--dataset", images, "--output", tmp_path, "--batch-size", "4"]
     code, _, err = run(*command, "--max-steps", "6", "--no-measuring", "--json")
     assert code == 130
-    assert f"saved after step 2; go on: peft-bsr train --output {tmp_path} --resume" in err
+    assert f"saved after step 2; to continue: peft-bsr train --output {tmp_path} --resume" in err
     assert signal.getsignal(signal.SIGINT) is before
     assert (tmp_path / "checkpoints" / "checkpoint-2").is_dir() and not (tmp_path / "adapter").exists()
     monkeypatch.setattr(train, "make_trainer", real)

@@ -211,9 +211,9 @@ def read(path: Path) -> Results:
 def write(results: Results, path: Path) -> None:
     """Replace the file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".part")
-    beside.write_text(json.dumps(results, indent=1) + "\n")
-    os.replace(beside, path)
+    partial = path.with_suffix(".part")
+    partial.write_text(json.dumps(results, indent=1) + "\n")
+    os.replace(partial, path)
 
 
 def _commit() -> str:

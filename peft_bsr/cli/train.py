@@ -108,7 +108,7 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, object]:
         if head := describe_head(settings.model, base):
             out.note(head)
         if not args.no_measuring:
-            with may_fail("prediction of peak memory", out, "The run goes on."):
+            with may_fail("prediction of peak memory", out, "The run continues."):
                 found.peak.predicted = predict_peak(settings, arguments, base, processor)
         model = attach(settings.method, base, settings.options)
         words = _in_words(model, settings)

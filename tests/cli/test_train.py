@@ -192,7 +192,7 @@ def test_nothing_after_training_loses_the_adapter(run, base, images, tmp_path, m
     command = ["train", "--model", base, "--dataset", images, "--output", tmp_path, "--batch-size", "4"]
     code, out, err = run(*command, "--max-steps", "1", "--json")
     assert code == 0, err
-    assert "warning: no prediction of peak memory (RuntimeError: no ink). The run goes on." in err
+    assert "warning: no prediction of peak memory (RuntimeError: no ink). The run continues." in err
     parts = ("scores.json", "confusion matrix", "images with the highest loss", "pictures", "costs", "model card")
     for what in (*parts, "report"):
         assert f"warning: no {what} (RuntimeError: no ink). The trained model is saved." in err

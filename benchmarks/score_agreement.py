@@ -205,10 +205,8 @@ def print_agreement(results: dict[tuple, Tensor]) -> None:
 def print_reduction(results: dict[tuple, Tensor], costs: list[dict[str, float]]) -> None:
     """Table 2: effect of dropping by each score on the outputs, and cost of the score."""
     print("\nHalf of the patches dropped mid-block, at one block or at all three, none fused; against all patches:")
-    print(
-        "same top-1 (%), KL (nats), cosine of the mean final patch. For 3+6+9 also KL minus random's (paired standard"
-    )
-    print("error) and the cosine after subtracting the mean over images. Time: % of a block, batch 8")
+    print("same top-1 (%), KL (nats), cosine of the mean final patch. For 3+6+9 also KL minus random's (standard error")
+    print("of the pairs) and the cosine after subtracting the mean over images. Time: % of a block, batch 8")
     header = "".join(f"{'block ' + schedule:>15}" for schedule in SCHEDULES)
     print(f"{'':24}{header}{'KL - random':>14}{'cos-mean':>9}{'N=197':>7}{'N=785':>7}")
     full = results["unreduced", "pooled"]

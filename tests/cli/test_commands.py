@@ -57,7 +57,7 @@ def test_plan_by_what_the_blocks_contribute(run, run_json, base, images, tmp_pat
     file = tmp_path / "found.json"
     asked = ["plan", base, "--memory", "1GB", "--batch-size", "8", "--contributions", file]
     code, _, said = run(*asked)
-    assert code == 2 and "Give `--data` to measure and write it" in said
+    assert code == 2 and "Pass `--data` to measure and write it" in said
     first = run_json(*asked, "--data", images)["plans"]
     kept = file.read_text()
     assert len(json.loads(kept)["whole"]) == 4

@@ -235,7 +235,7 @@ def test_resuming_with_other_settings_changes_nothing(fit, run, tmp_path):
     fit("--set", "trainable_blocks=last:2")
     stored = (tmp_path / "run" / "settings.yaml").read_text()
     _, err = fit("--set", "trainable_blocks=last:1", "--ema", "--resume", code=2, steps=3)
-    assert "made with other settings" in err and "options: {'trainable_blocks': 'last:2'} there" in err
+    assert "has other settings" in err and "options: {'trainable_blocks': 'last:2'} there" in err
     assert "ema: None there, 0.999 given" in err
     assert (tmp_path / "run" / "settings.yaml").read_text() == stored
 

@@ -171,7 +171,7 @@ def test_bad_questions_are_answered_in_words():
         estimate(model, BSRConfig(trainable_blocks=[11]))
     with pytest.raises(UnsupportedModelError, match="has no config"):
         estimate(torch.nn.Linear(2, 2))
-    with pytest.raises(UnsupportedModelError, match="cannot be made from its config"):
+    with pytest.raises(UnsupportedModelError, match="cannot be created from its config"):
         estimate(get_peft_model(MODELS["vit"](), BSRConfig()))
     for parameter in model.parameters():
         parameter.requires_grad_(False)

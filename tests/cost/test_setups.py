@@ -126,7 +126,7 @@ def test_workspaces_of_cublas(config, expected, monkeypatch):
 def test_what_does_not_go_together_is_refused():
     with pytest.raises(ConfigError, match="has nothing to offload to the CPU"):
         Setup(optimizer="adamw_offload")
-    with pytest.raises(ConfigError, match="with `compile=True` is not predicted"):
+    with pytest.raises(ConfigError, match="cannot be predicted with `compile=True`"):
         Setup(device="cuda", compile=True, gradient_checkpointing="offload")
     with pytest.raises(ConfigError, match=r"`autocast=torch.float64` must be torch.bfloat16, torch.float16 or None"):
         estimate(bare(), autocast=torch.float64)

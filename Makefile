@@ -46,7 +46,7 @@ lint: $(VENV)/installed
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/bsr_vit_base.py $(ARGS)
 
-# Eight minutes of a CUDA card; again = go on where it stopped
+# Eight minutes of a CUDA card; run it again to continue
 bench-gpu: $(VENV)/installed
 	$(BIN)/python benchmarks/gpu.py $(ARGS)
 

@@ -17,13 +17,13 @@ COMMANDS = {
     "inspect": "what a model is made of, and which methods it takes",
     "plan": "ways to train that fit into a memory budget, before anything runs",
     "check": "what is in a dataset, before anything trains on it",
-    "check-adapter": "what is in an adapter's files, and whether they are whole",
+    "check-adapter": "what is in an adapter's files, and whether they are complete",
     "train": "fine-tune, keep an adapter, write a report",
     "evaluate": "accuracy of an adapter, a model or an ONNX file on a dataset",
     "predict": "classes of images, as CSV",
     "show": "which patches of images an adapter keeps",
     "export": "one file that runs elsewhere, token reduction included",
-    "merge": "a plain transformers model of an adapter, for people without this package",
+    "merge": "merge an adapter into a plain transformers model, for use without this package",
     "compare": "methods side by side on a model, measured here",
     "app": "planner, kept tokens and benchmark in a browser",
 }
@@ -35,7 +35,7 @@ examples:
   peft-bsr show leaf.jpg --model outputs/beans/adapter
 
 MODEL is an id on the Hub or a folder, of a model or of an adapter.
-Exit codes: 0 done, 1 failed, 2 asked for what cannot be.
+Exit codes: 0 success, 1 failure, 2 invalid input.
 """
 
 

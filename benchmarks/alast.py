@@ -1,8 +1,8 @@
-"""ALaST beside full fine-tuning on ViT-B/16: saved activations, FLOPs and step time, means over many draws.
+"""ALaST and full fine-tuning on ViT-B/16: saved activations, FLOPs and step time, means over many draws.
 
     python benchmarks/alast.py [--batch-size 8] [--draws 12] [--device cuda]
 
-Weights are random, budgets where they start. Bars, as shares of full fine-tuning: preset "paper" saved 0.60,
+Random weights, initial budgets. Bars, as shares of full fine-tuning: preset "paper" saved 0.60,
 FLOPs 0.60, time 0.70; the default saved 0.35.
 """
 
@@ -38,7 +38,7 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch-size", type=int, default=8, help="images a step (default 8)")
-    parser.add_argument("--draws", type=int, default=12, help="steps that are measured (default 12)")
+    parser.add_argument("--draws", type=int, default=12, help="measured steps (default 12)")
     parser.add_argument("--only", nargs="*", help="these rows (default: all)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
     args = parser.parse_args()
@@ -53,7 +53,7 @@ def main() -> None:
     full = vit()
     whole = TrainingStep(full, batch)
     references = (saved_activations(full, whole.forward), count_flops(whole))
-    print("| ALaST | saved, MiB an image | to full | FLOPs to full | step to full |\n|---|---|---|---|---|")
+    print("| ALaST | saved, MiB per image | to full | FLOPs to full | step to full |\n|---|---|---|---|---|")
     for name, config in ((name, config) for name, config in CONFIGS.items() if name in (args.only or CONFIGS)):
         model = get_peft_model(vit(), config).train()
         found = measure(model, batch, whole, references, args.draws)
@@ -63,7 +63,7 @@ def main() -> None:
         print(f"| {name} | {saved:.1f} | {' | '.join(cells)} |", flush=True)
     print(
         f"\nViT-B/16, 224 px, fp32, batch {args.batch_size}, {args.device}, {torch.get_num_threads()} threads, torch "
-        f"{torch.__version__}; means over {args.draws} draws, times in turn with full fine-tuning, their median ratio."
+        f"{torch.__version__}; means over {args.draws} draws, steps timed in turn with full fine-tuning, median ratio."
     )
 
 
@@ -87,7 +87,7 @@ def measure(
 
 
 def verdict(value: float, bar: float | None) -> str:
-    """The value, and whether it keeps to the bar."""
+    """The value, and whether it meets the bar."""
     return f"{value:.2f}" if bar is None else f"{value:.2f} ({'met' if value <= bar else 'MISSED'}, {bar:.2f})"
 
 

@@ -2,7 +2,7 @@
 
     python benchmarks/attach_time.py
 
-Weights are random: they change none of these figures.
+The weights are random; they do not affect these figures.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def main() -> None:
 
     image = torch.randn(1, 3, 224, 224)
     rows = {
-        "one forward of one image, for comparison": [seconds(vit, image) for _ in range(REPEATS)],
+        "for comparison: a forward of one image": [seconds(vit, image) for _ in range(REPEATS)],
         "self-test": [seconds(self_test) for _ in range(REPEATS)],
     }
     models = [ViTForImageClassification(ViTConfig(num_labels=10)).eval() for _ in range(REPEATS)]

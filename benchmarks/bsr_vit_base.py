@@ -1,8 +1,8 @@
-"""BSR on ViT-B/16 beside full fine-tuning and LoRA: saved activations, MACs, FLOPs and step time, in one run.
+"""BSR, full fine-tuning and LoRA on ViT-B/16: saved activations, MACs, FLOPs and step time, in one run.
 
     python benchmarks/bsr_vit_base.py [--batch-size 8] [--device cuda]
 
-Weights are random: they change none of these figures. BSR with stock blocks (`lean="off"`) unless said.
+The weights are random; they do not affect these figures. BSR runs stock blocks (`lean="off"`) unless noted.
 """
 
 from __future__ import annotations

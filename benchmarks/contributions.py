@@ -1,10 +1,10 @@
-"""Which blocks the planner trains on a task's own images in the memory of the paper's plan, and how long that takes.
+"""Which blocks the planner selects by a task's own images, in the memory of the paper's plan, and how long that takes.
 
     python benchmarks/contributions.py --model MODEL --data DATA --tasks cifar10 fashion-mnist
 
-For each task, what the blocks contribute is measured on the protocol's training images, and plans are searched whose
-peak is at most that of `bsr/spread-exact` ({3, 7, 11}, half of the tokens kept three times: 1/6 of full fine-tuning's
-activations). The best of each form becomes an experiment, `bsr_chosen/TASK-full` and `bsr_chosen/TASK-lora`:
+For each task, the contributions of the blocks are measured on the protocol's training images. Among the plans with at
+most the peak of `bsr/spread-exact` ({3, 7, 11}, half of the tokens kept three times: 1/6 of full fine-tuning's
+activations), the best of each form becomes an experiment, `bsr_chosen/TASK-full` and `bsr_chosen/TASK-lora`:
 
     python benchmarks/method_comparison/run.py --tasks cifar10 --only bsr_chosen/cifar10-full bsr_chosen/cifar10-lora
 """
@@ -82,12 +82,12 @@ def _clocks() -> tuple[float, float]:
 
 
 def _between(begin: tuple[float, float], end: tuple[float, float]) -> dict[str, float]:
-    """By the clock, and of the processor: on a machine that others use the first says little."""
+    """Wall time and processor time; on a busy machine wall time means little."""
     return {name: round(b - a, 1) for name, a, b in zip(("wall", "processor"), begin, end, strict=True)}
 
 
 def write(plan: BudgetPlan, name: str, form: str) -> str:
-    """The plan as an experiment."""
+    """Write the plan as an experiment."""
     folder = EXPERIMENTS / name
     folder.mkdir(parents=True, exist_ok=True)
     assert plan.config is not None

@@ -1,10 +1,10 @@
-"""Saving memory must not change what a step computes: gradients of a small ViT with dropout against its own losses.
+"""Check gradients of a small ViT with dropout against its own losses: saving memory must not change a step.
 
     python benchmarks/counterexamples.py
 
-The gradient along a random direction is compared with the difference of two losses, the weights moved a little along
-it, in float64 and with the same random state. That asks each way about its own forward: no way is the reference.
-A relative error above 1e-5 is the gradient of something else. Compiled = dynamo, torch's partitioner, eager kernels.
+The gradient along a random direction is compared with a central difference of the loss along it, in float64 and with
+the same random state. So each way is checked against its own forward; none is the reference. With a relative error
+above 1e-5 the gradient is not that of this loss. Compiled = dynamo, torch's partitioner, eager kernels.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ WAYS: dict[str, Callable[[], nn.Module]] = {
 
 
 def relative_error(model: nn.Module) -> float:
-    """Of the gradient along a direction, over all trained weights of the blocks."""
+    """Relative error of the gradient along a random direction, over all trained weights of the blocks."""
     numbers = torch.Generator().manual_seed(1)
     images, labels = torch.randn(8, 3, 32, 32, generator=numbers, dtype=torch.float64), torch.arange(8) % 5
     weights = [p for name, p in model.named_parameters() if p.requires_grad and "layers." in name]
@@ -95,7 +95,7 @@ def relative_error(model: nn.Module) -> float:
         with torch.no_grad():
             for p, d in zip(weights, direction, strict=True):
                 p.add_(d, alpha=step)
-        losses.append(loss().item())  # with a graph: what a compiler makes without one is another program
+        losses.append(loss().item())  # with gradients enabled: without, another program would be compiled
     expected = (losses[0] - losses[1]) / (2 * _STEP)
     return abs(along - expected) / abs(expected)
 

@@ -3,10 +3,10 @@
     python benchmarks/default_rates.py --model MODEL --data DATA
     python benchmarks/default_rates.py --model MODEL --data DATA --tasks digits --methods bsr --threads 1
 
-Each run is one of `benchmarks/method_comparison` (protocol cpu: 1000 training images, 3 epochs, batch 32) and is kept
-below `--results`, so that the command goes on where it was stopped. The best rate is chosen by the same test images on
-which it is compared: what it is ahead of the default is at most a little too large. Ends with exit code 1 if a default
-is more than 2 points behind the best.
+Each run is one of `benchmarks/method_comparison` (protocol cpu: 1000 training images, 3 epochs, batch 32). Its result
+is stored in `--results`, so an interrupted command continues. The best rate is chosen and compared on the same test
+images, so its lead over the default may be slightly too large. The exit code is 1 if a default is more than 2 points
+below the best.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def main() -> int:
 
 
 def accuracy(args: argparse.Namespace, task: str, method: str, rate: float, seed: int) -> float:
-    """Test accuracy of a run, from its file or from the run itself."""
+    """Test accuracy of a run, read from its file or run now."""
     path = results_of(args) / task / method.replace(" ", "-") / f"{rate:.1e}-seed-{seed}.json"
     result = launch(args, path, EXPERIMENTS[method][0], task=task, learning_rate=rate, seed=seed)
     if result is None:
@@ -74,7 +74,7 @@ def accuracy(args: argparse.Namespace, task: str, method: str, rate: float, seed
 
 
 def report(args: argparse.Namespace, scores: dict[tuple[str, str, float, int], float]) -> int:
-    """Print the table; 1 if a default is too far behind."""
+    """Print the table. Returns 1 if a default is too far below the best rate."""
     print("| images | method | default rate | accuracy, % | best rate | accuracy, % | behind, points | all |")
     print("|---|---|---|---|---|---|---|---|")
     worst = 0.0

@@ -1,11 +1,11 @@
-"""Time of grouped dispatch against the ideal, and of a mixed batch against one of a single task.
+"""Time of grouped dispatch relative to the ideal, and of a mixed batch relative to a batch of one task.
 
     python benchmarks/experts.py          # one mixture layer, then a whole model; about 3 minutes on one core
     python benchmarks/experts.py model
 
 16 experts, top 4, forward and backward, fp32; the layer is ViT-S's, the model ViT-S with three tasks and the defaults
-of `BSRConfig`, in training. The ideal has four dense MLPs in each mixture's place. What counts is processor time of one
-thread, the least of several runs taken in turn: other processes on the machine change it little. Bars: 1.3 and 1.15.
+of `BSRConfig`, in training. The ideal replaces each mixture by four dense MLPs. Times are processor time of one thread,
+minimum of several alternating runs, so other processes on the machine hardly affect them. Bars: 1.3 and 1.15.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Runs = dict[str, Callable[[], object]]
 
 
 class DenseMLPs(nn.Module):
-    """As many MLPs as experts would compute a token, each on all tokens: what routing at no cost would take."""
+    """`top_k` MLPs, each on all tokens: the cost of a mixture if routing were free."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -40,12 +40,12 @@ class DenseMLPs(nn.Module):
         )
 
     def forward(self, tokens: Tensor, choice: Choice | None = None, mlp: PlainMLP | None = None) -> Tensor:
-        """Their mean, [..., width] -> [..., width]; `choice` and `mlp` as an expert module gets them."""
+        """Mean of the MLPs, [..., width] -> [..., width]; `choice` and `mlp` are not used."""
         return torch.stack([layer(tokens) for layer in self.mlps]).mean(0)
 
 
 def layer_runs(batch: int) -> Runs:
-    """One mixture by itself."""
+    """Forward and backward of a single mixture."""
     first, second = nn.Linear(WIDTH, HIDDEN), nn.Linear(HIDDEN, WIDTH)
     mlp, dense = PlainMLP(first, nn.GELU(), second), DenseMLPs(WIDTH, HIDDEN)
     experts = FullExperts((first.weight, first.bias), (second.weight, second.bias), CONFIG)
@@ -77,7 +77,7 @@ def model_runs(batch: int) -> Runs:
 
 
 def least_seconds(runs: Runs, repeats: int) -> dict[str, float]:
-    """The least time of each, after one that does not count."""
+    """Minimum time of each, after a warm-up run."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats + 1):
         for name, run in runs.items():
@@ -96,7 +96,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
-    print(f"1 thread, torch {torch.__version__}, batch {args.batch}, least of {args.repeats}")
+    print(f"1 thread, torch {torch.__version__}, batch {args.batch}, minimum of {args.repeats}")
     for part in args.parts:
         torch.manual_seed(0)
         seconds = least_seconds({"layer": layer_runs, "model": model_runs}[part](args.batch), args.repeats)

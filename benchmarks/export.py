@@ -1,10 +1,10 @@
-"""Exported files beside PyTorch and beside the model without token reduction, on the CPU.
+"""Exported files compared with PyTorch and with the model without token reduction, on the CPU.
 
     python benchmarks/export.py --model <folder or Hub id of a ViT> --images <.parquet with a column "image">
     python benchmarks/export.py --formats executorch
 
-Default: ViT-Ti/16 at 224 px with random weights and random images. Times of a reduced and an unreduced file are taken
-in turn; only their ratio means anything on a busy machine.
+Default: ViT-Ti/16 at 224 px with random weights and random images. The reduced and the unreduced file are timed in
+turn; on a busy machine only the ratio is meaningful.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def main() -> None:
     """Export, compare, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="default: random weights")
-    parser.add_argument("--images", help="real images, to count equal answers on (default: random ones)")
+    parser.add_argument("--images", help="real images for the column `same class` (default: random images)")
     parser.add_argument("--num-images", type=int, default=64, help="how many (default 64)")
     parser.add_argument("--formats", nargs="+", choices=VARIANTS, default=["onnx", "onnx-int8", "torch.export"])
     parser.add_argument("--keep-rate", type=float, default=0.5, help="default 0.5")
@@ -61,7 +61,7 @@ def main() -> None:
     print("\n".join(rows))
     print(
         f"\n{args.model or 'ViT-Ti/16, random weights'}, BSR keep {args.keep_rate}, CPU, {args.threads} threads, fp32; "
-        f"last two columns: on {args.images or 'random images'}, against PyTorch. Median of 7, in turn."
+        f"last two columns: on {args.images or 'random images'}, against PyTorch. Median of 7 alternating runs."
     )
 
 
@@ -75,7 +75,7 @@ def load_model(name: str | None) -> torch.nn.Module:
 
 
 def load_images(args: argparse.Namespace, model: PeftModel) -> Tensor:
-    """[n, 3, H, W] as the model takes them."""
+    """Preprocessed images [n, 3, H, W]."""
     if args.images is None:
         size = model.config.image_size
         return torch.randn(args.num_images, 3, size, size, generator=torch.Generator().manual_seed(1))
@@ -86,7 +86,7 @@ def load_images(args: argparse.Namespace, model: PeftModel) -> Tensor:
 
 @torch.no_grad()
 def compare(model: PeftModel, report: ExportReport, images: Tensor) -> tuple[int, int]:
-    """Images whose logits are more than 1e-4 away from PyTorch's, and images with the same class."""
+    """Number of images with a logit more than 1e-4 from PyTorch's, and number with the same class."""
     run, far, same = FORMATS[report.format].load(report.path), 0, 0
     for batch in images.split(report.batch_size):
         found, expected = run(batch)[0], model(pixel_values=batch).logits

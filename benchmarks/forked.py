@@ -1,4 +1,4 @@
-"""Call functions in processes of their own that have their imports done: a fork takes no seconds, an import does."""
+"""Call each function in a new process, forked from one with all imports done, which saves seconds per call."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ class Forks:
     """Processes forked from one that has imported `module` and done nothing else.
 
     Args:
-        module: Of the benchmarks. What it imports must not touch a CUDA device: a fork could not use it any more.
+        module: Name of a module in `benchmarks/`. Its imports must not initialize CUDA: a fork could not use it then.
     """
 
     def __init__(self, module: str) -> None:
-        # torch then asks NVML whether there is a card, which leaves CUDA alone
+        # torch then asks NVML whether there is a card, without initializing CUDA
         os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
         folders = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
         os.environ["PYTHONPATH"] = os.pathsep.join(folders)  # where the first process looks for `module`
         self._context: Any = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload([module])
         if self.call(_cannot_use_cuda, timeout=120):
-            print(f"importing {module} touches CUDA: processes do their own imports, which takes seconds", flush=True)
+            print(f"importing {module} initializes CUDA: each process imports it again (seconds)", flush=True)
             self._context = multiprocessing.get_context("spawn")
 
     def call(self, function: Callable[..., Any], *arguments: Any, timeout: float) -> Any:
-        """What the function returns.
+        """Call a function in a new process and return its result.
 
         Args:
-            function: Of a module's top level.
-            arguments: Its own.
-            timeout: Seconds, after which the process is ended.
+            function: Function at the top level of a module.
+            arguments: Arguments of the function.
+            timeout: Seconds after which the process is killed.
 
         Raises:
             TimeoutError: If it took longer.
-            EOFError: If the process ended without an answer; the text says how.
+            EOFError: If the process ended without a result; the text has the exit code.
         """
         receive, send = self._context.Pipe(duplex=False)
         process = self._context.Process(target=_answer, args=(send, function, arguments))

@@ -1,11 +1,11 @@
-"""The table of the front page: peak memory, step time and accuracy of the choices a person has.
+"""Peak memory, step time and accuracy of the main choices, as on the front page.
 
     python benchmarks/front_page.py --batch-size 8   # prints the table, 20 minutes on 2 idle cores
     python benchmarks/front_page.py --device cuda --batch-size 32
 
-Memory and time: ViT-B/16 at 224 px, random weights, AdamW. Each method runs in fresh processes, in turn with the
-others: one for the step time (median of its steps), one for the peak, where glibc gives freed tensors back at once.
-Accuracy: of the committed runs of `benchmarks/method_comparison` (ViT-Ti, see docs/benchmarks.md).
+Memory and time: ViT-B/16 at 224 px, random weights, AdamW. Each method runs in new processes, in turn with the
+others: one for the step time (median of its steps), one for the peak, where glibc returns freed tensors at once.
+Accuracy: from the committed runs of `benchmarks/method_comparison` (ViT-Ti, see docs/benchmarks.md).
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from transformers import ViTConfig, ViTForImageClassification
 from peft_bsr import BSRConfig
 from peft_bsr.cost import PeakMemory
 
-ROUNDS = 3  # fresh processes of each method
-STEPS = 4  # timed ones, after one that is not
+ROUNDS = 3  # new processes per method
+STEPS = 4  # timed steps, after a warm-up step
 FULL = "full fine-tuning"
 RESULTS = Path(__file__).parent / "method_comparison" / "results" / "cpu"
 TASKS = {"cifar10": "CIFAR-10, %", "fashion-mnist": "Fashion-MNIST, %"}
@@ -78,8 +78,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch-size", type=int, default=16, help="images a step (default 16)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"fresh processes of each (default {ROUNDS})")
-    parser.add_argument("--layers", type=int, default=12, help="blocks of the model (default 12; fewer to try this)")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"new processes per method (default {ROUNDS})")
+    parser.add_argument("--layers", type=int, default=12, help="blocks of the model (default 12; fewer for a test)")
     parser.add_argument("--worker", choices=METHODS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
@@ -96,12 +96,12 @@ def main() -> None:
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
     print(
         f"\n{device}, {torch.get_num_threads()} threads, fp32, ViT-B/16, 224 px, batch {args.batch_size}, AdamW, "
-        f"{versions}; median of {args.rounds} fresh processes and their range."
+        f"{versions}; median of {args.rounds} new processes and their range."
     )
 
 
 def measure(args: argparse.Namespace) -> dict[str, float]:
-    """Seconds of a step, and the process's peak in MiB, weights and optimizer included."""
+    """Seconds per step, and the process's peak in MiB, including weights and optimizer."""
     torch.manual_seed(0)
     attach, _ = METHODS[args.worker]
     model = attach(ViTForImageClassification(ViTConfig(num_labels=10, num_hidden_layers=args.layers))).to(args.device)
@@ -123,7 +123,7 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
 
 
 def table(found: dict[str, list[dict[str, float]]]) -> str:
-    """Markdown; ratios are to full fine-tuning's run of the same round."""
+    """Markdown table; ratios are relative to full fine-tuning in the same round."""
     lines = [
         f"| | peak memory, MiB | step, s | to full | {' | '.join(TASKS.values())} |",
         f"|---|---|---|---|{'---|' * len(TASKS)}",
@@ -141,13 +141,13 @@ def table(found: dict[str, list[dict[str, float]]]) -> str:
 
 
 def spread(values: list[float], form: str) -> str:
-    """Median and range, or one number where these look the same."""
+    """Median and range, or one number if they are equal as printed."""
     low, middle, high = (form.format(f(values)) for f in (min, statistics.median, max))
     return middle if low == high else f"{middle} ({low} to {high})"
 
 
 def accuracy(task: str, experiment: str) -> str:
-    """Mean over the committed seeds, and how many there are if not three."""
+    """Mean over the committed seeds, and their number if it is not three."""
     paths = sorted((RESULTS / task / experiment.replace("/", "--")).glob("seed-*.json"))
     scores = [json.loads(path.read_text())["train_info"]["metrics"][0]["accuracy"] for path in paths]
     note = "" if len(scores) == 3 else f" ({len(scores)} seed{'s' if len(scores) > 1 else ''})"

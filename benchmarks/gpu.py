@@ -1,29 +1,28 @@
-"""Training steps on a GPU: images a second, milliseconds, memory; of every method, eager and compiled.
+"""Training steps on a GPU: images per second, milliseconds and memory of every method, eager and compiled.
 
-    python benchmarks/gpu.py                        # eight minutes of one card; run it again to go on where it stopped
-    python benchmarks/gpu.py --list                 # the rows, the most important first, and how long each may take
-    python benchmarks/gpu.py --only "BSR" "full"    # rows whose name holds one of these
-    python benchmarks/gpu.py --guess                # beside each figure the planner's, made on any machine
+    python benchmarks/gpu.py                        # eight minutes of one card; run it again to continue
+    python benchmarks/gpu.py --list                 # the rows, the most important first, with estimated times
+    python benchmarks/gpu.py --only "BSR" "full"    # rows with one of these texts in their names
+    python benchmarks/gpu.py --guess                # add the planner's prediction to each peak, on any machine
     python benchmarks/gpu.py --table                # the figures as Markdown
     python benchmarks/gpu.py --device cpu --size tiny --results /tmp/tiny.json
 
-Random weights, made on the device; bf16 autocast over fp32 weights; random images that lie on the device. A step is
-forward, backward, AdamW's update. Each row runs in a process of its own, forked from one that has imported everything
-and has never touched the device; so nothing is left of the row before, neither memory nor compiled code (inductor's
-cache on disk is used as it is). What is measured:
+Random weights and images, created on the device; bf16 autocast over fp32 weights. A step is forward, backward and
+AdamW's update. Each row runs in a new process, forked from one that has imported everything and never initialized the
+device, so no memory and no compiled code of an earlier row is left (inductor's cache on disk is used). Measured:
 
-- step: by CUDA events from the end of one step to that of the next, median of 8 to 30 after 3 that warm up, and range.
-- host: until Python returns from a step that found the device idle, median of 8. CUDA queues about a thousand kernels;
-  a step of more makes Python wait, and then this is the device's time.
-- warm-up: what the first 3 steps took beyond 3 steps. Where the row compiles that is the time of compiling; none of it
-  is in the step's, and a row says if anything was compiled while it was timed.
-- kept: bytes alive between forward and backward, an image.
-- peak: allocated and reserved above what stays between steps (weights, optimizer's state), in two steps; the batch and
-  cuBLAS' workspace are part of it.
+- step: CUDA events from the end of one step to the end of the next, median of 8 to 30 after 3 warm-up steps, and range.
+- host: time until Python returns from a step that starts on an idle device, median of 8. CUDA queues about a thousand
+  kernels; in a longer step Python waits, and this is the device's time.
+- warm-up: time of the first 3 steps minus that of 3 later ones. In a compiled row this is the compile time, which the
+  step time does not contain; a row says if anything was compiled while it was timed.
+- kept: bytes alive between forward and backward, per image.
+- peak: allocated and reserved above what stays between steps (weights, optimizer state), over two steps, including the
+  batch and cuBLAS's workspace.
 
 Offloaded checkpointing is transformers' own, `gradient_checkpointing_enable(..., offload=True)`. Budgets are torch's
 `activation_memory_budget`. The largest batch is predicted by the planner, then corrected until it fills `--memory`.
-A row that fails or does not fit is recorded with the reason and stops no other; one that the clock cuts off is not.
+A row that fails or does not fit is stored with the reason, and the others run; one that runs out of time is not stored.
 """
 
 from __future__ import annotations
@@ -44,8 +43,8 @@ from gpu_step import environment, guess, measure, short
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "gpu.json"
 MEMORY = {"full": "24GiB", "tiny": "64MiB"}
-PATIENCE = 4  # times its guess, then a row counts as failed
-HEADS = {  # head of a model -> its figure
+PATIENCE = 4  # a row has failed after so many times its estimated time
+HEADS = {  # column -> key of the figure
     "images/s": "images_per_s",
     "step, ms": "step_ms",
     "range": "step_ms_range",
@@ -63,21 +62,23 @@ Results = dict[str, dict[str, Any]]
 def main() -> None:
     """Measure what is missing, or show what is there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=8, help="stop before so many are over (default 8)")
-    parser.add_argument("--memory", help="for the largest batch (default 24GiB)")
+    parser.add_argument("--minutes", type=float, default=8, help="do not start rows that would take longer (default 8)")
+    parser.add_argument("--memory", help="memory for the largest batch (default 24GiB)")
     parser.add_argument("--results", type=Path, default=RESULTS, help=f"default {RESULTS.relative_to(ROOT)}")
-    parser.add_argument("--only", nargs="+", default=[""], metavar="TEXT", help="rows whose name holds one of these")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], metavar="TEXT", help="rows with one of these texts in the name"
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default cuda")
-    parser.add_argument("--size", choices=tuple(MODELS), default="full", help="default full; tiny is a toy")
-    parser.add_argument("--commit", help="where git is not at hand (default: what git says)")
+    parser.add_argument("--size", choices=tuple(MODELS), default="full", help="default full; tiny for a test")
+    parser.add_argument("--commit", help="commit hash, if git is not available (default: from git)")
     parser.add_argument("--again", action="store_true", help="measure rows that failed again")
     parser.add_argument("--list", action="store_true", help="print the rows and stop")
-    parser.add_argument("--guess", action="store_true", help="add the planner's figures and stop; needs no card")
-    parser.add_argument("--table", action="store_true", help="print what is there as Markdown and stop")
+    parser.add_argument("--guess", action="store_true", help="add the planner's predictions and stop; needs no GPU")
+    parser.add_argument("--table", action="store_true", help="print the results as Markdown and stop")
     args = parser.parse_args()
     rows = [row for row in ROWS if any(text in row.name for text in args.only)]
     if not rows:
-        parser.error(f"no row's name holds any of {args.only}; --list shows them")
+        parser.error(f"no row has any of {args.only} in its name; --list shows the names")
     results = read(args.results)
     if args.list:
         print("\n".join(f"{row.seconds:4.0f} s  {row.name}" for row in rows))
@@ -101,13 +102,13 @@ def run(
     commit: str | None,
     again: bool,
 ) -> None:
-    """Measure the rows that `results` lacks, in their order, as long as time is left; the file follows each row."""
+    """Measure the rows that `results` lacks, in order, while time is left; the file is written after each row."""
     begin = time.monotonic()
     forks = Forks("gpu_step")
     try:
         where = forks.call(environment, device, timeout=120)
     except EOFError:
-        sys.exit(f"`--device {device}` does not answer, see above. Try the program by `--device cpu --size tiny`.")
+        sys.exit(f"`--device {device}` cannot be used, see above. To test this program: `--device cpu --size tiny`.")
     where |= {"commit": commit or _commit(), "size": size, "device": device, "memory": memory}
     place = "; ".join(filter(None, (where["card"], f"torch {where['torch']}", where["commit"], size, memory)))
     results["environments"][place] = where
@@ -124,7 +125,7 @@ def run(
         try:
             figures = forks.call(measure, row, size, device, memory, timeout=min(left, limit))
         except TimeoutError:
-            if left <= limit:  # the clock's fault
+            if left <= limit:  # out of time: not the row's fault
                 left_out.append(row)
                 continue
             figures = {"status": "failed", "error": f"not done after {limit:.0f} s"}
@@ -139,7 +140,7 @@ def run(
 
 
 def add_guesses(results: Results, path: Path) -> None:
-    """Beside each measured peak the planner's, where it has none yet."""
+    """Add the planner's prediction to each measured peak that has none yet."""
     rows = {row.name: row for row in ROWS}
     for place, found in results["rows"].items():
         where = results["environments"][place]
@@ -149,7 +150,7 @@ def add_guesses(results: Results, path: Path) -> None:
             sizes = MODELS[where["size"]][rows[name].model]
             try:
                 guessed = guess(rows[name], sizes, figures["batch"], where["device"])
-            except Exception as error:  # what was measured stands
+            except Exception as error:  # keep the measured figures
                 figures |= {"guess_mib": None, "guess_error": short(error)}
             else:
                 above = guessed.total_bytes - guessed.weights_bytes - guessed.optimizer_bytes
@@ -158,7 +159,7 @@ def add_guesses(results: Results, path: Path) -> None:
 
 
 def table(results: Results) -> str:
-    """A Markdown table for each environment and model; below it what was not measured, and why."""
+    """A Markdown table for each environment and model; below it the rows that were not measured, and why."""
     parts = []
     for place, found in results["rows"].items():
         where = results["environments"][place]
@@ -185,7 +186,7 @@ def _rows(title: str, rows: list[Row], found: Results) -> list[str]:
         if figures["status"] == "out of memory":
             cells[0] = "out of memory"
         if figures.get("compiled_while_timed"):
-            notes.append(f"- {row.label}: compiled again while it was timed.")
+            notes.append(f"- {row.label}: recompiled while it was timed.")
         lines.append(f"| {row.label}{batch} | {' | '.join(cells)} |")
     return [*lines, "", *notes] if notes else lines
 
@@ -203,26 +204,26 @@ def _line(figures: dict[str, Any]) -> str:
 
 
 def read(path: Path) -> Results:
-    """The results in a file; none if it does not exist."""
+    """The results in a file; empty if it does not exist."""
     return json.loads(path.read_text()) if path.exists() else {"environments": {}, "rows": {}}
 
 
 def write(results: Results, path: Path) -> None:
-    """Replace the file in one move: a run that is cut off leaves it whole."""
+    """Replace the file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".part")
-    beside.write_text(json.dumps(results, indent=1) + "\n")
-    os.replace(beside, path)
+    partial = path.with_suffix(".part")
+    partial.write_text(json.dumps(results, indent=1) + "\n")
+    os.replace(partial, path)
 
 
 def _commit() -> str:
-    """The last commit that changed what is measured, with a plus where files were changed since."""
+    """The last commit that changed the measured code, with `+` if files have changed since."""
     measured = ["peft_bsr", "benchmarks/*.py"]
     try:
         commit = _git("log", "-1", "--format=%h", "--", *measured)
         return commit + ("+" if _git("diff", "--name-only", "HEAD", "--", *measured) else "")
     except (OSError, subprocess.CalledProcessError):
-        sys.exit("git does not say which commit this is: give --commit HASH")
+        sys.exit("git cannot tell the commit. Pass --commit HASH")
 
 
 def _git(*arguments: str) -> str:

@@ -1,4 +1,4 @@
-"""The rows of `gpu.py`, the most important first: a model, a method, how it runs."""
+"""The rows of `gpu.py`, the most important first: a model, a method, and how it runs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from peft_bsr import ALaSTConfig, BSRConfig, SynQTConfig
 _BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
 _LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
 _TINY = {"hidden_size": 48, "num_hidden_layers": 12, "num_attention_heads": 3, "intermediate_size": 192}
-MODELS: dict[str, dict[str, dict[str, int]]] = {  # size -> model -> what its config says
+MODELS: dict[str, dict[str, dict[str, int]]] = {  # size -> model -> fields of its config
     "full": {
         "ViT-B/16": _BASE | {"image_size": 224, "patch_size": 16},
         "ViT-B/16 at 512 px": _BASE | {"image_size": 512, "patch_size": 16},
@@ -28,7 +28,7 @@ MODELS: dict[str, dict[str, dict[str, int]]] = {  # size -> model -> what its co
         "ViT-L/16": _TINY | {"num_hidden_layers": 16, "image_size": 32, "patch_size": 8},
     },
 }
-MOST_IMAGES = {"full": 2**20, "tiny": 4}  # of a row's batch
+MOST_IMAGES = {"full": 2**20, "tiny": 4}  # largest batch of a row
 LEVELS: dict[str, dict[str, str]] = {
     "off": {"lean": "off"},
     "exact": {"lean": "exact"},
@@ -37,7 +37,7 @@ LEVELS: dict[str, dict[str, str]] = {
     "max int8": {"lean": "max", "saved_activations": "int8"},
 }
 EVERY = {"trainable_blocks": "every:1", "keep_rate": 1.0}
-LAST_BLOCKS = {"linear probe": 0, "last 3 blocks": 3}  # how many train beside the head
+LAST_BLOCKS = {"linear probe": 0, "last 3 blocks": 3}  # number of blocks that train, besides the head
 
 
 def _lora(targets: str | list[str], **settings: Any) -> LoraConfig:
@@ -45,12 +45,12 @@ def _lora(targets: str | list[str], **settings: Any) -> LoraConfig:
 
 
 def _velora() -> LoraConfig:
-    from peft import VeloraConfig  # peft 0.21; where it is not, the row says so
+    from peft import VeloraConfig  # needs peft 0.21; otherwise the row fails with the reason
 
     return _lora("all-linear", velora_config=VeloraConfig())
 
 
-# name -> its config, given the depth of the model and settings of our configs
+# name -> function (depth of the model, settings of our configs) -> config
 METHODS: dict[str, Callable[..., PeftConfig | None]] = {
     "full fine-tuning": lambda depth: None,
     **{name: lambda depth: None for name in LAST_BLOCKS},
@@ -76,11 +76,11 @@ class Row:
     """What is measured, and how.
 
     Attributes:
-        method: Of `METHODS`.
-        lean: Of `LEVELS`; `""` where the method has none, or for its default.
-        mode: Of `MODES`.
-        batch: Images a step; None = the most that fit.
-        model: Of `MODELS`.
+        method: Key of `METHODS`.
+        lean: Key of `LEVELS`; `""` if the method has none, or for its default.
+        mode: One of `MODES`.
+        batch: Images per step; None = as many as fit.
+        model: Key of `MODELS`.
         optimizer: `"fused"` or `"8-bit"`, both AdamW.
         frozen_weights: As in `BSRConfig`.
     """
@@ -95,7 +95,7 @@ class Row:
 
     @property
     def label(self) -> str:
-        """What it is, but for the model."""
+        """Description without the model."""
         frozen = "" if self.frozen_weights == "full" else f"frozen in {self.frozen_weights}"
         mode = "" if self.mode == "eager" else self.mode
         optimizer = "" if self.optimizer == "fused" else f"{self.optimizer} AdamW"
@@ -104,40 +104,40 @@ class Row:
 
     @property
     def name(self) -> str:
-        """Unlike that of any other row."""
+        """Unique name: model and label."""
         return f"{self.model}: {self.label}"
 
     @property
     def compiles(self) -> bool:
-        """Whether `torch.compile` makes its kernels."""
+        """Whether it runs compiled."""
         return self.mode.startswith("compiled")
 
     @property
     def seconds(self) -> float:
-        """A guess of how long it takes on a datacentre card: process, model, adapter, warm-up, about 25 steps."""
+        """Estimated time on a datacentre card: process, model, adapter, warm-up, about 25 steps."""
         large = 2.0 if self.model == "ViT-L/16" else 1.0
         steps = 3 * large * (2 if "512" in self.model else 1)
         compiling = 35 * large if self.compiles else 0
         return 4 + steps + compiling + 10 * (self.optimizer == "8-bit") + 12 * large * (self.batch is None)
 
     def config(self, sizes: Mapping[str, int]) -> PeftConfig | None:
-        """For `get_peft_model`; None without an adapter."""
+        """Config for `get_peft_model`; None without an adapter."""
         settings = dict(LEVELS.get(self.lean, {}))
         if self.frozen_weights != "full":
             settings["frozen_weights"] = self.frozen_weights
         return METHODS[self.method](sizes["num_hidden_layers"], **settings)
 
     def base(self, sizes: Mapping[str, int], device: str) -> nn.Module:
-        """The model with random weights, those that the method leaves alone frozen."""
+        """The model with random weights; weights that the method does not train are frozen."""
         settings = ViTConfig(**sizes, num_labels=100)
-        settings.problem_type = "single_label_classification"  # else step 1 writes it, and step 2 compiles again
+        settings.problem_type = "single_label_classification"  # otherwise step 1 sets it, and step 2 recompiles
         with torch.device(device):
             model = ViTForImageClassification(settings)
         last = LAST_BLOCKS.get(self.method)
         if last is not None:
             model.requires_grad_(False)
             blocks = max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=len)
-            # a linear probe's head stands alone, with more of it the final norm trains too
+            # the final norm trains too, except in a linear probe
             for part in (model.classifier, *([*blocks[len(blocks) - last :], model.vit.layernorm] if last else [])):
                 part.requires_grad_(True)
         return model

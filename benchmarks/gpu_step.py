@@ -29,12 +29,12 @@ from peft_bsr.cost import Estimate, PeakMemory, Setup, estimate, model_memory, p
 Figures = dict[str, Any]
 
 WARM_UP = 3
-LEAST, MOST, TIMED_SECONDS = 8, 30, 2.0  # steps that are timed
-FULL_ENOUGH = 0.95  # of the memory: a largest batch is not looked for any further
+LEAST, MOST, TIMED_SECONDS = 8, 30, 2.0  # number of timed steps, by their duration
+FULL_ENOUGH = 0.95  # share of the memory at which the search for the largest batch stops
 
 
 def environment(device: str) -> dict[str, str]:
-    """What the figures depend on, but for the commit."""
+    """What the figures depend on, except for the commit."""
     found = {"card": f"CPU, {torch.get_num_threads()} threads", "driver": "none"}
     if device == "cuda":
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
@@ -48,13 +48,13 @@ def environment(device: str) -> dict[str, str]:
 
 
 def measure(row: Row, size: str, device: str, memory: str) -> Figures:
-    """Figures of a row, or why there are none.
+    """Measure a row. If that fails, the figures contain the error.
 
     Args:
-        row: Which.
-        size: Of `MODELS`.
+        row: Row of `ROWS`.
+        size: Key of `MODELS`.
         device: `"cuda"` or `"cpu"`.
-        memory: What the largest batch may take, as a text such as `"24GiB"`.
+        memory: Memory for the largest batch, a string such as `"24GiB"`.
     """
     warnings.filterwarnings("ignore")
     begin = time.perf_counter()
@@ -66,7 +66,7 @@ def measure(row: Row, size: str, device: str, memory: str) -> Figures:
             found = {"status": "measured"} | Training(row, size, device).figures(parse_size(memory))
     except torch.OutOfMemoryError as error:
         found = {"status": "out of memory", "error": short(error)}
-    except Exception as error:  # whatever it is, it is this row's and stops no other
+    except Exception as error:  # an error of one row must not stop the others
         found = {"status": "failed", "error": short(error)}
     return found | {"seconds": round(time.perf_counter() - begin, 1)}
 
@@ -75,8 +75,8 @@ class Training:
     """A model in training: bf16 autocast over its weights, AdamW.
 
     Args:
-        row: What trains, and how it runs.
-        size: Of `MODELS`.
+        row: Row of `ROWS`.
+        size: Key of `MODELS`.
         device: `"cuda"` or `"cpu"`.
     """
 
@@ -98,7 +98,7 @@ class Training:
         self.batch: dict[str, Tensor] = {}
 
     def load(self, size: int) -> None:
-        """Make a batch of random images on the device, and let go of the one before."""
+        """Create a batch of random images on the device; the previous one is freed."""
         self.batch = {}
         pixels = self.sizes["image_size"]
         self.batch["pixel_values"] = torch.randn(size, 3, pixels, pixels, device=self.device)
@@ -110,7 +110,7 @@ class Training:
             return self.run(**self.batch).loss
 
     def step(self) -> None:
-        """Forward, backward, update; no gradient is left."""
+        """Forward, backward, update; gradients are None afterwards."""
         self.forward().backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -119,7 +119,7 @@ class Training:
         """All figures of the row.
 
         Args:
-            memory: Bytes that the largest batch may take.
+            memory: Memory for the largest batch, in bytes.
         """
         size = min(self.row.batch or self._largest(memory), self.most_images)
         self.load(size)
@@ -155,7 +155,7 @@ class Training:
         return found
 
     def _times(self, steps: int) -> tuple[list[float], list[float]]:
-        """Seconds of steps one after the other, and those after which Python returned from others, nothing queued."""
+        """Seconds of consecutive steps, and seconds until Python returns from a step on an idle device."""
         if self.device == "cpu":
             return [_seconds(self.step) for _ in range(steps)], []
         events = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
@@ -173,7 +173,7 @@ class Training:
         return times, host
 
     def _kept(self) -> int:
-        """Bytes alive from the forward to the backward."""
+        """Bytes alive between forward and backward."""
         if self.device == "cpu":
             return saved_activations(self.model, self.forward)
         self._wait()
@@ -185,11 +185,11 @@ class Training:
         return kept
 
     def _peak(self, size: int) -> tuple[int, int, int | None]:
-        """Bytes that stay between steps; most allocated, and reserved, above them in two steps, batch included."""
+        """Bytes that stay between steps; peak allocated and reserved above them in two steps, including the batch."""
         self.batch = {}
         if self.device == "cuda":
             self._wait()
-            torch._C._cuda_clearCublasWorkspaces()  # they are made again in the step: part of its peak
+            torch._C._cuda_clearCublasWorkspaces()  # the step allocates them again: they are part of its peak
             gc.collect()
             torch.cuda.empty_cache()
         with PeakMemory(self.device) as memory:
@@ -203,20 +203,20 @@ class Training:
         return stays.trainable_bytes + stays.frozen_bytes + stays.optimizer_bytes, memory.added_bytes, None
 
     def _largest(self, memory: int) -> int:
-        """The most images whose steps stay within `memory`: as predicted, on CUDA corrected by what is measured."""
+        """Largest batch that fits `memory`: predicted by the planner, on CUDA corrected by measurements."""
         size, most = self._predicted(memory), 0
-        if self.device == "cpu":  # there a process holds much besides
+        if self.device == "cpu":  # a process's memory contains much else there
             return size
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, memory / total))
         self.load(1)
-        self.step()  # makes the optimizer's state
+        self.step()  # creates the optimizer state
         for _ in range(8):
             try:
                 state, taken, _ = self._peak(size)
                 room = memory - state
             except torch.OutOfMemoryError:
-                room, taken = 1, 2  # how much too little is not known
+                room, taken = 1, 2  # it is not known by how much it does not fit
             self.optimizer.zero_grad(set_to_none=True)
             if taken <= room:
                 most = max(most, size)
@@ -229,7 +229,7 @@ class Training:
         return most
 
     def _predicted(self, memory: int) -> int:
-        """The most images by the planner: its peak is a line over the batch."""
+        """Largest batch by the planner, whose peak is linear in the batch size."""
         few, many = (guess(self.row, self.sizes, size, self.device).total_bytes for size in (16, 32))
         return max(1, 16 + int(16 * (memory - few) / max(many - few, 1)))
 
@@ -239,15 +239,15 @@ class Training:
 
 
 def guess(row: Row, sizes: Mapping[str, int], batch: int, device: str) -> Estimate:
-    """The planner's, of the same step.
+    """The planner's prediction for the same step.
 
     Args:
-        row: Which.
-        sizes: Of its model.
-        batch: Images.
+        row: Row of `ROWS`.
+        sizes: Config fields of its model.
+        batch: Number of images.
         device: `"cuda"` or `"cpu"`; it need not exist.
     """
-    offloads = row.mode.startswith("offloaded") and device != "cpu"  # where there is nothing to offload to
+    offloads = row.mode.startswith("offloaded") and device != "cpu"  # on the CPU there is nothing to offload to
     setup = Setup(
         batch_size=batch,
         optimizer={"fused": "adamw_fused", "8-bit": "adamw_8bit"}[row.optimizer],
@@ -256,7 +256,7 @@ def guess(row: Row, sizes: Mapping[str, int], batch: int, device: str) -> Estima
         compile=row.compiles,
         gradient_checkpointing="offload" if offloads else "checkpointing" in row.mode,
     )
-    torch._dynamo.reset()  # it does not look at the budget, and would take what it compiled for another one
+    torch._dynamo.reset()  # its cache ignores the budget: code compiled for another budget would be used
     with torch._functorch.config.patch(activation_memory_budget=BUDGETS.get(row.mode, 1.0)):
         return estimate(row.base(sizes, "meta"), row.config(sizes), setup)
 
@@ -272,7 +272,7 @@ def _adamw(kind: str, model: nn.Module, device: str) -> torch.optim.Optimizer:
             pass
         else:
             return AdamW8bit(trained, lr=1e-5)
-    from torchao.optim import AdamW8bit  # it compiles its update, in the warm-up
+    from torchao.optim import AdamW8bit  # compiles its update, during warm-up
 
     return AdamW8bit(trained, lr=1e-5)
 
@@ -284,7 +284,7 @@ def _seconds(run: Callable[[], None]) -> float:
 
 
 def short(error: BaseException) -> str:
-    """Its kind and its text, in one line."""
+    """Class and text of an error, in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:400]
 
 

@@ -1,18 +1,19 @@
-"""What a training step costs the host: Python calls, operations, processor time, to those of full fine-tuning.
+"""Cost of a training step on the host: Python calls, operations and processor time, relative to full fine-tuning.
 
     python benchmarks/host.py                      # all of it, about 5 minutes on 2 cores
     python benchmarks/host.py counts               # calls and operations: half a minute, the same in every run
-    python benchmarks/host.py time exact low-rank  # processor time of some rows, beside full and lora
+    python benchmarks/host.py time exact low-rank  # processor time of some rows, and of full and lora
     python benchmarks/host.py --json
 
-The model is so small that arithmetic hardly counts: a ViT of 12 blocks, 48 channels, 17 tokens (32 px, patches of 8),
-batch 2, random weights, one thread; fp32, and weights in fp32 under bf16 autocast. A step is forward, loss and
-backward, into gradients that are None; without the optimizer.
+The model is so small that arithmetic hardly matters: a ViT with 12 blocks, 48 channels, 17 tokens (32 px, patches of
+8), batch 2, random weights, one thread; fp32, and fp32 weights under bf16 autocast. A step is forward, loss and
+backward with gradients set to None, without the optimizer.
 
-- calls: of Python functions (`sys.setprofile`, events "call"; the step's own is one). They depend on Python's version.
-- ops: what the dispatcher runs below autograd and autocast, views and what returns no tensor left out.
-- host: processor time of the process. Each row runs in a loop of its own, in a fresh process: rows in turn, with warm
-  caches of one another, flatter every ratio. Least and median of all steps of `--rounds` such processes.
+- calls: calls of Python functions (`sys.setprofile`, events "call", including the step's own). They depend on Python's
+  version.
+- ops: operations that the dispatcher runs below autograd and autocast, except views and those that return no tensor.
+- host: processor time of the process, minimum and median of all steps of `--rounds` processes. Each row runs in a new
+  process: rows that alternate in one process warm each other's caches, which makes all ratios too small.
 """
 
 from __future__ import annotations
@@ -68,10 +69,10 @@ ROWS: dict[str, tuple[str, Callable[[], PeftConfig | None]]] = {
     "exact-compiled": ("BSR exact, compiled", lambda: BSRConfig()),
     "alast-compiled": ("ALaST, halves of blocks compiled", lambda: ALaSTConfig()),
 }
-COMPILED = "-compiled"  # rows of compiled models: their calls and operations are a compiler's
+COMPILED = "-compiled"  # suffix of compiled rows, whose calls and operations are not counted
 BASES = {"to full": "full", "to LoRA": "lora"}
 MODES = {"fp32": False, "autocast": True}  # name -> whether autocast runs
-# (row, mode, figure, base) -> at most
+# (row, mode, figure, base) -> largest allowed ratio
 BARS = {
     ("exact", "fp32", "calls", "full"): 2.8,
     ("low-rank", "fp32", "calls", "full"): 3.6,
@@ -97,8 +98,8 @@ class Step:
     """A training step of a row: forward, loss, backward.
 
     Args:
-        row: Of `ROWS`.
-        mode: Of `MODES`.
+        row: Key of `ROWS`.
+        mode: Key of `MODES`.
 
     Raises:
         ConfigError: If this version has no such configuration, or it does not run in this mode.
@@ -106,7 +107,7 @@ class Step:
 
     def __init__(self, row: str, mode: str) -> None:
         if row.endswith("-bf16") and not MODES[mode]:
-            raise ConfigError("weights in bf16 are for autocast.")
+            raise ConfigError("weights in bf16 need autocast.")
         config = ROWS[row][1]()
         torch.manual_seed(0)
         model = ViTForImageClassification(ViTConfig(**SIZES, num_labels=10))
@@ -127,7 +128,7 @@ class Step:
         loss.backward()
 
     def clear(self) -> None:
-        """Let the gradients go."""
+        """Set all gradients to None."""
         for parameter in self.model.parameters():
             parameter.grad = None
 
@@ -136,8 +137,8 @@ def count(row: str, mode: str) -> Figures:
     """Python calls and operations of a step.
 
     Args:
-        row: Of `ROWS`.
-        mode: Of `MODES`.
+        row: Key of `ROWS`.
+        mode: Key of `MODES`.
     """
     with _one_thread(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -146,7 +147,7 @@ def count(row: str, mode: str) -> Figures:
 
 
 def seconds(row: str, mode: str, steps: int) -> list[float]:
-    """Processor time of each of `steps` steps, one after the other."""
+    """Processor time of each of `steps` consecutive steps."""
     found = []
     with _one_thread():
         step = Step(row, mode)
@@ -167,7 +168,7 @@ def _count_calls(step: Step) -> int:
 
     step.clear()
     before = sys.getprofile()
-    gc.disable()  # what it finalizes would count
+    gc.disable()  # finalizers would be counted
     sys.setprofile(note)
     try:
         step()
@@ -207,13 +208,13 @@ def _one_thread() -> Iterator[None]:
 
 
 def measure(rows: list[str], parts: list[str], rounds: int, steps: int) -> dict[str, dict[str, Figures | str]]:
-    """Row -> mode -> figures, or why there are none.
+    """Row -> mode -> figures, or the reason why there are none.
 
     Args:
-        rows: Of `ROWS`.
-        parts: Of `"counts"` and `"time"`.
-        rounds: Processes of each row, for `"time"`.
-        steps: In each.
+        rows: Keys of `ROWS`.
+        parts: `"counts"`, `"time"`, or both.
+        rounds: Processes per row, for `"time"`.
+        steps: Steps per process.
     """
     found: dict[str, dict[str, Figures | str]] = {row: {} for row in rows}
     for row in rows:
@@ -238,7 +239,7 @@ def measure(rows: list[str], parts: list[str], rounds: int, steps: int) -> dict[
 
 
 def table(found: dict[str, dict[str, Figures | str]], mode: str) -> str:
-    """Markdown: each figure, and its ratio to full fine-tuning's; of low-rank updates, to PEFT's LoRA's too."""
+    """Markdown table: each figure and its ratio to full fine-tuning; for low-rank updates also to PEFT's LoRA."""
     full, lora = (found[base][mode] for base in BASES.values())
     assert isinstance(full, dict) and isinstance(lora, dict)
     units = {"host": "host, ms", "host, median": "median, ms"}
@@ -268,7 +269,7 @@ def _verdict(value: float, bar: float | None) -> str:
 
 
 def conditions() -> str:
-    """Where and with what this was measured."""
+    """Machine and versions of this measurement."""
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}"
     return f"CPU, 1 thread, batch 2, {versions}, Python {platform.python_version()}"
 
@@ -277,8 +278,8 @@ def main() -> None:
     """Print a table for each mode, or JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("chosen", nargs="*", help=f"counts, time (default both); rows, of {list(ROWS)} (default all)")
-    parser.add_argument("--rounds", type=int, default=2, help="processes of each row in `time` (default 2)")
-    parser.add_argument("--steps", type=int, default=50, help="steps in each (default 50)")
+    parser.add_argument("--rounds", type=int, default=2, help="processes per row in `time` (default 2)")
+    parser.add_argument("--steps", type=int, default=50, help="steps per process (default 50)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -288,7 +289,7 @@ def main() -> None:
         print(json.dumps({mode: seconds(row, mode, args.steps) for mode in modes}))
         return
     if unknown := sorted(set(args.chosen) - {"counts", "time", *ROWS}):
-        parser.error(f"unknown {unknown}; there are counts, time and the rows {list(ROWS)}")
+        parser.error(f"unknown: {unknown}. Use counts, time, or rows of {list(ROWS)}")
     parts = [part for part in ("counts", "time") if part in args.chosen] or ["counts", "time"]
     asked = [row for row in ROWS if row in args.chosen] or list(ROWS)
     rows = [row for row in ROWS if row in asked or row in BASES.values()]

@@ -1,13 +1,13 @@
-"""Everything the lean engine promises, measured: saved activations, gradients, step times, resident memory.
+"""Measure what lean blocks promise: saved activations, gradients, step times, resident memory.
 
     python benchmarks/lean.py                        # all of it, about 20 minutes on 2 cores
     python benchmarks/lean.py saved gradients        # parts of it
     python benchmarks/lean.py convergence --data FOLDER
 
-Parts: `saved`, `side` (LoSA's side network), `gradients`, `time`, `lora` (PEFT's on every Linear beside ours), `cache`,
-`memory` (20 AdamW steps of each method in a fresh process), and with `--data`, `convergence` (200 steps of ViT-Ti on
-CIFAR-10; FOLDER holds `vit-tiny-patch16-224` and `cifar10-train-5000.parquet`). ViT-B/16, 224 px, fp32, random weights
-unless said: they change none of these figures but the gradients' errors.
+Parts: `saved`, `side` (LoSA's side network), `gradients`, `time`, `lora` (PEFT's on every Linear, and ours), `cache`,
+`memory` (20 AdamW steps of each method in a new process), and with `--data`, `convergence` (200 steps of ViT-Ti on
+CIFAR-10; FOLDER contains `vit-tiny-patch16-224` and `cifar10-train-5000.parquet`). ViT-B/16, 224 px, fp32, random
+weights unless noted; of these figures they affect only the gradient errors.
 """
 
 from __future__ import annotations
@@ -109,9 +109,9 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
 
 
 def main() -> None:
-    """Run the parts that were asked for."""
+    """Run the chosen parts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", help="default: all that need no data, and convergence with --data")
+    parser.add_argument("parts", nargs="*", help="default: all parts, `convergence` only with --data")
     parser.add_argument("--data", type=Path, help="folder with real weights and images")
     parser.add_argument("--batch-size", type=int, default=8, help="images a step (default 8)")
     parser.add_argument("--steps", type=int, default=20, help="steps of each method in `memory` (default 20)")
@@ -146,7 +146,7 @@ def main() -> None:
 
 
 def saved(args: argparse.Namespace) -> str:
-    """Saved activations of every plan at every level, against their bars."""
+    """Saved activations of every plan at every level, with their bars."""
     rows = [["plan", *LEVELS]]
     for plan, settings in (PLANS | GRADIENT_TOKENS).items():
         cells = []
@@ -160,7 +160,7 @@ def saved(args: argparse.Namespace) -> str:
 
 
 def side(args: argparse.Namespace) -> str:
-    """Saved activations of LoSA, measured and estimated, against their bars."""
+    """Saved activations of LoSA, measured and estimated, with their bars."""
     rows = [["side network", "kept", "estimated", "trained, without norm and head"]]
     for name, (settings, bar) in SIDE.items():
         config, batch = LoSAConfig(**settings), random_batch(2, args.device)
@@ -173,7 +173,7 @@ def side(args: argparse.Namespace) -> str:
 
 
 def gradients(args: argparse.Namespace) -> str:
-    """Errors of all gradients against the stock path, by their norm."""
+    """Relative error of all gradients against stock blocks, by norm."""
     rows = [["family", "exact", "max", "exact, int8", "max, int8", "stock in bf16", "exact in bf16", "max in bf16"]]
     for family, make in FAMILIES.items():
         expected = all_gradients(make, args.device, torch.float32, lean="off")
@@ -194,7 +194,7 @@ def gradients(args: argparse.Namespace) -> str:
 
 
 def times(args: argparse.Namespace) -> str:
-    """Step times of the levels beside the stock BSR step and a full fine-tuning step."""
+    """Step times of the levels, relative to a stock BSR step and a full fine-tuning step."""
     models = {"full fine-tuning": vit(args.device).train()}
     models |= {f"BSR {level}": bsr(args.device, **lean) for level, lean in LEVELS.items()}
     batch = random_batch(args.batch_size, args.device)
@@ -202,7 +202,7 @@ def times(args: argparse.Namespace) -> str:
     for step in steps.values():
         step.seconds()
     taken: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(7):  # in turn, so that a busy machine is busy for all
+    for _ in range(7):  # in turn: other load on the machine affects all alike
         for name, step in steps.items():
             taken[name].append(step.seconds())
     seconds = {name: statistics.median(values) for name, values in taken.items()}
@@ -215,7 +215,7 @@ def times(args: argparse.Namespace) -> str:
         rows[-1] += [
             verdict(f"{value / base:.3f}", value / base, b) for base, b in zip((stock, full), bar, strict=True)
         ]
-    return table(rows) + f"\n\nForward, backward and SGD update, median of 7 in turn; batch {args.batch_size}."
+    return table(rows) + f"\n\nForward, backward and SGD update, median of 7 alternating runs; batch {args.batch_size}."
 
 
 def low_rank(args: argparse.Namespace) -> str:
@@ -233,10 +233,12 @@ def low_rank(args: argparse.Namespace) -> str:
 
 
 def cache_epoch(args: argparse.Namespace) -> str:
-    """An epoch from the feature cache beside one from images that are ready in memory, and one of full fine-tuning."""
+    """Epochs from the feature cache, from images in memory, and of full fine-tuning."""
     images = [{"pixel_values": torch.randn(3, 224, 224), "labels": i % 10} for i in range(32)]
     full = vit(args.device).train()
-    rows = [["plan", "KiB an image", "built, s", "images, s", "cache, s", "cache to images", "to full", "FLOPs behind"]]
+    rows = [
+        ["plan", "KiB per image", "built, s", "images, s", "cache, s", "cache to images", "to full", "FLOPs behind"]
+    ]
     for plan in (
         "{3,7,11}, reduce {3,6,9}",
         "last 4, reduce after 7",
@@ -270,7 +272,7 @@ def cache_epoch(args: argparse.Namespace) -> str:
 
 
 def epoch_seconds(model: nn.Module, data: Any, args: argparse.Namespace) -> float:
-    """Of training on all of `data`."""
+    """Seconds of one training epoch on `data`."""
     begin = time.perf_counter()
     for batch in DataLoader(data, args.batch_size, shuffle=True):
         TrainingStep(model, {name: value.to(args.device) for name, value in batch.items()})()
@@ -292,7 +294,7 @@ METHODS: dict[str, Callable[[str], nn.Module]] = {
 
 
 def memory(args: argparse.Namespace) -> str:
-    """A training run of each method in a process of its own, then another that shows what is really in use."""
+    """Two training runs of each method, each in a new process: with glibc's defaults, then without gaps."""
     found = {}
     for name in METHODS:
         worker = [__file__, "--worker", name, "--device", args.device, "--batch-size", args.batch_size, "--steps"]
@@ -347,7 +349,7 @@ def train_in_this_process(name: str, args: argparse.Namespace) -> dict[str, floa
 
 
 def parked_bytes(model: nn.Module) -> int:
-    """Parameters that lie in mapped files, or off the accelerator."""
+    """Bytes of parameters in mapped files, or not on the accelerator."""
     device = next(model.parameters()).device
     if device.type != "cpu":
         return sum(p.nbytes for p in model.parameters() if p.device != device)
@@ -357,7 +359,7 @@ def parked_bytes(model: nn.Module) -> int:
 
 
 def convergence(args: argparse.Namespace) -> str:
-    """Losses of 200 steps on real images, by level; and of a stock run whose weights begin an ulp away."""
+    """Losses of 200 steps on real images by level, and of a stock run with slightly changed initial weights."""
     stock = loss_curve(args.data, 200, **LEVELS["stock"])
     curves = {"stock": stock, "stock, nudged": loss_curve(args.data, 200, nudge=1e-7, **LEVELS["stock"])}
     curves |= {level: loss_curve(args.data, 200, **settings) for level, settings in LEVELS.items() if level != "stock"}
@@ -383,9 +385,9 @@ def loss_curve(data: Path, steps: int, nudge: float = 0.0, **settings: Any) -> l
 
     Args:
         data: Folder with `vit-tiny-patch16-224` and `cifar10-train-5000.parquet`.
-        steps: How many.
-        nudge: Relative size of noise on the trained weights at the start.
-        settings: Of the BSRConfig.
+        steps: Number of steps.
+        nudge: Relative noise on the initial trained weights.
+        settings: Fields of BSRConfig.
     """
     from datasets import load_dataset
     from transformers import AutoImageProcessor
@@ -420,12 +422,12 @@ def vit(device: str) -> nn.Module:
 
 
 def bsr(device: str, **settings: Any) -> nn.Module:
-    """BSR on it, in training mode."""
+    """ViT-B/16 with BSR, in training mode."""
     return get_peft_model(vit(device), BSRConfig(**settings)).train()
 
 
 def checkpointing(model: nn.Module) -> nn.Module:
-    """With gradient checkpointing of the blocks that gradients reach."""
+    """Turn on gradient checkpointing of the blocks that gradients reach."""
     inner: Any = model.base_model.model if hasattr(model, "peft_config") else model
     inner.gradient_checkpointing_enable({"use_reentrant": False})
     return model
@@ -439,7 +441,7 @@ def random_batch(size: int, device: str) -> dict[str, Tensor]:
 
 
 def all_gradients(make: Callable[[], nn.Module], device: str, dtype: torch.dtype, **settings: Any) -> Tensor:
-    """Of all trained weights, in one vector, fp32."""
+    """Gradients of all trained weights in one vector, fp32."""
     torch.manual_seed(0)
     model = get_peft_model(make().to(device, dtype), BSRConfig(**settings)).train()
     inputs = probe_inputs(model.base_model.model, 4, model.base_model.spec.image_shape)
@@ -450,12 +452,12 @@ def all_gradients(make: Callable[[], nn.Module], device: str, dtype: torch.dtype
 
 
 def distance(found: Tensor, expected: Tensor) -> float:
-    """Relative, by the norm."""
+    """Relative distance, by norm."""
     return float((found - expected).norm() / expected.norm())
 
 
 def verdict(text: str, value: float, bar: float | None) -> str:
-    """The figure, with its bar where it has one."""
+    """The figure, with its bar if it has one."""
     if bar is None:
         return text
     shown = f"{bar:.3g}" if bar < 100 else f"{bar:.0f}"
@@ -463,7 +465,7 @@ def verdict(text: str, value: float, bar: float | None) -> str:
 
 
 def table(rows: list[list[str]]) -> str:
-    """Markdown."""
+    """Rows as a Markdown table."""
     lines = [f"| {' | '.join(row)} |" for row in rows]
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
 

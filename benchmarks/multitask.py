@@ -1,11 +1,11 @@
-"""Three tasks on one ViT: mixtures of experts beside dense multitask and three full fine-tunes, on real images.
+"""Three tasks on one ViT: mixtures of experts, dense multitask and three full fine-tunes, on real images.
 
     python benchmarks/multitask.py try --model MODEL --data DATA    # rates, by validation images
     python benchmarks/multitask.py run --model MODEL --data DATA    # training and test accuracy
     python benchmarks/multitask.py report                           # the tables of docs/multitask.md
 
 Images, splits, training and results of single tasks are those of `method_comparison/`: protocol `multitask`, mixed
-batches, otherwise the same settings. A result that is there is not made again.
+batches, otherwise the same settings. Existing results are not computed again.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def main() -> None:
 
 
 def single(args: argparse.Namespace, task: str, seed: int) -> None:
-    """A full fine-tune of one task; those of the comparison are taken where they are."""
+    """A full fine-tune of one task, unless the comparison has its result."""
     if not (COMPARISON / task / "full_finetuning--all" / f"seed-{seed}.json").exists():
         rate = json.loads((COMPARISON / "recipes.json").read_text())["full"]["learning_rate"]
         path = args.results / "single" / task / f"seed-{seed}.json"
@@ -82,7 +82,7 @@ def single(args: argparse.Namespace, task: str, seed: int) -> None:
 
 
 def several(args: argparse.Namespace, variant: str, keep_rate: float, rate: float, seed: int) -> None:
-    """One adapter for all tasks, trained and scored unless its result is there."""
+    """Train and score one adapter for all tasks, unless its result exists."""
     folder = "validation" if args.what == "try" else "test"
     path = args.results / folder / f"{variant}--keep{keep_rate:g}--{rate:g}" / f"seed-{seed}.json"
     if path.exists():

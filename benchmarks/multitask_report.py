@@ -17,10 +17,10 @@ def write_report(results: Path, comparison: Path, tasks: list[str], page: Path =
     """Put the tables between the page's marks.
 
     Args:
-        results: Folder of `multitask.py`.
-        comparison: Folder of single tasks' results, see `benchmarks/method_comparison`.
-        tasks: In the order of the columns.
-        page: To change. Default docs/multitask.md.
+        results: Folder with the results of `multitask.py`.
+        comparison: Folder with the results of single tasks, see `benchmarks/method_comparison`.
+        tasks: Names of the tasks, in the order of the columns.
+        page: Page that is changed. Default docs/multitask.md.
     """
     rows = [row for row in [single_row(results, comparison, tasks), *rows_of(results / "test", tasks)] if row]
     head = ["", "learning rate", "seeds", *tasks, "mean", "trained, M"]
@@ -32,7 +32,7 @@ def write_report(results: Path, comparison: Path, tasks: list[str], page: Path =
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
-    """As Markdown."""
+    """A Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
@@ -56,7 +56,7 @@ def rows_of(folder: Path, tasks: list[str]) -> list[list[str]]:
 
 
 def single_row(results: Path, comparison: Path, tasks: list[str]) -> list[str] | None:
-    """Full fine-tunes of each task by itself, for the seeds that every task has."""
+    """Full fine-tunes of single tasks, for the seeds that all tasks have."""
     runs: dict[str, dict[str, dict[str, Any]]] = {}
     for task in tasks:
         folders = (comparison / task / "full_finetuning--all", results / "single" / task)
@@ -76,7 +76,7 @@ def single_row(results: Path, comparison: Path, tasks: list[str]) -> list[str] |
 
 
 def row(name: str, rate: float, accuracies: list[dict[str, float]], tasks: list[str], trained: int) -> list[str]:
-    """Accuracies in per cent, means over the seeds."""
+    """Cells of a row: accuracies in percent, means over the seeds."""
     means = [100 * mean(found[task] for found in accuracies) for task in tasks]
     scores = [f"{score:.1f}" for score in (*means, mean(means))]
     return [name, f"{rate:g}", str(len(accuracies)), *scores, f"{trained / 1e6:.2f}"]

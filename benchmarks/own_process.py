@@ -1,4 +1,4 @@
-"""Measure in a process of its own: what one method left behind does not count for the next."""
+"""Measure in a new process, so that nothing of one method affects the next."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ GAPLESS = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072
 
 
 def in_own_process(script: str, *arguments: Any, gapless: bool = True) -> Any:
-    """What `script` prints in its last line, read as JSON.
+    """Run a script and return the JSON of its last output line.
 
     Args:
-        script: Path of a file.
-        arguments: Its command line.
-        gapless: Have glibc give freed tensors back at once; by default it keeps gaps between them.
+        script: Path of the script.
+        arguments: Its command-line arguments.
+        gapless: Whether glibc returns freed tensors at once. By default it keeps gaps between them.
     """
     command = [sys.executable, script, *map(str, arguments)]
     environment = os.environ | (GAPLESS if gapless else {})

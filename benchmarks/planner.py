@@ -1,11 +1,11 @@
-"""The planner's predictions beside what is measured, on models and plans of real size.
+"""The planner's predictions compared with measurements, on models and plans of real size.
 
     python benchmarks/planner.py [--batch-size 8] [--only ViT-B]
-    python benchmarks/planner_cards.py   # which batch fits which card; nothing is measured there
+    python benchmarks/planner_cards.py   # which batch fits which card, without measurements
 
-Saved activations against the counter on the real model, the peak against the resident set of a process of its own
-that trains two steps (see `PeakMemory`), both with random weights. glibc is told there to give freed tensors back at
-once: by default it keeps gaps between them, 5 to 50 % more on small models. Bars: 2 % and 10 %.
+Saved activations are compared with those counted on the real model, the peak with the resident set of a new process
+that trains two steps (see `PeakMemory`), both with random weights. glibc is set to return freed tensors at once: by
+default it keeps gaps between them, 5 to 50 % more on small models. Bars: 2 % and 10 %.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def main() -> None:
 
 
 def measure(model: str, plan: str, batch_size: int) -> dict[str, Any]:
-    """Saved bytes, and the peak of training in this process once libraries have what they take for themselves."""
+    """Saved bytes, and peak of training in this process, after steps that let libraries allocate their own memory."""
     train(model, plan, batch_size, steps=1)
     with PeakMemory() as memory:
         train(model, plan, batch_size, steps=2)
@@ -123,7 +123,7 @@ def measure(model: str, plan: str, batch_size: int) -> dict[str, Any]:
 
 
 def prepare(model: str, plan: str, batch_size: int) -> tuple[nn.Module, Callable[[], torch.Tensor]]:
-    """A model that trains, and its loss on a batch."""
+    """A model in training mode, and a function that computes its loss on a batch."""
     torch.manual_seed(0)
     base = MODELS[model]()
     config, checkpointing = PLANS[plan]
@@ -136,7 +136,7 @@ def prepare(model: str, plan: str, batch_size: int) -> tuple[nn.Module, Callable
 
 
 def train(model: str, plan: str, batch_size: int, steps: int) -> None:
-    """Some steps of AdamW, its state there from the beginning: ALaST's blocks get theirs when they first train."""
+    """Train with AdamW; its state is created first, also of ALaST's blocks that train later."""
     adapted, loss = prepare(model, plan, batch_size)
     trained = [p for p in adapted.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained)

@@ -1,10 +1,10 @@
-"""The largest batch that fits a card, as the planner predicts it: the table of docs/gpu.md. Nothing is measured.
+"""The table of docs/gpu.md: the largest batch that fits a card, predicted by the planner. Nothing is measured.
 
     python benchmarks/planner_cards.py
 
 GPUs: bf16 autocast over fp32 weights, fused AdamW, frozen weights in bf16, not compiled. The laptop: fp32 on the CPU.
-Each plan is predicted at two batches; between and above them the peak is taken to be linear. Of a card nine tenths
-are used (CUDA's own memory, gaps between tensors), of a laptop's 16 GB ten, and 5 % of the prediction stay free.
+Each plan is predicted at two batch sizes; the peak is assumed to be linear in the batch size. Nine tenths of a card's
+memory are used (the rest is for CUDA and gaps between tensors), 10 of a laptop's 16 GB; predictions get 5 % more.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from peft_bsr.cost import Setup, estimate
 
 LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
 GB = 10**9
-CARDS = {  # name -> bytes to use, whether it is a GPU, what cuBLAS takes more than is predicted
+CARDS = {  # name -> bytes to use, whether it is a GPU, bytes of cuBLAS beyond the prediction
     "RTX 4060, 8 GB": (0.9 * 8 * GB, True, 0),
     "T4, 16 GB": (0.9 * 16 * GB, True, 0),
     "RTX 4090, 24 GB": (0.9 * 24 * GB, True, 0),
@@ -78,7 +78,7 @@ def _peaks(model: str, plan: str, setup: Setup) -> list[int]:
 
 
 def _largest(memory: float, peaks: list[int]) -> str:
-    """Largest batch, two digits of it, on the line through both peaks."""
+    """Largest batch on the line through both peaks, to two digits."""
     an_image = (peaks[1] - peaks[0]) / (BATCHES[1] - BATCHES[0])
     batch = int(BATCHES[0] + (memory - peaks[0]) / an_image)
     if batch < 1:

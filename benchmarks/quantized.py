@@ -3,9 +3,9 @@
     python benchmarks/quantized.py [--batch-size 8] [--device cuda] [--autocast]
     python benchmarks/quantized.py --model MODEL --data TRAIN.parquet TEST.parquet [--images 1000] [--steps 60]
 
-The first prints weights in memory, activations kept for backward and the time of a step, at random weights, in fp32 or
-under autocast to bfloat16. The second fine-tunes a real model with each method, twice: frozen weights in full, and in 8
-bits.
+The first prints weights in memory, activations kept for backward and the time of a step, with random weights, in fp32
+or under autocast to bfloat16. The second fine-tunes a real model with each method, twice: with frozen weights in full
+precision and in 8 bits.
 """
 
 from __future__ import annotations
@@ -46,19 +46,19 @@ class AutocastStep(TrainingStep):
 
 
 def config_of(name: str, frozen_weights: str) -> BSRConfig | SynQTConfig:
-    """The method's configuration with frozen weights in full, in bfloat16 or in 8 bits."""
+    """The method's configuration with `frozen_weights` "full", "bfloat16" or "int8"."""
     config = copy.copy(METHODS[name])
     config.frozen_weights = frozen_weights
     return config
 
 
 def print_costs(batch_size: int, device: str, repeats: int, autocast: bool) -> None:
-    """The table of memory and time."""
+    """Print the table of memory and time."""
     batch = {
         "pixel_values": torch.randn(batch_size, 3, 224, 224, device=device),
         "labels": torch.randint(10, (batch_size,), device=device),
     }
-    print("| method | frozen weights | weights, MiB | saved, MiB an image | step |\n|---|---|---|---|---|")
+    print("| method | frozen weights | weights, MiB | saved, MiB per image | step |\n|---|---|---|---|---|")
     for name in METHODS:
         steps = {}
         for weights in get_args(FrozenWeights):
@@ -79,12 +79,12 @@ def print_costs(batch_size: int, device: str, repeats: int, autocast: bool) -> N
     dtype = "bf16 autocast" if autocast else "fp32"
     print(
         f"\nViT-B/16, 224 px, {dtype}, batch {batch_size}, {device}, {torch.get_num_threads()} threads, torch "
-        f"{torch.__version__}; steps in turn, median ratio of {repeats}."
+        f"{torch.__version__}; alternating steps, median ratio of {repeats}."
     )
 
 
 def print_accuracy(model_name: str, files: list[str], num_images: int, num_steps: int) -> None:
-    """The table of accuracies."""
+    """Print the table of accuracies."""
     data = load_dataset("parquet", data_files={"train": files[0], "test": files[1]})
     processor = AutoImageProcessor.from_pretrained(model_name)
     train, test = (_prepare(data[split], processor, num_images) for split in ("train", "test"))

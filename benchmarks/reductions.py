@@ -1,10 +1,10 @@
-"""What taking tokens away costs: time over that of a stock ViT-B block, forward and backward, 197 tokens.
+"""Cost of token reductions: time relative to a stock ViT-B block, forward and backward, 197 tokens.
 
     python benchmarks/reductions.py [--batch 8] [--device cpu]
 
-Least of `--repeats` processor times (CPU, one thread) or wall times (GPU), all rows in turn. Scores are what dropping
-needs beside; the last row is what a mask of log sizes, as token merging has it, would add to the attention of each
-later block of 99 tokens.
+Minimum of `--repeats` processor times (CPU, one thread) or wall times (GPU), alternating over all rows. Dropping also
+needs the scores. The last row is the attention of a later block (99 tokens) with a mask of log sizes, as in token
+merging; compare it with the row before it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ NUM_PATCHES, WIDTH, HEADS = 196, 768, 12
 
 
 def rows(batch: int, device: str, dtype: torch.dtype) -> dict[str, Callable[[], None]]:
-    """Name -> a forward and backward."""
+    """Name -> function that runs forward and backward."""
     torch.manual_seed(0)
     model = ViTModel(ViTConfig(num_hidden_layers=1), add_pooling_layer=False).to(device, dtype)
     block = model.layers[0]
@@ -55,7 +55,7 @@ def rows(batch: int, device: str, dtype: torch.dtype) -> dict[str, Callable[[], 
 
 
 def seconds(run: Callable[[], None], device: str) -> float:
-    """How long one call takes."""
+    """Seconds of one call."""
     if device == "cpu":
         begin = time.process_time()
         run()

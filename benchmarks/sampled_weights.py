@@ -2,10 +2,10 @@
 
     python benchmarks/sampled_weights.py
 
-Each weight gradient of the lean blocks is computed from a share of its rows: the largest as they are, the others drawn
-by their norms and scaled (unbiased). Input and gradient are at hand in a lean backward, so the norms are the true ones,
-without the paper's table of earlier norms. Saved activations do not change: nothing is kept for weight gradients alone.
-Printed: step time to that of the exact step, in turn, and the error of the gradient of one batch.
+Each weight gradient of the lean blocks is computed from a share of its rows: the largest ones, and others drawn by
+their norms and scaled (unbiased). A lean backward has both input and gradient, so true norms are used instead of the
+paper's table of earlier norms. Saved activations do not change: nothing is kept for weight gradients alone. Printed:
+step time relative to the exact step (alternating steps), and the error of the gradient of one batch.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def sampled_product(gradient: Tensor, inputs: Tensor, share: float) -> Tensor:
     Args:
         gradient: [M, E].
         inputs: [M, D].
-        share: Above 0 and below 1.
+        share: Share of the rows, above 0 and below 1.
 
     Returns:
         [E, D].
@@ -48,9 +48,9 @@ def sampled_product(gradient: Tensor, inputs: Tensor, share: float) -> Tensor:
 
 
 def draw_rows(norms: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Places of `count` rows and the factors by which they count, from the rows' norms [M].
+    """Indices of `count` rows and their weights, from the norms [M] of all rows.
 
-    The C largest are taken, the others drawn with replacement. C makes `(1 - P_C) / (count - C)` least, where P_C is
+    The C largest are taken, the others drawn with replacement. C minimizes `(1 - P_C) / (count - C)`, where P_C is
     the share of the C largest in the sum of all norms.
     """
     chances, order = (norms / norms.sum()).sort(descending=True)
@@ -67,7 +67,7 @@ def _norms(rows: Tensor) -> Tensor:
 
 
 def sampled_grads(share: float) -> mock._patch[object]:
-    """A context in which lean backwards sample."""
+    """Context in which the backward of lean blocks samples rows."""
 
     def parameter_grads(
         self: LinearOp, gradient: Tensor, hidden_grad: Tensor | None, inputs: Tensor | None, needs: Sequence[bool]
@@ -84,7 +84,7 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch-size", type=int, default=8, help="default 8")
-    parser.add_argument("--steps", type=int, default=5, help="timed ones of each share (default 5)")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps per share (default 5)")
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)

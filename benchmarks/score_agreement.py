@@ -2,9 +2,10 @@
 
     python benchmarks/score_agreement.py --data FOLDER [--images 200]
 
-FOLDER holds `vit-tiny-patch16-224/` (ViTForImageClassification) and `cifar10-test-1000.parquet` (column `image`). A
-candidate sees no query and no key of the class token, unless its name says "with class"; the tokens themselves have
-attended to it in earlier blocks. Blocks count from 0. The rule of each column is printed above its table.
+FOLDER contains `vit-tiny-patch16-224/` (ViTForImageClassification) and `cifar10-test-1000.parquet` (column `image`). A
+candidate does not use the query and key of the class token, unless its name says "with class"; the tokens themselves
+have attended to it in earlier blocks. Blocks are counted from 0. Each table is printed with a description of its
+columns.
 
 Shapes: B images, H heads, N tokens (class token first), M = N - 1 patches, d head width, D width.
 """
@@ -36,7 +37,7 @@ SCHEDULES = {"3": (3,), "6": (6,), "9": (9,), "3+6+9": (3, 6, 9)}
 
 
 class State(NamedTuple):
-    """What one block's attention sees: hidden [B, N, D] (block input), query, key and value [B, H, N, d]."""
+    """Inputs of one block's attention: hidden [B, N, D] (block input), query, key and value [B, H, N, d]."""
 
     hidden: Tensor
     query: Tensor
@@ -46,13 +47,13 @@ class State(NamedTuple):
 
 
 def received(state: State, first: int = 1) -> Tensor:
-    """Attention that each patch receives, mean over queries: [B, H, M], by the N x N softmax. `first=0`: with class."""
+    """Attention that each patch receives, mean over queries: [B, H, M], N x N softmax. `first=0`: with class token."""
     logits = state.query[:, :, first:] @ state.key[:, :, first:].mT * state.scaling
     return logits.softmax(dim=-1).mean(dim=-2)[..., 1 - first :]
 
 
 def mean_query(state: State, first: int = 1) -> Tensor:
-    """Attention that each patch gets from the mean query: [B, H, M], linear in N. `first=0`: with class."""
+    """Attention that each patch receives from the mean query: [B, H, M], linear in N. `first=0`: with class token."""
     query = state.query[:, :, first:].mean(dim=-2, keepdim=True)
     return (query @ state.key[:, :, first:].mT * state.scaling).softmax(dim=-1)[..., 0, 1 - first :]
 
@@ -124,7 +125,7 @@ def spearman(first: Tensor, second: Tensor) -> Tensor:
 
 
 def overlap(first: Tensor, second: Tensor) -> Tensor:
-    """Share of the `KEEP_RATE` best patches that two scores have in common: [B, M], [B, M] -> [B]; chance KEEP_RATE."""
+    """Share of the best patches that two scores have in common: [B, M], [B, M] -> [B]; by chance KEEP_RATE."""
     keep = num_kept(KEEP_RATE, first.shape[1])
     kept = [torch.zeros_like(s).scatter(1, select_tokens(s, keep)[0], 1.0) for s in (first, second)]
     return (kept[0] * kept[1]).sum(dim=1) / keep
@@ -172,7 +173,7 @@ def median_seconds(function: Callable[[], object], repeats: int = 15) -> float:
 
 @torch.no_grad()
 def score_cost(model: ViTForImageClassification, num_tokens: int) -> dict[str, float]:
-    """Time of each score over that of block 6's forward (batch 8, query and key given), in %."""
+    """Time of each score in % of block 6's forward (batch 8, query and key given)."""
     block, hidden = model.vit.layers[6], torch.randn(8, num_tokens, model.config.hidden_size)
     state, block_seconds = block_state(block, hidden), median_seconds(lambda: block(hidden))
     seconds = {name: median_seconds(lambda score=score: score(state).mean(dim=1)) for name, score in SCORES.items()}
@@ -191,7 +192,7 @@ def load_images(path: Path, count: int) -> Tensor:
 
 
 def print_agreement(results: dict[tuple, Tensor]) -> None:
-    """Table 1: each score beside the three references."""
+    """Table 1: agreement of each score with the three references."""
     print("\nAgreement: Spearman rho/overlap of the best 50 % (chance .00/.50), means over images, at blocks 3, 6, 9")
     print("a: class attention, same block; b: class attention, last block; c: |gradient . input| of the top logit")
     columns = [(reference, index) for reference in "abc" for index in BLOCKS]
@@ -202,10 +203,10 @@ def print_agreement(results: dict[tuple, Tensor]) -> None:
 
 
 def print_reduction(results: dict[tuple, Tensor], costs: list[dict[str, float]]) -> None:
-    """Table 2: what dropping by each score does to the outputs, and what the score costs."""
-    print("\nHalf of the present patches dropped mid-block, at one block or at all three, none fused; beside the whole")
-    print("run: same top-1 (%), KL (nats), cosine of the mean final patch. For 3+6+9 also KL minus random's (standard")
-    print("error, paired) and the cosine once the whole run's mean over images is off. Time: % of a block, batch 8")
+    """Table 2: effect of dropping by each score on the outputs, and cost of the score."""
+    print("\nHalf of the patches dropped mid-block, at one block or at all three, none fused; against all patches:")
+    print("same top-1 (%), KL (nats), cosine of the mean final patch. For 3+6+9 also KL minus random's (standard error")
+    print("of the pairs) and the cosine after subtracting the mean over images. Time: % of a block, batch 8")
     header = "".join(f"{'block ' + schedule:>15}" for schedule in SCHEDULES)
     print(f"{'':24}{header}{'KL - random':>14}{'cos-mean':>9}{'N=197':>7}{'N=785':>7}")
     full = results["unreduced", "pooled"]
@@ -223,7 +224,7 @@ def print_reduction(results: dict[tuple, Tensor], costs: list[dict[str, float]])
 def main() -> None:
     """Measure and print two tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder of the weights and of the parquet file")
+    parser.add_argument("--data", type=Path, required=True, help="folder with the weights and the parquet file")
     parser.add_argument("--images", type=int, default=200, help="images to measure (default 200)")
     args = parser.parse_args()
     weights, parquet = args.data / "vit-tiny-patch16-224", args.data / "cifar10-test-1000.parquet"

@@ -1,9 +1,9 @@
-"""What SynQT promises, measured: parameters, saved activations, step times beside full fine-tuning, the cache on disk.
+"""Measure SynQT: parameters, saved activations, step times relative to full fine-tuning, the cache on disk.
 
     python benchmarks/synqt.py                   # all of it, about 3 minutes on 2 cores
     python benchmarks/synqt.py parameters saved  # parts of it
 
-ViT-B/16, 224 px, fp32, random weights: they change none of these figures.
+ViT-B/16, 224 px, fp32. The weights are random; they do not affect these figures.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ STEP_RATIO, CACHE_RATIO = 0.50, 0.15
 
 
 def main() -> None:
-    """Run the parts that were asked for."""
+    """Run the chosen parts."""
     parts: dict[str, Callable[[argparse.Namespace], str]] = {"parameters": parameters, "saved": saved, "time": times}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", help=f"of {list(parts)}, default all")
     parser.add_argument("--batch-size", type=int, default=8, help="images a step (default 8)")
-    parser.add_argument("--rounds", type=int, default=7, help="steps of each method, in turn (default 7)")
+    parser.add_argument("--rounds", type=int, default=7, help="alternating steps of each method (default 7)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
     args = parser.parse_args()
     if unknown := sorted(set(args.parts) - set(parts)):
@@ -67,7 +67,7 @@ def parameters(args: argparse.Namespace) -> str:
 
 
 def saved(args: argparse.Namespace) -> str:
-    """Saved activations, against their bars."""
+    """Saved activations, with their bars."""
     rows = [["T", "tokens", "full", "bfloat16", "int8"]]
     for num_queries, bar in SAVED_MIB.items():
         for label, settings, limit in (
@@ -83,12 +83,12 @@ def saved(args: argparse.Namespace) -> str:
             rows.append([str(num_queries), label, *cells])
     return (
         table(rows)
-        + "\n\nMiB an image kept for backward in training mode, each storage once, batch 2; by `kept_tokens`."
+        + "\n\nMiB per image kept for backward in training mode, each storage once, batch 2; by `kept_tokens`."
     )
 
 
 def times(args: argparse.Namespace) -> str:
-    """Steps from images and from the cache, beside full fine-tuning steps, in turn."""
+    """Step times from images and from the cache, relative to full fine-tuning."""
     torch.manual_seed(0)
     images = [{"pixel_values": torch.randn(3, 224, 224), "labels": i % CLASSES} for i in range(args.batch_size)]
     models = {"all tokens": synqt(num_queries=4), "halved at {3,6,9}": synqt(num_queries=4, **REDUCED)}
@@ -106,12 +106,12 @@ def times(args: argparse.Namespace) -> str:
         taken: dict[str, list[float]] = {name: [] for name in steps}
         for step in steps.values():
             step.seconds()
-        for _ in range(args.rounds):  # in turn, so that a busy machine is busy for all
+        for _ in range(args.rounds):  # in turn: other load on the machine affects all alike
             for name, step in steps.items():
                 taken[name].append(step.seconds())
         flops = {name: count_flops(step) for name, step in steps.items()}
     first = "full fine-tuning"
-    rows = [["T = 4", "step, s", "to full fine-tuning", "FLOPs, to full", "MiB an image on disk"]]
+    rows = [["T = 4", "step, s", "to full fine-tuning", "FLOPs, to full", "MiB per image on disk"]]
     for name, values in taken.items():
         seconds = statistics.median(values)
         ratio = statistics.median(a / b for a, b in zip(values, taken[first], strict=True))
@@ -127,12 +127,12 @@ def times(args: argparse.Namespace) -> str:
 
 
 class CachedStep(TrainingStep):
-    """A step on a batch of a cache.
+    """A training step on a batch of cached tokens.
 
     Args:
-        model: The cache's.
-        batch: Of the cache.
-        cache: Read by the model while the step runs.
+        model: Model of the cache.
+        batch: Batch of the cache.
+        cache: Cache that the model reads during the step.
     """
 
     def __init__(self, model: nn.Module, batch: dict[str, Tensor], cache: FeatureCache) -> None:
@@ -148,7 +148,7 @@ def vit() -> nn.Module:
 
 
 def synqt(**settings: object) -> peft.PeftModel:
-    """It with SynQT, in training mode."""
+    """ViT-B/16 with SynQT, in training mode."""
     return get_peft_model(vit(), SynQTConfig(**settings)).train()
 
 
@@ -159,7 +159,7 @@ def random_batch(batch_size: int, device: str) -> dict[str, Tensor]:
 
 
 def verdict(text: str, value: float, bar: float | None) -> str:
-    """The text, and whether the value keeps to its bar."""
+    """The text, and whether the value meets its bar."""
     return text if bar is None else f"{text} ({'met' if value <= bar else f'MISSED, bar {bar}'})"
 
 

@@ -3,7 +3,7 @@
     python examples/accelerate_loop.py
     accelerate launch --num_processes 2 examples/accelerate_loop.py --mixed-precision bf16
 
-Images and weights are those of `quickstart.py`.
+It uses the images and weights of `quickstart.py`.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def main() -> None:
     base = load_base(source, data.labels)
     model = get_peft_model(base, BSRConfig())
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.learning_rate)
-    verify_trainability(model, optimizer)  # stops here if something would not train
+    verify_trainability(model, optimizer)  # raises an error if something would not train
     train, test = (
         DataLoader(with_pixels(images, processor), args.batch_size, shuffle=shuffle, collate_fn=collate)
         for images, shuffle in ((data.train, True), (data.test, False))
@@ -84,7 +84,7 @@ def main() -> None:
 
 @torch.no_grad()
 def accuracy(accelerator: Accelerator, model: torch.nn.Module, test: DataLoader) -> float:
-    """Share of test images that are classified right, on all processes together."""
+    """Accuracy on the test images, over all processes."""
     model.eval()
     right = total = 0
     for batch in test:

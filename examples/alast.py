@@ -1,9 +1,9 @@
-"""ALaST: budgets decide at each step which blocks train and how many tokens they see; the result is an ordinary ViT.
+"""ALaST: in each step, budgets decide which blocks train and how many tokens they see; the result is an ordinary ViT.
 
     python examples/alast.py
     python examples/alast.py --model google/vit-base-patch16-224-in21k --dataset beans --epochs 3
 
-Images and weights are those of `quickstart.py`. The budgets' history is drawn to `budgets.png`.
+It uses the images and weights of `quickstart.py`, and draws the history of the budgets to `budgets.png`.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def main() -> None:
     print(f"test accuracy {trainer.evaluate()['eval_accuracy']:.3f}")
     print(f"Budgets drawn to {draw_budgets(callback.history, args.output / 'budgets.png')}")
 
-    plain = model.merge_and_unload()  # evaluation never dropped tokens: nothing is lost
+    plain = model.merge_and_unload()  # exact: evaluation never drops tokens
     plain.save_pretrained(args.output / "model")
     processor.save_pretrained(args.output / "model")
     print(f"{type(plain).__name__} without adapter saved to {args.output / 'model'}")

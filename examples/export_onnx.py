@@ -3,7 +3,7 @@
     python examples/quickstart.py && python examples/export_onnx.py --adapter outputs/quickstart/adapter
     python examples/export_onnx.py --quantize int8
 
-Without `--adapter` a fresh one is exported: its answers mean nothing, its speed does.
+Without `--adapter` an untrained one is exported: only its speed is meaningful.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from quickstart import find_model, load_base, make_parser, size_of
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = make_parser(__doc__)
-    parser.add_argument("--adapter", help="Hub id or folder of an adapter (default: a fresh one)")
-    parser.add_argument("--keep-rate", type=float, default=0.5, help="of a fresh adapter (default 0.5)")
+    parser.add_argument("--adapter", help="Hub id or folder of an adapter (default: an untrained one)")
+    parser.add_argument("--keep-rate", type=float, default=0.5, help="keep rate of the untrained adapter (default 0.5)")
     parser.add_argument("--quantize", choices=["int8"], help="default: fp32")
     parser.add_argument("--output", type=Path, default=Path("outputs/export"), help="default outputs/export")
     return parser.parse_args()

@@ -3,7 +3,7 @@
     python examples/feature_cache.py
     python examples/feature_cache.py --model google/vit-base-patch16-224-in21k --dataset beans --epochs 10
 
-Images and weights are those of `quickstart.py`. The same epochs are timed from images first, on a fresh adapter.
+It uses the images and weights of `quickstart.py`. First the same epochs are timed from images, on another adapter.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = make_parser(__doc__)
     parser.add_argument("--trainable-blocks", default="last:4", help='"every:n" or "last:n" (default last:4)')
     parser.add_argument("--epochs", type=float, default=2, help="default 2")
-    parser.add_argument("--output", type=Path, default=Path("outputs/feature_cache"), help="folder of what is written")
+    parser.add_argument("--output", type=Path, default=Path("outputs/feature_cache"), help="output folder")
     return parser.parse_args()
 
 
@@ -78,7 +78,7 @@ def main() -> None:
     console.print(
         f"{args.epochs:g} epochs from images: {from_images:.0f} s, test accuracy {accuracy:.3f}\n"
         f"{args.epochs:g} epochs from the cache: {from_cache:.0f} s ({from_cache / from_images:.2f} of it), test "
-        f"accuracy {cached_accuracy:.3f}; making the cache took {built:.0f} s, once."
+        f"accuracy {cached_accuracy:.3f}; building the cache took {built:.0f} s, once."
     )
 
 

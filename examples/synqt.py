@@ -1,9 +1,9 @@
-"""SynQT: learned queries read a frozen backbone; train from images, or from a cache in which the backbone never runs.
+"""SynQT: learned queries read a frozen backbone; train from images, or from a cache without running the backbone.
 
     python examples/synqt.py
     python examples/synqt.py --model google/vit-base-patch16-224-in21k --dataset beans --epochs 10 --keep-rate 0.5
 
-Images and weights are those of `quickstart.py`. The cache says what it takes on disk before it is made.
+It uses the images and weights of `quickstart.py`. The size of the cache on disk is printed before it is built.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ console = Console()
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = make_parser(__doc__, "synqt")
-    parser.add_argument("--num-queries", type=int, default=4, help="learned prompts a layer (default 4)")
+    parser.add_argument("--num-queries", type=int, default=4, help="learned prompts per layer (default 4)")
     parser.add_argument(
         "--keep-rate", type=float, default=1.0, help="share of tokens kept at a reduction (default 1.0)"
     )
     parser.add_argument("--epochs", type=float, default=2, help="default 2")
-    parser.add_argument("--output", type=Path, default=Path("outputs/synqt"), help="folder of what is written")
+    parser.add_argument("--output", type=Path, default=Path("outputs/synqt"), help="output folder")
     return parser.parse_args()
 
 
 def main() -> None:
-    """Show what is kept for backward, make the cache, train from it, save the adapter."""
+    """Print the memory kept for backward, build the cache, train from it, save the adapter."""
     args = parse_arguments()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -58,7 +58,7 @@ def main() -> None:
     model = get_peft_model(base, SynQTConfig(num_queries=args.num_queries, keep_rate=args.keep_rate)).train()
     sample = {"pixel_values": train[0]["pixel_values"][None], "labels": torch.tensor([train[0]["labels"]])}
     kept = saved_activations(model, lambda: model(**sample).loss)
-    console.print(f"{model.get_nb_trainable_parameters()[0]:,} trained, {kept / 2**20:.1f} MiB an image for backward")
+    console.print(f"{model.get_nb_trainable_parameters()[0]:,} trained, {kept / 2**20:.1f} MiB per image for backward")
 
     cache = FeatureCache.build(model, train, args.output / "cache")
     with cache.read_by(model):

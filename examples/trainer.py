@@ -1,9 +1,9 @@
 """BSR with transformers' Trainer: any labelled images, checkpoints, resuming, an adapter at the end.
 
     python examples/trainer.py --model google/vit-base-patch16-224-in21k --dataset beans
-    python examples/trainer.py --epochs 8 --resume      # goes on where the last run stopped
+    python examples/trainer.py --epochs 8 --resume      # continues the last run
 
-Without arguments it trains on digits, on the weights of `quickstart.py`.
+Without arguments it trains the weights of `quickstart.py` on digits.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = make_parser(__doc__)
     parser.add_argument("--epochs", type=float, default=4, help="default 4")
     parser.add_argument("--max-steps", type=int, default=-1, help="stop after so many steps (default: by epochs)")
-    parser.add_argument("--resume", action="store_true", help="from the last checkpoint in the output folder")
+    parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint in the output folder")
     parser.add_argument("--output", type=Path, default=Path("outputs/trainer"), help="default outputs/trainer")
     return parser.parse_args()
 

@@ -28,7 +28,9 @@ def renamed(module: str, names: dict[str, str], namespace: dict[str, Any]) -> Ca
 def warn_renamed(old: str, new: str, stacklevel: int = 3) -> None:
     """Warn that `old` is now called `new`."""
     warnings.warn(
-        f"`{old}` is now called `{new}`; the old name goes in 0.2.", DeprecationWarning, stacklevel=stacklevel
+        f"`{old}` is now called `{new}`; the old name is removed in 0.2.",
+        DeprecationWarning,
+        stacklevel=stacklevel,
     )
 
 

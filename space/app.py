@@ -1,4 +1,4 @@
-"""The Space: the same app as `peft-bsr app`, on the address that Spaces forward."""
+"""The app of `peft-bsr app` as a Hugging Face Space, listening on the address that Spaces forward."""
 
 from peft_bsr.app.serving import serve
 

@@ -1,10 +1,10 @@
-"""Saved activations, FLOPs, step time and peak memory of every experiment, beside full fine-tuning on the same batch.
+"""Saved activations, FLOPs, step time and peak memory of every experiment, relative to full fine-tuning.
 
     python benchmarks/method_comparison/costs.py --model MODEL
 
-Neither the images nor the seed changes them, so they are measured once; what is there is not measured again. Each
-experiment's steps are timed in turn with those of full fine-tuning, so that what else the machine does slows both. Run
-it while the machine is idle. The peak is that of a process of its own, in which glibc gives freed tensors back at once.
+They do not depend on images or seed, so they are measured once; existing results are not measured again. Each
+experiment's steps alternate with those of full fine-tuning on the same batch, so other load slows both. Run it on an
+idle machine. The peak is that of a new process in which glibc returns freed tensors at once.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", help="these experiments (default: all but those of try.py)")
-    parser.add_argument("--again", action="store_true", help="measure what is there too")
+    parser.add_argument("--again", action="store_true", help="also measure what has results")
     parser.add_argument("--repeats", type=int, default=7, help="timed steps of each (default 7)")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     add_sources(parser)
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def measure(experiment: Experiment, args: argparse.Namespace) -> dict[str, Any]:
-    """All but the peak."""
+    """All figures except the peak."""
     batch = random_batch(full := ready(Experiment.load(REFERENCE), args.model), args)
     reference, cost = compare({"full": full, "this": ready(experiment, args.model)}, batch, args.repeats).values()
     return {
@@ -77,22 +77,22 @@ def measure(experiment: Experiment, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def peak_in_own_process(experiment: Experiment, args: argparse.Namespace) -> int:
-    """`peak_bytes` of a fresh process."""
+    """`peak_bytes`, in a new process."""
     arguments = ["--peak-of", experiment.name, "--model", args.model, "--protocol", args.protocol]
     return in_own_process(__file__, *arguments)
 
 
 def peak_bytes(args: argparse.Namespace) -> int:
-    """Gradients, AdamW's state, activations and workspace at their highest in two steps; weights are there before."""
+    """Peak of gradients, AdamW's state, activations and workspace over two steps, without the weights."""
     model = ready(Experiment.load(args.peak_of), args.model)
     batch = random_batch(model, args)
     trained = [p for p in model.parameters() if p.requires_grad]
     with side_effect_free(model):
-        model(**batch).loss.backward()  # libraries have what they take for themselves
+        model(**batch).loss.backward()  # lets libraries allocate their own memory first
         model.zero_grad(set_to_none=True)
         with PeakMemory(batch["labels"].device) as memory:
             optimizer = torch.optim.AdamW(trained, lr=0.0)
-            for parameter in trained:  # ALaST's blocks train in turn: have the state of all
+            for parameter in trained:  # create the state of all blocks: ALaST's train in turn
                 parameter.grad = torch.zeros_like(parameter)
             optimizer.step()
             for _ in range(2):
@@ -103,7 +103,7 @@ def peak_bytes(args: argparse.Namespace) -> int:
 
 
 def ready(experiment: Experiment, source: str) -> nn.Module:
-    """The model as it trains, on the GPU where there is one."""
+    """The model in training mode, on the GPU if there is one."""
     base = load_base(source, [str(i) for i in range(10)]).to("cuda" if torch.cuda.is_available() else "cpu")
     model = experiment.attach(base)
     if experiment.params["gradient_checkpointing"]:
@@ -112,7 +112,7 @@ def ready(experiment: Experiment, source: str) -> nn.Module:
 
 
 def random_batch(model: nn.Module, args: argparse.Namespace) -> dict[str, Tensor]:
-    """Of the model's image size and the protocol's batch."""
+    """Random images of the model's image size, with the protocol's batch size."""
     size = getattr(model.config, "vision_config", model.config).image_size
     height, width = (size, size) if isinstance(size, int) else size
     count, device = Protocol.load(args.protocol).batch_size, next(model.parameters()).device

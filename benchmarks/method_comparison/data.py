@@ -1,4 +1,4 @@
-"""Images and labels of a task, cut into training, validation and test the same way for every method."""
+"""Images and labels of a task, split into training, validation and test in the same way for every method."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from peft_bsr.data.targets import find_target
 from peft_bsr.problem_type import SINGLE_LABEL
 
 HERE = Path(__file__).parent
-HUB = {"cifar10": "uoft-cs/cifar10", "fashion-mnist": "zalando-datasets/fashion_mnist"}  # others are Hub ids themselves
+HUB = {"cifar10": "uoft-cs/cifar10", "fashion-mnist": "zalando-datasets/fashion_mnist"}  # other tasks are Hub ids
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """How many images are seen how often; see `protocols/*.json`."""
+    """Numbers of images and epochs of a comparison; see `protocols/*.json`."""
 
     name: str
     tasks: list[str]
@@ -37,18 +37,18 @@ class Protocol:
 
     @classmethod
     def load(cls, name: str) -> Protocol:
-        """From `protocols/NAME.json`, or from a file whose path ends on `.json`."""
+        """Load `protocols/NAME.json`, or any file with a path that ends in `.json`."""
         path = Path(name) if name.endswith(".json") else HERE / "protocols" / f"{name}.json"
         return cls(name=path.stem, **json.loads(path.read_text()))
 
 
 def load_task(task: str, protocol: Protocol, data: Path | None) -> DatasetDict:
-    """`train`, `validation` and `test` with the columns `image` and `label`, drawn by class and always the same.
+    """Load `train`, `validation` and `test` with the columns `image` and `label`, always the same images, by class.
 
     Args:
-        task: Name of files `TASK-train-*.parquet` and `TASK-test-*.parquet` in `data`, or of a dataset of the Hub;
+        task: Name of files `TASK-train-*.parquet` and `TASK-test-*.parquet` in `data`, or of a dataset on the Hub;
             `"digits"` is scikit-learn's.
-        protocol: How many images of each; fewer where there are fewer.
+        protocol: Maximum number of images of each split.
         data: Folder, or None for the Hub.
     """
     if task == "digits":
@@ -67,12 +67,12 @@ def load_task(task: str, protocol: Protocol, data: Path | None) -> DatasetDict:
 
 
 def with_pixels(images: Dataset, source: str) -> Dataset:
-    """The same with `pixel_values` and `labels`, made by the model's own processor when they are asked for."""
+    """Add `pixel_values` and `labels`, computed on access by the model's own processor."""
     return peft_bsr.data.with_pixels(images, AutoImageProcessor.from_pretrained(source))
 
 
 def _named(images: Dataset) -> Dataset:
-    """With the columns `image` and `label`, whatever they were called."""
+    """Rename the columns to `image` and `label`."""
     image, _ = image_column(images)
     (label,) = find_target(images, image, problem_type=SINGLE_LABEL).columns
     chosen = as_images(images.select_columns([image, label]), image, None)
@@ -81,7 +81,7 @@ def _named(images: Dataset) -> Dataset:
 
 
 def _split(images: Dataset, first: int, second: int) -> tuple[Dataset, Dataset]:
-    """Two parts that share nothing, each with its share of every class; sizes shrink alike where images are few."""
+    """Two disjoint parts with the same shares of classes; both shrink alike if there are too few images."""
     shrink = min(1.0, len(images) / (first + second))
     order = images.shuffle(seed=0)
     labels = np.array(order["label"])

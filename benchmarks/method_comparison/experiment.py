@@ -22,11 +22,11 @@ assert peft_bsr  # its import makes adapter_config.json with `"peft_type": "BSR"
 
 @dataclass(frozen=True)
 class Experiment:
-    """A method as it is compared.
+    """A method with its settings.
 
     Attributes:
-        name: Its folder below `experiments/`, `"lora/qv"`.
-        params: Of the training: the defaults and what its own file changes.
+        name: Folder below `experiments/`, such as `"lora/qv"`.
+        params: Training parameters: the defaults, updated by its own file.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Experiment:
 
     @classmethod
     def load(cls, name: str) -> Experiment:
-        """From `experiments/NAME`."""
+        """Load `experiments/NAME`."""
         params = json.loads((HERE / "default_training_params.json").read_text())
         own = json.loads((EXPERIMENTS / name / "training_params.json").read_text())
         if unknown := set(own) - set(params):
@@ -43,28 +43,28 @@ class Experiment:
 
     @classmethod
     def all(cls) -> list[Experiment]:
-        """Every one, in order of their names."""
+        """All experiments, sorted by name."""
         return [
             cls.load(str(p.parent.relative_to(EXPERIMENTS))) for p in sorted(EXPERIMENTS.rglob("training_params.json"))
         ]
 
     @classmethod
     def chosen(cls, names: list[str] | None) -> list[Experiment]:
-        """Those of these names; without any, all but candidates."""
+        """Experiments of these names, or all but the candidates."""
         return [e for e in cls.all() if (e.name in names if names else not e.is_candidate)]
 
     @property
     def is_candidate(self) -> bool:
-        """Whether it lies in a folder `*_tried`: scored on the validation split only, see try.py."""
+        """Whether it is in a folder `*_tried`, scored on the validation split only (see try.py)."""
         return self.name.split("/")[0].endswith("_tried")
 
     def adapter(self) -> PeftConfig | None:
-        """The adapter's config, or None where plain parameters train."""
+        """The adapter's config, or None if there is no adapter."""
         folder = EXPERIMENTS / self.name
         return PeftConfig.from_pretrained(str(folder)) if (folder / "adapter_config.json").exists() else None
 
     def attach(self, base: nn.Module) -> nn.Module:
-        """Make `base` train what this experiment trains."""
+        """Attach the adapter to `base`, or set which of its parameters train."""
         adapter = self.adapter()
         if adapter is not None:
             return get_peft_model(base, adapter)
@@ -76,7 +76,7 @@ class Experiment:
 
 
 def load_base(source: str, names: list[str]) -> nn.Module:
-    """A pretrained model with a new head for these classes, its weights drawn from torch's generator."""
+    """A pretrained model with a new head for these classes, initialized from torch's generator."""
     return AutoModelForImageClassification.from_pretrained(
         source,
         id2label=dict(enumerate(names)),
@@ -98,7 +98,7 @@ def _is_last(count: int, spec: ModelSpec, name: str) -> bool:
     return _is_behind_blocks(spec, name) or any(name.startswith(f"{block}.") for block in spec.blocks[-count:])
 
 
-# parameter name -> whether it trains, where no adapter says so; the classifier always does
+# parameter name -> whether it trains without an adapter; the classifier always trains
 TRAINABLE = {
     "all": lambda model, spec, name: True,
     "head": _is_classifier,

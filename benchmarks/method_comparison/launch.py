@@ -1,4 +1,4 @@
-"""Runs `train.py` in processes of their own and keeps their results: what is there is not run again."""
+"""Runs `train.py` in new processes and stores the results; a run that has a result is not repeated."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ HERE = Path(__file__).parent
 
 
 def add_results(parser: argparse.ArgumentParser) -> None:
-    """The argument that says where results are kept."""
+    """Add the argument for the folder of results."""
     parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of results (default: ours)")
 
 
@@ -26,27 +26,27 @@ def results_of(args: argparse.Namespace) -> Path:
 
 
 def add_launching(parser: argparse.ArgumentParser) -> None:
-    """Arguments that say how runs share the machine."""
-    parser.add_argument("--at-once", type=int, default=default_at_once(), help="runs side by side (default: by cores)")
-    parser.add_argument("--threads", type=int, default=0, help="of each run (default: cores / runs side by side)")
+    """Add the arguments that say how runs share the machine."""
+    parser.add_argument("--at-once", type=int, default=default_at_once(), help="parallel runs (default: by cores)")
+    parser.add_argument("--threads", type=int, default=0, help="threads per run (default: cores / parallel runs)")
 
 
 def default_at_once() -> int:
-    """One where there is a GPU; else one for each core, up to 4: a run of its own uses a core better than a thread."""
+    """1 with a GPU, else one per core, up to 4: a run uses a core better than another thread does."""
     return 1 if torch.cuda.is_available() else min(4, os.cpu_count() or 1)
 
 
 def launch(args: argparse.Namespace, result: Path, experiment: str, **settings: Any) -> dict[str, Any] | None:
-    """The result of a run, from its file or from the run itself.
+    """The result of a run, read from its file or run now.
 
     Args:
-        args: With what `add_sources` and `add_launching` ask for.
-        result: File that the result is kept in.
+        args: Arguments of `add_sources` and `add_launching`.
+        result: File of the result.
         experiment: Folder below `experiments/`.
-        settings: Further arguments of `train.py`, `learning_rate=1e-3`; True = without a value.
+        settings: Further arguments of `train.py`, such as `learning_rate=1e-3`; True = a flag without a value.
 
     Returns:
-        What `train.py` printed, or None if it failed; why, is in a file beside `result` then.
+        What `train.py` printed, or None if it failed; the reason is then in `*.failed.txt` next to `result`.
     """
     if result.exists():
         return json.loads(result.read_text())

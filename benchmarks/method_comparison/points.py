@@ -1,4 +1,4 @@
-"""Write what the app shows of the results: one point for each experiment and task, with the command that made it.
+"""Write the points that the app shows: one for each experiment and task, with the command that measured it.
 
 python benchmarks/method_comparison/points.py [--protocol cpu] [--output peft_bsr/app/benchmark.json]
 """
@@ -38,7 +38,7 @@ def main() -> None:
 
 
 def benchmark(results: Path, protocol: Protocol) -> dict[str, Any]:
-    """All experiments that have both an accuracy and a cost, and what they were measured with."""
+    """All experiments with an accuracy and a cost, and the conditions of the measurement."""
     costs = json.loads((results / "costs.json").read_text())
     rows = [(task, row) for task in protocol.tasks for row in load_rows(results, task, costs) if row.cost is not None]
     model = rows[0][1].runs[0]["meta_info"]["model_info"]["model"]
@@ -52,7 +52,7 @@ def benchmark(results: Path, protocol: Protocol) -> dict[str, Any]:
 
 
 def point(task: str, row: Row, protocol: Protocol) -> dict[str, Any]:
-    """What was measured of one experiment on one task."""
+    """Figures of one experiment on one task."""
     assert row.cost is not None, "rows without are left out"
     words = ["--only", row.experiment.name, "--tasks", task, "--protocol", protocol.name]
     return {
@@ -68,7 +68,7 @@ def point(task: str, row: Row, protocol: Protocol) -> dict[str, Any]:
 
 
 def _key_of(row: Row) -> str | None:
-    """What trains on which tokens, as plans name it; None for what the planner does not offer."""
+    """What trains on which tokens, in the planner's terms; None if the planner does not offer it."""
     config = row.experiment.adapter()
     if row.experiment.name.startswith("full_finetuning/"):
         return plan_key(None, None)

@@ -2,7 +2,7 @@
 
     python benchmarks/method_comparison/report.py [--protocol cpu] [--output docs/benchmarks.md]
 
-It is made of the results that are there; rows without any are left out.
+It uses the results that exist; rows without results are left out.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ class Row:
     """All runs of an experiment on a task, and its costs.
 
     Attributes:
-        experiment: What ran.
-        accuracies: On the test images, seed -> accuracy.
-        runs: The results themselves.
-        cost: From `costs.json`.
+        experiment: The experiment.
+        accuracies: Seed -> accuracy on the test images.
+        runs: Results of the runs.
+        cost: Entry of `costs.json`.
     """
 
     experiment: Experiment
@@ -57,11 +57,11 @@ class Row:
 
     @property
     def accuracy(self) -> float:
-        """Mean over the seeds."""
+        """Mean accuracy over the seeds."""
         return statistics.mean(self.accuracies.values())
 
     def points_over(self, other: Row) -> float:
-        """Mean difference in points, over the seeds that both have."""
+        """Mean difference of accuracy in points, over the seeds that both have."""
         shared = self.accuracies.keys() & other.accuracies.keys()
         return 100 * statistics.mean(self.accuracies[seed] - other.accuracies[seed] for seed in shared)
 
@@ -96,7 +96,7 @@ def main() -> None:
 
 
 def load_rows(results: Path, task: str, costs: dict[str, Any]) -> list[Row]:
-    """Of every experiment that ran on the task."""
+    """Rows of all experiments that ran on the task."""
     rows = []
     for experiment in Experiment.all():
         folder = result_path(results, task, experiment.name, 0).parent
@@ -110,7 +110,7 @@ def load_rows(results: Path, task: str, costs: dict[str, Any]) -> list[Row]:
 
 
 def accuracy_table(rows: list[Row]) -> str:
-    """Accuracy beside what it costs."""
+    """Table of accuracies and costs."""
     full = next((row for row in rows if row.experiment.name == REFERENCE), None)
     lines = [
         "| experiment | accuracy, % | seeds | to full | saved, MiB | of full | images/s to full "
@@ -135,7 +135,7 @@ def accuracy_table(rows: list[Row]) -> str:
 
 
 def cost_table(costs: dict[str, Any], tasks: dict[str, list[Row]]) -> str:
-    """What a step costs, whatever the images."""
+    """Table of the costs of a step, which do not depend on the images."""
     every = [row for rows in tasks.values() for row in rows]
     trained = {row.experiment.name: f"{row.runs[0]['train_info']['num_trainable_params'] / 1e6:.3f}" for row in every}
     lines = [
@@ -152,7 +152,7 @@ def cost_table(costs: dict[str, Any], tasks: dict[str, list[Row]]) -> str:
 
 
 def recipe_table(recipes: dict[str, Any]) -> str:
-    """What was tried, and what was taken."""
+    """Table of the learning rates that were tried and chosen."""
     lines = ["| recipe | tried on | rate | validation accuracy of every rate, % |", "|---|---|---|---|"]
     for name, recipe in sorted(recipes.items()):
         tried = ", ".join(f"{rate}: {100 * score:.1f}" for rate, score in recipe["tried"].items())
@@ -161,7 +161,7 @@ def recipe_table(recipes: dict[str, Any]) -> str:
 
 
 def tried_table(tried: list[dict[str, Any]], recipes: dict[str, Any], costs: dict[str, Any]) -> str:
-    """Variants of recipes, on the images of the sweep."""
+    """Table of variants of the recipes, on the images of the sweep."""
     size = tried[0]["train_info"]["metrics"][0]
     lines = [
         f"On the {size['split']} split, trained on the images of the sweep, one seed, at the recipe's rate:\n",
@@ -221,7 +221,7 @@ def draw(rows: list[Row], task: str, path: Path) -> None:
             method = row.experiment.name.split("/")[0]
             x = row.cost[key] / (2**20 if key.startswith("saved") else 1)
             y, mean = [100 * value for value in row.accuracies.values()], 100 * row.accuracy
-            below, above = max(0.0, mean - min(y)), max(0.0, max(y) - mean)  # of one run, rounding is all there is
+            below, above = max(0.0, mean - min(y)), max(0.0, max(y) - mean)  # rows of one run differ by rounding only
             color = COLORS.get(method, "tab:red")
             axis.errorbar(x, mean, yerr=[[below], [above]], fmt="o", color=color, capsize=2)
             name, at = row.experiment.name.replace("/", ": "), (x, 100 * row.accuracy)

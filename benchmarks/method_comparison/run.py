@@ -1,4 +1,4 @@
-"""Train and score every experiment of the comparison; what is there is kept, so it can be stopped and started again.
+"""Train and score every experiment of the comparison. Existing results are kept, so it can be stopped and continued.
 
     python benchmarks/method_comparison/run.py --model MODEL --data DATA
     python benchmarks/method_comparison/run.py --only bsr/spread-exact full_finetuning/all --tasks cifar10
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def result_path(results: Path, task: str, experiment: str, seed: int) -> Path:
-    """Where the result of a run lies."""
+    """Path of the result of a run."""
     return results / task.replace("/", "--") / experiment.replace("/", "--") / f"seed-{seed}.json"
 
 

@@ -1,11 +1,11 @@
-"""Find a learning rate for each recipe: the same rule and the same images for every method.
+"""Find a learning rate for each recipe, by the same rule and on the same images for every method.
 
     python benchmarks/method_comparison/sweep.py --model MODEL --data DATA
 
-Each recipe is tried on the experiment that leads it (`"leads": true`), at 1e-4, 3e-4 and 1e-3, then outwards in equal
-steps until the best rate has a worse one on either side. What counts is accuracy on the validation split (then its
-loss), after the protocol's epochs on fewer images of its first task. Test images are not seen.
-`results/PROTOCOL/recipes.json` gets what was found; runs that are there are not repeated.
+Each recipe is tried on its leading experiment (`"leads": true`), at 1e-4, 3e-4 and 1e-3, then outwards in equal steps
+until there is a worse rate on either side of the best one. Rates are ranked by accuracy on the validation split (then
+by loss), after the protocol's epochs on fewer images of its first task. Test images are not used. The results are in
+`results/PROTOCOL/recipes.json`; runs with a result are not repeated.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ def main() -> None:
 
 
 def load_recipes(args: argparse.Namespace) -> dict[str, Any]:
-    """What earlier sweeps found, recipe by recipe."""
+    """Results of earlier sweeps, by recipe."""
     path = results_of(args) / "recipes.json"
     return json.loads(path.read_text()) if path.exists() else {}
 
 
 def find_rate(args: argparse.Namespace, recipe: str, experiment: str) -> dict[str, Any]:
-    """The best rate of a recipe, and the validation accuracies of all that were tried."""
+    """The best rate of a recipe, and the validation accuracy of every rate."""
     task = Protocol.load(args.protocol).tasks[0]
     scores: dict[int, tuple[float, float]] = {}
 

@@ -1,8 +1,8 @@
-"""One run of one experiment in this process.
+"""Run one experiment in this process.
 
     python benchmarks/method_comparison/train.py lora/qv --task cifar10 --learning-rate 1e-3 --model MODEL --data DATA
 
-Its last line is the result as JSON, in the layout of PEFT's method comparison.
+The last line of the output is the result as JSON, in the layout of PEFT's method comparison.
 """
 
 from __future__ import annotations
@@ -44,16 +44,16 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiment", help="folder below experiments/")
     parser.add_argument("--task", default="cifar10", help="see data.py (default cifar10)")
-    parser.add_argument("--seed", type=int, default=0, help="of the head, the order of images and the adapter")
+    parser.add_argument("--seed", type=int, default=0, help="seed of head, adapter and image order")
     parser.add_argument("--learning-rate", type=float, required=True, help="at its highest")
-    parser.add_argument("--threads", type=int, default=0, help="of torch on the CPU (default: torch's choice)")
+    parser.add_argument("--threads", type=int, default=0, help="threads of torch on the CPU (default: torch's default)")
     parser.add_argument("--sweep", action="store_true", help="train on fewer images, score on the validation split")
     add_sources(parser)
     return parser.parse_args()
 
 
 def add_sources(parser: argparse.ArgumentParser) -> None:
-    """Arguments that say what is compared where."""
+    """Add the arguments for protocol, model and data."""
     parser.add_argument("--protocol", default="cpu", help="name in protocols/, or a .json file (default cpu)")
     parser.add_argument("--model", default="google/vit-base-patch16-224", help="Hub id or folder")
     parser.add_argument(
@@ -134,7 +134,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def training_arguments(
     experiment: Experiment, protocol: Protocol, args: argparse.Namespace, folder: str
 ) -> TrainingArguments:
-    """The Trainer's, from the experiment and the protocol."""
+    """TrainingArguments of the experiment and the protocol."""
     params = experiment.params
     return TrainingArguments(
         output_dir=folder,
@@ -161,7 +161,7 @@ def training_arguments(
 
 
 def callbacks(experiment: Experiment, seed: int) -> list[TrainerCallback]:
-    """What a method needs in the loop, and controls."""
+    """Callbacks that a method or a control needs."""
     adapter = experiment.adapter()
     found: list[TrainerCallback] = [ALaSTCallback()] if isinstance(adapter, ALaSTConfig) else []
     if experiment.params["control"] == "random_budgets":
@@ -170,13 +170,13 @@ def callbacks(experiment: Experiment, seed: int) -> list[TrainerCallback]:
 
 
 class RandomBudgets(TrainerCallback):
-    """A control for ALaST: budgets without a signal, drawn anew for each step around the one they start at."""
+    """A control for ALaST: in each step, budgets are drawn at random around the initial one."""
 
     def __init__(self, seed: int) -> None:
         self.generator = random.Random(seed)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Draw."""
+        """Draw new budgets."""
         schedule = schedule_of(kwargs["model"])
         start, (low, high) = schedule.config.initial_budget, schedule.config.budget_range
         reach = min(start - low, high - start)
@@ -184,12 +184,12 @@ class RandomBudgets(TrainerCallback):
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """Share of images whose highest logit is that of their class."""
+    """Share of images with the highest logit at their class."""
     return {"accuracy": float(np.mean(prediction.predictions.argmax(-1) == prediction.label_ids))}
 
 
 def saved_size(model: nn.Module, folder: Path) -> int:
-    """Bytes of what one would share: the adapter's file, or the parameters that trained."""
+    """Bytes of what is shared: the adapter's file, or the trained parameters."""
     if isinstance(model, peft.PeftModel):
         model.save_pretrained(folder)
     else:
@@ -200,7 +200,7 @@ def saved_size(model: nn.Module, folder: Path) -> int:
 
 
 def meta_info(args: argparse.Namespace, scored_images: int) -> dict[str, Any]:
-    """Where, with what and on what it ran."""
+    """Settings, versions and machine of the run."""
     return {
         "model_info": {"model": Path(args.model).name if Path(args.model).exists() else args.model, "dtype": "float32"},
         "dataset_info": {"task": args.task, "scored_images": scored_images},
@@ -225,14 +225,14 @@ def environment() -> dict[str, Any]:
 
 
 def processor_name() -> str:
-    """Of the CPU."""
+    """Name of the CPU."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def commit() -> str:
-    """Of this repository, or nothing."""
+    """Commit of this repository, or an empty string."""
     found = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
     )

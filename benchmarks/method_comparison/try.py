@@ -1,4 +1,4 @@
-"""Variants of one recipe on the validation split, with its learning rate: what else could have been chosen.
+"""Score variants of one recipe on the validation split, with the recipe's learning rate.
 
     python benchmarks/method_comparison/try.py bsr_spread bsr_tried/every2 bsr_tried/reduce_9 --model MODEL --data DATA
 
@@ -24,7 +24,7 @@ from train import add_sources
 def main() -> None:
     """Run what is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", help="whose learning rate is taken, see sweep.py")
+    parser.add_argument("recipe", help="recipe that gives the learning rate, see sweep.py")
     parser.add_argument("experiments", nargs="+", help="folders below experiments/")
     add_sources(parser)
     add_launching(parser)

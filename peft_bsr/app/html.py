@@ -50,9 +50,9 @@ def _plan(number: int, plan: BudgetPlan, most: int, depth: int) -> str:
         f'<span class="k{n}" style="width:{100 * s / most:.2f}%" title="{x}"></span>' for n, x, s in sizes if s
     )
     facts = [
-        f"{estimate.training_flops / estimate.batch_size / 1e9:.3g} GFLOPs an image",
+        f"{estimate.training_flops / estimate.batch_size / 1e9:.3g} GFLOPs per image",
         f"{estimate.trainable_parameters / 1e6:.3g} M trained",
-        *([f"{_mib(estimate.host_bytes)} wait on the CPU"] if estimate.host_bytes else []),
+        *([f"{_mib(estimate.host_bytes)} offloaded to the CPU"] if estimate.host_bytes else []),
     ]
     lines = [" · ".join(facts)]
     if found := accuracies_of(plan, depth):
@@ -100,7 +100,7 @@ def chart_html(chosen: Sequence[Point], axis: str, methods: Sequence[str]) -> st
         methods: All methods; the index of a point's method selects its colour.
     """
     if not chosen:
-        return '<p class="quiet" role="status">Nothing is left: choose more methods or more memory.</p>'
+        return '<p class="quiet" role="status">No experiment matches: choose more methods or more memory.</p>'
     front = pareto(chosen, axis)
     costs, scores = [point.cost(axis) for point in chosen], [100 * point.accuracy for point in chosen]
     x_low, x_high = min(costs) / 1.1, max(costs) * 1.1
@@ -121,8 +121,8 @@ def chart_html(chosen: Sequence[Point], axis: str, methods: Sequence[str]) -> st
         _mark(point, axis, methods.index(point.method), point in front, *at(point.cost(axis), 100 * point.accuracy))
         for point in sorted(chosen, key=lambda point: (point in front, point.cost(axis)))
     )
-    first = '<div class="about first quiet">A point says here what it is: hover, tap, or move there with the tab key. '
-    first += "The dashed line joins those that no other point beats.</div>"
+    first = '<div class="about first quiet">Details of a point appear here: hover, tap, or move with the tab key. '
+    first += "The dashed line joins the points that no other point beats.</div>"
     used = [method for method in methods if any(point.method == method for point in chosen)]
     key = "".join(f"<li {_colour(methods.index(m))}><i></i>{escape(m)}</li>" for m in used)
     return (

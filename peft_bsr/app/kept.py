@@ -83,9 +83,9 @@ def keep(source: str, picture: Image.Image | None, rate: float, blocks: list[int
         PeftBsrError: If there is no image, or the model cannot be loaded or does not support reduction.
     """
     if picture is None:
-        raise UsageError("there is no image. Upload one, or pick a photograph.")
+        raise UsageError("there is no image. Upload one, or select a photograph.")
     if picture.width * picture.height > MOST_PIXELS:
-        raise UsageError(f"the image has {picture.width} x {picture.height} pixels; {MOST_PIXELS:,} are the most.")
+        raise UsageError(f"the image has {picture.width} x {picture.height} pixels; the limit is {MOST_PIXELS:,}.")
     base, processor = load(source)
     pixels = to_pixels([picture], processor)
     model: PeftModel = get_peft_model(deepcopy(base), BSRConfig(keep_rate=rate, reduction_blocks=blocks)).eval()
@@ -107,7 +107,7 @@ def load(source: str) -> tuple[PreTrainedModel, BaseImageProcessor]:
         PeftBsrError: If it is too large or cannot be loaded.
     """
     if not source:
-        raise UsageError("no model is named. Write a Hub id or a folder.")
+        raise UsageError("there is no model. Enter a Hub id or a folder.")
     if find_adapter(source) is not None:
         raise UsageError(f"`{source}` is an adapter. `peft-bsr show IMAGE --model {source}` draws what it keeps.")
     config = read_model_config(source)
@@ -115,7 +115,7 @@ def load(source: str) -> tuple[PreTrainedModel, BaseImageProcessor]:
         model = from_config(config)
     size = sum(parameter.numel() for parameter in model.parameters())
     if size > MOST_PARAMETERS:
-        raise UsageError(f"`{source}` has {size / 1e6:.0f} M parameters; {MOST_PARAMETERS / 1e6:.0f} M are the most.")
+        raise UsageError(f"`{source}` has {size / 1e6:.0f} M parameters; the limit is {MOST_PARAMETERS / 1e6:.0f} M.")
     try:
         return type(model).from_pretrained(source, trust_remote_code=False).eval(), load_processor(source)
     except (OSError, ValueError) as error:
@@ -131,7 +131,7 @@ def read_blocks(text: str) -> list[int] | None:
     if not text.strip():
         return None
     if not re.fullmatch(r"\s*\d{1,3}(\s*,\s*\d{1,3})*\s*", text):
-        raise UsageError(f"`{text[:40]}` names no blocks. Write indices from 0, such as 3, 6, 9.")
+        raise UsageError(f"`{text[:40]}` is not a list of blocks. Enter indices from 0, such as 3, 6, 9.")
     return [int(word) for word in text.split(",")]
 
 

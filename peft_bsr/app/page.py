@@ -54,7 +54,7 @@ def _plans_tab(page: gr.Blocks) -> list[Dependency]:
             source = gr.Dropdown(
                 [*KNOWN], label="Model", info="or any Hub id or folder", allow_custom_value=True, elem_id="plans-model"
             )
-            card = gr.Dropdown(["", *CARDS], label="Card", info=f"{CUDA_GIB} GiB of it is left for CUDA itself")
+            card = gr.Dropdown(["", *CARDS], label="Card", info=f"{CUDA_GIB} GiB of it is reserved for CUDA itself")
             memory = gr.Slider(0.25, 96, 8, step=0.25, label="Memory, GiB")
             batch = gr.Number(32, label="Images a step", precision=0, minimum=1)
             with gr.Accordion("More", open=False):
@@ -63,7 +63,7 @@ def _plans_tab(page: gr.Blocks) -> list[Dependency]:
                 optimizer = gr.Dropdown([*OPTIMIZERS], label="Optimizer")
                 precision = gr.Radio([*PRECISIONS], value="fp32", label="Precision")
                 device = gr.Radio(["cpu", "cuda"], value="cpu", label="Device")
-                compiled = gr.Checkbox(False, label="torch.compile", info="10 to 30 seconds a plan")
+                compiled = gr.Checkbox(False, label="torch.compile", info="10 to 30 seconds per plan")
             button = gr.Button("Plan", variant="primary")
         with gr.Column(scale=2, min_width=320):
             found = gr.HTML(elem_id="plans")
@@ -122,7 +122,7 @@ def _kept_tab(fills: list[Dependency]) -> None:
             name = gr.Radio([*PHOTOGRAPHS, "upload"], value=PHOTOGRAPHS[0], label="Image")
             upload = gr.Image(type="pil", sources=["upload", "clipboard"], label="Upload", visible=False, height=240)
             rate = gr.Slider(0.05, 0.95, 0.5, step=0.05, label="Kept at each reduction")
-            blocks = gr.Textbox("", label="Blocks that reduce", info="such as 3, 6, 9; empty: three, spread")
+            blocks = gr.Textbox("", label="Blocks that reduce", info="such as 3, 6, 9; empty: three, evenly spread")
             button = gr.Button("Draw", variant="primary")
         with gr.Column(scale=2, min_width=320):
             found = gr.HTML(elem_id="kept")

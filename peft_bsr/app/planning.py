@@ -59,7 +59,7 @@ class Question:
 
     def __post_init__(self) -> None:
         if not self.source:
-            raise UsageError("no model is named. Pick one, or write a Hub id or a folder.")
+            raise UsageError("there is no model. Select one, or enter a Hub id or a folder.")
         for name, most in _MOST.items():
             value = getattr(self, name)
             if not isinstance(value, int) or not (name != "image_size") <= value <= most:

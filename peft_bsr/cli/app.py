@@ -17,7 +17,7 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine)")
-    parser.add_argument("--port", type=int, help="default: the first free one from 7860 on")
+    parser.add_argument("--port", type=int, help="default: the first free port from 7860 up")
     parser.add_argument("--root-path", metavar="PATH", help="path prefix that a proxy serves it under, such as /plan")
 
 

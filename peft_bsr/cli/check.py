@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", metavar="DATA", help=DATA_HELP)
     add_columns(parser)
     add_task(parser)
-    parser.add_argument("--workers", type=int, help="threads (default: one a core, 8 at most)")
+    parser.add_argument("--workers", type=int, help="threads (default: one per core, at most 8)")
 
 
 def run(args: argparse.Namespace, out: Output) -> dict[str, object]:
@@ -51,5 +51,5 @@ def _say_labels(report: DataReport, labels: list[str], out: Output) -> None:
         return
     splits = list(report.counts)
     rows = [(label, *(report.counts[split][label] for split in splits)) for label in labels]
-    several = ", several labels an image" if report.problem_type == MULTI_LABEL else ""
+    several = ", several labels per image" if report.problem_type == MULTI_LABEL else ""
     out.table(f"{report.name}: images by class{several}", ("class", *splits), [*rows, ("all", *report.images.values())])

@@ -1,4 +1,4 @@
-"""What is in an adapter's two files, and whether they are whole and belong together. Nothing of them is run."""
+"""What is in an adapter's two files, and whether they are complete and belong together. Nothing in them is executed."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, object]:
     try:
         result |= _describe(folder)
         check_adapter(folder)
-        result["verdict"] = "whole: its files belong together, and it would be loaded on the model it names"
+        result["verdict"] = "whole: its files belong together, and it can be loaded on the model it names"
     except PeftBsrError as error:
         result["verdict"] = f"refused: {one_line(error)}"
         out.exit_code = 1
@@ -67,5 +67,5 @@ def _describe(folder: Path) -> dict[str, object]:
 
 def _words(value: object) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{name} {inner}" for name, inner in value.items()) or "not written down"
+        return ", ".join(f"{name} {inner}" for name, inner in value.items()) or "not stored"
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -1,7 +1,7 @@
 """Methods side by side on a model: memory, compute and time of a training step; with a dataset, accuracy too.
 
-Without a dataset only the model's configuration is read; weights and images are random, which changes nothing of what
-is measured. With one, every method is trained for a short time on it.
+Without a dataset only the model's configuration is read; weights and images are random, which does not affect the
+costs. With a dataset, every method is trained on it for a short time.
 """
 
 from __future__ import annotations
@@ -62,18 +62,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_columns(parser)
     add_task(parser)
     add_sizes(parser)
-    add("--epochs", type=float, help=f"with --dataset, at most (default {_OF_DATA['epochs']:g})")
-    add("--images", type=int, help=f"with --dataset, at most of each split (default {_OF_DATA['images']})")
-    add("--seconds", type=float, help=f"with --dataset, of training of each, about (default {_OF_DATA['seconds']:g})")
+    add("--epochs", type=float, help=f"with --dataset, maximum number (default {_OF_DATA['epochs']:g})")
+    add("--images", type=int, help=f"with --dataset, maximum per split (default {_OF_DATA['images']})")
+    add("--seconds", type=float, help=f"with --dataset, training time per method (default {_OF_DATA['seconds']:g})")
     names = [*_OTHERS, *METHODS]
     add("--methods", nargs="+", choices=names, default=names, help=f"default {' '.join(names)}")
-    add("--set", action="append", metavar="NAME=VALUE", help="option of bsr, may be repeated")
-    add("--batch-size", type=int, help="images a step (default 8, with --dataset 32)")
+    add("--set", action="append", metavar="NAME=VALUE", help="option of bsr; may be repeated")
+    add("--batch-size", type=int, help="images per step (default 8, with --dataset 32)")
     add("--image-size", type=int, help=SIZE_HELP)
-    add("--repeats", type=int, default=5, help="timed steps of each (default 5)")
+    add("--repeats", type=int, default=5, help="timed steps per method (default 5)")
     add("--labels", type=int, help="without --dataset, classes of the head (default 10)")
-    add("--device", default=find_device(None), help="default: cuda or mps where there is one, else cpu")
-    add("--output", type=Path, metavar="JSON", help="file to write, what --json prints")
+    add("--device", default=find_device(None), help="default: cuda or mps if available, else cpu")
+    add("--output", type=Path, metavar="JSON", help="also write the output of --json to this file")
 
 
 def run(args: argparse.Namespace, out: Output) -> dict[str, object]:
@@ -138,12 +138,12 @@ def _check(args: argparse.Namespace) -> None:
     for name in elsewhere.keys() - here.keys():
         if getattr(args, name) is not None:
             flag = "--" + name.replace("_", "-")
-            raise UsageError(f"`{flag}` goes {'with' if args.dataset is None else 'without'} `--dataset`.")
+            raise UsageError(f"`{flag}` is for use {'with' if args.dataset is None else 'without'} `--dataset`.")
     for name, value in here.items():
         setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
     if args.output is not None:
         if args.output.exists():
-            raise UsageError(f"`{args.output}` exists. Write elsewhere.")
+            raise UsageError(f"`{args.output}` exists. Give another file.")
         args.output.parent.mkdir(parents=True, exist_ok=True)
 
 
@@ -224,7 +224,7 @@ def _show(
     figure = figure.replace("_", " ")
     out.table(title, ("", figure, "epochs", "step, s", "saved, MiB", "peak, MiB"), rows)
     out.say(
-        f"{figure}: on {images['validation']} validation images after a short run at each method's own learning rate; "
-        "test images are not looked at. saved: activations kept for backward, an image. peak: predicted / measured "
-        "(on a CPU how much the process grew, with images, libraries and freed memory that it keeps)."
+        f"{figure}: on {images['validation']} validation images after a short run, each method with its own learning "
+        "rate; test images are not used. saved: activations kept for backward, per image. peak: predicted / measured "
+        "(on a CPU the growth of the process, including images, libraries and freed memory that it keeps)."
     )

@@ -28,17 +28,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, required=True, help="file to write")
     parser.add_argument("--format", choices=("onnx", "torch.export", "executorch"), default="onnx", help="default onnx")
     parser.add_argument("--batch-size", type=int, help="fixed batch (default: any)")
-    parser.add_argument("--image-size", type=int, help="pixels (default: those the adapter was trained at)")
+    parser.add_argument("--image-size", type=int, help="side length in pixels (default: as in training)")
     parser.add_argument("--quantize", choices=("int8",), help="weights in 8 bits, for the CPU")
     parser.add_argument("--no-check", action="store_true", help="do not compare its outputs with the model's")
-    parser.add_argument("--base", help="base model, where the adapter does not name one that can be read")
+    parser.add_argument("--base", help="base model, if the one that the adapter names cannot be read")
 
 
 def run(args: argparse.Namespace, out: Output) -> dict[str, object]:
     """Run the command."""
     check_at_least(args, batch_size=1, image_size=1)
     if find_adapter(args.model) is None:
-        raise UsageError(f"`{args.model}` is a model, no adapter: transformers and optimum export it as it is.")
+        raise UsageError(f"`{args.model}` is a model, not an adapter. Export it with transformers and optimum.")
     model = load(args.model, base=args.base, image_size=args.image_size)
     processor = load_image_processor(args.model, base=args.base)
     args.output.parent.mkdir(parents=True, exist_ok=True)

@@ -32,43 +32,43 @@ from peft_bsr.problem_type import REGRESSION, TASKS, ProblemType
 if TYPE_CHECKING:
     from peft_bsr.cli.settings import TrainSettings
 
-SIZE_HELP = "pixels of a side (default: what the model's own processor makes)"
+SIZE_HELP = "side length in pixels (default: that of the model's own processor)"
 DATA_HELP = "digits (default), a folder by class, a .csv, .jsonl or .parquet file, or a Hub id"
 
 
 def add_columns(parser: argparse.ArgumentParser) -> None:
     """Add the options that choose columns of a table or a dataset."""
-    parser.add_argument("--image-column", metavar="NAME", help="column of images or paths (default: the one there is)")
+    parser.add_argument("--image-column", metavar="NAME", help="column of images or paths (default: the only one)")
     parser.add_argument(
-        "--label-column", metavar="NAME", help="of classes, or several: a,b,c (default: the one there is)"
+        "--label-column", metavar="NAME", help="column of classes, or several: a,b,c (default: the only one)"
     )
 
 
 def add_task(parser: argparse.ArgumentParser) -> None:
     """Add the option for the type of the labels."""
-    words = "default: what lists, texts with a | and fractions in the labels say; whole numbers are classes"
+    words = "default: from the labels (lists, strings with |, fractions); integers are classes"
     parser.add_argument("--task", choices=list(TASKS), help=words)
 
 
 def add_sizes(parser: argparse.ArgumentParser) -> None:
     """Add the options for the sizes of missing splits, and for images that cannot be decoded."""
-    parser.add_argument("--test-size", type=float, help="share or number of training images, 0 for none (default 0.2)")
-    parser.add_argument("--validation-size", type=float, help="the same of those left (default 0.1)")
-    parser.add_argument("--skip-bad", action="store_true", default=None, help="go on without undecodable images")
+    parser.add_argument("--test-size", type=float, help="share or number of images, 0 for none (default 0.2)")
+    parser.add_argument("--validation-size", type=float, help="the same, of the remaining images (default 0.1)")
+    parser.add_argument("--skip-bad", action="store_true", default=None, help="skip images that cannot be decoded")
 
 
 def add_predicting(parser: argparse.ArgumentParser) -> None:
     """Add the options for running a model on images."""
-    parser.add_argument("--image-size", type=int, help="pixels of a side (default: those it was trained at)")
-    parser.add_argument("--base", help="base model, where the adapter does not name one that can be read")
+    parser.add_argument("--image-size", type=int, help="side length in pixels (default: as in training)")
+    parser.add_argument("--base", help="base model, if the one that the adapter names cannot be read")
     parser.add_argument("--batch-size", type=int, default=32, help="default 32")
-    parser.add_argument("--device", help="cpu, cuda or mps (default: what there is)")
+    parser.add_argument("--device", help="cpu, cuda or mps (default: the best available)")
     parser.add_argument("--workers", type=int, help="processes that read images (default: 0 on a CPU, else 4)")
 
 
 def add_scoring(parser: argparse.ArgumentParser) -> None:
     """Add the options for evaluating a model on a dataset."""
-    parser.add_argument("--split", help="train, validation or test (default: test, or without one all images)")
+    parser.add_argument("--split", help="train, validation or test (default: test, or all images if there is none)")
     add_columns(parser)
     add_sizes(parser)
     add_predicting(parser)

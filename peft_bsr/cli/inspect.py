@@ -62,7 +62,7 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, object]:
 def _describe(model: PreTrainedModel, spec: ModelSpec, parameters: int) -> dict[str, object]:
     reads = [f"special token {i}" for i in spec.reads_prefix]
     reads += ["patches"] * spec.reads_patches + ["detection tokens"] * spec.reads_suffix
-    scores = {None: "none", "interface": "its attention, as it runs", "sdpa": "its attention, as it runs"}
+    scores = {None: "none"} | dict.fromkeys(("interface", "sdpa"), "queries and keys of the attention")
     return {
         "class": type(model).__name__,
         "family": model.config.model_type,
@@ -74,8 +74,8 @@ def _describe(model: PreTrainedModel, spec: ModelSpec, parameters: int) -> dict[
         "grid": None if spec.grid is None else " x ".join(str(side) for side in spec.grid),
         "tokens": f"{spec.num_tokens}: {spec.num_special} special, {spec.num_patches} patches",
         "head reads": ", ".join(reads),
-        "positions in blocks": "yes, they follow the kept tokens" if spec.uses_positions else "no",
-        "scores from": scores.get(spec.scores_from, "the weights that its attention returns"),
+        "positions in blocks": "yes, reduced to the kept tokens" if spec.uses_positions else "no",
+        "scores from": scores.get(spec.scores_from, "the weights that the attention returns"),
         "block's parts": "known: lean blocks" if spec.block_spec else "not known: stock blocks",
     }
 

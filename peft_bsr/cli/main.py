@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         named = isinstance(error, (PeftBsrError, OSError))
         message = one_line(error) if named else f"{type(error).__name__}: {one_line(error)}"
         if not isinstance(error, PeftBsrError) and (why := unwritable(error)):
-            return _fail(f"cannot write: {why}. Make room, or give a folder that takes files.", 2)
+            return _fail(f"cannot write: {why}. Free disk space, or give a folder that is writable.", 2)
         return _fail(message, 2 if isinstance(error, _BAD_INPUT) else 1)
 
 

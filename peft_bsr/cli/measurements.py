@@ -39,9 +39,9 @@ _SIDE = 192  # maximum pixels of an image with a high loss
 _PEAK = "Predicted by the planner for a training step: weights, optimizer, gradients, activations. Measured: "
 _PEAK_NOTES = {
     "cpu": _PEAK
-    + "how much this process grew while it loaded the model and trained: images, libraries, and freed memory "
-    "that the C library keeps are in it.",
-    "cuda": _PEAK + "what torch held on the device at most while it trained and scored epochs.",
+    + "growth of this process from loading the model to the end of training, including images, libraries, and freed "
+    "memory that the C library keeps.",
+    "cuda": _PEAK + "torch's peak allocation on the device during training and the scoring of epochs.",
 }
 
 

@@ -50,7 +50,7 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, object]:
     if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
         raise UsageError(f"`{args.output}` exists and is not empty. Give another folder.")
     if find_adapter(args.model) is None:
-        raise UsageError(f"`{args.model}` is a model, no adapter: there is nothing to merge.")
+        raise UsageError(f"`{args.model}` is a model, not an adapter: there is nothing to merge.")
     model: PeftModel = load(args.model, base=args.base, image_size=args.image_size)
     reduces = isinstance(model.base_model, MethodTuner) and reduces_in_use(
         model
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, object]:
     _write(plain, processor, args.output)
     out.say(f"{type(plain).__name__}: {args.output}")
     if reduces:
-        out.note("It runs on all tokens: token reduction is not in the weights, so that its answers differ a little.")
+        out.note("It runs on all tokens: token reduction is not part of the weights, so its outputs differ slightly.")
     figure, found = "accuracy", {}
     if images is not None:
         for name, source in (("adapter", args.model), ("merged", args.output)):

@@ -39,19 +39,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
     parser.add_argument("model", metavar="MODEL", help="Hub id or folder")
     parser.add_argument("--memory", required=True, help='budget, such as "2GB" (10^9) or "1.5GiB" (2^30)')
-    parser.add_argument("--data", metavar="DATA", help="measure on these images which blocks to train (see train)")
-    file_help = "what was measured: read from here, or with --data written here if there is none yet"
+    parser.add_argument("--data", metavar="DATA", help="images to measure which blocks to train (as for train)")
+    file_help = "measured contributions: read from this file, or with --data written to it if it does not exist"
     parser.add_argument("--contributions", type=Path, metavar="JSON", help=file_help)
     add_columns(parser)
-    parser.add_argument("--batch-size", type=int, default=32, help="images a step (default 32)")
+    parser.add_argument("--batch-size", type=int, default=32, help="images per step (default 32)")
     parser.add_argument("--image-size", type=int, help=SIZE_HELP)
     names = f"{', '.join(OPTIMIZERS)} (default adamw_fused)"
     parser.add_argument("--optimizer", default="adamw_fused", choices=OPTIMIZERS, metavar="NAME", help=names)
     parser.add_argument("--precision", default="fp32", choices=PRECISIONS, help="bf16, fp16: autocast (default fp32)")
-    parser.add_argument("--compile", action="store_true", help="torch.compile; 10 to 30 seconds a plan")
+    parser.add_argument("--compile", action="store_true", help="torch.compile; 10 to 30 seconds per plan")
     parser.add_argument("--labels", type=int, default=10, help="classes of the head (default 10)")
-    parser.add_argument("--limit", type=int, help="stop after so many ways (default: all)")
-    parser.add_argument("--device", default="cpu", help="whose operations are counted (default cpu)")
+    parser.add_argument("--limit", type=int, help="maximum number of plans (default: all)")
+    parser.add_argument("--device", default="cpu", help="device that trains (default cpu)")
 
 
 def run(args: argparse.Namespace, out: Output) -> dict[str, object]:
@@ -81,14 +81,14 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, object]:
         )
         for number, plan in enumerate(plans, 1)
     ]
-    columns = ("", "peak, MiB", "GFLOPs an image", "trained, M", *(["gains"] if found else []), "gives up")
-    first = "what gives up least first" if found is None else "what gains most first, whole weights and low-rank"
+    columns = ("", "peak, MiB", "GFLOPs per image", "trained, M", *(["gains"] if found else []), "gives up")
+    first = "ordered by what they give up" if found is None else "ordered by gain, whole weights and low-rank updates"
     out.table(f"{source}, {args.memory}, batch {args.batch_size}: {first}", columns, rows, (0, len(columns) - 1))
     for number, plan in enumerate(plans, 1):
         out.line(f"{number:>2}  {command_of(plan, source)}")
         for reason in plan.declined:
             out.line(f"    declined: {reason}")
-    out.say("Python and torch come on top (about 0.4 GB on the CPU). Which plan is best on your images, a run can say.")
+    out.say("Python and torch come on top (about 0.4 GB on the CPU). Only training shows which plan is best for you.")
     return {
         "model": source,
         "memory": args.memory,
@@ -101,11 +101,11 @@ def _contributions(source: str, args: argparse.Namespace, out: Output) -> Contri
     """Contributions of the blocks, measured or read from a file; None if neither was requested."""
     file: Path | None = args.contributions
     if file is not None and file.exists():
-        out.note(f"what the blocks contribute is read from {file}")
+        out.note(f"the contributions of the blocks are read from {file}")
         return Contributions.load(file)
     if args.data is None:
         if file is not None:
-            raise UsageError(f"`--contributions {file}`: there is no such file. Give `--data` to measure and write it.")
+            raise UsageError(f"`--contributions {file}`: there is no such file. Pass `--data` to measure and write it.")
         return None
     wanted = {"dataset": args.data, "task": None, "test_size": None, "validation_size": None, "skip_bad": None}
     settings = argparse.Namespace(**wanted, image_column=args.image_column, label_column=args.label_column)

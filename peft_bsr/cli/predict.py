@@ -29,14 +29,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
     parser.add_argument("input", nargs="+", metavar="INPUT", help="folders, image files, or one table or dataset")
     parser.add_argument("--model", required=True, metavar="MODEL", help="adapter, model, or .onnx file")
-    parser.add_argument("--output", type=Path, metavar="CSV", help="file to write (default: a table on the screen)")
+    parser.add_argument("--output", type=Path, metavar="CSV", help="CSV file to write (default: print a table)")
     parser.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
     shown = parser.add_mutually_exclusive_group()
-    shown.add_argument("--top-k", type=int, metavar="K", help="the K most probable classes (default 1)")
+    shown.add_argument("--top-k", type=int, metavar="K", help="number of most probable classes (default 1)")
     shown.add_argument("--all", action="store_true", help="probabilities of all classes")
-    parser.add_argument("--threshold", type=float, help=f"of a multi-label model (default {THRESHOLD})")
-    parser.add_argument("--image-column", metavar="NAME", help="column of images or paths (default: the one there is)")
-    parser.add_argument("--split", help="of a dataset (default: all of it)")
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        help=f"for multi-label models, probability from which a label is predicted (default {THRESHOLD})",
+    )
+    parser.add_argument("--image-column", metavar="NAME", help="column of images or paths (default: the only one)")
+    parser.add_argument("--split", help="split of a dataset (default: all)")
     add_predicting(parser)
 
 
@@ -83,16 +87,16 @@ def _check(args: argparse.Namespace) -> None:
     if args.output is None:
         return
     if args.output.exists() and not (args.overwrite and args.output.is_file()):
-        raise UsageError(f"`{args.output}` exists. Write elsewhere, or replace it by `--overwrite`.")
+        raise UsageError(f"`{args.output}` exists. Give another file, or pass `--overwrite` to replace it.")
     args.output.parent.mkdir(parents=True, exist_ok=True)
 
 
 def _check_kind(args: argparse.Namespace, predictor: Predictor) -> None:
     kind = predictor.problem_type
     if args.threshold is not None and kind != MULTI_LABEL:
-        raise UsageError("`--threshold` is for models with several labels an image; this one has not.")
+        raise UsageError("`--threshold` is for models with several labels per image; this model has other outputs.")
     if args.top_k is not None and kind == MULTI_LABEL:
-        raise UsageError("`--top-k`: the model gives several labels an image, those above `--threshold`, or `--all`.")
+        raise UsageError("`--top-k` is for classes; this model gives several labels. Use `--threshold` or `--all`.")
     if (args.top_k is not None or args.all) and kind == REGRESSION:
         raise UsageError("`--top-k` and `--all` are for classes; this model gives values.")
 

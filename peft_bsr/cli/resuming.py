@@ -48,11 +48,11 @@ def find_checkpoint(settings: TrainSettings, resume: bool) -> str | None:
     folder = Path(settings.output) / "checkpoints"
     found = _last_whole(folder)
     if resume and found is None and _checkpoints(folder):
-        raise UsageError(f"`--resume`: no checkpoint in `{folder}` is whole. Give another `--output` to begin again.")
+        raise UsageError(f"`--resume`: no checkpoint in `{folder}` is complete. Give another `--output`.")
     if resume and found is None:
         raise UsageError(f"`--resume`: there is no checkpoint in `{folder}`.")
     if _checkpoints(folder) and not resume:
-        raise UsageError(f"`{folder}` has checkpoints of a run. Go on with `--resume`, or give another `--output`.")
+        raise UsageError(f"`{folder}` has checkpoints. Pass `--resume` to continue, or give another `--output`.")
     stored = Path(settings.output) / FILE
     if found is not None and stored.is_file():
         before, now = asdict(TrainSettings(**_known(read_file(stored)))), asdict(settings)
@@ -60,10 +60,10 @@ def find_checkpoint(settings: TrainSettings, resume: bool) -> str | None:
             settings.learning_rate = now["learning_rate"] = before["learning_rate"]
         different = [name for name in now if name not in _MAY_CHANGE and before[name] != now[name]]
         if different:
-            pairs = "; ".join(f"{name}: {before[name]!r} there, {now[name]!r} asked for" for name in different)
+            pairs = "; ".join(f"{name}: {before[name]!r} there, {now[name]!r} given" for name in different)
             raise UsageError(
-                f"`--resume`: the run in `{settings.output}` was made with other settings ({pairs}). Leave these out "
-                "to go on with it, or give another `--output`."
+                f"`--resume`: the run in `{settings.output}` has other settings ({pairs}). Leave these out "
+                "to continue it, or give another `--output`."
             )
     return found
 
@@ -111,7 +111,9 @@ def check_output(folder: Path) -> None:
     """
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise UsageError(f"`--output {folder}` cannot be written: `{existing}` is no folder that takes files.")
+        raise UsageError(
+            f"`--output {folder}` cannot be written: `{existing}` is not a writable folder. Give another folder."
+        )
 
 
 class RunCallback(TrainerCallback, ExportableState):

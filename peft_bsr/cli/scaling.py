@@ -29,7 +29,7 @@ def find_scale(
     try:
         output_layer(model, _pixels(data, processor))
     except UnsupportedModelError as error:
-        out.note(f"trained on values as they are: {error}")
+        out.note(f"values are not scaled for training: {error}")
         return None
     scale = TargetScale.of(labels_of(data.train))
     out.note(scale.describe(data.labels))

@@ -150,11 +150,11 @@ class TrainSettings:
             raise UsageError(f"`class_weights: {self.class_weights}` must be `balanced`, or a number for each class.")
         if self.cache and (self.augment != "none" or self.method not in _CACHED):
             raise UsageError(
-                "`cache` keeps what frozen blocks make of images that never change: it needs `augment: none` and one "
+                "`cache` stores the output of frozen blocks for fixed images: it needs `augment: none` and one "
                 f"of the methods {', '.join(_CACHED)}."
             )
         if self.early_stopping and self.keep == "last":
-            raise UsageError("`early_stopping` keeps the best epoch. Leave `keep: last` out.")
+            raise UsageError("`early_stopping` keeps the best epoch. Leave out `keep: last`.")
         if self.task:
             check_task(self, TASKS[self.task])
         if self.keep is None:
@@ -175,36 +175,36 @@ class TrainSettings:
 def add_settings(parser: argparse.ArgumentParser) -> None:
     """Add the options. They have no defaults, so that values of the file are not overridden."""
     add = parser.add_argument
-    add("--config", type=Path, help="YAML file with the names below; flags count over it")
+    add("--config", type=Path, help="YAML file with the names below; flags override it")
     add("--model", help="Hub id or folder of the base model")
     add("--dataset", help=DATA_HELP)
     add_columns(parser)
     add_task(parser)
     add_sizes(parser)
     add("--method", help=f"{', '.join(METHODS)} (default bsr); or {', '.join(BASELINES)}, to compare with")
-    add("--set", action="append", metavar="NAME=VALUE", help="option of the method, may be repeated")
+    add("--set", action="append", metavar="NAME=VALUE", help="option of the method; may be repeated")
     add("--epochs", help="default 3")
     add("--max-steps", help="stop after so many steps (default: by epochs)")
-    add("--batch-size", help="images a step (default 32)")
+    add("--batch-size", help="images per step (default 32)")
     add("--learning-rate", help="a number, or auto for a short sweep (default by method: bsr 1e-3, lora 3e-3, ...)")
     add("--image-size", help=SIZE_HELP)
     add("--mean", type=float, nargs=3, help="of the channels (default: the model's own processor's)")
     add("--std", type=float, nargs=3, help="of the channels (default: the model's own processor's)")
     add("--augment", help="none (default), light or strong (with Mixup and CutMix)")
-    add("--no-flip", dest="flip", action="store_const", const=False, help="augment without flips: digits, text")
-    add("--class-weights", help="balanced: all classes count the same")
+    add("--no-flip", dest="flip", action="store_const", const=False, help="augment without flips, for digits and text")
+    add("--class-weights", help="balanced: all classes have the same weight in the loss")
     add("--label-smoothing", help="share of a label spread over all classes, such as 0.1")
     add("--layer-decay", help="factor on the learning rate from block to block, such as 0.75")
     add("--ema", nargs="?", const=0.999, metavar="DECAY", help="average the trained weights (decay 0.999)")
     add("--early-stopping", metavar="N", help="stop after N epochs without a better validation score")
     add("--keep", help="last (default) or best epoch by validation")
     add("--precision", help="fp32 (default), bf16 or fp16")
-    add("--device", help="cpu, cuda or mps (default: what there is)")
+    add("--device", help="cpu, cuda or mps (default: the best available)")
     add("--workers", help="processes that load images (default: 0 on a CPU, else up to 4)")
     add("--compile", action="store_const", const=True, help="compile the model")
-    add("--cache", action="store_const", const=True, help="keep what frozen leading blocks give on disk")
+    add("--cache", action="store_const", const=True, help="cache the output of the frozen leading blocks on disk")
     add("--seed", help="default 0")
-    add("--output", help="folder of what is written (default outputs/train)")
+    add("--output", help="output folder (default outputs/train)")
     add("--trainer", action="append", metavar="NAME=VALUE", help="field of TrainingArguments")
 
 
@@ -224,7 +224,7 @@ def read_settings(args: argparse.Namespace) -> TrainSettings:
         if pairs:
             values[name] = {**(values.get(name) or {}), **read_pairs(pairs)}
     if not values.get("model"):
-        raise UsageError("give a base model: `--model`, or `model:` in the file of `--config`.")
+        raise UsageError("there is no base model. Pass `--model`, or set `model:` in the file of `--config`.")
     return TrainSettings(**{name: value for name, value in values.items() if value is not None})
 
 
@@ -233,7 +233,7 @@ def _number(name: str, value: float | str) -> float:
     try:
         number = float(value)
     except (TypeError, ValueError):
-        raise UsageError(f"`{name}: {value}` is no number.") from None
+        raise UsageError(f"`{name}: {value}` must be a number.") from None
     if kind is int and number % 1:
         raise UsageError(f"`{name}: {value}` must be an integer.")
     if not isfinite(number) or not low <= number <= high or (number == low and not has_end):

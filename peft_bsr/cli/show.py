@@ -29,11 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders, or one table or dataset")
     parser.add_argument("--model", required=True, metavar="ADAPTER", help="Hub id or folder of an adapter")
-    parser.add_argument("--image-size", type=int, help="pixels of a side (default: those it was trained at)")
-    parser.add_argument("--base", help="base model, where the adapter does not name one that can be read")
-    parser.add_argument("--split", help="of a dataset (default: all of it)")
-    parser.add_argument("--image-column", metavar="NAME", help="column of images or paths (default: the one there is)")
-    parser.add_argument("--limit", type=int, default=16, help="images to draw at most (default 16)")
+    parser.add_argument("--image-size", type=int, help="side length in pixels (default: as in training)")
+    parser.add_argument("--base", help="base model, if the one that the adapter names cannot be read")
+    parser.add_argument("--split", help="split of a dataset (default: all)")
+    parser.add_argument("--image-column", metavar="NAME", help="column of images or paths (default: the only one)")
+    parser.add_argument("--limit", type=int, default=16, help="maximum number of images (default 16)")
     parser.add_argument("--output", type=Path, default=Path("kept_tokens.png"), help="default kept_tokens.png")
 
 
@@ -47,10 +47,10 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, object]:
     names = [image_name(source) or f"row {index}" for index, source in enumerate(sources)]
     images = [open_image(source) for source in sources]
     if find_adapter(args.model) is None:
-        raise UsageError(f"`{args.model}` is a model, no adapter: it keeps every token.")
+        raise UsageError(f"`{args.model}` is a model, not an adapter: it keeps all tokens.")
     model: PeftModel = load(args.model, base=args.base, image_size=args.image_size)
     if not reduces_in_use(model):
-        raise UsageError(f"`{args.model}` keeps every token when it is used: there is nothing to show.")
+        raise UsageError(f"`{args.model}` keeps all tokens in evaluation: there is nothing to show.")
     processor = at_size(load_image_processor(args.model, base=args.base), args.image_size)
     pixels = to_pixels(images, processor)
     predictor = to_predictor(model, processor, name=args.model)

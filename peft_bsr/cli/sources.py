@@ -159,7 +159,8 @@ def _trainable_class(name: str) -> type[PreTrainedModel]:
     named = sorted(classes, key=lambda cls: cls.__name__ not in (config.architectures or ()))  # its own class first
     trainable = [cls for cls in named if "labels" in inspect.signature(cls.forward).parameters]
     if not trainable:
-        raise UsageError(f"`{name}` is made for {named[0].__name__}, which takes no labels: it cannot be trained here.")
+        own = named[0].__name__
+        raise UsageError(f"`{name}` is a {own}, which takes no labels: `train` does not support it.")
     return trainable[0]
 
 
@@ -190,7 +191,7 @@ def check_names(given: Mapping[str, object], known: Sequence[str], kind: str) ->
     for name in given:
         if name not in known:
             close = difflib.get_close_matches(name, known, 3) or sorted(known)
-            raise UsageError(f"`{name}` is no {kind}. Did you mean {', '.join(close)}?")
+            raise UsageError(f"unknown {kind}: `{name}`. Did you mean {', '.join(close)}?")
 
 
 def changed(config: PeftConfig) -> dict[str, Any]:

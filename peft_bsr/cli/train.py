@@ -73,9 +73,9 @@ checkpoints/ (one an epoch, the last is kept, and the best with --keep best).
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
     add_settings(parser)
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output")
+    parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint in --output")
     parser.add_argument(
-        "--no-measuring", action="store_true", help="leave out peak memory, and the comparison with full fine-tuning"
+        "--no-measuring", action="store_true", help="do not measure peak memory or compare with full fine-tuning"
     )
 
 
@@ -88,7 +88,9 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, object]:
     checkpoint = find_checkpoint(settings, args.resume)
     arguments = training_arguments(settings, is_quiet=out.is_json)
     if find_adapter(settings.model) is not None:
-        raise UsageError(f"`{settings.model}` is an adapter. Give its base model, or go on with its run by `--resume`.")
+        raise UsageError(
+            f"`{settings.model}` is an adapter. Give its base model, or pass `--resume` to continue its run."
+        )
     if settings.image_size is not None:  # an unsupported size is an error before anything is read
         make_model(settings.model, device="meta", image_size=settings.image_size)
     check_output(output)
@@ -106,7 +108,7 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, object]:
         if head := describe_head(settings.model, base):
             out.note(head)
         if not args.no_measuring:
-            with may_fail("prediction of peak memory", out, "The run goes on."):
+            with may_fail("prediction of peak memory", out, "The run continues."):
                 found.peak.predicted = predict_peak(settings, arguments, base, processor)
         model = attach(settings.method, base, settings.options)
         words = _in_words(model, settings)
@@ -129,13 +131,13 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, object]:
                 freeze_random=True,
             )
             if cache.drawing:
-                out.note(f"cache: `{cache.drawing}` is random in training; with a cache it is not")
+                out.note(f"cache: `{cache.drawing}` is random in training, but not with a cache")
             stack.enter_context(cache.read_by(model))
             trainer.train_dataset, trainer.data_collator = cache, partial(_collate_either, trainer.data_collator)
         _set_learning_rate(trainer, settings, out)
         trainer.train(resume_from_checkpoint=checkpoint)
     if clock.is_interrupted:
-        out.note(f"saved after step {trainer.state.global_step}; go on: {_resume_command(settings)}")
+        out.note(f"saved after step {trainer.state.global_step}; to continue: {_resume_command(settings)}")
         raise KeyboardInterrupt
 
     model = trained_model(trainer)
@@ -200,7 +202,7 @@ def _set_learning_rate(trainer: Trainer, settings: TrainSettings, out: Output) -
     """Set the given learning rate, the default of the method, or with `auto` the best of a sweep; print and save it."""
     if settings.learning_rate == "auto":
         make_optimizer = optimizer_maker(settings, trainer.model, trainer.args)
-        out.note(f"sweeping learning rates around {settings.rate:.1e}: five at most, 20 steps each")
+        out.note(f"sweeping learning rates around {settings.rate:.1e}: at most five, 20 steps each")
         found = find_learning_rate(trainer, make_optimizer=make_optimizer)
         out.note(str(found))
         trainer.args.learning_rate = found.learning_rate

@@ -69,7 +69,7 @@ def training_arguments(settings: TrainSettings, *, is_quiet: bool) -> TrainingAr
     for name in settings.trainer:
         if name in _FLAGS:
             flag = _FLAGS[name].replace("_", "-")
-            raise UsageError(f"`--trainer {name}=...`: it has a flag of its own, `--{flag}`.")
+            raise UsageError(f"`--trainer {name}=...`: use the flag `--{flag}` instead.")
     check_names(settings.trainer, list(TrainingArguments.__dataclass_fields__), "field of TrainingArguments")
     device = find_device(settings.device)
     if settings.precision == "fp16" and device == "cpu":
@@ -110,7 +110,7 @@ def training_arguments(settings: TrainSettings, *, is_quiet: bool) -> TrainingAr
         for callback in get_reporting_integration_callbacks(arguments.report_to):
             callback()  # raises if a package is missing, before anything is loaded
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
-        raise UsageError(f"Trainer cannot be set up so: {one_line(error)}") from error
+        raise UsageError(f"Trainer does not accept these settings: {one_line(error)}") from error
     return arguments
 
 

@@ -92,7 +92,7 @@ def run_trial(settings: TrainSettings, data: LabelledImages, processor: BaseImag
         clock = RunCallback(settings)
         with watch_peak(arguments.device) as peak:
             base = load_model(settings.model, data.labels, data.problem_type, settings.image_size)
-            with may_fail("prediction of peak memory", out, "The run goes on."):
+            with may_fail("prediction of peak memory", out, "The run continues."):
                 peak.predicted = predict_peak(settings, arguments, base, processor)
             model = attach(settings.method, base, settings.options)
             scale = find_scale(model, data, processor, out)

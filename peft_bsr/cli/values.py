@@ -55,11 +55,11 @@ def read_file(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UsageError(f"`--config {path}` cannot be read: {error.strerror}.") from error
     except yaml.YAMLError as error:
-        raise UsageError(f"`--config {path}` is no YAML: {' '.join(str(error).split())}") from error
+        raise UsageError(f"`--config {path}` is not valid YAML: {' '.join(str(error).split())}") from error
     try:
         json.dumps(values, default=str, skipkeys=True)
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"`--config {path}` has a value that holds itself, by an anchor of YAML.") from error
+        raise UsageError(f"`--config {path}` has a value that contains itself, through a YAML anchor.") from error
     if not isinstance(values, Mapping):
         raise UsageError(f"`--config {path}` must be names and values, such as `model: facebook/dinov2-small`.")
     return dict(values)

@@ -110,7 +110,7 @@ class Contributions:
             raise _not_contributions(path, error) from error
         whole = found.kind in get_args(Kind) and len(found.whole) == len(found.low_rank) > 0
         if not whole or not all(0 <= number < float("inf") for number in numbers):
-            raise _not_contributions(path, "not every block has a finite number")
+            raise _not_contributions(path, "some blocks have no finite number")
         return found
 
 
@@ -194,13 +194,13 @@ def _check(model: nn.Module, dataset: Sized, batches: int, batch_size: int, kind
     if kind not in get_args(Kind):
         problems.append(f'`kind={kind!r}` must be "sensitivity" or "trial".')
     if kind == "trial" and epochs == 0:
-        problems.append("`epochs=0` trains nothing in a trial. Give 1 at least.")
+        problems.append("`epochs=0` trains nothing. Use at least 1.")
     if len(dataset) < 2:
-        problems.append(f"`dataset` has {len(dataset)} samples; 2 at least are needed.")
+        problems.append(f"`dataset` has {len(dataset)} samples; at least 2 are needed.")
     if getattr(model, "peft_config", None) is not None:
-        problems.append("`model` has an adapter. Pass the base model: what blocks would gain is asked before.")
+        problems.append("`model` has an adapter. Pass the base model.")
     if any(parameter.is_meta for parameter in model.parameters()):
-        problems.append("`model` has no weights. Load them.")
+        problems.append("`model` is on the meta device. Load its weights.")
     if problems:
         raise ConfigError.from_problems("contributions", problems)
 

@@ -73,7 +73,7 @@ class BudgetPlan:
         what += _CHECKPOINTING[self.setup.gradient_checkpointing]
         size, flops = self.estimate.total_bytes / 2**20, self.estimate.training_flops / self.estimate.batch_size / 1e9
         what += "" if self.share is None else f"  {self.share:.0%} of the contributions"
-        line = f"{size:8.0f} MiB  {flops:6.1f} GFLOPs an image  {what}  (gives up: {self.gives_up})"
+        line = f"{size:8.0f} MiB  {flops:6.1f} GFLOPs per image  {what}  (gives up: {self.gives_up})"
         return "\n".join([line, *(f"{'':14}declined: {reason}" for reason in self.declined)])
 
 
@@ -144,8 +144,8 @@ def plan_for_budget(
         least = smallest.estimate
         raise ConfigError(
             f"`memory={memory!r}` is too little for {type(costs.model).__name__} at "
-            f"`batch_size={setup.batch_size}`. The smallest plan takes {least.total_bytes / 2**20:.0f} MiB, of "
-            f"which weights {least.weights_bytes / 2**20:.0f} MiB:\n{smallest.describe()}\n"
+            f"`batch_size={setup.batch_size}`. The smallest plan takes {least.total_bytes / 2**20:.0f} MiB, "
+            f"{least.weights_bytes / 2**20:.0f} MiB of it for weights:\n{smallest.describe()}\n"
             "Use a smaller batch, half precision or a smaller model."
         )
     return found
@@ -207,7 +207,7 @@ def _plan(costs: PlanCosts, way: Way, budget: int, declined: list[str]) -> Budge
         plain = costs(way.config, replace(eager, optimizer="adamw_fused"))
         share = plain.optimizer_bytes / plain.total_bytes
         if share < _WORTH and _fits(plain, budget):
-            reasons.append(f"{eager.optimizer}: AdamW's state is {share:.1%} of the peak; adamw_fused instead")
+            reasons.append(f"{eager.optimizer}: AdamW's state is {share:.1%} of the peak; adamw_fused is used instead")
             cost, eager = plain, replace(eager, optimizer="adamw_fused")
     setup = replace(eager, compile=way.setup.compile)
     if setup.compile and _fits(cost, budget / _COMPILED):
@@ -219,7 +219,7 @@ def _unused(asked: Setup, way: Way) -> list[str]:
     if asked.gradient_checkpointing in (False, way.setup.gradient_checkpointing):
         return []
     what = "offloaded checkpointing" if asked.gradient_checkpointing == "offload" else "gradient checkpointing"
-    return [f"{what}: it fits with {'the inputs on the device' if way.setup.gradient_checkpointing else 'none'}"]
+    return [f"{what}: it fits {'with the inputs on the device' if way.setup.gradient_checkpointing else 'without'}"]
 
 
 def _fits(cost: Estimate, budget: float) -> bool:
@@ -240,7 +240,7 @@ def parse_size(memory: str | int) -> int:
     if isinstance(memory, int) and not isinstance(memory, bool) and memory > 0:
         return memory
     if match is None or match[2].upper() not in _UNITS:
-        raise ConfigError(f'`memory={memory!r}` is not understood. Use bytes, or a text such as "2GB" or "1.5GiB".')
+        raise ConfigError(f'`memory={memory!r}` is not understood. Use bytes, or a string such as "2GB" or "1.5GiB".')
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 

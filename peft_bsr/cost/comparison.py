@@ -81,7 +81,7 @@ def cost_rows(costs: Mapping[str, Cost]) -> tuple[tuple[str, ...], list[tuple[st
     Args:
         costs: From `compare`; the first row is the reference.
     """
-    head = ("", "trained, M", "saved, MiB an image", "GFLOPs an image", "step, s", "ratio")
+    head = ("", "trained, M", "saved, MiB per image", "GFLOPs per image", "step, s", "ratio")
     reference = next(iter(costs.values()))
     return head, [
         (
@@ -147,8 +147,8 @@ class TrainingStep:
         self.model, self.batch = model, batch
         if not any(p.requires_grad for p in model.parameters()):
             raise TrainabilityError(
-                f"{type(model).__name__} has nothing to train: no parameter asks for gradients. Load its adapter with "
-                "`is_trainable=True`."
+                f"{type(model).__name__} has nothing to train: no parameter has `requires_grad=True`. Load its "
+                "adapter with `is_trainable=True`."
             )
         self.optimizer = torch.optim.SGD(model.parameters(), lr=0.0)  # parameters without a gradient are skipped
 

@@ -31,7 +31,7 @@ def kept_when_compiled(model: nn.Module, forward: Callable[[Callable[..., object
     except Exception as error:
         raise UnsupportedModelError(
             f"What {type(model).__name__} keeps when it is compiled could not be predicted ({type(error).__name__}). "
-            "Leave `compile` out: lean blocks keep the same in eager mode, others as much or more."
+            "Use `compile=False`: lean blocks keep the same in eager mode, other blocks at least as much."
         ) from error
     weights = {storage_key(tensor.untyped_storage()) for tensor in (*model.parameters(), *model.buffers())}
     held = {storage_key(tensor.untyped_storage()): tensor.untyped_storage().nbytes() for tensor in _kept(loss)}

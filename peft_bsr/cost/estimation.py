@@ -107,8 +107,8 @@ def estimate(
         >>> with torch.device("meta"):
         ...     vit = ViTForImageClassification(ViTConfig(num_labels=10))
         >>> found = estimate(vit, BSRConfig(), batch_size=8)
-        >>> f"{found.saved_bytes / 8 / 2**20:.1f} MiB an image are kept for backward"
-        '18.3 MiB an image are kept for backward'
+        >>> f"{found.saved_bytes / 8 / 2**20:.1f} MiB per image are kept for backward"
+        '18.3 MiB per image are kept for backward'
     """
     setup = replace(setup, **settings)
     method = None if config is None else method_of(config)
@@ -179,7 +179,7 @@ def _innermost(model: PeftModel | BaseTuner | PreTrainedModel) -> PreTrainedMode
 def _loss(output: object) -> Tensor:
     outputs = [tensor for tensor in tensors_of(output) if tensor.requires_grad]
     if not outputs:
-        raise ConfigError("nothing trains: no output of the model depends on a parameter that asks for gradients.")
+        raise ConfigError("nothing trains: no output of the model depends on a parameter with `requires_grad=True`.")
     return torch.stack([tensor.float().sum() for tensor in outputs]).sum()
 
 

@@ -93,7 +93,7 @@ class PeakMemory:
         self.start_bytes = self.peak_bytes = 0
         self._samples: _Samples | None = None
         if self.device.type not in ("cpu", "cuda", "mps"):
-            raise PeftBsrError(f"`device={device!r}`: peaks are measured on CUDA, on MPS and on the CPU only.")
+            raise PeftBsrError(f"`device={device!r}`: peaks can be measured on CUDA, MPS and the CPU only.")
 
     @property
     def added_bytes(self) -> int:
@@ -117,8 +117,8 @@ class PeakMemory:
                 _CLEAR.write_text("5")
             except OSError as error:
                 raise PeftBsrError(
-                    f"The peak of this process cannot be measured: {_CLEAR} cannot be written ({error}). It needs "
-                    "Linux with /proc mounted; on CUDA it needs neither."
+                    f"The peak of this process cannot be measured: {_CLEAR} cannot be written ({error}). On the CPU "
+                    "this needs Linux with /proc mounted; CUDA does not need it."
                 ) from error
             self.start_bytes = _resident("VmHWM")
         return self

@@ -84,15 +84,13 @@ class Dimensions:
         norms, linears = ([shape for shape in shapes if len(shape) == rank] for rank in (1, 2))
         problems = []
         if spec.block_spec is None:
-            problems.append("blocks of norm, attention, norm and MLP with two residuals, which this model has not")
+            problems.append("blocks of norm, attention, norm and MLP with two residuals, which this model lacks")
         elif len(mlp) != 2 or mlp[0] != mlp[1][::-1]:
-            problems.append(f"an MLP of two Linears, where this model's has weights of shapes {mlp}")
+            problems.append(f"an MLP of two Linears, but this model's has weights of shapes {mlp}")
         if not spec.num_heads:
-            problems.append("a number of attention heads, which is not seen in this model")
+            problems.append("a number of attention heads, which was not found in this model")
         if len(norms) > 1 or len(norms) + len(linears) < len(shapes):
-            problems.append(
-                f"at most one norm and Linears behind the blocks, where this model has {', '.join(spec.head)}"
-            )
+            problems.append(f"at most one norm and Linears after the blocks, but this model has {', '.join(spec.head)}")
         if problems:
             raise UnsupportedModelError(
                 f"The paper's accounting needs {'; and '.join(problems)}. Measure this model with `compare`, or with "
@@ -218,7 +216,7 @@ def paper_cost(
     """
     if len(plan.blocks) != dimensions.depth:
         raise ConfigError(
-            f"the plan is for {len(plan.blocks)} blocks, but this model has {dimensions.depth}. Make it for the "
+            f"the plan is for {len(plan.blocks)} blocks, but this model has {dimensions.depth}. Create it for the "
             "`depth` of the model's spec."
         )
     num_tokens = dimensions.num_special + dimensions.num_patches

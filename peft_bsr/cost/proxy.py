@@ -37,7 +37,7 @@ def on_meta(model: nn.Module, image_size: int | None = None, dtype: torch.dtype 
         bare = _make(model, config)
     if image_size is not None:
         if native_size(config) is None:
-            raise UnsupportedModelError(f"{type(model).__name__} has no `image_size` to change; leave it None.")
+            raise UnsupportedModelError(f"{type(model).__name__} has no `image_size` to change. Use `image_size=None`.")
         set_image_size(bare, image_size)
         inner_config(
             bare.config
@@ -101,7 +101,7 @@ def _config_of(model: nn.Module) -> PreTrainedConfig:
     """A copy of the model's config."""
     config = getattr(model, "config", None)
     if config is None:
-        raise UnsupportedModelError(f"{type(model).__name__} has no config, by which it could be made without weights.")
+        raise UnsupportedModelError(f"{type(model).__name__} has no config to create it from without weights.")
     config = copy.deepcopy(config)
     forget_source(config)
     return config
@@ -115,8 +115,8 @@ def _make(model: nn.Module, config: PreTrainedConfig) -> PreTrainedModel:
         raise
     except Exception as error:
         raise UnsupportedModelError(
-            f"{type(model).__name__} cannot be made from its config ({type(error).__name__}: {error}). Pass the base "
-            "model of transformers, without adapters."
+            f"{type(model).__name__} cannot be created from its config ({type(error).__name__}: {error}). Pass the "
+            "base model of transformers, without adapters."
         ) from error
 
 

@@ -81,13 +81,13 @@ class Setup:
         try:
             kind = torch.device(self.device).type
         except (RuntimeError, TypeError):
-            problems.append(f'`device={self.device!r}` is no device of torch. Use `"cpu"` or `"cuda"`.')
+            problems.append(f'`device={self.device!r}` is not a device of torch. Use `"cpu"` or `"cuda"`.')
         else:
             offloads = self.optimizer == "adamw_offload" or self.gradient_checkpointing == "offload"
             if kind == "cpu" and offloads:
-                problems.append('`device="cpu"` has nothing to offload to the CPU: give the device that trains.')
+                problems.append('`device="cpu"` has nothing to offload to the CPU. Pass the device that trains.')
         if self.compile and self.gradient_checkpointing == "offload":
-            problems.append('what `gradient_checkpointing="offload"` keeps with `compile=True` is not predicted.')
+            problems.append('`gradient_checkpointing="offload"` cannot be predicted with `compile=True`. Use only one.')
         if problems:
             raise ConfigError.from_problems("estimate", problems)
 

@@ -132,14 +132,14 @@ def ways_of(setting: tuple[ConfigFields | None, str], setup: Setup, dtype: torch
         yield way({"lean": "exact"}, "")
         yield way({"lean": "max"}, _AGAIN)
         if setup.compile:
-            yield "saved activations in int8: they step aside under torch.compile"
+            yield "saved activations in int8: they have no effect under torch.compile"
         else:
             yield way({"lean": "max", "saved_activations": "int8"}, f"{_AGAIN}; gradients off by 1 %")
     stock: ConfigFields = {} if fields is None else {"lean": "off"}
     twice = "every block runs twice" if fields is None else "blocks that gradients reach run twice"
     yield way(stock, twice, True)
     if setup.kind != "cpu":
-        yield _why_not_offloaded(setup) or way(stock, f"{twice}, their inputs wait on the CPU", "offload")
+        yield _why_not_offloaded(setup) or way(stock, f"{twice}, their inputs are offloaded to the CPU", "offload")
 
 
 def _frozen_weights(fields: ConfigFields | None, setup: Setup, dtype: torch.dtype) -> tuple[ConfigFields, str]:
@@ -155,10 +155,10 @@ def _frozen_weights(fields: ConfigFields | None, setup: Setup, dtype: torch.dtyp
 
 def _why_not_offloaded(setup: Setup) -> str:
     if setup.compile:
-        return "offloaded checkpointing: what it keeps under torch.compile is not predicted"
+        return "offloaded checkpointing: not predicted under torch.compile"
     enable = getattr(PreTrainedModel, "activation_checkpointing_enable", PreTrainedModel.gradient_checkpointing_enable)
     if "offload" not in inspect.signature(enable).parameters:
-        return "offloaded checkpointing: this version of transformers has none"
+        return "offloaded checkpointing: this version of transformers does not have it"
     return ""
 
 

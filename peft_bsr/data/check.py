@@ -93,7 +93,7 @@ class DataReport:
         if self.unseen:
             said.append(f"classes without a training image: {some(self.unseen)}")
         if self.few:
-            said.append(f"classes with less than {FEW} images: {some([f'{n} ({c})' for n, c in self.few.items()])}")
+            said.append(f"classes with fewer than {FEW} images: {some([f'{n} ({c})' for n, c in self.few.items()])}")
         strange = [mode for mode in self.modes if mode not in _PLAIN]
         if strange:
             said.append(f"modes other than 8 bits: {', '.join(strange)}; they are converted to RGB by their range")

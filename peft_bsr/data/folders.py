@@ -92,7 +92,7 @@ def _splits(folder: Path, below: dict[str, list[PurePath]], named: dict[str, str
     strange = sorted(set(below) - set(named))
     if strange:
         raise DatasetError(
-            f"`{folder}`: folders called like splits ({some(sorted(named))}) contain class folders, but these "
+            f"`{folder}`: folders named like splits ({some(sorted(named))}) contain class folders, but these "
             f"next to them would not be read: {some(strange)}. Move folders that are not splits elsewhere; or, if all "
             "are classes, list the images in a metadata.csv with the columns file_name and label."
         )
@@ -175,10 +175,10 @@ def _no_classes(folder: Path, loose: list[PurePath], named: list[str], others: l
         "Put the images into one folder per class, or add a metadata.csv with the columns file_name and label."
     )  # fmt: skip
     if named:
-        return f"`{folder}`: there are no class folders in {some(named)}: the images are directly there. {advice}"
+        return f"`{folder}`: there are no class folders in {some(named)}; the images are directly in them. {advice}"
     if loose:
-        return f"`{folder}`: there are no class folders, the {len(loose)} images are directly in it. {advice}"
-    return f"`{folder}`: there are no images in it that Pillow can read. {advice}"
+        return f"`{folder}`: there are no class folders; the {len(loose)} images are directly in it. {advice}"
+    return f"`{folder}`: it contains no images that Pillow can read. {advice}"
 
 
 __all__ = ["image_endings", "list_images", "read_folder"]

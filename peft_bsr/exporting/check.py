@@ -73,19 +73,19 @@ class ExportReport:
             f"{self.input_name} [{', '.join(shape)}], {first} tokens into the first block, {last} out of the last",
         ]
         if self.image_processor is not None:
-            lines.append(f"preprocessing: written into it, {self.image_processor}")
+            lines.append(f"preprocessing: in the file, {self.image_processor}")
         elif self.format == "onnx":
-            lines.append("preprocessing: not in it, so that `predict` cannot read it; give `image_processor`")
+            lines.append("preprocessing: not in the file, so `predict` cannot use it; pass `image_processor`")
         if self.max_difference is not None:
             lines.append(f"outputs: within {self.max_difference:.1e} of PyTorch's in fp32")
         if self.seconds is not None:
-            lines.append(f"latency: {1e3 * self.seconds:.1f} ms a batch of {self.batch_size}")
+            lines.append(f"latency: {1e3 * self.seconds:.1f} ms per batch of {self.batch_size}")
             if self.unreduced_seconds is not None:
                 lines[-1] += (
                     f", {1e3 * self.unreduced_seconds:.1f} ms without token reduction: {self.speedup:.2f} x faster"
                 )
             threads = "its runtime's" if self.threads is None else self.threads
-            lines[-1] += f" (CPU, {threads} threads, median of {_REPEATS}, in turn)"
+            lines[-1] += f" (CPU, {threads} threads, median of {_REPEATS} alternating runs)"
         lines.append(", ".join(f"{name} {version}" for name, version in self.versions.items()))
         return "\n".join(lines)
 

@@ -77,7 +77,7 @@ def export(
     if quantize not in (None, "int8") or (quantize and format != "onnx"):
         raise ExportError(f'`quantize={quantize!r}` with `format={format!r}`: only "int8" with "onnx" is supported.')
     if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
-        raise ExportError(f"`batch_size={batch_size!r}` must be a number of images, or None for any.")
+        raise ExportError(f"`batch_size={batch_size!r}` must be a number of images, or None for any number.")
     FORMATS[format].check_installed(format)
     path = Path(path)
     if path.suffix != (ending := FORMATS[format].ending):
@@ -118,7 +118,7 @@ def _describe(
     model: PeftModel, function: ImageFunction, sample: Tensor, given: BaseImageProcessor | None
 ) -> tuple[dict[str, str], str | None]:
     """Metadata of the file, and the origin of its image processor."""
-    processor, origin = (given, "as it was given") if given is not None else find_image_processor(model)
+    processor, origin = (given, "the given one") if given is not None else find_image_processor(model)
     fitting = None if processor is None else fit_processor(processor, sample.shape[1:])
     if given is not None and fitting is None:
         raise ExportError(

@@ -66,7 +66,7 @@ class ImageFunction(nn.Module):
         if image_size is not None:
             if len(shape) != 3 or self.input_name != "pixel_values":
                 raise ExportError(
-                    f"`image_size={image_size!r}` works with image models only; the input of this one is {shape}."
+                    f"`image_size={image_size!r}` is for image models; this model's input is {shape}. Leave it out."
                 )
             shape = (shape[0], *((image_size, image_size) if isinstance(image_size, int) else image_size))
         return torch.randn(batch_size, *shape, generator=torch.Generator().manual_seed(0))
@@ -92,7 +92,7 @@ def to_image_function(
     tuner = getattr(model, "base_model", None)
     if not isinstance(tuner, MethodTuner):
         raise ExportError(
-            f"`export` takes a PeftModel with an adapter of peft_bsr, found {type(model).__name__}. Make one with "
+            f"`export` needs a PeftModel with an adapter of peft_bsr, not a {type(model).__name__}. Create one with "
             "`get_peft_model(model, BSRConfig())` or `PeftModel.from_pretrained`."
         )
     name, plan = tuner.active_adapters[0], tuner.plan()

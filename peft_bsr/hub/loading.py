@@ -296,7 +296,7 @@ def _class_of(config: PeftConfig) -> type[transformers.PreTrainedModel] | type[A
         found = getattr(transformers, name, AutoModelForImageClassification)
     is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
     if not is_model and found is not AutoModelForImageClassification:
-        raise HubError(f"The adapter names `{library}.{name}` as its base model's class: not a model.")
+        raise HubError(f"The adapter names `{library}.{name}` as the class of its base model; it is not a model.")
     return found
 
 

@@ -74,7 +74,7 @@ class TaskHeads(nn.Module):
         """
         call = self.context.now.call
         if not isinstance(call, ImageCall):
-            raise ForwardError("the task heads were called outside of the model's forward. Call the model.")
+            raise ForwardError("a task head was called outside of the model's forward. Call the model.")
         outputs: dict[str, Tensor] = {}
         unused: list[Tensor] = [p for i, head in enumerate(self.heads) if i not in call.rows for p in head.parameters()]
         for index, rows in call.rows.items():

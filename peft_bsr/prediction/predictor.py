@@ -85,8 +85,8 @@ def open_predictor(
         raise HubError(f"`{name}` cannot be read as an image classifier ({headline(error)}).") from error
     if report["missing_keys"]:
         raise HubError(
-            f"`{name}` lacks weights of {type(model).__name__}, such as {sorted(report['missing_keys'])[0]}: it has "
-            "not been trained as a classifier. Give an adapter, or a model that has."
+            f"`{name}` lacks weights of {type(model).__name__}, such as {sorted(report['missing_keys'])[0]}: it was "
+            "not trained as a classifier. Give an adapter or a trained classifier."
         )
     if image_size is not None:
         set_image_size(model, image_size)
@@ -105,7 +105,7 @@ def at_size(processor: BaseImageProcessor, image_size: int | None) -> BaseImageP
     """
     fitting = processor if image_size is None else fit_processor(processor, (3, image_size, image_size))
     if fitting is None:
-        raise HubError(f"{type(processor).__name__} cannot make images of {image_size} px. Do not pass a size.")
+        raise HubError(f"{type(processor).__name__} cannot resize images to {image_size} px. Do not pass a size.")
     return fitting
 
 
@@ -150,7 +150,7 @@ def find_device(asked: str | None) -> str:
     """
     there = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if asked not in (None, "cpu", there):
-        raise UsageError(f"`device {asked}`: this machine has no such device that torch can use. Use {there}.")
+        raise UsageError(f"`device {asked}`: torch cannot use this device here. Use {there}.")
     return asked or there
 
 
@@ -165,7 +165,9 @@ def _open_onnx(path: Path, device: str | None, image_size: int | None) -> Predic
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers() and device in (None, "cuda"):
         providers = ["CUDAExecutionProvider", *providers]
     elif device not in (None, "cpu"):
-        raise UsageError(f"`device {device}`: onnxruntime is installed for the CPU only; `onnxruntime-gpu` has cuda.")
+        raise UsageError(
+            f"`device {device}`: this onnxruntime runs on the CPU only. For cuda install `onnxruntime-gpu`."
+        )
     try:
         session = open_onnx(path, providers)
     except Exception as error:  # of onnxruntime, no common class

@@ -52,7 +52,7 @@ def _plan(record: RunRecord) -> str:
     if spec is None or plan is None:
         return _section("What trains", f"<p>{escape(' '.join(record.description))}</p>") if record.description else ""
     tokens = [mlp for _, mlp in plan.token_counts(spec.num_tokens, spec.num_special)]
-    names = {"s0": "trains", "s1": "frozen, gradients pass", "frozen": "frozen, keeps nothing"}
+    names = {"s0": "trains", "s1": "frozen, passes gradients", "frozen": "frozen, keeps nothing"}
     kinds = ["s0" if b.trained else "s1" if b.in_graph else "frozen" for b in plan.blocks]
     items = "".join(f"<li>{escape(sentence)}</li>" for sentence in record.description)
     chart = bar_chart(tokens, "tokens in the block's MLP", kinds)

@@ -43,7 +43,7 @@ class CachePoint:
                 "without a cache, or use `BSRConfig`."
             )
         if controller.plan is None:
-            raise FeatureCacheError("the adapter is disabled: the base model has no trained block to start from.")
+            raise FeatureCacheError("the adapter is disabled: the base model has no trained block. Enable the adapter.")
         self.model, self.spec = model, controller.spec
         self.plan: Plan = controller.plan
         self.layers = controller.read_layers

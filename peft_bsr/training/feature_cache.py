@@ -193,7 +193,7 @@ class FeatureCache(Dataset):
             if _TOKENS not in kwargs:
                 return None
             if find_controllers(model)[0].plan is not place.plan:
-                raise FeatureCacheError("the model got cached tokens while another adapter is active, or none.")
+                raise FeatureCacheError("the model got cached tokens, but the adapter of the cache is not active.")
             kwargs = dict(kwargs)
             tokens, origins, merged = kwargs.pop(_TOKENS), kwargs.pop(_ORIGINS, None), kwargs.pop(_MERGED, None)
             running.enter_context(in_mode(False, *steady))  # trained blocks get the positions that the frozen ones had

@@ -90,7 +90,7 @@ def find_learning_rate(
     """
     dataset = trainer.train_dataset
     if dataset is None or len(dataset) < 10:
-        raise ConfigError("find_learning_rate: at least 10 training images are needed. Set a learning rate instead.")
+        raise ConfigError("find_learning_rate: it needs at least 10 training images. Set a learning rate instead.")
     args = trainer.args
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(args.seed)).tolist()
     scored = min(held_out, len(order) // 5)

@@ -29,7 +29,7 @@ def draw_budgets(history: Sequence[BudgetRecord], path: str | Path) -> Path:
         AdapterError: If nothing was recorded.
     """
     if not history:
-        raise AdapterError("`history` is empty: no step was recorded. Pass the callback to Trainer before it trains.")
+        raise AdapterError("`history` is empty: no step was recorded. Pass the callback to Trainer before training.")
     depth = len(history[0].budgets)
     budgets = np.array([record.budgets for record in history]).T
     trained = np.array([[index in record.selected for record in history] for index in range(depth)])

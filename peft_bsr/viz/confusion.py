@@ -36,7 +36,7 @@ def draw_confusion(counts: Sequence[Sequence[int]], names: Sequence[str], path: 
     matrix = np.array(counts)
     there = np.flatnonzero(matrix.sum(axis=0) + matrix.sum(axis=1))
     if len(there) > MOST_CLASSES:
-        raise InputError(f"{len(there)} classes are too many for a picture; at most {MOST_CLASSES} can be drawn.")
+        raise InputError(f"{len(there)} classes are too many to draw; at most {MOST_CLASSES} are supported.")
     matrix, shown = matrix[np.ix_(there, there)], [_short(names[index]) for index in there.tolist()]
     families, is_complete = families_for(shown)
     labels = shown if is_complete else [str(index) for index in there]

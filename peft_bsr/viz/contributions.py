@@ -12,7 +12,7 @@ from peft_bsr.cost import Contributions
 _TITLES = {"full": "whole blocks", "lora": "low-rank updates"}
 _LABELS = {
     "sensitivity": "sum of squared gradients",
-    "trial": "loss less than with the head alone",
+    "trial": "decrease of the loss relative to the head alone",
 }
 
 

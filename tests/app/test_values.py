@@ -90,7 +90,7 @@ def test_what_cannot_be_planned_says_why(tmp_path, tiny):
         list(plans_of(Question(str(tmp_path / "none"), gib=4)))
     with pytest.raises(UsageError, match="batch_size=0"):
         Question(str(tiny), gib=4, batch_size=0)
-    with pytest.raises(UsageError, match="Pick one"):
+    with pytest.raises(UsageError, match="Select one"):
         Question("", gib=4)
     said = error_html(UsageError("a <b> & c"))
     assert "a &lt;b&gt; &amp; c" in said and 'role="alert"' in said
@@ -122,7 +122,7 @@ def test_a_change_of_the_rate_redraws_and_leaves_the_model_alone(tiny):
 def test_images_and_blocks_that_cannot_be_used_are_refused(tiny):
     with pytest.raises(UsageError, match="no image"):
         keep(str(tiny), None, 0.5)
-    with pytest.raises(UsageError, match="50,000,000 are the most"):
+    with pytest.raises(UsageError, match="the limit is 50,000,000"):
         keep(str(tiny), Image.new("1", (10_000, 5_001)), 0.5)
     with pytest.raises(UsageError, match="indices from 0"):
         read_blocks("one, two")
@@ -166,7 +166,7 @@ def test_nothing_beats_the_front(axis):
 def test_filters_leave_what_they_say():
     assert {point.method for point in choose("cifar10", ["lora"])} == {"lora"}
     assert all(point.peak_bytes <= 200 * 2**20 for point in choose("cifar10", memory=200))
-    assert "Nothing is left" in chart_html([], next(iter(AXES)), [])
+    assert "No experiment matches" in chart_html([], next(iter(AXES)), [])
 
 
 def test_a_plan_of_the_benchmark_shows_its_accuracy():

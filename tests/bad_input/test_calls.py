@@ -506,7 +506,7 @@ CALLS: list[tuple[str, Callable[[Any], Any], type[Exception], str]] = [
         "tasks",
         lambda m: m.base_model.model.classifier(torch.zeros(1, 32)),
         ForwardError,
-        "the task heads were called outside of the model's forward. Call the model.",
+        "a task head was called outside of the model's forward. Call the model.",
     ),
     (
         "bsr",

@@ -219,7 +219,7 @@ def test_a_state_of_another_shape_or_place(copied):
 )
 def test_only_models_of_transformers_are_made(mapping, tmp_path):
     config = CONFIGS["bsr"].__class__(auto_mapping=mapping, base_model_name_or_path=str(tmp_path))
-    with pytest.raises(HubError, match=r"as its base model's class: not a model"):
+    with pytest.raises(HubError, match=r"as the class of its base model; it is not a model"):
         load_base(config)
 
 

@@ -40,7 +40,7 @@ def test_what_is_counted():
 
 
 def test_weights_in_bf16_are_not_counted_without_autocast():
-    with pytest.raises(ConfigError, match="weights in bf16 are for autocast"):
+    with pytest.raises(ConfigError, match="weights in bf16 need autocast"):
         host.count("exact-bf16", "fp32")
 
 

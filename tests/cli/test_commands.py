@@ -57,7 +57,7 @@ def test_plan_by_what_the_blocks_contribute(run, run_json, base, images, tmp_pat
     file = tmp_path / "found.json"
     asked = ["plan", base, "--memory", "1GB", "--batch-size", "8", "--contributions", file]
     code, _, said = run(*asked)
-    assert code == 2 and "Give `--data` to measure and write it" in said
+    assert code == 2 and "Pass `--data` to measure and write it" in said
     first = run_json(*asked, "--data", images)["plans"]
     kept = file.read_text()
     assert len(json.loads(kept)["whole"]) == 4
@@ -154,7 +154,7 @@ def test_a_run_goes_on(run, run_json, trained, base, images, tmp_path):
     assert run_json(*first)["steps"] == 2
     code, _, err = run(*first)
     assert code == 2
-    assert "has checkpoints of a run. Go on with `--resume`" in err
+    assert "has checkpoints. Pass `--resume`" in err
     resumed = run_json(*first, "--resume", "--max-steps", "3")
     assert resumed["steps"] == 3
     assert resumed["costs"] == {}
@@ -233,14 +233,14 @@ def test_compare_trains_on_a_data_set(run, base, images, tmp_path):
         assert result["accuracy"] in [right / 6 for right in range(7)]
         assert result["peak_memory"]["predicted_bytes"] > 0
     code, _, err = run(*command)
-    assert (code, err) == (2, f"peft-bsr: `{tmp_path / 'a' / 'b.json'}` exists. Write elsewhere.\n")
+    assert (code, err) == (2, f"peft-bsr: `{tmp_path / 'a' / 'b.json'}` exists. Give another file.\n")
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--epochs", "1"], "`--epochs` goes with `--dataset`."),
-        (["--labels", "3", "--dataset", "{images}"], "`--labels` goes without `--dataset`."),
+        (["--epochs", "1"], "`--epochs` is for use with `--dataset`."),
+        (["--labels", "3", "--dataset", "{images}"], "`--labels` is for use without `--dataset`."),
         (["--seconds", "0", "--dataset", "{images}"], "`--seconds 0` must be above 0."),
         (["--dataset", "{images}", "--validation-size", "0"], "has no validation images."),
         (["--set", "trainable=most"], "trainable"),

@@ -17,7 +17,7 @@ from peft_bsr_cli import COMMANDS
     [
         (["inspect", "./nowhere"], "there is no folder `./nowhere`."),
         (["inspect", "{images}"], "has neither config.json nor adapter_config.json"),
-        (["train", "--dataset", "digits"], "give a base model: `--model`"),
+        (["train", "--dataset", "digits"], "there is no base model. Pass `--model`"),
         (["train", "--config", "nowhere.yaml"], "`--config nowhere.yaml` cannot be read"),
         (
             ["train", "--model", "{base}", "--method", "magic"],
@@ -25,7 +25,7 @@ from peft_bsr_cli import COMMANDS
         ),
         (
             ["train", "--model", "{base}", "--set", "keep_rat=1"],
-            "no option of bsr. Did you mean keep_rate",
+            "unknown option of bsr: `keep_rat`. Did you mean keep_rate",
         ),
         (["train", "--model", "{base}", "--set", "keep_rate=2"], "BSRConfig: `keep_rate=2`"),
         (["train", "--model", "{base}", "--set", "keep_rate"], "`keep_rate` must be NAME=VALUE"),
@@ -35,12 +35,12 @@ from peft_bsr_cli import COMMANDS
         ),
         (["train", "--model", "{base}", "--trainer", "warmup_steps=few"], "`warmup_steps=few` must be a number"),
         (["train", "--model", "{base}", "--set", "r=1.5"], "`r=1.5` must be an integer"),
-        (["train", "--model", "{base}", "--trainer", "fp61=true"], "`fp61` is no field of TrainingArguments"),
-        (["train", "--model", "{base}", "--trainer", "seed=1"], "`--trainer seed=...`: it has a flag of its own"),
+        (["train", "--model", "{base}", "--trainer", "fp61=true"], "unknown field of TrainingArguments: `fp61`"),
+        (["train", "--model", "{base}", "--trainer", "seed=1"], "`--trainer seed=...`: use the flag `--seed`"),
         (["train", "--model", "{base}", "--resume", "--output", "nowhere"], "there is no checkpoint in `nowhere"),
         (["train", "--model", "{base}", "--dataset", "./nowhere"], "`./nowhere` cannot be read"),
         (["train", "--model", "{adapter}", "--dataset", "digits", "--output", "new"], "is an adapter"),
-        (["merge", "{base}", "--output", "merged"], "is a model, no adapter"),
+        (["merge", "{base}", "--output", "merged"], "is a model, not an adapter"),
         (["show", "nowhere.png", "--model", "{adapter}"], "there is no file `nowhere.png`."),
         (["show", "{adapter}/README.md", "--model", "{adapter}"], "README.md` is not an image."),
         (["compare", "{base}", "--repeats", "0"], "must be at least 1"),
@@ -61,11 +61,11 @@ def test_bad_input_is_one_line_and_code_2(arguments, message, run, base, images,
 def test_a_file_of_settings_is_checked(run, tmp_path):
     path = tmp_path / "run.yaml"
     for text, message in (
-        ("learning-rate: 1", "`learning-rate` is no setting"),
-        ("model: x\nepochs: many", "`epochs: many` is no number"),
+        ("learning-rate: 1", "unknown setting"),
+        ("model: x\nepochs: many", "`epochs: many` must be a number"),
         ("- model", "must be names and values"),
-        ("a: [", "is no YAML"),
-        ("model: &a [*a]", "holds itself"),
+        ("a: [", "is not valid YAML"),
+        ("model: &a [*a]", "contains itself"),
     ):
         path.write_text(text)
         code, _, err = run("train", "--config", path)

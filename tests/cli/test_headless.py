@@ -29,7 +29,7 @@ def test_it_is_trained_evaluated_and_asked(headless, images, run, run_json, tmp_
     code, _, said = run(*command, "--batch-size", "4", "--set", "trainable_blocks=last:1", "--no-measuring")
     assert code == 0, said
     assert f"{headless} has no head: a new classifier reads the class token and the mean of the patches (as its" in said
-    assert "cache: `backbone.rope_embeddings` is random in training; with a cache it is not" in said
+    assert "cache: `backbone.rope_embeddings` is random in training, but not with a cache" in said
     adapter = output / "adapter"
     assert json.loads((adapter / "preprocessor_config.json").read_text())["image_mean"] == [0.1, 0.2, 0.3]
     assert "image-classification" in (adapter / "README.md").read_text()

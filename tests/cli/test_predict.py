@@ -244,14 +244,14 @@ def test_merged_weights_are_the_rounded_ones_in_one_dtype(run, adapter, images, 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["{images}", "--model", "{adapter}", "--threshold", "0.5"], "several labels an image"),
+        (["{images}", "--model", "{adapter}", "--threshold", "0.5"], "several labels per image"),
         (["{images}", "--model", "{adapter}", "--top-k", "0"], "`--top-k 0` must be at least 1"),
         (["{images}", "--model", "{adapter}", "--top-k", "1", "--all"], "not allowed with"),
         (["{images}", "--model", "{adapter}", "--workers", "-1"], "`--workers -1` must be at least 0"),
         (["{images}", "--model", "nowhere.onnx"], "There is no file `nowhere.onnx`"),
         (["{images}", "--model", "{images}"], "neither a model nor an adapter"),
         (["nowhere.jpg", "--model", "{adapter}"], "there is no file `nowhere.jpg`"),
-        (["{images}", "--model", "{adapter}", "--device", "warp"], "this machine has no such device that torch"),
+        (["{images}", "--model", "{adapter}", "--device", "warp"], "torch cannot use this device here"),
     ],
 )
 def test_refusals(run, adapter, images, arguments, message):

@@ -179,7 +179,7 @@ def test_peak_memory_sees_what_is_freed_before_the_end():
 
 
 def test_peaks_of_other_devices_are_refused():
-    with pytest.raises(PeftBsrError, match=r"`device='meta'`: peaks are measured on CUDA, on MPS and on the CPU only"):
+    with pytest.raises(PeftBsrError, match=r"`device='meta'`: peaks can be measured on CUDA, MPS and the CPU only"):
         PeakMemory("meta")
 
 

@@ -135,7 +135,7 @@ def test_a_device_that_is_not_there_is_stood_in_for_by_the_cpu():
     trained = 4 * here.trainable_parameters
     assert there.total_bytes >= 5 * trained  # weights, gradients, two states, and AdamW's copy of all it updates
     assert there.total_bytes > here.total_bytes
-    with pytest.raises(ConfigError, match="`device='gpu'` is no device of torch"):
+    with pytest.raises(ConfigError, match="`device='gpu'` is not a device of torch"):
         estimate(on_meta(MODELS["vit"]), device="gpu")
     plans = [plan_for_budget(on_meta(MODELS["vit"]), "1GB", batch_size=1, device=d, limit=1) for d in ("cpu", "cuda")]
     assert [p[0].estimate.total_bytes for p in plans] == [here.total_bytes, there.total_bytes]
@@ -171,7 +171,7 @@ def test_bad_questions_are_answered_in_words():
         estimate(model, BSRConfig(trainable_blocks=[11]))
     with pytest.raises(UnsupportedModelError, match="has no config"):
         estimate(torch.nn.Linear(2, 2))
-    with pytest.raises(UnsupportedModelError, match="cannot be made from its config"):
+    with pytest.raises(UnsupportedModelError, match="cannot be created from its config"):
         estimate(get_peft_model(MODELS["vit"](), BSRConfig()))
     for parameter in model.parameters():
         parameter.requires_grad_(False)

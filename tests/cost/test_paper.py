@@ -157,9 +157,9 @@ def test_models_without_a_rule_are_refused(make_model):
     model = Dinov2ForImageClassification(Dinov2Config(**sizes, use_swiglu_ffn=True))
     spec = probe_model(model)
     model.classifier = nn.Sequential(nn.Linear(64, 2))
-    with pytest.raises(UnsupportedModelError, match="an MLP of two Linears, where this model's has weights") as caught:
+    with pytest.raises(UnsupportedModelError, match="an MLP of two Linears, but this model's has weights") as caught:
         Dimensions.of(model, spec)
-    assert "at most one norm and Linears behind the blocks, where this model has dinov2.layernorm, classifier" in str(
+    assert "at most one norm and Linears after the blocks, but this model has dinov2.layernorm, classifier" in str(
         caught.value
     )
     assert "Measure this model with `compare`" in str(caught.value)

@@ -126,7 +126,7 @@ def test_workspaces_of_cublas(config, expected, monkeypatch):
 def test_what_does_not_go_together_is_refused():
     with pytest.raises(ConfigError, match="has nothing to offload to the CPU"):
         Setup(optimizer="adamw_offload")
-    with pytest.raises(ConfigError, match="with `compile=True` is not predicted"):
+    with pytest.raises(ConfigError, match="cannot be predicted with `compile=True`"):
         Setup(device="cuda", compile=True, gradient_checkpointing="offload")
     with pytest.raises(ConfigError, match=r"`autocast=torch.float64` must be torch.bfloat16, torch.float16 or None"):
         estimate(bare(), autocast=torch.float64)
@@ -138,7 +138,7 @@ def test_a_plan_leaves_out_what_does_not_pay():
     setup = Setup(batch_size=16, device="cuda", autocast=BF16, optimizer="adamw_8bit", gradient_checkpointing="offload")
     full, _, lora, frozen = plan_for_budget(bare(), "1GB", setup, limit=4)
     assert full.setup == replace(setup, gradient_checkpointing=False)
-    assert full.declined == ("offloaded checkpointing: it fits with none",)
+    assert full.declined == ("offloaded checkpointing: it fits without",)
     assert lora.setup.optimizer == "adamw_fused"
     assert "adamw_8bit: AdamW's state is " in lora.declined[-1] and "declined: adamw_8bit" in lora.describe()
     assert frozen.config.frozen_weights == "bfloat16" and "frozen weights are in bfloat16" in frozen.gives_up

@@ -62,7 +62,7 @@ def test_nothing_to_say(put):
 def test_small_classes_are_named(put):
     put("a", n=1)
     report, _ = check_images(load_images(str(put("b", n=9))), progress=False)
-    assert report.findings() == ["classes with less than 5 images: a (1)"]
+    assert report.findings() == ["classes with fewer than 5 images: a (1)"]
 
 
 def test_rows_without_an_image(tmp_path, picture):

@@ -88,8 +88,8 @@ def test_what_is_not_read_is_said(put):
         (["train", "test"], "there are no class folders in test, train"),
         (["train/a", "train/b", "extra"], "but these next to them would not be read: extra."),
         (["train/a", "val/a", "valid/a"], "val, valid are both the validation split"),
-        (["."], "there are no class folders, the 3 images are directly in it. Put the images"),
-        ([], "there are no images in it"),
+        (["."], "there are no class folders; the 3 images are directly in it. Put the images"),
+        ([], "it contains no images"),
     ],
     ids=str,
 )

@@ -122,7 +122,7 @@ def test_a_killed_run_goes_on_bit_for_bit(start, launcher):
     assert any(kills), "every run was faster than its killer"
     killed = start("killed", *settings, launcher=launcher)
     assert killed.finish() == results
-    assert "going on at update" in killed.text.read_text()
+    assert "continuing at update" in killed.text.read_text()
     assert_equal(killed, whole, updates=24)
 
 

@@ -37,7 +37,7 @@ def test_the_whole_demo_on_a_tiny_model(keep_rate, make_model, tmp_path):
     summary = (output / "summary.md").read_text()
     assert "| full fine-tuning |" in summary
     assert "| BSR |" in summary
-    assert "equal bit for bit" in summary
+    assert "same logits, bit for bit" in summary
     assert (output / "adapter" / "adapter_model.safetensors").exists()
     assert (output / "kept_tokens.png").exists() == (keep_rate == "0.5")
 

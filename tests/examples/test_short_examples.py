@@ -68,7 +68,7 @@ def test_alast(run, tmp_path):
 def test_plan_for_budget(run):
     printed = run("plan_for_budget", "--model", "model", "--memory", "3MB", "--batch-size", "8")
     assert "Full fine-tuning, batch 8:" in printed
-    assert "ways fit into 3MB, the one that gives up least first" in printed
+    assert "plans fit into 3MB; the first gives up least" in printed
 
 
 @pytest.mark.slow

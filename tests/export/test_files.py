@@ -220,7 +220,7 @@ def test_a_missing_package_is_named(make_peft, monkeypatch, tmp_path):
 
 
 def test_a_model_without_an_adapter(make_model):
-    with pytest.raises(ExportError, match="takes a PeftModel with an adapter of peft_bsr, found ViTForImage"):
+    with pytest.raises(ExportError, match="needs a PeftModel with an adapter of peft_bsr, not a ViTForImage"):
         to_image_function(make_model())
 
 

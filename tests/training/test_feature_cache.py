@@ -213,7 +213,7 @@ def test_wrong_states_are_refused_in_words(tmp_path):
     with cache.read_by(model):
         model.add_adapter("second", BSRConfig(trainable_blocks=[1]))
         model.set_adapter("second")
-        with pytest.raises(FeatureCacheError, match="while another adapter is active"):
+        with pytest.raises(FeatureCacheError, match="the adapter of the cache is not active"):
             model(**batch)
         model.set_adapter("default")
         assert model(**batch).logits.shape == (2, 3)

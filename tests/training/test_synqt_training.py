@@ -155,7 +155,7 @@ def test_a_cache_of_something_else_is_refused(make_model, tmp_path):
         batch = next(iter(DataLoader(cache, 2)))
         model.add_adapter("second", SynQTConfig(**SMALL, layers=[1]))
         model.set_adapter("second")
-        with pytest.raises(FeatureCacheError, match="while another adapter is active"):
+        with pytest.raises(FeatureCacheError, match="the adapter of the cache is not active"):
             model(**batch)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from operator import attrgetter
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -15,7 +14,6 @@ from peft_bsr.compat.torch_api import PARAMETERS
 from peft_bsr.ops import Activation, FrozenLinear, Gate, NormOp, norm_kind
 
 NormSource = tuple[type[NormOp], float, dict[str, Tensor | None]]  # operator, epsilon and parameters by name
-_features: Callable[[nn.Module], tuple[int, int]] = attrgetter("in_features", "out_features")
 
 
 class LinearSource(NamedTuple):
@@ -168,6 +166,10 @@ def _param_modules(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Modul
     else:
         for child_name, child in children:
             yield from _param_modules(f"{name}.{child_name}", child)
+
+
+def _features(linear: Any) -> tuple[int, int]:
+    return linear.in_features, linear.out_features
 
 
 def _closes(module: nn.Module, linears: Sequence[nn.Module]) -> bool:

@@ -77,7 +77,7 @@ def test_picked_tokens_are_put_back_into_a_copy():
 
 
 def test_scores_of_patches_alone_are_refused():
-    with pytest.raises(ValueError, match=r"scores \(2, 4\), tokens \(2, 5, 3\) and origins \(2, 4\) do not belong"):
+    with pytest.raises(ValueError, match=r"scores \(2, 4\), tokens \(2, 5, 3\) and origins \(2, 4\) do not match"):
         reduce_tokens(torch.randn(2, 5, 3), torch.arange(4).expand(2, -1), torch.rand(2, 4), 1, 2, None)
 
 

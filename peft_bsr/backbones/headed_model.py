@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from peft_bsr.backbones.inputs import input_shapes, main_input, probe_inputs
+from peft_bsr.backbones.inputs import input_shapes, main_input, probe_inputs, vision_part
 from peft_bsr.backbones.pooling import Pool, TokenPool, family_pool
 from peft_bsr.compat.transformers_api import (
     IMPLEMENTATION,
@@ -244,26 +244,34 @@ def _count_prefix(backbone_class: type[PreTrainedModel], config: PreTrainedConfi
         config.mask_ratio = 0.0
     with torch.device("meta"):
         model = backbone_class(config).eval()
-    shape = input_shapes(model)[0]
-    if main_input(model) != "pixel_values" or len(shape) not in (2, 3):
-        raise UnsupportedModelError(
-            f"{backbone_class.__name__} takes `{main_input(model)}` of shape {shape} instead of images."
-        )
+    name, part = backbone_class.__name__, vision_part(model)
+    if main_input(model) != "pixel_values":
+        advice = f". Give the vision model inside: `with_head(model.{part}, ...)`." if part else " instead of images."
+        raise UnsupportedModelError(f"{name} takes `{main_input(model)}`{advice}")
+    try:
+        shape = input_shapes(model)[0]
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"{name}: {error}") from None
+    if len(shape) not in (2, 3):
+        raise UnsupportedModelError(f"{name} takes `{main_input(model)}` of shape {shape} instead of images.")
     if len(shape) == 2:  # flattened patches of images of several sizes: such models have no other tokens
         return 0
-    with torch.no_grad():
-        tokens = getattr(model(**probe_inputs(model, 1, shape)), "last_hidden_state", None)
+    try:
+        with torch.no_grad():
+            tokens = getattr(model(**probe_inputs(model, 1, shape)), "last_hidden_state", None)
+    except (ValueError, TypeError, RuntimeError, AttributeError) as error:
+        raise UnsupportedModelError(f"{name}: a forward pass on an image failed with {error!r}.") from error
     if not isinstance(tokens, Tensor) or tokens.ndim != 3:
         found = "returns none" if tokens is None else f"this has shape {tuple(tokens.shape)}"
         raise UnsupportedModelError(
-            f"{backbone_class.__name__} should return tokens [images, tokens, width] as `last_hidden_state`, but "
-            f"{found}. Give the vision model inside."
+            f"{name} should return tokens [images, tokens, width] as `last_hidden_state`, but {found}. Give the vision "
+            "model inside."
         )
     number = tokens.shape[1] - _count_patches(config, shape)
     if number < 0:
         raise UnsupportedModelError(
-            f"{backbone_class.__name__} returns {tokens.shape[1]} tokens for {_count_patches(config, shape)} patches: "
-            "it is not a plain vision transformer."
+            f"{name} returns {tokens.shape[1]} tokens for {_count_patches(config, shape)} patches: it is not a plain "
+            "vision transformer."
         )
     return number
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -128,24 +129,68 @@ def input_shapes(model: nn.Module) -> list[tuple[int, ...]]:
     return shapes
 
 
+def grid_of_config(model: nn.Module, image_shape: tuple[int, ...]) -> tuple[int, int] | None:
+    """Rows and columns of patches by the patch size in the config, for patches of no convolution (RADIO), or None."""
+    patch = getattr(vision_config(model), "patch_size", None)
+    if patch is None or len(image_shape) != 3:
+        return None
+    return image_shape[1] // _pair(patch)[0], image_shape[2] // _pair(patch)[1]
+
+
+def check_takes_images(model: nn.Module) -> None:
+    """Refuse a model that takes text first (BERT, CLIP's two encoders, LLaVA): an image alone does not run it.
+
+    Raises:
+        UnsupportedModelError: Naming the vision model inside, if there is one.
+    """
+    is_own = find_rule(model).probe_inputs is not None and vision_config(model) is model.config
+    if next(iter(inspect.signature(model.forward).parameters), None) == "input_ids" and not is_own:
+        inside = _attach_inside(model)
+        raise UnsupportedModelError(
+            f"it takes text and images. {inside}" if inside else "an image alone does not run it"
+        )
+
+
+def describe_failure(model: nn.Module, failure: Exception | None) -> str:
+    """Why a forward on random images failed, and for a model that takes text as well the vision model inside."""
+    reason = f"a forward pass on random inputs failed with {failure!r}"
+    inside = _attach_inside(model) if _takes_text(model) else None
+    return f"{reason}. {inside}" if inside else reason
+
+
+def vision_part(model: nn.Module) -> str | None:
+    """Name of the first model of transformers inside that takes images alone, or None."""
+    for name, part in model.named_modules():
+        is_vision = name and isinstance(part, PreTrainedModel) and main_input(part) == "pixel_values"
+        if is_vision and (hasattr(part.config, "image_size") or find_rule(part).probe_inputs is not None):
+            return name
+    return None
+
+
 def _without_size(model: nn.Module) -> str:
     """Advice for a model without an image size in its config. Most such models contain a backbone that has one."""
-    parts = [name for name, part in model.named_modules() if name and hasattr(_config(part), "image_size")]
-    if parts:
-        part = f"model.{parts[0]}"
-        return (
-            f"it has no config with an `image_size`, but `{parts[0]}` in it has. Attach the adapter there: "
-            f"`{part} = get_peft_model({part}, BSRConfig())`; docs/guides/own_heads.md shows the rest."
-        )
+    if advice := _attach_inside(model):
+        return f"it has no config with an `image_size`. {advice}"
     return (
         "its config has no `image_size`, so no probe image can be created. Register a FamilyRule with `probe_inputs`, "
         "see docs/new_model.md."
     )
 
 
-def _config(module: nn.Module) -> PreTrainedConfig | None:
-    """The config of a transformers model; None for its parts, which may hold the same config."""
-    return module.config if isinstance(module, PreTrainedModel) else None
+def _attach_inside(model: nn.Module) -> str | None:
+    """The line that attaches to the vision model inside, or None if there is none."""
+    name = vision_part(model)
+    if name is None:
+        return None
+    part = f"model.{name}"
+    return (
+        f"Attach the adapter to the vision model inside: `{part} = get_peft_model({part}, BSRConfig())`; "
+        "docs/guides/own_heads.md shows the rest."
+    )
+
+
+def _takes_text(model: nn.Module) -> bool:
+    return "input_ids" in inspect.signature(model.forward).parameters
 
 
 @dataclass

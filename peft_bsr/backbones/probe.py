@@ -23,6 +23,9 @@ from peft_bsr.backbones.block_spec import (
 from peft_bsr.backbones.inputs import (
     RecordedCall,
     StockRun,
+    check_takes_images,
+    describe_failure,
+    grid_of_config,
     hidden_first,
     input_shapes,
     probe_inputs,
@@ -35,6 +38,7 @@ from peft_bsr.backbones.model_spec import ModelSpec
 from peft_bsr.backbones.permutation import check_permutation
 from peft_bsr.backbones.registry import Call, vision_config
 from peft_bsr.backbones.scoring import find_score_source
+from peft_bsr.backbones.special_tokens import count_special
 from peft_bsr.core import Route
 from peft_bsr.errors import UnsupportedModelError
 
@@ -106,6 +110,7 @@ def _probe(model: nn.Module) -> tuple[ModelSpec, StockRun]:
         raise UnsupportedModelError(
             "its weights are on the meta device. Load them first: the probe runs the model once."
         )
+    check_takes_images(model)
     found = _find_blocks(model)
     list_name, attention_name, blocks = found
     with quiet(model):
@@ -113,13 +118,14 @@ def _probe(model: nn.Module) -> tuple[ModelSpec, StockRun]:
         if not all(bool(t.isfinite().all()) for t in tensors_of(output) if t.is_floating_point()):
             raise UnsupportedModelError("its output for a random image is NaN or infinite. Check its weights.")
         _check_blocks(trace, blocks)
-        num_prefix, num_suffix = _count_special(embeddings)
+        num_prefix, num_suffix = count_special(embeddings)
         num_patches = embeddings.shape[1] - num_prefix - num_suffix
         route = Route(num_prefix, num_patches, num_suffix)
         (hidden, *args), kwargs, first_output = trace.calls[0]
         attention = blocks[0].get_submodule(attention_name)
         assert trace.attention_call is not None
-        grid = next((grid for grid in reversed(trace.grids) if torch.Size(grid).numel() == num_patches), None)
+        grids = [grid_of_config(model, image_shape), *trace.grids]
+        grid = next((grid for grid in reversed(grids) if grid and torch.Size(grid).numel() == num_patches), None)
         kinds = possible_kinds(model, attention, trace.attention_call, route, image_shape, grid)
         uses_positions, side_inputs = check_permutation(
             model, blocks[0], attention_name, hidden, (tuple(args), kwargs), route, kinds
@@ -201,7 +207,7 @@ def _run(model: nn.Module, blocks: _Blocks) -> tuple[tuple[int, ...], Tensor, ob
             raise
         except (ValueError, TypeError, RuntimeError, AttributeError, IndexError) as error:
             failure = error  # a fixed-size model rejects the small image; the last attempt is its native size
-    raise UnsupportedModelError(f"a forward pass on random inputs failed with {failure!r}")
+    raise UnsupportedModelError(describe_failure(model, failure))
 
 
 def _forward(model: nn.Module, blocks: _Blocks, image_shape: tuple[int, ...], start: int) -> tuple[object, _Trace]:
@@ -306,18 +312,6 @@ def _check_blocks(trace: _Trace, blocks: list[nn.Module]) -> None:
         raise UnsupportedModelError(
             f"its {len(blocks)} blocks called their attention {len(trace.attention_shapes)} times in one forward"
         )
-
-
-def _count_special(embeddings: Tensor) -> tuple[int, int]:
-    """Numbers of tokens at the front and at the end that are equal for both images."""
-    shared = (embeddings[0] == embeddings[1]).all(dim=-1).tolist()
-    if all(shared):
-        raise UnsupportedModelError("its first block gets the same tokens for two different images")
-    num_prefix, num_suffix = shared.index(False), shared[::-1].index(False)
-    if any(shared[num_prefix : len(shared) - num_suffix]):
-        special = [i for i, is_special in enumerate(shared) if is_special]
-        raise UnsupportedModelError(f"tokens that do not depend on the image are among the patches, at {special}")
-    return num_prefix, num_suffix
 
 
 def _read_out(

@@ -18,6 +18,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import BaseImageProcessor, PreTrainedModel
 
+from peft_bsr.backbones import BackboneForImageClassification
 from peft_bsr.cli.images import DATA_HELP, add_scoring, check_at_least, read_scored_data
 from peft_bsr.cli.measurements import reduces_in_use
 from peft_bsr.cli.output import Output
@@ -67,6 +68,8 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, object]:
     out.say(f"{type(plain).__name__}: {args.output}")
     if reduces:
         out.note("It runs on all tokens: token reduction is not part of the weights, so its outputs differ slightly.")
+    if isinstance(plain, BackboneForImageClassification):
+        out.note("Its classifier is of this package: read it by transformers after `import peft_bsr`.")
     figure, found = "accuracy", {}
     if images is not None:
         for name, source in (("adapter", args.model), ("merged", args.output)):

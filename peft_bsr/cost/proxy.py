@@ -70,6 +70,9 @@ def resolve_narrow(model: nn.Module, config: SavedConfig) -> Resolution:
     width, vision.hidden_size = vision.hidden_size, _HEAD_WIDTH * heads
     if hasattr(vision, "intermediate_size"):
         vision.intermediate_size = 2 * vision.hidden_size
+    for name, value in vars(narrow).items():  # heads that are told the blocks' width again (DepthAnything, UperNet)
+        if name.endswith(("hidden_size", "in_channels")) and value == width:
+            setattr(narrow, name, vision.hidden_size)
     with torch.random.fork_rng(devices=()):
         proxy = _make(model, narrow).eval()
     whole = copy.deepcopy(config)

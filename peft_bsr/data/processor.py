@@ -42,9 +42,9 @@ def load_processor(
         A transformers image processor. Saved with an adapter, it gives a pipeline the preprocessing of training.
 
     Raises:
-        DatasetError: If neither the model nor its model type has a processor.
+        DatasetError: If neither the model nor its model type has a processor, and `mean` and `std` are not given.
     """
-    processor, is_own = _find(source)
+    processor, is_own = _find(source, is_told=mean is not None and std is not None)
     if is_own and getattr(processor, "do_normalize", True) is False:  # the model does so by itself (RADIO)
         processor.image_mean, processor.image_std = [0.0, 0.0, 0.0], [1.0, 1.0, 1.0]
     for name in ("do_resize", "do_rescale", "do_normalize"):
@@ -89,8 +89,8 @@ def _numbers(values: Sequence[float]) -> str:
     return ", ".join(f"{value:.3g}" for value in values)
 
 
-def _find(source: str) -> tuple[BaseImageProcessor, bool]:
-    """The processor, and whether it is the model's own."""
+def _find(source: str, is_told: bool) -> tuple[BaseImageProcessor, bool]:
+    """The processor, and whether it is the model's own. `is_told`: mean and std are given, so any processor will do."""
     try:
         return AutoImageProcessor.from_pretrained(source, trust_remote_code=False), True
     except (OSError, ValueError, ImportError) as error:
@@ -103,12 +103,13 @@ def _find(source: str) -> tuple[BaseImageProcessor, bool]:
         raise DatasetError(f"`{source}` has no image processor and no configuration ({headline(error)}).") from error
     names = image_processor_names(kind) or image_processor_names(kind.removesuffix("_vision_model"))
     made = getattr(transformers, names["pil"], None) if names.get("pil") else None
-    if made is None:
+    if made is None and not is_told:
         raise DatasetError(
-            f"`{source}` has no image processor ({reason}), and transformers has none for models of type `{kind}`. "
-            "Put a preprocessor_config.json next to its weights."
+            f"`{source}` has no image processor, and transformers has none for models of type `{kind}` that runs "
+            "without torchvision. Give `--mean` and `--std`, or put a preprocessor_config.json next to its weights. "
+            f"What was found: {reason}"
         )
-    return made(), False
+    return (made or ViTImageProcessorPil)(), False
 
 
 def _by_settings(source: str) -> BaseImageProcessor | None:

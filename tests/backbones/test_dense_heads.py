@@ -9,23 +9,33 @@ from torch import nn
 from transformers import (
     BeitConfig,
     BeitForSemanticSegmentation,
+    CLIPConfig,
+    CLIPModel,
     DepthAnythingConfig,
     DepthAnythingForDepthEstimation,
     Dinov2Config,
     DPTConfig,
     DPTForDepthEstimation,
+    Siglip2Config,
+    Siglip2Model,
+    SiglipConfig,
+    SiglipModel,
     UperNetConfig,
     UperNetForSemanticSegmentation,
     ViTConfig,
     ViTModel,
+    VitPoseBackboneConfig,
+    VitPoseConfig,
+    VitPoseForPoseEstimation,
 )
 
 import peft_bsr
 from peft_bsr import BSRConfig, UnsupportedModelError, probe_model, verify_trainability
 from peft_bsr.cost import estimate
-from tests.conftest import SIZES
+from tests.conftest import SIZES, TEXT
 
 FUSION = {"patch_size": 8, "neck_hidden_sizes": [8] * 4, "fusion_hidden_size": 8}
+POSE = {name: size for name, size in SIZES.items() if name not in ("image_size", "patch_size", "intermediate_size")}
 
 
 def dinov2(depth: int = 4, **more) -> Dinov2Config:
@@ -53,6 +63,14 @@ HEADS = {
     ),
     "upernet_dinov2": lambda: upernet(dinov2()),
     "upernet_beit": lambda: upernet(BeitConfig(**SIZES, out_features=[f"stage{i}" for i in (1, 2, 3, 4)])),
+    "vitpose": lambda: VitPoseForPoseEstimation(
+        VitPoseConfig(
+            backbone_config=VitPoseBackboneConfig(
+                **{**POSE, "num_hidden_layers": 3}, mlp_ratio=2, out_indices=[3], image_size=[32, 24], patch_size=[8, 8]
+            ),
+            num_labels=5,
+        )
+    ),
     "beit": lambda: BeitForSemanticSegmentation(BeitConfig(**SIZES, out_indices=[1, 2, 3, 4], num_labels=3)),
 }
 
@@ -83,6 +101,20 @@ def test_costs_of_a_dense_head_are_estimated():
     assert estimate(HEADS["upernet_dinov2"](), BSRConfig(trainable_blocks=[2]), batch_size=2).total_bytes > 0
 
 
+@pytest.mark.parametrize("name", ["depth_anything", "upernet"])
+def test_costs_of_a_head_that_names_the_width_again_are_estimated(name):
+    """The narrow copy has 8 channels a head; what the config names beside the backbone's width has to follow."""
+    backbone = dinov2(reshape_hidden_states=name == "upernet")
+    backbone.hidden_size = 48
+    if name == "upernet":
+        sizes = {"hidden_size": 16, "auxiliary_in_channels": 48, "auxiliary_channels": 16}
+        model = UperNetForSemanticSegmentation(UperNetConfig(backbone_config=backbone, **sizes))
+    else:
+        sizes = {"reassemble_hidden_size": 48, "head_hidden_size": 8, **FUSION}
+        model = DepthAnythingForDepthEstimation(DepthAnythingConfig(backbone_config=backbone, **sizes))
+    assert estimate(model, BSRConfig(trainable_blocks=[2]), batch_size=2).total_bytes > 0
+
+
 class Own(nn.Module):
     """A head of one's own."""
 
@@ -107,7 +139,42 @@ def test_a_module_of_ones_own_is_told_where_to_attach(images):
     assert any("layers.3" in name for name in trained) and "head.weight" in trained
 
 
-def test_an_outer_size_does_not_count():
-    model = HEADS["dpt"]()
-    model.config.image_size, model.config.num_hidden_layers = 999, 99
-    assert probe_model(model).depth == 24
+@pytest.mark.parametrize("name", [name for name in HEADS if name != "beit"])
+def test_outer_sizes_do_not_count(name):
+    model = HEADS[name]()
+    inner = model.config.backbone_config
+    for outer in ("image_size", "num_hidden_layers", "num_attention_heads", "num_channels"):
+        setattr(model.config, outer, 999)
+    spec = probe_model(model)
+    assert (spec.depth, spec.num_heads) == (inner.num_hidden_layers, inner.num_attention_heads)
+    assert spec.image_shape == (3, 32, 24 if name == "vitpose" else 32)
+
+
+TWO = {"vision_config": SIZES, "text_config": {**TEXT, "num_hidden_layers": 4, "vocab_size": 50}}  # of equal depth
+TWO_ENCODERS = {
+    "clip": lambda: CLIPModel(CLIPConfig(**TWO)),
+    "siglip": lambda: SiglipModel(SiglipConfig(**TWO)),
+}
+
+
+def test_two_encoders_whose_images_have_any_shape_are_told_too():
+    vision = {name: size for name, size in SIZES.items() if name != "image_size"} | {"num_patches": 16}
+    with pytest.raises(UnsupportedModelError, match=r"`model\.vision_model = get_peft_model"):
+        get_peft_model(Siglip2Model(Siglip2Config(**{**TWO, "vision_config": vision})), BSRConfig())
+
+
+@pytest.mark.parametrize("name", TWO_ENCODERS)
+def test_two_encoders_are_told_where_to_attach(name, images):
+    model = TWO_ENCODERS[name]()
+    with pytest.raises(
+        UnsupportedModelError, match=f"{type(model).__name__} is not supported: it takes text"
+    ) as caught:
+        get_peft_model(model, BSRConfig())
+    line = "model.vision_model = get_peft_model(model.vision_model, BSRConfig())"
+    assert f"`{line}`" in str(caught.value)
+    exec(line, {"model": model, "get_peft_model": get_peft_model, "BSRConfig": BSRConfig})
+    assert model.vision_model.base_model.spec.depth == 4
+    model(input_ids=torch.arange(12).view(2, 6), pixel_values=images, return_loss=True).loss.backward()
+    trained = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert any("vision_model" in name and "layers.3" in name for name in trained)
+    assert any("text_model" in name for name in trained), "the text encoder trains as before"

@@ -20,7 +20,7 @@ from peft_bsr import BSRConfig, ConfigError, FeatureCache, SynQTConfig, Unsuppor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "contract"))
 
-from families import SUPPORTED, VIT, run_batch
+from families import SUPPORTED, TEXT, VIT, run_batch
 
 from peft_bsr.backbones.pooling import FAMILY_POOLS
 
@@ -140,6 +140,11 @@ def test_each_family_reads_what_it_was_made_for(family):
     torch.testing.assert_close(loss, expected)
 
 
+def test_patches_that_no_convolution_makes_have_a_grid():
+    spec = peft_bsr.probe_model(SUPPORTED["radio"]())
+    assert (spec.grid, spec.patch_size) == ((4, 4), (8, 8))
+
+
 def test_the_guide_gives_each_familys_reason():
     text = (Path(__file__).parents[2] / "docs/guides/with_head.md").read_text()
     rows = {tuple(cell.strip() for cell in line.split("|")[2:4]) for line in text.splitlines() if line.startswith("|")}
@@ -257,9 +262,31 @@ def test_what_cannot_be_is_refused():
         with_head(swin, 3)
 
 
+OTHERS = {  # models that are not one vision model, and what is said of them
+    "CLIPModel takes `input_ids`. Give the vision model inside: `with_head(model.vision_model, ...)`.": lambda: (
+        transformers.CLIPModel(transformers.CLIPConfig(vision_config=VIT, text_config=TEXT))
+    ),
+    "BertModel takes `input_ids` instead of images.": lambda: transformers.BertModel(
+        transformers.BertConfig(vocab_size=50, **TEXT)
+    ),
+    "VideoMAEModel takes `pixel_values` of shape (16, 3, 32, 32) instead of images.": lambda: (
+        transformers.VideoMAEModel(transformers.VideoMAEConfig(**VIT))
+    ),
+    "ResNetModel: its config has no `image_size`": lambda: transformers.ResNetModel(
+        transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1])
+    ),
+}
+
+
+@pytest.mark.parametrize("message", OTHERS)
+def test_what_is_no_vision_model_is_named(message):
+    with pytest.raises(UnsupportedModelError) as caught:
+        with_head(OTHERS[message](), 3)
+    assert message in str(caught.value)
+
+
 def test_a_larger_models_folder_is_refused(tmp_path):
-    text = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    config = transformers.BlipConfig(vision_config=VIT, text_config=text)
+    config = transformers.BlipConfig(vision_config=VIT, text_config=TEXT)
     with torch.device("cpu"):
         transformers.BlipModel(config).save_pretrained(tmp_path)
     kind = type(with_head(SUPPORTED["blip"](), 1))

@@ -13,6 +13,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from peft_bsr import with_head
+
 WIDTH = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64}
 IMAGE = {"image_size": 32, "patch_size": 8}
 VIT = {**WIDTH, **IMAGE}
@@ -32,6 +34,17 @@ def _model(name: str, config_name: str, **settings: Any) -> Callable[..., nn.Mod
                 if any(word in parameter_name for word in _RANDOMIZED):
                     nn.init.normal_(parameter, 1.0 if "lambda" in parameter_name else 0.0, 0.3)
         return model.eval()
+
+    return make
+
+
+def _headed(family: str) -> Callable[..., nn.Module]:
+    """The family's model with the classifier that `with_head` puts on it."""
+
+    def make(seed: int = 0, **extra: Any) -> nn.Module:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return with_head(SUPPORTED[family](seed, **extra), num_labels=3)
 
     return make
 
@@ -99,6 +112,7 @@ SUPPORTED: dict[str, Callable[..., nn.Module]] = {
     "dinov3_gated": _model(
         "DINOv3ViTModel", "DINOv3ViTConfig", **VIT, num_register_tokens=2, use_gated_mlp=True, hidden_act="silu"
     ),
+    "dinov3_headed": _headed("dinov3"),
     "beit": _model("BeitForImageClassification", "BeitConfig", **VIT, use_relative_position_bias=True, num_labels=3),
     "beit_shared_bias": _model(
         "BeitForImageClassification", "BeitConfig", **VIT, use_shared_relative_position_bias=True, num_labels=3
@@ -141,6 +155,7 @@ SUPPORTED: dict[str, Callable[..., nn.Module]] = {
     ),
     "siglip2_pooling": _model("Siglip2VisionModel", "Siglip2VisionConfig", **WIDTH, patch_size=8, num_patches=16),
     "aimv2": _model("Aimv2VisionModel", "Aimv2VisionConfig", **VIT),
+    "aimv2_headed": _headed("aimv2"),
     "pixio": _model("PixioModel", "PixioConfig", **VIT, n_cls_tokens=3),
     "internvl": _model("InternVLVisionModel", "InternVLVisionConfig", **WIDTH, image_size=[32, 32], patch_size=[8, 8]),
     "internvl_qk_norm": _model(
@@ -153,6 +168,7 @@ SUPPORTED: dict[str, Callable[..., nn.Module]] = {
         norm_type="rms_norm",
     ),
     "radio": _model("RadioModel", "RadioConfig", **VIT),
+    "radio_headed": _headed("radio"),
     "blip": _model("BlipVisionModel", "BlipVisionConfig", **VIT, initializer_range=0.02),
     "vjepa2": _model(
         "VJEPA2ForVideoClassification",

@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import pytest
-from transformers import BitImageProcessorPil, CLIPVisionConfig, Dinov2Config, ViTConfig, ViTImageProcessorPil
+from transformers import (
+    BitImageProcessorPil,
+    CLIPVisionConfig,
+    Dinov2Config,
+    DINOv3ViTConfig,
+    ViTConfig,
+    ViTImageProcessorPil,
+)
 
 from peft_bsr import DatasetError, ProcessorWarning
 from peft_bsr.data import load_processor, size_of
@@ -46,6 +53,15 @@ def test_types_of_towers(tmp_path):
     CLIPVisionConfig(image_size=96).save_pretrained(tmp_path)
     with pytest.warns(ProcessorWarning, match=r"CLIPImageProcessor.*mean 0.481, 0.458"):
         assert size_of(load_processor(str(tmp_path))) == (96, 96)
+
+
+def test_a_type_without_a_processor_is_told_mean_and_std(tmp_path):
+    DINOv3ViTConfig(image_size=96).save_pretrained(tmp_path)  # transformers' own needs torchvision
+    with pytest.raises(DatasetError, match=r"none for models of type `dinov3_vit` .* Give `--mean` and `--std`, or"):
+        load_processor(str(tmp_path), mean=[0.1, 0.2, 0.3])
+    processor = load_processor(str(tmp_path), mean=[0.1, 0.2, 0.3], std=[1, 1, 1])
+    assert size_of(processor) == (96, 96)
+    assert (processor.image_mean, processor.image_std) == ([0.1, 0.2, 0.3], [1.0, 1.0, 1.0])
 
 
 def test_what_cannot_be(tmp_path):

@@ -21,7 +21,7 @@ from peft_bsr.backbones.inputs import (
     tensors_of,
     tolerance,
 )
-from peft_bsr.backbones.model_spec import BlockSpec, ModelSpec, ScoreSource
+from peft_bsr.backbones.model_spec import BlockSpec, ModelSpec, ScoreSource, StageBlock
 from peft_bsr.backbones.permutation import excess, no_zero_tables
 from peft_bsr.backbones.pooling import takes_head
 from peft_bsr.backbones.probe import probe, probe_model
@@ -38,6 +38,7 @@ from peft_bsr.backbones.scoring import (
     run_scored,
 )
 from peft_bsr.backbones.side_inputs import SideInputHooks, input_names
+from peft_bsr.backbones.stages import frozen_parameters
 from peft_bsr.deprecation import renamed
 
 __getattr__ = renamed(__name__, {"Column": "ModelSpec", "probe_column": "probe_model"}, globals())
@@ -54,6 +55,7 @@ __all__ = [
     "ScoringConfig",
     "SdpaObserver",
     "SideInputHooks",
+    "StageBlock",
     "StockRun",
     "apply_part",
     "attend",
@@ -63,6 +65,7 @@ __all__ = [
     "explicit_attention",
     "find_rule",
     "first_rows",
+    "frozen_parameters",
     "hidden_first",
     "in_mode",
     "inner_config",

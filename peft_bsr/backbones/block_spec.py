@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from torch import Tensor, nn
 
@@ -21,19 +21,19 @@ def attention_names(block: nn.Module) -> list[str]:
     return [name for name in found if name]
 
 
-def parameter_owners(module: nn.Module, prefix: str = "", avoid: str = "") -> Iterator[str]:
+def parameter_owners(module: nn.Module, prefix: str = "", avoid: Collection[str] = ()) -> Iterator[str]:
     """Names of the outermost modules inside `module` that hold parameters of their own.
 
     Args:
         module: The module to search. Its own parameters do not count.
         prefix: Prefix for the names.
-        avoid: Name of a module to leave out. A module that contains it is searched, not named.
+        avoid: Names of modules to leave out. A module that contains one is searched, not named.
     """
     for child_name, child in module.named_children():
         name = f"{prefix}{child_name}"
-        if avoid and name == avoid:
+        if name in avoid:
             continue
-        contains_avoided = bool(avoid) and avoid.startswith(f"{name}.")
+        contains_avoided = any(other.startswith(f"{name}.") for other in avoid)
         if next(child.parameters(recurse=False), None) is not None and not contains_avoided:
             yield name
         else:

@@ -72,8 +72,25 @@ def quiet(model: nn.Module) -> Iterator[None]:
         torch.random.fork_rng(devices),
         torch.no_grad(),
         torch.compiler.set_stance("force_eager"),  # a compiled block does not call hooks that are added later
+        _same_numbers(model),
     ):
         yield
+
+
+@contextmanager
+def _same_numbers(model: nn.Module) -> Iterator[None]:
+    """Give every module the numbers back that it set in a forward: Swin makes its windows smaller, for good."""
+    before = [(vars(module), _numbers_of(module)) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for attributes, numbers in before:
+            attributes.update(numbers)
+
+
+def _numbers_of(module: nn.Module) -> dict[str, Any]:
+    own = vars(module).items()
+    return {name: value for name, value in own if isinstance(value, int) and not isinstance(value, bool)}
 
 
 def probe_inputs(model: nn.Module, batch_size: int, shape: tuple[int, ...] | None = None) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from peft_bsr.core import SideInput
 from peft_bsr.errors import UnsupportedModelError
@@ -31,6 +31,41 @@ class BlockSpec:
     """Names of the positional arguments of the block's forward after the hidden states."""
     attention_inputs: tuple[str, ...] | None = None
     """Those that the block passes to its attention by the same names. None = all."""
+
+
+@dataclass(frozen=True)
+class StageBlock:
+    """One block of a model without token reduction. Its own forward runs; only modules in it are replaced.
+
+    Attributes:
+        stage: Number of its stage, from 1, as transformers counts them: a new one starts with a new list of blocks, or
+            with another number of channels.
+        width: Channels of what it gives, D.
+        attention: Name of the module with the query, key and value projections, or `""` without one.
+        norm: Name of the child whose output the MLP reads and nothing else does, or `""` without one.
+        mlp: Names of the children that run as MLP, in order. Empty if there are none.
+        param_modules: See `ModelSpec`.
+        canonical_names: See `ModelSpec`.
+        shapes: Shapes of its parameters. Blocks that agree in all fields but `stage` compute alike.
+        num_outputs: Length of the tuple that it returns; 0 if it returns a tensor.
+        before: Names of the modules with parameters that run between the block before and this one.
+    """
+
+    stage: int
+    width: int
+    attention: str
+    norm: str
+    mlp: tuple[str, ...]
+    param_modules: tuple[str, ...]
+    canonical_names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...] = ()
+    num_outputs: int = 0
+    before: tuple[str, ...] = ()
+
+    @property
+    def block_spec(self) -> BlockSpec:
+        """The MLP half as part of a pre-norm block; its residual and what follows the MLP are the block's own."""
+        return BlockSpec("", self.attention.split(".")[0], (), self.norm, self.mlp, ())
 
 
 @dataclass(frozen=True)
@@ -66,6 +101,10 @@ class ModelSpec:
             (`"weights"`). None = no scores.
         num_heads: Number of attention heads, H; 0 if unknown.
         scaling: Scale of the products of queries and keys; 0 if unknown.
+        no_reduction: Why no token can be dropped or merged. None = tokens can be reduced. Otherwise the fields about
+            tokens and the attention say nothing: there are no special tokens, `num_patches` counts places of the first
+            block's input, and `width` is the last block's.
+        stage_blocks: The parts of every block, if there is no token reduction; otherwise empty.
     """
 
     blocks: tuple[str, ...]
@@ -92,6 +131,8 @@ class ModelSpec:
     scores_from: ScoreSource | None
     num_heads: int
     scaling: float
+    no_reduction: str | None = None
+    stage_blocks: tuple[StageBlock, ...] = ()
 
     @property
     def depth(self) -> int:
@@ -102,6 +143,24 @@ class ModelSpec:
     def paths(self) -> dict[str, str]:
         """Canonical name -> name relative to the block, of each module with parameters."""
         return dict(zip(self.canonical_names, self.param_modules, strict=True))
+
+    def paths_of(self, index: int) -> dict[str, str]:
+        """`paths` of block `index`: blocks of a model without token reduction differ."""
+        if not self.stage_blocks:
+            return self.paths
+        block = self.stage_blocks[index]
+        return dict(zip(block.canonical_names, block.param_modules, strict=True))
+
+    def as_output(self, index: int, tokens: Any) -> Any:
+        """What block `index` would return if it gave these tokens: alone, or as the first of as many values."""
+        if self.stage_blocks:
+            length = self.stage_blocks[index].num_outputs
+            return (tokens, *[None] * (length - 1)) if length else tokens
+        return (tokens,) if self.returns_tuple else tokens
+
+    def stage(self, number: int) -> list[int]:
+        """Indices of the blocks of a stage, from 1; empty if there is none of that number."""
+        return [index for index, block in enumerate(self.stage_blocks) if block.stage == number]
 
     @property
     def num_special(self) -> int:

@@ -119,6 +119,11 @@ def _siglip2_inputs(config: PreTrainedConfig, batch_size: int, generator: torch.
     }
 
 
+def _segformer_inputs(config: Any, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Images of 128 px: the config names no size, because any will do."""
+    return {"pixel_values": torch.randn(batch_size, config.num_channels, 128, 128, generator=generator)}
+
+
 class _PerImageTable:
     """A table [B, alive, d] for an attention that takes [N, d] and adds the batch axis itself."""
 
@@ -173,6 +178,7 @@ def _beit_attention_arguments(block: Any, hidden_states: Tensor, arguments: Argu
 
 
 register_family("siglip2_vision_model", FamilyRule(probe_inputs=_siglip2_inputs))
+register_family("segformer", FamilyRule(probe_inputs=_segformer_inputs))
 register_family("mlcd_vision_model", FamilyRule(gather_side_inputs=_gather_mlcd))
 register_family("vjepa2", FamilyRule(gather_side_inputs=_gather_vjepa2))
 register_family("timm_wrapper", FamilyRule(probe_inputs=_timm_inputs, gather_side_inputs=_gather_timm))

@@ -36,7 +36,7 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, object]:
         changes = getattr(adapter, "base_config", None) or {}
         size = native_size(with_settings(read_model_config(source), changes))
         model = make_model(source, len(labels) if labels else None, image_size=size).eval()
-        spec = probe_model(model)
+        spec = probe_model(model, needs_tokens=False)
         parameters = sum(p.numel() for p in model.parameters())
         facts = _describe(model, spec, parameters)
         result: dict[str, Any] = {"model": source, **facts}
@@ -62,6 +62,17 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, object]:
 def _describe(model: PreTrainedModel, spec: ModelSpec, parameters: int) -> dict[str, object]:
     reads = [f"special token {i}" for i in spec.reads_prefix]
     reads += ["patches"] * spec.reads_patches + ["detection tokens"] * spec.reads_suffix
+    if spec.no_reduction is not None:
+        return {
+            "class": type(model).__name__,
+            "family": model.config.model_type,
+            "parameters": f"{parameters / 1e6:.2f} M",
+            "blocks": spec.depth,
+            "stages": ", ".join(str(len(spec.stage(i + 1))) for i in range(spec.stage_blocks[-1].stage)),
+            "width": spec.width,
+            "input": " x ".join(str(side) for side in spec.image_shape),
+            "token reduction": f"none: {spec.no_reduction}",
+        }
     scores = {None: "none"} | dict.fromkeys(("interface", "sdpa"), "queries and keys of the attention")
     return {
         "class": type(model).__name__,

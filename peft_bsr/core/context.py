@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -41,6 +41,7 @@ class BlockCall:
         origins: Origins after the block's reduction, [B, A]. None without a reduction.
         merged: `Route.merged` after the reduction, [B, M]. None if nothing is merged.
         split_after: The tokens with and without gradients after the block.
+        stand_ins: Module of the block -> what its forward calls instead; see `peft_bsr.engine.staged`.
     """
 
     __slots__ = (
@@ -57,6 +58,7 @@ class BlockCall:
         "split",
         "split_after",
         "splits",
+        "stand_ins",
         "token_scores",
     )
 
@@ -80,6 +82,7 @@ class BlockCall:
         self.token_scores: Tensor | None = None
         self.origins: Tensor | None = None
         self.merged: Tensor | None = None
+        self.stand_ins: Mapping[Any, Callable[..., Any]] = {}
 
     def note(self, left: Sequence[Tensor]) -> None:
         """Set the results of the block's reduction: `origins`, and `merged` if it merges."""

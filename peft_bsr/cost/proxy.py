@@ -62,10 +62,10 @@ def resolve_narrow(model: nn.Module, config: SavedConfig) -> Resolution:
     narrow = _config_of(model)
     vision = inner_config(narrow)
     heads = getattr(vision, "num_attention_heads", None)
-    if heads is None or not hasattr(vision, "hidden_size"):
+    if not isinstance(heads, int) or not isinstance(getattr(vision, "hidden_size", None), int):
         raise UnsupportedModelError(
-            f"{type(model).__name__}'s config names no `hidden_size` and `num_attention_heads`, from which a narrow "
-            "proxy could be made. Attach the adapter to the model itself and measure it."
+            f"{type(model).__name__}'s config names no `hidden_size` and `num_attention_heads` of all blocks, from "
+            "which a narrow proxy could be made. Attach the adapter to the model itself and measure it."
         )
     width, vision.hidden_size = vision.hidden_size, _HEAD_WIDTH * heads
     if hasattr(vision, "intermediate_size"):

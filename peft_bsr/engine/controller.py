@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from peft_bsr.backbones import AttentionScorer, FamilyRule, ModelSpec, SideInputHooks, hidden_first
 from peft_bsr.core import BLOCKS, BlockCall, ForwardContext, Route, TaskCall
-from peft_bsr.engine.bound import BlockOutput, BoundBlock
-from peft_bsr.engine.compiled import CompiledBlock, Compiler, halves_obstacle
-from peft_bsr.engine.gradient_cut import cut_gradient
+from peft_bsr.engine.binding import Bound, bind
+from peft_bsr.engine.bound import BlockOutput
+from peft_bsr.engine.compiled import Compiler, halves_obstacle
+from peft_bsr.engine.gradient_cut import cut_gradient, inputs_of_stage
 from peft_bsr.engine.plan import BlockPlan, Lean, Plan
 from peft_bsr.engine.resume import stop_or_resume
 from peft_bsr.engine.traced import TracedBlock
@@ -67,7 +68,7 @@ class BlockController(nn.Module):
         self.aside: dict[str, str] = {}
         self.roots: list[nn.Module] = []
         self.compiler: Compiler | None = None
-        self._bound: BoundBlock | None = None
+        self._bound: Bound | None = None
 
     @property
     def plan(self) -> Plan | None:
@@ -138,18 +139,13 @@ class BlockController(nn.Module):
         starts_later = resume_point is not None and resume_point.starts and self.index < resume_point.index
         return hidden_states if starts_later else None
 
-    def bound(self, block: nn.Module) -> BoundBlock:
+    def bound(self, block: nn.Module) -> Bound:
         """The block's halves, looked up again if anything in the block has changed."""
         bound = self._bound
         if torch.compiler.is_compiling():
             return TracedBlock(block, self.spec, self.side_input_hooks)
         if bound is None or bound.block is not block or not bound.watch.is_current():
-            own, compiler = (self, self.scorer), self.compiler
-            if compiler is not None and self.halves_obstacle() is None:
-                bound = CompiledBlock(block, self.spec, self.side_input_hooks, own, compiler)
-            else:
-                bound = BoundBlock(block, self.spec, self.side_input_hooks, own, self.step_aside)
-            self._bound = bound
+            bound = self._bound = bind(block, self)
         return bound
 
     def halves_obstacle(self) -> str | None:
@@ -165,8 +161,7 @@ class BlockController(nn.Module):
         """Record that a part of the plan is not active, so that more is kept for backward. Warns once.
 
         Args:
-            part: `"attention"` or `"mlp"`, a half that runs as the original; `"class token only"`; `"int8"`; or
-                `"gradient tokens"`.
+            part: A half that runs as the original; `"class token only"`; `"int8"`; or `"gradient tokens"`.
             reason: The reason.
         """
         self.aside[part] = reason
@@ -191,13 +186,15 @@ class BlockController(nn.Module):
     def open_forward(self, model: nn.Module, args: tuple[object, ...]) -> None:
         """Forward pre-hook of the last block's controller, on the model and on the modules that call its blocks."""
         now = self.context.now
-        if now.open(model):
+        if now.open(model) and not torch.compiler.is_compiling():  # `traced_reader` looks for hooks then
             outside = now.outside
-            if torch.compiler.is_compiling():  # `traced_reader` looks for hooks then
-                return
             if outside is None or outside.root is not model or not outside.is_current():
                 around = around_blocks(model, self.spec)
                 now.outside = Watch(around, (self,)) if around else None
+
+    def enter_stage(self, stage: nn.Module, args: tuple[object, ...]) -> tuple[object, ...] | None:
+        """Forward pre-hook of the last block's controller, on modules that call some of the blocks."""
+        return None if self.plan is None else inputs_of_stage(stage, args, self.roots[0], self.spec, self.plan)
 
     def close_forward(self, model: nn.Module, args: tuple[object, ...], output: object) -> None:
         """Forward hook of the same modules, called after an exception, too."""
@@ -228,7 +225,7 @@ class BlockController(nn.Module):
         given = self.instead(block, hidden_states, tuple(others), kwargs)
         if given is not None:
             self._leave(None)
-            return (given,) if self.spec.returns_tuple else given
+            return self.spec.as_output(self.index, given)
         own = plan.blocks[index]
         if now.resume_point is not None and index == now.resume_point.index:
             hidden_states = stop_or_resume(now, hidden_states)

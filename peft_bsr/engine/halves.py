@@ -93,7 +93,7 @@ class LeanMLP:
         block_spec = spec.block_spec
         assert block_spec is not None, "only blocks with known parts are split into halves"
         parts = _known(find_mlp(block, block_spec))
-        kind, eps, self.norm = _known(norm_source(getattr(block, block_spec.norm2)))
+        kind, eps, self.norm = _known(norm_source(getattr(block, block_spec.norm2) if block_spec.norm2 else None))
         self.linears = [_known(linear_source(module)) for module in (*parts.first, parts.last)]
         activation = parts.operator
         if activation is None:
@@ -110,11 +110,15 @@ class LeanMLP:
 
     def __call__(self, tokens: Tensor, lean: Lean) -> Tensor:
         """[B, N, D] -> tokens after the half, residual included."""
+        return tokens + self.expanded(tokens, lean)
+
+    def expanded(self, tokens: Tensor, lean: Lean) -> Tensor:
+        """[B, N, D] -> change [B, N, D]."""
         tensors = _read(self.norm, self.linears)
         rate = self.hidden_dropout[0].p if self.hidden_dropout and self.hidden_dropout[0].training else 0.0
         # for the few tokens that a head reads, the first product is recomputed at both levels
         expanded = self.op(tokens, tensors, lean.save_products and lean.num_queries is None, rate)
-        return tokens + _run_after(self.after, expanded)
+        return _run_after(self.after, expanded)
 
 
 class LeanAttention:

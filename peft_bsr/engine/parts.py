@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from peft_bsr.backbones import BlockSpec
 from peft_bsr.compat.torch_api import PARAMETERS
-from peft_bsr.ops import Activation, FrozenLinear, Gate, NormOp, norm_kind
+from peft_bsr.ops import Activation, FrozenLinear, Gate, NoNormOp, NormOp, norm_kind
 
 NormSource = tuple[type[NormOp], float, dict[str, Tensor | None]]  # operator, epsilon and parameters by name
 
@@ -48,8 +48,10 @@ def linear_source(module: nn.Module | None) -> LinearSource | str:
     return LinearSource(leaf, tensors, {} if update is None else own_tensors(update), scaling, leaf.out_features)
 
 
-def norm_source(module: nn.Module) -> NormSource | str:
-    """The source of the norm that `module` is or holds, or why there is none."""
+def norm_source(module: nn.Module | None) -> NormSource | str:
+    """The source of the norm that `module` is or holds, or why there is none. None = no norm."""
+    if module is None:
+        return NoNormOp, 0.0, {"weight": None}
     leaf, update = running_module(module)
     kind = norm_kind(leaf) if update is None else None
     if kind is None or leaf is None:
@@ -161,6 +163,8 @@ def attention_dropouts(attention: nn.Module, outer: nn.Module) -> tuple[list[Cal
 def _param_modules(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Leaf modules with their names; a tuner layer counts as a leaf."""
     children = list(module.named_children())
+    if isinstance(module, nn.ModuleList) and not children:
+        return
     if not children or hasattr(module, "active_module"):
         yield name, module
     else:

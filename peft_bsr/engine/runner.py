@@ -160,22 +160,38 @@ class ControlledBlock(nn.Module):
         getattr(self, CONTROLLER).step_aside("gradient tokens", "torch.compile traces the block")
 
     def __reduce_ex__(self, protocol: object) -> tuple[object, ...]:
-        return _new_controlled_block, (self.uncontrolled_class,), self.__dict__
+        return _new_controlled_block, (self.uncontrolled_class, isinstance(self, StandInBlock)), self.__dict__
+
+
+class StandInBlock(ControlledBlock):
+    """A block whose own forward finds other callables in the place of its modules; see `peft_bsr.engine.staged`."""
+
+    def __getattr__(self, name: str) -> Any:
+        """The child of that name, or what stands in for it in the call that runs in this thread."""
+        found = super().__getattr__(name)
+        controller: Any = self._modules[CONTROLLER]
+        running = controller.context.now.running
+        return found if running is None or not running.stand_ins else running.stand_ins.get(found, found)
 
 
 @functools.cache
-def controlled_class(block_class: type) -> type[ControlledBlock]:
-    """The subclass of `block_class` that takes a route, with the same name; made once."""
+def controlled_class(block_class: type, stands_in: bool = False) -> type[ControlledBlock]:
+    """The subclass of `block_class` that takes a route, with the same name; made once.
+
+    Args:
+        block_class: The block's own class.
+        stands_in: Whether it is a `StandInBlock`.
+    """
     namespace = {
         "uncontrolled_class": block_class,
         "__module__": block_class.__module__,
         "__doc__": block_class.__doc__,
     }
-    return type(block_class.__name__, (ControlledBlock, block_class), namespace)
+    return type(block_class.__name__, (StandInBlock if stands_in else ControlledBlock, block_class), namespace)
 
 
-def _new_controlled_block(block_class: type) -> nn.Module:
-    cls = controlled_class(block_class)
+def _new_controlled_block(block_class: type, stands_in: bool = False) -> nn.Module:
+    cls = controlled_class(block_class, stands_in)
     return cls.__new__(cls)
 
 
@@ -185,9 +201,10 @@ def attach_controller(model: nn.Module, controller: BlockController) -> None:
     block = model.get_submodule(spec.blocks[controller.index])
     setattr(block, CONTROLLER, controller)
     block_class: type = type(block)
-    block.__class__ = controlled_class(block_class)
+    block.__class__ = controlled_class(block_class, bool(spec.stage_blocks))
     attention: Any = block.get_submodule(spec.attention)
-    controller.side_input_hooks.attach(block, spec.attention)
+    if not spec.stage_blocks:
+        controller.side_input_hooks.attach(block, spec.attention)
     if spec.scores_from == "interface":
         attention.config = ScoringConfig(attention.config, controller.scorer)
     elif spec.scores_from == "weights":
@@ -195,6 +212,8 @@ def attach_controller(model: nn.Module, controller: BlockController) -> None:
     for module in _openers(model, controller):
         module.register_forward_pre_hook(controller.open_forward, prepend=True)
         module.register_forward_hook(controller.close_forward, always_call=True)
+    for stage in _stages(model, controller):
+        stage.register_forward_pre_hook(controller.enter_stage)
     controller.roots = [model]
     controller.attached(model)
 
@@ -205,12 +224,13 @@ def detach_controller(model: nn.Module, controller: BlockController) -> None:
     spec = controller.spec
     block: Any = model.get_submodule(spec.blocks[controller.index])
     attention: Any = block.get_submodule(spec.attention)
-    controller.side_input_hooks.detach(block, spec.attention)
+    if not spec.stage_blocks:
+        controller.side_input_hooks.detach(block, spec.attention)
     if spec.scores_from == "interface":
         attention.config = attention.config.config
     elif spec.scores_from == "weights":
         remove_hooks(attention, controller.scorer)
-    for module in _openers(model, controller):
+    for module in (*_openers(model, controller), *_stages(model, controller)):
         remove_hooks(module, controller)
     block.__class__ = block.uncontrolled_class
     delattr(block, CONTROLLER)
@@ -221,8 +241,25 @@ def _openers(model: nn.Module, controller: BlockController) -> list[nn.Module]:
     spec = controller.spec
     if controller.index != spec.depth - 1:
         return []
-    caller = model.get_submodule(".".join(spec.blocks[0].split(".")[:-2]))
+    caller = model.get_submodule(_caller(spec.blocks))
     return [model] if caller is model else [model, caller]
+
+
+def _stages(model: nn.Module, controller: BlockController) -> list[nn.Module]:
+    """Modules between the one that calls all blocks and the blocks, for the last controller; else none."""
+    spec = controller.spec
+    if controller.index != spec.depth - 1 or not spec.stage_blocks:
+        return []
+    callers = dict.fromkeys(".".join(name.split(".")[:-2]) for name in spec.blocks)
+    modules = [model.get_submodule(name) for name in callers if name != _caller(spec.blocks)]
+    return [module for module in modules if not isinstance(module, nn.ModuleList)]
+
+
+def _caller(blocks: tuple[str, ...]) -> str:
+    """Name of the module that calls all blocks: what holds the lists that they are in."""
+    first, last = blocks[0].split("."), blocks[-1].split(".")
+    shared = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first) - 1)
+    return ".".join(first[: max(0, shared - 1)])
 
 
 def _fewest_values(spec: ModelSpec, call: BlockCall, hidden_states: Tensor) -> float:

@@ -7,7 +7,7 @@ from peft_bsr.ops.int8 import PackedTensor, group_size
 from peft_bsr.ops.linear import LinearOp
 from peft_bsr.ops.merge import merge_tokens
 from peft_bsr.ops.mlp import MLPOp
-from peft_bsr.ops.norm import LayerNormOp, NormOp, RMSNormOp, norm_kind
+from peft_bsr.ops.norm import LayerNormOp, NoNormOp, NormOp, RMSNormOp, norm_kind
 from peft_bsr.ops.projections import Heads, ProjectionsOp
 from peft_bsr.ops.recompute import recomputed
 from peft_bsr.ops.reduce import reduce_tokens, token_scores
@@ -20,6 +20,7 @@ __all__ = [
     "LayerNormOp",
     "LinearOp",
     "MLPOp",
+    "NoNormOp",
     "NormOp",
     "PackedTensor",
     "ProjectionsOp",

@@ -1,4 +1,4 @@
-"""LayerNorm and RMSNorm with their gradients from the recomputed output. Shapes: [..., D] tokens."""
+"""LayerNorm, RMSNorm and no norm with their gradients from the recomputed output. Shapes: [..., D] tokens."""
 
 from __future__ import annotations
 
@@ -75,7 +75,29 @@ class RMSNormOp(NamedTuple):
         return tokens_grad.to(tokens.dtype), weight_grad, None
 
 
-NormOp = LayerNormOp | RMSNormOp
+class NoNormOp(NamedTuple):
+    """No norm: tokens as they are.
+
+    Attributes:
+        weight: None, for the same signature as `LayerNormOp`, as the others.
+        bias: None.
+        eps: Not used.
+    """
+
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+    def run(self, tokens: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The tokens."""
+        return tokens, ()
+
+    def grads(self, gradient: Tensor, tokens: Tensor, stats: tuple[Tensor, ...], needs: Sequence[bool]) -> NormGrads:
+        """The gradient of the tokens, None if it is not needed."""
+        return in_dtype(gradient, tokens.dtype) if needs[0] else None, None, None
+
+
+NormOp = LayerNormOp | RMSNormOp | NoNormOp
 
 
 def norm_kind(module: nn.Module | None) -> tuple[type[NormOp], float] | None:
@@ -96,4 +118,4 @@ def _at_least(tokens: Tensor, weight: Tensor) -> Tensor:
     return tokens if tokens.dtype is weight.dtype else tokens.to(torch.promote_types(tokens.dtype, weight.dtype))
 
 
-__all__ = ["LayerNormOp", "NormOp", "RMSNormOp", "norm_kind"]
+__all__ = ["LayerNormOp", "NoNormOp", "NormOp", "RMSNormOp", "norm_kind"]

@@ -60,15 +60,15 @@ def verify_lean(
     def passes(block: int, candidate: BlockPlan, what: str) -> bool:
         num_queries = None if candidate.lean is None else candidate.lean.num_queries
         expected = stock_block(block, num_queries)
-        problem = _problem(expected, _try(model, spec, block, candidate, run, num_queries), candidate.int8)
+        problem = find_problem(expected, try_block(model, spec, block, candidate, run, num_queries), candidate.int8)
         if problem is not None:
             notes.append(f"{what}: {problem}")
             logger.info("%s: %s: left out, %s", type(model).__name__, what, problem)
         return problem is None
 
     @cache
-    def stock_block(block: int, num_queries: int | None) -> _Tried:
-        return _try(model, spec, block, BlockPlan(True), run, num_queries)
+    def stock_block(block: int, num_queries: int | None) -> Tried:
+        return try_block(model, spec, block, BlockPlan(True), run, num_queries)
 
     with quiet(model):
         run = stock or run_stock(model, spec.blocks, probe_inputs(model, 1, spec.image_shape))
@@ -101,7 +101,7 @@ def _reads_prefix_only(spec: ModelSpec, plan: Plan) -> bool:
 
 
 @dataclass
-class _Tried:
+class Tried:
     """Results of one forward and backward of a block.
 
     Attributes:
@@ -115,7 +115,7 @@ class _Tried:
     aside: str | None
 
 
-def _problem(expected: _Tried, found: _Tried, int8: bool) -> str | None:
+def find_problem(expected: Tried, found: Tried, int8: bool) -> str | None:
     """How a block's outputs or gradients differ from stock, or that it saves no memory. None if it passes."""
     if found.aside is not None:
         return found.aside
@@ -136,13 +136,14 @@ def _problem(expected: _Tried, found: _Tried, int8: bool) -> str | None:
     return None if error <= allowed else f"it differs from the stock block by {error:.1e}"
 
 
-def _try(
+def try_block(
     model: nn.Module, spec: ModelSpec, index: int, plan: BlockPlan, stock: StockRun, num_queries: int | None
-) -> _Tried:
+) -> Tried:
     """Run block `index` by `plan`, forward and backward, with the stock forward's arguments."""
     (hidden, *others), kwargs, _ = stock.calls[index]
     block = model.get_submodule(spec.blocks[index])
-    with single_block(model, spec, index, plan, hidden) as controller, _in_training(block, spec) as parameters:
+    attention = spec.stage_blocks[index].attention if spec.stage_blocks else spec.attention
+    with single_block(model, spec, index, plan, hidden) as controller, _in_training(block, attention) as parameters:
         tokens = hidden.detach().clone().requires_grad_()
         seed(model)
         with no_zero_tables(block), LivingBytes() as living:
@@ -151,17 +152,17 @@ def _try(
         output = output[:, :num_queries]
         weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output)
         gradients = torch.autograd.grad((output * weights).sum(), [tokens, *parameters], allow_unused=True)
-    return _Tried([output.detach(), *gradients], living_bytes, next(iter(controller.aside.values()), None))
+    return Tried([output.detach(), *gradients], living_bytes, next(iter(controller.aside.values()), None))
 
 
 @contextmanager
-def _in_training(block: nn.Module, spec: ModelSpec) -> Iterator[list[Tensor]]:
+def _in_training(block: nn.Module, attention_name: str) -> Iterator[list[Tensor]]:
     """Context manager: `block` trains (with its parts if there is dropout) and all its parameters require gradients."""
     parameters = list(block.parameters())
     frozen = [p for p in parameters if not p.requires_grad and p.is_floating_point() and not is_quantized(p)]
     for parameter in frozen:
         parameter.requires_grad_(True)
-    modules = list(block.modules()) if _has_dropout(block, spec) else [block]
+    modules = list(block.modules()) if _has_dropout(block, attention_name) else [block]
     try:
         with training_mode(block, modules):
             yield [p for p in parameters if p.requires_grad]
@@ -170,9 +171,9 @@ def _in_training(block: nn.Module, spec: ModelSpec) -> Iterator[list[Tensor]]:
             parameter.requires_grad_(False)
 
 
-def _has_dropout(block: nn.Module, spec: ModelSpec) -> bool:
+def _has_dropout(block: nn.Module, attention_name: str) -> bool:
     """Whether the block has dropout."""
     if any(isinstance(module, nn.Dropout) and module.p for module in block.modules()):
         return True
-    attention = block.get_submodule(spec.attention)
+    attention = block.get_submodule(attention_name)
     return any(read() > 0 for read in attention_dropouts(attention, attention)[0])

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset, default_collate
 
 from peft_bsr.backbones import in_mode, main_input, relative_error, tensors_of, tolerance
 from peft_bsr.engine import run_from, run_until
-from peft_bsr.errors import FeatureCacheError
+from peft_bsr.errors import FeatureCacheError, headline
 from peft_bsr.training.cache_files import CacheFiles, Key, num_bytes
 from peft_bsr.training.cache_point import CachePoint
 from peft_bsr.training.cache_samples import Samples
@@ -242,9 +242,15 @@ def _check_replay(model: nn.Module, index: int, batch: Batch, name: str) -> None
     with torch.no_grad():
         expected = tensors_of(model(**batch))
         blank = {**batch, name: torch.zeros_like(batch[name][:1])}
-        with run_from(model, run_until(model, index, batch)):
-            found = tensors_of(model(**blank))
-    pairs = list(zip(found, expected, strict=True))
+        try:
+            with run_from(model, run_until(model, index, batch)):
+                found = tensors_of(model(**blank))
+            pairs = list(zip(found, expected, strict=True))
+        except (RuntimeError, ValueError, IndexError) as failure:
+            raise FeatureCacheError(
+                f"{type(model).__name__} does not run from the input tokens of block {index} ({headline(failure)}): it "
+                "reads more than these tokens. Train without a cache."
+            ) from failure
     error = max(relative_error(a, b) if a.shape == b.shape else float("inf") for a, b in pairs)
     if not error <= tolerance(expected[0].dtype):
         raise FeatureCacheError(

@@ -99,11 +99,12 @@ MODELS: list[tuple[Callable[[], nn.Module], Any, type[Exception], str]] = [
     ),
     (
         swin,
-        BSRConfig(),
+        BSRConfig(gradient_tokens=0.5),
         UnsupportedModelError,
-        "SwinForImageClassification is not supported: block 0 maps (1, 64, 16) to (1, 16, 32), so not "
-        "all blocks have the same tokens. Use PEFT's LoRA for it; docs/compatibility.md lists the models that are "
-        "supported.",
+        "SwinForImageClassification has no token reduction: block 0 maps (1, 64, 16) to (1, 16, 32), so not all "
+        "blocks have the same tokens. It is needed for `keep_rate=0.5` and `gradient_tokens=0.5`. Use "
+        "`keep_rate=1.0`, `gradient_tokens=1.0`: the blocks that you choose then train, whole or low-rank, the "
+        "gradient is cut before them, and halves run lean.",
     ),
     (
         swin,

@@ -20,6 +20,7 @@ COMMANDS = [
     "host.py stock --rounds 1 --steps 2",
     "quantized.py --batch-size 1 --repeats 1 --autocast",
     "front_page.py --batch-size 1 --rounds 1",
+    "sam.py --pixels 256",
 ]
 
 

@@ -26,15 +26,14 @@ def test_inspect_a_model(run, run_json, base):
     assert "17: 1 special, 16 patches" in out
 
 
-def test_inspect_says_why_a_model_is_refused(run, tmp_path):
+def test_inspect_says_why_no_token_can_be_dropped(run, tmp_path):
     from transformers import SwinConfig
 
     SwinConfig(image_size=32, embed_dim=16, depths=[1, 1], num_heads=[1, 2], window_size=4).save_pretrained(tmp_path)
-    code, out, err = run("inspect", tmp_path)
-    assert code == 2
-    assert out == ""
-    assert err.startswith("peft-bsr: Swin")
-    assert err.count("\n") == 1
+    code, out, _ = run("inspect", tmp_path)
+    assert code == 0
+    assert "none: block 0 maps (1, 64, 16) to (1, 16, 32)" in " ".join(out.split())
+    assert "Use `keep_rate=1.0`" in " ".join(out.split())
 
 
 def test_inspect_an_adapter(run_json, trained):

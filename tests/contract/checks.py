@@ -9,13 +9,14 @@ from __future__ import annotations
 import copy
 import functools
 import tempfile
+from collections import ChainMap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
 import torch
-from families import SUPPORTED, run_batch
+from families import NO_REDUCTION, SUPPORTED, run_batch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -24,11 +25,15 @@ from peft_bsr import BSRConfig, record_routes
 from peft_bsr.backbones import tensors_of
 from peft_bsr.engine import bound
 
+MODELS = ChainMap(SUPPORTED, NO_REDUCTION)  # tests add families of their own
 EVERY_BLOCK = {"trainable_blocks": [1, 3], "reduction_blocks": [0, 1, 2]}
+ALL_TOKENS = {"trainable_blocks": [1, 2], "reduction_blocks": None, "keep_rate": 1.0}
 
 
 def attach(name: str, mode: str | None, **settings: Any) -> PeftModel:
     """The family's tiny model with an adapter, in evaluation mode."""
+    if name in NO_REDUCTION:
+        settings = {**settings, **ALL_TOKENS}
     hashable = ((key, tuple(value) if isinstance(value, list) else value) for key, value in settings.items())
     return copy.deepcopy(_attached(name, mode, tuple(hashable)))
 
@@ -38,7 +43,7 @@ def _attached(name: str, mode: str | None, settings: tuple[tuple[str, Any], ...]
     """The model of which the checks and the tests of a family take copies."""
     given = {key: list(value) if isinstance(value, tuple) else value for key, value in settings}
     torch.manual_seed(3)
-    return get_peft_model(SUPPORTED[name](), BSRConfig(mode=mode, **{**EVERY_BLOCK, **given})).eval()
+    return get_peft_model(MODELS[name](), BSRConfig(mode=mode, **{**EVERY_BLOCK, **given})).eval()
 
 
 def outputs(model: nn.Module, batch: dict[str, Any]) -> list[Tensor]:
@@ -55,10 +60,12 @@ def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:
 
 def check_identity(name: str, mode: str | None) -> None:
     """keep_rate 1.0 equals the base model bit for bit, and so do reducing blocks that happen to keep all tokens."""
-    base = SUPPORTED[name]()
+    base = MODELS[name]()
     batch = run_batch(base)
     expected = outputs(base, batch)
     assert_same(outputs(attach(name, mode, keep_rate=1.0), batch), expected)
+    if name in NO_REDUCTION:
+        return
     nearly_all = attach(name, mode, keep_rate=0.999)  # rounding up keeps all of these few tokens
     with record_routes(nearly_all) as routes:
         found = outputs(nearly_all, batch)
@@ -142,9 +149,13 @@ def expected_scores(kind: str, logits: Tensor) -> Tensor:
 
 
 def check_gradients(name: str, mode: str | None) -> None:
-    """Gradients with both kinds of checkpointing and two forwards before the backward equal those without."""
+    """Gradients with both kinds of checkpointing and two forwards before the backward equal those without.
+
+    Models without checkpointing in transformers only need to have gradients.
+    """
     found = []
-    for use_reentrant in (None, False, True):
+    is_there = MODELS[name]().supports_gradient_checkpointing
+    for use_reentrant in (None, False, True) if is_there else (None,):
         model = attach(name, mode, keep_rate=0.7, init_weights=False).train()
         base = model.base_model.model
         if use_reentrant is not None:
@@ -207,14 +218,14 @@ def check_save_and_load(name: str, mode: str | None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         # trainable, because torch uses another order of operations if a weight does not require gradients
-        loaded = PeftModel.from_pretrained(SUPPORTED[name](), folder, "other", is_trainable=True).eval()
+        loaded = PeftModel.from_pretrained(MODELS[name](), folder, "other", is_trainable=True).eval()
     assert_same(outputs(loaded, batch), expected)
     assert loaded.peft_config["other"].mode == model.peft_config["default"].mode
 
 
 def check_disable(name: str, mode: str | None) -> None:
     """Disabled and unloaded, the model equals the base model bit for bit."""
-    base = SUPPORTED[name]().requires_grad_(False)  # torch uses another order of operations without gradients
+    base = MODELS[name]().requires_grad_(False)  # torch uses another order of operations without gradients
     batch = run_batch(base)
     expected = outputs(base, batch)
     model = attach(name, mode, init_weights=False)
@@ -234,6 +245,10 @@ CHECKS: dict[str, Callable[[str, str | None], None]] = {
     "save and load": check_save_and_load,
     "disable": check_disable,
 }
+
+
+WITHOUT_TOKENS = ("identity", "gradients", "lean", "save and load", "disable")
+"""Those that apply where no token can be dropped: there are no dropped keys to mask and no scores."""
 
 
 def use_eager(model: nn.Module, name: str) -> None:

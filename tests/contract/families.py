@@ -19,7 +19,15 @@ WIDTH = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "i
 IMAGE = {"image_size": 32, "patch_size": 8}
 VIT = {**WIDTH, **IMAGE}
 TEXT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-_RANDOMIZED = ("lambda", "bias_table", "gamma", "mid_position", "position_embedding")
+_RANDOMIZED = (
+    "lambda",
+    "bias_table",
+    "gamma",
+    "mid_position",
+    "position_embedding",
+    "rel_pos",
+    "layer_scale_parameter",
+)
 
 
 def _model(name: str, config_name: str, **settings: Any) -> Callable[..., nn.Module]:
@@ -206,7 +214,7 @@ SUPPORTED: dict[str, Callable[..., nn.Module]] = {
     ),
 }
 
-REFUSED: dict[str, Callable[..., nn.Module]] = {
+NO_REDUCTION: dict[str, Callable[..., nn.Module]] = {
     "swin": _model(
         "SwinForImageClassification",
         "SwinConfig",
@@ -277,14 +285,6 @@ REFUSED: dict[str, Callable[..., nn.Module]] = {
         mlp_ratios=[2, 2],
         decoder_hidden_size=16,
     ),
-    "timesformer": _model(
-        "TimesformerForVideoClassification",
-        "TimesformerConfig",
-        **WIDTH,
-        image_size=16,
-        patch_size=8,
-        num_frames=2,
-    ),
     "eomt": _model(
         "EomtForUniversalSegmentation",
         "EomtConfig",
@@ -293,6 +293,56 @@ REFUSED: dict[str, Callable[..., nn.Module]] = {
         num_blocks=2,
         num_queries=4,
         num_upscale_blocks=1,
+    ),
+    "pvt": _model(
+        "PvtForImageClassification",
+        "PvtConfig",
+        image_size=32,
+        num_encoder_blocks=2,
+        depths=[1, 2],
+        sequence_reduction_ratios=[2, 1],
+        hidden_sizes=[16, 32],
+        patch_sizes=[4, 2],
+        strides=[4, 2],
+        num_attention_heads=[1, 2],
+        mlp_ratios=[2, 2],
+    ),
+    "convnext": _model(
+        "ConvNextForImageClassification",
+        "ConvNextConfig",
+        image_size=32,
+        num_stages=2,
+        hidden_sizes=[16, 32],
+        depths=[1, 2],
+    ),
+    "sam2": _model(
+        "Sam2HieraDetModel",
+        "Sam2HieraDetConfig",
+        image_size=[32, 32],
+        hidden_size=16,
+        num_attention_heads=1,
+        patch_kernel_size=[3, 3],
+        patch_stride=[2, 2],
+        patch_padding=[1, 1],
+        window_positional_embedding_background_size=[2, 2],
+        num_query_pool_stages=1,
+        blocks_per_stage=[1, 2],
+        embed_dim_per_stage=[16, 32],
+        num_attention_heads_per_stage=[1, 2],
+        window_size_per_stage=[4, 2],
+        global_attention_blocks=[2],
+    ),
+}
+"""Models in which no token can be dropped: their blocks train by `keep_rate=1.0`."""
+
+REFUSED: dict[str, Callable[..., nn.Module]] = {
+    "timesformer": _model(
+        "TimesformerForVideoClassification",
+        "TimesformerConfig",
+        **WIDTH,
+        image_size=16,
+        patch_size=8,
+        num_frames=2,
     ),
 }
 

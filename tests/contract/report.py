@@ -5,14 +5,15 @@ from __future__ import annotations
 import argparse
 import sys
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import peft
 import torch
 import transformers
-from checks import CHECKS, attach, lean_levels
-from families import REFUSED, SUPPORTED
+from checks import CHECKS, WITHOUT_TOKENS, attach, lean_levels
+from families import NO_REDUCTION, REFUSED, SUPPORTED
 
 from peft_bsr import UnsupportedModelError, probe_model
 
@@ -49,6 +50,9 @@ on the CPU in fp32 with scaled-dot-product attention. The checks:
 use the positions of tokens, through tables, biases or masks that are gathered for the kept tokens. "Modes" lists the
 default mode first. "Lean" lists the levels at which both halves of a block run lean. If only one half does, it is
 named; the other computes something other than norm, projections and attention, or norm and MLP.
+"No token reduction": stages, windows, grids or convolutions tie each token to its place, so none can be dropped. With
+`keep_rate=1.0` blocks train, full-rank or low-rank, the gradient is cut before them and lean halves run; "passed" lists
+the checks that apply: identity, gradients, lean, save and load, disable.
 Models that are not in the table are probed in the same way, and accepted or rejected with a reason.
 timm models in a `TimmWrapper` are supported by the same probe; their tests run if timm is installed.
 """
@@ -63,19 +67,26 @@ class Row:
     model: str
     cells: list[str] = field(default_factory=list)
     refused: str | None = None
+    no_reduction: str | None = None
 
 
 def survey(run_checks: bool = True) -> list[Row]:
     """Probe every family, attach an adapter and run the checks."""
     rows = []
-    for family, make in {**SUPPORTED, **REFUSED}.items():
+    for family, make in {**SUPPORTED, **NO_REDUCTION, **REFUSED}.items():
         model = make()
         row = Row(family, type(model).__name__)
         rows.append(row)
         try:
-            spec = probe_model(model)
+            spec = probe_model(model, needs_tokens=False)
         except UnsupportedModelError as error:
             row.refused = str(error).partition(" is not supported: ")[2].partition(". Use PEFT's LoRA")[0]
+            continue
+        if spec.no_reduction is not None:
+            row.no_reduction = spec.no_reduction
+            row.cells = [row.no_reduction]
+            if run_checks:
+                row.cells += [lean_levels(family), ", ".join(_passed(family, "", [""], WITHOUT_TOKENS))]
             continue
         config = attach(family, None).peft_config["default"]
         modes = [config.mode, *([other] if (other := _other_mode(family, config.mode)) else [])]
@@ -96,25 +107,29 @@ def _other_mode(family: str, mode: str) -> str | None:
     return other
 
 
-def _passed(family: str, chosen: str, modes: list[str]) -> list[str]:
+def _passed(family: str, chosen: str, modes: list[str], names: Iterable[str] = CHECKS) -> list[str]:
     """Names of the checks, with the modes in which a check fails."""
     results = []
-    for name, check in CHECKS.items():
-        failed = []
+    for name in names:
+        failed, check = [], CHECKS[name]
         for mode in modes:
             try:
                 check(family, None if mode == chosen else mode)
             except (AssertionError, RuntimeError) as error:
                 failed.append(f"{mode}: {type(error).__name__}")
         results.append(f"**{name} FAILS ({'; '.join(failed)})**" if failed else name)
-    return ["all seven"] if results == list(CHECKS) else results
+    return ["all seven"] if results == list(CHECKS) else ["all five"] if results == list(WITHOUT_TOKENS) else results
 
 
 def render(rows: list[Row]) -> str:
     """The page."""
-    supported = [row for row in rows if row.refused is None]
+    supported = [row for row in rows if row.refused is None and row.no_reduction is None]
+    without = [row for row in rows if row.no_reduction is not None]
     lines = [HEADER, f"## {len(supported)} supported configurations", "", _line(COLUMNS), _line(["---"] * len(COLUMNS))]
     lines += [_line([row.family, f"`{row.model}`", *row.cells]) for row in supported]
+    lines += ["", f"## No token reduction: {len(without)} configurations whose blocks train", ""]
+    lines += [_line(("family", "class", "reason", "lean", "passed")), _line(["---"] * 5)]
+    lines += [_line([row.family, f"`{row.model}`", *row.cells]) for row in without]
     lines += ["", "## Not supported, with the probe's reason", "", _line(("family", "class", "reason"))]
     lines.append(_line(["---"] * 3))
     lines += [_line([row.family, f"`{row.model}`", row.refused or ""]) for row in rows if row.refused is not None]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from checks import CHECKS, attach, lean_levels
-from families import REFUSED, SUPPORTED, run_batch
+from checks import CHECKS, WITHOUT_TOKENS, attach, lean_levels
+from families import NO_REDUCTION, REFUSED, SUPPORTED, run_batch
 from peft import get_peft_model
 from report import VERSIONS, render, survey
 
@@ -70,15 +70,20 @@ CASES = [
     for family, (chosen, _, other_works) in EXPECTED.items()
     for mode in (chosen, *([OTHER[chosen]] if other_works else []))
 ]
-REASONS = {
-    "swin": "it has stages",
-    "swinv2": "it has stages",
-    "hiera": "it has stages",
-    "segformer": "it has stages",
-    "timesformer": "attention.attention and temporal_attention.attention",
-    "sam": r"its first block gets \(2, 4, 4, 32\)",
-    "vitdet": r"its first block gets \(2, 32, 4, 4\)",
-    "eomt": r"block 2 maps \(1, 25, 32\)",
+REASONS = {"timesformer": "attention.attention and temporal_attention.attention"}
+MLP_ALONE = "exact (mlp only), max"
+# no token can be dropped -> the reason, and what runs lean: windows and grids lie between norm and projections
+WITHOUT = {
+    "swin": ("it has stages", MLP_ALONE),
+    "swinv2": ("it has stages", MLP_ALONE),
+    "hiera": ("it has stages", MLP_ALONE),
+    "sam": (r"its first block gets \(2, 4, 4, 32\)", MLP_ALONE),
+    "vitdet": (r"its first block gets \(2, 32, 4, 4\)", MLP_ALONE),
+    "segformer": ("it has stages", "max (attention only)"),  # a convolution lies inside of its MLP
+    "eomt": (r"block 2 maps \(1, 25, 32\)", MLP_ALONE),
+    "pvt": ("it has stages", MLP_ALONE),
+    "convnext": ("it has no list of equal blocks", "exact (mlp only), max (mlp only)"),
+    "sam2": ("its first block gets", MLP_ALONE),
 }
 
 
@@ -99,6 +104,7 @@ def test_blocks_run_lean(family):
 def test_every_family_has_an_expectation():
     assert list(EXPECTED) == list(SUPPORTED)
     assert list(REASONS) and set(REASONS) == set(REFUSED)
+    assert list(WITHOUT) == list(NO_REDUCTION)
 
 
 @pytest.mark.sampled(3)
@@ -107,6 +113,27 @@ def test_every_family_has_an_expectation():
 def test_contract(family, mode, check):
     chosen = EXPECTED[family][0]
     CHECKS[check](family, None if mode == chosen else mode)
+
+
+SELDOM = ("eomt", "pvt", "convnext", "sam2")  # their checks run with the slow tests
+
+
+@pytest.mark.parametrize("check", WITHOUT_TOKENS)
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=pytest.mark.slow if name in SELDOM else ()) for name in NO_REDUCTION]
+)
+def test_contract_without_token_reduction(family, check):
+    CHECKS[check](family, None)
+
+
+@pytest.mark.parametrize("family", NO_REDUCTION)
+def test_where_no_token_can_be_dropped_the_default_is_refused_with_the_reason(family):
+    reason, lean = WITHOUT[family]
+    with pytest.raises(UnsupportedModelError, match=rf"has no token reduction: {reason}.*Use `keep_rate=1.0`"):
+        get_peft_model(NO_REDUCTION[family](), BSRConfig())
+    with pytest.raises(UnsupportedModelError, match=rf"is not supported: {reason}"):
+        probe_model(NO_REDUCTION[family]())
+    assert lean_levels(family) == lean
 
 
 @pytest.mark.parametrize("family", SUPPORTED)
@@ -158,5 +185,11 @@ def test_the_compatibility_page_is_up_to_date(pytestconfig):
     page = pytestconfig.rootpath / "docs" / "compatibility.md"
     rows = [line for line in render(survey(run_checks=False)).splitlines() if line.startswith("|")]
     committed = [line for line in page.read_text().partition(VERSIONS)[0].splitlines() if line.startswith("|")]
-    # the columns before the checks: family, special tokens, positions, scores, modes
-    assert [row.split("|")[:8] for row in committed] == [row.split("|")[:8] for row in rows], "run `make compatibility`"
+    # the columns before the checks: family, special tokens, positions, scores, modes; or the reason
+    found, expected = ([_without_checks(row) for row in lines] for lines in (committed, rows))
+    assert found == expected, "run `make compatibility`"
+
+
+def _without_checks(row: str) -> list[str]:
+    cells = row.split("|")
+    return cells[: 8 if len(cells) > 8 else 4]

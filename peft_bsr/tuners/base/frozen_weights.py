@@ -51,7 +51,7 @@ def linears_to_round(
     names = [
         f"{block}.{leaf}"
         for index, block in enumerate(spec.blocks)
-        for role, leaf in spec.paths.items()
+        for role, leaf in spec.paths_of(index).items()
         if index not in trained and role not in exact_names
     ]
     found = {name: without_layer(model.get_submodule(name)) for name in names}

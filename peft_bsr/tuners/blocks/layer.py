@@ -126,14 +126,17 @@ class BlockWeights(nn.Module, SingleAdapterLayer):
         """A parameter of the base module as it was before any merge."""
         return self.unmerged_weights.get(name, parameter)
 
-    def forward(self, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the active adapter's module instead of the base module."""
         if self.merged_adapters and self._disable_adapters:
             self.unmerge()
         name = self.carried_adapter
         if name is None or self.merged_adapters:
-            return self.base_layer(hidden_states, *args, **kwargs)
+            return self.base_layer(*args, **kwargs)
         module: Any = self._carried()[name]
+        if not args and "hidden_states" not in kwargs:  # a position bias that is the same for every window
+            return module(**kwargs)
+        hidden_states, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
         if not isinstance(hidden_states, Tensor) or torch.is_autocast_enabled(hidden_states.device.type):
             inputs = hidden_states  # a position bias gets a window size; autocast picks the dtypes itself
         else:

@@ -51,7 +51,7 @@ def resolve_targets(
         targets = {places[place]: in_block if place.startswith("blocks.") else "copy" for place in known}
         problems += _check_low_rank(model, targets)
     for index in [] if is_told else requested.trained_blocks:
-        own = [path for name, path in spec.paths.items() if config.trains(name)]
+        own = [path for name, path in spec.paths_of(index).items() if config.trains(name)]
         param_modules = [f"{spec.blocks[index]}.{leaf}" for leaf in own]
         chosen = [n for n in param_modules if _matches(config.target_modules, n, True) and not is_excluded(config, n)]
         if config.trainable == "lora":
@@ -59,7 +59,7 @@ def resolve_targets(
         if not chosen and not config.modules_to_save and not requested.blocks[index].mixture:
             problems.append(
                 f"`target_modules={config.target_modules!r}` with `exclude_modules={config.exclude_modules!r}` leaves "
-                f"nothing to train in block {index}, whose leaf modules are {list(spec.param_modules)}."
+                f"nothing to train in block {index}, whose leaf modules are {list(spec.paths_of(index).values())}."
             )
         targets.update(dict.fromkeys(chosen, in_block))
     if not is_told:
@@ -83,7 +83,7 @@ def _places(spec: ModelSpec, plan: Plan, others: Mapping[str, Way]) -> dict[str,
     places = {
         f"blocks.{index}.{role}": f"{spec.blocks[index]}.{leaf}"
         for index in plan.trained_blocks
-        for role, leaf in spec.paths.items()
+        for role, leaf in spec.paths_of(index).items()
     }
     for index, block in enumerate(spec.blocks):
         controller = f"{block}.{CONTROLLER}"
@@ -182,7 +182,9 @@ def _early(model: nn.Module, spec: ModelSpec, plan: Plan, config: BlockConfig) -
     """Modules of `modules_to_save` that run before the gradient is cut."""
     if not plan.cuts_gradient or not config.modules_to_save:
         return set()
-    reached = (*spec.head, *spec.blocks[min(plan.trained_blocks) :])
+    first = min(plan.trained_blocks)
+    between = [name for block in spec.stage_blocks[first + 1 :] for name in block.before]
+    reached = (*spec.head, *spec.blocks[first:], *between)
     names = {name for saved in config.modules_to_save or () for name in _named(model, saved)}
     return {name for name in names if not any(_overlap(name, part) for part in (*reached, *spec.unread))}
 

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from peft import PeftConfig
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from peft_bsr.compat.peft_api import AuxiliaryTrainingWrapper, ExcludedModule
 from peft_bsr.core import ForwardContext
 from peft_bsr.engine import CONTROLLER, Plan, attach_controller
 from peft_bsr.errors import AdapterError, ReductionNotMergedWarning
-from peft_bsr.selftest import verify_gradient_tokens, verify_lean, verify_plan
+from peft_bsr.selftest import verify_gradient_tokens, verify_lean, verify_plan, verify_stages
 from peft_bsr.tuners.base.classifier import without_layer
 from peft_bsr.tuners.base.config import SavedConfig
 from peft_bsr.tuners.base.frozen_weights import (
@@ -57,6 +57,7 @@ class BlockTuner(MethodTuner):
     """Trains copies or low-rank updates of modules in blocks, and of the final norm and the head."""
 
     prefix = "bsr_"
+    needs_tokens: ClassVar[bool] = True  # whether models in which no token can be dropped are refused
 
     @classmethod
     def resolve(cls, model: nn.Module, config: Any) -> BlockResolution:
@@ -71,21 +72,22 @@ class BlockTuner(MethodTuner):
             ConfigError: If the model does not allow the configuration; the message names every problem.
         """
         controllers = find_controllers(model)
-        spec, stock = (controllers[0].spec, None) if controllers else probe(model)
+        spec, stock = (controllers[0].spec, None) if controllers else probe(model, cls.needs_tokens)
+        cls._check_tokens(model, spec, config)
         with detached(model, controllers), cls._base_head(model):
             requested, targets, layout = resolve_targets(model, spec, config, cls._other_targets)
             with in_one_dtype(model):
                 cls._verify(model, spec, requested, stock)
                 plan = verify_plan(model, spec, requested, allowed_modes(config), stock)
                 with _tried_updates(model, config, targets):
-                    plan = verify_lean(model, spec, plan, stock)
+                    plan = _verified(model, spec, plan, stock)
                     verify_gradient_tokens(model, spec, plan, stock)
                 rounded = linears_to_round(model, spec, config, plan.trained_blocks)
                 check_rounded(model, spec, rounded, bool(controllers))
                 with tried_rounding(model, spec, rounded):
                     crossed = [i for i, b in enumerate(plan.blocks) if b.saves_less and not b.trained]
                     if "int8" in rounded.values() and crossed:  # in bfloat16 they equal what autocast computes
-                        lean = verify_lean(model, spec, plan, index=crossed[0]).blocks
+                        lean = _verified(model, spec, plan, None, crossed[0]).blocks
                         blocks = (lean[i] if i in crossed else b for i, b in enumerate(plan.blocks))
                         plan = replace(plan, blocks=tuple(blocks))
         return BlockResolution(spec, plan, rounded, targets, layout)
@@ -94,6 +96,10 @@ class BlockTuner(MethodTuner):
     def _base_head(cls, model: nn.Module) -> AbstractContextManager[None]:
         """Context manager: the base model's head runs, even if an adapter replaces it."""
         return nullcontext()
+
+    @classmethod
+    def _check_tokens(cls, model: nn.Module, spec: ModelSpec, config: BlockConfig) -> None:
+        """Raise an error if `config` drops tokens and the model cannot."""
 
     @classmethod
     def _other_targets(cls, model: nn.Module, spec: ModelSpec, config: BlockConfig, plan: Plan) -> dict[str, Way]:
@@ -235,6 +241,13 @@ class BlockTuner(MethodTuner):
                 module.unmerge()
             elif isinstance(module, AuxiliaryTrainingWrapper):
                 self.model.set_submodule(name, module.original_module)
+
+
+def _verified(model: nn.Module, spec: ModelSpec, plan: Plan, stock: StockRun | None, index: int | None = None) -> Plan:
+    """The plan with the lean halves that passed, tried on one block, or where blocks differ on one of each kind."""
+    if spec.no_reduction is not None:
+        return verify_stages(model, spec, plan, stock)
+    return verify_lean(model, spec, plan, stock, index)
 
 
 @contextmanager

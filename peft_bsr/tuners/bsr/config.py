@@ -22,7 +22,7 @@ from peft_bsr.tuners.base.reductions import (
 )
 from peft_bsr.tuners.blocks.config import BlockConfig, saving_less
 
-_BLOCK_RULE = re.compile(r"(every|last):([1-9]\d{0,3})")
+_BLOCK_RULE = re.compile(r"(every|last|stage):([1-9]\d{0,3})")
 
 
 @dataclass
@@ -42,11 +42,12 @@ class BSRConfig(BlockConfig):
 
     Args:
         trainable_blocks: Blocks that train: indices from 0, `"every:n"` (every n-th block ending at the last),
-            `"last:n"` (the last n). Default `"every:4"`.
+            `"last:n"` (the last n), `"stage:n"` (stage n of a model with stages, from 1). Default `"every:4"`.
         reduction_blocks: Blocks that drop tokens: indices from 0, `[]` for none. Default None: a quarter, a half and
             three quarters into the depth ({3, 6, 9} of 12).
         keep_rate: Share of the tokens that a reduction keeps, in (0, 1], not counting prefix tokens. One value for all
-            reductions, or a list with one value for each of `reduction_blocks`. 1.0 disables reduction. Default 0.5.
+            reductions, or a list with one value for each of `reduction_blocks`. 1.0 disables reduction, and is needed
+            for models in which no token can be dropped (Swin, SAM, ...). Default 0.5.
         reduction: What a reduction does with the other tokens. `"drop"` drops those with the lowest scores, as in the
             paper. `"merge"` averages the most similar tokens, weighted by the number of patches in each; it needs no
             scores, and in full view each patch has the value of its merged token, see `peft_bsr.core.merge_tokens`.
@@ -114,7 +115,7 @@ class BSRConfig(BlockConfig):
     """
 
     trainable_blocks: list[int] | str = field(
-        default="every:4", metadata={"help": "Blocks that train: indices, 'every:n' or 'last:n'."}
+        default="every:4", metadata={"help": "Blocks that train: indices, 'every:n', 'last:n' or 'stage:n'."}
     )
     reduction_blocks: list[int] | None = field(
         default=None,
@@ -193,6 +194,16 @@ class BSRConfig(BlockConfig):
         return problems
 
     @property
+    def needs_tokens(self) -> dict[str, str]:
+        """Settings that need tokens which can be dropped, ranked or read by heads -> the value without that need."""
+        rates = self.keep_rate if isinstance(self.keep_rate, list) else [self.keep_rate]
+        reduces = self.reduction_blocks != [] and any(rate < 1 for rate in rates)
+        needs = {"keep_rate": (reduces, "1.0"), "gradient_tokens": (self.gradient_tokens < 1, "1.0")}
+        needs |= {"saved_activations": (self.saved_activations == "int8", '"full"')}  # 8 bits group numbers by token
+        needs |= {"tasks": (self.tasks is not None, "None"), "moe": (self.moe is not None, "None")}
+        return {name: instead for name, (is_needed, instead) in needs.items() if is_needed}
+
+    @property
     def has_dense_tasks(self) -> bool:
         """Whether a task needs an output for each patch."""
         return any(task.is_dense for task in self.tasks or ())
@@ -240,7 +251,14 @@ class BSRConfig(BlockConfig):
         Raises:
             ConfigError: If the model does not allow the configuration; the message names every problem.
         """
-        trainable = resolve_trainable_blocks(self, spec.depth)
+        trainable = resolve_trainable_blocks(self, spec)
+        if not trainable:
+            number = max((block.stage for block in spec.stage_blocks), default=0)
+            has = f"its stages are 1 to {number}" if number else "it has no stages"
+            raise ConfigError(
+                f"BSRConfig: `trainable_blocks={self.trainable_blocks!r}` names a stage that this model does not have: "
+                f'{has}. Use one of them, block indices, "every:n" or "last:n".'
+            )
         instead = f' or "last:{min(len(trainable), spec.depth)}"'
         reductions, not_allowed = resolve_reductions(self, spec)
         problems = check_within(self, "trainable_blocks", trainable, spec.depth, instead) + not_allowed
@@ -250,12 +268,14 @@ class BSRConfig(BlockConfig):
         return saving_less(plan.with_mixtures() if self.moe else plan, self, spec)
 
 
-def resolve_trainable_blocks(config: BSRConfig, depth: int) -> list[int]:
-    """Indices that `config.trainable_blocks` names in a model of `depth` blocks, ascending; may lie outside it."""
+def resolve_trainable_blocks(config: BSRConfig, spec: ModelSpec) -> list[int]:
+    """Indices that `config.trainable_blocks` names in the model of `spec`, ascending; may lie outside it."""
     blocks = config.trainable_blocks
     if not isinstance(blocks, str):
         return sorted(blocks)
-    kind, number = blocks.split(":")
+    (kind, number), depth = blocks.split(":"), spec.depth
+    if kind == "stage":
+        return spec.stage(int(number))
     if kind == "last":
         return list(range(depth - int(number), depth))
     return list(range(depth - 1, -1, -int(number)))[::-1]

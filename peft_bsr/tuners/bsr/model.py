@@ -10,7 +10,7 @@ from torch import nn
 from peft_bsr.backbones import ModelSpec, StockRun
 from peft_bsr.compat.peft_api import disabled_layers
 from peft_bsr.engine import CONTROLLER, Plan
-from peft_bsr.errors import AdapterError, ConfigError
+from peft_bsr.errors import AdapterError, ConfigError, UnsupportedModelError
 from peft_bsr.multitask import TaskHeads, new_head
 from peft_bsr.selftest import verify_mixture
 from peft_bsr.tuners.base.classifier import find_classifier, find_final_norm
@@ -20,6 +20,7 @@ from peft_bsr.tuners.blocks.config import BlockConfig
 from peft_bsr.tuners.blocks.layer import BlockWeights
 from peft_bsr.tuners.blocks.targets import Way
 from peft_bsr.tuners.blocks.tuner import BlockTuner
+from peft_bsr.tuners.bsr.config import BSRConfig
 from peft_bsr.tuners.bsr.controller import BSRController, TaskSettings
 
 
@@ -48,10 +49,29 @@ class BSRModel(BlockTuner):
     """
 
     controller_cls = BSRController
+    needs_tokens = False
 
     @classmethod
     def _base_head(cls, model: nn.Module) -> AbstractContextManager[None]:
         return _without_heads(model)
+
+    @classmethod
+    def _check_tokens(cls, model: nn.Module, spec: ModelSpec, config: BlockConfig) -> None:
+        """Raise an error if `config` drops tokens and the model cannot.
+
+        Raises:
+            UnsupportedModelError: With the settings, and what to use instead.
+        """
+        needed = config.needs_tokens if isinstance(config, BSRConfig) else {}
+        if spec.no_reduction is None or not needed:
+            return
+        given = " and ".join(f"`{name}={getattr(config, name)!r}`" for name in needed)
+        instead = ", ".join(f"`{name}={value}`" for name, value in needed.items())
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no token reduction: {spec.no_reduction}. It is needed for {given}. Use "
+            f"{instead}: the blocks that you choose then train, whole or low-rank, the gradient is cut before them, "
+            "and halves run lean."
+        )
 
     @classmethod
     def _other_targets(cls, model: nn.Module, spec: ModelSpec, config: BlockConfig, plan: Plan) -> dict[str, Way]:

@@ -1,0 +1,152 @@
+"""Lean parts of a block that is not taken apart: its own forward runs, and calls them in the place of its modules.
+
+Windows, pooling and convolutions lie around a block's attention, not around its MLP. So the norm before the MLP gives
+its input unchanged, and the MLP computes norm and MLP in one. The attention can run a second time in backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from peft_bsr.backbones import ModelSpec
+from peft_bsr.core import BlockCall
+from peft_bsr.engine.bound import modules_of
+from peft_bsr.engine.halves import LeanMLP, NotLeanError
+from peft_bsr.engine.parts import attention_dropouts, norm_source
+from peft_bsr.engine.plan import Lean
+from peft_bsr.engine.watch import Watch
+
+_UNKNOWN_ATTENTION = (
+    "its norm and its projections are not next to each other: windows, pooling or a grid are in between. "
+    '`lean="max"` computes the attention again in backward'
+)
+
+
+class StagedBlock:
+    """What `BoundBlock` is for blocks that are taken apart.
+
+    Args:
+        block: The block.
+        spec: Description of the model.
+        index: Index of the block.
+        own: Objects whose hooks on the block are ignored, because they are this package's.
+        aside: Called with (half, reason) if a half that was planned lean runs as the original.
+
+    Attributes:
+        reasons: `"attention"` or `"mlp"` -> why this half cannot run lean.
+        watch: Detects changes after which the block must be looked up again.
+    """
+
+    def __init__(
+        self, block: nn.Module, spec: ModelSpec, index: int, own: tuple[Any, ...], aside: Callable[[str, str], None]
+    ) -> None:
+        self.block, self.aside = block, aside
+        self.parts = spec.stage_blocks[index]
+        self.reasons: dict[str, str] = {}
+        self.watch = Watch(modules_of(block, own), own)
+        self.reader = self.watch.foreign_hook(m for child in block.children() for m in modules_of(child, own))
+        self.norm = self._known_norm()
+        self.mlp: LeanMLP | None = None
+        try:
+            self.mlp = self._find_mlp(replace(spec, block_spec=replace(self.parts.block_spec, norm2=self.norm)))
+        except NotLeanError as reason:
+            self.reasons["mlp"] = str(reason)
+        if not self.parts.attention:
+            self.reasons["attention"] = "the block has none"
+        elif (obstacle := self._obstacle(self.parts.block_spec.attention)) is not None:
+            self.reasons["attention"] = obstacle
+
+    def _known_norm(self) -> str:
+        """Name of the norm that the MLP computes with it, or `""` where it runs as a module."""
+        name = self.parts.norm
+        return "" if not name or isinstance(norm_source(getattr(self.block, name)), str) else name
+
+    def _find_mlp(self, spec: ModelSpec) -> LeanMLP:
+        if not self.parts.mlp:
+            raise NotLeanError("no MLP is known in the block")
+        for name in filter(None, (self.norm, *self.parts.mlp)):
+            if (obstacle := self._obstacle(name)) is not None:
+                raise NotLeanError(obstacle)
+        return LeanMLP(self.block, spec)
+
+    def _obstacle(self, name: str) -> str | None:
+        """A hook in the child, or another forward set on it: both want to see modules run."""
+        inside = modules_of(getattr(self.block, name), ())
+        hook = self.watch.foreign_hook(inside)
+        replaced = next((type(module).__name__ for module in inside if "forward" in vars(module)), None)
+        if hook is not None:
+            return f"the hook {hook} looks at its modules"
+        return None if replaced is None else f"another `forward` was set on its {replaced}"
+
+    def adapted(self, call: BlockCall) -> BlockCall:
+        """The call, with what runs in the place of the block's modules."""
+        call.stand_ins = {} if call.lean is None else self.stand_ins(call.lean)
+        return call
+
+    def run(
+        self,
+        call: BlockCall,
+        stock: Callable[..., Any],
+        hidden_states: Tensor,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        mix: Any,
+    ) -> tuple[Any, tuple[Tensor, ...]]:
+        """Run the block's own forward; see `BoundBlock.run`."""
+        return stock(hidden_states, *args, **kwargs), ()
+
+    def stand_ins(self, lean: Lean) -> Mapping[nn.Module, Callable[..., Any]]:
+        """Module of the block -> what the block's forward calls in its place."""
+        found: dict[nn.Module, Callable[..., Any]] = {}
+        if lean.attention:
+            reason = self.reasons.get("attention", _UNKNOWN_ATTENTION if lean.save_products else None)
+            if reason is None:
+                attention: Any = getattr(self.block, self.parts.block_spec.attention)
+                found[attention] = _Again(attention, self.block.get_submodule(self.parts.attention))
+            else:
+                self.aside("attention", reason)
+        if lean.mlp and self.mlp is None:
+            self.aside("mlp", self.reasons["mlp"])
+        elif lean.mlp and self.mlp is not None:
+            *first, last = [getattr(self.block, name) for name in (self.norm, *self.parts.mlp) if name]
+            found |= dict.fromkeys(first, _unchanged)
+            found[last] = _MLP(self.mlp, lean)
+        return found
+
+    def __reduce__(self) -> tuple[Any, ...]:  # a copy of the block looks its own parts up
+        return type(None), ()
+
+
+class _MLP:
+    """Norm and MLP of the tokens that the norm was called with."""
+
+    def __init__(self, half: LeanMLP, lean: Lean) -> None:
+        self.half, self.lean = half, lean
+
+    def __call__(self, tokens: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        rows = tokens.reshape(1, -1, tokens.shape[-1])
+        return self.half.expanded(rows, self.lean).view(*tokens.shape[:-1], -1)
+
+
+class _Again:
+    """An attention of which the inputs alone are kept."""
+
+    def __init__(self, attention: Any, inner: nn.Module) -> None:
+        self.attention = attention
+        self.rates, self.dropouts = attention_dropouts(inner, attention)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        is_random = any(rate() for rate in self.rates) or any(module.p for module in self.dropouts)
+        return checkpoint(self.attention, *args, use_reentrant=False, preserve_rng_state=is_random, **kwargs)
+
+
+def _unchanged(tokens: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return tokens
+
+
+__all__ = ["StagedBlock"]

@@ -1,0 +1,93 @@
+"""Proof at attach that lean parts of blocks that differ give what the stock blocks give."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Hashable
+from dataclasses import replace
+from functools import cache
+
+from torch import nn
+
+from peft_bsr.backbones import ModelSpec, StageBlock, StockRun, frozen_parameters, probe_inputs, quiet, run_stock
+from peft_bsr.engine import BlockPlan, Lean, Plan
+from peft_bsr.selftest.lean import Tried, find_problem, try_block
+
+logger = logging.getLogger(__name__)
+_HALVES = ("attention", "mlp")
+
+
+def verify_stages(model: nn.Module, spec: ModelSpec, plan: Plan, stock: StockRun | None = None) -> Plan:
+    """Try each half of `plan`'s lean blocks on one block of each kind; the model is not changed.
+
+    Args:
+        model: The model.
+        spec: Description of a model without token reduction.
+        plan: A plan.
+        stock: The probe's forward. Default None: one more is run.
+
+    Returns:
+        The plan with the halves that passed. What did not is logged and written into `Plan.notes`, with the reason and
+        the blocks; so are parameters of trained blocks that stay frozen.
+    """
+    blocks, problems = list(plan.blocks), dict[str, list[int]]()
+    notes = _frozen(model, spec, plan)
+    lean = next((block.lean for block in plan.blocks if block.lean is not None), None)
+    if lean is None:
+        return replace(plan, notes=(*plan.notes, *notes))
+
+    @cache
+    def expected(index: int) -> Tried:
+        return try_block(model, spec, index, BlockPlan(True), run, None)
+
+    def problem_of(index: int, half: str) -> str | None:
+        alone = replace(lean, attention=half == "attention", mlp=half == "mlp")
+        return find_problem(
+            expected(index), try_block(model, spec, index, BlockPlan(True, lean=alone), run, None), False
+        )
+
+    with quiet(model):
+        run = stock or run_stock(model, spec.blocks, probe_inputs(model, 1, spec.image_shape))
+        found: dict[Hashable, str | None] = {}
+        for index in [i for i, block in enumerate(plan.blocks) if block.lean is not None]:
+            passed = {}
+            for half in _HALVES:
+                kind = (half, lean.save_products, _kind(model, spec, index, half, lean))
+                if kind not in found:
+                    found[kind] = problem_of(index, half)
+                problem = found[kind]
+                passed[half] = problem is None
+                if problem is not None:
+                    problems.setdefault(f"lean {half}: {problem}", []).append(index)
+            own = replace(lean, **passed)
+            blocks[index] = replace(blocks[index], lean=own if any(passed.values()) else None)
+    for problem, where in problems.items():
+        notes.append(f"{problem} (blocks {', '.join(map(str, where))})")
+        logger.info("%s: left out, %s", type(model).__name__, notes[-1])
+    return replace(plan, blocks=tuple(blocks), notes=(*plan.notes, *notes))
+
+
+def _kind(model: nn.Module, spec: ModelSpec, index: int, half: str, lean: Lean) -> Hashable:
+    """What decides whether a half of the block runs lean: its names, and the shapes of its parameters."""
+    parts: StageBlock = spec.stage_blocks[index]
+    block = model.get_submodule(spec.blocks[index])
+    names: tuple[str, ...]
+    if half == "attention":
+        names = () if lean.save_products else (parts.block_spec.attention,)  # with products it never runs lean
+    else:
+        names = tuple(filter(None, (parts.norm, *parts.mlp)))
+    children = [block.get_submodule(name) for name in names if name]
+    shapes = tuple((n, tuple(p.shape)) for child in children for n, p in child.named_parameters())
+    return names, tuple(map(type, children)), shapes
+
+
+def _frozen(model: nn.Module, spec: ModelSpec, plan: Plan) -> list[str]:
+    """Parameters of trained blocks that no module holds which trains."""
+    names: dict[str, None] = {}
+    for index in plan.trained_blocks:
+        block = model.get_submodule(spec.blocks[index])
+        names |= dict.fromkeys(frozen_parameters(block, spec.stage_blocks[index].param_modules))
+    return [f"trained blocks: {', '.join(names)} stay frozen, they are not in a module of their own"] if names else []
+
+
+__all__ = ["verify_stages"]

@@ -1,0 +1,170 @@
+"""Blocks of models in which no token can be dropped, beyond the contract."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import SegformerConfig, SegformerForSemanticSegmentation
+
+from peft_bsr import ALaSTConfig, BSRConfig, ConfigError, FeatureCache, LoSAConfig, UnsupportedModelError, probe_model
+from peft_bsr.cost import estimate
+from peft_bsr.errors import FeatureCacheError, LeanBlockWarning
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "contract"))
+from families import NO_REDUCTION, run_batch
+
+ALL = {"keep_rate": 1.0}
+
+
+@pytest.fixture(scope="module")
+def attached() -> PeftModel:
+    """Swin with its second stage trained."""
+    config = BSRConfig(**ALL, trainable_blocks="stage:2", init_weights=False)
+    return get_peft_model(NO_REDUCTION["swin"](), config).eval()
+
+
+def run(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**run_batch(NO_REDUCTION["swin"]())).logits
+
+
+def test_blocks_count_over_all_stages_in_running_order(attached):
+    spec = attached.base_model.spec
+    assert [block.rpartition("encoder.")[2] for block in spec.blocks] == [
+        "layers.0.blocks.0",
+        "layers.0.blocks.1",
+        "layers.1.blocks.0",
+        "layers.1.blocks.1",
+    ]
+    assert [(block.stage, block.width) for block in spec.stage_blocks] == [(1, 16), (1, 16), (2, 32), (2, 32)]
+    assert spec.stage_blocks[2].before == (
+        "swin.encoder.layers.0.downsample.norm",
+        "swin.encoder.layers.0.downsample.reduction",
+    )
+    assert attached.base_model.plan().trained_blocks == [2, 3]
+
+
+def test_widths_part_the_stages_of_one_list():
+    spec = probe_model(NO_REDUCTION["sam2"](), needs_tokens=False)
+    assert [block.stage for block in spec.stage_blocks] == [1, 2, 2]
+
+
+def test_nothing_is_kept_before_the_first_trained_block(attached):
+    model = copy.deepcopy(attached).train()
+    seen = {}
+    stage = model.base_model.model.swin.encoder.layers[0]
+    stage.register_forward_hook(lambda _m, _a, output: seen.update(needs=output[0].requires_grad))
+    model(**run_batch(model.base_model.model)).logits.sum().backward()
+    assert seen == {"needs": False}
+    trained = {name.split(".bsr_params")[0] for name, p in model.named_parameters() if p.grad is not None}
+    assert {name.split("model.")[-1].split(".")[0] for name in trained} == {"swin", "classifier"}
+    assert not any("layers.0." in name for name in trained)
+
+
+@pytest.mark.parametrize(("make", "has"), [("swin", "its stages are 1 to 2"), ("vit", "it has no stages")])
+def test_a_stage_that_is_not_there(make, has, make_model):
+    model = make_model("vit") if make == "vit" else NO_REDUCTION["swin"]()
+    with pytest.raises(ConfigError, match=f"'stage:5'` names a stage that this model does not have: {has}"):
+        get_peft_model(model, BSRConfig(**ALL, trainable_blocks="stage:5"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "instead"),
+    [
+        ({"gradient_tokens": 0.5}, "`gradient_tokens=1.0`"),
+        ({"saved_activations": "int8"}, '`saved_activations="full"`'),
+        ({"tasks": {"a": 2}}, "`tasks=None`"),
+    ],
+)
+def test_what_needs_tokens_is_refused(attached, settings, instead):
+    (name,) = settings
+    for model in (attached.base_model, NO_REDUCTION["swin"]()):  # the second adapter, and the first
+        with pytest.raises(UnsupportedModelError, match=rf"It is needed for `{name}=.*Use {instead}: the blocks"):
+            type(attached.base_model).resolve(getattr(model, "model", model), BSRConfig(**ALL, **settings))
+
+
+@pytest.mark.parametrize("config", [ALaSTConfig(), LoSAConfig()], ids=["alast", "losa"])
+def test_methods_that_read_tokens_refuse_it(config):
+    with pytest.raises(UnsupportedModelError, match="is not supported: it has stages"):
+        get_peft_model(NO_REDUCTION["swin"](), config)
+
+
+def test_probing_leaves_the_windows_as_they_are():
+    """Swin makes its windows smaller for good where an image has fewer places than a window."""
+    model = NO_REDUCTION["swin"](image_size=16, window_size=4)
+    blocks = [block for stage in model.swin.encoder.layers for block in stage.blocks]
+    before = [(block.window_size, block.shift_size) for block in blocks]
+    get_peft_model(model, BSRConfig(**ALL))
+    assert [(block.window_size, block.shift_size) for block in blocks] == before
+
+
+def test_adapters_are_switched_merged_and_copied(attached):
+    model = copy.deepcopy(attached)
+    expected = run(model)
+    base = run(NO_REDUCTION["swin"]())
+    assert not torch.equal(expected, base)
+    model.add_adapter("other", BSRConfig(**ALL, trainable_blocks=[0], trainable="lora", init_weights=False))
+    model.set_adapter("other")
+    assert not torch.equal(run(model), expected)
+    model.set_adapter("default")
+    assert torch.equal(run(model), expected)
+    torch.testing.assert_close(run(model.merge_and_unload()), expected)
+
+
+def test_a_hook_in_the_mlp_turns_its_half_to_stock(attached):
+    model = copy.deepcopy(attached).train()
+    calls = []
+    model.base_model.model.swin.encoder.layers[1].blocks[0].mlp.register_forward_hook(lambda *_: calls.append(1))
+    with pytest.warns(LeanBlockWarning, match="block 2 runs its mlp half as stock modules"):
+        model(**run_batch(model.base_model.model))
+    assert calls == [1]
+    assert "mlp runs stock: the hook" in model.base_model.explain()
+
+
+def test_modules_between_stages_train_after_the_cut():
+    saved = {"modules_to_save": ["downsample"]}
+    with pytest.raises(ConfigError, match="which no gradient reaches: it runs before block 2"):
+        get_peft_model(NO_REDUCTION["swin"](), BSRConfig(**ALL, trainable_blocks=[2], **saved))
+    model = get_peft_model(NO_REDUCTION["swin"](), BSRConfig(**ALL, trainable_blocks=[1], **saved)).train()
+    model(**run_batch(model.base_model.model)).logits.sum().backward()
+    found = [p.grad is not None for n, p in model.named_parameters() if "downsample.modules_to_save" in n]
+    assert found and all(found)
+
+
+def images(number: int = 4) -> list[dict[str, torch.Tensor]]:
+    pixels = torch.randn(number, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    return [{"pixel_values": image, "labels": torch.tensor(1)} for image in pixels]
+
+
+def test_a_feature_cache_at_the_cut(attached, tmp_path):
+    model = copy.deepcopy(attached)
+    cache = FeatureCache.build(model, images(), tmp_path, dtype=torch.float32, progress=False)
+    rows = torch.utils.data.default_collate([cache[i] for i in range(4)])
+    whole = torch.utils.data.default_collate(images())
+    with torch.no_grad():
+        expected = model(**whole).loss
+        with cache.read_by(model):
+            assert torch.equal(model(**rows).loss, expected)
+
+
+def test_a_cache_is_refused_where_the_head_reads_earlier_stages(tmp_path):
+    sizes = {"num_encoder_blocks": 2, "depths": [1, 1], "sr_ratios": [2, 1], "hidden_sizes": [16, 32]}
+    sizes |= {"patch_sizes": [3, 3], "strides": [2, 2], "num_attention_heads": [1, 2], "mlp_ratios": [2, 2]}
+    model = SegformerForSemanticSegmentation(SegformerConfig(**sizes, decoder_hidden_size=16)).eval()
+    adapted = get_peft_model(model, BSRConfig(**ALL, trainable_blocks="last:1"))
+    samples = [{"pixel_values": sample["pixel_values"]} for sample in images()]
+    with pytest.raises(FeatureCacheError, match="it reads more than these tokens"):
+        FeatureCache.build(adapted, samples, tmp_path, progress=False)
+
+
+def test_estimates_follow_where_all_blocks_have_one_width():
+    config = BSRConfig(**ALL, trainable_blocks="last:2", lean="max")
+    found = estimate(NO_REDUCTION["sam"](), config, batch_size=2).saved_bytes
+    assert 0 < found < estimate(NO_REDUCTION["sam"](), batch_size=2).saved_bytes / 2
+    with pytest.raises(UnsupportedModelError, match="`hidden_size` and `num_attention_heads` of all blocks"):
+        estimate(NO_REDUCTION["swin"](), config)

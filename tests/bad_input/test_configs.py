@@ -12,12 +12,14 @@ CONFIGS: list[tuple[type, dict[str, Any], str]] = [
     (
         BSRConfig,
         {"trainable_blocks": None},
-        'BSRConfig: `trainable_blocks=None` must be a non-empty list of block indices, "every:n" or "last:n".',
+        "BSRConfig: `trainable_blocks=None` must be a non-empty list of block indices, "
+        '"every:n", "last:n" or "stage:n".',
     ),
     (
         BSRConfig,
         {"trainable_blocks": [True]},
-        'BSRConfig: `trainable_blocks=[True]` must be a non-empty list of block indices, "every:n" or "last:n".',
+        "BSRConfig: `trainable_blocks=[True]` must be a non-empty list of block indices, "
+        '"every:n", "last:n" or "stage:n".',
     ),
     (
         BSRConfig,
@@ -34,12 +36,14 @@ CONFIGS: list[tuple[type, dict[str, Any], str]] = [
     (
         BSRConfig,
         {"trainable_blocks": [1.0]},
-        'BSRConfig: `trainable_blocks=[1.0]` must be a non-empty list of block indices, "every:n" or "last:n".',
+        "BSRConfig: `trainable_blocks=[1.0]` must be a non-empty list of block indices, "
+        '"every:n", "last:n" or "stage:n".',
     ),
     (
         BSRConfig,
         {"trainable_blocks": {"a": 1}},
-        'BSRConfig: `trainable_blocks={\'a\': 1}` must be a non-empty list of block indices, "every:n" or "last:n".',
+        "BSRConfig: `trainable_blocks={'a': 1}` must be a non-empty list of block indices, "
+        '"every:n", "last:n" or "stage:n".',
     ),
     (
         BSRConfig,

@@ -24,16 +24,16 @@ BAD_VALUES: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"trainable_blocks": []},
-        'BSRConfig: `trainable_blocks=[]` must be a non-empty list of block indices, "every:n" or "last:n".',
+        'BSRConfig: `trainable_blocks=[]` must be a non-empty list of block indices, "every:n", "last:n" or "stage:n".',
     ),
     (
         {"trainable_blocks": 3},
-        'BSRConfig: `trainable_blocks=3` must be a non-empty list of block indices, "every:n" or "last:n".',
+        'BSRConfig: `trainable_blocks=3` must be a non-empty list of block indices, "every:n", "last:n" or "stage:n".',
     ),
     (
         {"trainable_blocks": "evry:4"},
         "BSRConfig: `trainable_blocks='evry:4'` is not understood. "
-        'Use indices such as `[3, 7, 11]`, or "every:4", or "last:3".',
+        'Use indices such as `[3, 7, 11]`, "every:4", "last:3" or "stage:4".',
     ),
     (
         {"reduction_blocks": [-3]},

@@ -96,7 +96,10 @@ def test_weights_that_were_made_there_are_refused_with_the_reason(make_vit, meth
     with torch.inference_mode():
         base = make_vit()
     for mode in (torch.no_grad, torch.inference_mode):
-        with mode(), pytest.raises(UnsupportedModelError, match=r"made inside `torch\.inference_mode\(\)`.*Load the"):
+        with (
+            mode(),
+            pytest.raises(UnsupportedModelError, match=r"created inside `torch\.inference_mode\(\)`.*Load the"),
+        ):
             get_peft_model(base, CONFIGS[method]())
 
 

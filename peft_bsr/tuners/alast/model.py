@@ -34,6 +34,7 @@ class ALaSTModel(BlockTuner):
     Examples:
         >>> from peft import get_peft_model
         >>> from transformers import ViTConfig, ViTForImageClassification
+        >>> from peft_bsr import ALaSTConfig
         >>> tiny = ViTConfig(hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=64)
         >>> model = get_peft_model(ViTForImageClassification(tiny), ALaSTConfig())
         >>> model.base_model.schedule().budgets

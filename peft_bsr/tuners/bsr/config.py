@@ -214,12 +214,12 @@ class BSRConfig(BlockConfig):
             if not _BLOCK_RULE.fullmatch(self.trainable_blocks):
                 problems.append(
                     f"`trainable_blocks={self.trainable_blocks!r}` is not understood. "
-                    'Use indices such as `[3, 7, 11]`, or "every:4", or "last:3".'
+                    'Use indices such as `[3, 7, 11]`, "every:4", "last:3" or "stage:4".'
                 )
         elif not is_index_list(self.trainable_blocks) or not self.trainable_blocks:
             problems.append(
                 f"`trainable_blocks={self.trainable_blocks!r}` must be a non-empty list of block indices, "
-                '"every:n" or "last:n".'
+                '"every:n", "last:n" or "stage:n".'
             )
         else:
             problems += check_indices(self, "trainable_blocks")

@@ -24,14 +24,14 @@ CONFIGS: list[tuple[type, dict[str, Any], str]] = [
     (
         BSRConfig,
         {"trainable_blocks": "last:0"},
-        "BSRConfig: `trainable_blocks='last:0'` is not understood. Use indices such as `[3, 7, 11]`, or "
-        '"every:4", or "last:3".',
+        "BSRConfig: `trainable_blocks='last:0'` is not understood. Use indices such as `[3, 7, 11]`, "
+        '"every:4", "last:3" or "stage:4".',
     ),
     (
         BSRConfig,
         {"trainable_blocks": "last:-1"},
-        "BSRConfig: `trainable_blocks='last:-1'` is not understood. Use indices such as `[3, 7, 11]`, or "
-        '"every:4", or "last:3".',
+        "BSRConfig: `trainable_blocks='last:-1'` is not understood. Use indices such as `[3, 7, 11]`, "
+        '"every:4", "last:3" or "stage:4".',
     ),
     (
         BSRConfig,

@@ -256,6 +256,11 @@ def _count_prefix(backbone_class: type[PreTrainedModel], config: PreTrainedConfi
         raise UnsupportedModelError(f"{name} takes `{main_input(model)}` of shape {shape} instead of images.")
     if len(shape) == 2:  # flattened patches of images of several sizes: such models have no other tokens
         return 0
+    if detections := getattr(config, "num_detection_tokens", 0):
+        raise UnsupportedModelError(
+            f"{name} has tokens after the patches (`num_detection_tokens={detections}`), which no pool leaves out. "
+            "Give a backbone without them."
+        )
     try:
         with torch.no_grad():
             tokens = getattr(model(**probe_inputs(model, 1, shape)), "last_hidden_state", None)

@@ -272,6 +272,9 @@ OTHERS = {  # models that are not one vision model, and what is said of them
     "VideoMAEModel takes `pixel_values` of shape (16, 3, 32, 32) instead of images.": lambda: (
         transformers.VideoMAEModel(transformers.VideoMAEConfig(**VIT))
     ),
+    "YolosModel has tokens after the patches (`num_detection_tokens=5`)": lambda: transformers.YolosModel(
+        transformers.YolosConfig(**{**VIT, "image_size": [32, 32]}, num_detection_tokens=5)
+    ),
     "ResNetModel: its config has no `image_size`": lambda: transformers.ResNetModel(
         transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1])
     ),

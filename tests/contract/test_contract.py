@@ -95,7 +95,7 @@ PARTLY_LEAN = {  # the attention computes its rotation or bias itself, not from 
 }
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("family", SUPPORTED)
 def test_blocks_run_lean(family):
     assert lean_levels(family) == PARTLY_LEAN.get(family, "exact, max")
@@ -107,7 +107,7 @@ def test_every_family_has_an_expectation():
     assert list(WITHOUT) == list(NO_REDUCTION)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("check", CHECKS)
 @pytest.mark.parametrize(("family", "mode"), CASES, ids=lambda value: str(value))
 def test_contract(family, mode, check):

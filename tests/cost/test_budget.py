@@ -136,7 +136,7 @@ def test_sizes():
     assert [parse_size(s) for s in ("2GB", "2 GiB", "1.5KB", 7, "512")] == [2 * 10**9, 2**31, 1500, 7, 512]
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     "setting",
     [

@@ -51,7 +51,7 @@ def on_meta(make) -> torch.nn.Module:
         return make()
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(
     ("model", "config"),
     [(m, c) for m in MODELS for c in CONFIGS if not (m == "siglip" and c.startswith("synqt"))],  # it has no classifier

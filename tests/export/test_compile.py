@@ -64,7 +64,7 @@ def assert_same_step(found, expected, atol=1e-5) -> None:
             torch.testing.assert_close(found[1][name], gradient, atol=atol, rtol=0, msg=name)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_the_model_compiles_as_one_graph(make_wrapped, family):
@@ -74,6 +74,7 @@ def test_the_model_compiles_as_one_graph(make_wrapped, family):
     torch.testing.assert_close(found, model(batches[0]), atol=1e-6, rtol=0)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_one_graph_serves_every_batch_size(make_wrapped):
     model, batches = make_wrapped("vit")

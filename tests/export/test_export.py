@@ -72,7 +72,7 @@ def assert_exports(model: nn.Module, batches: list[Tensor], strict: bool) -> Non
         torch.testing.assert_close(exported(images), model(images), atol=1e-5, rtol=0)
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_export(make_wrapped, family):
     assert_exports(*make_wrapped(family), strict=False)

@@ -143,6 +143,7 @@ def test_any_batch_in_torch_export(make_peft, five_images, tmp_path):
         torch.testing.assert_close(run(images)[0], model(pixel_values=images).logits, atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_int8_weights(make_peft, five_images, tmp_path):
     pytest.importorskip("onnxruntime")
     onnx = pytest.importorskip("onnx")

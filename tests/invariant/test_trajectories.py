@@ -39,13 +39,13 @@ PINNED: dict[str, list[tuple[float, float]]] = {  # (loss, gradient norm) in the
 }
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("name", "way"), PAIRS)
 def test_every_way_trains_alike(name, way):
     torch.testing.assert_close(trajectory(name, WAYS[way]), trajectory(name), rtol=2e-5, atol=0)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("name", "way"), PAIRS)
 def test_no_way_drifts_to_one_side(name, way):
     """Rounding errors have both signs: their mean over all steps is far below what a single step is allowed."""

@@ -53,6 +53,7 @@ def main() -> None:
             model.train()
     found = {"drawn": drawn, "inside": inside, "between": between, "weights": weights_of(model)}
     torch.save(found, Path(sys.argv[1]) / f"{rank}.pt")
+    del wrapped  # see tests/invariant/processes.py
     dist.destroy_process_group()
 
 

@@ -163,9 +163,7 @@ def check_takes_images(model: nn.Module) -> None:
     is_own = find_rule(model).probe_inputs is not None and vision_config(model) is model.config
     if next(iter(inspect.signature(model.forward).parameters), None) == "input_ids" and not is_own:
         inside = _attach_inside(model)
-        raise UnsupportedModelError(
-            f"it takes text and images. {inside}" if inside else "an image alone does not run it"
-        )
+        raise UnsupportedModelError(f"it takes text and images. {inside}" if inside else "it takes text, not images")
 
 
 def describe_failure(model: nn.Module, failure: Exception | None) -> str:

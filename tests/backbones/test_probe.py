@@ -84,7 +84,7 @@ REFUSED = {
         lambda: BertModel(
             BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, vocab_size=30)
         ),
-        "an image alone does not run it",
+        "it takes text, not images",
     ),
     "a convolutional network": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()), "no list of equal blocks"),
 }

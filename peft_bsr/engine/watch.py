@@ -71,6 +71,14 @@ class Watch:
                     return str(getattr(function, "__qualname__", type(function).__name__))
         return None
 
+    def obstacle(self, modules: Iterable[nn.Module]) -> str | None:
+        """Why these modules must run as they are: a foreign hook, or another forward set on one of them; or None."""
+        modules = list(modules)
+        if (hook := self.foreign_hook(modules)) is not None:
+            return f"the hook {hook} looks at its modules"
+        replaced = next((type(module).__name__ for module in modules if "forward" in vars(module)), None)
+        return replaced and f"another `forward` was set on its {replaced}"
+
     @property
     def root(self) -> nn.Module:
         """The first of the modules."""

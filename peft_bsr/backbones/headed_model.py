@@ -244,8 +244,9 @@ def _count_prefix(backbone_class: type[PreTrainedModel], config: PreTrainedConfi
         config.mask_ratio = 0.0
     with torch.device("meta"):
         model = backbone_class(config).eval()
-    name, part = backbone_class.__name__, vision_part(model)
+    name = backbone_class.__name__
     if main_input(model) != "pixel_values":
+        part = vision_part(model)
         advice = f". Give the vision model inside: `with_head(model.{part}, ...)`." if part else " instead of images."
         raise UnsupportedModelError(f"{name} takes `{main_input(model)}`{advice}")
     try:

@@ -126,6 +126,45 @@ def test_a_hook_in_the_mlp_turns_its_half_to_stock(attached):
     assert "mlp runs stock: the hook" in model.base_model.explain()
 
 
+def gradients(model, run, precision=torch.float32) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)  # whole paths are dropped at random
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+        logits = run(**run_batch(model.base_model.model)).logits
+    (logits.float() * torch.linspace(-1, 1, logits.numel()).view_as(logits)).sum().backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("way", ["compiled", "after an exception", "autocast"])
+def test_lean_blocks_give_the_gradients_of_stock_ones(way):
+    stock, lean = (
+        get_peft_model(NO_REDUCTION["swin"](), BSRConfig(**ALL, trainable_blocks="stage:2", lean=level)).train()
+        for level in ("off", "max")
+    )
+    halves = lean.base_model.plan().blocks[2].lean
+    assert halves.attention and halves.mlp, "otherwise stock blocks are compared with themselves"
+    precision = torch.bfloat16 if way == "autocast" else torch.float32
+    expected, run = gradients(stock, stock, precision), lean
+    if way == "compiled":
+        run = torch.compile(lean, backend="aot_eager")
+    if way == "after an exception":
+        handle = lean.base_model.model.swin.layernorm.register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            gradients(lean, lean)
+        handle.remove()
+    found = gradients(lean, run, precision)
+    torch._dynamo.reset()
+    assert found.keys() == expected.keys()
+    if way == "autocast":  # bf16 has 8 bits: as far from fp32 as the stock blocks are
+        exact = gradients(stock, stock)
+        errors = [sum(float((g[n] - exact[n]).square().sum()) for n in exact) ** 0.5 for g in (found, expected)]
+        assert errors[0] < 1.2 * errors[1]
+    else:
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6, msg=name)
+
+
 def test_modules_between_stages_train_after_the_cut():
     saved = {"modules_to_save": ["downsample"]}
     with pytest.raises(ConfigError, match="which no gradient reaches: it runs before block 2"):

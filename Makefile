@@ -34,7 +34,7 @@ test-gpu: $(VENV)/installed
 # The app in headless Chromium, which has to be there
 test-app: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[app]' playwright
-	$(BIN)/python -m pytest -n0 -m "" tests/app $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "" tests/app $(ARGS)
 
 test-all: test test-distributed
 

@@ -87,6 +87,8 @@ def make_model(
 
 def from_config(config: PreTrainedConfig) -> PreTrainedModel:
     """A model with random weights; a classifier if its family has one."""
+    if config.architectures is None:
+        config.architectures = []  # transformers goes through them where a family has several classifiers, as DeiT
     own: object = getattr(transformers, (config.architectures or ["AutoModel"])[0], None)
     made: PreTrainedModel
     if takes_head(config):

@@ -76,7 +76,6 @@ def test_the_lines_of_a_plan_run_it(tiny, monkeypatch):
     assert str(args.model) == str(tiny)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("source", list(KNOWN))
 def test_each_offered_model_can_be_made_without_weights(source):
     costs = costs_of(source, 10)

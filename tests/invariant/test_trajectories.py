@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,9 @@ from tests.invariant.ways import CONFIGS, STEPS, WAYS, Way, build, data, is_poss
 
 PAIRS = [(name, way) for name in CONFIGS for way in WAYS if is_possible(name, WAYS[way])]
 LESS = [pair for pair in PAIRS if not (WAYS[pair[1]].is_compiled or WAYS[pair[1]].is_cached or WAYS[pair[1]].parts > 1)]
+CASES = [  # compiling takes most of a minute
+    pytest.param(*pair, marks=pytest.mark.slow if WAYS[pair[1]].is_compiled else ()) for pair in PAIRS
+]
 PINNED_STEPS = (0, 9, 19, 29, 49)
 PINNED: dict[str, list[tuple[float, float]]] = {  # (loss, gradient norm) in these steps
     "bsr": [(1.2381, 2.8488), (0.86568, 1.9428), (0.45484, 1.8822), (0.12493, 0.80125), (0.0097402, 0.088904)],
@@ -40,13 +45,13 @@ PINNED: dict[str, list[tuple[float, float]]] = {  # (loss, gradient norm) in the
 
 
 @pytest.mark.sampled(3)
-@pytest.mark.parametrize(("name", "way"), PAIRS)
+@pytest.mark.parametrize(("name", "way"), CASES)
 def test_every_way_trains_alike(name, way):
     torch.testing.assert_close(trajectory(name, WAYS[way]), trajectory(name), rtol=2e-5, atol=0)
 
 
 @pytest.mark.sampled(3)
-@pytest.mark.parametrize(("name", "way"), PAIRS)
+@pytest.mark.parametrize(("name", "way"), CASES)
 def test_no_way_drifts_to_one_side(name, way):
     """Rounding errors have both signs: their mean over all steps is far below what a single step is allowed."""
     found, expected = trajectory(name, WAYS[way]), trajectory(name)
@@ -111,8 +116,8 @@ COMMAND_WAYS: dict[str, list[str]] = {
 
 
 @pytest.fixture(scope="module")
-def command_losses(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Logged losses of `peft-bsr train`, by way."""
+def command_losses(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[float]]:
+    """Logged losses of `peft-bsr train` run in one of the `COMMAND_WAYS`."""
     base = tmp_path_factory.mktemp("base")
     vit = build("bsr", Way(), torch.Generator().manual_seed(0)).unload()
     assert isinstance(vit, ViTForImageClassification)
@@ -120,24 +125,27 @@ def command_losses(tmp_path_factory: pytest.TempPathFactory) -> Any:
     (base / "preprocessor_config.json").write_text(
         json.dumps({"image_processor_type": "ViTImageProcessor", "size": {"height": 32, "width": 32}})
     )
-    found: dict[str, list[float]] = {}
-    for way, settings in COMMAND_WAYS.items():
+
+    @cache
+    def losses(way: str) -> list[float]:
         output = tmp_path_factory.mktemp("trained")
         asked = ["train", "--model", str(base), "--dataset", "digits", "--output", str(output), "--max-steps", "10"]
         asked += ["--batch-size", "8", "--set", "trainable_blocks=[1,3]", "--trainer", "logging_steps=1"]
         asked += ["--no-measuring", "--test-size", "0.05", "--validation-size", "0.05"]
-        assert main([*asked, *settings, "--trainer", "save_strategy=steps", "--trainer", "save_steps=10"]) == 0
+        assert main([*asked, *COMMAND_WAYS[way], "--trainer", "save_strategy=steps", "--trainer", "save_steps=10"]) == 0
         (state,) = output.rglob("trainer_state.json")
         log = json.loads(state.read_text())["log_history"]
-        found[way] = [row["loss"] for row in log if "loss" in row]
-    return found
+        return [row["loss"] for row in log if "loss" in row]
+
+    return losses
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("way", [way for way in COMMAND_WAYS if way != "off"])
 def test_the_command_line_trains_alike(command_losses, way):
-    assert len(command_losses["off"]) == 10
+    assert len(command_losses("off")) == 10
     rounded = 1e-3 if way == "cached" else 2e-4  # the command keeps cached tokens in half precision
-    assert command_losses[way] == pytest.approx(command_losses["off"], rel=rounded)
+    assert command_losses(way) == pytest.approx(command_losses("off"), rel=rounded)
 
 
 @pytest.mark.slow

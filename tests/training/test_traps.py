@@ -246,7 +246,7 @@ def test_the_head_is_saved(make_model, method, train, tmp_path):
         assert torch.equal(reloaded(pixel_values=images).logits, model.eval()(pixel_values=images).logits)
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize("train", [bare, pytest.param(trainer, marks=pytest.mark.slow)], ids=["bare", "trainer"])
 @pytest.mark.parametrize("when", [pytest.param("before", marks=pytest.mark.slow), "after"])
 def test_compiled_blocks_follow_the_freezing(make_model, method, train, when, tmp_path):

@@ -1,14 +1,16 @@
-"""Write the page of tables and plots.
+"""Write the page of tables and plots, and the short table of the front pages.
 
     python benchmarks/method_comparison/report.py [--protocol cpu] [--output docs/benchmarks.md]
 
-It uses the results that exist; rows without results are left out.
+It uses the results that exist; rows without results are left out. The short table goes into README.md and index.md of
+the same documentation, between the comments that name this script.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import sys
 from dataclasses import dataclass
@@ -25,6 +27,18 @@ from run import result_path
 from sweep import load_recipes
 
 REFERENCE = "full_finetuning/all"
+FRONT = {
+    "full_finetuning/all": "full fine-tuning",
+    "linear_probe/head": "linear probe",
+    "lora/all_linear": "PEFT's LoRA, every Linear",
+    "lora/qv": "PEFT's LoRA, q and v",
+    "lora/qv-checkpointing": "the same, gradient checkpointing",
+    "bsr/spread-exact": "`BSRConfig()`, the paper's plan",
+    "bsr/upper-exact": "`BSRConfig(trainable_blocks=[5, 8, 11], keep_rate=0.7)`",
+    "bsr/all-lora-max": '`BSRConfig(trainable="lora", trainable_blocks="every:1", keep_rate=1.0, lean="max")`',
+}
+TITLES = {"cifar10": "CIFAR-10", "fashion-mnist": "Fashion-MNIST", "flowers": "flowers"}
+FRONT_PLACE = re.compile(r"(?<=<!-- benchmarks/method_comparison/report\.py -->\n\n).*?(?=\n\n<!-- end -->)", re.DOTALL)
 COLORS = {
     "full_finetuning": "black",
     "linear_probe": "tab:gray",
@@ -92,6 +106,9 @@ def main() -> None:
     if tried := [json.loads(path.read_text()) for path in sorted((results / "tried").glob("*.json"))]:
         parts += ["## What else was tried", tried_table(tried, recipes, costs)]
     args.output.write_text("\n\n".join(parts) + "\n")
+    for page in (args.output.parent / "index.md", args.output.parents[1] / "README.md"):
+        if page.exists():
+            page.write_text(FRONT_PLACE.sub(lambda _: front_table(tasks), page.read_text()))
     print(f"{args.output}: {sum(len(row.runs) for rows in tasks.values() for row in rows)} runs")
 
 
@@ -131,6 +148,23 @@ def accuracy_table(rows: list[Row]) -> str:
             costs = [mib(cost["saved_bytes_per_image"]), f"1/{share:.1f}", f"{speed:.2f}", peak]
         cells = [f"{100 * row.accuracy:.1f}{spread}", str(len(row.runs)), to_full, *costs, f"{gaps:.0f}"]
         lines.append(f"| {row.experiment.name} | {' | '.join(cells)} | {infos[0]['file_size'] / 2**20:.2f} |")
+    return "\n".join(lines)
+
+
+def front_table(tasks: dict[str, list[Row]]) -> str:
+    """Table of the main choices: peak, speed and accuracy on each task that has all of them."""
+    by_task = {task: {row.experiment.name: row for row in rows} for task, rows in tasks.items()}
+    by_task = {task: rows for task, rows in by_task.items() if FRONT.keys() <= rows.keys()}
+    header = ["", "peak memory, MiB", "speed, relative to full", *(f"{TITLES.get(task, task)}, %" for task in by_task)]
+    lines = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
+    for name, label in FRONT.items():
+        found = [rows[name] for rows in by_task.values()]
+        cost = found[0].cost
+        assert cost is not None, f"{name} has no costs; run costs.py first."
+        cells = [f"{cost['peak_bytes'] / 2**20:.0f}", f"{1 / cost['step_to_full']:.1f}"]
+        seeds = {1: " (one seed)"}
+        cells += [f"{100 * row.accuracy:.1f}{seeds.get(len(row.runs), '')}" for row in found]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -180,3 +180,14 @@ def test_from_sweep_to_page(sources, tmp_path):
     page = (tmp_path / "page.md").read_text()
     assert "| bsr/spread-exact |" in page and "| full |" in page
     assert (tmp_path / "images" / "benchmark-tiny-colours.png").exists()
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
+def test_the_front_page_has_the_numbers_of_the_results(page):
+    from report import FRONT_PLACE, front_table, load_rows
+
+    results = FOLDER / "results" / "cpu"
+    costs = json.loads((results / "costs.json").read_text())
+    table = front_table({task: load_rows(results, task, costs) for task in ("cifar10", "fashion-mnist")})
+    (found,) = FRONT_PLACE.findall((FOLDER.parents[1] / page).read_text())
+    assert found == table and "full fine-tuning" in table

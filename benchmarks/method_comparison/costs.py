@@ -46,7 +46,8 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     if args.peak_of:
-        print(json.dumps(peak_bytes(args)))
+        model = ready(Experiment.load(args.peak_of), args.model)
+        print(json.dumps(peak_bytes(model, random_batch(model, Protocol.load(args.protocol).batch_size))))
         return
     path = results_of(args) / "costs.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -62,7 +63,8 @@ def main() -> None:
 
 def measure(experiment: Experiment, args: argparse.Namespace) -> dict[str, Any]:
     """All figures except the peak."""
-    batch = random_batch(full := ready(Experiment.load(REFERENCE), args.model), args)
+    full = ready(Experiment.load(REFERENCE), args.model)
+    batch = random_batch(full, Protocol.load(args.protocol).batch_size)
     reference, cost = compare({"full": full, "this": ready(experiment, args.model)}, batch, args.repeats).values()
     return {
         "saved_bytes_per_image": cost.saved_bytes_per_image,
@@ -82,10 +84,14 @@ def peak_in_own_process(experiment: Experiment, args: argparse.Namespace) -> int
     return in_own_process(__file__, *arguments)
 
 
-def peak_bytes(args: argparse.Namespace) -> int:
-    """Peak of gradients, AdamW's state, activations and workspace over two steps, without the weights."""
-    model = ready(Experiment.load(args.peak_of), args.model)
-    batch = random_batch(model, args)
+def peak_bytes(model: nn.Module, batch: dict[str, Tensor], parts: int = 1) -> int:
+    """Peak of gradients, AdamW's state, activations and workspace over two steps, without the weights.
+
+    Args:
+        model: The model from `ready`.
+        batch: One part of a step's images.
+        parts: Parts whose gradients accumulate, of which two are run.
+    """
     trained = [p for p in model.parameters() if p.requires_grad]
     with side_effect_free(model):
         model(**batch).loss.backward()  # lets libraries allocate their own memory first
@@ -97,7 +103,8 @@ def peak_bytes(args: argparse.Namespace) -> int:
             optimizer.step()
             for _ in range(2):
                 optimizer.zero_grad(set_to_none=True)
-                model(**batch).loss.backward()
+                for _ in range(min(parts, 2)):
+                    model(**batch).loss.backward()
                 optimizer.step()
     return memory.added_bytes
 
@@ -111,11 +118,11 @@ def ready(experiment: Experiment, source: str) -> nn.Module:
     return model
 
 
-def random_batch(model: nn.Module, args: argparse.Namespace) -> dict[str, Tensor]:
-    """Random images of the model's image size, with the protocol's batch size."""
+def random_batch(model: nn.Module, count: int) -> dict[str, Tensor]:
+    """Random images of the model's image size."""
     size = getattr(model.config, "vision_config", model.config).image_size
     height, width = (size, size) if isinstance(size, int) else size
-    count, device = Protocol.load(args.protocol).batch_size, next(model.parameters()).device
+    device = next(model.parameters()).device
     return {
         "pixel_values": torch.randn(count, 3, height, width, device=device),
         "labels": torch.randint(10, (count,), device=device),

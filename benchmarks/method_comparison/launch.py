@@ -21,12 +21,15 @@ def add_results(parser: argparse.ArgumentParser) -> None:
 
 
 def results_of(args: argparse.Namespace) -> Path:
-    """The folder of the protocol's results."""
-    return args.results / Path(args.protocol).stem
+    """The folder of the protocol's results, or of those within so many seconds."""
+    seconds = getattr(args, "seconds", None)
+    folder = args.results / Path(args.protocol).stem
+    return folder if seconds is None else folder / f"{seconds:g}-seconds"
 
 
 def add_launching(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that say how runs share the machine."""
+    """Add the arguments that say how long runs take and how they share the machine."""
+    parser.add_argument("--seconds", type=float, help="train so long instead of the protocol's epochs")
     parser.add_argument("--at-once", type=int, default=default_at_once(), help="parallel runs (default: by cores)")
     parser.add_argument("--threads", type=int, default=0, help="threads per run (default: cores / parallel runs)")
 
@@ -52,6 +55,8 @@ def launch(args: argparse.Namespace, result: Path, experiment: str, **settings: 
         return json.loads(result.read_text())
     threads = args.threads or max(1, (os.cpu_count() or 1) // args.at_once)
     settings |= {"protocol": args.protocol, "model": args.model, "threads": threads}
+    if getattr(args, "seconds", None) is not None:
+        settings["seconds"] = args.seconds
     if args.data is not None:
         settings["data"] = args.data
     command = [sys.executable, str(HERE / "train.py"), experiment]

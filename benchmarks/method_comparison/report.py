@@ -23,6 +23,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from data import Protocol
 from experiment import EXPERIMENTS, Experiment
 from launch import HERE, add_results, results_of
+from report_memory import memory_section
+from report_time import budgets_in, time_section
 from run import result_path
 from sweep import load_recipes
 
@@ -98,10 +100,17 @@ def main() -> None:
     pictures = args.output.parent / "images"
     pictures.mkdir(parents=True, exist_ok=True)
     parts = [(HERE / "page.md").read_text().strip(), conditions(protocol, tasks)]
+
+    def picture_of(task: str, kind: str = "") -> Path:
+        return pictures / f"benchmark-{protocol.name}-{task.replace('/', '--')}{kind}.png"
+
     for task, rows in tasks.items():
-        picture = pictures / f"benchmark-{protocol.name}-{task.replace('/', '--')}.png"
-        draw(rows, task, picture)
-        parts += [f"## {task}", accuracy_table(rows), f"![{task}]({picture.relative_to(args.output.parent)})"]
+        draw(rows, task, picture_of(task))
+        parts += [f"## {task}", accuracy_table(rows), f"![{task}](images/{picture_of(task).name})"]
+    if (path := results / "memory.json").exists():
+        parts += memory_section(tasks, json.loads(path.read_text()), picture_of, COLORS)
+    by_seconds = {s: {task: load_rows(folder, task, costs) for task in tasks} for s, folder in budgets_in(results)}
+    parts += time_section(list(tasks), by_seconds, picture_of, COLORS) if by_seconds else []
     parts += ["## Costs", cost_table(costs, tasks), "## Learning rates", recipe_table(recipes)]
     if tried := [json.loads(path.read_text()) for path in sorted((results / "tried").glob("*.json"))]:
         parts += ["## What else was tried", tried_table(tried, recipes, costs)]

@@ -49,12 +49,17 @@ def main() -> None:
 
         found = dict(pool.map(search, chosen))
     path = results_of(args) / "recipes.json"
-    path.write_text(json.dumps(load_recipes(args) | found, indent=2) + "\n")
+    path.write_text(json.dumps(_stored(path) | found, indent=2) + "\n")
 
 
 def load_recipes(args: argparse.Namespace) -> dict[str, Any]:
-    """Results of earlier sweeps, by recipe."""
-    path = results_of(args) / "recipes.json"
+    """Results of earlier sweeps, by recipe; with `--seconds`, the protocol's where none was swept for that time."""
+    return _stored(args.results / Path(args.protocol).stem / "recipes.json") | _stored(
+        results_of(args) / "recipes.json"
+    )
+
+
+def _stored(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import ExitStack, nullcontext
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -27,13 +28,14 @@ import torch
 import transformers
 from safetensors.torch import save_file
 from torch import nn
-from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments
+from transformers import EvalPrediction, TrainerCallback, TrainingArguments
 
 sys.path.insert(0, str(Path(__file__).parent))
 from data import Protocol, load_task, with_pixels
 from experiment import Experiment, load_base
+from time_budget import TimeBudget, TimedTrainer
 
-from peft_bsr import ALaSTConfig
+from peft_bsr import ALaSTConfig, FeatureCache
 from peft_bsr.cost import PeakMemory
 from peft_bsr.data import collate
 from peft_bsr.training import ALaSTCallback, schedule_of
@@ -47,7 +49,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="seed of head, adapter and image order")
     parser.add_argument("--learning-rate", type=float, required=True, help="at its highest")
     parser.add_argument("--threads", type=int, default=0, help="threads of torch on the CPU (default: torch's default)")
-    parser.add_argument("--sweep", action="store_true", help="train on fewer images, score on the validation split")
+    parser.add_argument("--seconds", type=float, help="train so long instead of the protocol's epochs")
+    parser.add_argument(
+        "--sweep", action="store_true", help="score on the validation split; without --seconds train on fewer images"
+    )
     add_sources(parser)
     return parser.parse_args()
 
@@ -77,23 +82,31 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     begin = time.perf_counter()
     experiment, protocol = Experiment.load(args.experiment), Protocol.load(args.protocol)
     images = load_task(args.task, protocol, args.data)
-    count = min(protocol.sweep_train_images if args.sweep else protocol.train_images, len(images["train"]))
+    is_short = args.sweep and args.seconds is None
+    count = min(protocol.sweep_train_images if is_short else protocol.train_images, len(images["train"]))
     train = with_pixels(images["train"].select(range(count)), args.model)
     scored = "validation" if args.sweep else "test"
     transformers.set_seed(args.seed)
-    model = experiment.attach(load_base(args.model, images["train"].features["label"].names))
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(
+    base = load_base(args.model, images["train"].features["label"].names)
+    budget = None if args.seconds is None else TimeBudget(args.seconds, experiment.params["warmup"])
+    model = experiment.attach(base)
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        is_cached = experiment.params["feature_cache"]
+        cache = FeatureCache.build(model, train, Path(folder) / "cache") if is_cached else None
+        trainer = TimedTrainer(
             model=model,
             args=training_arguments(experiment, protocol, args, folder),
-            data_collator=collate,
-            train_dataset=train,
+            data_collator=collate if cache is None else None,
+            train_dataset=train if cache is None else cache,
             eval_dataset=with_pixels(images[scored], args.model),
             compute_metrics=accuracy,
             callbacks=callbacks(experiment, args.seed),
         )
-        with PeakMemory(trainer.args.device) as memory:
+        trainer.budget = budget
+        with PeakMemory(trainer.args.device) as memory, nullcontext() if cache is None else cache.read_by(model):
             trained = trainer.train()
+        trainer.data_collator = collate
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         score = trainer.evaluate()
         file_size = saved_size(model, Path(folder) / "trained")
@@ -110,7 +123,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 "seed": args.seed,
                 "protocol": protocol.name,
                 "train_images": len(train),
-                "epochs": protocol.epochs,
+                "epochs": round(trainer.state.epoch, 2),
+                "seconds": args.seconds,
                 "batch_size": protocol.batch_size,
             },
             "peft_config": None if adapter is None else json.loads(json.dumps(adapter.to_dict(), default=sorted)),
@@ -138,7 +152,7 @@ def training_arguments(
     params = experiment.params
     return TrainingArguments(
         output_dir=folder,
-        num_train_epochs=protocol.epochs,
+        num_train_epochs=protocol.epochs if args.seconds is None else 10_000,  # TimeBudget ends it
         per_device_train_batch_size=protocol.batch_size,
         per_device_eval_batch_size=protocol.batch_size,
         learning_rate=args.learning_rate,

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -175,10 +176,15 @@ def test_from_sweep_to_page(sources, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in results.rglob("*.json")}
     run("run.py", sources, "--only", *chosen)
     assert {path: path.stat().st_mtime_ns for path in results.rglob("*.json")} == before
+    run("run.py", sources, "--only", "bsr/spread-exact", "--seconds", "2")
+    (timed,) = results.parent.glob("2-seconds/colours/bsr--spread-exact/seed-0.json")
+    assert 2 <= json.loads(timed.read_text())["train_info"]["train_time"] < 10
     run("costs.py", sources, "--only", *chosen, "--repeats", "1")
+    run("memory.py", sources, "--only", "bsr/spread-exact")
     run("report.py", sources, "--output", str(tmp_path / "page.md"))
     page = (tmp_path / "page.md").read_text()
     assert "| bsr/spread-exact |" in page and "| full |" in page
+    assert "colours, by memory" in page and "| experiment | 2 s | epochs |" in page
     assert (tmp_path / "images" / "benchmark-tiny-colours.png").exists()
 
 
@@ -191,3 +197,33 @@ def test_the_front_page_has_the_numbers_of_the_results(page):
     table = front_table({task: load_rows(results, task, costs) for task in ("cifar10", "fashion-mnist")})
     (found,) = FRONT_PLACE.findall((FOLDER.parents[1] / page).read_text())
     assert found == table and "full fine-tuning" in table
+
+
+def test_the_best_that_fits_is_bold():
+    from report_memory import images_within, memory_table
+
+    def row(name: str, accuracy: float):
+        return SimpleNamespace(experiment=SimpleNamespace(name=name), accuracy=accuracy)
+
+    mib = 2**20
+    peaks = {"large": {"1": 100 * mib, "8": 600 * mib}, "small": {"1": 10 * mib, "8": 70 * mib}}
+    assert [images_within(peaks["large"], limit) for limit in (64, 128, 512, 600)] == [0, 1, 1, 8]
+    assert memory_table([row("small", 0.8), row("large", 0.9), row("unmeasured", 1.0)], peaks).splitlines()[2:] == [
+        "| large | 90.0 | - | **1** | **1** | **1** |",
+        "| small | 80.0 | **1** | 8 | 8 | 8 |",
+    ]
+
+
+def test_a_schedule_over_the_clock(monkeypatch):
+    import time_budget
+
+    now = [100.0]
+    monkeypatch.setattr(time_budget.time, "perf_counter", lambda: now[0])
+    budget = time_budget.TimeBudget(60, warmup=0.1)
+    control = SimpleNamespace(should_training_stop=False)
+    found = []
+    for second in (0, 3, 6, 33, 60, 90):
+        now[0] = 100.0 + second
+        budget.on_step_end(None, None, control)
+        found.append((round(budget.rate(0), 3), control.should_training_stop))
+    assert found == [(0.01, False), (0.5, False), (1.0, False), (0.5, False), (0.0, True), (0.0, True)]

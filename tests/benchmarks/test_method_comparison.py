@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Image
+from peft import PeftConfig
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "method_comparison"
@@ -227,3 +228,17 @@ def test_a_schedule_over_the_clock(monkeypatch):
         budget.on_step_end(None, None, control)
         found.append((round(budget.rate(0), 3), control.should_training_stop))
     assert found == [(0.01, False), (0.5, False), (1.0, False), (0.5, False), (0.0, True), (0.0, True)]
+
+
+def test_a_suite_for_peft(tmp_path, monkeypatch):
+    import upstream
+
+    monkeypatch.setattr(sys, "argv", ["upstream.py", "--protocol", "cpu", "--output", str(tmp_path / "suite")])
+    upstream.main()
+    result = json.loads((tmp_path / "suite/results/lora--qv-random_seed_1.json").read_text())
+    assert {"experiment_name", "peft_branch", "train_config", "peft_config"} <= set(result["run_info"])
+    assert "accelerator_memory_max" not in result["train_info"], "there was no accelerator"
+    folder = tmp_path / "suite/experiments" / result["run_info"]["experiment_name"]
+    config = PeftConfig.from_pretrained(str(folder))
+    assert config.peft_type == "LORA"
+    assert json.loads((folder / "training_params.json").read_text())["seed"] == 1

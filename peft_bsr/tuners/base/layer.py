@@ -131,13 +131,14 @@ def find_controllers(model: nn.Module) -> list[Any]:
 @contextmanager
 def detached(model: nn.Module, controllers: Sequence[AdapterController]) -> Iterator[None]:
     """Context manager: detach the controllers from the blocks."""
-    for controller in controllers:
-        detach_controller(model, controller)
+    roots = [controller.roots[0] for controller in controllers]
+    for root, controller in zip(roots, controllers, strict=True):
+        detach_controller(root, controller)
     try:
         yield
     finally:
-        for controller in controllers:
-            attach_controller(model, controller)
+        for root, controller in zip(roots, controllers, strict=True):
+            attach_controller(root, controller)
 
 
 def check_single(adapter_names: list[str], action: str) -> None:

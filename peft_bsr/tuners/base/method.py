@@ -15,7 +15,7 @@ from peft_bsr.engine import Plan
 from peft_bsr.registration import register_method
 from peft_bsr.tuners.base.config import SavedConfig
 from peft_bsr.tuners.base.resolution import Resolution
-from peft_bsr.tuners.base.tuner import MethodTuner
+from peft_bsr.tuners.base.tuner import MethodTuner, resolve_part
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def resolve(model: nn.Module, config: SavedConfig) -> Resolution:
         UnsupportedModelError: If the model is not supported; the message gives the reason.
         ConfigError: If the model does not allow the configuration; the message names every problem.
     """
-    return known_method(config).tuner.resolve(model, config)
+    return resolve_part(known_method(config).tuner, model, config)
 
 
 def known_method(config: SavedConfig) -> MethodInfo:

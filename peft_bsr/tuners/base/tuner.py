@@ -6,16 +6,23 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from peft import PeftConfig, PeftModel
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
-from peft_bsr.backbones import ModelSpec, default_state, main_input
+from peft_bsr.backbones import ModelSpec, default_state, find_part, main_input, view_of
 from peft_bsr.deprecation import warn_renamed
 from peft_bsr.engine import Plan, detach_controller, explain_blocks
-from peft_bsr.errors import AdapterError, AdapterNameWarning, AdapterSwitchedWarning
+from peft_bsr.errors import (
+    AdapterError,
+    AdapterNameWarning,
+    AdapterSwitchedWarning,
+    ConfigError,
+    UnsupportedModelError,
+)
 from peft_bsr.tuners.base.config import SavedConfig
 from peft_bsr.tuners.base.files import check_file
 from peft_bsr.tuners.base.frozen_weights import round_weights, tell_ddp
@@ -33,6 +40,21 @@ class MethodTuner(FileChecks, BaseTuner):
     reduces_in_evaluation: ClassVar[bool] = True  # whether tokens are dropped in evaluation, too
     merges: ClassVar[bool] = True  # whether the trained weights can be merged into the base model
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        with beside_others(model, peft_config) as base:
+            super().__init__(base, peft_config, adapter_name, *args, **kwargs)
+
+    @property
+    def part(self) -> str | None:
+        """Name of the part of the model that the adapters are attached to. None = the model itself."""
+        return next((config.part for config in self.peft_config.values() if config.attachment is not None), None)
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The vision transformer: the part of the model that the adapters are attached to, or the model itself."""
+        controllers = find_controllers(self.model)
+        return controllers[0].roots[0] if controllers else self.model.get_submodule(self.part or "")
 
     def plan(self, adapter_name: str | None = None) -> Plan:
         """The plan of an adapter. Default None: the active adapter.
@@ -73,10 +95,12 @@ class MethodTuner(FileChecks, BaseTuner):
         warn_of_names(model, list(self.peft_config))
         for controller in find_controllers(model):
             controller.fetch_base()  # checks run the base model; new adapters go to the device of its weights
-        found: Resolution = given.resolution or self.resolve(model, given)
-        config = self._record(model, given, found)
+        found: Resolution = given.resolution or resolve_part(type(self), model, given)
+        backbone = model.get_submodule(found.spec.part or "")
+        self._check_beside(model, backbone, adapter_name)
+        config = self._record(backbone, given, found)
         held = [*found.held, *found.spec.unread]
-        config.attached_to(model, found.spec, found.plan, held, self._known_fingerprint(adapter_name))
+        config.attached_to(backbone, found.spec, found.plan, held, self._known_fingerprint(adapter_name))
         config.resolution = found  # PEFT passes the configuration to the methods that it calls
         self.peft_config[adapter_name] = config
         if "_requires_grad" not in self.__dict__:
@@ -85,8 +109,8 @@ class MethodTuner(FileChecks, BaseTuner):
         with self._undone_on_error(adapter_name):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             config.resolution = None
-            self._assign(model, adapter_name, given, found)
-        round_weights(model, found.rounded)
+            self._assign(backbone, adapter_name, given, found)
+        round_weights(backbone, found.rounded)
         self._set_modes()
         tell_ddp(model, self._offloaded(model))
 
@@ -95,7 +119,7 @@ class MethodTuner(FileChecks, BaseTuner):
         return config.recorded(found)
 
     def _assign(self, model: nn.Module, adapter_name: str, given: SavedConfig, found: Resolution) -> None:
-        """Set what controllers and layers need for the adapter's plan. Called after they are created."""
+        """Set what controllers and layers need for the adapter's plan. Called with the backbone after they are created."""
 
     def _offloaded(self, model: nn.Module) -> list[str]:
         """Names of parameters that are offloaded to the CPU while they are not used."""
@@ -122,8 +146,8 @@ class MethodTuner(FileChecks, BaseTuner):
 
     def explain(self) -> str:
         """One line per block: its plan, what is active, and the reason if the two differ."""
-        model = self.model
-        return explain_blocks([(model.get_submodule(r.spec.blocks[r.index]), r) for r in find_controllers(model)])
+        controllers = find_controllers(self.model)
+        return explain_blocks([(r.roots[0].get_submodule(r.spec.blocks[r.index]), r) for r in controllers])
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
         return peft_config
@@ -135,30 +159,34 @@ class MethodTuner(FileChecks, BaseTuner):
             AdapterError: If several adapters are named.
         """
         check_single([adapter_name] if isinstance(adapter_name, str) else list(adapter_name), "activate")
-        super().set_adapter(adapter_name, inference_mode=inference_mode)
+        with self._own_part():
+            super().set_adapter(adapter_name, inference_mode=inference_mode)
         self._set_modes()
 
     def enable_adapter_layers(self) -> None:
         """Enable adapters."""
-        super().enable_adapter_layers()
+        with self._own_part():
+            super().enable_adapter_layers()
         self._set_modes()
 
     def disable_adapter_layers(self) -> None:
         """Disable adapters: the model runs as the base model."""
-        super().disable_adapter_layers()
+        with self._own_part():
+            super().disable_adapter_layers()
         self._set_modes()
 
     def _set_modes(self) -> None:
         """Set each block's training mode by the active plan."""
         for controller in find_controllers(self.model):
-            block = self.model.get_submodule(controller.spec.blocks[controller.index])
+            block = controller.roots[0].get_submodule(controller.spec.blocks[controller.index])
             block.train(block.training)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter. If it was active, the first of the others becomes active, on every layer."""
         was_active = adapter_name in self.active_adapters
         active = list(self.active_adapters)
-        super().delete_adapter(adapter_name)
+        with self._own_part():
+            super().delete_adapter(adapter_name)
         if not was_active:
             self.active_adapter = active
         elif self.peft_config:
@@ -175,9 +203,48 @@ class MethodTuner(FileChecks, BaseTuner):
         self.__dict__.pop("_controllers", None)
         for controller in find_controllers(self.model):
             controller.clear_base()
-            block = self.model.get_submodule(controller.spec.blocks[controller.index])
-            detach_controller(self.model, controller)
+            root = controller.roots[0]
+            block = root.get_submodule(controller.spec.blocks[controller.index])
+            detach_controller(root, controller)
             block.train(block.training)
+
+    @contextmanager
+    def _own_part(self) -> Iterator[None]:
+        """Context manager: PEFT's loops over the modules of `self.model` leave adapters of other methods alone."""
+        whole = self.model
+        if foreign_layers(whole):
+            self.model = self.backbone
+        try:
+            yield
+        finally:
+            self.model = whole
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge adapters into the base modules."""
+        with self._own_part():
+            super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def unmerge_adapter(self) -> None:
+        """Undo `merge_adapter`."""
+        with self._own_part():
+            super().unmerge_adapter()
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Controllers are detached, so the part is found by its name."""
+        whole, others = self.model, foreign_layers(self.model)
+        configs = getattr(whole, "peft_config", {})
+        self.model = whole.get_submodule(self.part or "") if others else whole
+        try:
+            super()._unload_and_optionally_merge(*args, **kwargs)
+        finally:
+            self.model = whole
+        if others:
+            whole.peft_config = {n: c for n, c in configs.items() if c is not self.peft_config.get(n)}
+        return whole
+
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        """Freeze everything else; beside adapters of other methods only the part."""
+        super()._mark_only_adapters_as_trainable(self.backbone if foreign_layers(model) else model)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         """Does not copy `weight` as PEFT does, because a LayerScale or a pooling head has none."""
@@ -210,6 +277,30 @@ class MethodTuner(FileChecks, BaseTuner):
         if config.fills_weights:
             check_file(config)
 
+    def _check_beside(self, model: nn.Module, backbone: nn.Module, adapter_name: str) -> None:
+        """Raise if other adapters of the model are where this one goes.
+
+        Raises:
+            AdapterError: If they are in the same part, have `modules_to_save` of the same name, or are ours elsewhere.
+        """
+        name, part = type(model).__name__, next((n for n, m in model.named_modules() if m is backbone), "")
+        if any(controller.roots[0] is not backbone for controller in find_controllers(model)):
+            raise AdapterError(
+                f"{name} has an adapter of peft_bsr on another part than `{part}`. Attach this one to the part itself: "
+                f"`get_peft_model(model.{part}, ...)`."
+            )
+        if inside := foreign_layers(backbone):
+            raise AdapterError(
+                f"`{part}.{inside[0]}` has an adapter of another method. Leave the vision model out of it, for example "
+                "by `exclude_modules`, or call `unload()` on it first."
+            )
+        wrappers = [n for n, m in model.named_modules() if adapter_name in getattr(m, "modules_to_save", ())]
+        if foreign_layers(model) and wrappers and len(self.peft_config) == 1:
+            raise AdapterError(
+                f"`{wrappers[0]}` is in `modules_to_save` of another adapter that is named {adapter_name!r} as well. "
+                'Name this one differently: `get_peft_model(model, config, adapter_name="vision")`.'
+            )
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: object, **kwargs: object) -> Iterator[None]:
         if kwargs.get("adapter_names") is not None:
@@ -224,7 +315,7 @@ class MethodTuner(FileChecks, BaseTuner):
                 f"`{named[0]}={kwargs[named[0]]!r}` was given, but no adapter of this model has tasks. Attach one with "
                 "`BSRConfig(tasks={name: number of classes})`, or leave it out."
             )
-        if controllers and controllers[0].context.now.resume_point is None:
+        if controllers and controllers[0].context.now.resume_point is None and self.part is None:
             check_inputs(main_input(self.model), controllers[0].spec, args, kwargs)
         try:
             yield
@@ -232,6 +323,65 @@ class MethodTuner(FileChecks, BaseTuner):
             if controllers:
                 controllers[0].context.now.clear()
             raise
+
+
+def resolve_part(tuner: type[MethodTuner], model: nn.Module, config: SavedConfig) -> Resolution:
+    """`tuner.resolve` on the part of the model that the configuration names, or that is found.
+
+    Args:
+        tuner: The method's tuner.
+        model: A supported vision transformer, or a larger model with one inside.
+        config: Configuration of the adapter.
+
+    Raises:
+        UnsupportedModelError, ConfigError: See `MethodTuner.resolve` and `find_part`.
+    """
+    part = find_part(model, config.part)
+    if part is None:
+        return tuner.resolve(model, config)
+    try:
+        found = tuner.resolve(view_of(model, part), config)
+    except (UnsupportedModelError, ConfigError) as error:
+        raise type(error)(f"`part={part!r}` of {type(model).__name__}: {error}") from error
+    return replace(found, spec=replace(found.spec, part=part))
+
+
+def foreign_layers(model: nn.Module) -> list[str]:
+    """Names of the layers that adapters of other methods have in the model."""
+    own = (SingleAdapterLayer, AdapterController)
+    return [n for n, m in model.named_modules() if isinstance(m, BaseTunerLayer) and not isinstance(m, own)]
+
+
+@contextmanager
+def beside_others(model: nn.Module, peft_config: Any) -> Iterator[nn.Module]:
+    """Context manager around a new tuner: the model without the PeftModel of another method around it.
+
+    PEFT would add the configuration to those of the other method, under the same names.
+
+    Args:
+        model: The model given by the user.
+        peft_config: The new tuner's configuration, or one by name.
+
+    Yields:
+        The model for the tuner. A PeftModel of another method is taken off if the adapter goes to a part of its model.
+    """
+    configs = list(peft_config.values()) if isinstance(peft_config, dict) else [peft_config]
+    base: Any = model
+    if isinstance(model, PeftModel) and not isinstance(model.base_model, MethodTuner):
+        inside = model.get_base_model()
+        if isinstance(model.base_model, BaseTuner) and find_part(inside, configs[0].part) is not None:
+            base = inside
+            for config in configs:
+                config.base_model_name_or_path = config.base_model_name_or_path or getattr(base, "name_or_path", None)
+    others: dict[str, PeftConfig] = vars(base).get("peft_config", {})
+    is_foreign = bool(others) and not any(isinstance(config, SavedConfig) for config in others.values())
+    if is_foreign:
+        del base.peft_config
+    try:
+        yield base
+    finally:
+        if is_foreign:
+            base.peft_config = others | vars(base).get("peft_config", {})
 
 
 def warn_of_names(model: nn.Module, adapter_names: list[str]) -> None:

@@ -141,6 +141,20 @@ def detached(model: nn.Module, controllers: Sequence[AdapterController]) -> Iter
             attach_controller(root, controller)
 
 
+def foreign_layers(model: nn.Module) -> list[str]:
+    """Names of the layers that adapters of other methods have in the model."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    return [name for name, layer in layers.items() if not isinstance(layer, SingleAdapterLayer)]
+
+
+def leave_out_ours(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, metadata: object) -> None:
+    """State dict hook of another method's PeftModel: PEFT 0.21 would save our adapters' weights with that method's."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, SingleAdapterLayer)}
+    ours = tuple(f"{prefix}{name}.{part}." for name, layer in layers.items() for part in layer.adapter_layer_names)
+    for key in [key for key in state_dict if key.startswith(ours)]:
+        del state_dict[key]
+
+
 def check_single(adapter_names: list[str], action: str) -> None:
     """Raise if several adapters are named.
 

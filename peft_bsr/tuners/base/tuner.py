@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 from peft import PeftConfig, PeftModel
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from peft_bsr.backbones import ModelSpec, default_state, find_part, main_input, view_of
@@ -27,7 +27,14 @@ from peft_bsr.tuners.base.config import SavedConfig
 from peft_bsr.tuners.base.files import check_file
 from peft_bsr.tuners.base.frozen_weights import round_weights, tell_ddp
 from peft_bsr.tuners.base.inputs import check_inputs
-from peft_bsr.tuners.base.layer import AdapterController, SingleAdapterLayer, check_single, find_controllers
+from peft_bsr.tuners.base.layer import (
+    AdapterController,
+    SingleAdapterLayer,
+    check_single,
+    find_controllers,
+    foreign_layers,
+    leave_out_ours,
+)
 from peft_bsr.tuners.base.loading import FileChecks
 from peft_bsr.tuners.base.resolution import Resolution
 
@@ -346,12 +353,6 @@ def resolve_part(tuner: type[MethodTuner], model: nn.Module, config: SavedConfig
     return replace(found, spec=replace(found.spec, part=part))
 
 
-def foreign_layers(model: nn.Module) -> list[str]:
-    """Names of the layers that adapters of other methods have in the model."""
-    own = (SingleAdapterLayer, AdapterController)
-    return [n for n, m in model.named_modules() if isinstance(m, BaseTunerLayer) and not isinstance(m, own)]
-
-
 @contextmanager
 def beside_others(model: nn.Module, peft_config: Any) -> Iterator[nn.Module]:
     """Context manager around a new tuner: the model without the PeftModel of another method around it.
@@ -371,6 +372,7 @@ def beside_others(model: nn.Module, peft_config: Any) -> Iterator[nn.Module]:
         inside = model.get_base_model()
         if isinstance(model.base_model, BaseTuner) and find_part(inside, configs[0].part) is not None:
             base = inside
+            model.register_state_dict_post_hook(leave_out_ours)
             for config in configs:
                 config.base_model_name_or_path = config.base_model_name_or_path or getattr(base, "name_or_path", None)
     others: dict[str, PeftConfig] = vars(base).get("peft_config", {})

@@ -7,7 +7,7 @@ but one, PaliGemma the patches after the final norm, CLIP the class token. Setti
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from typing import Any
 
@@ -26,8 +26,9 @@ _INPUTS = ("pixel_values", "input_values", "input_features")
 class VisionPart(nn.Module):
     """A part of a larger model under the part's own names; its forward gives what the larger model reads of it.
 
-    Modules, parameters and buffers are those of the part. With a method `get_image_features` around the part, outputs
-    are these features, each flattened to [tokens or images, channels]; otherwise all tensors that the part returns.
+    Modules, parameters and buffers are those of the part. Outputs are the larger model's `get_image_features`; without
+    this method, all tensors that the part returns. Each is flattened to [tokens or images, channels], so that losing a
+    token changes its shape.
 
     Args:
         model: The larger model.
@@ -48,13 +49,14 @@ class VisionPart(nn.Module):
         own = [main_input(part), *_INPUTS]
         self.main_input_name = next((name for name in own if name in taken), "pixel_values")
         # in tuples, so that they are not registered as children
-        self.around, self.part, self.reader = (model,), (part,), _reader(model, name)
+        self.around, self.part = (model,), (part,)
+        self.reader = getattr(model, _FEATURES, None)
 
     def forward(self, **inputs: Any) -> tuple[Tensor, ...]:
         """What the larger model reads of the part, in evaluation mode."""
         with in_mode(False, *self.around):
             read = self.reader
-            if read is None or _missing(read, inputs):
+            if read is None or not _takes(read, inputs):
                 outputs = self._own_outputs(inputs)
             else:
                 if getattr(vision_config(self), "model_type", None) in _LISTS:
@@ -108,25 +110,15 @@ def view_of(model: nn.Module, part: str | None) -> nn.Module:
     return model if part is None else VisionPart(model, part)
 
 
-def _reader(model: nn.Module, name: str) -> Callable[..., object] | None:
-    """`get_image_features` of the innermost module around the part that has it, or None."""
-    around = name.split(".")[:-1]
-    for length in range(len(around), -1, -1):
-        found = getattr(model.get_submodule(".".join(around[:length])), _FEATURES, None)
-        if callable(found):
-            return found  # type: ignore[no-any-return]
-    return None
-
-
-def _missing(read: Callable[..., object], inputs: dict[str, Any]) -> bool:
-    """Whether the method does not take these inputs, or needs others."""
+def _takes(read: Callable[..., object], inputs: dict[str, Any]) -> bool:
+    """Whether the method runs on these inputs alone."""
     taken = inspect.signature(read).parameters.values()
     named = {p.name for p in taken if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
     needed = {p.name for p in taken if p.name in named and p.default is p.empty}
-    return not needed <= inputs.keys() <= named
+    return needed <= inputs.keys() <= named
 
 
-def _listed(names: Any) -> str:
+def _listed(names: Iterable[str]) -> str:
     return ", ".join(f"`{name}`" for name in names)
 
 

@@ -27,6 +27,7 @@ from peft_bsr.backbones.inputs import (
     quiet,
     run_probe,
     tensors_of,
+    vision_parts,
 )
 from peft_bsr.backbones.kinds import possible_kinds
 from peft_bsr.backbones.model_spec import ModelSpec
@@ -79,7 +80,10 @@ def probe(model: nn.Module, needs_tokens: bool = True) -> tuple[ModelSpec, Stock
         found = None if needs_tokens or is_sentence else probe_blocks(model, reason)
         if found is not None:
             return found
-        advised = reason if is_sentence else f"{reason}. {_INSTEAD}"
+        inside = [] if needs_tokens else vision_parts(model)
+        is_other = bool(inside) and model.get_submodule(inside[0]) is not getattr(model, "base_model", None)
+        instead = f"To adapt the vision model inside alone, name it: `part={inside[0]!r}`." if is_other else _INSTEAD
+        advised = reason if is_sentence else f"{reason}. {instead}"
         raise UnsupportedModelError(f"{type(model).__name__} is not supported: {advised}") from None
 
 

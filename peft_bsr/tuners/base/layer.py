@@ -128,6 +128,19 @@ def find_controllers(model: nn.Module) -> list[Any]:
     )
 
 
+def find_backbone(model: nn.Module) -> nn.Module:
+    """The vision transformer that an adapter is attached to: the base model or a part of it; without one the base model."""
+    controllers = find_controllers(model)
+    base: nn.Module = getattr(model, "get_base_model", lambda: model)()
+    return controllers[0].roots[0] if controllers else base
+
+
+def runs_on_images(model: nn.Module) -> nn.Module:
+    """The model, or the part with the adapter: a larger model around it takes more than images."""
+    controllers = find_controllers(model)
+    return find_backbone(model) if controllers and controllers[0].spec.part else model
+
+
 @contextmanager
 def detached(model: nn.Module, controllers: Sequence[AdapterController]) -> Iterator[None]:
     """Context manager: detach the controllers from the blocks."""

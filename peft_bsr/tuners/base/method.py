@@ -77,7 +77,8 @@ def describe_plan(config: SavedConfig, spec: ModelSpec, plan: Plan) -> list[str]
         spec: Description of the model.
         plan: Plan of the blocks.
     """
-    return known_method(config).describe(config, spec, plan)
+    part = [] if spec.part is None else [f"Blocks are those of `{spec.part}`, a part of the model."]
+    return [*part, *known_method(config).describe(config, spec, plan)]
 
 
 def resolve(model: nn.Module, config: SavedConfig) -> Resolution:

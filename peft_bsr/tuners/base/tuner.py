@@ -152,9 +152,10 @@ class MethodTuner(FileChecks, BaseTuner):
         return self.spec
 
     def explain(self) -> str:
-        """One line per block: its plan, what is active, and the reason if the two differ."""
+        """One line per block: its plan, what is active, and the reason if the two differ. First the part, if any."""
         controllers = find_controllers(self.model)
-        return explain_blocks([(r.roots[0].get_submodule(r.spec.blocks[r.index]), r) for r in controllers])
+        found = explain_blocks([(r.roots[0].get_submodule(r.spec.blocks[r.index]), r) for r in controllers])
+        return found if self.part is None else f"part: {self.part}\n{found}"
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
         return peft_config

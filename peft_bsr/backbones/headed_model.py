@@ -246,8 +246,8 @@ def _count_prefix(backbone_class: type[PreTrainedModel], config: PreTrainedConfi
         model = backbone_class(config).eval()
     name = backbone_class.__name__
     if main_input(model) != "pixel_values":
-        parts = vision_parts(model)
-        advice = f". Give the vision model inside: `with_head(model.{parts[0]}, ...)`." if parts else " instead of images."
+        inside = next(iter(vision_parts(model)), None)
+        advice = f". Give the vision model inside: `with_head(model.{inside}, ...)`." if inside else " and no images."
         raise UnsupportedModelError(f"{name} takes `{main_input(model)}`{advice}")
     try:
         shape = input_shapes(model)[0]

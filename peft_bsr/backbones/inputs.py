@@ -221,7 +221,7 @@ def _attach_inside(model: nn.Module) -> str | None:
     names = vision_parts(model)
     if not names:
         return None
-    return f"Name the vision model inside: `part={names[0]!r}`; docs/guides/parts.md shows the rest."
+    return f"Name the vision model inside: `BSRConfig(part={names[0]!r})`; docs/guides/parts.md shows the rest."
 
 
 def _takes_text(model: nn.Module) -> bool:

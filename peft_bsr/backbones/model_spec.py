@@ -105,8 +105,8 @@ class ModelSpec:
             tokens and the attention say nothing: there are no special tokens, `num_patches` counts places of the first
             block's input, and `width` is the last block's.
         stage_blocks: The parts of every block, if there is no token reduction; otherwise empty.
-        part: Name of the vision model in a larger model, if the adapter or the probe was given the larger one. All other
-            names are relative to it. None = the model itself.
+        part: Name of the vision model in a larger model, if the adapter or the probe was given the larger one. All
+            other names are relative to it. None = the model itself.
     """
 
     blocks: tuple[str, ...]

@@ -12,6 +12,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from peft_bsr.backbones.inputs import in_mode, main_input, needs_part, tensors_of, vision_parts
 from peft_bsr.backbones.registry import vision_config
@@ -80,8 +81,8 @@ def find_part(model: nn.Module, part: str | None) -> str | None:
 
     Args:
         model: The model.
-        part: The name that was asked for. None = the vision model inside, if an image alone does not run the model and
-            there is exactly one.
+        part: The name that was asked for. None = the vision model inside a model of transformers, if an image alone
+            does not run it and there is exactly one.
 
     Raises:
         ConfigError: If there is no module of that name, or if there are several vision models and none was named.
@@ -94,7 +95,7 @@ def find_part(model: nn.Module, part: str | None) -> str | None:
                 f"{kind} has {len(found)} vision models: {_listed(found)}. Name the one to adapt, for example "
                 f"`part={found[0]!r}`."
             )
-        return found[0] if found else None
+        return found[0] if found and isinstance(model, PreTrainedModel) else None  # others may have heads that are new
     names = [name for name, _ in model.named_modules()]
     if part not in names:
         near = get_close_matches(part, names, n=3, cutoff=0.6)

@@ -106,8 +106,8 @@ def _check_whole(model: nn.Module, part: str | None) -> None:
     """Raise if the adapter goes to a part of the model: what runs around the part is not known."""
     if (part := find_part(model, part)) is not None:
         raise UnsupportedModelError(
-            f"Costs of a part (`{part}`) of {type(model).__name__} are not predicted. Predict those of the vision model "
-            f"by itself, `model.{part}`, or measure with `peft_bsr.cost.saved_activations` after attaching."
+            f"Costs of a part (`{part}`) of {type(model).__name__} are not predicted. Predict those of the vision "
+            f"model by itself, `model.{part}`, or measure with `peft_bsr.cost.saved_activations` after attaching."
         )
 
 

@@ -137,8 +137,8 @@ def _own_batch(model: nn.Module) -> Batch:
     controller = find_controllers(model)[0]
     if controller.spec.part is not None:
         raise TrainabilityError(
-            f"the adapter is on `{controller.spec.part}`, and {type(model).__name__} does not run on images alone. Give "
-            "a batch: `verify_trainability(model, optimizer, next(iter(loader)))`."
+            f"the adapter is on `{controller.spec.part}`, and the model around it does not run on images alone. Give a "
+            "batch: `verify_trainability(model, optimizer, next(iter(loader)))`."
         )
     base: nn.Module = getattr(model, "get_base_model", lambda: model)()
     settings = getattr(controller, "task_settings", None)

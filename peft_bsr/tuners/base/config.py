@@ -105,7 +105,7 @@ class SavedConfig(AdapterFiles, PeftConfig):
         super().__post_init__()
         problems = []
         if self.part is not None and not (isinstance(self.part, str) and self.part):
-            problems.append(f"`part={self.part!r}` must be the name of a module, such as 'model.vision_tower', or None.")
+            problems.append(f"`part={self.part!r}` must be a module's name, such as 'model.vision_tower', or None.")
         if self.labels is not None and not (isinstance(self.labels, list) and all(map(_is_text, self.labels))):
             problems.append(f"`labels={self.labels!r}` must be a list of strings, or None.")
         elif self.labels is not None and len(self.labels) > MOST_CLASSES:

@@ -129,7 +129,7 @@ def find_controllers(model: nn.Module) -> list[Any]:
 
 
 def find_backbone(model: nn.Module) -> nn.Module:
-    """The vision transformer that an adapter is attached to: the base model or a part of it; without one the base model."""
+    """The vision transformer that an adapter is attached to: a part of the base model, or the base model itself."""
     controllers = find_controllers(model)
     base: nn.Module = getattr(model, "get_base_model", lambda: model)()
     return controllers[0].roots[0] if controllers else base

@@ -14,8 +14,9 @@ from peft_bsr.backbones import ModelSpec
 from peft_bsr.engine import Plan
 from peft_bsr.registration import register_method
 from peft_bsr.tuners.base.config import SavedConfig
+from peft_bsr.tuners.base.part import resolve_part
 from peft_bsr.tuners.base.resolution import Resolution
-from peft_bsr.tuners.base.tuner import MethodTuner, resolve_part
+from peft_bsr.tuners.base.tuner import MethodTuner
 
 
 @dataclass(frozen=True)

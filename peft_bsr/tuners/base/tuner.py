@@ -6,23 +6,16 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any, ClassVar
 
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
-from peft_bsr.backbones import ModelSpec, default_state, find_part, main_input, view_of
+from peft_bsr.backbones import ModelSpec, default_state, main_input
 from peft_bsr.deprecation import warn_renamed
 from peft_bsr.engine import Plan, detach_controller, explain_blocks
-from peft_bsr.errors import (
-    AdapterError,
-    AdapterNameWarning,
-    AdapterSwitchedWarning,
-    ConfigError,
-    UnsupportedModelError,
-)
+from peft_bsr.errors import AdapterError, AdapterNameWarning, AdapterSwitchedWarning
 from peft_bsr.tuners.base.config import SavedConfig
 from peft_bsr.tuners.base.files import check_file
 from peft_bsr.tuners.base.frozen_weights import round_weights, tell_ddp
@@ -33,9 +26,9 @@ from peft_bsr.tuners.base.layer import (
     check_single,
     find_controllers,
     foreign_layers,
-    leave_out_ours,
 )
 from peft_bsr.tuners.base.loading import FileChecks
+from peft_bsr.tuners.base.part import beside_others, check_beside, resolve_part
 from peft_bsr.tuners.base.resolution import Resolution
 
 
@@ -104,7 +97,7 @@ class MethodTuner(FileChecks, BaseTuner):
             controller.fetch_base()  # checks run the base model; new adapters go to the device of its weights
         found: Resolution = given.resolution or resolve_part(type(self), model, given)
         backbone = model.get_submodule(found.spec.part or "")
-        self._check_beside(model, backbone, adapter_name)
+        check_beside(model, backbone, adapter_name, is_first=len(self.peft_config) == 1)
         config = self._record(backbone, given, found)
         held = [*found.held, *found.spec.unread]
         config.attached_to(backbone, found.spec, found.plan, held, self._known_fingerprint(adapter_name))
@@ -126,7 +119,7 @@ class MethodTuner(FileChecks, BaseTuner):
         return config.recorded(found)
 
     def _assign(self, model: nn.Module, adapter_name: str, given: SavedConfig, found: Resolution) -> None:
-        """Set what controllers and layers need for the adapter's plan. Called with the backbone after they are created."""
+        """Set what controllers and layers of the backbone need for the adapter's plan. Called after they are created."""
 
     def _offloaded(self, model: nn.Module) -> list[str]:
         """Names of parameters that are offloaded to the CPU while they are not used."""
@@ -247,7 +240,7 @@ class MethodTuner(FileChecks, BaseTuner):
         finally:
             self.model = whole
         if others:
-            whole.peft_config = {n: c for n, c in configs.items() if c is not self.peft_config.get(n)}
+            vars(whole)["peft_config"] = {n: c for n, c in configs.items() if c is not self.peft_config.get(n)}
         return whole
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
@@ -285,30 +278,6 @@ class MethodTuner(FileChecks, BaseTuner):
         if config.fills_weights:
             check_file(config)
 
-    def _check_beside(self, model: nn.Module, backbone: nn.Module, adapter_name: str) -> None:
-        """Raise if other adapters of the model are where this one goes.
-
-        Raises:
-            AdapterError: If they are in the same part, have `modules_to_save` of the same name, or are ours elsewhere.
-        """
-        name, part = type(model).__name__, next((n for n, m in model.named_modules() if m is backbone), "")
-        if any(controller.roots[0] is not backbone for controller in find_controllers(model)):
-            raise AdapterError(
-                f"{name} has an adapter of peft_bsr on another part than `{part}`. Attach this one to the part itself: "
-                f"`get_peft_model(model.{part}, ...)`."
-            )
-        if inside := foreign_layers(backbone):
-            raise AdapterError(
-                f"`{part}.{inside[0]}` has an adapter of another method. Leave the vision model out of it, for example "
-                "by `exclude_modules`, or call `unload()` on it first."
-            )
-        wrappers = [n for n, m in model.named_modules() if adapter_name in getattr(m, "modules_to_save", ())]
-        if foreign_layers(model) and wrappers and len(self.peft_config) == 1:
-            raise AdapterError(
-                f"`{wrappers[0]}` is in `modules_to_save` of another adapter that is named {adapter_name!r} as well. "
-                'Name this one differently: `get_peft_model(model, config, adapter_name="vision")`.'
-            )
-
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: object, **kwargs: object) -> Iterator[None]:
         if kwargs.get("adapter_names") is not None:
@@ -331,60 +300,6 @@ class MethodTuner(FileChecks, BaseTuner):
             if controllers:
                 controllers[0].context.now.clear()
             raise
-
-
-def resolve_part(tuner: type[MethodTuner], model: nn.Module, config: SavedConfig) -> Resolution:
-    """`tuner.resolve` on the part of the model that the configuration names, or that is found.
-
-    Args:
-        tuner: The method's tuner.
-        model: A supported vision transformer, or a larger model with one inside.
-        config: Configuration of the adapter.
-
-    Raises:
-        UnsupportedModelError, ConfigError: See `MethodTuner.resolve` and `find_part`.
-    """
-    part = find_part(model, config.part)
-    if part is None:
-        return tuner.resolve(model, config)
-    try:
-        found = tuner.resolve(view_of(model, part), config)
-    except (UnsupportedModelError, ConfigError) as error:
-        raise type(error)(f"`part={part!r}` of {type(model).__name__}: {error}") from error
-    return replace(found, spec=replace(found.spec, part=part))
-
-
-@contextmanager
-def beside_others(model: nn.Module, peft_config: Any) -> Iterator[nn.Module]:
-    """Context manager around a new tuner: the model without the PeftModel of another method around it.
-
-    PEFT would add the configuration to those of the other method, under the same names.
-
-    Args:
-        model: The model given by the user.
-        peft_config: The new tuner's configuration, or one by name.
-
-    Yields:
-        The model for the tuner. A PeftModel of another method is taken off if the adapter goes to a part of its model.
-    """
-    configs = list(peft_config.values()) if isinstance(peft_config, dict) else [peft_config]
-    base: Any = model
-    if isinstance(model, PeftModel) and not isinstance(model.base_model, MethodTuner):
-        inside = model.get_base_model()
-        if isinstance(model.base_model, BaseTuner) and find_part(inside, configs[0].part) is not None:
-            base = inside
-            model.register_state_dict_post_hook(leave_out_ours)
-            for config in configs:
-                config.base_model_name_or_path = config.base_model_name_or_path or getattr(base, "name_or_path", None)
-    others: dict[str, PeftConfig] = vars(base).get("peft_config", {})
-    is_foreign = bool(others) and not any(isinstance(config, SavedConfig) for config in others.values())
-    if is_foreign:
-        del base.peft_config
-    try:
-        yield base
-    finally:
-        if is_foreign:
-            base.peft_config = others | vars(base).get("peft_config", {})
 
 
 def warn_of_names(model: nn.Module, adapter_names: list[str]) -> None:

@@ -114,7 +114,7 @@ def _spec_of(model: nn.Module) -> ModelSpec:
 
 
 def _layers_below_head(name: str, spec: ModelSpec) -> int:
-    """0 for what comes after the blocks or is outside of the part, 1 for the last block, L + 1 for what comes before."""
+    """0 for what comes after the blocks or is outside of the part, 1 for the last block, L + 1 before them."""
     inside = f".{name}"
     for index, block in enumerate(spec.blocks):
         if f".{spec.full_name(block)}." in inside:

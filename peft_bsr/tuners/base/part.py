@@ -40,7 +40,8 @@ def resolve_part(tuner: type[MethodTuner], model: nn.Module, config: SavedConfig
         found = tuner.resolve(view_of(model, part), config)
     except (UnsupportedModelError, ConfigError) as error:
         raise type(error)(f"`part={part!r}` of {type(model).__name__}: {error}") from error
-    return replace(found, spec=replace(found.spec, part=part))
+    plan = found.plan.with_all_queries()  # the larger model may return the tokens, too
+    return replace(found, plan=plan, spec=replace(found.spec, part=part))
 
 
 @contextmanager

@@ -119,7 +119,7 @@ class MethodTuner(FileChecks, BaseTuner):
         return config.recorded(found)
 
     def _assign(self, model: nn.Module, adapter_name: str, given: SavedConfig, found: Resolution) -> None:
-        """Set what controllers and layers of the backbone need for the adapter's plan. Called after they are created."""
+        """Set what controllers and layers of the backbone need for the adapter's plan. Called after they are made."""
 
     def _offloaded(self, model: nn.Module) -> list[str]:
         """Names of parameters that are offloaded to the CPU while they are not used."""

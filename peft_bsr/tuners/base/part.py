@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -37,11 +38,21 @@ def resolve_part(tuner: type[MethodTuner], model: nn.Module, config: SavedConfig
     if part is None:
         return tuner.resolve(model, config)
     try:
-        found = tuner.resolve(view_of(model, part), config)
+        found = tuner.resolve(view_of(model, part), _inside(config, part))
     except (UnsupportedModelError, ConfigError) as error:
         raise type(error)(f"`part={part!r}` of {type(model).__name__}: {error}") from error
     plan = found.plan.with_all_queries()  # the larger model may return the tokens, too
     return replace(found, plan=plan, spec=replace(found.spec, part=part))
+
+
+def _inside(config: SavedConfig, part: str) -> SavedConfig:
+    """The configuration with names of modules relative to the part, also those that were given in full."""
+    local = copy.copy(config)
+    for field in ("target_modules", "exclude_modules", "modules_to_save"):
+        names = getattr(config, field, None)
+        if isinstance(names, list):
+            setattr(local, field, [name.removeprefix(f"{part}.") for name in names])
+    return local
 
 
 @contextmanager

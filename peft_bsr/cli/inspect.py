@@ -37,10 +37,11 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, object]:
     with out.doing(f"probing {source}"):
         changes = getattr(adapter, "base_config", None) or {}
         size = native_size(with_settings(read_model_config(source), changes))
-        model = make_model(source, len(labels) if labels else None, image_size=size).eval()
+        number = len(labels) if labels else None
+        model = make_model(source, number, image_size=size, is_short=True).eval()
         part = args.part or getattr(adapter, "part", None)
         spec = probe_model(model, needs_tokens=False, part=part)
-        parameters = sum(p.numel() for p in model.parameters())
+        parameters = sum(p.numel() for p in make_model(source, number, device="meta").parameters())
         facts = _describe(model, spec, parameters)
         result: dict[str, Any] = {"model": source, **facts}
         if adapter is None:

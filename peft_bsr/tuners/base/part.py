@@ -39,8 +39,10 @@ def resolve_part(tuner: type[MethodTuner], model: nn.Module, config: SavedConfig
         return tuner.resolve(model, config)
     try:
         found = tuner.resolve(view_of(model, part), _inside(config, part))
-    except (UnsupportedModelError, ConfigError) as error:
-        raise type(error)(f"`part={part!r}` of {type(model).__name__}: {error}") from error
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"`part={part!r}` of {type(model).__name__}: {error}") from error
+    except ConfigError as error:
+        raise ConfigError(f"`part={part!r}` of {type(model).__name__}: {error}") from error
     plan = found.plan.with_all_queries()  # the larger model may return the tokens, too
     return replace(found, plan=plan, spec=replace(found.spec, part=part))
 

@@ -113,6 +113,7 @@ def test_blocks_are_counted_up_to_the_last_that_the_language_model_reads(batch):
     assert model.base_model.spec.last_read == 2
     assert model.base_model.plan().trained_blocks == [2]
     verify_trainability(model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]), batch)
+    assert "runs stock" not in model.base_model.explain(), "hidden states are captured, and no attention weights"
     with pytest.raises(ConfigError, match=r"`part='model\.vision_tower'` of .*block 3 would train without effect"):
         get_peft_model(make_llava(), BSRConfig(trainable_blocks=[3]))
 

@@ -62,6 +62,7 @@ STANDARD = {
     "contextvars",
     "copy",
     "dataclasses",
+    "difflib",
     "functools",
     "gc",
     "hashlib",

@@ -22,6 +22,7 @@ from peft_bsr.backbones.inputs import (
     tolerance,
 )
 from peft_bsr.backbones.model_spec import BlockSpec, ModelSpec, ScoreSource, StageBlock
+from peft_bsr.backbones.part import find_part, view_of
 from peft_bsr.backbones.permutation import excess, no_zero_tables
 from peft_bsr.backbones.pooling import takes_head
 from peft_bsr.backbones.probe import probe, probe_model
@@ -63,6 +64,7 @@ __all__ = [
     "default_state",
     "excess",
     "explicit_attention",
+    "find_part",
     "find_rule",
     "first_rows",
     "frozen_parameters",
@@ -91,6 +93,7 @@ __all__ = [
     "tensors_of",
     "tolerance",
     "unregister_family",
+    "view_of",
     "weights_digest",
     "with_head",
 ]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from peft_bsr.backbones.inputs import input_shapes, main_input, probe_inputs, vision_part
+from peft_bsr.backbones.inputs import input_shapes, main_input, probe_inputs, vision_parts
 from peft_bsr.backbones.pooling import Pool, TokenPool, family_pool
 from peft_bsr.compat.transformers_api import (
     IMPLEMENTATION,
@@ -246,8 +246,8 @@ def _count_prefix(backbone_class: type[PreTrainedModel], config: PreTrainedConfi
         model = backbone_class(config).eval()
     name = backbone_class.__name__
     if main_input(model) != "pixel_values":
-        part = vision_part(model)
-        advice = f". Give the vision model inside: `with_head(model.{part}, ...)`." if part else " instead of images."
+        inside = next(iter(vision_parts(model)), None)
+        advice = f". Give the vision model inside: `with_head(model.{inside}, ...)`." if inside else " and no images."
         raise UnsupportedModelError(f"{name} takes `{main_input(model)}`{advice}")
     try:
         shape = input_shapes(model)[0]

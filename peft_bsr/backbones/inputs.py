@@ -160,8 +160,8 @@ def check_takes_images(model: nn.Module) -> None:
     Raises:
         UnsupportedModelError: Naming the vision model inside, if there is one.
     """
-    is_own = find_rule(model).probe_inputs is not None and vision_config(model) is model.config
-    if next(iter(inspect.signature(model.forward).parameters), None) == "input_ids" and not is_own:
+    is_first = next(iter(inspect.signature(model.forward).parameters), None) == "input_ids"
+    if is_first and not takes_rule_inputs(model):
         inside = _attach_inside(model)
         raise UnsupportedModelError(f"it takes text and images. {inside}" if inside else "it takes text, not images")
 
@@ -173,13 +173,37 @@ def describe_failure(model: nn.Module, failure: Exception | None) -> str:
     return f"{reason}. {inside}" if inside else reason
 
 
-def vision_part(model: nn.Module) -> str | None:
-    """Name of the first model of transformers inside that takes images alone, or None."""
+def vision_parts(model: nn.Module) -> list[str]:
+    """Names of the outermost models of transformers inside that take images alone."""
+    found: list[str] = []
     for name, part in model.named_modules():
-        is_vision = name and isinstance(part, PreTrainedModel) and main_input(part) == "pixel_values"
-        if is_vision and (hasattr(part.config, "image_size") or find_rule(part).probe_inputs is not None):
-            return name
-    return None
+        is_inside = any(name.startswith(f"{outer}.") for outer in found)
+        if name and not is_inside and isinstance(part, PreTrainedModel) and _takes_images_alone(part):
+            found.append(name)
+    return found
+
+
+def needs_part(model: nn.Module) -> bool:
+    """Whether an image alone does not run the model: it takes text as well, or its config has no image size."""
+    if takes_rule_inputs(model):
+        return False
+    if _takes_text(model):
+        return True
+    try:
+        return not input_shapes(model)
+    except UnsupportedModelError:
+        return True
+
+
+def takes_rule_inputs(model: nn.Module) -> bool:
+    """Whether the family's entry makes inputs for this very model, and not for one inside."""
+    return find_rule(model).probe_inputs is not None and vision_config(model) is getattr(model, "config", None)
+
+
+def _takes_images_alone(model: nn.Module) -> bool:
+    has_size = hasattr(model.config, "image_size") or find_rule(model).probe_inputs is not None
+    is_first = next(iter(inspect.signature(model.forward).parameters), None) == "pixel_values"
+    return (is_first and has_size and not _takes_text(model)) or takes_rule_inputs(model)
 
 
 def _without_size(model: nn.Module) -> str:
@@ -193,15 +217,11 @@ def _without_size(model: nn.Module) -> str:
 
 
 def _attach_inside(model: nn.Module) -> str | None:
-    """The line that attaches to the vision model inside, or None if there is none."""
-    name = vision_part(model)
-    if name is None:
+    """A sentence that names the vision model inside, or None if there is none."""
+    names = vision_parts(model)
+    if not names:
         return None
-    part = f"model.{name}"
-    return (
-        f"Attach the adapter to the vision model inside: `{part} = get_peft_model({part}, BSRConfig())`; "
-        "docs/guides/own_heads.md shows the rest."
-    )
+    return f"Name the vision model inside: `BSRConfig(part={names[0]!r})`; docs/guides/parts.md shows the rest."
 
 
 def _takes_text(model: nn.Module) -> bool:

@@ -105,6 +105,8 @@ class ModelSpec:
             tokens and the attention say nothing: there are no special tokens, `num_patches` counts places of the first
             block's input, and `width` is the last block's.
         stage_blocks: The parts of every block, if there is no token reduction; otherwise empty.
+        part: Name of the vision model in a larger model, if the adapter or the probe was given the larger one. All
+            other names are relative to it. None = the model itself.
     """
 
     blocks: tuple[str, ...]
@@ -133,6 +135,17 @@ class ModelSpec:
     scaling: float
     no_reduction: str | None = None
     stage_blocks: tuple[StageBlock, ...] = ()
+    part: str | None = None
+
+    def local_name(self, name: str) -> str:
+        """A module's name relative to the part; `""` for the part itself and for modules outside of it."""
+        if self.part is None:
+            return name
+        return name.removeprefix(f"{self.part}.") if name.startswith(f"{self.part}.") else ""
+
+    def full_name(self, name: str) -> str:
+        """The name, in the larger model, of a module of the part."""
+        return name if self.part is None else f"{self.part}.{name}"
 
     @property
     def depth(self) -> int:

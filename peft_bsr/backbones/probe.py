@@ -6,6 +6,8 @@ Blocks map [B, N, D] to [B, N, D]; special tokens are equal for two images; the 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -25,9 +27,11 @@ from peft_bsr.backbones.inputs import (
     quiet,
     run_probe,
     tensors_of,
+    vision_parts,
 )
 from peft_bsr.backbones.kinds import possible_kinds
 from peft_bsr.backbones.model_spec import ModelSpec
+from peft_bsr.backbones.part import find_part, view_of
 from peft_bsr.backbones.permutation import check_permutation
 from peft_bsr.backbones.probe_blocks import probe_blocks
 from peft_bsr.backbones.registry import vision_config
@@ -39,19 +43,22 @@ from peft_bsr.errors import UnsupportedModelError
 _INSTEAD = "Use PEFT's LoRA for it; docs/compatibility.md lists the models that are supported."
 
 
-def probe_model(model: nn.Module, needs_tokens: bool = True) -> ModelSpec:
+def probe_model(model: nn.Module, needs_tokens: bool = True, part: str | None = None) -> ModelSpec:
     """Describe `model`, a vision transformer.
 
     Args:
-        model: A transformers vision (or spectrogram) model, with or without a head, on any device but meta.
+        model: A transformers vision (or spectrogram) model, with or without a head, on any device but meta; or a larger
+            model with one inside, such as a vision-language model.
         needs_tokens: Whether models in which no token can be dropped (Swin, Hiera, SAM, SegFormer, ...) are refused.
             False: their blocks are described, with the reason in `no_reduction`. Default True.
+        part: Name of the vision model inside a larger model. Default None: found, where there is exactly one.
 
     Returns:
-        Its `ModelSpec`.
+        Its `ModelSpec`. In a larger model all names in it are relative to its `part`.
 
     Raises:
         UnsupportedModelError: With the reason. The model is unchanged.
+        ConfigError: If there is no such part, or if there are several vision models inside and none was named.
 
     Examples:
         >>> from transformers import ViTConfig, ViTForImageClassification
@@ -59,7 +66,8 @@ def probe_model(model: nn.Module, needs_tokens: bool = True) -> ModelSpec:
         >>> probe_model(ViTForImageClassification(tiny)).num_tokens
         197
     """
-    return probe(model, needs_tokens)[0]
+    name = find_part(model, part)
+    return replace(probe(view_of(model, name), needs_tokens)[0], part=name)
 
 
 def probe(model: nn.Module, needs_tokens: bool = True) -> tuple[ModelSpec, StockRun]:
@@ -72,7 +80,10 @@ def probe(model: nn.Module, needs_tokens: bool = True) -> tuple[ModelSpec, Stock
         found = None if needs_tokens or is_sentence else probe_blocks(model, reason)
         if found is not None:
             return found
-        advised = reason if is_sentence else f"{reason}. {_INSTEAD}"
+        inside = [] if needs_tokens else vision_parts(model)
+        is_other = bool(inside) and model.get_submodule(inside[0]) is not getattr(model, "base_model", None)
+        instead = f"To adapt the vision model inside alone, name it: `part={inside[0]!r}`." if is_other else _INSTEAD
+        advised = reason if is_sentence else f"{reason}. {instead}"
         raise UnsupportedModelError(f"{type(model).__name__} is not supported: {advised}") from None
 
 

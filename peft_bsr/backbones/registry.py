@@ -124,6 +124,17 @@ def _segformer_inputs(config: Any, batch_size: int, generator: torch.Generator) 
     return {"pixel_values": torch.randn(batch_size, config.num_channels, 128, 128, generator=generator)}
 
 
+def _qwen_vl_inputs(config: Any, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Packed patches of images of 8 x 8 patches (twice that where 4 x 4 are merged), and their grids."""
+    side = 4 * config.spatial_merge_size
+    channels = getattr(config, "in_channels", None) or getattr(config, "in_chans", 3)
+    values = channels * config.temporal_patch_size * config.patch_size**2
+    return {
+        "pixel_values": torch.randn(batch_size * side**2, values, generator=generator),
+        "image_grid_thw": torch.tensor([[1, side, side]] * batch_size),
+    }
+
+
 class _PerImageTable:
     """A table [B, alive, d] for an attention that takes [N, d] and adds the batch axis itself."""
 
@@ -178,6 +189,8 @@ def _beit_attention_arguments(block: Any, hidden_states: Tensor, arguments: Argu
 
 
 register_family("siglip2_vision_model", FamilyRule(probe_inputs=_siglip2_inputs))
+for _family in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"):
+    register_family(f"{_family}_vision", FamilyRule(probe_inputs=_qwen_vl_inputs))
 register_family("segformer", FamilyRule(probe_inputs=_segformer_inputs))
 register_family("mlcd_vision_model", FamilyRule(gather_side_inputs=_gather_mlcd))
 register_family("vjepa2", FamilyRule(gather_side_inputs=_gather_vjepa2))

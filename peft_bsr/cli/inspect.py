@@ -18,6 +18,7 @@ from peft_bsr.tuners.base.base_model import with_settings
 EXAMPLES = """\
 examples:
   peft-bsr inspect google/vit-base-patch16-224
+  peft-bsr inspect HuggingFaceTB/SmolVLM-256M-Instruct --part model.vision_model
   peft-bsr inspect outputs/train/adapter
 """
 
@@ -25,6 +26,7 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
     parser.add_argument("model", metavar="MODEL", help="Hub id or folder, of a model or of an adapter")
+    parser.add_argument("--part", help="name of the vision model inside a larger model (default: found by itself)")
 
 
 def run(args: argparse.Namespace, out: Output) -> dict[str, object]:
@@ -35,13 +37,15 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, object]:
     with out.doing(f"probing {source}"):
         changes = getattr(adapter, "base_config", None) or {}
         size = native_size(with_settings(read_model_config(source), changes))
-        model = make_model(source, len(labels) if labels else None, image_size=size).eval()
-        spec = probe_model(model, needs_tokens=False)
-        parameters = sum(p.numel() for p in model.parameters())
+        number = len(labels) if labels else None
+        model = make_model(source, number, image_size=size, is_short=True).eval()
+        part = args.part or getattr(adapter, "part", None)
+        spec = probe_model(model, needs_tokens=False, part=part)
+        parameters = sum(p.numel() for p in make_model(source, number, device="meta").parameters())
         facts = _describe(model, spec, parameters)
         result: dict[str, Any] = {"model": source, **facts}
         if adapter is None:
-            result["methods"] = {name: _refusal(model, info.config()) for name, info in METHODS.items()}
+            result["methods"] = {name: _refusal(model, info.config(part=part)) for name, info in METHODS.items()}
         else:
             attached = PeftModel(model, adapter)
             config = attached.peft_config["default"]
@@ -62,9 +66,11 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, object]:
 def _describe(model: PreTrainedModel, spec: ModelSpec, parameters: int) -> dict[str, object]:
     reads = [f"special token {i}" for i in spec.reads_prefix]
     reads += ["patches"] * spec.reads_patches + ["detection tokens"] * spec.reads_suffix
+    inside = {} if spec.part is None else {"part": f"{spec.part}, a {type(model.get_submodule(spec.part)).__name__}"}
     if spec.no_reduction is not None:
         return {
             "class": type(model).__name__,
+            **inside,
             "family": model.config.model_type,
             "parameters": f"{parameters / 1e6:.2f} M",
             "blocks": spec.depth,
@@ -76,6 +82,7 @@ def _describe(model: PreTrainedModel, spec: ModelSpec, parameters: int) -> dict[
     scores = {None: "none"} | dict.fromkeys(("interface", "sdpa"), "queries and keys of the attention")
     return {
         "class": type(model).__name__,
+        **inside,
         "family": model.config.model_type,
         "parameters": f"{parameters / 1e6:.2f} M",
         "blocks": spec.depth,

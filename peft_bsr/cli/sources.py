@@ -65,7 +65,11 @@ def model_of(adapter: PeftConfig | None, name: str) -> str:
 
 
 def make_model(
-    name: str, labels: int | None = None, device: str = "cpu", image_size: int | tuple[int, int] | None = None
+    name: str,
+    labels: int | None = None,
+    device: str = "cpu",
+    image_size: int | tuple[int, int] | None = None,
+    is_short: bool = False,
 ) -> PreTrainedModel:
     """A model with random weights; only its configuration is downloaded.
 
@@ -74,8 +78,13 @@ def make_model(
         labels: Number of classes of its head. Default None: as in the configuration.
         device: Device of the weights, or `"meta"` for no weights. Default `"cpu"`.
         image_size: Pixels, see `peft_bsr.set_image_size`. Default None: as in the configuration.
+        is_short: Whether a language model around the vision model has a single layer. Default False.
     """
     config = read_model_config(name)
+    if is_short and (text := config.get_text_config()) is not config:
+        text.num_hidden_layers = 1
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[:1]
     if labels is not None:
         config.num_labels = labels
     with torch.device(device):

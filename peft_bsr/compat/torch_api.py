@@ -43,6 +43,11 @@ ONNX_REGISTRATION_LOGGER = "torch.onnx._internal.exporter._registration"
 """Name of the logger with which the exporter reports that torchvision is not installed."""
 
 
+def share_contents(module: nn.Module, other: nn.Module) -> None:
+    """Give `module` the children, parameters and buffers of `other`; what is replaced in one is replaced in both."""
+    vars(module).update({name: vars(other)[name] for name in (MODULES, PARAMETERS, "_buffers")})
+
+
 def storage_key(storage: torch.UntypedStorage) -> int:
     """A number that identifies a storage while it lives; Python objects of one storage share it."""
     return storage._cdata

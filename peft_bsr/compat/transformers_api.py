@@ -65,7 +65,8 @@ def is_capture_hook(hook: object) -> bool:
 def captured_outputs() -> frozenset[str]:
     """Outputs that the running forward captures, such as `"attentions"`. Its hooks remain afterwards."""
     collector = getattr(sys.modules.get(_CAPTURING), "_active_collector", None)
-    return frozenset((collector.get() or ()) if collector is not None else ())
+    names = (collector.get() or ()) if collector is not None else ()
+    return frozenset(name for name in names if not name.startswith("_"))  # the others say which layers are captured
 
 
 def source_of(config: PreTrainedConfig | None) -> str | None:

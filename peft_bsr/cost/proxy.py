@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from peft_bsr.backbones import inner_config, native_size, set_image_size
+from peft_bsr.backbones import find_part, inner_config, native_size, set_image_size
 from peft_bsr.compat.transformers_api import forget_source
 from peft_bsr.errors import PeftBsrError, UnsupportedModelError
 from peft_bsr.tuners import Resolution, known_method, resolve
@@ -32,6 +32,7 @@ def on_meta(model: nn.Module, image_size: int | None = None, dtype: torch.dtype 
         ConfigError: If the image size is not a multiple of the patch size.
         UnsupportedModelError: If it cannot be made from its config, or does not support the image size.
     """
+    _check_whole(model, None)
     config = _config_of(model)
     with torch.device("meta"):
         bare = _make(model, config)
@@ -59,6 +60,7 @@ def resolve_narrow(model: nn.Module, config: SavedConfig) -> Resolution:
         ConfigError: If this model does not support the config.
         UnsupportedModelError: If the model is not a plain vision transformer.
     """
+    _check_whole(model, config.part)
     narrow = _config_of(model)
     vision = inner_config(narrow)
     heads = getattr(vision, "num_attention_heads", None)
@@ -98,6 +100,15 @@ def attach_resolved(model: nn.Module, config: SavedConfig, resolution: Resolutio
     own.fills_weights = False
     own.resolution = replace(resolution, rounded={name: how for name, how in wanted.items() if how != "int8"})
     return known_method(config).tuner(model, own, "default"), [name for name, how in wanted.items() if how == "int8"]
+
+
+def _check_whole(model: nn.Module, part: str | None) -> None:
+    """Raise if the adapter goes to a part of the model: what runs around the part is not known."""
+    if (part := find_part(model, part)) is not None:
+        raise UnsupportedModelError(
+            f"Costs of a part (`{part}`) of {type(model).__name__} are not predicted. Predict those of the vision "
+            f"model by itself, `model.{part}`, or measure with `peft_bsr.cost.saved_activations` after attaching."
+        )
 
 
 def _config_of(model: nn.Module) -> PreTrainedConfig:

@@ -199,6 +199,12 @@ class Plan:
         """A copy whose blocks in the graph run lean. The others keep nothing for backward."""
         return replace(self, blocks=tuple(replace(b, lean=lean if b.in_graph else None) for b in self.blocks))
 
+    def with_all_queries(self) -> Plan:
+        """A copy whose last block has gradients of all its output, not only of the tokens that the head reads."""
+        last = self.blocks[-1]
+        lean = None if last.lean is None else replace(last.lean, num_queries=None)
+        return replace(self, blocks=(*self.blocks[:-1], replace(last, lean=lean)))
+
     def with_int8(self, int8: bool) -> Plan:
         """A copy whose blocks in the graph keep activations in int8."""
         return replace(self, blocks=tuple(replace(block, int8=int8 and block.in_graph) for block in self.blocks))

@@ -95,6 +95,11 @@ def to_image_function(
             f"`export` needs a PeftModel with an adapter of peft_bsr, not a {type(model).__name__}. Create one with "
             "`get_peft_model(model, BSRConfig())` or `PeftModel.from_pretrained`."
         )
+    if tuner.part is not None:
+        raise ExportError(
+            f"the adapter is on `{tuner.part}`, and {type(tuner.model).__name__} takes more than images. Merge it with "
+            "`merge_and_unload()` and export the whole model with the tools of its task."
+        )
     name, plan = tuner.active_adapters[0], tuner.plan()
     tasks = [task.name for task in getattr(tuner.peft_config[name], "tasks", None) or ()]
     if len(tasks) > 1:

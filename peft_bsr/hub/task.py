@@ -51,6 +51,8 @@ def task_of(config: SavedConfig) -> Task:
     named = getattr(config, "tasks", None)
     if named:
         return Task(None, False, f"Several tasks with a head each: {', '.join(task.name for task in named)}.")
+    if config.part is not None:
+        return Task(None, False, f"For `{config.part}`, a part of the model.")
     name = _pipeline_of(attachment.classes)
     if name is None or (name == "image-feature-extraction" and len(attachment.spec.image_shape) != 3):
         return Task(None, False, f"`{attachment.classes[0]}`, for which transformers has no pipeline.")

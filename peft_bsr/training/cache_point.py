@@ -44,6 +44,11 @@ class CachePoint:
             )
         if controller.plan is None:
             raise FeatureCacheError("the adapter is disabled: the base model has no trained block. Enable the adapter.")
+        if controller.spec.part is not None:
+            raise FeatureCacheError(
+                f"the adapter is on `{controller.spec.part}`, and the model around it takes more than its tokens. "
+                "Train without a cache."
+            )
         self.model, self.spec = model, controller.spec
         self.plan: Plan = controller.plan
         self.layers = controller.read_layers

@@ -114,13 +114,14 @@ def _spec_of(model: nn.Module) -> ModelSpec:
 
 
 def _layers_below_head(name: str, spec: ModelSpec) -> int:
-    """0 for what comes after the blocks, 1 for the last block, L for the first, L + 1 for what comes before them."""
+    """0 for what comes after the blocks or is outside of the part, 1 for the last block, L + 1 before them."""
     inside = f".{name}"
     for index, block in enumerate(spec.blocks):
-        if f".{block}." in inside:
+        if f".{spec.full_name(block)}." in inside:
             return spec.depth - index
-    is_head = any(f".{module}." in inside for module in (*spec.head, *spec.unread))
-    return 0 if is_head else spec.depth + 1
+    is_head = any(f".{spec.full_name(module)}." in inside for module in (*spec.head, *spec.unread))
+    is_around = spec.part is not None and f".{spec.part}." not in inside
+    return 0 if is_head or is_around else spec.depth + 1
 
 
 __all__ = ["ParamGroup", "param_groups", "trained_parameters"]

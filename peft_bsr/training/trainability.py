@@ -135,6 +135,11 @@ _UNFREEZE = "They were frozen by other code, or loaded for inference: use `is_tr
 
 def _own_batch(model: nn.Module) -> Batch:
     controller = find_controllers(model)[0]
+    if controller.spec.part is not None:
+        raise TrainabilityError(
+            f"the adapter is on `{controller.spec.part}`, and the model around it does not run on images alone. Give a "
+            "batch: `verify_trainability(model, optimizer, next(iter(loader)))`."
+        )
     base: nn.Module = getattr(model, "get_base_model", lambda: model)()
     settings = getattr(controller, "task_settings", None)
     num_tasks = 1 if settings is None else len(settings.tasks)
@@ -284,7 +289,8 @@ def _check_leading(model: nn.Module, saved: Mapping[str, int]) -> list[str]:
     controller = find_controllers(model)[0]
     if not controller.builds_graph:  # blocks run under no_grad, and what queries read of them is saved on their modules
         return []
-    sizes = {b: sum(size for n, size in saved.items() if f".{b}." in f".{n}.") for b in controller.spec.blocks}
+    blocks = map(controller.spec.full_name, controller.spec.blocks)
+    sizes = {b: sum(size for n, size in saved.items() if f".{b}." in f".{n}.") for b in blocks}
     return _problem(
         [
             f"{b} ({sizes[b]} bytes)"

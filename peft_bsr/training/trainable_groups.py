@@ -40,7 +40,8 @@ def find_trainable_groups(model: nn.Module) -> list[TrainableGroup]:
     name = controllers[0].carried_adapter
     if name is None:
         raise AdapterError("the adapter is disabled: the base model runs, and nothing trains. Enable or activate it.")
-    blocks = controllers[0].spec.blocks
+    spec = controllers[0].spec
+    blocks = [spec.full_name(block) for block in spec.blocks]
     wrappers = {place for place, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)}
     groups = []
     for place, part in adapter_parts(model, name):

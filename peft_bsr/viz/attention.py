@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from peft_bsr.backbones import in_mode, probe_model
 from peft_bsr.engine import BlockScores, record_scores
 from peft_bsr.errors import InputError, UnsupportedModelError
-from peft_bsr.tuners.base.layer import find_controllers
+from peft_bsr.tuners.base.layer import find_backbone, find_controllers, runs_on_images
 
 _COLUMNS = 7  # pictures side by side at most; a ViT-B's input and 12 blocks fill two lines
 
@@ -66,11 +66,11 @@ def draw_attention(model: nn.Module, pixel_values: Tensor, image: np.ndarray, pa
 
 
 def _scores(model: nn.Module, pixel_values: Tensor) -> list[BlockScores]:
-    base: nn.Module = getattr(model, "get_base_model", lambda: model)()
+    base = find_backbone(model)
     controllers = find_controllers(model)
     spec = controllers[0].spec if controllers else probe_model(base)
     with in_mode(False, model), torch.no_grad(), record_scores(base, spec) as found:
-        model(pixel_values=pixel_values)
+        runs_on_images(model)(pixel_values=pixel_values)
     return found
 
 

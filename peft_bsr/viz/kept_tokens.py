@@ -18,7 +18,7 @@ from peft_bsr.backbones import in_mode
 from peft_bsr.core import Route
 from peft_bsr.engine import BlockScores, record_routes, record_scores
 from peft_bsr.errors import AdapterError
-from peft_bsr.tuners.base.layer import find_controllers
+from peft_bsr.tuners.base.layer import find_backbone, find_controllers, runs_on_images
 from peft_bsr.viz.fonts import families_for
 
 _VEIL = np.array([0.30, 0.42, 0.62])  # a blue that neither black nor white backgrounds have
@@ -60,7 +60,6 @@ def kept_token_pictures(model: nn.Module, pixel_values: Tensor, images: np.ndarr
     Raises:
         AdapterError: If the model has no adapter of ours, or none that reduces tokens.
     """
-    base: nn.Module = getattr(model, "get_base_model", lambda: model)()
     controllers = find_controllers(model)
     plan = controllers[0].plan if controllers else None
     reductions = {} if plan is None else {i: b.reduction for i, b in enumerate(plan.blocks) if b.reduction}
@@ -68,8 +67,8 @@ def kept_token_pictures(model: nn.Module, pixel_values: Tensor, images: np.ndarr
         scores: list[BlockScores] = []
         kind = next((reduction.score for reduction in reductions.values()), None)  # a plan ranks by one
         if kind is not None:
-            scores = watching.enter_context(record_scores(base, controllers[0].spec, kind))
-        model(pixel_values=pixel_values)
+            scores = watching.enter_context(record_scores(find_backbone(model), controllers[0].spec, kind))
+        runs_on_images(model)(pixel_values=pixel_values)
     if not routes:
         raise AdapterError("the model dropped no tokens: its adapter keeps all of them in evaluation, or is disabled.")
     found = []

@@ -29,7 +29,7 @@ def saved_by_block(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, f
     controllers = find_controllers(model)
     is_wrapped = hasattr(model, "get_base_model")
     spec = controllers[0].spec if controllers else probe_model(getattr(model, "get_base_model", lambda: model)())
-    blocks = [f"{ROOT if is_wrapped else ''}{name}." for name in spec.blocks]
+    blocks = [f"{ROOT if is_wrapped else ''}{spec.full_name(name)}." for name in spec.blocks]
     with side_effect_free(model):
         saved = saved_by_module(model, lambda: model(**batch).loss)
     images = len(next(iter(batch.values())))

@@ -266,7 +266,7 @@ OTHERS = {  # models that are not one vision model, and what is said of them
     "CLIPModel takes `input_ids`. Give the vision model inside: `with_head(model.vision_model, ...)`.": lambda: (
         transformers.CLIPModel(transformers.CLIPConfig(vision_config=VIT, text_config=TEXT))
     ),
-    "BertModel takes `input_ids` instead of images.": lambda: transformers.BertModel(
+    "BertModel takes `input_ids` and no images.": lambda: transformers.BertModel(
         transformers.BertConfig(vocab_size=50, **TEXT)
     ),
     "VideoMAEModel takes `pixel_values` of shape (16, 3, 32, 32) instead of images.": lambda: (

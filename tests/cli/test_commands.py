@@ -36,6 +36,24 @@ def test_inspect_says_why_no_token_can_be_dropped(run, tmp_path):
     assert "Use `keep_rate=1.0`" in " ".join(out.split())
 
 
+def test_inspect_the_vision_model_inside_a_larger_one(run, run_json, tmp_path):
+    from transformers import SmolVLMConfig
+
+    vision = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
+    vision |= {"image_size": 32, "patch_size": 8}
+    text = {"model_type": "llama", "hidden_size": 24, "num_hidden_layers": 9, "num_attention_heads": 2}
+    config = SmolVLMConfig(vision_config=vision, text_config=text | {"intermediate_size": 32}, image_token_id=5)
+    config.architectures = ["SmolVLMForConditionalGeneration"]
+    config.save_pretrained(tmp_path)
+    said = run_json("inspect", tmp_path)
+    assert said["part"] == "model.vision_model, a SmolVLMVisionTransformer"
+    assert (said["blocks"], said["tokens"]) == (3, "16: 0 special, 16 patches")
+    assert said["methods"]["bsr"] is None and "`part='model.vision_model'`" in said["methods"]["synqt"]
+    code, _, error = run("inspect", tmp_path, "--part", "model.vision_modle")
+    assert code != 0
+    assert "has no module of that name. Near names: `model.vision_model`" in " ".join(error.split())
+
+
 def test_inspect_an_adapter(run_json, trained):
     said = run_json("inspect", trained / "adapter")
     assert said["adapter"]["method"] == "bsr"

@@ -78,7 +78,7 @@ def check_masking(name: str, mode: str | None, batch: dict[str, Any] | None = No
     model = attach(name, mode, keep_rate=0.7, fuse_dropped=False)
     spec = model.base_model.spec
     batch = batch or run_batch(model.base_model.model)
-    last = model.get_submodule(f"base_model.model.{spec.blocks[-1]}")
+    last = model.get_submodule(f"base_model.model.{spec.full_name(spec.blocks[-1])}")
     seen: dict[str, Tensor] = {}
     handle = last.register_forward_hook(lambda _m, _a, out: seen.update(reduced=tensors_of(out)[0]))
     with record_routes(model) as routes:
@@ -87,7 +87,7 @@ def check_masking(name: str, mode: str | None, batch: dict[str, Any] | None = No
     assert routes[-1][1].origins.shape[1] < routes[-1][1].num_patches
 
     stock = SUPPORTED[name]()
-    blocks = [stock.get_submodule(block) for block in spec.blocks]
+    blocks = [stock.get_submodule(spec.full_name(block)) for block in spec.blocks]
     use_eager(stock, name)
     blocks[-1].register_forward_hook(lambda _m, _a, out: seen.update(masked=tensors_of(out)[0]))
 
@@ -127,7 +127,7 @@ def check_scores(name: str, mode: str | None) -> None:
     use_eager(stock, name)
     logits: dict[int, Tensor] = {}
     with watched_softmax(
-        [stock.get_submodule(block) for block in spec.blocks],
+        [stock.get_submodule(spec.full_name(block)) for block in spec.blocks],
         change=lambda index, values: logits.setdefault(index, values),
     ):
         outputs(stock, batch)

@@ -19,6 +19,8 @@ WIDTH = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "i
 IMAGE = {"image_size": 32, "patch_size": 8}
 VIT = {**WIDTH, **IMAGE}
 TEXT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+WORDS = {**TEXT, "num_key_value_heads": 2, "vocab_size": 60, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+IMAGE_TOKEN = 59  # its last word
 _RANDOMIZED = (
     "lambda",
     "bias_table",
@@ -55,6 +57,12 @@ def _headed(family: str) -> Callable[..., nn.Module]:
             return with_head(SUPPORTED[family](seed, **extra), num_labels=3)
 
     return make
+
+
+def _backbone(name: str, **settings: Any) -> Any:
+    """Configuration of a backbone whose four blocks a dense head reads."""
+    sizes = {k: v for k, v in VIT.items() if k != "intermediate_size"}
+    return getattr(transformers, name)(**{**sizes, "mlp_ratio": 2, "out_indices": [1, 2, 3, 4], **settings})
 
 
 def _mae_encoder(seed: int = 0, **extra: Any) -> nn.Module:
@@ -212,6 +220,77 @@ SUPPORTED: dict[str, Callable[..., nn.Module]] = {
         num_detection_tokens=3,
         num_labels=3,
     ),
+    "depth_anything": _model(
+        "DepthAnythingForDepthEstimation",
+        "DepthAnythingConfig",
+        backbone_config=_backbone("Dinov2Config", reshape_hidden_states=False),
+        patch_size=8,
+        reassemble_hidden_size=32,
+        neck_hidden_sizes=[8, 8, 8, 8],
+        fusion_hidden_size=8,
+        head_hidden_size=8,
+    ),
+    "upernet": _model(
+        "UperNetForSemanticSegmentation",
+        "UperNetConfig",
+        backbone_config=_backbone("Dinov2Config"),
+        hidden_size=16,
+        use_auxiliary_head=False,
+        num_labels=3,
+    ),
+    "vitpose": _model(
+        "VitPoseForPoseEstimation",
+        "VitPoseConfig",
+        backbone_config=_backbone("VitPoseBackboneConfig", image_size=[32, 32], patch_size=[8, 8], out_indices=[4]),
+        num_labels=3,
+    ),
+    "conditional_detr": _model(
+        "ConditionalDetrForObjectDetection",
+        "ConditionalDetrConfig",
+        backbone_config=_backbone("Dinov2Config", out_indices=[4]),
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=16,
+        decoder_ffn_dim=16,
+        num_queries=4,
+        num_labels=3,
+    ),
+    "clip_dual": _model("CLIPModel", "CLIPConfig", vision_config=VIT, text_config=WORDS),
+    "siglip_dual": _model("SiglipModel", "SiglipConfig", vision_config=VIT, text_config=WORDS),
+    "llava": _model(
+        "LlavaForConditionalGeneration",
+        "LlavaConfig",
+        vision_config={"model_type": "clip_vision_model", **VIT},
+        text_config={"model_type": "llama", **WORDS},
+        image_token_index=IMAGE_TOKEN,
+        vision_feature_layer=-1,
+    ),
+    "paligemma": _model(
+        "PaliGemmaForConditionalGeneration",
+        "PaliGemmaConfig",
+        vision_config={"model_type": "siglip_vision_model", **VIT, "vision_use_head": False},
+        text_config={"model_type": "gemma", **WORDS, "head_dim": 16},
+        image_token_index=IMAGE_TOKEN,
+        projection_dim=32,
+    ),
+    "smolvlm": _model(
+        "SmolVLMForConditionalGeneration",
+        "SmolVLMConfig",
+        vision_config=VIT,
+        text_config={"model_type": "llama", **WORDS},
+        image_token_id=IMAGE_TOKEN,
+        scale_factor=2,
+    ),
+    "internvl_chat": _model(
+        "InternVLForConditionalGeneration",
+        "InternVLConfig",
+        vision_config={"model_type": "internvl_vision", **WIDTH, "image_size": [32, 32], "patch_size": [8, 8]},
+        text_config={"model_type": "qwen2", **WORDS},
+        image_token_id=IMAGE_TOKEN,
+    ),
 }
 
 NO_REDUCTION: dict[str, Callable[..., nn.Module]] = {
@@ -332,6 +411,22 @@ NO_REDUCTION: dict[str, Callable[..., nn.Module]] = {
         window_size_per_stage=[4, 2],
         global_attention_blocks=[2],
     ),
+    "qwen2_5_vl": _model(
+        "Qwen2_5_VLForConditionalGeneration",
+        "Qwen2_5_VLConfig",
+        vision_config={
+            "depth": 4,
+            "hidden_size": 32,
+            "num_heads": 4,
+            "intermediate_size": 64,
+            "patch_size": 8,
+            "out_hidden_size": 32,
+            "fullatt_block_indexes": [1, 3],
+            "window_size": 32,
+        },
+        text_config={**WORDS, "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]}},
+        image_token_id=IMAGE_TOKEN,
+    ),
 }
 """Models in which no token can be dropped: their blocks train by `keep_rate=1.0`."""
 
@@ -347,6 +442,17 @@ REFUSED: dict[str, Callable[..., nn.Module]] = {
 }
 
 
+_IMAGE_TOKENS = {  # class -> number of words that one image takes
+    "CLIPModel": 0,
+    "SiglipModel": 0,
+    "LlavaForConditionalGeneration": 16,
+    "PaliGemmaForConditionalGeneration": 16,
+    "SmolVLMForConditionalGeneration": 4,
+    "InternVLForConditionalGeneration": 4,
+    "Qwen2_5_VLForConditionalGeneration": 16,
+}
+
+
 def run_batch(model: nn.Module, batch_size: int = 2, seed: int = 1) -> dict[str, Tensor]:
     """A batch of random inputs for `model`."""
     generator = torch.Generator().manual_seed(seed)
@@ -355,6 +461,17 @@ def run_batch(model: nn.Module, batch_size: int = 2, seed: int = 1) -> dict[str,
     def random(*shape: int) -> Tensor:
         return torch.randn(batch_size, *shape, generator=generator)
 
+    if kind in _IMAGE_TOKENS:
+        words = torch.randint(3, IMAGE_TOKEN, (batch_size, 24), generator=generator)
+        words[:, 1 : 1 + _IMAGE_TOKENS[kind]] = IMAGE_TOKEN
+        text = {"input_ids": words, "attention_mask": torch.ones_like(words)}
+        if kind.startswith("Qwen"):
+            grid = {"image_grid_thw": torch.tensor([[1, 8, 8]] * batch_size)}
+            grid["mm_token_type_ids"] = (words == IMAGE_TOKEN).int()
+            return {**text, **grid, "pixel_values": random(64, 384).flatten(0, 1)}
+        if kind.startswith("PaliGemma"):
+            text["token_type_ids"] = torch.zeros_like(words)
+        return {**text, "pixel_values": random(1, 3, 32, 32) if kind.startswith("SmolVLM") else random(3, 32, 32)}
     if kind.startswith("Siglip2"):
         mask = torch.ones(batch_size, 16, dtype=torch.int64)
         mask[-1, 12:] = 0

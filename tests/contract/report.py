@@ -75,13 +75,14 @@ def survey(run_checks: bool = True) -> list[Row]:
     rows = []
     for family, make in {**SUPPORTED, **NO_REDUCTION, **REFUSED}.items():
         model = make()
-        row = Row(family, type(model).__name__)
+        row = Row(family, f"`{type(model).__name__}`")
         rows.append(row)
         try:
             spec = probe_model(model, needs_tokens=False)
         except UnsupportedModelError as error:
             row.refused = str(error).partition(" is not supported: ")[2].partition(". Use PEFT's LoRA")[0]
             continue
+        row.model += "" if spec.part is None else f", part `{spec.part}`"
         if spec.no_reduction is not None:
             row.no_reduction = spec.no_reduction
             row.cells = [row.no_reduction]
@@ -126,13 +127,13 @@ def render(rows: list[Row]) -> str:
     supported = [row for row in rows if row.refused is None and row.no_reduction is None]
     without = [row for row in rows if row.no_reduction is not None]
     lines = [HEADER, f"## {len(supported)} supported configurations", "", _line(COLUMNS), _line(["---"] * len(COLUMNS))]
-    lines += [_line([row.family, f"`{row.model}`", *row.cells]) for row in supported]
+    lines += [_line([row.family, row.model, *row.cells]) for row in supported]
     lines += ["", f"## No token reduction: {len(without)} configurations whose blocks train", ""]
     lines += [_line(("family", "class", "reason", "lean", "passed")), _line(["---"] * 5)]
-    lines += [_line([row.family, f"`{row.model}`", *row.cells]) for row in without]
+    lines += [_line([row.family, row.model, *row.cells]) for row in without]
     lines += ["", "## Not supported, with the probe's reason", "", _line(("family", "class", "reason"))]
     lines.append(_line(["---"] * 3))
-    lines += [_line([row.family, f"`{row.model}`", row.refused or ""]) for row in rows if row.refused is not None]
+    lines += [_line([row.family, row.model, row.refused or ""]) for row in rows if row.refused is not None]
     lines += ["", f"torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}."]
     return "\n".join(lines) + "\n"
 

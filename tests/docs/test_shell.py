@@ -15,6 +15,8 @@ from PIL import Image
 from transformers import (
     Dinov2Config,
     Dinov2ForImageClassification,
+    SmolVLMConfig,
+    SmolVLMForConditionalGeneration,
     ViTConfig,
     ViTForImageClassification,
     ViTImageProcessorPil,
@@ -60,7 +62,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     short = ViTForImageClassification(
         ViTConfig(**sizes | {"num_hidden_layers": 3}, **labels, intermediate_size=32, patch_size=8)
     )
-    for name, model in {"vit": vit, "dinov2": dinov2, "short": short}.items():
+    text = {"model_type": "llama", "num_hidden_layers": 2, "intermediate_size": 32, "vocab_size": 60}
+    text |= {"hidden_size": 24, "num_attention_heads": 2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    vision = {**sizes, "intermediate_size": 32, "patch_size": 8}
+    smolvlm = SmolVLMForConditionalGeneration(SmolVLMConfig(vision_config=vision, text_config=text, image_token_id=59))
+    for name, model in {"vit": vit, "dinov2": dinov2, "short": short, "smolvlm": smolvlm}.items():
         model.save_pretrained(tmp_path / name)
         ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(tmp_path / name)
     base = ViTForImageClassification.from_pretrained(tmp_path / "short")
@@ -94,6 +100,8 @@ def as_here(arguments: list[str], folder: Path) -> list[str]:
             word = "plan"
         elif word.startswith("facebook/"):
             word = "dinov2"
+        elif word.startswith("HuggingFaceTB/"):
+            word = "smolvlm"
         elif re.match(r"me/|ADAPTER$|downloaded$", word) or (arguments[0] == "export" and word.startswith("outputs/")):
             word = "adapter"
         elif word in ("DATA", "beans", "photos", "new_photos") or word.endswith(".parquet"):

@@ -112,7 +112,8 @@ class ALaSTModel(BlockTuner):
     def _record(self, model: nn.Module, config: SavedConfig, found: Resolution) -> SavedConfig:
         own = super()._record(model, config, found)
         if own.train_embeddings:
-            own.modules_to_save = sorted({*(own.modules_to_save or ()), *find_embeddings(model, found.spec)})
+            embeddings = map(found.spec.full_name, find_embeddings(model, found.spec))
+            own.modules_to_save = sorted({*(own.modules_to_save or ()), *embeddings})
         return own
 
 

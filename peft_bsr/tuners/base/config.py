@@ -64,6 +64,10 @@ class SavedConfig(AdapterFiles, PeftConfig):
     """Base class of the configurations.
 
     Args:
+        part: Name of the vision model inside a larger model, such as `"model.vision_tower"`: blocks are looked for only
+            inside it, and names in `target_modules` and `exclude_modules` are relative to it. Default None: the vision
+            model inside, where an image alone does not run the model and there is exactly one; else the model itself.
+            The name that was found is written into the configuration.
         labels: Class names by index. Written when the adapter is attached to a model with a classifier;
             `peft_bsr.load` uses them to create a head of the right size.
         base_config: Other settings of the base model's configuration that differ from its file, such as
@@ -75,6 +79,9 @@ class SavedConfig(AdapterFiles, PeftConfig):
             incomplete files, and files that were not saved together, are an error.
     """
 
+    part: str | None = field(
+        default=None, metadata={"help": "Name of the vision model inside a larger one; None = found by itself."}
+    )
     labels: list[str] | None = field(default=None, metadata={"help": "Written at attach: class names of the head."})
     base_config: dict[str, object] | None = field(
         default=None, metadata={"help": "Written at save: settings of the base model that differ from its own file."}
@@ -97,6 +104,8 @@ class SavedConfig(AdapterFiles, PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         problems = []
+        if self.part is not None and not (isinstance(self.part, str) and self.part):
+            problems.append(f"`part={self.part!r}` must be a module's name, such as 'model.vision_tower', or None.")
         if self.labels is not None and not (isinstance(self.labels, list) and all(map(_is_text, self.labels))):
             problems.append(f"`labels={self.labels!r}` must be a list of strings, or None.")
         elif self.labels is not None and len(self.labels) > MOST_CLASSES:
@@ -161,6 +170,7 @@ class SavedConfig(AdapterFiles, PeftConfig):
         """A copy with the values that were chosen for the model, see `Resolution`."""
         config = copy.copy(self)
         record(config, resolution.plan)
+        config.part = resolution.spec.part
         return config
 
     def _labels(self, model: nn.Module, spec: ModelSpec) -> list[str] | None:

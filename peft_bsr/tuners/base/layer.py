@@ -128,16 +128,44 @@ def find_controllers(model: nn.Module) -> list[Any]:
     )
 
 
+def find_backbone(model: nn.Module) -> nn.Module:
+    """The vision transformer that an adapter is attached to: a part of the base model, or the base model itself."""
+    controllers = find_controllers(model)
+    base: nn.Module = getattr(model, "get_base_model", lambda: model)()
+    return controllers[0].roots[0] if controllers else base
+
+
+def runs_on_images(model: nn.Module) -> nn.Module:
+    """The model, or the part with the adapter: a larger model around it takes more than images."""
+    controllers = find_controllers(model)
+    return find_backbone(model) if controllers and controllers[0].spec.part else model
+
+
 @contextmanager
 def detached(model: nn.Module, controllers: Sequence[AdapterController]) -> Iterator[None]:
     """Context manager: detach the controllers from the blocks."""
-    for controller in controllers:
-        detach_controller(model, controller)
+    roots = [controller.roots[0] for controller in controllers]
+    for root, controller in zip(roots, controllers, strict=True):
+        detach_controller(root, controller)
     try:
         yield
     finally:
-        for controller in controllers:
-            attach_controller(model, controller)
+        for root, controller in zip(roots, controllers, strict=True):
+            attach_controller(root, controller)
+
+
+def foreign_layers(model: nn.Module) -> list[str]:
+    """Names of the layers that adapters of other methods have in the model."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    return [name for name, layer in layers.items() if not isinstance(layer, SingleAdapterLayer)]
+
+
+def leave_out_ours(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, metadata: object) -> None:
+    """State dict hook of another method's PeftModel: PEFT 0.21 would save our adapters' weights with that method's."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, SingleAdapterLayer)}
+    ours = tuple(f"{prefix}{name}.{part}." for name, layer in layers.items() for part in layer.adapter_layer_names)
+    for key in [key for key in state_dict if key.startswith(ours)]:
+        del state_dict[key]
 
 
 def check_single(adapter_names: list[str], action: str) -> None:

@@ -15,7 +15,7 @@ from peft_bsr.backbones.fingerprint import Plain
 from peft_bsr.compat.peft_api import ModulesToSaveWrapper
 from peft_bsr.errors import AdapterError, AdapterFileError
 from peft_bsr.tuners.base.config import SavedConfig
-from peft_bsr.tuners.base.layer import ROOT, adapter_parts
+from peft_bsr.tuners.base.layer import ROOT, adapter_parts, foreign_layers
 from peft_bsr.tuners.base.source import read_header
 
 _NAMED = 3  # tensors named in a message, for each problem
@@ -135,7 +135,11 @@ class FileChecks:
             AdapterError: If a part of it is no longer in the model.
         """
         check_whole(model, config, adapter_name)
-        return super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)  # type: ignore[misc]
+        found: dict[str, Tensor] = super()._get_adapter_state_dict(  # type: ignore[misc]
+            model, config, adapter_name, *args, **kwargs
+        )
+        others = tuple(f"{name}." for name in foreign_layers(model))
+        return {key: tensor for key, tensor in found.items() if not key.startswith(others)}
 
 
 def check_loaded(

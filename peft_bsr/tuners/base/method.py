@@ -14,6 +14,7 @@ from peft_bsr.backbones import ModelSpec
 from peft_bsr.engine import Plan
 from peft_bsr.registration import register_method
 from peft_bsr.tuners.base.config import SavedConfig
+from peft_bsr.tuners.base.part import resolve_part
 from peft_bsr.tuners.base.resolution import Resolution
 from peft_bsr.tuners.base.tuner import MethodTuner
 
@@ -77,7 +78,8 @@ def describe_plan(config: SavedConfig, spec: ModelSpec, plan: Plan) -> list[str]
         spec: Description of the model.
         plan: Plan of the blocks.
     """
-    return known_method(config).describe(config, spec, plan)
+    part = [] if spec.part is None else [f"Blocks are those of `{spec.part}`, a part of the model."]
+    return [*part, *known_method(config).describe(config, spec, plan)]
 
 
 def resolve(model: nn.Module, config: SavedConfig) -> Resolution:
@@ -91,7 +93,7 @@ def resolve(model: nn.Module, config: SavedConfig) -> Resolution:
         UnsupportedModelError: If the model is not supported; the message gives the reason.
         ConfigError: If the model does not allow the configuration; the message names every problem.
     """
-    return known_method(config).tuner.resolve(model, config)
+    return resolve_part(known_method(config).tuner, model, config)
 
 
 def known_method(config: SavedConfig) -> MethodInfo:

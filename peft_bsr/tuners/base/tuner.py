@@ -20,8 +20,15 @@ from peft_bsr.tuners.base.config import SavedConfig
 from peft_bsr.tuners.base.files import check_file
 from peft_bsr.tuners.base.frozen_weights import round_weights, tell_ddp
 from peft_bsr.tuners.base.inputs import check_inputs
-from peft_bsr.tuners.base.layer import AdapterController, SingleAdapterLayer, check_single, find_controllers
+from peft_bsr.tuners.base.layer import (
+    AdapterController,
+    SingleAdapterLayer,
+    check_single,
+    find_controllers,
+    foreign_layers,
+)
 from peft_bsr.tuners.base.loading import FileChecks
+from peft_bsr.tuners.base.part import beside_others, check_beside, resolve_part
 from peft_bsr.tuners.base.resolution import Resolution
 
 
@@ -33,6 +40,21 @@ class MethodTuner(FileChecks, BaseTuner):
     reduces_in_evaluation: ClassVar[bool] = True  # whether tokens are dropped in evaluation, too
     merges: ClassVar[bool] = True  # whether the trained weights can be merged into the base model
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        with beside_others(model, peft_config) as base:
+            super().__init__(base, peft_config, adapter_name, *args, **kwargs)
+
+    @property
+    def part(self) -> str | None:
+        """Name of the part of the model that the adapters are attached to. None = the model itself."""
+        return next((config.part for config in self.peft_config.values() if config.attachment is not None), None)
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The vision transformer: the part of the model that the adapters are attached to, or the model itself."""
+        controllers = find_controllers(self.model)
+        return controllers[0].roots[0] if controllers else self.model.get_submodule(self.part or "")
 
     def plan(self, adapter_name: str | None = None) -> Plan:
         """The plan of an adapter. Default None: the active adapter.
@@ -73,10 +95,12 @@ class MethodTuner(FileChecks, BaseTuner):
         warn_of_names(model, list(self.peft_config))
         for controller in find_controllers(model):
             controller.fetch_base()  # checks run the base model; new adapters go to the device of its weights
-        found: Resolution = given.resolution or self.resolve(model, given)
-        config = self._record(model, given, found)
+        found: Resolution = given.resolution or resolve_part(type(self), model, given)
+        backbone = model.get_submodule(found.spec.part or "")
+        check_beside(model, backbone, adapter_name, is_first=len(self.peft_config) == 1)
+        config = self._record(backbone, given, found)
         held = [*found.held, *found.spec.unread]
-        config.attached_to(model, found.spec, found.plan, held, self._known_fingerprint(adapter_name))
+        config.attached_to(backbone, found.spec, found.plan, held, self._known_fingerprint(adapter_name))
         config.resolution = found  # PEFT passes the configuration to the methods that it calls
         self.peft_config[adapter_name] = config
         if "_requires_grad" not in self.__dict__:
@@ -85,8 +109,8 @@ class MethodTuner(FileChecks, BaseTuner):
         with self._undone_on_error(adapter_name):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             config.resolution = None
-            self._assign(model, adapter_name, given, found)
-        round_weights(model, found.rounded)
+            self._assign(backbone, adapter_name, given, found)
+        round_weights(backbone, found.rounded)
         self._set_modes()
         tell_ddp(model, self._offloaded(model))
 
@@ -95,7 +119,7 @@ class MethodTuner(FileChecks, BaseTuner):
         return config.recorded(found)
 
     def _assign(self, model: nn.Module, adapter_name: str, given: SavedConfig, found: Resolution) -> None:
-        """Set what controllers and layers need for the adapter's plan. Called after they are created."""
+        """Set what controllers and layers of the backbone need for the adapter's plan. Called after they are made."""
 
     def _offloaded(self, model: nn.Module) -> list[str]:
         """Names of parameters that are offloaded to the CPU while they are not used."""
@@ -121,9 +145,10 @@ class MethodTuner(FileChecks, BaseTuner):
         return self.spec
 
     def explain(self) -> str:
-        """One line per block: its plan, what is active, and the reason if the two differ."""
-        model = self.model
-        return explain_blocks([(model.get_submodule(r.spec.blocks[r.index]), r) for r in find_controllers(model)])
+        """One line per block: its plan, what is active, and the reason if the two differ. First the part, if any."""
+        controllers = find_controllers(self.model)
+        found = explain_blocks([(r.roots[0].get_submodule(r.spec.blocks[r.index]), r) for r in controllers])
+        return found if self.part is None else f"part: {self.part}\n{found}"
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
         return peft_config
@@ -135,30 +160,34 @@ class MethodTuner(FileChecks, BaseTuner):
             AdapterError: If several adapters are named.
         """
         check_single([adapter_name] if isinstance(adapter_name, str) else list(adapter_name), "activate")
-        super().set_adapter(adapter_name, inference_mode=inference_mode)
+        with self._own_part():
+            super().set_adapter(adapter_name, inference_mode=inference_mode)
         self._set_modes()
 
     def enable_adapter_layers(self) -> None:
         """Enable adapters."""
-        super().enable_adapter_layers()
+        with self._own_part():
+            super().enable_adapter_layers()
         self._set_modes()
 
     def disable_adapter_layers(self) -> None:
         """Disable adapters: the model runs as the base model."""
-        super().disable_adapter_layers()
+        with self._own_part():
+            super().disable_adapter_layers()
         self._set_modes()
 
     def _set_modes(self) -> None:
         """Set each block's training mode by the active plan."""
         for controller in find_controllers(self.model):
-            block = self.model.get_submodule(controller.spec.blocks[controller.index])
+            block = controller.roots[0].get_submodule(controller.spec.blocks[controller.index])
             block.train(block.training)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter. If it was active, the first of the others becomes active, on every layer."""
         was_active = adapter_name in self.active_adapters
         active = list(self.active_adapters)
-        super().delete_adapter(adapter_name)
+        with self._own_part():
+            super().delete_adapter(adapter_name)
         if not was_active:
             self.active_adapter = active
         elif self.peft_config:
@@ -175,9 +204,48 @@ class MethodTuner(FileChecks, BaseTuner):
         self.__dict__.pop("_controllers", None)
         for controller in find_controllers(self.model):
             controller.clear_base()
-            block = self.model.get_submodule(controller.spec.blocks[controller.index])
-            detach_controller(self.model, controller)
+            root = controller.roots[0]
+            block = root.get_submodule(controller.spec.blocks[controller.index])
+            detach_controller(root, controller)
             block.train(block.training)
+
+    @contextmanager
+    def _own_part(self) -> Iterator[None]:
+        """Context manager: PEFT's loops over the modules of `self.model` leave adapters of other methods alone."""
+        whole = self.model
+        if foreign_layers(whole):
+            self.model = self.backbone
+        try:
+            yield
+        finally:
+            self.model = whole
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge adapters into the base modules."""
+        with self._own_part():
+            super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def unmerge_adapter(self) -> None:
+        """Undo `merge_adapter`."""
+        with self._own_part():
+            super().unmerge_adapter()
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Controllers are detached, so the part is found by its name."""
+        whole, others = self.model, foreign_layers(self.model)
+        configs = getattr(whole, "peft_config", {})
+        self.model = whole.get_submodule(self.part or "") if others else whole
+        try:
+            super()._unload_and_optionally_merge(*args, **kwargs)
+        finally:
+            self.model = whole
+        if others:
+            vars(whole)["peft_config"] = {n: c for n, c in configs.items() if c is not self.peft_config.get(n)}
+        return whole
+
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        """Freeze everything else; beside adapters of other methods only the part."""
+        super()._mark_only_adapters_as_trainable(self.backbone if foreign_layers(model) else model)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         """Does not copy `weight` as PEFT does, because a LayerScale or a pooling head has none."""
@@ -224,7 +292,7 @@ class MethodTuner(FileChecks, BaseTuner):
                 f"`{named[0]}={kwargs[named[0]]!r}` was given, but no adapter of this model has tasks. Attach one with "
                 "`BSRConfig(tasks={name: number of classes})`, or leave it out."
             )
-        if controllers and controllers[0].context.now.resume_point is None:
+        if controllers and controllers[0].context.now.resume_point is None and self.part is None:
             check_inputs(main_input(self.model), controllers[0].spec, args, kwargs)
         try:
             yield

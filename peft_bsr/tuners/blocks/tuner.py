@@ -115,7 +115,7 @@ class BlockTuner(MethodTuner):
         for place, saved_name in (given.layout or {}).items():
             if (own_name := found.layout.get(place, saved_name)) != saved_name:
                 saved: Any = model.get_submodule(own_name)
-                saved.saved_as[adapter_name] = saved_name
+                saved.saved_as[adapter_name] = found.spec.full_name(saved_name)
         for controller in controllers:
             controller.plans[adapter_name] = found.plan
             controller.set_adapter(self.active_adapters, inference_mode=given.inference_mode)
@@ -134,6 +134,7 @@ class BlockTuner(MethodTuner):
 
     def _check_target_module_exists(self, peft_config: BlockConfig, key: str) -> object:
         """Also matches a block if its controller, which may not exist yet, is a target."""
+        key = peft_config.resolution.spec.local_name(key)
         if f"{key}.{CONTROLLER}" in peft_config.resolution.targets:
             return True
         if key.endswith(f".{CONTROLLER}"):
@@ -152,8 +153,10 @@ class BlockTuner(MethodTuner):
     ) -> None:
         layer: Any = target
         found = peft_config.resolution
+        current_key = found.spec.local_name(current_key)
         if f"{current_key}.{CONTROLLER}" in found.targets:
-            layer = self._attached_controllers(self.model, found.spec)[found.spec.blocks.index(current_key)]
+            backbone = self.model.get_submodule(found.spec.part or "")
+            layer = self._attached_controllers(backbone, found.spec)[found.spec.blocks.index(current_key)]
             layer.update_layer(adapter_name, peft_config, target)
         else:
             if not isinstance(target, BlockWeights):

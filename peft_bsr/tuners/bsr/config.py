@@ -41,8 +41,9 @@ class BSRConfig(BlockConfig):
     configuration.
 
     Args:
-        trainable_blocks: Blocks that train: indices from 0, `"every:n"` (every n-th block ending at the last),
-            `"last:n"` (the last n), `"stage:n"` (stage n of a model with stages, from 1). Default `"every:4"`.
+        trainable_blocks: Blocks that train: indices from 0, `"every:n"` (every n-th block ending at the last that the
+            model's output depends on), `"last:n"` (the last n up to it), `"stage:n"` (stage n of a model with stages,
+            from 1). Default `"every:4"`.
         reduction_blocks: Blocks that drop tokens: indices from 0, `[]` for none. Default None: a quarter, a half and
             three quarters into the depth ({3, 6, 9} of 12).
         keep_rate: Share of the tokens that a reduction keeps, in (0, 1], not counting prefix tokens. One value for all
@@ -273,7 +274,7 @@ def resolve_trainable_blocks(config: BSRConfig, spec: ModelSpec) -> list[int]:
     blocks = config.trainable_blocks
     if not isinstance(blocks, str):
         return sorted(blocks)
-    (kind, number), depth = blocks.split(":"), spec.depth
+    (kind, number), depth = blocks.split(":"), spec.last_read + 1
     if kind == "stage":
         return spec.stage(int(number))
     if kind == "last":

@@ -12,10 +12,8 @@ def describe(config: BSRConfig, spec: ModelSpec, plan: Plan) -> list[str]:
     """What an adapter does to its model, as a list of sentences."""
     trained = plan.trained_blocks
     how = "low-rank updates of" if config.trainable == "lora" else "all weights of"
-    sentences = [
-        f"Of {spec.depth} blocks, {how} {name_blocks(trained)} train, with the final norm and the head; the others "
-        "are frozen."
-    ]
+    head = ", with the final norm and the head" if spec.head else ""
+    sentences = [f"Of {spec.depth} blocks, {how} {name_blocks(trained)} train{head}; the others are frozen."]
     if trained and trained[0] > 0:
         sentences.append(f"Blocks before block {trained[0]} get no gradient.")
     return [*sentences, *describe_reductions(spec, plan), *describe_gradient_tokens(plan)]

@@ -57,8 +57,13 @@ def find_block_spec(
     if not linears or order.count(attention) != 1:
         return None
     first, last = order.index(linears[0]), order.index(linears[-1])
-    if first < 3 or order[first : last + 1] != linears or _has_linear(getattr(block, order[0])):
+    mlp = order[first : last + 1]
+    if first < 3 or len(set(mlp)) < len(mlp) or attention in mlp or _has_linear(getattr(block, order[0])):
         return None
+    if any(next(getattr(block, name).parameters(), None) is not None for name in set(mlp) - set(linears)):
+        return None
+    if any("drop" in name and isinstance(rate, float) and rate > 0 for name, rate in vars(block).items()):
+        return None  # dropout by a function (Whisper), which its modules do not show
     scales = [name for name, p in block.named_parameters(recurse=False) if p.ndim == 1]
     if len(scales) not in (0, 2):
         return None
@@ -67,9 +72,9 @@ def find_block_spec(
         attention=attention,
         after_attention=(*scales[:1], *order[2 : first - 1]),
         norm2=order[first - 1],
-        mlp=tuple(linears),
+        mlp=tuple(mlp),
         after_mlp=(*scales[1:], *order[last + 1 :]),
-        mlp_adds_residual=linears[-1] in residual_takers,
+        mlp_adds_residual=mlp[-1] in residual_takers,
         block_inputs=input_names(block),
         attention_inputs=_keyword_names(getattr(block, attention)),
     )

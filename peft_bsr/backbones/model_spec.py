@@ -100,7 +100,7 @@ class ModelSpec:
             in torch's `scaled_dot_product_attention` (`"sdpa"`), or the attention weights that the attention returns
             (`"weights"`). None = no scores.
         num_heads: Number of attention heads, H; 0 if unknown.
-        scaling: Scale of the products of queries and keys; 0 if unknown.
+        scaling: Scale of the products of projected queries and keys; 0 if unknown.
         no_reduction: Why no token can be dropped or merged. None = tokens can be reduced. Otherwise the fields about
             tokens and the attention say nothing: there are no special tokens, `num_patches` counts places of the first
             block's input, and `width` is the last block's.

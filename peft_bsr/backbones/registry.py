@@ -124,6 +124,24 @@ def _segformer_inputs(config: Any, batch_size: int, generator: torch.Generator) 
     return {"pixel_values": torch.randn(batch_size, config.num_channels, 128, 128, generator=generator)}
 
 
+def _whisper_inputs(config: Any, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Spectrograms of the only length that the encoder takes, and one token for the decoder where there is one."""
+    frames = 2 * config.max_source_positions
+    start = torch.full((batch_size, 1), config.decoder_start_token_id)
+    values = torch.randn(batch_size, config.num_mel_bins, frames, generator=generator)
+    return {"input_features": values, "decoder_input_ids": start}
+
+
+def _waveform_inputs(config: Any, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Waveforms of 50 tokens of which the last is padding: what a head does with a mask decides the mode."""
+    length = 50
+    for kernel, stride in zip(reversed(config.conv_kernel), reversed(config.conv_stride), strict=True):
+        length = (length - 1) * stride + kernel
+    mask = torch.ones(batch_size, length, dtype=torch.int64)
+    mask[:, -1:] = 0
+    return {"input_values": torch.randn(batch_size, length, generator=generator), "attention_mask": mask}
+
+
 class _PerImageTable:
     """A table [B, alive, d] for an attention that takes [N, d] and adds the batch axis itself."""
 
@@ -179,6 +197,9 @@ def _beit_attention_arguments(block: Any, hidden_states: Tensor, arguments: Argu
 
 register_family("siglip2_vision_model", FamilyRule(probe_inputs=_siglip2_inputs))
 register_family("segformer", FamilyRule(probe_inputs=_segformer_inputs))
+register_family("whisper", FamilyRule(probe_inputs=_whisper_inputs))
+for _name in ("wav2vec2", "hubert", "data2vec-audio", "unispeech", "unispeech-sat", "wavlm"):
+    register_family(_name, FamilyRule(probe_inputs=_waveform_inputs))
 register_family("mlcd_vision_model", FamilyRule(gather_side_inputs=_gather_mlcd))
 register_family("vjepa2", FamilyRule(gather_side_inputs=_gather_vjepa2))
 register_family("timm_wrapper", FamilyRule(probe_inputs=_timm_inputs, gather_side_inputs=_gather_timm))

@@ -43,24 +43,24 @@ def find_stages(blocks: list[str], widths: list[int]) -> list[int]:
 
 
 def describe_stage_block(
-    block: nn.Module, order: list[str], attention: str, stage: int, output: object, before: tuple[str, ...]
+    block: nn.Module, order: list[str], attention: str, ran: set[nn.Module], output: object, before: tuple[str, ...]
 ) -> StageBlock:
-    """A block's parts.
+    """A block's parts, as one of the first stage.
 
     Args:
         block: The block.
         order: Its direct children in the order in which they ran.
         attention: Name of its attention relative to it, or `""`.
-        stage: Number of its stage.
+        ran: The modules that were called.
         output: What it gave.
         before: Modules with parameters that ran between the block before and this one.
     """
     tokens = output[0] if isinstance(output, tuple) else output
     assert isinstance(tokens, Tensor), "looked at before"
     norm, mlp = _find_mlp_half(block, order, attention.split(".")[0])
-    leaves = tuple(_leaves(block))
+    leaves = tuple(_leaves(block, ran))
     found = StageBlock(
-        stage=stage,
+        stage=1,
         width=channels_of(block, norm, mlp, tokens),
         attention=attention,
         norm=norm,
@@ -132,12 +132,26 @@ def _modules(block: nn.Module, name: str) -> Iterator[nn.Module]:
     return child.modules()
 
 
-def _leaves(block: nn.Module) -> Iterator[str]:
-    """Modules with parameters and no module with parameters inside."""
+def _leaves(block: nn.Module, ran: set[nn.Module]) -> list[str]:
+    """Modules with parameters and no module with parameters inside.
+
+    A module that is not called, because the one around it reads its weights (WavLM), would train without effect: it is
+    part of the next one around it that is called.
+    """
+    found: dict[str, None] = {}
     for name, module in block.named_modules():
         has_own = next(module.parameters(recurse=False), None) is not None
         if name and has_own and not any(next(child.parameters(), None) is not None for child in module.children()):
-            yield name
+            while name and block.get_submodule(name) not in ran:
+                name = name.rpartition(".")[0]
+            found |= dict.fromkeys(filter(None, [name]))
+    return [name for name in found if not found.keys() & _around(name)]
+
+
+def _around(name: str) -> set[str]:
+    """Names of the modules around one."""
+    parts = name.split(".")
+    return {".".join(parts[:end]) for end in range(1, len(parts))}
 
 
 __all__ = ["describe_stage_block", "find_stage_blocks", "find_stages", "frozen_parameters"]

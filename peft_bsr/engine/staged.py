@@ -17,7 +17,7 @@ from peft_bsr.backbones import ModelSpec
 from peft_bsr.core import BlockCall
 from peft_bsr.engine.bound import modules_of
 from peft_bsr.engine.halves import LeanMLP, NotLeanError
-from peft_bsr.engine.parts import attention_dropouts, norm_source
+from peft_bsr.engine.parts import attention_dropouts, norm_source, running_module
 from peft_bsr.engine.plan import Lean
 from peft_bsr.engine.watch import Watch
 
@@ -139,7 +139,7 @@ class _Again:
 
     def __init__(self, attention: Any, inner: nn.Module) -> None:
         self.attention = attention
-        self.rates, self.dropouts = attention_dropouts(inner, attention)
+        self.rates, self.dropouts = attention_dropouts(running_module(inner)[0] or inner, attention)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         is_random = any(rate() for rate in self.rates) or any(module.p for module in self.dropouts)

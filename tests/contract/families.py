@@ -19,6 +19,38 @@ WIDTH = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "i
 IMAGE = {"image_size": 32, "patch_size": 8}
 VIT = {**WIDTH, **IMAGE}
 TEXT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+WHISPER = {
+    "d_model": 32,
+    "encoder_layers": 4,
+    "encoder_attention_heads": 4,
+    "encoder_ffn_dim": 64,
+    "decoder_layers": 4,
+    "decoder_attention_heads": 4,
+    "decoder_ffn_dim": 32,
+    "num_mel_bins": 16,
+    "max_source_positions": 24,
+    "max_target_positions": 8,
+    "vocab_size": 20,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 1,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+}
+WAVEFORM = {
+    **WIDTH,
+    "layerdrop": 0.0,
+    "mask_time_prob": 0.0,  # drawn by NumPy, which no seed of torch sets
+    "conv_dim": [16, 16],
+    "conv_kernel": [4, 4],
+    "conv_stride": [4, 4],
+    "num_conv_pos_embeddings": 4,
+    "num_conv_pos_embedding_groups": 2,
+    "classifier_proj_size": 16,
+    "num_labels": 3,
+}
+STABLE = {**WAVEFORM, "do_stable_layer_norm": True, "feat_extract_norm": "layer"}  # the large models: pre-norm
 _RANDOMIZED = (
     "lambda",
     "bias_table",
@@ -82,6 +114,17 @@ SUPPORTED: dict[str, Callable[..., nn.Module]] = {
         num_mel_bins=16,
         num_labels=3,
     ),
+    "whisper": _model(
+        "WhisperForAudioClassification", "WhisperConfig", **WHISPER, classifier_proj_size=16, num_labels=3
+    ),
+    "whisper_bare": _model("WhisperModel", "WhisperConfig", **WHISPER),
+    "whisper_text": _model("WhisperForConditionalGeneration", "WhisperConfig", **WHISPER),
+    "wav2vec2": _model("Wav2Vec2ForSequenceClassification", "Wav2Vec2Config", **WAVEFORM),
+    "wav2vec2_large": _model("Wav2Vec2ForSequenceClassification", "Wav2Vec2Config", **STABLE),
+    "hubert": _model("HubertForSequenceClassification", "HubertConfig", **WAVEFORM),
+    "hubert_large": _model("HubertForSequenceClassification", "HubertConfig", **STABLE),
+    "data2vec_audio": _model("Data2VecAudioForSequenceClassification", "Data2VecAudioConfig", **WAVEFORM),
+    "unispeech_sat": _model("UniSpeechSatForSequenceClassification", "UniSpeechSatConfig", **STABLE),
     "vivit": _model(
         "VivitForVideoClassification",
         "VivitConfig",
@@ -215,6 +258,8 @@ SUPPORTED: dict[str, Callable[..., nn.Module]] = {
 }
 
 NO_REDUCTION: dict[str, Callable[..., nn.Module]] = {
+    "wavlm": _model("WavLMForSequenceClassification", "WavLMConfig", **WAVEFORM),
+    "wavlm_large": _model("WavLMForSequenceClassification", "WavLMConfig", **STABLE),
     "swin": _model(
         "SwinForImageClassification",
         "SwinConfig",
@@ -360,6 +405,16 @@ def run_batch(model: nn.Module, batch_size: int = 2, seed: int = 1) -> dict[str,
         mask[-1, 12:] = 0
         shapes = torch.tensor([[4, 4]] * (batch_size - 1) + [[3, 4]])
         return {"pixel_values": random(16, 192), "pixel_attention_mask": mask, "spatial_shapes": shapes}
+    if kind.startswith("Whisper"):
+        inputs = {"input_features": random(16, 48)}
+        is_classifier = kind.endswith("AudioClassification")
+        return (
+            inputs if is_classifier else {**inputs, "decoder_input_ids": torch.ones(batch_size, 3, dtype=torch.int64)}
+        )
+    if "SequenceClassification" in kind:  # of waveforms; the last one is shorter
+        mask = torch.ones(batch_size, 400, dtype=torch.int64)
+        mask[-1, 300:] = 0
+        return {"input_values": random(400) * mask, "attention_mask": mask}
     if kind.startswith("AST"):
         return {"input_values": random(24, 16)}
     if kind.startswith("VJEPA2"):

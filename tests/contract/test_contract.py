@@ -25,6 +25,15 @@ EXPECTED = {
     "vit_mae": ("full_view", "class", True),
     "ijepa": ("compact", "mean_query", True),
     "ast": ("compact", "class", True),
+    "whisper": ("compact", "mean_query", True),
+    "whisper_bare": ("full_view", "mean_query", True),
+    "whisper_text": ("full_view", "mean_query", True),
+    "wav2vec2": ("full_view", "mean_query", False),
+    "wav2vec2_large": ("full_view", "mean_query", False),
+    "hubert": ("full_view", "mean_query", False),
+    "hubert_large": ("full_view", "mean_query", False),
+    "data2vec_audio": ("full_view", "mean_query", False),
+    "unispeech_sat": ("full_view", "mean_query", False),
     "vivit": ("compact", "class", True),
     "videomae": ("compact", "mean_query", True),
     "dinov2": ("compact", "class", True),
@@ -74,6 +83,8 @@ REASONS = {"timesformer": "attention.attention and temporal_attention.attention"
 MLP_ALONE = "exact (mlp only), max"
 # no token can be dropped -> the reason, and what runs lean: windows and grids lie between norm and projections
 WITHOUT = {
+    "wavlm": ("its blocks use the position of a token inside", "max (attention only)"),
+    "wavlm_large": ("its blocks use the position of a token inside", MLP_ALONE),
     "swin": ("it has stages", MLP_ALONE),
     "swinv2": ("it has stages", MLP_ALONE),
     "hiera": ("it has stages", MLP_ALONE),
@@ -87,11 +98,13 @@ WITHOUT = {
 }
 
 
+POST_NORM = dict.fromkeys(("wav2vec2", "hubert", "data2vec_audio"), "off")
 PARTLY_LEAN = {  # the attention computes its rotation or bias itself, not from side inputs
     "data2vec": "exact (mlp only), max (mlp only)",
     "data2vec_shared_bias": "exact (mlp only), max (mlp only)",
     "vjepa2": "exact (mlp only), max (mlp only)",
     "mlcd": "exact (mlp only), max (mlp only)",
+    **POST_NORM,
 }
 
 
@@ -115,7 +128,7 @@ def test_contract(family, mode, check):
     CHECKS[check](family, None if mode == chosen else mode)
 
 
-SELDOM = ("eomt", "pvt", "convnext", "sam2")  # their checks run with the slow tests
+SELDOM = ("wavlm", "wavlm_large", "eomt", "pvt", "convnext", "sam2")  # their checks run with the slow tests
 
 
 @pytest.mark.parametrize("check", WITHOUT_TOKENS)

@@ -22,7 +22,7 @@ def attention_names(block: nn.Module) -> list[str]:
 
 
 def parameter_owners(module: nn.Module, prefix: str = "", avoid: Collection[str] = ()) -> Iterator[str]:
-    """Names of the outermost modules inside `module` that hold parameters of their own.
+    """Names of the outermost modules inside `module` that hold parameters of their own, or their modules in a list.
 
     Args:
         module: The module to search. Its own parameters do not count.
@@ -34,10 +34,19 @@ def parameter_owners(module: nn.Module, prefix: str = "", avoid: Collection[str]
         if name in avoid:
             continue
         contains_avoided = any(other.startswith(f"{name}.") for other in avoid)
-        if next(child.parameters(recurse=False), None) is not None and not contains_avoided:
+        holds_own = next(child.parameters(recurse=False), None) is not None or calls_a_list(child)
+        if holds_own and not contains_avoided:
             yield name
         else:
             yield from parameter_owners(child, f"{name}.", avoid)
+
+
+def calls_a_list(module: nn.Module) -> bool:
+    """Whether the module keeps modules in a plain list, and calls those: one put in their place would not run."""
+    lists = [value for value in vars(module).values() if isinstance(value, (list, tuple))]
+    return any(
+        isinstance(item, nn.Module) and next(item.parameters(), None) is not None for own in lists for item in own
+    )
 
 
 def find_block_spec(

@@ -152,7 +152,7 @@ def _find_blocks(model: nn.Module) -> Blocks:
         if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module) > 1:
             attentions = [attention_names(block) for block in module]
             if len({type(block) for block in module}) == 1 and all(attentions):
-                found[name] = attentions[0]
+                found[name] = max(attentions, key=len)
     alone = {name: attentions for name, attentions in found.items() if len(attentions) == 1}
     found = alone or found  # next to them, blocks with several attentions are a decoder's
     lengths = {name: len(list(model.get_submodule(name).children())) for name in found}

@@ -100,7 +100,7 @@ def inner_config(config: _Config) -> _Config:
     """The part of a config that describes the blocks: `vision_config`, `backbone_config`, or the config itself."""
     for part in ("vision_config", "backbone_config"):
         inner: Any = getattr(config, part, None)
-        if hasattr(inner, "num_hidden_layers"):  # a hybrid's convolutional backbone has none
+        if hasattr(inner, "num_hidden_layers") or hasattr(inner, "image_size"):  # a hybrid's convolutional one has none
             return inner
     return config
 

@@ -107,8 +107,9 @@ class StagedBlock:
         if lean.attention:
             reason = self.reasons.get("attention", _UNKNOWN_ATTENTION if lean.save_products else None)
             if reason is None:
-                attention: Any = getattr(self.block, self.parts.block_spec.attention)
-                found[attention] = _Again(attention, self.block.get_submodule(self.parts.attention))
+                for name in (*self.parts.other_attentions, self.parts.attention):
+                    attention: Any = getattr(self.block, name.split(".")[0])
+                    found[attention] = _Again(attention, self.block.get_submodule(name))
             else:
                 asides["attention"] = reason
         if lean.mlp and self.mlp is None:

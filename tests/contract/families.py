@@ -51,6 +51,50 @@ WAVEFORM = {
     "num_labels": 3,
 }
 STABLE = {**WAVEFORM, "do_stable_layer_norm": True, "feat_extract_norm": "layer"}  # the large models: pre-norm
+SWIN = {
+    "model_type": "swin",
+    "image_size": 32,
+    "patch_size": 2,
+    "embed_dim": 16,
+    "depths": [1, 2, 2, 1],
+    "num_heads": [2, 2, 2, 2],
+    "window_size": 4,
+    "out_features": ["stage1", "stage2", "stage3", "stage4"],
+}
+SAM2 = {
+    "image_size": [32, 32],
+    "hidden_size": 16,
+    "num_attention_heads": 1,
+    "patch_kernel_size": [3, 3],
+    "patch_stride": [2, 2],
+    "patch_padding": [1, 1],
+    "window_positional_embedding_background_size": [2, 2],
+    "num_query_pool_stages": 1,
+    "blocks_per_stage": [1, 2],
+    "embed_dim_per_stage": [16, 32],
+    "num_attention_heads_per_stage": [1, 2],
+    "window_size_per_stage": [4, 2],
+    "global_attention_blocks": [2],
+}
+SAM3 = {
+    "model_type": "sam3_vit_model",
+    **WIDTH,
+    "image_size": 32,
+    "patch_size": 4,
+    "window_size": 4,
+    "global_attn_indexes": [1, 3],
+    "pretrain_image_size": 32,
+}
+DETR = {
+    "d_model": 32,
+    "encoder_layers": 2,
+    "encoder_attention_heads": 2,
+    "encoder_ffn_dim": 32,
+    "decoder_layers": 2,
+    "decoder_attention_heads": 2,
+    "decoder_ffn_dim": 32,
+    "num_queries": 4,
+}
 _RANDOMIZED = (
     "lambda",
     "bias_table",
@@ -76,6 +120,11 @@ def _model(name: str, config_name: str, **settings: Any) -> Callable[..., nn.Mod
         return model.eval()
 
     return make
+
+
+def _with_backbone(name: str, config_name: str, backbone: dict[str, Any], **settings: Any) -> Callable[..., nn.Module]:
+    """`_model` for a model around a backbone of transformers."""
+    return _model(name, config_name, **settings, backbone_config=backbone)
 
 
 def _headed(family: str) -> Callable[..., nn.Module]:
@@ -246,6 +295,12 @@ SUPPORTED: dict[str, Callable[..., nn.Module]] = {
         neck_hidden_sizes=[8, 8, 8, 8],
         fusion_hidden_size=8,
     ),
+    "detr_dinov2": _with_backbone(
+        "DetrForObjectDetection",
+        "DetrConfig",
+        {"model_type": "dinov2", **VIT, "mlp_ratio": 2, "out_indices": [4]},
+        **DETR,
+    ),
     "yolos": _model(
         "YolosForObjectDetection",
         "YolosConfig",
@@ -360,35 +415,73 @@ NO_REDUCTION: dict[str, Callable[..., nn.Module]] = {
         hidden_sizes=[16, 32],
         depths=[1, 2],
     ),
-    "sam2": _model(
-        "Sam2HieraDetModel",
-        "Sam2HieraDetConfig",
-        image_size=[32, 32],
-        hidden_size=16,
-        num_attention_heads=1,
-        patch_kernel_size=[3, 3],
-        patch_stride=[2, 2],
-        patch_padding=[1, 1],
-        window_positional_embedding_background_size=[2, 2],
-        num_query_pool_stages=1,
-        blocks_per_stage=[1, 2],
-        embed_dim_per_stage=[16, 32],
-        num_attention_heads_per_stage=[1, 2],
-        window_size_per_stage=[4, 2],
-        global_attention_blocks=[2],
+    "sam2": _model("Sam2HieraDetModel", "Sam2HieraDetConfig", **SAM2),
+    "sam2_vision": _model(
+        "Sam2VisionModel",
+        "Sam2VisionConfig",
+        backbone_config={"model_type": "sam2_hiera_det_model", **SAM2},
+        backbone_channel_list=[32, 16],
+        backbone_feature_sizes=[[16, 16], [8, 8]],
+        fpn_hidden_size=16,
+        fpn_top_down_levels=[1],
+        num_feature_levels=1,
+    ),
+    "sam3": _model("Sam3VisionModel", "Sam3VisionConfig", backbone_config=SAM3, fpn_hidden_size=16),
+    "timesformer": _model(
+        "TimesformerForVideoClassification", "TimesformerConfig", **WIDTH, image_size=16, patch_size=8, num_frames=2
+    ),
+    "maskformer": _with_backbone(
+        "MaskFormerForInstanceSegmentation",
+        "MaskFormerConfig",
+        SWIN,
+        decoder_config={"model_type": "detr", "backbone_config": SWIN, **DETR},
+        fpn_feature_size=32,
+        mask_feature_size=32,
+    ),
+    "mask2former": _with_backbone(
+        "Mask2FormerForUniversalSegmentation",
+        "Mask2FormerConfig",
+        SWIN,
+        feature_size=32,
+        mask_feature_size=32,
+        hidden_dim=32,
+        encoder_feedforward_dim=32,
+        encoder_layers=1,
+        decoder_layers=2,
+        num_attention_heads=2,
+        dim_feedforward=32,
+        num_queries=4,
+    ),
+    "detr_swin": _with_backbone("DetrForObjectDetection", "DetrConfig", SWIN, **DETR),
+    "conditional_detr_swin": _with_backbone("ConditionalDetrForObjectDetection", "ConditionalDetrConfig", SWIN, **DETR),
+    "rt_detr_swin": _with_backbone(
+        "RTDetrForObjectDetection",
+        "RTDetrConfig",
+        {**SWIN, "out_features": ["stage3", "stage4"]},
+        d_model=32,
+        encoder_hidden_dim=32,
+        encoder_ffn_dim=32,
+        encoder_layers=1,
+        encoder_attention_heads=2,
+        encoder_in_channels=[64, 128],
+        encode_proj_layers=[1],
+        feat_strides=[8, 16],
+        decoder_ffn_dim=32,
+        decoder_layers=2,
+        decoder_attention_heads=2,
+        decoder_in_channels=[32, 32],
+        decoder_n_points=2,
+        num_feature_levels=2,
+        num_queries=4,
     ),
 }
 """Models in which no token can be dropped: their blocks train by `keep_rate=1.0`."""
 
 REFUSED: dict[str, Callable[..., nn.Module]] = {
-    "timesformer": _model(
-        "TimesformerForVideoClassification",
-        "TimesformerConfig",
-        **WIDTH,
-        image_size=16,
-        patch_size=8,
-        num_frames=2,
+    "resnet": _model(
+        "ResNetForImageClassification", "ResNetConfig", embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1]
     ),
+    "hubert_layerdrop": _model("HubertForSequenceClassification", "HubertConfig", **{**WAVEFORM, "layerdrop": 0.1}),
 }
 
 

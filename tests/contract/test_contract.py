@@ -71,6 +71,7 @@ EXPECTED = {
     "vjepa2": ("compact", "mean_query", True),
     "mlcd": ("full_view", "class", True),
     "dpt": ("full_view", "class", False),
+    "detr_dinov2": ("full_view", "class", False),
     "yolos": ("full_view", "mean_query", False),
 }
 OTHER = {"compact": "full_view", "full_view": "compact"}
@@ -79,7 +80,10 @@ CASES = [
     for family, (chosen, _, other_works) in EXPECTED.items()
     for mode in (chosen, *([OTHER[chosen]] if other_works else []))
 ]
-REASONS = {"timesformer": "attention.attention and temporal_attention.attention"}
+REASONS = {
+    "resnet": "it has no list of equal blocks",
+    "hubert_layerdrop": "skips whole blocks at random",
+}
 MLP_ALONE = "exact (mlp only), max"
 # no token can be dropped -> the reason, and what runs lean: windows and grids lie between norm and projections
 WITHOUT = {
@@ -95,6 +99,14 @@ WITHOUT = {
     "pvt": ("it has stages", MLP_ALONE),
     "convnext": ("it has no list of equal blocks", "exact (mlp only), max (mlp only)"),
     "sam2": ("its first block gets", MLP_ALONE),
+    "sam2_vision": ("its first block gets", MLP_ALONE),
+    "sam3": ("its first block gets", MLP_ALONE),
+    "timesformer": ("its blocks have several attentions", MLP_ALONE),
+    "maskformer": ("it has stages", MLP_ALONE),
+    "mask2former": ("it has stages", MLP_ALONE),
+    "detr_swin": ("it has stages", MLP_ALONE),
+    "conditional_detr_swin": ("it has stages", MLP_ALONE),
+    "rt_detr_swin": ("it has stages", MLP_ALONE),
 }
 
 
@@ -128,17 +140,18 @@ def test_contract(family, mode, check):
     CHECKS[check](family, None if mode == chosen else mode)
 
 
-SELDOM = ("wavlm", "wavlm_large", "eomt", "pvt", "convnext", "sam2")  # their checks run with the slow tests
+OFTEN = ("swin", "swinv2", "hiera", "sam", "vitdet", "segformer", "timesformer")  # the others: slow tests
 
 
 @pytest.mark.parametrize("check", WITHOUT_TOKENS)
 @pytest.mark.parametrize(
-    "family", [pytest.param(name, marks=pytest.mark.slow if name in SELDOM else ()) for name in NO_REDUCTION]
+    "family", [pytest.param(name, marks=() if name in OFTEN else pytest.mark.slow) for name in NO_REDUCTION]
 )
 def test_contract_without_token_reduction(family, check):
     CHECKS[check](family, None)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("family", NO_REDUCTION)
 def test_where_no_token_can_be_dropped_the_default_is_refused_with_the_reason(family):
     reason, lean = WITHOUT[family]

@@ -153,14 +153,16 @@ def _find_blocks(model: nn.Module) -> Blocks:
             attentions = [attention_names(block) for block in module]
             if len({type(block) for block in module}) == 1 and all(attentions):
                 found[name] = max(attentions, key=len)
-    alone = {name: attentions for name, attentions in found.items() if len(attentions) == 1}
-    found = alone or found  # next to them, blocks with several attentions are a decoder's
+    holders = {name for name in found if any(other.startswith(f"{name}.") for other in found)}  # of stages
+    decoders = {name for name, own in found.items() if len(own) > 1} - holders
+    if len(decoders) < len(found):  # next to other blocks
+        found = {name: own for name, own in found.items() if name not in decoders}
     lengths = {name: len(list(model.get_submodule(name).children())) for name in found}
     matching = [name for name in found if depth is None or lengths[name] == depth]
     lists = " and ".join(f"`{name}` ({lengths[name]} blocks)" for name in found)
     if not found:
         raise UnsupportedModelError("it has no list of equal blocks with query, key and value projections")
-    if len(found) > 1 and len(matching) != 1:
+    if len(found) > 1 and (len(matching) != 1 or matching[0] in holders):
         raise UnsupportedModelError(f"it has stages: {len(found)} lists of blocks, the first is `{next(iter(found))}`")
     if len(matching) != 1:
         raise UnsupportedModelError(f"{lists} is not as long as its config's num_hidden_layers={depth}")

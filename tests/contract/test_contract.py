@@ -112,10 +112,7 @@ WITHOUT = {
 
 POST_NORM = dict.fromkeys(("wav2vec2", "hubert", "data2vec_audio"), "off")
 PARTLY_LEAN = {  # the attention computes its rotation or bias itself, not from side inputs
-    "data2vec": "exact (mlp only), max (mlp only)",
-    "data2vec_shared_bias": "exact (mlp only), max (mlp only)",
-    "vjepa2": "exact (mlp only), max (mlp only)",
-    "mlcd": "exact (mlp only), max (mlp only)",
+    **dict.fromkeys(("data2vec", "data2vec_shared_bias", "vjepa2", "mlcd"), MLP_ALONE),
     **POST_NORM,
 }
 

@@ -108,9 +108,9 @@ def probe_inputs(model: nn.Module, batch_size: int, shape: tuple[int, ...] | Non
     generator = torch.Generator().manual_seed(0)
     make = find_rule(model).probe_inputs
     if make is not None:
-        taken = inspect.signature(model.forward).parameters
         inputs = make(vision_config(model), batch_size, generator)
-        inputs = {name: value for name, value in inputs.items() if name in taken or name == main_input(model)}
+        if "decoder_input_ids" not in inspect.signature(model.forward).parameters:  # Whisper's classifier
+            inputs.pop("decoder_input_ids", None)
     else:
         shape = input_shapes(model)[0] if shape is None else shape
         inputs = {main_input(model): torch.randn(batch_size, *shape, generator=generator)}

@@ -93,7 +93,12 @@ def find_rule(model: nn.Module) -> FamilyRule:
 
 def vision_config(model: nn.Module) -> PreTrainedConfig | None:
     """The config from which the model's blocks are built, or None."""
-    return inner_config(getattr(model, "config", None))
+    config = getattr(model, "config", None)
+    inner = inner_config(config)
+    if inner is not getattr(config, "backbone_config", None):
+        return inner
+    is_used = any(type(getattr(module, "config", None)) is type(inner) for module in model.modules())
+    return inner if is_used else config  # DPTForSemanticSegmentation makes its blocks by its own sizes
 
 
 def inner_config(config: _Config) -> _Config:

@@ -19,6 +19,7 @@ from transformers import (
     Dinov2Config,
     DPTConfig,
     DPTForDepthEstimation,
+    DPTForSemanticSegmentation,
     Siglip2Config,
     Siglip2Model,
     SiglipConfig,
@@ -205,3 +206,9 @@ def test_heads_that_call_their_modules_from_a_list_train_as_in_full_fine_tuning(
         own = expected[name.removeprefix("base_model.model.").replace(".bsr_params.default", "")]
         assert gradient is not None, name
         torch.testing.assert_close(gradient, own, atol=1e-5 * size, rtol=1e-4, msg=name)
+
+
+def test_a_backbone_config_that_the_model_does_not_use_is_not_read():
+    config = DPTConfig(**SIZES, backbone_config=dinov2(8), is_hybrid=False, backbone_out_indices=[0, 1, 2, 3])
+    spec = probe_model(DPTForSemanticSegmentation(config))  # it makes its blocks by its own sizes
+    assert (spec.depth, spec.image_shape) == (4, (3, 32, 32))

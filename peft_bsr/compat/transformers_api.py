@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import suppress
-from importlib import import_module
 from typing import Any
 
+import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -107,10 +106,8 @@ def backbone_class_of(config: PreTrainedConfig) -> Any:
     if type(config) in MODEL_MAPPING:
         found = MODEL_MAPPING[type(config)]
         return found[0] if isinstance(found, tuple) else found
-    name = type(config).__module__.replace(".configuration_", ".modeling_")
-    with suppress(ImportError):
-        import_module(name)  # transformers imports it with its first model
-    file = sys.modules.get(name)
+    getattr(transformers, type(config).__name__.replace("Config", "Model"), None)  # this imports the modeling file
+    file = sys.modules.get(type(config).__module__.replace(".configuration_", ".modeling_"))
     for cls in vars(file).values() if file is not None else ():
         is_model = isinstance(cls, type) and issubclass(cls, PreTrainedModel) and cls.__name__.endswith("VisionModel")
         if is_model and cls.config_class is type(config):

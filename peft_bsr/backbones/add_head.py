@@ -6,9 +6,8 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedModel
 
-from peft_bsr.backbones.headed_model import BackboneForImageClassification, BackboneWithHeadConfig
+from peft_bsr.backbones.headed_model import BackboneForImageClassification, BackboneWithHeadConfig, bare_class
 from peft_bsr.backbones.pooling import POOLS, Pool
-from peft_bsr.compat.transformers_api import backbone_class_of
 from peft_bsr.errors import ConfigError, UnsupportedModelError
 from peft_bsr.problem_type import TASKS, ProblemType
 
@@ -83,9 +82,7 @@ def _check_class(backbone: object) -> None:
             f"with_head needs a transformers vision model, not {type(backbone).__name__}. Load one with "
             "`AutoModel.from_pretrained(...)`, and attach an adapter to the result."
         )
-    expected = backbone_class_of(backbone.config)
-    if expected is None:
-        raise UnsupportedModelError(f"transformers has no vision model without a head for {type(backbone).__name__}.")
+    expected = bare_class(backbone.config)
     if type(backbone) is not expected:
         raise UnsupportedModelError(
             f"with_head needs a {expected.__name__}, which has no head, not a {type(backbone).__name__}. Give the "

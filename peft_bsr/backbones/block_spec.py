@@ -22,7 +22,7 @@ def attention_names(block: nn.Module) -> list[str]:
 
 
 def parameter_owners(module: nn.Module, prefix: str = "", avoid: Collection[str] = ()) -> Iterator[str]:
-    """Names of the outermost modules inside `module` that hold parameters of their own.
+    """Names of the outermost modules inside `module` that hold parameters of their own, or their modules in a list.
 
     Args:
         module: The module to search. Its own parameters do not count.
@@ -34,10 +34,19 @@ def parameter_owners(module: nn.Module, prefix: str = "", avoid: Collection[str]
         if name in avoid:
             continue
         contains_avoided = any(other.startswith(f"{name}.") for other in avoid)
-        if next(child.parameters(recurse=False), None) is not None and not contains_avoided:
+        holds_own = next(child.parameters(recurse=False), None) is not None or calls_a_list(child)
+        if holds_own and not contains_avoided:
             yield name
         else:
             yield from parameter_owners(child, f"{name}.", avoid)
+
+
+def calls_a_list(module: nn.Module) -> bool:
+    """Whether the module keeps modules in a plain list, and calls those: one put in their place would not run."""
+    lists = [value for value in vars(module).values() if isinstance(value, (list, tuple))]
+    return any(
+        isinstance(item, nn.Module) and next(item.parameters(), None) is not None for own in lists for item in own
+    )
 
 
 def find_block_spec(
@@ -57,8 +66,13 @@ def find_block_spec(
     if not linears or order.count(attention) != 1:
         return None
     first, last = order.index(linears[0]), order.index(linears[-1])
-    if first < 3 or order[first : last + 1] != linears or _has_linear(getattr(block, order[0])):
+    mlp = order[first : last + 1]
+    if first < 3 or len(set(mlp)) < len(mlp) or attention in mlp or _has_linear(getattr(block, order[0])):
         return None
+    if any(next(getattr(block, name).parameters(), None) is not None for name in set(mlp) - set(linears)):
+        return None
+    if any("drop" in name and isinstance(rate, float) and rate > 0 for name, rate in vars(block).items()):
+        return None  # dropout by a function (Whisper), which its modules do not show
     scales = [name for name, p in block.named_parameters(recurse=False) if p.ndim == 1]
     if len(scales) not in (0, 2):
         return None
@@ -67,9 +81,9 @@ def find_block_spec(
         attention=attention,
         after_attention=(*scales[:1], *order[2 : first - 1]),
         norm2=order[first - 1],
-        mlp=tuple(linears),
+        mlp=tuple(mlp),
         after_mlp=(*scales[1:], *order[last + 1 :]),
-        mlp_adds_residual=linears[-1] in residual_takers,
+        mlp_adds_residual=mlp[-1] in residual_takers,
         block_inputs=input_names(block),
         attention_inputs=_keyword_names(getattr(block, attention)),
     )

@@ -109,7 +109,7 @@ class BackboneForImageClassification(PreTrainedModel):
     def __init__(self, config: BackboneWithHeadConfig, backbone: PreTrainedModel | None = None) -> None:
         super().__init__(config)
         inner: PreTrainedConfig = config.backbone_config
-        made = backbone_class_of(inner)
+        made = bare_class(inner)
         if config.num_prefix is None:
             config.num_prefix = _count_prefix(made, inner)
         config.pool = _check_pool(config.pool, inner, config.num_prefix)
@@ -226,7 +226,7 @@ class BackboneForImageClassification(PreTrainedModel):
             config, unused = cls.config_class.from_pretrained(source, return_unused_kwargs=True, **kwargs)
             kwargs = unused | place
         wants_report = kwargs.pop("output_loading_info", False)
-        backbone, report = backbone_class_of(config.backbone_config).from_pretrained(
+        backbone, report = bare_class(config.backbone_config).from_pretrained(
             source, config=config.backbone_config, output_loading_info=True, **kwargs
         )
         _check_found(backbone, report["missing_keys"], source)
@@ -235,6 +235,18 @@ class BackboneForImageClassification(PreTrainedModel):
         missing = new | {f"backbone.{name}" for name in report["missing_keys"]}
         other = [(f"backbone.{name}", *shapes) for name, *shapes in report["mismatched_keys"]]
         return (model, report | {"missing_keys": missing, "mismatched_keys": other}) if wants_report else model
+
+
+def bare_class(config: PreTrainedConfig) -> Any:
+    """The vision model without a head that transformers has for a configuration.
+
+    Raises:
+        UnsupportedModelError: If there is none.
+    """
+    found = backbone_class_of(config)
+    if found is None:
+        raise UnsupportedModelError(f"transformers has no vision model without a head for {config.model_type!r}.")
+    return found
 
 
 def _count_prefix(backbone_class: type[PreTrainedModel], config: PreTrainedConfig) -> int:

@@ -109,6 +109,8 @@ def probe_inputs(model: nn.Module, batch_size: int, shape: tuple[int, ...] | Non
     make = find_rule(model).probe_inputs
     if make is not None:
         inputs = make(vision_config(model), batch_size, generator)
+        if "decoder_input_ids" not in inspect.signature(model.forward).parameters:  # Whisper's classifier
+            inputs.pop("decoder_input_ids", None)
     else:
         shape = input_shapes(model)[0] if shape is None else shape
         inputs = {main_input(model): torch.randn(batch_size, *shape, generator=generator)}

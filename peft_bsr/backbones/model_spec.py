@@ -41,7 +41,7 @@ class StageBlock:
         stage: Number of its stage, from 1, as transformers counts them: a new one starts with a new list of blocks, or
             with another number of channels.
         width: Channels of what it gives, D.
-        attention: Name of the module with the query, key and value projections, or `""` without one.
+        attention: Name of the module with the query, key and value projections, the last that runs, or `""` without.
         norm: Name of the child whose output the MLP reads and nothing else does, or `""` without one.
         mlp: Names of the children that run as MLP, in order. Empty if there are none.
         param_modules: See `ModelSpec`.
@@ -49,6 +49,7 @@ class StageBlock:
         shapes: Shapes of its parameters. Blocks that agree in all fields but `stage` compute alike.
         num_outputs: Length of the tuple that it returns; 0 if it returns a tensor.
         before: Names of the modules with parameters that run between the block before and this one.
+        other_attentions: Names of such modules that run before `attention`.
     """
 
     stage: int
@@ -61,6 +62,7 @@ class StageBlock:
     shapes: tuple[tuple[int, ...], ...] = ()
     num_outputs: int = 0
     before: tuple[str, ...] = ()
+    other_attentions: tuple[str, ...] = ()
 
     @property
     def block_spec(self) -> BlockSpec:
@@ -100,7 +102,7 @@ class ModelSpec:
             in torch's `scaled_dot_product_attention` (`"sdpa"`), or the attention weights that the attention returns
             (`"weights"`). None = no scores.
         num_heads: Number of attention heads, H; 0 if unknown.
-        scaling: Scale of the products of queries and keys; 0 if unknown.
+        scaling: Scale of the products of projected queries and keys; 0 if unknown.
         no_reduction: Why no token can be dropped or merged. None = tokens can be reduced. Otherwise the fields about
             tokens and the attention say nothing: there are no special tokens, `num_patches` counts places of the first
             block's input, and `width` is the last block's.

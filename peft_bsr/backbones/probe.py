@@ -36,7 +36,7 @@ from peft_bsr.backbones.permutation import check_permutation
 from peft_bsr.backbones.probe_blocks import probe_blocks
 from peft_bsr.backbones.registry import vision_config
 from peft_bsr.backbones.scoring import find_score_source
-from peft_bsr.backbones.tracing import Blocks, Trace, forward_watched, read_out
+from peft_bsr.backbones.tracing import Blocks, Trace, forward_watched, read_out, text_decoder
 from peft_bsr.core import Route
 from peft_bsr.errors import UnsupportedModelError
 
@@ -117,7 +117,11 @@ def _probe(model: nn.Module) -> tuple[ModelSpec, StockRun]:
             model, blocks[0], attention_name, hidden, (tuple(args), kwargs), route, kinds
         )
         scores_from, num_heads, scaling = find_score_source(attention, *trace.attention_call)
-        last_read, start, head = read_out(model, found, image_shape, output, trace)
+        if scaling == 1:  # the attention function gets scaled queries (Whisper)
+            scaling = getattr(attention, "scaling", scaling)
+        last_read, start, read = read_out(model, found, image_shape, output, trace)
+    apart = text_decoder(model)
+    head = tuple(name for name in read if not f"{name}.".startswith(apart))
     reads = start.abs().sum(dim=(0, 2)).ne(0).cpu()
     param_modules = tuple(parameter_owners(blocks[0]))
     orders = [list(order) for order in trace.order.values()]
@@ -130,7 +134,7 @@ def _probe(model: nn.Module) -> tuple[ModelSpec, StockRun]:
         attention=attention_name,
         block_spec=block_spec,
         head=head,
-        unread=tuple(name for name in trace.after_blocks if name not in head),
+        unread=tuple(name for name in trace.after_blocks if name not in read),
         width=embeddings.shape[-1],
         num_prefix=num_prefix,
         num_patches=num_patches,
@@ -159,20 +163,36 @@ def _find_blocks(model: nn.Module) -> Blocks:
         if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module) > 1:
             attentions = [attention_names(block) for block in module]
             if len({type(block) for block in module}) == 1 and all(attentions):
-                found[name] = attentions[0]
+                found[name] = max(attentions, key=len)
+    holders = {name for name in found if any(other.startswith(f"{name}.") for other in found)}  # of stages
+    decoders = {name for name, own in found.items() if len(own) > 1} - holders
+    if len(decoders) < len(found):  # next to other blocks
+        found = {name: own for name, own in found.items() if name not in decoders}
     lengths = {name: len(list(model.get_submodule(name).children())) for name in found}
     matching = [name for name in found if depth is None or lengths[name] == depth]
     lists = " and ".join(f"`{name}` ({lengths[name]} blocks)" for name in found)
     if not found:
         raise UnsupportedModelError("it has no list of equal blocks with query, key and value projections")
-    if len(found) > 1 and len(matching) != 1:
+    if len(found) > 1 and (len(matching) != 1 or matching[0] in holders):
         raise UnsupportedModelError(f"it has stages: {len(found)} lists of blocks, the first is `{next(iter(found))}`")
     if len(matching) != 1:
         raise UnsupportedModelError(f"{lists} is not as long as its config's num_hidden_layers={depth}")
     if len(found[matching[0]]) > 1:
         raise UnsupportedModelError(f"its blocks have several attentions: {' and '.join(found[matching[0]])}")
+    _check_layer_drop(model, matching[0])
     names = tuple(f"{matching[0]}.{i}" for i in range(lengths[matching[0]]))
     return Blocks(names, (found[matching[0]][0],) * len(names), model)
+
+
+def _check_layer_drop(model: nn.Module, blocks: str) -> None:
+    caller = model.get_submodule(blocks.rpartition(".")[0])
+    rate = getattr(caller, "layerdrop", getattr(vision_config(model), "layerdrop", 0.0))
+    if rate > 0:
+        name = "encoder_layerdrop" if hasattr(model.config, "encoder_layerdrop") else "layerdrop"
+        raise UnsupportedModelError(
+            f"in training it skips whole blocks at random (LayerDrop, `{name}={rate}`), also those that train, reduce "
+            f"tokens or are read. Load it with `from_pretrained(..., {name}=0.0)`."
+        )
 
 
 def _run(model: nn.Module, blocks: Blocks) -> tuple[tuple[int, ...], Tensor, object, Trace]:

@@ -42,7 +42,7 @@ def probe_blocks(model: nn.Module, reason: str) -> tuple[ModelSpec, StockRun] | 
     for index, (block, attention) in enumerate(zip(modules, blocks.attentions, strict=True)):
         before = tuple(name for name, count in trace.before.items() if count == index)
         order = trace.order.get(index, [])
-        described.append(describe_stage_block(block, order, attention, 1, trace.calls[index][2], before))
+        described.append(describe_stage_block(block, order, attention, trace.ran, trace.calls[index][2], before))
     stages = find_stages(run_order, [block.width for block in described])
     described = [replace(block, stage=stage) for block, stage in zip(described, stages, strict=True)]
     first, hidden = described[0], trace.inputs[0]

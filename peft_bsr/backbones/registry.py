@@ -93,14 +93,19 @@ def find_rule(model: nn.Module) -> FamilyRule:
 
 def vision_config(model: nn.Module) -> PreTrainedConfig | None:
     """The config from which the model's blocks are built, or None."""
-    return inner_config(getattr(model, "config", None))
+    config = getattr(model, "config", None)
+    inner = inner_config(config)
+    if inner is not getattr(config, "backbone_config", None):
+        return inner
+    is_used = any(type(getattr(module, "config", None)) is type(inner) for module in model.modules())
+    return inner if is_used else config  # DPTForSemanticSegmentation makes its blocks by its own sizes
 
 
 def inner_config(config: _Config) -> _Config:
     """The part of a config that describes the blocks: `vision_config`, `backbone_config`, or the config itself."""
     for part in ("vision_config", "backbone_config"):
         inner: Any = getattr(config, part, None)
-        if hasattr(inner, "num_hidden_layers"):  # a hybrid's convolutional backbone has none
+        if hasattr(inner, "num_hidden_layers") or hasattr(inner, "image_size"):  # a hybrid's convolutional one has none
             return inner
     return config
 
@@ -133,6 +138,24 @@ def _qwen_vl_inputs(config: Any, batch_size: int, generator: torch.Generator) ->
         "pixel_values": torch.randn(batch_size * side**2, values, generator=generator),
         "image_grid_thw": torch.tensor([[1, side, side]] * batch_size),
     }
+
+
+def _whisper_inputs(config: Any, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Spectrograms of the only length that the encoder takes, and one token for the decoder where there is one."""
+    frames = 2 * config.max_source_positions
+    start = torch.full((batch_size, 1), config.decoder_start_token_id)
+    values = torch.randn(batch_size, config.num_mel_bins, frames, generator=generator)
+    return {"input_features": values, "decoder_input_ids": start}
+
+
+def _waveform_inputs(config: Any, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Waveforms of 50 tokens of which the last is padding: what a head does with a mask decides the mode."""
+    length = 50
+    for kernel, stride in zip(reversed(config.conv_kernel), reversed(config.conv_stride), strict=True):
+        length = (length - 1) * stride + kernel
+    mask = torch.ones(batch_size, length, dtype=torch.int64)
+    mask[:, -1:] = 0
+    return {"input_values": torch.randn(batch_size, length, generator=generator), "attention_mask": mask}
 
 
 class _PerImageTable:
@@ -192,6 +215,9 @@ register_family("siglip2_vision_model", FamilyRule(probe_inputs=_siglip2_inputs)
 for _family in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"):
     register_family(f"{_family}_vision", FamilyRule(probe_inputs=_qwen_vl_inputs))
 register_family("segformer", FamilyRule(probe_inputs=_segformer_inputs))
+register_family("whisper", FamilyRule(probe_inputs=_whisper_inputs))
+for _name in ("wav2vec2", "hubert", "data2vec-audio", "unispeech", "unispeech-sat", "wavlm"):
+    register_family(_name, FamilyRule(probe_inputs=_waveform_inputs))
 register_family("mlcd_vision_model", FamilyRule(gather_side_inputs=_gather_mlcd))
 register_family("vjepa2", FamilyRule(gather_side_inputs=_gather_vjepa2))
 register_family("timm_wrapper", FamilyRule(probe_inputs=_timm_inputs, gather_side_inputs=_gather_timm))

@@ -1,7 +1,8 @@
 """The blocks of a model in which no token can be dropped: stages, windows, grids, convolutions between the blocks.
 
 Cutting the gradient, training blocks and lean MLPs need none of that. Blocks are the children of innermost lists of one
-class, each with one attention (or without any, each with a norm and two Linears), in the order in which they run.
+class, each with one attention, in the order in which they run. If there are none such, each has several attentions, or
+a norm and two Linears.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ def find_stage_blocks(model: nn.Module) -> dict[str, str]:
 
     Where lists are of several classes (a decoder next to an encoder), those of the class with the most blocks count.
     """
-    for find in (_one_attention, _mlp_alone):
+    for find in (_one_attention, _several_attentions, _mlp_alone):
         found: dict[type, dict[str, str]] = {}
         for name, blocks in _innermost_lists(model):
             attentions = [find(block) for block in blocks]
@@ -43,24 +44,26 @@ def find_stages(blocks: list[str], widths: list[int]) -> list[int]:
 
 
 def describe_stage_block(
-    block: nn.Module, order: list[str], attention: str, stage: int, output: object, before: tuple[str, ...]
+    block: nn.Module, order: list[str], attention: str, ran: set[nn.Module], output: object, before: tuple[str, ...]
 ) -> StageBlock:
-    """A block's parts.
+    """A block's parts, as one of the first stage.
 
     Args:
         block: The block.
         order: Its direct children in the order in which they ran.
-        attention: Name of its attention relative to it, or `""`.
-        stage: Number of its stage.
+        attention: Name of an attention relative to it, or `""`.
+        ran: The modules that were called.
         output: What it gave.
         before: Modules with parameters that ran between the block before and this one.
     """
     tokens = output[0] if isinstance(output, tuple) else output
     assert isinstance(tokens, Tensor), "looked at before"
+    if attention:
+        *others, attention = sorted(attention_names(block), key=lambda name: order.index(name.split(".")[0]))
     norm, mlp = _find_mlp_half(block, order, attention.split(".")[0])
-    leaves = tuple(_leaves(block))
+    leaves = tuple(_leaves(block, ran))
     found = StageBlock(
-        stage=stage,
+        stage=1,
         width=channels_of(block, norm, mlp, tokens),
         attention=attention,
         norm=norm,
@@ -70,6 +73,7 @@ def describe_stage_block(
         shapes=tuple(tuple(p.shape) for p in block.parameters()),
         num_outputs=len(output) if isinstance(output, tuple) else 0,
         before=before,
+        other_attentions=tuple(others) if attention else (),
     )
     names = canonical_names_of(block, leaves, found.block_spec, attention) if attention else leaves
     return replace(found, canonical_names=names if len(set(names)) == len(names) else leaves)
@@ -107,6 +111,12 @@ def _one_attention(block: nn.Module) -> str | None:
     return found[0] if len(found) == 1 and "." not in found[0].partition(".")[2] else None
 
 
+def _several_attentions(block: nn.Module) -> str | None:
+    """One of the attentions of a block that has several, such as over time and over space."""
+    found = [name for name in attention_names(block) if "." not in name.partition(".")[2]]
+    return found[-1] if len(found) > 1 else None
+
+
 def _mlp_alone(block: nn.Module) -> str | None:
     """`""` for a block without attention, of a norm and at least two Linears among other children."""
     children = list(block.children())
@@ -132,12 +142,26 @@ def _modules(block: nn.Module, name: str) -> Iterator[nn.Module]:
     return child.modules()
 
 
-def _leaves(block: nn.Module) -> Iterator[str]:
-    """Modules with parameters and no module with parameters inside."""
+def _leaves(block: nn.Module, ran: set[nn.Module]) -> list[str]:
+    """Modules with parameters and no module with parameters inside.
+
+    A module that is not called, because the one around it reads its weights (WavLM), would train without effect: it is
+    part of the next one around it that is called.
+    """
+    found: dict[str, None] = {}
     for name, module in block.named_modules():
         has_own = next(module.parameters(recurse=False), None) is not None
         if name and has_own and not any(next(child.parameters(), None) is not None for child in module.children()):
-            yield name
+            while name and block.get_submodule(name) not in ran:
+                name = name.rpartition(".")[0]
+            found |= dict.fromkeys(filter(None, [name]))
+    return [name for name in found if not found.keys() & _around(name)]
+
+
+def _around(name: str) -> set[str]:
+    """Names of the modules around one."""
+    parts = name.split(".")
+    return {".".join(parts[:end]) for end in range(1, len(parts))}
 
 
 __all__ = ["describe_stage_block", "find_stage_blocks", "find_stages", "frozen_parameters"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
@@ -39,6 +40,7 @@ class Trace:
         self.attention_shapes: list[tuple[int, ...]] = []
         self.order: dict[int, list[str]] = {}  # block index -> children in the order in which they ran
         self.residual_takers: set[str] = set()
+        self.ran: set[nn.Module] = set()  # modules inside the blocks that were called
         self.grids: list[tuple[int, ...]] = []
         self.after_blocks: dict[str, list[Tensor]] = {}  # module that may belong to the head -> outputs of its calls
         self.before: dict[str, int] = {}  # other module with parameters -> number of blocks that ran before it
@@ -102,6 +104,8 @@ def _watch(model: nn.Module, found: Blocks, trace: Trace, hooks: ExitStack, star
         if tensors:
             trace.after_blocks.setdefault(name, []).append(tensors[0])
 
+    for module in {m for block in blocks for m in block.modules()}:
+        keep(module.register_forward_pre_hook(lambda m, _: trace.ran.add(m)))
     for index, (block, attention_name) in enumerate(zip(blocks, found.attentions, strict=True)):
         keep(block.register_forward_pre_hook(enter_block))
         keep(block.register_forward_hook(leave_block, prepend=True, with_kwargs=True))
@@ -148,4 +152,14 @@ def _gradients(output: object, trace: Trace) -> tuple[Tensor, tuple[str, ...]] |
     return start, tuple(name for name in trace.after_blocks if name in used)
 
 
-__all__ = ["Blocks", "Trace", "forward_watched", "read_out"]
+def text_decoder(model: Any) -> tuple[str, ...]:
+    """Names, with a dot at the end, of a text decoder and of its output layer: a part of the model next to its head."""
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False) or not hasattr(model, "get_decoder"):
+        return ()
+    decoder, output = model.get_decoder(), model.get_output_embeddings()
+    if decoder is None or "input_ids" not in inspect.signature(decoder.forward).parameters:
+        return ()
+    return tuple(f"{name}." for name, module in model.named_modules() if module is decoder or module is output)
+
+
+__all__ = ["Blocks", "Trace", "forward_watched", "read_out", "text_decoder"]

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -106,6 +107,7 @@ def backbone_class_of(config: PreTrainedConfig) -> Any:
     if type(config) in MODEL_MAPPING:
         found = MODEL_MAPPING[type(config)]
         return found[0] if isinstance(found, tuple) else found
+    getattr(transformers, type(config).__name__.replace("Config", "Model"), None)  # this imports the modeling file
     file = sys.modules.get(type(config).__module__.replace(".configuration_", ".modeling_"))
     for cls in vars(file).values() if file is not None else ():
         is_model = isinstance(cls, type) and issubclass(cls, PreTrainedModel) and cls.__name__.endswith("VisionModel")

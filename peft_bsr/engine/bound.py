@@ -10,8 +10,9 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from peft_bsr.backbones import ModelSpec, SideInputHooks
+from peft_bsr.backbones import AttentionScorer, ModelSpec, SideInputHooks
 from peft_bsr.compat.transformers_api import captured_outputs
 from peft_bsr.core import BlockCall, Route, TokenSplit, pick_tokens, put_tokens, select_tokens
 from peft_bsr.engine.halves import LeanMLP, NotLeanError, StockAttention, StockMLP
@@ -52,6 +53,7 @@ class BoundBlock:
         self.block, self.spec, self.side_input_hooks, self.aside = block, spec, side_input_hooks, aside
         self.reasons: dict[str, str] = {}
         self._captures = False  # whether transformers can capture the attention's outputs
+        self._obstacle: str | None = None  # why the attention's modules must run once
         self.lean_attention: PartedAttention | None = None
         self.lean_mlp: LeanMLP | None = None
         if spec.block_spec is not None:
@@ -60,6 +62,8 @@ class BoundBlock:
         if spec.block_spec is not None:
             parts = spec.block_spec
             attention = (parts.norm1, parts.attention, *parts.after_attention)
+            inside = [m for part in attention for m in modules_of(getattr(block, part), ())]
+            self._obstacle, self._captures = self.watch.obstacle(inside), self.watch.captures(inside)
             self.lean_attention = self._lean("attention", PartedAttention, *attention)
             self.lean_mlp = self._lean("mlp", LeanMLP, parts.norm2, *parts.mlp, *parts.after_mlp)
         inside = [m for child in block.children() for m in modules_of(child, own)]
@@ -130,13 +134,17 @@ class BoundBlock:
                 tokens = put_tokens(whole, after.places(), tokens)
         return ((tokens, *output[1:]) if isinstance(output, tuple) else tokens), tuple(left)
 
+    @property
+    def _capture(self) -> str | None:
+        """Why the attention's outputs are needed in this forward, or None."""
+        is_captured = self._captures and captured_outputs() - {"hidden_states"}
+        return "attention weights are captured" if is_captured else None
+
     def _stock_reason(self, arguments: dict[str, object]) -> str | None:
         """Why the attention half runs as stock modules in this call, or None."""
         if self.lean_attention is None:
             return self.reasons.get("attention")
-        if self._captures and captured_outputs() - {"hidden_states"}:
-            return "attention weights are captured"
-        return self.lean_attention.problem(arguments)
+        return self._capture or self.lean_attention.problem(arguments)
 
     def _begin_split(
         self, call: BlockCall, tokens: Tensor, args: tuple[object, ...], kwargs: dict[str, object]
@@ -187,7 +195,12 @@ class BoundBlock:
             chosen, others = self.lean_attention.parted(call, split, tokens, gathered, lean)
             is_whole = chosen.shape[1] == split.chosen.shape[1]
             return split.join(chosen, others) if is_whole else chosen, [], call.token_scores
-        if lean is not None and lean.attention:
+        if lean is not None and lean.attention and lean.as_modules:
+            if (reason := self._capture or self._obstacle) is None:
+                change, scores = self._attend_twice(call, tokens, arguments)
+                return tokens + change, [], scores
+            self.aside("attention", reason)
+        elif lean is not None and lean.attention:
             half, reason = self.lean_attention, self._stock_reason(arguments)
             if half is not None and reason is None:
                 change = half(call, tokens, self.side_input_hooks.gather(arguments), lean)
@@ -196,6 +209,27 @@ class BoundBlock:
             self.aside("attention", str(reason))
         change, returned = self.attention(tokens, arguments)
         return tokens + change, returned, call.token_scores
+
+    def _attend_twice(
+        self, call: BlockCall, tokens: Tensor, arguments: dict[str, object]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Change [B, A, D] by the block's own modules, and scores if asked for; backward runs them again."""
+        context = self.side_input_hooks.context
+        scorer = AttentionScorer(context)
+
+        def run(tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+            now = context.now
+            earlier, now.running, call.token_scores = now.running, call, None
+            try:
+                with scorer.watching(None if call.score is None else self.spec.scores_from):
+                    change, _ = self.attention(tokens, arguments)
+                return change, call.token_scores
+            finally:
+                now.running, call.token_scores = earlier, None
+
+        found: tuple[Tensor, Tensor | None] = checkpoint(run, tokens, use_reentrant=False)
+        call.token_scores = found[1]
+        return found
 
     def _expand(
         self,
@@ -238,7 +272,6 @@ class BoundBlock:
             self.reasons[name] = str(reason)
             return None
         inside = [m for part in parts for m in modules_of(getattr(self.block, part), made.called)]
-        self._captures |= name == "attention" and self.watch.captures(inside)
         if (obstacle := self.watch.obstacle(inside)) is not None:
             self.reasons[name] = obstacle
             return None

@@ -95,12 +95,14 @@ class Lean:
             instead of recomputing them (`"max"`).
         num_queries: Number of tokens at the front that the head reads, if the last block runs queries, output
             projection and MLP for those alone, else None. For these few, the MLP's first product is always recomputed.
+        as_modules: Whether the attention runs as the block's own modules, twice, because its parts are not known.
     """
 
     attention: bool = True
     mlp: bool = True
     save_products: bool = True
     num_queries: int | None = None
+    as_modules: bool = False
 
 
 @dataclass(frozen=True)

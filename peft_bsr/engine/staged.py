@@ -17,7 +17,7 @@ from peft_bsr.backbones import ModelSpec
 from peft_bsr.core import BlockCall
 from peft_bsr.engine.bound import modules_of
 from peft_bsr.engine.halves import LeanMLP, NotLeanError
-from peft_bsr.engine.parts import attention_dropouts, norm_source
+from peft_bsr.engine.parts import attention_dropouts, norm_source, running_module
 from peft_bsr.engine.plan import Lean
 from peft_bsr.engine.watch import Watch
 
@@ -107,8 +107,9 @@ class StagedBlock:
         if lean.attention:
             reason = self.reasons.get("attention", _UNKNOWN_ATTENTION if lean.save_products else None)
             if reason is None:
-                attention: Any = getattr(self.block, self.parts.block_spec.attention)
-                found[attention] = _Again(attention, self.block.get_submodule(self.parts.attention))
+                for name in (*self.parts.other_attentions, self.parts.attention):
+                    attention: Any = getattr(self.block, name.split(".")[0])
+                    found[attention] = _Again(attention, self.block.get_submodule(name))
             else:
                 asides["attention"] = reason
         if lean.mlp and self.mlp is None:
@@ -139,7 +140,7 @@ class _Again:
 
     def __init__(self, attention: Any, inner: nn.Module) -> None:
         self.attention = attention
-        self.rates, self.dropouts = attention_dropouts(inner, attention)
+        self.rates, self.dropouts = attention_dropouts(running_module(inner)[0] or inner, attention)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         is_random = any(rate() for rate in self.rates) or any(module.p for module in self.dropouts)

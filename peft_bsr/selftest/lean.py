@@ -81,9 +81,13 @@ def verify_lean(
             for part in ("attention", "mlp"):
                 half = replace(wanted.lean, attention=part == "attention", mlp=part == "mlp")
                 parts[part] = passes(index, BlockPlan(True, lean=half), f"lean {part}")
+                if part == "attention" and not parts[part] and not half.save_products:
+                    half, reason = replace(half, as_modules=True), notes.pop()
+                    parts[part] = parts["as_modules"] = passes(index, BlockPlan(True, lean=half), "attention run again")
+                    notes += [] if parts[part] else [reason]
             lean = replace(wanted.lean, **parts)
             plan = plan.with_lean(lean if any(parts.values()) else None)
-            if parts["attention"] and _reads_prefix_only(spec, plan):
+            if parts["attention"] and not lean.as_modules and _reads_prefix_only(spec, plan):
                 last = replace(lean, num_queries=spec.num_prefix)
                 if passes(spec.depth - 1, BlockPlan(True, lean=last), "special tokens only in the last block"):
                     plan = replace(plan, blocks=(*plan.blocks[:-1], replace(plan.blocks[-1], lean=last)))

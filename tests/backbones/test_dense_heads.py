@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from peft import get_peft_model
@@ -16,6 +19,7 @@ from transformers import (
     Dinov2Config,
     DPTConfig,
     DPTForDepthEstimation,
+    DPTForSemanticSegmentation,
     Siglip2Config,
     Siglip2Model,
     SiglipConfig,
@@ -31,8 +35,12 @@ from transformers import (
 
 import peft_bsr
 from peft_bsr import BSRConfig, UnsupportedModelError, probe_model, verify_trainability
+from peft_bsr.backbones import tensors_of
 from peft_bsr.cost import estimate
 from tests.conftest import SIZES, TEXT
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "contract"))
+from families import NO_REDUCTION, run_batch
 
 FUSION = {"patch_size": 8, "neck_hidden_sizes": [8] * 4, "fusion_hidden_size": 8}
 POSE = {name: size for name, size in SIZES.items() if name not in ("image_size", "patch_size", "intermediate_size")}
@@ -172,3 +180,29 @@ def test_the_vision_encoder_of_two_may_be_attached_to_by_itself(name, images):
     trained = {name for name, p in model.named_parameters() if p.grad is not None}
     assert any("vision_model" in name and "layers.3" in name for name in trained)
     assert any("text_model" in name for name in trained), "the text encoder trains as before"
+
+
+def gradients(model: nn.Module) -> dict[str, torch.Tensor | None]:
+    outputs = [t for t in tensors_of(model(**run_batch(model))) if t.requires_grad]
+    generator = torch.Generator().manual_seed(0)
+    sum((t.float() * torch.randn(t.shape, generator=generator)).sum() for t in outputs).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("family", ["maskformer", pytest.param("rt_detr_swin", marks=pytest.mark.slow)])
+def test_heads_that_call_their_modules_from_a_list_train_as_in_full_fine_tuning(family):
+    expected = gradients(NO_REDUCTION[family]())
+    model = get_peft_model(NO_REDUCTION[family](), BSRConfig(trainable_blocks=[1], keep_rate=1.0)).eval()
+    found = gradients(model)
+    size = max(float(g.abs().max()) for g in expected.values() if g is not None)
+    assert any("fpn.stem" in name or "class_embed" in name for name in found)
+    for name, gradient in found.items():
+        own = expected[name.removeprefix("base_model.model.").replace(".bsr_params.default", "")]
+        assert gradient is not None, name
+        torch.testing.assert_close(gradient, own, atol=1e-5 * size, rtol=1e-4, msg=name)
+
+
+def test_a_backbone_config_that_the_model_does_not_use_is_not_read():
+    config = DPTConfig(**SIZES, backbone_config=dinov2(8), is_hybrid=False, backbone_out_indices=[0, 1, 2, 3])
+    spec = probe_model(DPTForSemanticSegmentation(config))  # it makes its blocks by its own sizes
+    assert (spec.depth, spec.image_shape) == (4, (3, 32, 32))

@@ -295,3 +295,19 @@ def test_a_larger_models_folder_is_refused(tmp_path):
     kind = type(with_head(SUPPORTED["blip"](), 1))
     with pytest.raises(UnsupportedModelError, match=r"Most weights of .* are missing in .* `with_head`"):
         kind.from_pretrained(tmp_path, num_labels=3)
+
+
+def test_a_configuration_without_a_bare_vision_model_is_refused_by_name(tmp_path):
+    transformers.FlavaImageConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2).save_pretrained(tmp_path)
+    kind = type(with_head(SUPPORTED["aimv2"](), 1))
+    with pytest.raises(UnsupportedModelError, match=r"no vision model without a head for 'flava_image_model'"):
+        kind.from_pretrained(tmp_path, num_labels=3)
+    with pytest.raises(UnsupportedModelError, match=r"no vision model without a head for 'flava_image_model'"):
+        kind(kind.config_class(transformers.FlavaImageConfig()))
+
+
+def test_a_bare_model_is_found_before_its_file_is_imported():
+    code = "import transformers; from peft_bsr.compat.transformers_api import backbone_class_of as found; "
+    code += "print(found(transformers.AltCLIPVisionConfig()).__name__)"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ran.stdout.split()[-1:] == ["AltCLIPVisionModel"], ran.stderr

@@ -21,6 +21,82 @@ VIT = {**WIDTH, **IMAGE}
 TEXT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 WORDS = {**TEXT, "num_key_value_heads": 2, "vocab_size": 60, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 IMAGE_TOKEN = 59  # its last word
+WHISPER = {
+    "d_model": 32,
+    "encoder_layers": 4,
+    "encoder_attention_heads": 4,
+    "encoder_ffn_dim": 64,
+    "decoder_layers": 4,
+    "decoder_attention_heads": 4,
+    "decoder_ffn_dim": 32,
+    "num_mel_bins": 16,
+    "max_source_positions": 24,
+    "max_target_positions": 8,
+    "vocab_size": 20,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 1,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+}
+WAVEFORM = {
+    **WIDTH,
+    "layerdrop": 0.0,
+    "mask_time_prob": 0.0,  # drawn by NumPy, which no seed of torch sets
+    "conv_dim": [16, 16],
+    "conv_kernel": [4, 4],
+    "conv_stride": [4, 4],
+    "num_conv_pos_embeddings": 4,
+    "num_conv_pos_embedding_groups": 2,
+    "classifier_proj_size": 16,
+    "num_labels": 3,
+}
+STABLE = {**WAVEFORM, "do_stable_layer_norm": True, "feat_extract_norm": "layer"}  # the large models: pre-norm
+SWIN = {
+    "model_type": "swin",
+    "image_size": 32,
+    "patch_size": 2,
+    "embed_dim": 16,
+    "depths": [1, 2, 2, 1],
+    "num_heads": [2, 2, 2, 2],
+    "window_size": 4,
+    "out_features": ["stage1", "stage2", "stage3", "stage4"],
+}
+SAM2 = {
+    "image_size": [32, 32],
+    "hidden_size": 16,
+    "num_attention_heads": 1,
+    "patch_kernel_size": [3, 3],
+    "patch_stride": [2, 2],
+    "patch_padding": [1, 1],
+    "window_positional_embedding_background_size": [2, 2],
+    "num_query_pool_stages": 1,
+    "blocks_per_stage": [1, 2],
+    "embed_dim_per_stage": [16, 32],
+    "num_attention_heads_per_stage": [1, 2],
+    "window_size_per_stage": [4, 2],
+    "global_attention_blocks": [2],
+}
+SAM3 = {
+    "model_type": "sam3_vit_model",
+    **WIDTH,
+    "image_size": 32,
+    "patch_size": 4,
+    "window_size": 4,
+    "global_attn_indexes": [1, 3],
+    "pretrain_image_size": 32,
+}
+DETR = {
+    "d_model": 32,
+    "encoder_layers": 2,
+    "encoder_attention_heads": 2,
+    "encoder_ffn_dim": 32,
+    "decoder_layers": 2,
+    "decoder_attention_heads": 2,
+    "decoder_ffn_dim": 32,
+    "num_queries": 4,
+}
 _RANDOMIZED = (
     "lambda",
     "bias_table",
@@ -46,6 +122,11 @@ def _model(name: str, config_name: str, **settings: Any) -> Callable[..., nn.Mod
         return model.eval()
 
     return make
+
+
+def _with_backbone(name: str, config_name: str, backbone: dict[str, Any], **settings: Any) -> Callable[..., nn.Module]:
+    """`_model` for a model around a backbone of transformers."""
+    return _model(name, config_name, **settings, backbone_config=backbone)
 
 
 def _headed(family: str) -> Callable[..., nn.Module]:
@@ -90,6 +171,17 @@ SUPPORTED: dict[str, Callable[..., nn.Module]] = {
         num_mel_bins=16,
         num_labels=3,
     ),
+    "whisper": _model(
+        "WhisperForAudioClassification", "WhisperConfig", **WHISPER, classifier_proj_size=16, num_labels=3
+    ),
+    "whisper_bare": _model("WhisperModel", "WhisperConfig", **WHISPER),
+    "whisper_text": _model("WhisperForConditionalGeneration", "WhisperConfig", **WHISPER),
+    "wav2vec2": _model("Wav2Vec2ForSequenceClassification", "Wav2Vec2Config", **WAVEFORM),
+    "wav2vec2_large": _model("Wav2Vec2ForSequenceClassification", "Wav2Vec2Config", **STABLE),
+    "hubert": _model("HubertForSequenceClassification", "HubertConfig", **WAVEFORM),
+    "hubert_large": _model("HubertForSequenceClassification", "HubertConfig", **STABLE),
+    "data2vec_audio": _model("Data2VecAudioForSequenceClassification", "Data2VecAudioConfig", **WAVEFORM),
+    "unispeech_sat": _model("UniSpeechSatForSequenceClassification", "UniSpeechSatConfig", **STABLE),
     "vivit": _model(
         "VivitForVideoClassification",
         "VivitConfig",
@@ -211,6 +303,12 @@ SUPPORTED: dict[str, Callable[..., nn.Module]] = {
         neck_hidden_sizes=[8, 8, 8, 8],
         fusion_hidden_size=8,
     ),
+    "detr_dinov2": _with_backbone(
+        "DetrForObjectDetection",
+        "DetrConfig",
+        {"model_type": "dinov2", **VIT, "mlp_ratio": 2, "out_indices": [4]},
+        **DETR,
+    ),
     "yolos": _model(
         "YolosForObjectDetection",
         "YolosConfig",
@@ -294,6 +392,8 @@ SUPPORTED: dict[str, Callable[..., nn.Module]] = {
 }
 
 NO_REDUCTION: dict[str, Callable[..., nn.Module]] = {
+    "wavlm": _model("WavLMForSequenceClassification", "WavLMConfig", **WAVEFORM),
+    "wavlm_large": _model("WavLMForSequenceClassification", "WavLMConfig", **STABLE),
     "swin": _model(
         "SwinForImageClassification",
         "SwinConfig",
@@ -394,22 +494,64 @@ NO_REDUCTION: dict[str, Callable[..., nn.Module]] = {
         hidden_sizes=[16, 32],
         depths=[1, 2],
     ),
-    "sam2": _model(
-        "Sam2HieraDetModel",
-        "Sam2HieraDetConfig",
-        image_size=[32, 32],
-        hidden_size=16,
-        num_attention_heads=1,
-        patch_kernel_size=[3, 3],
-        patch_stride=[2, 2],
-        patch_padding=[1, 1],
-        window_positional_embedding_background_size=[2, 2],
-        num_query_pool_stages=1,
-        blocks_per_stage=[1, 2],
-        embed_dim_per_stage=[16, 32],
-        num_attention_heads_per_stage=[1, 2],
-        window_size_per_stage=[4, 2],
-        global_attention_blocks=[2],
+    "sam2": _model("Sam2HieraDetModel", "Sam2HieraDetConfig", **SAM2),
+    "sam2_vision": _model(
+        "Sam2VisionModel",
+        "Sam2VisionConfig",
+        backbone_config={"model_type": "sam2_hiera_det_model", **SAM2},
+        backbone_channel_list=[32, 16],
+        backbone_feature_sizes=[[16, 16], [8, 8]],
+        fpn_hidden_size=16,
+        fpn_top_down_levels=[1],
+        num_feature_levels=1,
+    ),
+    "sam3": _model("Sam3VisionModel", "Sam3VisionConfig", backbone_config=SAM3, fpn_hidden_size=16),
+    "timesformer": _model(
+        "TimesformerForVideoClassification", "TimesformerConfig", **WIDTH, image_size=16, patch_size=8, num_frames=2
+    ),
+    "maskformer": _with_backbone(
+        "MaskFormerForInstanceSegmentation",
+        "MaskFormerConfig",
+        SWIN,
+        decoder_config={"model_type": "detr", "backbone_config": SWIN, **DETR},
+        fpn_feature_size=32,
+        mask_feature_size=32,
+    ),
+    "mask2former": _with_backbone(
+        "Mask2FormerForUniversalSegmentation",
+        "Mask2FormerConfig",
+        SWIN,
+        feature_size=32,
+        mask_feature_size=32,
+        hidden_dim=32,
+        encoder_feedforward_dim=32,
+        encoder_layers=1,
+        decoder_layers=2,
+        num_attention_heads=2,
+        dim_feedforward=32,
+        num_queries=4,
+    ),
+    "detr_swin": _with_backbone("DetrForObjectDetection", "DetrConfig", SWIN, **DETR),
+    "conditional_detr_swin": _with_backbone("ConditionalDetrForObjectDetection", "ConditionalDetrConfig", SWIN, **DETR),
+    "rt_detr_swin": _with_backbone(
+        "RTDetrForObjectDetection",
+        "RTDetrConfig",
+        {**SWIN, "out_features": ["stage3", "stage4"]},
+        d_model=32,
+        encoder_hidden_dim=32,
+        encoder_ffn_dim=32,
+        encoder_layers=1,
+        encoder_attention_heads=2,
+        encoder_in_channels=[64, 128],
+        encode_proj_layers=[1],
+        feat_strides=[8, 16],
+        decoder_ffn_dim=32,
+        decoder_layers=2,
+        decoder_attention_heads=2,
+        decoder_in_channels=[32, 32],
+        decoder_n_points=2,
+        num_feature_levels=2,
+        num_queries=4,
     ),
     "qwen2_5_vl": _model(
         "Qwen2_5_VLForConditionalGeneration",
@@ -431,14 +573,10 @@ NO_REDUCTION: dict[str, Callable[..., nn.Module]] = {
 """Models in which no token can be dropped: their blocks train by `keep_rate=1.0`."""
 
 REFUSED: dict[str, Callable[..., nn.Module]] = {
-    "timesformer": _model(
-        "TimesformerForVideoClassification",
-        "TimesformerConfig",
-        **WIDTH,
-        image_size=16,
-        patch_size=8,
-        num_frames=2,
+    "resnet": _model(
+        "ResNetForImageClassification", "ResNetConfig", embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1]
     ),
+    "hubert_layerdrop": _model("HubertForSequenceClassification", "HubertConfig", **{**WAVEFORM, "layerdrop": 0.1}),
 }
 
 
@@ -477,6 +615,16 @@ def run_batch(model: nn.Module, batch_size: int = 2, seed: int = 1) -> dict[str,
         mask[-1, 12:] = 0
         shapes = torch.tensor([[4, 4]] * (batch_size - 1) + [[3, 4]])
         return {"pixel_values": random(16, 192), "pixel_attention_mask": mask, "spatial_shapes": shapes}
+    if kind.startswith("Whisper"):
+        inputs = {"input_features": random(16, 48)}
+        is_classifier = kind.endswith("AudioClassification")
+        return (
+            inputs if is_classifier else {**inputs, "decoder_input_ids": torch.ones(batch_size, 3, dtype=torch.int64)}
+        )
+    if "SequenceClassification" in kind:  # of waveforms; the last one is shorter
+        mask = torch.ones(batch_size, 400, dtype=torch.int64)
+        mask[-1, 300:] = 0
+        return {"input_values": random(400) * mask, "attention_mask": mask}
     if kind.startswith("AST"):
         return {"input_values": random(24, 16)}
     if kind.startswith("VJEPA2"):

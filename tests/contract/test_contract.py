@@ -25,6 +25,15 @@ EXPECTED = {
     "vit_mae": ("full_view", "class", True),
     "ijepa": ("compact", "mean_query", True),
     "ast": ("compact", "class", True),
+    "whisper": ("compact", "mean_query", True),
+    "whisper_bare": ("full_view", "mean_query", True),
+    "whisper_text": ("full_view", "mean_query", True),
+    "wav2vec2": ("full_view", "mean_query", False),
+    "wav2vec2_large": ("full_view", "mean_query", False),
+    "hubert": ("full_view", "mean_query", False),
+    "hubert_large": ("full_view", "mean_query", False),
+    "data2vec_audio": ("full_view", "mean_query", False),
+    "unispeech_sat": ("full_view", "mean_query", False),
     "vivit": ("compact", "class", True),
     "videomae": ("compact", "mean_query", True),
     "dinov2": ("compact", "class", True),
@@ -62,6 +71,7 @@ EXPECTED = {
     "vjepa2": ("compact", "mean_query", True),
     "mlcd": ("full_view", "class", True),
     "dpt": ("full_view", "class", False),
+    "detr_dinov2": ("full_view", "class", False),
     "yolos": ("full_view", "mean_query", False),
     "depth_anything": ("full_view", "class", False),
     "upernet": ("full_view", "class", False),
@@ -80,10 +90,15 @@ CASES = [
     for family, (chosen, _, other_works) in EXPECTED.items()
     for mode in (chosen, *([OTHER[chosen]] if other_works else []))
 ]
-REASONS = {"timesformer": "attention.attention and temporal_attention.attention"}
+REASONS = {
+    "resnet": "it has no list of equal blocks",
+    "hubert_layerdrop": "skips whole blocks at random",
+}
 MLP_ALONE = "exact (mlp only), max"
 # no token can be dropped -> the reason, and what runs lean: windows and grids lie between norm and projections
 WITHOUT = {
+    "wavlm": ("its blocks use the position of a token inside", "max (attention only)"),
+    "wavlm_large": ("its blocks use the position of a token inside", MLP_ALONE),
     "swin": ("it has stages", MLP_ALONE),
     "swinv2": ("it has stages", MLP_ALONE),
     "hiera": ("it has stages", MLP_ALONE),
@@ -94,15 +109,22 @@ WITHOUT = {
     "pvt": ("it has stages", MLP_ALONE),
     "convnext": ("it has no list of equal blocks", "exact (mlp only), max (mlp only)"),
     "sam2": ("its first block gets", MLP_ALONE),
+    "sam2_vision": ("its first block gets", MLP_ALONE),
+    "sam3": ("its first block gets", MLP_ALONE),
+    "timesformer": ("its blocks have several attentions", MLP_ALONE),
+    "maskformer": ("it has stages", MLP_ALONE),
+    "mask2former": ("it has stages", MLP_ALONE),
+    "detr_swin": ("it has stages", MLP_ALONE),
+    "conditional_detr_swin": ("it has stages", MLP_ALONE),
+    "rt_detr_swin": ("it has stages", MLP_ALONE),
     "qwen2_5_vl": (r"its first block gets \(128, 32\)", MLP_ALONE),  # packed patches of all images
 }
 
 
+POST_NORM = dict.fromkeys(("wav2vec2", "hubert", "data2vec_audio"), "off")
 PARTLY_LEAN = {  # the attention computes its rotation or bias itself, not from side inputs
-    "data2vec": "exact (mlp only), max (mlp only)",
-    "data2vec_shared_bias": "exact (mlp only), max (mlp only)",
-    "vjepa2": "exact (mlp only), max (mlp only)",
-    "mlcd": "exact (mlp only), max (mlp only)",
+    **dict.fromkeys(("data2vec", "data2vec_shared_bias", "vjepa2", "mlcd"), MLP_ALONE),
+    **POST_NORM,
 }
 
 
@@ -126,17 +148,18 @@ def test_contract(family, mode, check):
     CHECKS[check](family, None if mode == chosen else mode)
 
 
-SELDOM = ("eomt", "pvt", "convnext", "sam2", "qwen2_5_vl")  # their checks run with the slow tests
+OFTEN = ("swin", "swinv2", "hiera", "sam", "vitdet", "segformer", "timesformer")  # the others: slow tests
 
 
 @pytest.mark.parametrize("check", WITHOUT_TOKENS)
 @pytest.mark.parametrize(
-    "family", [pytest.param(name, marks=pytest.mark.slow if name in SELDOM else ()) for name in NO_REDUCTION]
+    "family", [pytest.param(name, marks=() if name in OFTEN else pytest.mark.slow) for name in NO_REDUCTION]
 )
 def test_contract_without_token_reduction(family, check):
     CHECKS[check](family, None)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("family", NO_REDUCTION)
 def test_where_no_token_can_be_dropped_the_default_is_refused_with_the_reason(family):
     reason, lean = WITHOUT[family]

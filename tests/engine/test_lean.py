@@ -16,6 +16,8 @@ from transformers.models.aimv2.modeling_aimv2 import Aimv2RMSNorm
 
 from peft_bsr import BSRConfig, ConfigError
 from peft_bsr.cost import saved_activations
+from peft_bsr.engine import LivingBytes
+from peft_bsr.errors import LeanBlockWarning
 from peft_bsr.ops import (
     Activation,
     Gate,
@@ -478,3 +480,49 @@ def test_every_gradient_is_tried_when_attached(wrong, monkeypatch):
 def test_an_unknown_level_is_refused():
     with pytest.raises(ConfigError, match=r"`lean='more'` is unknown. Use one of 'off', 'exact', 'max'"):
         BSRConfig(lean="more")
+
+
+RATES = {
+    "data2vec": {"attention_probs_dropout_prob": 0.2, "hidden_dropout_prob": 0.2, "drop_path_rate": 0.3},
+    "vjepa2": {"attention_probs_dropout_prob": 0.2, "drop_path_rate": 0.3},
+    "mlcd": {"attention_dropout": 0.2},
+}
+
+
+@pytest.mark.parametrize("mode", ["compact", "full_view"])
+@pytest.mark.parametrize("family", RATES)
+def test_an_attention_that_is_not_taken_apart_runs_again_with_the_same_random_numbers(family, mode):
+    def trained(lean):
+        torch.manual_seed(0)
+        config = BSRConfig(trainable_blocks=[1, 3], keep_rate=0.7, mode=mode, lean=lean, init_weights=False)
+        model = get_peft_model(SUPPORTED[family](**RATES[family]), config).train()
+        batch = run_batch(model.base_model.model)
+        with LivingBytes() as living:
+            torch.manual_seed(1)
+            outputs = [t for t in tensors_of(model(**batch)) if t.requires_grad]
+        kept = living.bytes(exclude=outputs)
+        sum(t.float().square().sum() for t in outputs).backward()
+        return model, kept, {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+
+    _, stock, expected = trained("off")
+    _, exact, _ = trained("exact")
+    model, kept, found = trained("max")
+    assert "attention and MLP lean (max)" in model.base_model.explain()
+    assert "stock" not in model.base_model.explain()
+    assert kept < exact < stock
+    size = max(float(g.abs().max()) for g in expected.values() if g is not None)
+    for name, gradient in expected.items():
+        assert (gradient is None) == (found[name] is None), name
+        if gradient is not None:
+            torch.testing.assert_close(found[name], gradient, atol=1e-5 * size, rtol=1e-4, msg=name)
+
+
+def test_hooks_inside_such_an_attention_see_one_run():
+    config = BSRConfig(trainable_blocks=[1, 3], keep_rate=0.7, lean="max")
+    model = get_peft_model(SUPPORTED["mlcd"](), config).train()
+    seen = []
+    attention = model.base_model.model.get_submodule(model.base_model.spec.blocks[3]).self_attn
+    attention.register_forward_hook(lambda *_: seen.append(1))
+    with pytest.warns(LeanBlockWarning, match="the hook"):
+        model(**run_batch(model.base_model.model)).last_hidden_state.sum().backward()
+    assert seen == [1]

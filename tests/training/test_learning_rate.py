@@ -130,6 +130,7 @@ RECIPES = {
     "bsr_last3_lora": ("bsr", "lora"),
     "alast": ("alast", "full"),
     "synqt": ("synqt", None),
+    "losa": ("losa", None),
     "lora_all": ("lora", None),
     "lora_qv": ("lora", None),
     "full": ("full", None),

@@ -292,7 +292,8 @@ class MethodTuner(FileChecks, BaseTuner):
                 f"`{named[0]}={kwargs[named[0]]!r}` was given, but no adapter of this model has tasks. Attach one with "
                 "`BSRConfig(tasks={name: number of classes})`, or leave it out."
             )
-        if controllers and controllers[0].context.now.resume_point is None and self.part is None:
+        is_encoded = kwargs.get("encoder_outputs") is not None  # only the decoder runs
+        if controllers and controllers[0].context.now.resume_point is None and self.part is None and not is_encoded:
             check_inputs(main_input(self.model), controllers[0].spec, args, kwargs)
         try:
             yield

@@ -12,7 +12,7 @@ register(
         paper="arXiv 2402.02887",
         config=LoSAConfig,
         tuner=LoSAModel,
-        learning_rates={None: 1e-2},
+        learning_rates={None: 3e-3},
         describe=describe,
     )
 )

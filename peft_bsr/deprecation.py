@@ -16,7 +16,7 @@ def renamed(module: str, names: dict[str, str], namespace: dict[str, Any]) -> Ca
         namespace: The module's `globals()`.
     """
 
-    def find(name: str) -> Any:
+    def find(name: str) -> object:
         if name not in names:
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
         warn_renamed(f"{module}.{name}", names[name])

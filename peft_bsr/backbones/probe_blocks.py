@@ -89,7 +89,7 @@ def _run_order(model: nn.Module, names: list[str], image_shape: tuple[int, ...])
     """
     ran: list[str] = []
 
-    def note(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def note(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
         hidden = hidden_first(args, kwargs)[0][0]
         first = output[0] if isinstance(output, tuple) else output
         ran.append(name if isinstance(hidden, Tensor) and isinstance(first, Tensor) else "")

@@ -80,7 +80,7 @@ def read_fields(values: Mapping[str, Any], settings: type[Any]) -> dict[str, Any
     return {name: _read(name, value, kinds[name]) if is_read[name] else value for name, value in values.items()}
 
 
-def _read(name: str, text: str, kind: Any) -> Any:
+def _read(name: str, text: str, kind: object) -> object:
     kinds = set(get_args(kind) or (kind,)) - {NoneType}
     if text in ("null", "~") and kinds != {str}:
         return None

@@ -200,7 +200,7 @@ class Route:
             return self.gather_table(cos, unrotated=1.0), self.gather_table(sin)
         return tuple(self.gather(item) for item in value) if kind == "items" else value
 
-    def follow(self, value: Any, kind: SideInput | None = None) -> Any:
+    def follow(self, value: object, kind: SideInput | None = None) -> object:
         """Old name of `gather`."""
         warn_renamed("Route.follow", "Route.gather")
         return self.gather(value, kind)

@@ -95,7 +95,7 @@ class StagedBlock:
         hidden_states: Tensor,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        mix: Any,
+        mix: object,
     ) -> tuple[Any, tuple[Tensor, ...]]:
         """Run the block's own forward; see `BoundBlock.run`."""
         return stock(hidden_states, *args, **kwargs), ()
@@ -130,7 +130,7 @@ class _MLP:
     def __init__(self, half: LeanMLP, lean: Lean) -> None:
         self.half, self.lean = half, lean
 
-    def __call__(self, tokens: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def __call__(self, tokens: Tensor, *args: object, **kwargs: object) -> Tensor:
         rows = tokens.reshape(1, -1, tokens.shape[-1])
         return self.half.expanded(rows, self.lean).view(*tokens.shape[:-1], -1)
 
@@ -147,7 +147,7 @@ class _Again:
         return checkpoint(self.attention, *args, use_reentrant=False, preserve_rng_state=is_random, **kwargs)
 
 
-def _unchanged(tokens: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _unchanged(tokens: Tensor, *args: object, **kwargs: object) -> Tensor:
     return tokens
 
 

@@ -198,7 +198,7 @@ def _reversed(model: nn.Module, spec: ModelSpec, plan: Plan) -> Iterator[None]:
     """Context manager: tokens are in reverse order after the first reduction; after the last one if the plan merges."""
     reducing = [i for i, block in enumerate(plan.blocks) if block.reduction is not None]
 
-    def reverse(block: nn.Module, args: object, kwargs: Arguments, output: Any) -> object:
+    def reverse(block: nn.Module, args: object, kwargs: Arguments, output: object) -> object:
         tokens, *others = output if isinstance(output, tuple) else (output,)
         call = kwargs["block_call"]
         end = spec.num_prefix + call.origins.shape[1]

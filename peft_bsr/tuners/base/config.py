@@ -176,7 +176,7 @@ class SavedConfig(AdapterFiles, PeftConfig):
     def _labels(self, model: nn.Module, spec: ModelSpec) -> list[str] | None:
         return find_labels(model, spec)
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | Path, **kwargs: object) -> None:
         """Save the configuration, then call `AFTER_SAVE`.
 
         Args:

@@ -196,7 +196,7 @@ class BSRController(MergeableController):
         self.context.now.call = call
         return args, kwargs
 
-    def close_call(self, model: nn.Module, args: tuple[object, ...], output: Any) -> Any:
+    def close_call(self, model: nn.Module, args: tuple[object, ...], output: object) -> object:
         """Combine losses and outputs of the tasks. After an error, only discard the call."""
         now = self.context.now
         call, now.call = now.call, None

@@ -1,10 +1,10 @@
 """Run the tests of timm models in an environment of their own: `make test-timm`.
 
 timm imports torchvision, and the torchvision that pip finds for a CPU build of torch can be one for CUDA. Its compiled
-operators do not load there, `import torchvision` fails, and with it transformers' image processors. So neither goes into
-the main environment. This one has its packages, timm, and the torchvision for its torch. If that does not import, its
-compiled operators (boxes, regions of interest: nothing that timm or transformers' image processors call) are declared
-without an implementation in this environment's copy; the rest of it is the real one, and its version says so.
+operators do not load there, `import torchvision` fails, and with it transformers' image processors. So neither goes
+into the main environment. This one has its packages, timm, and the torchvision for its torch. If that does not import,
+its compiled operators (boxes, regions of interest: nothing that timm or transformers' image processors call) are
+declared without an implementation in this environment's copy; the rest is the real one, and its version says so.
 """
 
 from __future__ import annotations
@@ -35,9 +35,8 @@ def main() -> int:
     parser.add_argument("--environment", type=Path, default=ROOT / ".venv-timm", help="default: .venv-timm")
     args, pytest_arguments = parser.parse_known_args()
     python = make_environment(args.environment.absolute())
-    print(f"timm {_ask(python, 'timm')}, torchvision {_ask(python, 'torchvision')}, torch {version('torch')}", flush=True)
-    command = [str(python), "-m", "pytest", "-n0", *TESTS, *pytest_arguments]
-    return subprocess.call(command, cwd=ROOT, env={**os.environ, "PEFT_BSR_NEEDS_TIMM": "1"})
+    print(f"timm {_ask(python, 'timm')}, torchvision {_ask(python, 'torchvision')}", flush=True)
+    return subprocess.call([str(python), "-m", "pytest", "-n0", *TESTS, *pytest_arguments], cwd=ROOT)
 
 
 def make_environment(folder: Path) -> Path:
@@ -47,7 +46,7 @@ def make_environment(folder: Path) -> Path:
         Its Python.
 
     Raises:
-        SystemExit: If pip finds no timm, or no torchvision for the installed torch.
+        SystemExit: If pip finds no timm or no torchvision for the installed torch, or if a broken one is installed.
     """
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     packages = Path(sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)}))
@@ -62,6 +61,8 @@ def make_environment(folder: Path) -> Path:
     if subprocess.call(pip):
         raise SystemExit(f"pip found no timm, or no torchvision for torch {version('torch')}; see its message above")
     if _ask(python, "torchvision") is None:
+        if not (packages / "torchvision").is_dir():
+            raise SystemExit(f"the torchvision of {sys.prefix} does not import; uninstall it there and run this again")
         declare_operators(packages / "torchvision")
     if _ask(python, "timm") is None:
         raise SystemExit(f"timm does not import: run `{python} -c 'import timm'`")
@@ -71,7 +72,8 @@ def make_environment(folder: Path) -> Path:
 
 def declare_operators(torchvision: Path) -> None:
     """Let a torchvision import whose compiled operators do not load; calling one of them is still an error."""
-    registered = re.findall(r'register_fake\("(torchvision::\w+)"\)', (torchvision / "_meta_registrations.py").read_text())
+    source = (torchvision / "_meta_registrations.py").read_text()
+    registered = re.findall(r'register_fake\("(torchvision::\w+)"\)', source)
     with (torchvision / "extension.py").open("a") as file:
         file.write(_DECLARED.format(names=registered))
     with (torchvision / "version.py").open("a") as file:

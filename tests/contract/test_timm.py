@@ -120,6 +120,6 @@ def test_its_checkpointing_works_without_reduction_and_is_refused_with_one(name,
             continue
         loss.backward()
         assert expected
-        for name, parameter in model.named_parameters():
-            if name in expected:
-                torch.testing.assert_close(parameter.grad, expected[name])
+        for key, parameter in model.named_parameters():
+            if key in expected:
+                torch.testing.assert_close(parameter.grad, expected[key])

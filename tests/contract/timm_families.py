@@ -91,7 +91,6 @@ REFUSED = {
     "timm_convnext_conv_mlp": Refused(
         "convnext_atto", {"depths": [1, 1, 2, 1], "dims": [8, 16, 16, 32]}, "it has no list of equal blocks"
     ),
-    "timm_parallel": Refused("vit_base_patch16_xp_224", PLAIN, "it has no list of equal blocks"),
 }
 
 
@@ -138,8 +137,7 @@ less than both halves run lean, this is why:
 - BEiT and SAM compute a bias from the tokens' places inside their attention, so no token can be dropped.
 
 Their gradient checkpointing (`set_grad_checkpointing`) works with `keep_rate=1.0`; with token reduction the backward
-pass raises an error that says so. ConvNeXt with 1 x 1 convolutions as MLP and blocks with one projection for attention
-and MLP are refused.
+pass raises an error that says so. ConvNeXt with 1 x 1 convolutions as MLP is refused.
 
 timm 1.0.31, torchvision 0.28.0 without its compiled operators, torch 2.13.0+cpu, transformers 5.23.0.
 """

@@ -131,9 +131,9 @@ Architectures of timm in a `TimmWrapperForImageClassification` (`_bare`: `TimmWr
 weights, in an environment of their own: `make test-timm`. Each passes the checks above; scores are from `sdpa`. Where
 less than both halves run lean, this is why:
 
-- EVA-02, `qkvb` and `rope_reg4` attentions have a bias beside their fused projection, or three projections of which the
-  names are not known: the attention runs stock.
-- EVA-02 base and BEiT-3 have a norm inside their MLP, ViTamin a norm and a gate in other modules: the MLP runs stock.
+- EVA-02 (tiny, CLIP) and DINOv3 `qkvb` have a bias beside their projections, and of `rope_reg4` not all projections are
+  found: the attention runs stock.
+- EVA-02 base and CLIP have a norm inside their MLP, ViTamin a norm and a gate in other modules: the MLP runs stock.
 - BEiT and SAM compute a bias from the tokens' places inside their attention, so no token can be dropped.
 
 Their gradient checkpointing (`set_grad_checkpointing`) works with `keep_rate=1.0`; with token reduction the backward

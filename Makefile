@@ -11,7 +11,7 @@ PEFT_TESTS := tests/compat tests/test_registration.py $(patsubst %,tests/tuners/
 # Each worker goes through one half of the tests in order, so that what a module's tests share is made once
 PYTEST := -m pytest -n auto --dist worksteal
 
-.PHONY: demo test test-all test-app test-contract test-distributed test-gpu lint bench bench-gpu docs compatibility clean
+.PHONY: demo test test-all test-app test-contract test-distributed test-gpu test-timm lint bench bench-gpu docs compatibility clean
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/quickstart.py $(ARGS)
@@ -30,6 +30,10 @@ test-distributed: $(VENV)/installed
 # On a machine with a CUDA card; elsewhere all of it skips
 test-gpu: $(VENV)/installed
 	$(BIN)/python -m pytest -n0 -m gpu tests/gpu tests/engine/test_weight_offload.py $(ARGS)
+
+# timm's models, in an environment of their own (`.venv-timm`): timm needs torchvision; minutes
+test-timm: $(VENV)/installed
+	$(BIN)/python tests/timm_environment.py $(ARGS)
 
 # The app in headless Chromium, which has to be there
 test-app: $(VENV)/installed
@@ -70,4 +74,4 @@ $(OLDEST_PEFT): $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --no-deps --target $@ peft==0.20.0
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) .venv-timm build dist *.egg-info

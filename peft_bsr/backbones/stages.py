@@ -96,13 +96,13 @@ def _innermost_lists(model: nn.Module) -> Iterator[tuple[str, list[nn.Module]]]:
     """Lists of modules that hold no list of blocks themselves."""
     for name, module in model.named_modules():
         children = list(module.children())
-        is_list = isinstance(module, nn.ModuleList) and len(children) > 0
+        is_list = isinstance(module, (nn.ModuleList, nn.Sequential)) and len(children) > 0
         if is_list and not any(_holds_blocks(child) for child in children):
             yield name, children
 
 
 def _holds_blocks(module: nn.Module) -> bool:
-    lists = [m for m in module.modules() if isinstance(m, nn.ModuleList)]
+    lists = [m for m in module.modules() if isinstance(m, (nn.ModuleList, nn.Sequential))]
     return any(_one_attention(child) is not None or _mlp_alone(child) is not None for m in lists for child in m)
 
 

@@ -321,6 +321,8 @@ class BlockController(nn.Module):
             outside = now.outside
             if outside is None or outside.root is not now.owner:
                 return _PART
+            if any(getattr(child, "grad_checkpointing", False) for child in self.roots[0].children()):
+                return "timm's gradient checkpointing calls it again outside of the forward"
             hook = self.bound(block).watch.hook or outside.hook
         return f"the hook {hook} reads its output" if hook else None
 

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from peft_bsr.backbones import BlockSpec, ModelSpec, apply_part, attend, computes_weights, first_rows
-from peft_bsr.compat.transformers_api import ROTATE, function_of
+from peft_bsr.backbones.lookup import rotation_of
 from peft_bsr.core import BlockCall
 from peft_bsr.engine.parts import LinearSource, NormSource, attention_dropouts, find_mlp, linear_source, norm_source
 from peft_bsr.engine.plan import Lean
 from peft_bsr.ops import MLPOp, NormOp, ProjectionsOp, lean_dropout, recomputed, token_scores
 
-_KNOWN = ("attention_mask", "position_embeddings")  # arguments that a lean attention supports
+_KNOWN = ("attention_mask", "position_embeddings", "rope")  # arguments that a lean attention supports
 _SIDE = 5  # inputs of `_mix` before query, key and value: the mask, and weight and bias of two norms
 Changed = tuple[Tensor, list[object]]  # the change [B, N or Q, D], and the attention's other outputs
 Admit = Callable[[bool], None]  # see `BlockCall.admit`
@@ -156,7 +156,7 @@ class LeanAttention:
         self.ops: dict[int | None, ProjectionsOp] = {None: self.op()}
         self.head_width = width // spec.num_heads
         self.source, self.scaling = spec.scores_from, spec.scaling or self.head_width**-0.5
-        self.rotate = function_of(self.attention, ROTATE)
+        self.rotate = rotation_of(self.attention)
         norms = [getattr(self.attention, name, None) for name in ("q_norm", "k_norm")]
         self.norms: list[NormSource | None] = [
             None if norm is None or isinstance(norm, nn.Identity) else _known(norm_source(norm)) for norm in norms
@@ -172,7 +172,7 @@ class LeanAttention:
             is_array = isinstance(value, tuple) or (isinstance(value, Tensor) and value.ndim > 0)
             if name not in _KNOWN and is_array:
                 return f"the attention is called with `{name}`"
-        if self.rotate is None and arguments.get("position_embeddings") is not None:
+        if self.rotate is None and known_arguments(arguments)[1] is not None:
             return "the function that rotates the attention's queries and keys was not found"
         return None
 
@@ -283,7 +283,8 @@ class NotLeanError(Exception):
 
 def known_arguments(arguments: Mapping[str, Any]) -> tuple[Tensor | None, Sequence[Tensor] | None]:
     """The attention mask and the rotary tables among an attention's arguments."""
-    return arguments.get("attention_mask"), arguments.get("position_embeddings")
+    tables, table = arguments.get("position_embeddings"), arguments.get("rope")  # timm has one table for both
+    return arguments.get("attention_mask"), tables if table is None else (table,)
 
 
 def _project_and_mix(

@@ -41,6 +41,8 @@ class LinearSource(NamedTuple):
 
 def linear_source(module: nn.Module | None) -> LinearSource | str:
     """The source of the Linear that `module` is or holds, or why there is none."""
+    if module is None:
+        return "a projection is in no module of its own, or has a bias outside of it"
     leaf, update = running_module(module)
     if not isinstance(leaf, nn.Linear) or type(leaf) not in (nn.Linear, FrozenLinear):
         return f"{type(leaf or module).__name__} runs in the place of a Linear"

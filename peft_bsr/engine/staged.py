@@ -146,6 +146,11 @@ class _Again:
         is_random = any(rate() for rate in self.rates) or any(module.p for module in self.dropouts)
         return checkpoint(self.attention, *args, use_reentrant=False, preserve_rng_state=is_random, **kwargs)
 
+    def __getattr__(self, name: str) -> Any:  # a block may read numbers of its attention, as timm's Hiera does
+        if name == "attention":  # a copy, before it has one
+            raise AttributeError(name)
+        return getattr(self.attention, name)
+
 
 def _unchanged(tokens: Tensor, *args: object, **kwargs: object) -> Tensor:
     return tokens

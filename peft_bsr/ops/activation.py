@@ -35,7 +35,7 @@ class Activation:
             return cls(module.forward, partial(_gelu_backward, approximate="tanh" if tanh else "none"))
         if name in ("SiLU", "SiLUActivation"):
             return cls(module.forward, _silu_backward)
-        if name == "QuickGELUActivation":  # x * sigmoid(1.702 x) = silu(1.702 x) / 1.702
+        if name in ("QuickGELUActivation", "QuickGELU"):  # x * sigmoid(1.702 x) = silu(1.702 x) / 1.702
             return cls(module.forward, _quick_gelu_backward)
         if name == "ReLU":
             return cls(module.forward, _relu_backward)

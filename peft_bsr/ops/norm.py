@@ -102,12 +102,14 @@ NormOp = LayerNormOp | RMSNormOp | NoNormOp
 
 def norm_kind(module: nn.Module | None) -> tuple[type[NormOp], float] | None:
     """Operator and epsilon of a norm module, or None if it is unknown. The self-test compares it with the module."""
-    if type(module) is nn.LayerNorm and module.weight is not None:
-        return LayerNormOp, module.eps
-    if module is None:
+    if module is None or getattr(module, "_fast_norm", False):  # timm's switch to another kernel
         return None
+    # one of the same name is timm's, or open_clip's
+    if isinstance(module, nn.LayerNorm) and type(module).__name__ == "LayerNorm" and module.weight is not None:
+        return LayerNormOp, module.eps
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    is_rms = type(module).__name__.endswith("RMSNorm") and set(dict(module.named_parameters())) == {"weight"}
+    is_rms = type(module).__name__.lower().endswith("rmsnorm")
+    is_rms = is_rms and set(dict(module.named_parameters())) == {"weight"}
     if is_rms and isinstance(eps, float):
         return RMSNormOp, eps
     return None

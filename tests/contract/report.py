@@ -15,6 +15,7 @@ import torch
 import transformers
 from checks import CHECKS, WITHOUT_TOKENS, attach, lean_levels
 from families import NO_REDUCTION, REFUSED, SUPPORTED
+from timm_families import section
 
 from peft_bsr import UnsupportedModelError, probe_model
 
@@ -55,7 +56,7 @@ named; the other computes something other than norm, projections and attention, 
 `keep_rate=1.0` blocks train, full-rank or low-rank, the gradient is cut before them and lean halves run; "passed" lists
 the checks that apply: identity, gradients, lean, save and load, disable.
 Models that are not in the table are probed in the same way, and accepted or rejected with a reason.
-timm models in a `TimmWrapper` are supported by the same probe; their tests run if timm is installed.
+timm's models in a `TimmWrapper` have a section of their own.
 """
 COLUMNS = ("family", "class", "special", "positions", "scores from", "score", "modes", "lean", "passed")
 
@@ -136,6 +137,7 @@ def render(rows: list[Row]) -> str:
     lines.append(_line(["---"] * 3))
     lines += [_line([row.family, row.model, row.refused or ""]) for row in rows if row.refused is not None]
     lines += ["", f"torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}."]
+    lines += ["", section()]
     return "\n".join(lines) + "\n"
 
 

@@ -1,62 +1,112 @@
-"""timm's ViT and EVA (including its DINOv3) through transformers' TimmWrapper; skipped if timm is not installed."""
+"""timm's architectures through transformers' TimmWrapper: `make test-timm`. Skipped if timm is not installed."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import checks
 import pytest
+import timm_families
 import torch
+from peft import get_peft_model
+from timm_families import NO_REDUCTION, REFUSED, SUPPORTED, Blocks, Refused, Tokens, arguments_of
 from torch import nn
 
-timm = pytest.importorskip("timm", reason="timm is not installed")
+from peft_bsr import BSRConfig, UnsupportedModelError, probe_model
 
-SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 4}
-ARCHITECTURES = {  # name -> architecture, arguments, number of prefix tokens, whether blocks use positions
-    "timm_vit": ("vit_tiny_patch16_224", {}, 1, False),
-    "timm_vit_layer_scale": ("vit_tiny_patch16_224", {"init_values": 0.1}, 1, False),
-    "timm_vit_mean": ("vit_tiny_patch16_224", {"global_pool": "avg", "class_token": False}, 0, False),
-    "timm_vit_registers": ("vit_tiny_patch16_224", {"reg_tokens": 3, "dynamic_img_size": True}, 4, False),
-    "timm_eva02": ("eva02_tiny_patch14_224", {}, 1, True),
-    "timm_dinov3": ("vit_small_patch16_dinov3", {"num_reg_tokens": 2}, 3, True),
-}
+timm = pytest.importorskip("timm", reason="timm is not installed; `make test-timm` has it")
+
+# in both modes; the others in their default mode
+THOROUGH = ("timm_vit", "timm_vit_mean", "timm_vit_registers", "timm_dinov3", "timm_eva02", "timm_siglip_bare")
 
 
-def maker(name: str) -> Callable[..., nn.Module]:
-    from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
+def maker(name: str, case: Tokens | Blocks | Refused) -> Callable[..., nn.Module]:
+    from transformers import TimmWrapperConfig, TimmWrapperForImageClassification, TimmWrapperModel
 
-    architecture, arguments, _, _ = ARCHITECTURES[name]
+    side = getattr(case, "side", 32)
 
     def make(seed: int = 0) -> nn.Module:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             config = TimmWrapperConfig(
-                architecture=architecture,
+                architecture=case.architecture,
                 num_labels=3,
-                model_args={**SMALL, **arguments},
-                pretrained_cfg={"input_size": (3, 32, 32)},
+                model_args=arguments_of(case),
+                pretrained_cfg={"input_size": (3, side, side)},
             )
-            return TimmWrapperForImageClassification(config).eval()
+            made = TimmWrapperModel if name.endswith("_bare") else TimmWrapperForImageClassification
+            return made(config).eval()
 
     return make
 
 
-@pytest.fixture(params=ARCHITECTURES)
+def of_its_size(model: nn.Module, batch_size: int = 2, seed: int = 1) -> dict[str, torch.Tensor]:
+    shape = model.config.pretrained_cfg["input_size"]
+    return {"pixel_values": torch.randn(batch_size, *shape, generator=torch.Generator().manual_seed(seed))}
+
+
+@pytest.fixture(autouse=True)
+def images(monkeypatch):
+    monkeypatch.setattr(checks, "run_batch", of_its_size)
+
+
+@pytest.fixture(params=SUPPORTED)
 def family(request, monkeypatch):
-    monkeypatch.setitem(checks.SUPPORTED, request.param, maker(request.param))
+    monkeypatch.setitem(checks.SUPPORTED, request.param, maker(request.param, SUPPORTED[request.param]))
     return request.param
 
 
-@pytest.mark.parametrize("mode", ["compact", "full_view"])
+@pytest.fixture(params=NO_REDUCTION)
+def without_tokens(request, monkeypatch):
+    monkeypatch.setitem(checks.NO_REDUCTION, request.param, maker(request.param, NO_REDUCTION[request.param]))
+    return request.param
+
+
 @pytest.mark.parametrize("check", [name for name in checks.CHECKS if name != "gradients"])
-def test_contract(family, check, mode):
-    checks.CHECKS[check](family, mode)
+def test_contract(family, check):
+    checks.CHECKS[check](family, None)
+    if family in THOROUGH:
+        checks.CHECKS[check](family, "compact" if family.endswith("_bare") else "full_view")
 
 
-def test_its_checkpointing_works_without_reduction_and_is_refused_with_one(family):
+def test_what_the_probe_finds_and_what_runs_lean(family):
+    case = SUPPORTED[family]
+    spec = probe_model(checks.SUPPORTED[family]())
+    assert (spec.num_prefix, spec.num_suffix, spec.uses_positions) == (case.prefix, 0, case.positions)
+    assert spec.scores_from == "sdpa"
+    assert checks.lean_levels(family) == case.lean
+
+
+@pytest.mark.parametrize("check", checks.WITHOUT_TOKENS)
+def test_contract_without_token_reduction(without_tokens, check):
+    checks.CHECKS[check](without_tokens, None)
+
+
+def test_blocks_alone_run_lean_and_the_default_is_refused_with_the_reason(without_tokens):
+    case = NO_REDUCTION[without_tokens]
+    with pytest.raises(UnsupportedModelError, match=rf"has no token reduction: {re.escape(case.reason)}"):
+        get_peft_model(checks.NO_REDUCTION[without_tokens](), BSRConfig())
+    assert checks.lean_levels(without_tokens) == case.lean
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_others_are_refused_with_the_reason(name):
+    with pytest.raises(UnsupportedModelError, match=rf"is not supported: {re.escape(REFUSED[name].reason)}"):
+        get_peft_model(maker(name, REFUSED[name])(), BSRConfig(keep_rate=1.0))
+
+
+def test_the_page_has_these_rows(pytestconfig):
+    page = (pytestconfig.rootpath / "docs" / "compatibility.md").read_text()
+    assert timm_families.section() in page, "run `make compatibility`"
+
+
+@pytest.mark.parametrize("name", ["timm_vit", "timm_dinov3"])
+def test_its_checkpointing_works_without_reduction_and_is_refused_with_one(name, monkeypatch):
     """timm checkpoints around a block's call, so the recomputation has no route: it raises an error."""
+    monkeypatch.setitem(checks.SUPPORTED, name, maker(name, SUPPORTED[name]))
     for keep_rate in (1.0, 0.7):
-        model = checks.attach(family, None, keep_rate=keep_rate).train()
+        model = checks.attach(name, None, keep_rate=keep_rate).train()
         base = model.base_model.model
         loss = model(**checks.run_batch(base)).logits.square().sum()
         loss.backward()
@@ -70,14 +120,6 @@ def test_its_checkpointing_works_without_reduction_and_is_refused_with_one(famil
             continue
         loss.backward()
         assert expected
-        for name, parameter in model.named_parameters():
-            if name in expected:
-                torch.testing.assert_close(parameter.grad, expected[name])
-
-
-def test_model_spec(family):
-    from peft_bsr import probe_model
-
-    spec = probe_model(maker(family)())
-    assert (spec.num_prefix, spec.uses_positions) == ARCHITECTURES[family][2:]
-    assert spec.scores_from == "sdpa"
+        for key, parameter in model.named_parameters():
+            if key in expected:
+                torch.testing.assert_close(parameter.grad, expected[key])

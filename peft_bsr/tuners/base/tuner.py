@@ -230,13 +230,19 @@ class MethodTuner(FileChecks, BaseTuner):
         with self._own_part():
             super().unmerge_adapter()
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
         """Controllers are detached, so the part is found by its name."""
         whole, others = self.model, foreign_layers(self.model)
         configs = getattr(whole, "peft_config", {})
         self.model = whole.get_submodule(self.part or "") if others else whole
         try:
-            super()._unload_and_optionally_merge(*args, **kwargs)
+            super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         finally:
             self.model = whole
         if others:

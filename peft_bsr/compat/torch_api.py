@@ -153,7 +153,7 @@ def flop_formula(operator: Any, own: Mapping[OpOverloadPacket, Callable[..., int
 
 def takes_tensors(formula: Callable[..., int]) -> Callable[..., int]:
     """Mark a formula for `FlopCounterMode` as one that takes tensors instead of shapes."""
-    formula._get_raw = True  # type: ignore[attr-defined]
+    vars(formula)["_get_raw"] = True
     return formula
 
 

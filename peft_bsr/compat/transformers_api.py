@@ -126,7 +126,7 @@ def register_classifier(config_class: type[PreTrainedConfig], model_class: type[
 def keep_weights(model: nn.Module) -> None:
     """Mark the weights as initialized, so that a model that contains this one does not initialize them again."""
     for module in model.modules():
-        module._is_hf_initialized = True  # type: ignore[assignment]
+        vars(module)["_is_hf_initialized"] = True
 
 
 def class_names_of_task(task: str) -> set[str]:

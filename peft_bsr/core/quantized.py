@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from operator import methodcaller
+
 import torch
 from torch import Tensor
 
@@ -25,7 +27,7 @@ def kept_bytes(tensor: Tensor) -> int:
     """Bytes of a tensor's storage; for a quantized tensor, of its inner tensors."""
     if not is_quantized(tensor):
         return tensor.untyped_storage().nbytes()
-    parts, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+    parts, _ = methodcaller("__tensor_flatten__")(tensor)
     return sum(kept_bytes(getattr(tensor, part)) for part in parts)
 
 

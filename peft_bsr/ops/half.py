@@ -70,7 +70,7 @@ class HalfSettings:
         given: Sequence[Any] = tensors  # weights of norm and Linears are not None
         starts = range(_NORM, len(given), _LINEAR)
         linears = [
-            LinearOp(*given[i : i + _LINEAR], scaling).cast(*compute)  # type: ignore[call-arg]
+            LinearOp(given[i], given[i + 1], given[i + 2], given[i + 3], scaling).cast(*compute)
             for i, scaling in zip(starts, self.scalings, strict=True)
         ]
         return self.norm(given[0], given[1], self.eps), linears

@@ -49,8 +49,8 @@ class LinearOp(NamedTuple):
             return self
         if not all_of_it and type(weight) in _PLAIN and torch.promote_types(weight.dtype, dtype) is weight.dtype:
             return self
-        plain = [None if t is None else as_plain(t, dtype) for t in (weight, bias, down, up)]
-        return LinearOp(*plain, scaling)  # type: ignore[arg-type, call-arg]
+        bias, down, up = [None if t is None else as_plain(t, dtype) for t in (bias, down, up)]
+        return LinearOp(as_plain(weight, dtype), bias, down, up, scaling)
 
     def product(self, inputs: Tensor) -> Tensor:
         """[M, D] -> [M, E], in the dtype of the inputs."""

@@ -208,8 +208,9 @@ class ALaSTSchedule:
                     parameter.grad = None
 
     def _alpha(self) -> float:
-        if self.config.alpha != "lr":
-            return float(self.config.alpha)  # type: ignore[arg-type]
+        alpha = self.config.alpha
+        if alpha is not None and alpha != "lr":
+            return float(alpha)
         if self.learning_rate is None:
             raise ConfigError(
                 "`alpha='lr'` updates budgets by the learning rate, which is not set. Give Trainer "

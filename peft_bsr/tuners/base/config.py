@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from peft import PeftConfig
 from torch import nn
 from transformers import PreTrainedConfig
 
@@ -60,7 +59,7 @@ class Attachment:
 
 
 @dataclass
-class SavedConfig(AdapterFiles, PeftConfig):
+class SavedConfig(AdapterFiles):
     """Base class of the configurations.
 
     Args:

@@ -15,6 +15,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from torch import Tensor
 
@@ -29,8 +30,8 @@ _LONGEST = 1000  # entries of a list other than class names, and characters of a
 _PLAIN_NAME = re.compile(r"[\w.\-]+")
 
 
-class AdapterFiles:
-    """Mixin for `PeftConfig`: checks the files before PEFT reads them.
+class AdapterFiles(PeftConfig):
+    """A `PeftConfig` that checks the files before PEFT reads them.
 
     Attributes:
         fills_weights: Whether it was read from a file and PEFT is about to load the weights that belong to it.
@@ -43,7 +44,7 @@ class AdapterFiles:
 
     def __post_init__(self) -> None:
         try:
-            super().__post_init__()  # type: ignore[misc]
+            super().__post_init__()
         except (TypeError, ValueError) as error:
             raise ConfigError(f"{type(self).__name__}: {error}") from error
 
@@ -67,8 +68,8 @@ class AdapterFiles:
             read_config(folder)
             if (folder / SAFETENSORS_WEIGHTS_NAME).exists() or (folder / WEIGHTS_NAME).exists():
                 check_weights(folder)
-        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)  # type: ignore[misc]
-        options = cls._split_kwargs(kwargs)[0]  # type: ignore[attr-defined]
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        options = cls._split_kwargs(kwargs)[0]
         config.source = AdapterSource(str(pretrained_model_name_or_path), subfolder, options)
         config.fills_weights = True
         return config
@@ -111,7 +112,7 @@ class AdapterFiles:
         folder = Path(save_directory)
         draft = folder / f".saving-{socket.gethostname()}-{os.getpid()}"
         try:
-            super().save_pretrained(str(draft), **kwargs)  # type: ignore[misc]
+            super().save_pretrained(str(draft), **kwargs)
             values = json.loads((draft / CONFIG_NAME).read_bytes())
             values = with_digests(values, folder / SAFETENSORS_WEIGHTS_NAME)
             (draft / CONFIG_NAME).write_text(json.dumps(values, indent=2, sort_keys=True), encoding="utf-8")

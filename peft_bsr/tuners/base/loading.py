@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from peft_bsr.backbones.fingerprint import Plain
@@ -23,8 +24,8 @@ _WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_
 _SPARE = 2**18  # a file may have this many elements more than twice the adapter's
 
 
-class FileChecks:
-    """Mixin for PEFT's `BaseTuner`: checks before loading and saving."""
+class FileChecks(BaseTuner):
+    """A tuner of PEFT with checks before loading and saving."""
 
     model: nn.Module
     peft_config: dict[str, SavedConfig]
@@ -38,11 +39,10 @@ class FileChecks:
             yield
             self._check_file(adapter_name)
         except BaseException:
-            tuner: Any = self  # with PEFT's methods
             if len(self.peft_config) > 1:
-                tuner.delete_adapter(adapter_name)
+                self.delete_adapter(adapter_name)
             else:
-                tuner.unload()
+                self.unload()
             restore_requires_grad(self.model, before)
             raise
         config = self.peft_config[adapter_name]
@@ -108,7 +108,7 @@ class FileChecks:
         Raises:
             AdapterFileError: See `check_loaded`.
         """
-        renamed: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(  # type: ignore[misc]
+        renamed: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
         )
         tuner = getattr(model, "base_model", None)
@@ -135,7 +135,7 @@ class FileChecks:
             AdapterError: If a part of it is no longer in the model.
         """
         check_whole(model, config, adapter_name)
-        found: dict[str, Tensor] = super()._get_adapter_state_dict(  # type: ignore[misc]
+        found: dict[str, Tensor] = super()._get_adapter_state_dict(
             model, config, adapter_name, *args, **kwargs
         )
         others = tuple(f"{name}." for name in foreign_layers(model))

@@ -32,7 +32,7 @@ from peft_bsr.tuners.base.part import beside_others, check_beside, resolve_part
 from peft_bsr.tuners.base.resolution import Resolution
 
 
-class MethodTuner(FileChecks, BaseTuner):
+class MethodTuner(FileChecks):
     """A tuner whose adapters each have a plan for the blocks. One adapter is active at a time."""
 
     tuner_layer_cls = SingleAdapterLayer

@@ -98,7 +98,7 @@ def several(args: argparse.Namespace, variant: str, keep_rate: float, rate: floa
     config = BSRConfig(tasks=tasks, moe=VARIANTS[variant], keep_rate=keep_rate)
     model = get_peft_model(load_base(args.model, ["none"]), config)
     params = json.loads((HERE / "method_comparison" / "default_training_params.json").read_text())
-    settings = argparse.Namespace(learning_rate=rate, seed=seed)
+    settings = argparse.Namespace(learning_rate=rate, seed=seed, seconds=None)
     with tempfile.TemporaryDirectory() as scratch:
         trainer = Trainer(
             model=model,

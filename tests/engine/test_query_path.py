@@ -23,7 +23,9 @@ from families import SUPPORTED
 
 REFUSED = {"internvl_qk_norm": "differs from the block", "blip": r"no module for \['query', 'key', 'value'\]"}
 REFUSED |= {"vjepa2": "its own positions"}
-READ = sorted(set(SUPPORTED) - set(REFUSED))
+REFUSED |= dict.fromkeys(("wav2vec2", "hubert", "data2vec_audio"), "are not norm, attention, norm and MLP")
+PARTS = {"clip_dual", "siglip_dual", "llava", "paligemma", "smolvlm", "internvl_chat"}  # SynQT is not for parts
+READ = sorted(set(SUPPORTED) - set(REFUSED) - PARTS)
 
 
 def tokens_and_queries(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:

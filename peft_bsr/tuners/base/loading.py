@@ -108,9 +108,7 @@ class FileChecks(BaseTuner):
         Raises:
             AdapterFileError: See `check_loaded`.
         """
-        renamed: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
-            model, config, adapter_name, state_dict
-        )
+        renamed: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         tuner = getattr(model, "base_model", None)
         is_new, config.fills_weights = config.fills_weights, False
         if isinstance(tuner, FileChecks):  # transformers renames keys itself and reports missing ones
@@ -127,7 +125,7 @@ class FileChecks(BaseTuner):
 
     @classmethod
     def _get_adapter_state_dict(
-        cls, model: nn.Module, config: SavedConfig, adapter_name: str, *args: Any, **kwargs: Any
+        cls, model: nn.Module, config: SavedConfig, adapter_name: str, state_dict: dict[str, Tensor], **kwargs: Any
     ) -> dict[str, Tensor]:
         """The state dict of an adapter, checked to be complete.
 
@@ -136,7 +134,7 @@ class FileChecks(BaseTuner):
         """
         check_whole(model, config, adapter_name)
         found: dict[str, Tensor] = super()._get_adapter_state_dict(
-            model, config, adapter_name, *args, **kwargs
+            model=model, config=config, adapter_name=adapter_name, state_dict=state_dict, **kwargs
         )
         others = tuple(f"{name}." for name in foreign_layers(model))
         return {key: tensor for key, tensor in found.items() if not key.startswith(others)}

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shlex
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import yaml
@@ -287,13 +286,9 @@ def test_export_hands_over_what_was_asked(run_json, trained, tmp_path, monkeypat
         measured = {"max_difference": 0.0, "batch_size": 8, "threads": 2, "seconds": 0.1, "unreduced_seconds": 0.2}
         return ExportReport(format, path, 1, None, "pixel_values", (None, 3, 32, 32), [(17, 10)], {}, **measured)
 
-    module = ModuleType("peft_bsr.exporting")
-    module.export = export
-    monkeypatch.setitem(sys.modules, "peft_bsr.exporting", module)
-    monkeypatch.delitem(sys.modules, "peft_bsr.cli.export", raising=False)
+    monkeypatch.setattr(importlib.import_module("peft_bsr.cli.export"), "export", export)
     said = run_json("export", trained / "adapter", "--output", tmp_path / "model.onnx", "--quantize", "int8")
     assert (said["max_difference"], said["speedup"]) == (0.0, 2.0)
     assert asked["image_size"] == (32, 32), "what the adapter was trained at"
     assert (asked["format"], asked["quantize"], asked["check"], asked["batch_size"]) == ("onnx", "int8", True, None)
     assert asked["model"].peft_config["default"].labels == ["dark", "light"]
-    monkeypatch.delitem(sys.modules, "peft_bsr.cli.export", raising=False)

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 sys.path.extend(str(folder) for folder in Path(__file__).parents[:2])
 from data import Protocol
 from experiment import Experiment, load_base
-from launch import add_results, results_of
+from launch import add_experiments, add_results, results_of, stored
 from own_process import in_own_process
 from train import add_sources, environment
 
@@ -36,7 +36,7 @@ REFERENCE = "full_finetuning/all"
 def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", help="these experiments (default: all but those of try.py)")
+    add_experiments(parser)
     parser.add_argument("--again", action="store_true", help="also measure what has results")
     parser.add_argument("--repeats", type=int, default=7, help="timed steps of each (default 7)")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
@@ -51,7 +51,7 @@ def main() -> None:
         return
     path = results_of(args) / "costs.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    found = json.loads(path.read_text()) if path.exists() else {}
+    found = stored(path)
     for experiment in tqdm(Experiment.chosen(args.only), unit="experiment"):
         cost = found.setdefault(experiment.name, {})
         if args.again or "step_to_full" not in cost:

@@ -27,6 +27,16 @@ def results_of(args: argparse.Namespace) -> Path:
     return folder if seconds is None else folder / f"{seconds:g}-seconds"
 
 
+def add_experiments(parser: argparse.ArgumentParser) -> None:
+    """Add the argument that selects experiments."""
+    parser.add_argument("--only", nargs="*", help="these experiments (default: all but those of try.py)")
+
+
+def stored(path: Path) -> dict[str, Any]:
+    """What a JSON file of results holds; nothing if there is no file yet."""
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
 def add_launching(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that say how long runs take and how they share the machine."""
     parser.add_argument("--seconds", type=float, help="train so long instead of the protocol's epochs")

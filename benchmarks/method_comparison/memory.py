@@ -21,7 +21,7 @@ sys.path.extend(str(folder) for folder in Path(__file__).parents[:2])
 from costs import peak_bytes, random_batch, ready
 from data import Protocol
 from experiment import Experiment
-from launch import add_results, results_of
+from launch import add_experiments, add_results, results_of, stored
 from own_process import in_own_process
 from train import add_sources
 
@@ -29,7 +29,7 @@ from train import add_sources
 def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", help="these experiments (default: all but those of try.py)")
+    add_experiments(parser)
     parser.add_argument("--peaks-of", help=argparse.SUPPRESS)
     add_sources(parser)
     add_results(parser)
@@ -42,7 +42,7 @@ def main() -> None:
         return
     path = results_of(args) / "memory.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    found = json.loads(path.read_text()) if path.exists() else {}
+    found = stored(path)
     for experiment in tqdm(Experiment.chosen(args.only), unit="experiment"):
         if experiment.name not in found:
             arguments = ["--peaks-of", experiment.name, "--model", args.model, "--protocol", args.protocol]

@@ -22,7 +22,7 @@ import matplotlib.pyplot as plt
 sys.path.insert(0, str(Path(__file__).parent))
 from data import Protocol
 from experiment import EXPERIMENTS, Experiment
-from launch import HERE, add_results, results_of
+from launch import HERE, add_results, results_of, stored
 from report_memory import memory_section
 from report_time import budgets_in, time_section
 from run import result_path
@@ -39,7 +39,8 @@ FRONT = {
     "bsr/upper-exact": "`BSRConfig(trainable_blocks=[5, 8, 11], keep_rate=0.7)`",
     "bsr/all-lora-max": '`BSRConfig(trainable="lora", trainable_blocks="every:1", keep_rate=1.0, lean="max")`',
 }
-TITLES = {"cifar10": "CIFAR-10", "fashion-mnist": "Fashion-MNIST", "flowers": "flowers"}
+TITLES = {"cifar10": "CIFAR-10", "fashion-mnist": "Fashion-MNIST"}
+FRONT_PROTOCOL = "cpu"  # what the front pages say below the table
 FRONT_PLACE = re.compile(r"(?<=<!-- benchmarks/method_comparison/report\.py -->\n\n).*?(?=\n\n<!-- end -->)", re.DOTALL)
 COLORS = {
     "full_finetuning": "black",
@@ -91,8 +92,7 @@ def main() -> None:
     args = parser.parse_args()
     protocol = Protocol.load(args.protocol)
     results = results_of(args)
-    costs_path = results / "costs.json"
-    costs = json.loads(costs_path.read_text()) if costs_path.exists() else {}
+    costs = stored(results / "costs.json")
     tasks = {task: rows for task in protocol.tasks if (rows := load_rows(results, task, costs))}
     if not tasks:
         raise SystemExit(f"{results} has no results; run run.py first.")
@@ -107,17 +107,18 @@ def main() -> None:
     for task, rows in tasks.items():
         draw(rows, task, picture_of(task))
         parts += [f"## {task}", accuracy_table(rows), f"![{task}](images/{picture_of(task).name})"]
-    if (path := results / "memory.json").exists():
-        parts += memory_section(tasks, json.loads(path.read_text()), picture_of, COLORS)
+    if peaks := stored(results / "memory.json"):
+        parts += memory_section(tasks, peaks, picture_of, COLORS)
     by_seconds = {s: {task: load_rows(folder, task, costs) for task in tasks} for s, folder in budgets_in(results)}
     parts += time_section(list(tasks), by_seconds, picture_of, COLORS) if by_seconds else []
     parts += ["## Costs", cost_table(costs, tasks), "## Learning rates", recipe_table(recipes)]
     if tried := [json.loads(path.read_text()) for path in sorted((results / "tried").glob("*.json"))]:
         parts += ["## What else was tried", tried_table(tried, recipes, costs)]
     args.output.write_text("\n\n".join(parts) + "\n")
-    for page in (args.output.parent / "index.md", args.output.parents[1] / "README.md"):
-        if page.exists():
-            page.write_text(FRONT_PLACE.sub(lambda _: front_table(tasks), page.read_text()))
+    if protocol.name == FRONT_PROTOCOL:
+        for page in (args.output.parent / "index.md", args.output.parents[1] / "README.md"):
+            if page.exists():
+                page.write_text(FRONT_PLACE.sub(lambda _: front_table(tasks), page.read_text()))
     print(f"{args.output}: {sum(len(row.runs) for rows in tasks.values() for row in rows)} runs")
 
 
@@ -164,6 +165,8 @@ def front_table(tasks: dict[str, list[Row]]) -> str:
     """Table of the main choices: peak, speed and accuracy on each task that has all of them."""
     by_task = {task: {row.experiment.name: row for row in rows} for task, rows in tasks.items()}
     by_task = {task: rows for task, rows in by_task.items() if FRONT.keys() <= rows.keys()}
+    if not by_task:
+        raise SystemExit(f"No task has results of all of {list(FRONT)}: README.md and index.md are unchanged.")
     header = ["", "peak memory, MiB", "speed, relative to full", *(f"{TITLES.get(task, task)}, %" for task in by_task)]
     lines = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
     for name, label in FRONT.items():
@@ -171,8 +174,7 @@ def front_table(tasks: dict[str, list[Row]]) -> str:
         cost = found[0].cost
         assert cost is not None, f"{name} has no costs; run costs.py first."
         cells = [f"{cost['peak_bytes'] / 2**20:.0f}", f"{1 / cost['step_to_full']:.1f}"]
-        seeds = {1: " (one seed)"}
-        cells += [f"{100 * row.accuracy:.1f}{seeds.get(len(row.runs), '')}" for row in found]
+        cells += [f"{100 * row.accuracy:.1f}{' (one seed)' if len(row.runs) == 1 else ''}" for row in found]
         lines.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

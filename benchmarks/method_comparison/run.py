@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 sys.path.insert(0, str(Path(__file__).parent))
 from data import Protocol
 from experiment import Experiment
-from launch import add_launching, add_results, launch, results_of
+from launch import add_experiments, add_launching, add_results, launch, results_of
 from sweep import load_recipes
 from train import add_sources
 
@@ -27,7 +27,7 @@ from train import add_sources
 def main() -> None:
     """Run what is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", help="these experiments (default: all but those of try.py)")
+    add_experiments(parser)
     parser.add_argument("--tasks", nargs="*", help="see data.py (default: the protocol's)")
     parser.add_argument("--seeds", type=int, nargs="*", help="these seeds (default: as many as the protocol asks for)")
     add_sources(parser)

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 sys.path.insert(0, str(Path(__file__).parent))
 from data import Protocol
 from experiment import Experiment
-from launch import add_launching, add_results, launch, results_of
+from launch import add_launching, add_results, launch, results_of, stored
 from train import add_sources
 
 RATES = [1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1]
@@ -49,18 +49,13 @@ def main() -> None:
 
         found = dict(pool.map(search, chosen))
     path = results_of(args) / "recipes.json"
-    path.write_text(json.dumps(_stored(path) | found, indent=2) + "\n")
+    path.write_text(json.dumps(stored(path) | found, indent=2) + "\n")
 
 
 def load_recipes(args: argparse.Namespace) -> dict[str, Any]:
     """Results of earlier sweeps, by recipe; with `--seconds`, the protocol's where none was swept for that time."""
-    return _stored(args.results / Path(args.protocol).stem / "recipes.json") | _stored(
-        results_of(args) / "recipes.json"
-    )
-
-
-def _stored(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.exists() else {}
+    base, own = args.results / Path(args.protocol).stem, results_of(args)
+    return stored(base / "recipes.json") | stored(own / "recipes.json")
 
 
 def find_rate(args: argparse.Namespace, recipe: str, experiment: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -90,8 +90,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     base = load_base(args.model, images["train"].features["label"].names)
     budget = None if args.seconds is None else TimeBudget(args.seconds, experiment.params["warmup"])
     model = experiment.attach(base)
-    with ExitStack() as stack:
-        folder = stack.enter_context(tempfile.TemporaryDirectory())
+    with tempfile.TemporaryDirectory() as folder:
         is_cached = experiment.params["feature_cache"]
         cache = FeatureCache.build(model, train, Path(folder) / "cache") if is_cached else None
         trainer = TimedTrainer(

@@ -237,14 +237,10 @@ class MethodTuner(FileChecks):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
-        """Controllers are detached, so the part is found by its name."""
         whole, others = self.model, foreign_layers(self.model)
         configs = getattr(whole, "peft_config", {})
-        self.model = whole.get_submodule(self.part or "") if others else whole
-        try:
+        with self._own_part():
             super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
-        finally:
-            self.model = whole
         if others:
             vars(whole)["peft_config"] = {n: c for n, c in configs.items() if c is not self.peft_config.get(n)}
         return whole

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from peft_bsr.backbones.model_spec import ModelSpec
 from peft_bsr.backbones.probe import probe_model
@@ -167,7 +167,7 @@ def _sample(weight: Tensor) -> Tensor:
 
 
 def _base_of(model: nn.Module) -> nn.Module:
-    base: Any = model
+    base: PreTrainedModel = model
     return base.get_base_model() if hasattr(model, "get_base_model") else base
 
 

@@ -237,7 +237,7 @@ class BackboneForImageClassification(PreTrainedModel):
         return (model, report | {"missing_keys": missing, "mismatched_keys": other}) if wants_report else model
 
 
-def bare_class(config: PreTrainedConfig) -> Any:
+def bare_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """The vision model without a head that transformers has for a configuration.
 
     Raises:

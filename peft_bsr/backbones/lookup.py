@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +41,7 @@ def rotation_of(attention: nn.Module) -> Callable[..., tuple[Tensor, Tensor]] | 
 
 
 def _rotate_patches(
-    attention: Any, rotate: Callable[..., Tensor], query: Tensor, key: Tensor, table: Tensor
+    attention: nn.Module, rotate: Callable[..., Tensor], query: Tensor, key: Tensor, table: Tensor
 ) -> tuple[Tensor, Tensor]:
     """timm's: the tokens after the special ones, by a table [.., N, 2 d] of sine and cosine."""
     first = attention.num_prefix_tokens

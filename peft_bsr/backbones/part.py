@@ -42,7 +42,7 @@ class VisionPart(nn.Module):
 
     def __init__(self, model: nn.Module, name: str) -> None:
         super().__init__()
-        part: Any = model.get_submodule(name)
+        part: PreTrainedModel = model.get_submodule(name)
         share_contents(self, part)
         self.training = part.training
         self.config = getattr(part, "config", None)

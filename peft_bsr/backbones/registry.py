@@ -124,12 +124,12 @@ def _siglip2_inputs(config: PreTrainedConfig, batch_size: int, generator: torch.
     }
 
 
-def _segformer_inputs(config: Any, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
+def _segformer_inputs(config: PreTrainedConfig, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
     """Images of 128 px: the config names no size, because any will do."""
     return {"pixel_values": torch.randn(batch_size, config.num_channels, 128, 128, generator=generator)}
 
 
-def _qwen_vl_inputs(config: Any, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
+def _qwen_vl_inputs(config: PreTrainedConfig, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
     """Packed patches of images of 8 x 8 patches (twice that where 4 x 4 are merged), and their grids."""
     side = 4 * config.spatial_merge_size
     channels = getattr(config, "in_channels", None) or getattr(config, "in_chans", 3)
@@ -140,7 +140,7 @@ def _qwen_vl_inputs(config: Any, batch_size: int, generator: torch.Generator) ->
     }
 
 
-def _whisper_inputs(config: Any, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
+def _whisper_inputs(config: PreTrainedConfig, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
     """Spectrograms of the only length that the encoder takes, and one token for the decoder where there is one."""
     frames = 2 * config.max_source_positions
     start = torch.full((batch_size, 1), config.decoder_start_token_id)
@@ -148,7 +148,7 @@ def _whisper_inputs(config: Any, batch_size: int, generator: torch.Generator) ->
     return {"input_features": values, "decoder_input_ids": start}
 
 
-def _waveform_inputs(config: Any, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
+def _waveform_inputs(config: PreTrainedConfig, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
     """Waveforms of 50 tokens of which the last is padding: what a head does with a mask decides the mode."""
     length = 50
     for kernel, stride in zip(reversed(config.conv_kernel), reversed(config.conv_stride), strict=True):

@@ -252,7 +252,7 @@ def run_scored(source: ScoreSource, kind: str, run: Callable[[], tuple[Tensor, l
 
 
 def attend(
-    attention: Any,
+    attention: nn.Module,
     source: ScoreSource | None,
     query: Tensor,
     key: Tensor,
@@ -287,7 +287,7 @@ def attend(
     return function(attention, query, key, value, mask, scaling=scaling, dropout=dropout)[0].flatten(2)
 
 
-def computes_weights(attention: Any, source: ScoreSource | None) -> bool:
+def computes_weights(attention: nn.Module, source: ScoreSource | None) -> bool:
     """Whether `attend` without dropout computes attention weights [B, H, Q, N] that autograd records."""
     return source == "interface" and getattr(attention.config, IMPLEMENTATION) in (None, "eager")
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
 
 from peft_bsr.backbones.block_spec import parameter_owners, takes_residual
 from peft_bsr.backbones.inputs import RecordedCall, hidden_first, probe_inputs, run_probe, tensors_of
@@ -152,7 +153,7 @@ def _gradients(output: object, trace: Trace) -> tuple[Tensor, tuple[str, ...]] |
     return start, tuple(name for name in trace.after_blocks if name in used)
 
 
-def text_decoder(model: Any) -> tuple[str, ...]:
+def text_decoder(model: PreTrainedModel) -> tuple[str, ...]:
     """Names, with a dot at the end, of a text decoder and of its output layer: a part of the model next to its head."""
     if not getattr(getattr(model, "config", None), "is_encoder_decoder", False) or not hasattr(model, "get_decoder"):
         return ()

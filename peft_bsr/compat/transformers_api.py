@@ -102,7 +102,7 @@ def config_class_of(model_type: str) -> type[PreTrainedConfig]:
     return CONFIG_MAPPING[model_type]
 
 
-def backbone_class_of(config: PreTrainedConfig) -> Any:
+def backbone_class_of(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
     """The bare model class of a config: `AutoModel`'s, else the vision model in the same modeling file, or None."""
     if type(config) in MODEL_MAPPING:
         found = MODEL_MAPPING[type(config)]

@@ -41,7 +41,7 @@ def model_memory(model: nn.Module, optimizer: torch.optim.Optimizer | None = Non
     """Memory of a model and its optimizer.
 
     Args:
-        model: Any model.
+        model: A model.
         optimizer: Its optimizer. Default None.
 
     Examples:

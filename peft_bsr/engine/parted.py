@@ -79,7 +79,7 @@ class PartedAttention(LeanAttention):
         chosen: Tensor,
         others: Tensor,
         mask: Tensor | None,
-        *inputs: Tensor | None,
+        *inputs: Any,
     ) -> tuple[Tensor, ...]:
         """Attention output of the chosen [B, C or Q, H * d]; query of the others, key and value of all; scores.
 

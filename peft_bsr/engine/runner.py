@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -222,7 +222,7 @@ def detach_controller(model: nn.Module, controller: BlockController) -> None:
     """Undo `attach_controller`."""
     controller.detached(model)
     spec = controller.spec
-    block: Any = model.get_submodule(spec.blocks[controller.index])
+    block = cast("ControlledBlock", model.get_submodule(spec.blocks[controller.index]))
     attention: Any = block.get_submodule(spec.attention)
     if not spec.stage_blocks:
         controller.side_input_hooks.detach(block, spec.attention)

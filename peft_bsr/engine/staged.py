@@ -108,7 +108,7 @@ class StagedBlock:
             reason = self.reasons.get("attention", _UNKNOWN_ATTENTION if lean.save_products else None)
             if reason is None:
                 for name in (*self.parts.other_attentions, self.parts.attention):
-                    attention: Any = getattr(self.block, name.split(".")[0])
+                    attention: nn.Module = getattr(self.block, name.split(".")[0])
                     found[attention] = _Again(attention, self.block.get_submodule(name))
             else:
                 asides["attention"] = reason
@@ -138,7 +138,7 @@ class _MLP:
 class _Again:
     """An attention of which the inputs alone are kept."""
 
-    def __init__(self, attention: Any, inner: nn.Module) -> None:
+    def __init__(self, attention: nn.Module, inner: nn.Module) -> None:
         self.attention = attention
         self.rates, self.dropouts = attention_dropouts(running_module(inner)[0] or inner, attention)
 

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -78,13 +78,14 @@ def _load_program(path: Path) -> Run:
 def _write_onnx(model: ImageFunction, sample: Tensor, path: Path, is_any_batch: bool) -> None:
     with torch.no_grad(), _quiet():
         outputs = list(model.named_outputs(sample))
-        program: Any = torch.onnx.export(
+        program = torch.onnx.export(
             trace(model, sample, is_any_batch),
             input_names=[model.input_name],
             output_names=outputs,
             dynamic_shapes=({0: "batch"},) if is_any_batch else None,  # the graph is there, they name its axes
             verbose=False,
         )
+    assert program is not None
     for node in program.model.graph.all_nodes():
         node.metadata_props.clear()  # stack traces with the paths of this machine, a third of the graph
     program.save(path, external_data=_is_large(model))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import torch
 from accelerate.utils import extract_model_from_parallel
@@ -101,14 +101,14 @@ class TrainedEMA(TrainerCallback):
         self._averages = {name: state["averages"][name].float().clone() for name in self._parameters}
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: object
     ) -> None:
         """Start from the current weights; a resumed run continues its average.
 
         Raises:
             AdapterFileError: If the run is resumed from a checkpoint that was saved without an average.
         """
-        self._start(kwargs["model"])
+        self._start(model)
         if state.global_step:
             self._resume(_checkpoint(args, state))
 

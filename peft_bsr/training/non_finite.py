@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import ModelOutput
@@ -60,11 +60,10 @@ class NonFiniteLossCallback(TrainerCallback):
         return watched
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: object
     ) -> None:
         """Add hooks that record the model's inputs."""
         self._release()
-        model: nn.Module = kwargs["model"]
         self._model, self._state = model, state
         self._handles = [
             model.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True),
@@ -72,10 +71,15 @@ class NonFiniteLossCallback(TrainerCallback):
         ]
 
     def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Optimizer,
+        **kwargs: object,
     ) -> None:
         """Record the learning rate for the message."""
-        self._rate = float(kwargs["optimizer"].param_groups[0]["lr"])
+        self._rate = float(optimizer.param_groups[0]["lr"])
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object

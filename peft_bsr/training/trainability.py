@@ -5,11 +5,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping
 from itertools import takewhile
-from typing import Any
 
 import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from peft_bsr.backbones import probe_inputs
@@ -113,7 +113,13 @@ class TrainabilityCallback(TrainerCallback):
         self._is_due = True
 
     def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module,
+        optimizer: Optimizer,
+        **kwargs: object,
     ) -> None:
         """Run the check, once per run.
 
@@ -121,7 +127,7 @@ class TrainabilityCallback(TrainerCallback):
             TrainabilityError: See `verify_trainability`.
         """
         if self._is_due:
-            verify_trainability(kwargs["model"], kwargs["optimizer"])
+            verify_trainability(model, optimizer)
             self._is_due = False
 
 

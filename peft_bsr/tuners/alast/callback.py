@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import nn
+from torch.optim import Optimizer
 from transformers import TrainerCallback
 
 from peft_bsr.deprecation import warn_renamed
@@ -55,15 +56,23 @@ class ALaSTCallback(TrainerCallback):
         self.history: list[BudgetRecord] = []
 
     def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module,
+        optimizer: Optimizer,
+        **kwargs: object,
     ) -> None:
         """Pass the learning rate to the schedule."""
-        schedule = schedule_of(kwargs["model"])
-        schedule.learning_rate = float(kwargs["optimizer"].param_groups[0]["lr"])
+        schedule = schedule_of(model)
+        schedule.learning_rate = float(optimizer.param_groups[0]["lr"])
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: object
+    ) -> None:
         """Record the step."""
-        schedule = schedule_of(kwargs["model"])
+        schedule = schedule_of(model)
         schedule.next_step()
         self.history.append(BudgetRecord(state.global_step, tuple(schedule.budgets), tuple(schedule.selected)))
 
@@ -73,10 +82,12 @@ class ALaSTCallback(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         logs: dict[str, float] | None = None,
-        **kwargs: Any,
+        *,
+        model: nn.Module,
+        **kwargs: object,
     ) -> None:
         """Add mean, minimum and maximum of the budgets."""
-        budgets = schedule_of(kwargs["model"]).budgets
+        budgets = schedule_of(model).budgets
         if logs is not None and "loss" in logs:
             logs |= {
                 "budget_mean": sum(budgets) / len(budgets),

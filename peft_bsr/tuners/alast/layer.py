@@ -57,7 +57,7 @@ class ALaSTController(MergeableController):
 
     def call(
         self, block: ControlledBlock, run: Callable[..., Any], args: tuple[object, ...], kwargs: dict[str, object]
-    ) -> Any:
+    ) -> Tensor | tuple[Any, ...]:
         """Call the block. In training `torch.compile` does not trace it, because the plan changes in each step.
 
         Blocks that are compiled one by one (`block.compile()`) stay compiled.
@@ -67,7 +67,7 @@ class ALaSTController(MergeableController):
         return super().call(block, run, args, kwargs)
 
     @torch.compiler.disable
-    def _call_untraced(self, *args: Any) -> Any:
+    def _call_untraced(self, *args: Any) -> Tensor | tuple[Any, ...]:
         return super().call(*args)
 
     def begin(self) -> None:

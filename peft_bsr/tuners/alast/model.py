@@ -80,7 +80,7 @@ class ALaSTModel(BlockTuner):
 
     @classmethod
     def _get_adapter_state_dict(
-        cls, model: nn.Module, config: SavedConfig, adapter_name: str, state_dict: dict[str, Tensor], **kwargs: Any
+        cls, model: nn.Module, config: SavedConfig, adapter_name: str, state_dict: dict[str, Tensor], **kwargs: object
     ) -> dict[str, Tensor]:
         """Adds the schedule's state, which is neither a parameter nor a buffer."""
         found = super()._get_adapter_state_dict(

@@ -99,7 +99,7 @@ class AdapterFiles(PeftConfig):
         """
         return {}
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | Path, **kwargs: object) -> None:
         """Save the configuration atomically: an interrupted save leaves the earlier file.
 
         Args:

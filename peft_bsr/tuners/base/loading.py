@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
@@ -125,7 +124,7 @@ class FileChecks(BaseTuner):
 
     @classmethod
     def _get_adapter_state_dict(
-        cls, model: nn.Module, config: SavedConfig, adapter_name: str, state_dict: dict[str, Tensor], **kwargs: Any
+        cls, model: nn.Module, config: SavedConfig, adapter_name: str, state_dict: dict[str, Tensor], **kwargs: object
     ) -> dict[str, Tensor]:
         """The state dict of an adapter, checked to be complete.
 

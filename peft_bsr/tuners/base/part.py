@@ -6,11 +6,12 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
+from transformers import PreTrainedModel
 
 from peft_bsr.backbones import find_part, view_of
 from peft_bsr.errors import AdapterError, ConfigError, UnsupportedModelError
@@ -58,7 +59,7 @@ def _inside(config: SavedConfig, part: str) -> SavedConfig:
 
 
 @contextmanager
-def beside_others(model: nn.Module, peft_config: Any) -> Iterator[nn.Module]:
+def beside_others(model: nn.Module, peft_config: PeftConfig | dict[str, PeftConfig]) -> Iterator[nn.Module]:
     """Context manager around a new tuner: the model without the PeftModel of another method around it.
 
     PEFT would add the configuration to those of the other method, under the same names.
@@ -71,7 +72,7 @@ def beside_others(model: nn.Module, peft_config: Any) -> Iterator[nn.Module]:
         The model for the tuner. A PeftModel of another method is taken off if the adapter goes to a part of its model.
     """
     configs = list(peft_config.values()) if isinstance(peft_config, dict) else [peft_config]
-    base: Any = model
+    base: PreTrainedModel = model
     if isinstance(model, PeftModel) and not isinstance(model.base_model, FileChecks):
         inside = model.get_base_model()
         if isinstance(model.base_model, BaseTuner) and find_part(inside, configs[0].part) is not None:

@@ -41,7 +41,14 @@ class MethodTuner(FileChecks):
     merges: ClassVar[bool] = True  # whether the trained weights can be merged into the base model
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
-    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig | dict[str, PeftConfig],
+        adapter_name: str,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
         with beside_others(model, peft_config) as base:
             super().__init__(base, peft_config, adapter_name, *args, **kwargs)
 

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from peft import PeftConfig
 from torch import Tensor, nn
@@ -114,7 +114,7 @@ class BlockTuner(MethodTuner):
         controllers = self._attached_controllers(model, found.spec)
         for place, saved_name in (given.layout or {}).items():
             if (own_name := found.layout.get(place, saved_name)) != saved_name:
-                saved: Any = model.get_submodule(own_name)
+                saved = cast("BlockWeights", model.get_submodule(own_name))
                 saved.saved_as[adapter_name] = found.spec.full_name(saved_name)
         for controller in controllers:
             controller.plans[adapter_name] = found.plan

@@ -162,18 +162,67 @@ def _walk(
     """The first way that fits, for every setting."""
     found: list[BudgetPlan] = []
     for setting in settings_of(depth):
-        declined: list[str] = []
-        for way in ways_of(setting, setup, dtype):
-            if isinstance(way, str):
-                declined.append(way)
-                continue
-            plan = measure(way, declined)
-            if _fits(plan.estimate, budget):
-                found.append(plan)
-                break  # the others take more FLOPs
+        plan = _first_that_fits(setting, setup, dtype, budget, measure)
+        if plan is not None:
+            found.append(plan)
         if limit is not None and len(found) >= limit:
             break
     return found
+
+
+def _first_that_fits(
+    setting: Setting,
+    setup: Setup,
+    dtype: torch.dtype,
+    budget: int,
+    measure: Callable[[Way, list[str]], BudgetPlan],
+) -> BudgetPlan | None:
+    """The plan of a setting with the fewest FLOPs among those that fit, or None."""
+    declined: list[str] = []
+    for way in ways_of(setting, setup, dtype):
+        if isinstance(way, str):
+            declined.append(way)
+            continue
+        plan = measure(way, declined)
+        if _fits(plan.estimate, budget):
+            return plan  # the others take more FLOPs
+    return None
+
+
+def plan_setting(costs: PlanCosts, setting: Setting, memory: str | int, setup: Setup) -> BudgetPlan | None:
+    """The plan of `plan_for_budget` for one choice of trained blocks and tokens, or None if it does not fit.
+
+    Args:
+        costs: Costs of the model.
+        setting: Setting from `settings_of`.
+        memory: See `plan_for_budget`.
+        setup: See `plan_for_budget`.
+    """
+    budget, plain = parse_size(memory), replace(setup, gradient_checkpointing=False)
+
+    def measure(way: Way, declined: list[str]) -> BudgetPlan:
+        return _plan(costs, way, budget, [*declined, *_unused(setup, way)])
+
+    return _first_that_fits(setting, plain, setup.dtype or costs.dtype, budget, measure)
+
+
+def is_answered(costs: PlanCosts, setting: Setting, memory: str | int, setup: Setup) -> bool:
+    """Whether `plan_setting` needs no further estimate.
+
+    Args:
+        costs: Costs of the model.
+        setting: Setting from `settings_of`.
+        memory: See `plan_for_budget`.
+        setup: See `plan_for_budget`.
+    """
+    budget, plain = parse_size(memory), replace(setup, gradient_checkpointing=False)
+    for way in ways_of(setting, plain, setup.dtype or costs.dtype):
+        if not isinstance(way, str):
+            if not costs.knows(way.config, way.setup):
+                return False
+            if _fits(costs(way.config, way.setup), budget):
+                return True
+    return True
 
 
 def _search(
@@ -244,4 +293,4 @@ def parse_size(memory: str | int) -> int:
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
-__all__ = ["BudgetPlan", "parse_size", "plan_for_budget"]
+__all__ = ["BudgetPlan", "is_answered", "parse_size", "plan_for_budget", "plan_setting"]

@@ -40,6 +40,10 @@ class PlanCosts:
             self._known[key] = estimate(self.model, config, setup)
         return self._known[key]
 
+    def knows(self, config: BSRConfig | None, setup: Setup) -> bool:
+        """Whether this estimate is in the cache."""
+        return (repr(config), setup) in self._known
+
     @cached_property
     def depth(self) -> int:
         """Number of blocks of the model."""

@@ -51,7 +51,10 @@ class Way:
     gives_up: str
 
 
-def settings_of(depth: int) -> tuple[tuple[ConfigFields | None, str], ...]:
+Setting = tuple[ConfigFields | None, str]
+
+
+def settings_of(depth: int) -> tuple[Setting, ...]:
     """What is trained and which tokens are kept (fields of `BSRConfig`, None = everything), and what that gives up.
 
     Args:
@@ -108,7 +111,7 @@ def tokens_of(depth: int) -> tuple[tuple[TokenFields, str], ...]:
     )
 
 
-def ways_of(setting: tuple[ConfigFields | None, str], setup: Setup, dtype: torch.dtype) -> Iterator[Way | str]:
+def ways_of(setting: Setting, setup: Setup, dtype: torch.dtype) -> Iterator[Way | str]:
     """Ways to run a setting, ordered by FLOPs; a string in the place of a way is the reason why it is not used.
 
     Args:
@@ -162,4 +165,4 @@ def _why_not_offloaded(setup: Setup) -> str:
     return ""
 
 
-__all__ = ["ConfigFields", "TokenFields", "Way", "settings_of", "tokens_of", "ways_of"]
+__all__ = ["ConfigFields", "Setting", "TokenFields", "Way", "settings_of", "tokens_of", "ways_of"]

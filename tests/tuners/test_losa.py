@@ -78,7 +78,8 @@ def test_any_head_gets_the_refined_tokens(family):
         for parameter in (p for n, p in model.named_parameters() if ".token_router." in n):
             parameter.add_(torch.randn_like(parameter) * 0.05)
     verify_trainability(model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]))
-    assert all(map(torch.equal, outputs(model.unload()), expected))
+    bare = model.unload().requires_grad_(True)  # torch may add up in another order for a frozen Linear (YOLOS's heads)
+    assert all(map(torch.equal, outputs(bare), expected))
 
 
 def test_the_blocks_see_the_backbones_own_tokens(make_vit, images):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import suppress
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before the import of gradio, which uses the network
 import gradio as gr
@@ -15,9 +16,10 @@ from PIL import Image
 from peft_bsr.app.html import chart_html, error_html, kept_html, plans_html
 from peft_bsr.app.kept import PHOTOGRAPHS, keep, local_models, photograph, read_blocks
 from peft_bsr.app.models import KNOWN, costs_of
-from peft_bsr.app.planning import CARDS, CUDA_GIB, Question, fill, plans_of, python_of, shell_of
+from peft_bsr.app.planning import CARDS, CUDA_GIB, Question, fill, known_plans, plans_of, python_of, shell_of
 from peft_bsr.app.results import AXES, choose, conditions, points
 from peft_bsr.cli.memory import OPTIMIZERS, PRECISIONS
+from peft_bsr.cost import BudgetPlan
 from peft_bsr.errors import PeftBsrError
 
 _SANS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "DejaVu Sans", "sans-serif")
@@ -34,6 +36,19 @@ _LANE: dict[str, object] = {"concurrency_limit": 1, "concurrency_id": "torch", "
 _KEPT_SECONDS = 600  # maximum lifetime of an uploaded file
 
 
+@dataclass
+class _Asked:
+    """A question of the planner as it was asked, what the chosen plan gives up, and whether all plans are shown."""
+
+    values: tuple[Any, ...]
+    chosen: str | None = None
+    is_planned: bool = False
+
+
+_latest: dict[str | None, _Asked] = {}  # session -> its latest question
+_T = TypeVar("_T")
+
+
 def make_page() -> gr.Blocks:
     """The app with its three tabs, not yet served."""
     with gr.Blocks(title="peft_bsr", analytics_enabled=False, delete_cache=(60, _KEPT_SECONDS)) as page:
@@ -44,11 +59,12 @@ def make_page() -> gr.Blocks:
             _kept_tab(fills)
         with gr.Tab("What it costs and reaches"):
             _results_tab(page)
+        page.unload(_forget)
     return page
 
 
 def _plans_tab(page: gr.Blocks) -> list[Dependency]:
-    """The events that go on estimating in the background; what a person asks for cancels them."""
+    """Make the tab; returns the events that go on estimating in the background."""
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
             source = gr.Dropdown(
@@ -75,10 +91,10 @@ def _plans_tab(page: gr.Blocks) -> list[Dependency]:
     shown = [found, number, shell, python]
     fills = []
     for trigger in (button.click, memory.change, page.load):
-        planned = trigger(_plan, [*asked, number], shown, **_LANE)
-        fills.append(planned.success(_fill, asked, None, show_progress="hidden", **_LANE))
-    gr.on([button.click, memory.change], None, cancels=fills)
-    number.input(_lines, [*asked, number], [shell, python], show_progress="hidden", **_LANE)
+        noted = trigger(_ask, asked, shown, queue=False, show_progress="hidden")
+        planned = noted.then(_plan, None, shown, **_LANE)
+        fills.append(planned.success(_fill, None, None, show_progress="hidden", **_LANE))
+    number.input(_lines, number, [shell, python], queue=False, show_progress="hidden")
     return fills
 
 
@@ -86,28 +102,65 @@ def _of_card(card: str, memory: float, device: str) -> tuple[float, str]:
     return (CARDS[card] - CUDA_GIB, "cuda") if card else (memory, device)
 
 
-def _plan(*values: Any) -> Iterator[tuple[object, ...]]:
-    chosen = values[-1]
+def _ask(request: gr.Request, *values: Any) -> tuple[object, ...]:
+    """Note the session's question and show what is known; what runs for its last question goes on with this one."""
+    before = _latest.get(request.session_hash)
+    asked = _latest[request.session_hash] = _Asked(values, before.chosen if before else None)
+    with suppress(PeftBsrError, OSError):  # `_plan` shows it
+        question = Question(*values)
+        if plans := known_plans(question):
+            return _shown(question, plans, asked.chosen)
+    return (gr.skip(),) * 4
+
+
+def _forget(request: gr.Request) -> None:
+    _latest.pop(request.session_hash, None)
+
+
+def _plan(request: gr.Request) -> Iterator[tuple[object, ...]]:
+    while (asked := _latest.get(request.session_hash)) and not asked.is_planned:
+        yield from _while_latest(asked, _answers(asked), request)
+
+
+def _answers(asked: _Asked) -> Iterator[tuple[object, ...]]:
     try:
-        question = Question(*values[:-1])
-        depth = costs_of(question.source, question.labels).depth
+        question = Question(*asked.values)
         for plans in plans_of(question):
-            index = min(int(chosen or 1), len(plans))
-            lines = shell_of(plans[index - 1], question), python_of(plans[index - 1], question)
-            numbers = [(f"{n}. gives up: {plan.gives_up}", n) for n, plan in enumerate(plans, 1)]
-            yield plans_html(plans, depth), gr.update(choices=numbers, value=index, visible=True), *lines
+            yield _shown(question, plans, asked.chosen) if plans else (gr.skip(),) * 4
     except (PeftBsrError, OSError) as error:
         yield error_html(error), gr.update(visible=False), "", ""
+    asked.is_planned = True
 
 
-def _fill(*values: Any) -> Iterator[None]:
-    with suppress(PeftBsrError):  # `_plan` shows it
-        yield from fill(Question(*values))
+def _shown(question: Question, plans: list[BudgetPlan], chosen: str | None) -> tuple[object, ...]:
+    """The list of plans, and the lines that run the chosen one (or the first)."""
+    one = next((plan for plan in plans if plan.gives_up == chosen), plans[0])
+    names = [(f"{n}. gives up: {plan.gives_up}", plan.gives_up) for n, plan in enumerate(plans, 1)]
+    numbers = gr.update(choices=names, value=one.gives_up, visible=True)
+    listed = plans_html(plans, costs_of(question.source, question.labels).depth)
+    return listed, numbers, shell_of(one, question), python_of(one, question)
 
 
-def _lines(*values: Any) -> tuple[str, str]:
-    question = Question(*values[:-1])
-    plan = list(plans_of(question))[-1][int(values[-1]) - 1]
+def _fill(request: gr.Request) -> Iterator[None]:
+    asked = _latest.get(request.session_hash)
+    if asked and asked.is_planned:
+        with suppress(PeftBsrError):  # `_plan` shows it
+            yield from _while_latest(asked, fill(Question(*asked.values)), request)
+
+
+def _while_latest(asked: _Asked, steps: Iterator[_T], request: gr.Request) -> Iterator[_T]:
+    """The steps, until the session asks something else."""
+    for step in steps:
+        if _latest.get(request.session_hash) is asked:
+            yield step
+        if _latest.get(request.session_hash) is not asked:  # also if it changed while the page got the step
+            return
+
+
+def _lines(request: gr.Request, chosen: str) -> tuple[str, str]:
+    asked = _latest[request.session_hash]
+    asked.chosen, question = chosen, Question(*asked.values)
+    plan = next(plan for plan in known_plans(question) if plan.gives_up == chosen)  # the page shows it
     return shell_of(plan, question), python_of(plan, question)
 
 

@@ -10,8 +10,9 @@ from peft_bsr.app.results import measured, plan_key
 from peft_bsr.cli.memory import OPTIMIZERS, PRECISIONS
 from peft_bsr.cli.plan import command_of
 from peft_bsr.cli.sources import changed
-from peft_bsr.cost import BudgetPlan, Setup, plan_for_budget
-from peft_bsr.cost.ways import settings_of, ways_of
+from peft_bsr.cost import BudgetPlan, PlanCosts, Setup, plan_for_budget
+from peft_bsr.cost.budget import missing_estimate, plan_setting
+from peft_bsr.cost.ways import Setting, settings_of, ways_of
 from peft_bsr.errors import UsageError
 from peft_bsr.training import default_learning_rate
 
@@ -84,7 +85,10 @@ class Question:
 
 
 def plans_of(question: Question) -> Iterator[list[BudgetPlan]]:
-    """The plans that fit, in growing lists: the first plan is yielded before the next is computed.
+    """The plans that fit, ordered by how little they give up, in growing lists: one after each estimate.
+
+    Plans whose estimates are cached come first, then the one that gives up most, which is likely to fit. A list may be
+    equal to the one before, or empty.
 
     Args:
         question: Input of the planner.
@@ -92,12 +96,41 @@ def plans_of(question: Question) -> Iterator[list[BudgetPlan]]:
     Raises:
         PeftBsrError: If the model cannot be read or planned for, or nothing fits.
     """
+    asked, found = _asked(question), _known(question)
+    if found:
+        yield _in_order(found)
+    others = [i for i, one in enumerate(asked) if i not in found and missing_estimate(*one)]
+    for i in (*others[-1:], *others[:-1]):
+        while missing := missing_estimate(*asked[i]):
+            costs_of(question.source, question.labels)(*missing)
+            yield _in_order(found)
+        plan = plan_setting(*asked[i])
+        if plan is not None:
+            found[i] = plan
+            yield _in_order(found)
+    if not found:
+        costs, _, memory, setup = asked[0]
+        plan_for_budget(costs, memory, setup)  # raises an error that describes the smallest plan
+
+
+def known_plans(question: Question) -> list[BudgetPlan]:
+    """The plans of `plans_of` whose estimates are cached; nothing is estimated."""
+    return _in_order(_known(question))
+
+
+def _known(question: Question) -> dict[int, BudgetPlan]:
+    plans = {i: plan_setting(*one) for i, one in enumerate(_asked(question)) if not missing_estimate(*one)}
+    return {i: plan for i, plan in plans.items() if plan is not None}
+
+
+def _asked(question: Question) -> list[tuple[PlanCosts, Setting, str, Setup]]:
+    """Arguments of `plan_setting` for every setting."""
     costs, setup = costs_of(question.source, question.labels), question.setup
-    for limit in range(1, len(settings_of(costs.depth)) + 1):
-        plans = plan_for_budget(costs, question.memory, setup, limit=limit)
-        if len(plans) < limit:
-            return
-        yield plans
+    return [(costs, setting, question.memory, setup) for setting in settings_of(costs.depth)]
+
+
+def _in_order(found: dict[int, BudgetPlan]) -> list[BudgetPlan]:
+    return [found[i] for i in sorted(found)]
 
 
 def fill(question: Question) -> Iterator[None]:
@@ -157,4 +190,4 @@ def shell_of(plan: BudgetPlan, question: Question) -> str:
     return f"{command_of(plan, question.source)} --dataset photos --output out"
 
 
-__all__ = ["CARDS", "CUDA_GIB", "Question", "accuracies_of", "fill", "plans_of", "python_of", "shell_of"]
+__all__ = ["CARDS", "CUDA_GIB", "Question", "accuracies_of", "fill", "known_plans", "plans_of", "python_of", "shell_of"]

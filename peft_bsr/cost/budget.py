@@ -12,10 +12,10 @@ from torch import nn
 
 from peft_bsr.cost.block_contributions import Contributions
 from peft_bsr.cost.estimation import Estimate
-from peft_bsr.cost.plan_costs import PlanCosts
+from peft_bsr.cost.plan_costs import MissingEstimateError, PlanCosts
 from peft_bsr.cost.selection import choices
 from peft_bsr.cost.setup import SAVING, Setup
-from peft_bsr.cost.ways import Way, settings_of, ways_of
+from peft_bsr.cost.ways import Setting, Way, settings_of, ways_of
 from peft_bsr.errors import ConfigError
 from peft_bsr.tuners import BSRConfig
 
@@ -206,23 +206,15 @@ def plan_setting(costs: PlanCosts, setting: Setting, memory: str | int, setup: S
     return _first_that_fits(setting, plain, setup.dtype or costs.dtype, budget, measure)
 
 
-def is_answered(costs: PlanCosts, setting: Setting, memory: str | int, setup: Setup) -> bool:
-    """Whether `plan_setting` needs no further estimate.
-
-    Args:
-        costs: Costs of the model.
-        setting: Setting from `settings_of`.
-        memory: See `plan_for_budget`.
-        setup: See `plan_for_budget`.
-    """
-    budget, plain = parse_size(memory), replace(setup, gradient_checkpointing=False)
-    for way in ways_of(setting, plain, setup.dtype or costs.dtype):
-        if not isinstance(way, str):
-            if not costs.knows(way.config, way.setup):
-                return False
-            if _fits(costs(way.config, way.setup), budget):
-                return True
-    return True
+def missing_estimate(
+    costs: PlanCosts, setting: Setting, memory: str | int, setup: Setup
+) -> tuple[BSRConfig | None, Setup] | None:
+    """Arguments of the next estimate that `plan_setting` with the same arguments needs, or None: all are cached."""
+    try:
+        plan_setting(costs.cached_only(), setting, memory, setup)
+    except MissingEstimateError as missing:
+        return missing.config, missing.setup
+    return None
 
 
 def _search(
@@ -293,4 +285,4 @@ def parse_size(memory: str | int) -> int:
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
-__all__ = ["BudgetPlan", "is_answered", "parse_size", "plan_for_budget", "plan_setting"]
+__all__ = ["BudgetPlan", "missing_estimate", "parse_size", "plan_for_budget", "plan_setting"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import cached_property
 
 import torch
@@ -11,6 +12,19 @@ from peft_bsr.cost.estimation import Estimate, estimate
 from peft_bsr.cost.proxy import on_meta, resolve_narrow
 from peft_bsr.cost.setup import Setup
 from peft_bsr.tuners import BSRConfig
+
+
+class MissingEstimateError(LookupError):
+    """An estimate that is not in the cache.
+
+    Attributes:
+        config: Configuration of the adapter.
+        setup: How the model is trained.
+    """
+
+    def __init__(self, config: BSRConfig | None, setup: Setup) -> None:
+        super().__init__("it was not estimated yet")
+        self.config, self.setup = config, setup
 
 
 class PlanCosts:
@@ -32,17 +46,22 @@ class PlanCosts:
     def __init__(self, model: nn.Module) -> None:
         self.model = on_meta(model).requires_grad_(True)
         self._known: dict[tuple[str, Setup], Estimate] = {}
+        self._estimates = True
 
     def __call__(self, config: BSRConfig | None, setup: Setup) -> Estimate:
         """See `estimate`."""
         key = (repr(config), setup)
         if key not in self._known:
+            if not self._estimates:
+                raise MissingEstimateError(config, setup)
             self._known[key] = estimate(self.model, config, setup)
         return self._known[key]
 
-    def knows(self, config: BSRConfig | None, setup: Setup) -> bool:
-        """Whether this estimate is in the cache."""
-        return (repr(config), setup) in self._known
+    def cached_only(self) -> PlanCosts:
+        """The same costs; an estimate that is not in the cache raises `MissingEstimateError`."""
+        view = copy.copy(self)
+        view._estimates = False
+        return view
 
     @cached_property
     def depth(self) -> int:
@@ -55,4 +74,4 @@ class PlanCosts:
         return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
 
 
-__all__ = ["PlanCosts"]
+__all__ = ["MissingEstimateError", "PlanCosts"]

@@ -76,6 +76,20 @@ def test_all_three_tabs(tab, tmp_path):
     for plan, heading in zip(plans, headings.all_inner_texts(), strict=True):
         assert f"{plan.estimate.total_bytes / 2**20:,.0f} MiB. Gives up: {plan.gives_up}" in heading
     assert shell_of(plans[0], question).split()[1] in tab.locator("body").inner_text()
+    # another plan's lines, and less memory at once, because the estimates are known
+    tab.get_by_label("Lines that run plan").click()
+    tab.get_by_role("option").nth(1).click()
+    line = "".join(shell_of(plans[1], question).split())
+    tab.wait_for_function("line => document.body.innerText.replace(/\\s/g, '').includes(line)", arg=line)
+    box = tab.get_by_label("number input for Memory, GiB")
+    box.fill("0.25")
+    box.press("Tab")
+    first = list(plans_of(Question(MODEL, gib=0.25)))[-1][0]
+    assert first.describe() != plans[0].describe()
+    tab.wait_for_function(
+        "text => document.querySelector('#plans h3').textContent.startsWith(text)",
+        arg=f"1. {first.estimate.total_bytes / 2**20:,.0f} MiB. Gives up: {first.gives_up}",
+    )
     # what it costs and reaches
     tab.get_by_role("tab", name="What it costs").click()
     tab.wait_for_selector("#results .point")

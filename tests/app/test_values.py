@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 import sys
-from itertools import islice
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -14,14 +15,15 @@ from peft import get_peft_model
 from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification
 
-from peft_bsr import BSRConfig, HubError, UsageError
+from peft_bsr import BSRConfig, ConfigError, HubError, UsageError
 from peft_bsr.app import planning
 from peft_bsr.app.html import chart_html, error_html, kept_html, plans_html
 from peft_bsr.app.kept import keep, load, photograph, read_blocks
 from peft_bsr.app.models import KNOWN, config_of, costs_of
-from peft_bsr.app.planning import Question, accuracies_of, fill, plans_of, python_of, shell_of
+from peft_bsr.app.planning import Question, accuracies_of, fill, known_plans, plans_of, python_of, shell_of
 from peft_bsr.app.results import AXES, choose, pareto, points
 from peft_bsr.cost import Setup, count_flops, plan_for_budget
+from peft_bsr.cost.ways import settings_of
 from peft_bsr.data import load_processor, to_pixels
 from peft_bsr_cli import main, make_parser
 
@@ -29,23 +31,40 @@ ROOT = Path(__file__).parents[2]
 BENCHMARK = ROOT / "benchmarks" / "method_comparison"
 
 
-def test_plans_are_those_of_plan_for_budget_and_come_one_by_one(tiny):
+def answered(question: Question, count: int) -> list:
+    """The first list of so many plans."""
+    return next(plans for plans in plans_of(question) if len(plans) >= count)
+
+
+def test_plans_come_one_by_one_and_the_last_list_is_that_of_plan_for_budget(tiny):
     question = Question(str(tiny), gib=1.0, batch_size=4, labels=3)
-    shown = list(islice(plans_of(question), 4))
-    assert [len(plans) for plans in shown] == list(range(1, len(shown[-1]) + 1))
+    lists = list(plans_of(question))
+    grown = [len(plans) for plans in lists]
+    assert grown == sorted(grown) and {after - before for before, after in pairwise(grown)} == {0, 1}
     with torch.device("meta"):
         model = ViTForImageClassification(ViTConfig.from_pretrained(tiny, num_labels=3))
-    expected = plan_for_budget(model, "1GiB", Setup(batch_size=4, optimizer="adamw_fused"), limit=4)
-    assert [plan.describe() for plan in shown[3]] == [plan.describe() for plan in expected]
-    html = plans_html(shown[-1], 4)
-    assert [int(n) for n in re.findall(r"<h3>(\d+)\.", html)] == list(range(1, len(shown[-1]) + 1))
+    expected = plan_for_budget(model, "1GiB", Setup(batch_size=4, optimizer="adamw_fused"))
+    assert [plan.describe() for plan in lists[-1]] == [plan.describe() for plan in expected]
+    html = plans_html(lists[-1], 4)
+    assert [int(n) for n in re.findall(r"<h3>(\d+)\.", html)] == list(range(1, len(expected) + 1))
     assert all(plan.gives_up in html for plan in expected)
 
 
-def test_another_budget_estimates_nothing_again(tiny, monkeypatch):
-    first = next(iter(plans_of(Question(str(tiny), gib=1.0, batch_size=4, labels=3))))
+def test_what_is_known_comes_first_and_costs_no_estimate(tiny, monkeypatch):
+    """The first answer to a fresh question is what is likely to fit; another budget starts with what is known."""
+    question = Question(str(tiny), gib=1.0, batch_size=3)
+    assert known_plans(question) == []
+    (first,) = answered(question, 1)
+    assert first.gives_up == settings_of(costs_of(str(tiny), 10).depth)[-1][1]
     monkeypatch.setattr("peft_bsr.cost.plan_costs.estimate", lambda *_: pytest.fail("estimated again"))
-    assert next(iter(plans_of(Question(str(tiny), gib=0.5, batch_size=4, labels=3)))) == first
+    other = replace(question, gib=0.5)
+    assert known_plans(other) == [first] and next(plans_of(other)) == [first]
+
+
+@pytest.mark.slow
+def test_too_little_memory_names_the_smallest_plan(tiny):
+    with pytest.raises(ConfigError, match=r"`memory='0.0001GiB'` is too little .* The smallest plan takes"):
+        list(plans_of(Question(str(tiny), gib=0.0001, batch_size=4, labels=3)))
 
 
 @pytest.mark.slow
@@ -62,7 +81,7 @@ def test_the_lines_of_a_plan_run_it(tiny, monkeypatch):
     from peft_bsr.cli import train
 
     question = Question(str(tiny), gib=1.0, batch_size=4, labels=3)
-    plan = list(islice(plans_of(question), 4))[-1][-1]
+    plan = answered(question, 3)[1]
     scope: dict = {}
     lines = python_of(plan, question).splitlines()
     assert lines[-1].startswith("Trainer(")
@@ -171,7 +190,7 @@ def test_filters_leave_what_they_say():
 def test_a_plan_of_the_benchmark_shows_its_accuracy():
     """`BSRConfig()` on 12 blocks is the benchmark's `bsr/spread`, and full fine-tuning itself."""
     question = Question("WinKawaks/vit-tiny-patch16-224", gib=64, batch_size=2)
-    full = next(iter(plans_of(question)))[0]
+    full = answered(question, 2)[0]
     rows = [p for p in points() if p.experiment.startswith("full_finetuning/") and p.task == "cifar10"]
     scores = [score for row in rows for score in row.accuracies]
     assert accuracies_of(full, 12)["cifar10"] == pytest.approx(sum(scores) / len(scores))

@@ -22,7 +22,10 @@ HUB = {"cifar10": "uoft-cs/cifar10", "fashion-mnist": "zalando-datasets/fashion_
 
 @dataclass(frozen=True)
 class Protocol:
-    """Numbers of images and epochs of a comparison; see `protocols/*.json`."""
+    """Numbers of images and epochs of a comparison; see `protocols/*.json`.
+
+    `extra_tasks` run only when they are named; results of them are reported.
+    """
 
     name: str
     tasks: list[str]
@@ -34,6 +37,12 @@ class Protocol:
     main_seeds: int
     other_seeds: int
     sweep_train_images: int
+    extra_tasks: tuple[str, ...] = ()
+
+    @property
+    def reported_tasks(self) -> tuple[str, ...]:
+        """All tasks."""
+        return (*self.tasks, *self.extra_tasks)
 
     @classmethod
     def load(cls, name: str) -> Protocol:

@@ -40,7 +40,12 @@ def main() -> None:
 def benchmark(results: Path, protocol: Protocol) -> dict[str, Any]:
     """All experiments with an accuracy and a cost, and the conditions of the measurement."""
     costs = json.loads((results / "costs.json").read_text())
-    rows = [(task, row) for task in protocol.tasks for row in load_rows(results, task, costs) if row.cost is not None]
+    rows = [
+        (task, row)
+        for task in protocol.reported_tasks
+        for row in load_rows(results, task, costs)
+        if row.cost is not None
+    ]
     model = rows[0][1].runs[0]["meta_info"]["model_info"]["model"]
     system = next(iter(costs.values()))["system_info"]
     return {

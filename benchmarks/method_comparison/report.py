@@ -93,7 +93,7 @@ def main() -> None:
     protocol = Protocol.load(args.protocol)
     results = results_of(args)
     costs = stored(results / "costs.json")
-    tasks = {task: rows for task in protocol.tasks if (rows := load_rows(results, task, costs))}
+    tasks = {task: rows for task in protocol.reported_tasks if (rows := load_rows(results, task, costs))}
     if not tasks:
         raise SystemExit(f"{results} has no results; run run.py first.")
     recipes = load_recipes(args)

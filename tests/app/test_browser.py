@@ -60,13 +60,14 @@ def test_the_html_names_no_script_or_style_of_another_host(page):
 
 @pytest.mark.slow
 def test_all_three_tabs(tab, tmp_path):
-    # what fits
+    # what fits: the page's own first question, then another one
+    tab.wait_for_selector("#plans h3")
+    question = Question(MODEL, gib=8.0)
+    plans = list(plans_of(question))[-1]
     model = tab.locator("#plans-model input")
     model.fill(MODEL)
     model.press("Enter")
     tab.get_by_role("button", name="Plan", exact=True).click()
-    question = Question(MODEL, gib=8.0)
-    plans = list(plans_of(question))[-1]
     headings = tab.locator("#plans h3")
     tab.wait_for_function(
         "([n, first]) => {const h = document.querySelectorAll('#plans h3'); "

@@ -111,6 +111,9 @@ def test_a_bad_value_is_refused_with_its_own_text(values, message):
         {"trainable_blocks": "every:0"},
         {"trainable_blocks": "last:"},
         {"trainable_blocks": "last:-1"},
+        {"trainable_blocks": "last:0%"},
+        {"trainable_blocks": "last:101%"},
+        {"trainable_blocks": "every:50%"},
         {"trainable_blocks": " last:2"},
         {"reduction_blocks": 3},
         {"reduction_blocks": [False]},
@@ -180,6 +183,9 @@ def test_one_error_names_every_problem():
         ("every:9", 4, [3]),
         ("last:2", 4, [2, 3]),
         ("last:4", 4, [0, 1, 2, 3]),
+        ("last:75%", 4, [1, 2, 3]),
+        ("last:1%", 4, [3]),
+        ("last:100%", 4, [0, 1, 2, 3]),
         ([2, 0], 4, [0, 2]),
     ],
 )
@@ -417,3 +423,23 @@ def test_a_model_without_a_head_works(images):
 def test_gradient_tokens_are_not_chosen_among_merged_ones():
     with pytest.raises(ConfigError, match="chooses tokens by their scores, which merging does not"):
         BSRConfig(reduction="merge", gradient_tokens=0.5)
+
+
+def test_the_balanced_preset(make_vit, images, run, tmp_path):
+    """Its values win, it trains three quarters of the blocks, and it loads as it was saved."""
+    config = BSRConfig(preset="balanced", lean="off", keep_rate=0.9)
+    chosen = {
+        "trainable_blocks": "last:75%",
+        "trainable": "lora",
+        "keep_rate": 0.5,
+        "reduction": "merge",
+        "lean": "max",
+    }
+    assert {name: getattr(config, name) for name in chosen} == chosen
+    config.init_weights = False
+    model = get_peft_model(make_vit(), config).eval()
+    assert model.base_model.plan().trained_blocks == [1, 2, 3]
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make_vit(), tmp_path).eval()
+    assert torch.equal(run(loaded, images), run(model, images))
+    assert loaded.peft_config["default"].preset == "balanced"

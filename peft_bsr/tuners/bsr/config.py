@@ -22,7 +22,8 @@ from peft_bsr.tuners.base.reductions import (
 )
 from peft_bsr.tuners.blocks.config import BlockConfig, saving_less
 
-_BLOCK_RULE = re.compile(r"(every|last|stage):([1-9]\d{0,3})")
+_BLOCK_RULE = re.compile(r"(every|last|stage):([1-9]\d{0,3})|last:([1-9]\d?|100)%")
+_BALANCED = {"trainable_blocks": "last:75%", "trainable": "lora", "keep_rate": 0.5, "reduction": "merge", "lean": "max"}
 
 
 @dataclass
@@ -42,8 +43,8 @@ class BSRConfig(BlockConfig):
 
     Args:
         trainable_blocks: Blocks that train: indices from 0, `"every:n"` (every n-th block ending at the last that the
-            model's output depends on), `"last:n"` (the last n up to it), `"stage:n"` (stage n of a model with stages,
-            from 1). Default `"every:4"`.
+            model's output depends on), `"last:n"` (the last n up to it), `"last:n%"` (so much of the depth, rounded),
+            `"stage:n"` (stage n of a model with stages, from 1). Default `"every:4"`.
         reduction_blocks: Blocks that drop tokens: indices from 0, `[]` for none. Default None: a quarter, a half and
             three quarters into the depth ({3, 6, 9} of 12).
         keep_rate: Share of the tokens that a reduction keeps, in (0, 1], not counting prefix tokens. One value for all
@@ -104,8 +105,10 @@ class BSRConfig(BlockConfig):
         task_weights: Name -> weight of the task's loss. Default None: 1 for each.
         moe: Replace the MLPs of the trained blocks by mixtures of experts with a gate for each task. Default None:
             dense blocks.
-        preset: `"paper"` overrides fields with the values of the multitask release: `keep_rate=0.7`,
-            `reduction="drop"`, `fuse_dropped=False`, and in `moe`, `renormalize=False`. Default None.
+        preset: Overrides fields. `"balanced"`: what did best in `docs/benchmarks.md` for half of the step or less,
+            `trainable="lora"`, `trainable_blocks="last:75%"`, `keep_rate=0.5`, `reduction="merge"`, `lean="max"`.
+            `"paper"`: the multitask release, `keep_rate=0.7`, `reduction="drop"`, `fuse_dropped=False`, and in `moe`,
+            `renormalize=False`. Default None.
 
     Raises:
         ConfigError: If values are invalid; the message names all of them.
@@ -116,7 +119,7 @@ class BSRConfig(BlockConfig):
     """
 
     trainable_blocks: list[int] | str = field(
-        default="every:4", metadata={"help": "Blocks that train: indices, 'every:n', 'last:n' or 'stage:n'."}
+        default="every:4", metadata={"help": "Blocks that train: indices, 'every:n', 'last:n', 'last:n%' or 'stage:n'."}
     )
     reduction_blocks: list[int] | None = field(
         default=None,
@@ -143,12 +146,17 @@ class BSRConfig(BlockConfig):
     moe: MoEConfig | None = field(
         default=None, metadata={"help": "Mixtures of experts in the place of the trained blocks' MLPs."}
     )
-    preset: str | None = field(default=None, metadata={"help": "'paper': settings of the multitask release."})
+    preset: str | None = field(
+        default=None, metadata={"help": "'balanced', or 'paper': settings of the multitask release."}
+    )
 
     def __post_init__(self) -> None:
         self.peft_type = extend_peft_type("BSR")
         self.tasks, in_tasks = read_tasks(self.tasks)
         self.moe, in_moe = read_moe(self.moe)
+        if self.preset == "balanced":
+            for name, value in _BALANCED.items():
+                setattr(self, name, value)
         if self.preset == "paper":
             self.keep_rate, self.reduction, self.fuse_dropped = 0.7, "drop", False
             self.moe = None if self.moe is None else replace(self.moe, renormalize=False)
@@ -177,8 +185,8 @@ class BSRConfig(BlockConfig):
             )
         if self.moe is not None and self.tasks is None:
             problems.append("`moe` routes by task, but there are no `tasks`. Name them, one is enough.")
-        if self.preset not in (None, "paper"):
-            problems.append(f"`preset={self.preset!r}` is unknown. Use 'paper' or None.")
+        if self.preset not in (None, "balanced", "paper"):
+            problems.append(f"`preset={self.preset!r}` is unknown. Use 'balanced', 'paper' or None.")
         if self.preset == "paper" and self.moe is None:
             problems.append("`preset='paper'` is for mixtures of experts. Set `tasks` and `moe=MoEConfig()`, too.")
         if self.tasks is not None and self.task_type is not None:
@@ -275,6 +283,8 @@ def resolve_trainable_blocks(config: BSRConfig, spec: ModelSpec) -> list[int]:
     if not isinstance(blocks, str):
         return sorted(blocks)
     (kind, number), depth = blocks.split(":"), spec.last_read + 1
+    if number.endswith("%"):
+        number = str(max(1, round(depth * int(number[:-1]) / 100)))
     if kind == "stage":
         return spec.stage(int(number))
     if kind == "last":

@@ -36,6 +36,7 @@ FRONT = {
     "lora/qv": "PEFT's LoRA, q and v",
     "lora/qv-checkpointing": "the same, gradient checkpointing",
     "bsr/spread-exact": "`BSRConfig()`, the paper's plan",
+    "bsr/from3-lora-merge": '`BSRConfig(preset="balanced")`',
     "bsr/upper-exact": "`BSRConfig(trainable_blocks=[5, 8, 11], keep_rate=0.7)`",
     "bsr/all-lora-max": '`BSRConfig(trainable="lora", trainable_blocks="every:1", keep_rate=1.0, lean="max")`',
 }

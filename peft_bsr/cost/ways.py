@@ -19,6 +19,7 @@ class TokenFields(TypedDict, total=False):
 
     reduction_blocks: list[int]
     keep_rate: float
+    reduction: str
 
 
 class ConfigFields(TokenFields, total=False):
@@ -32,6 +33,7 @@ class ConfigFields(TokenFields, total=False):
 
 
 _HALVES, _THREE_TENTHS = "half of the tokens go, 3 times", "3 tokens of 10 go, 3 times"
+_MERGED = "half of the tokens merge into others, 3 times"
 _AGAIN = "first products are computed twice"
 _EVERY: ConfigFields = {"trainable_blocks": "every:1", "reduction_blocks": []}
 
@@ -83,8 +85,13 @@ def settings_of(depth: int) -> tuple[Setting, ...]:
         ),
         ({"trainable_blocks": "every:4", "keep_rate": 0.7}, f"3 blocks of 4 stay frozen; {_THREE_TENTHS}"),
         (
-            {"trainable_blocks": f"last:{three_quarters}", "keep_rate": 0.5, "trainable": "lora"},
-            f"nothing but low-rank updates of the last {three_quarters} blocks trains; {_HALVES}",
+            {
+                "trainable_blocks": f"last:{three_quarters}",
+                "keep_rate": 0.5,
+                "reduction": "merge",
+                "trainable": "lora",
+            },
+            f"nothing but low-rank updates of the last {three_quarters} blocks trains; {_MERGED}",
         ),
         ({"trainable_blocks": "every:4", "keep_rate": 0.5}, f"3 blocks of 4 stay frozen; {_HALVES}"),
         ({"trainable_blocks": "last:3", "keep_rate": 0.5}, f"all but the last 3 blocks stay frozen; {_HALVES}"),

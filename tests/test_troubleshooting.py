@@ -67,6 +67,7 @@ def test_what_is_raised_is_of_our_classes():
         "AttributeError",
         "StopForwardError",
         "NotLeanError",
+        "MissingEstimateError",
     }
     found = {}
     for path, tree in TREES.items():

@@ -38,6 +38,10 @@ class MixerWeights(NamedTuple):
     token_up: Tensor | None = None
     token_up_bias: Tensor | None = None
 
+    def detached(self) -> MixerWeights:
+        """Without graph: torch's matmul adds up in another order for weights that require gradients."""
+        return self._make(weight if weight is None else weight.detach() for weight in self)
+
     def mix(self, tokens: Tensor, eps: float) -> Tensor:
         """`c + t` [B, N, D] of tokens [B, N, D]; see `mix_tokens`."""
         normalized = layer_norm(tokens, tokens.shape[-1:], self.norm_weight, self.norm_bias, eps)
@@ -70,7 +74,7 @@ def mix_tokens(tokens: Tensor, weights: MixerWeights, eps: float, kept: KeptToke
     dtype = weights.norm_weight.dtype
     with torch.autocast(tokens.device.type, enabled=False):
         if not torch.is_grad_enabled():
-            return weights.mix(tokens.to(dtype), eps)
+            return weights.detached().mix(tokens.to(dtype), eps)
         if torch.compiler.is_compiling():
             (mixed,) = region(lambda tokens: (weights.mix(tokens.to(dtype), eps),), "input", tokens)
             return mixed
@@ -83,7 +87,7 @@ class _Recomputed(torch.autograd.Function):
     def forward(ctx: Any, tokens: Tensor, eps: float, kept: KeptTokens, *weights: Any) -> Tensor:
         ctx.save_for_backward(*weights, *keep_tokens(tokens, kept))
         ctx.eps, ctx.shape, ctx.dtype = eps, tokens.shape, tokens.dtype
-        return MixerWeights(*weights).mix(tokens.to(weights[0].dtype), eps)
+        return MixerWeights(*weights).detached().mix(tokens.to(weights[0].dtype), eps)
 
     @staticmethod
     @once_differentiable

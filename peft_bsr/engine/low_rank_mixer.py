@@ -40,7 +40,7 @@ class MixerWeights(NamedTuple):
 
     def detached(self) -> MixerWeights:
         """Without graph: torch's matmul adds up in another order for weights that require gradients."""
-        return self._make(weight if weight is None else weight.detach() for weight in self)
+        return MixerWeights._make(weight if weight is None else weight.detach() for weight in self)
 
     def mix(self, tokens: Tensor, eps: float) -> Tensor:
         """`c + t` [B, N, D] of tokens [B, N, D]; see `mix_tokens`."""

@@ -283,10 +283,9 @@ def resolve_trainable_blocks(config: BSRConfig, spec: ModelSpec) -> list[int]:
     if not isinstance(blocks, str):
         return sorted(blocks)
     (kind, number), depth = blocks.split(":"), spec.last_read + 1
-    if number.endswith("%"):
-        number = str(max(1, round(depth * int(number[:-1]) / 100)))
+    count = max(1, round(depth * int(number[:-1]) / 100)) if number.endswith("%") else int(number)
     if kind == "stage":
-        return spec.stage(int(number))
+        return spec.stage(count)
     if kind == "last":
-        return list(range(depth - int(number), depth))
-    return list(range(depth - 1, -1, -int(number)))[::-1]
+        return list(range(depth - count, depth))
+    return list(range(depth - 1, -1, -count))[::-1]

@@ -50,7 +50,7 @@ examples:
   peft-bsr compare google/vit-base-patch16-224
   peft-bsr compare facebook/dinov2-small --methods full bsr --set lean=max --batch-size 4 --json
   peft-bsr compare google/vit-base-patch16-224-in21k --dataset photos --output comparison.json
-  peft-bsr compare facebook/dinov2-small --dataset beans --methods linear lora bsr --epochs 1 --seconds 60
+  peft-bsr compare facebook/dinov2-small --dataset beans --methods linear lora bsr --set preset=balanced --seconds 60
 """
 
 

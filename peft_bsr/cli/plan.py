@@ -88,6 +88,8 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, object]:
         out.line(f"{number:>2}  {command_of(plan, source)}")
         for reason in plan.declined:
             out.line(f"    declined: {reason}")
+    for number in (number for number, plan in enumerate(plans, 1) if plan.is_recommended):
+        out.say(f"Try plan {number} first: it is preset=balanced, the most accurate for its cost in our benchmark.")
     out.say("Python and torch come on top (about 0.4 GB on the CPU). Only training shows which plan is best for you.")
     return {
         "model": source,
@@ -140,6 +142,7 @@ def _row(plan: BudgetPlan, source: str) -> dict[str, object]:
         "optimizer": plan.setup.optimizer,
         "gradient_checkpointing": plan.setup.gradient_checkpointing,
         "gives_up": plan.gives_up,
+        "recommended": plan.is_recommended,
         "contribution_share": plan.share,
         "declined": list(plan.declined),
         "command": command_of(plan, source),

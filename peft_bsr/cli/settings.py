@@ -165,7 +165,8 @@ class TrainSettings:
         """The given learning rate, or the default of the method."""
         if isinstance(self.learning_rate, float):
             return self.learning_rate
-        return default_learning_rate(self.method, self.options)
+        options = read_fields(self.options, CONFIGS[self.method]) if self.method in METHODS else None
+        return default_learning_rate(self.method, options)
 
     def write(self, path: Path) -> None:
         """Write a YAML file for `--config`."""

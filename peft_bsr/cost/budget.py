@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import nn
@@ -15,7 +15,7 @@ from peft_bsr.cost.estimation import Estimate
 from peft_bsr.cost.plan_costs import MissingEstimateError, PlanCosts
 from peft_bsr.cost.selection import choices
 from peft_bsr.cost.setup import SAVING, Setup
-from peft_bsr.cost.ways import Setting, Way, settings_of, ways_of
+from peft_bsr.cost.ways import RECOMMENDED, ConfigFields, Setting, Way, settings_of, ways_of
 from peft_bsr.errors import ConfigError
 from peft_bsr.tuners import BSRConfig
 
@@ -27,16 +27,6 @@ _WORTH = 0.05  # of the peak: options that save less are declined
 _COMPILED = 0.75  # lowest measured memory of a compiled plan, as a fraction of the eager one
 _CHECKPOINTING = {False: "", True: " + gradient checkpointing", "offload": " + gradient checkpointing, offloaded"}
 _DEFAULT = Setup()
-_SHOWN = (
-    "trainable_blocks",
-    "reduction_blocks",
-    "keep_rate",
-    "trainable",
-    "lean",
-    "saved_activations",
-    "gradient_tokens",
-    "frozen_weights",
-)
 
 
 @dataclass(frozen=True)
@@ -60,6 +50,11 @@ class BudgetPlan:
     declined: tuple[str, ...] = ()
     share: float | None = None
 
+    @property
+    def is_recommended(self) -> bool:
+        """Whether it is `BSRConfig(preset="balanced")`, at any `lean`: what did best in our benchmark for its cost."""
+        return self.config is not None and all(getattr(self.config, k) == value for k, value in RECOMMENDED.items())
+
     def describe(self) -> str:
         """The plan in one line, and one more line for each declined option."""
         if self.config is None:
@@ -67,7 +62,9 @@ class BudgetPlan:
         else:
             defaults = BSRConfig()
             given = [
-                f"{n}={getattr(self.config, n)!r}" for n in _SHOWN if getattr(self.config, n) != getattr(defaults, n)
+                f"{name}={getattr(self.config, name)!r}"
+                for name in get_type_hints(ConfigFields)
+                if getattr(self.config, name) != getattr(defaults, name)
             ]
             what = f"BSRConfig({', '.join(given)})"
         what += _CHECKPOINTING[self.setup.gradient_checkpointing]

@@ -36,6 +36,12 @@ _HALVES, _THREE_TENTHS = "half of the tokens go, 3 times", "3 tokens of 10 go, 3
 _MERGED = "half of the tokens merge into others, 3 times"
 _AGAIN = "first products are computed twice"
 _EVERY: ConfigFields = {"trainable_blocks": "every:1", "reduction_blocks": []}
+RECOMMENDED: ConfigFields = {
+    "trainable_blocks": "last:75%",
+    "keep_rate": 0.5,
+    "reduction": "merge",
+    "trainable": "lora",
+}  # `BSRConfig(preset="balanced")` but for `lean`, which depends on the memory
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,7 @@ def settings_of(depth: int) -> tuple[Setting, ...]:
     Returns:
         Settings, ordered by how little they give up.
     """
-    late, three_quarters = 2 * depth // 3, max(1, depth - depth // 4)
+    late, three_quarters = 2 * depth // 3, max(1, round(0.75 * depth))
     return (
         (None, "nothing: every weight trains on every token"),
         (_EVERY, "the embeddings stay frozen"),
@@ -80,17 +86,12 @@ def settings_of(depth: int) -> tuple[Setting, ...]:
             f"all but the last 3 blocks stay frozen; half of the tokens go, at block {late}",
         ),
         (
-            {"trainable_blocks": f"last:{three_quarters}", "keep_rate": 0.7, "trainable": "lora"},
+            {"trainable_blocks": "last:75%", "keep_rate": 0.7, "trainable": "lora"},
             f"nothing but low-rank updates of the last {three_quarters} blocks trains; {_THREE_TENTHS}",
         ),
         ({"trainable_blocks": "every:4", "keep_rate": 0.7}, f"3 blocks of 4 stay frozen; {_THREE_TENTHS}"),
         (
-            {
-                "trainable_blocks": f"last:{three_quarters}",
-                "keep_rate": 0.5,
-                "reduction": "merge",
-                "trainable": "lora",
-            },
+            RECOMMENDED,
             f"nothing but low-rank updates of the last {three_quarters} blocks trains; {_MERGED}",
         ),
         ({"trainable_blocks": "every:4", "keep_rate": 0.5}, f"3 blocks of 4 stay frozen; {_HALVES}"),

@@ -29,16 +29,21 @@ def default_learning_rate(method: str, options: Mapping[str, Any] | None = None)
     Args:
         method: `"bsr"`, `"alast"`, `"synqt"`, `"losa"`, `"lora"`, `"full"` (fine-tuning) or `"linear"` (the
             classifier alone).
-        options: Fields of the method's configuration, of which `trainable` is used. Default None: its defaults.
+        options: Fields of the method's configuration, which say what trains: `trainable` or a `preset`. Default None:
+            its defaults.
 
     Raises:
         KeyError: If there is no such method.
+        ConfigError: If an option of this package's methods is invalid.
 
     Examples:
         >>> default_learning_rate("bsr"), default_learning_rate("bsr", {"trainable": "lora"})
         (0.001, 0.003)
+        >>> default_learning_rate("bsr", {"preset": "balanced"})
+        0.003
     """
-    trainable = (options or {}).get("trainable", "full")
+    config = METHODS[method].config(**(options or {})) if method in METHODS else None
+    trainable = getattr(config, "trainable", None)
     return LEARNING_RATES.get((method, trainable)) or LEARNING_RATES[method, None]
 
 

@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 from peft_bsr import ALaSTConfig, BSRConfig
 from peft_bsr.cli.settings import TrainSettings
 from peft_bsr.cli.values import Loader, read_fields, read_pairs
+from peft_bsr.training import default_learning_rate
 
 
 @pytest.mark.parametrize(
@@ -58,3 +59,10 @@ def test_a_file_means_what_flags_mean(tmp_path):
     assert settings.trainer == {"eval_strategy": "no", "bf16": True, "weight_decay": 0.01}
     settings.write(tmp_path / "settings.yaml")
     assert TrainSettings(**yaml.load((tmp_path / "settings.yaml").read_text(), Loader)) == settings
+
+
+def test_the_default_rate_is_that_of_what_the_preset_trains():
+    assert TrainSettings("model", options={"preset": "balanced"}).rate == default_learning_rate(
+        "bsr", {"trainable": "lora"}
+    )
+    assert TrainSettings("model", options={"keep_rate": "0.7"}).rate == default_learning_rate("bsr")

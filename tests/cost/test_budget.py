@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
@@ -12,8 +13,9 @@ from peft import get_peft_model
 from transformers import ViTConfig, ViTForImageClassification
 
 from peft_bsr import BSRConfig, ConfigError
-from peft_bsr.cost import BudgetPlan, Setup, estimate, parse_size, plan_for_budget
-from peft_bsr.cost.ways import Way, ways_of
+from peft_bsr.cost import BudgetPlan, PlanCosts, Setup, estimate, parse_size, plan_for_budget
+from peft_bsr.cost.budget import plan_setting
+from peft_bsr.cost.ways import RECOMMENDED, Way, settings_of, ways_of
 
 VIT = {"num_hidden_layers": 4, "hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 1024}
 BATCH = 16
@@ -155,3 +157,13 @@ def test_ways_are_tried_by_flops(setting):
     flops = [estimate(model, way.config, way.setup).training_flops for way in ways]
     assert flops == sorted(flops)
     assert flops[-1] > flops[0]
+
+
+def test_the_recommended_plan_is_the_balanced_preset_and_its_line_says_all_of_it():
+    costs = PlanCosts(vit())
+    setting = next(setting for setting in settings_of(costs.depth) if setting[0] == RECOMMENDED)
+    plan = plan_setting(costs, setting, "10GB", Setup(batch_size=BATCH))
+    assert plan.is_recommended
+    described = eval(re.search(r"BSRConfig\(.*?\)", plan.describe())[0])
+    for config in (described, BSRConfig(preset="balanced")):
+        assert {name: getattr(config, name) for name in RECOMMENDED} == RECOMMENDED

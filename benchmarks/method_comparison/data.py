@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,8 @@ HUB = {"cifar10": "uoft-cs/cifar10", "fashion-mnist": "zalando-datasets/fashion_
 class Protocol:
     """Numbers of images and epochs of a comparison; see `protocols/*.json`.
 
-    `extra_tasks` run only when they are named; results of them are reported.
+    `extra_tasks` run only when they are named; results of them are reported. `timed_train_images` replaces
+    `train_images` in training by the clock (`run.py --seconds`).
     """
 
     name: str
@@ -38,11 +39,16 @@ class Protocol:
     other_seeds: int
     sweep_train_images: int
     extra_tasks: tuple[str, ...] = ()
+    timed_train_images: int | None = None
 
     @property
     def reported_tasks(self) -> tuple[str, ...]:
         """All tasks."""
         return (*self.tasks, *self.extra_tasks)
+
+    def timed(self) -> Protocol:
+        """The protocol of training by the clock."""
+        return replace(self, train_images=self.timed_train_images or self.train_images)
 
     @classmethod
     def load(cls, name: str) -> Protocol:

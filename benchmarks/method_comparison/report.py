@@ -224,7 +224,10 @@ def tried_table(tried: list[dict[str, Any]], recipes: dict[str, Any], costs: dic
         own = (leader["tried"][f"{leader['learning_rate']:g}"], leader["experiment"])
         for accuracy, name in sorted([own, *found], reverse=True):
             config = json.loads((EXPERIMENTS / name / "adapter_config.json").read_text())
-            changed = ", ".join(f"{key} {value}" for key, value in config.items() if key != "peft_type")
+            config |= {"control": Experiment.load(name).params["control"]}
+            changed = ", ".join(
+                f"{key} {value}" for key, value in config.items() if key != "peft_type" and value is not None
+            )
             what = f"**recipe {recipe}**" if name == leader["experiment"] else changed
             cost = costs.get(name)
             shares = ["", ""] if cost is None else [f"1/{1 / cost['saved_to_full']:.1f}", f"{cost['step_to_full']:.2f}"]

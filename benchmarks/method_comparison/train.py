@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import random
 import subprocess
 import sys
 import tempfile
@@ -31,6 +30,7 @@ from torch import nn
 from transformers import EvalPrediction, TrainerCallback, TrainingArguments
 
 sys.path.insert(0, str(Path(__file__).parent))
+from controls import TRAINERS, RandomBudgets
 from data import Protocol, load_task, with_pixels
 from experiment import Experiment, load_base
 from time_budget import TimeBudget, TimedTrainer
@@ -38,7 +38,7 @@ from time_budget import TimeBudget, TimedTrainer
 from peft_bsr import ALaSTConfig, FeatureCache
 from peft_bsr.cost import PeakMemory
 from peft_bsr.data import collate
-from peft_bsr.training import ALaSTCallback, schedule_of
+from peft_bsr.training import ALaSTCallback
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -81,6 +81,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Train and score."""
     begin = time.perf_counter()
     experiment, protocol = Experiment.load(args.experiment), Protocol.load(args.protocol)
+    if args.seconds is not None:
+        protocol = protocol.timed()
     images = load_task(args.task, protocol, args.data)
     is_short = args.sweep and args.seconds is None
     count = min(protocol.sweep_train_images if is_short else protocol.train_images, len(images["train"]))
@@ -93,7 +95,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         is_cached = experiment.params["feature_cache"]
         cache = FeatureCache.build(model, train, Path(folder) / "cache") if is_cached else None
-        trainer = TimedTrainer(
+        trainer = TRAINERS.get(experiment.params["control"], TimedTrainer)(
             model=model,
             args=training_arguments(experiment, protocol, args, folder),
             data_collator=collate if cache is None else None,
@@ -180,20 +182,6 @@ def callbacks(experiment: Experiment, seed: int) -> list[TrainerCallback]:
     if experiment.params["control"] == "random_budgets":
         found.append(RandomBudgets(seed))
     return found
-
-
-class RandomBudgets(TrainerCallback):
-    """A control for ALaST: in each step, budgets are drawn at random around the initial one."""
-
-    def __init__(self, seed: int) -> None:
-        self.generator = random.Random(seed)
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Draw new budgets."""
-        schedule = schedule_of(kwargs["model"])
-        start, (low, high) = schedule.config.initial_budget, schedule.config.budget_range
-        reach = min(start - low, high - start)
-        schedule.budgets = [self.generator.uniform(start - reach, start + reach) for _ in schedule.budgets]
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:

@@ -25,7 +25,10 @@ class Protocol:
     """Numbers of images and epochs of a comparison; see `protocols/*.json`.
 
     `extra_tasks` run only when they are named; results of them are reported. `timed_train_images` replaces
-    `train_images` in training by the clock (`run.py --seconds`).
+    `train_images` in training by the clock (`run.py --seconds`). `experiments` are those that run if none are named
+    (empty: all). Recipes without a sweep of their own have the learning rate of the protocol `rates_of`. With
+    `decoded`, images are decoded once and kept on the device, see pixels.py. `precision`: `"fp32"`, or `"bf16"`
+    by autocast.
     """
 
     name: str
@@ -40,6 +43,10 @@ class Protocol:
     sweep_train_images: int
     extra_tasks: tuple[str, ...] = ()
     timed_train_images: int | None = None
+    experiments: tuple[str, ...] = ()
+    rates_of: str | None = None
+    decoded: bool = False
+    precision: str = "fp32"
 
     @property
     def reported_tasks(self) -> tuple[str, ...]:

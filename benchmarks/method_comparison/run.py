@@ -36,7 +36,7 @@ def main() -> None:
     args = parser.parse_args()
     protocol = Protocol.load(args.protocol)
     recipes = load_recipes(args)
-    experiments = Experiment.chosen(args.only)
+    experiments = Experiment.chosen(args.only or list(protocol.experiments))
     if missing := {e.params["recipe"] for e in experiments} - set(recipes):
         raise SystemExit(f"{results_of(args)} has no recipe for {sorted(missing)}; run sweep.py first.")
     runs = [

@@ -53,9 +53,10 @@ def main() -> None:
 
 
 def load_recipes(args: argparse.Namespace) -> dict[str, Any]:
-    """Results of earlier sweeps, by recipe; with `--seconds`, the protocol's where none was swept for that time."""
-    base, own = args.results / Path(args.protocol).stem, results_of(args)
-    return stored(base / "recipes.json") | stored(own / "recipes.json")
+    """Results of earlier sweeps, by recipe: for `--seconds`, else the protocol's, else those of its `rates_of`."""
+    protocol = Protocol.load(args.protocol)
+    folders = [args.results / name for name in (protocol.rates_of, protocol.name) if name]
+    return {k: v for folder in (*folders, results_of(args)) for k, v in stored(folder / "recipes.json").items()}
 
 
 def find_rate(args: argparse.Namespace, recipe: str, experiment: str) -> dict[str, Any]:

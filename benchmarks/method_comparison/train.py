@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from controls import TRAINERS, RandomBudgets
 from data import Protocol, load_task, with_pixels
 from experiment import Experiment, load_base
+from pixels import as_batch, decode, on_device
 from time_budget import TimeBudget, TimedTrainer
 
 from peft_bsr import ALaSTConfig, FeatureCache
@@ -86,8 +87,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     images = load_task(args.task, protocol, args.data)
     is_short = args.sweep and args.seconds is None
     count = min(protocol.sweep_train_images if is_short else protocol.train_images, len(images["train"]))
-    train = with_pixels(images["train"].select(range(count)), args.model)
     scored = "validation" if args.sweep else "test"
+    parts = [images["train"].select(range(count)), images[scored]]
+    train, test = [
+        on_device(decode(part, args.model, protocol)) if protocol.decoded else with_pixels(part, args.model)
+        for part in parts
+    ]
+    gather = as_batch if protocol.decoded else collate
     transformers.set_seed(args.seed)
     base = load_base(args.model, images["train"].features["label"].names)
     budget = None if args.seconds is None else TimeBudget(args.seconds, experiment.params["warmup"])
@@ -98,16 +104,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         trainer = TRAINERS.get(experiment.params["control"], TimedTrainer)(
             model=model,
             args=training_arguments(experiment, protocol, args, folder),
-            data_collator=collate if cache is None else None,
+            data_collator=gather if cache is None else None,
             train_dataset=train if cache is None else cache,
-            eval_dataset=with_pixels(images[scored], args.model),
+            eval_dataset=test,
             compute_metrics=accuracy,
             callbacks=callbacks(experiment, args.seed),
         )
         trainer.budget = budget
         with PeakMemory(trainer.args.device) as memory, nullcontext() if cache is None else cache.read_by(model):
             trained = trainer.train()
-        trainer.data_collator = collate
+        trainer.data_collator = gather
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         score = trainer.evaluate()
         file_size = saved_size(model, Path(folder) / "trained")
@@ -142,7 +148,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "train_losses": losses,
             "metrics": [{"split": scored, "accuracy": score["eval_accuracy"], "loss": round(score["eval_loss"], 5)}],
         },
-        "meta_info": meta_info(args, len(images[scored])),
+        "meta_info": meta_info(args, protocol.precision, len(test)),
     }
 
 
@@ -171,7 +177,9 @@ def training_arguments(
         disable_tqdm=True,
         remove_unused_columns=False,
         label_names=["labels"],
-        dataloader_pin_memory=torch.cuda.is_available(),
+        dataloader_pin_memory=torch.cuda.is_available() and not protocol.decoded,
+        bf16=protocol.precision == "bf16",
+        use_cpu=not torch.accelerator.is_available(),
     )
 
 
@@ -200,10 +208,13 @@ def saved_size(model: nn.Module, folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
-def meta_info(args: argparse.Namespace, scored_images: int) -> dict[str, Any]:
+def meta_info(args: argparse.Namespace, precision: str, scored_images: int) -> dict[str, Any]:
     """Settings, versions and machine of the run."""
     return {
-        "model_info": {"model": Path(args.model).name if Path(args.model).exists() else args.model, "dtype": "float32"},
+        "model_info": {
+            "model": Path(args.model).name if Path(args.model).exists() else args.model,
+            "dtype": "float32" + (", bf16 autocast" if precision == "bf16" else ""),
+        },
         "dataset_info": {"task": args.task, "scored_images": scored_images},
         **environment(),
     }

@@ -111,6 +111,25 @@ def test_splits_share_no_image_and_are_even(sources):
         seen |= pictures
 
 
+def test_decoded_images_are_those_of_the_processor(sources, tmp_path, monkeypatch):
+    import pixels
+    from data import Protocol, load_task, with_pixels
+
+    monkeypatch.setattr(pixels.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(pixels, "_AT_ONCE", 4)
+    protocol = Protocol.load(str(sources["protocol"]))
+    part = load_task("colours", protocol, sources["data"])["test"]
+    path = pixels.decode(part, str(sources["model"]), protocol)
+    written = path.stat().st_mtime_ns
+    decoded = pixels.on_device(pixels.decode(part, str(sources["model"]), protocol))
+    assert path.stat().st_mtime_ns == written and len(decoded) == len(part)
+    rows = with_pixels(part, str(sources["model"]))
+    batch = decoded.__getitems__([3, 0, 7])
+    for place, i in enumerate([3, 0, 7]):
+        assert torch.equal(batch["pixel_values"][place], torch.as_tensor(rows[i]["pixel_values"]))
+        assert batch["labels"][place] == rows[i]["labels"] == decoded[i]["labels"]
+
+
 def test_a_sweep_takes_the_best_rate_inside_what_it_tried(monkeypatch, sources):
     import argparse
 

@@ -22,7 +22,7 @@ from peft_bsr.backbones.inputs import (
     tolerance,
 )
 from peft_bsr.backbones.model_spec import BlockSpec, ModelSpec, ScoreSource, StageBlock
-from peft_bsr.backbones.part import find_part, view_of
+from peft_bsr.backbones.part import VisionPart, find_part, view_of
 from peft_bsr.backbones.permutation import excess, no_zero_tables
 from peft_bsr.backbones.pooling import takes_head
 from peft_bsr.backbones.probe import probe, probe_model
@@ -58,6 +58,7 @@ __all__ = [
     "SideInputHooks",
     "StageBlock",
     "StockRun",
+    "VisionPart",
     "apply_part",
     "attend",
     "computes_weights",

@@ -32,7 +32,7 @@ from peft_bsr.cli.measurements import FULL, conditions, in_words
 from peft_bsr.cli.methods import attach, check_method
 from peft_bsr.cli.output import Output
 from peft_bsr.cli.settings import TrainSettings
-from peft_bsr.cli.sources import find_adapter, make_model, model_of
+from peft_bsr.cli.sources import find_adapter, make_model, model_of, refuse_sound
 from peft_bsr.cli.trial import Trial, bounded, run_trial
 from peft_bsr.cli.values import read_pairs
 from peft_bsr.cost import Cost, compare, cost_rows
@@ -80,6 +80,7 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, object]:
     """Run the command."""
     _check(args)
     source = model_of(find_adapter(args.model), args.model)
+    refuse_sound(source)
     options = read_pairs(args.set or [])
     if "bsr" in args.methods:
         check_method("bsr", options)

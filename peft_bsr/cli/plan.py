@@ -20,7 +20,7 @@ from peft_bsr.cli.images import (
 )
 from peft_bsr.cli.memory import OPTIMIZERS, PRECISIONS
 from peft_bsr.cli.output import Output
-from peft_bsr.cli.sources import changed, find_adapter, load_model, make_model, model_of
+from peft_bsr.cli.sources import changed, find_adapter, load_model, make_model, model_of, takes_sound
 from peft_bsr.cost import BudgetPlan, Contributions, Setup, contributions, plan_for_budget
 from peft_bsr.data import collate, with_pixels
 from peft_bsr.errors import UsageError
@@ -84,6 +84,8 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, object]:
     columns = ("", "peak, MiB", "GFLOPs per image", "trained, M", *(["gains"] if found else []), "gives up")
     first = "ordered by what they give up" if found is None else "ordered by gain, whole weights and low-rank updates"
     out.table(f"{source}, {args.memory}, batch {args.batch_size}: {first}", columns, rows, (0, len(columns) - 1))
+    if takes_sound(source):
+        out.note("`peft-bsr train` reads images: use the options of these plans in Python, as in examples/sound.py")
     for number, plan in enumerate(plans, 1):
         out.line(f"{number:>2}  {command_of(plan, source)}")
         for reason in plan.declined:

@@ -64,6 +64,34 @@ def model_of(adapter: PeftConfig | None, name: str) -> str:
     return name if adapter is None else str(adapter.base_model_name_or_path)
 
 
+def takes_sound(name: str) -> bool:
+    """Whether a model is one of sound, such as an AST, a Whisper or a wav2vec 2.0.
+
+    Args:
+        name: MODEL, a model.
+
+    Raises:
+        UsageError: If its configuration cannot be read.
+    """
+    return getattr(_own_class(read_model_config(name)), "main_input_name", None) in ("input_values", "input_features")
+
+
+def refuse_sound(name: str) -> None:
+    """Raise if a model is one of sound, before anything else is read.
+
+    Args:
+        name: MODEL, a model.
+
+    Raises:
+        UsageError: If it is.
+    """
+    if takes_sound(name):
+        raise UsageError(
+            f"`{name}` is a model of sound, and this command reads images. Train it in Python with transformers' "
+            "Trainer, as examples/sound.py does with a folder of WAV files (docs/bsr.md, Sound)."
+        )
+
+
 def make_model(
     name: str,
     labels: int | None = None,
@@ -98,7 +126,7 @@ def from_config(config: PreTrainedConfig) -> PreTrainedModel:
     """A model with random weights; a classifier if its family has one."""
     if config.architectures is None:
         config.architectures = []  # transformers goes through them where a family has several classifiers, as DeiT
-    own: object = getattr(transformers, (config.architectures or ["AutoModel"])[0], None)
+    own = _own_class(config)
     made: PreTrainedModel
     if takes_head(config):
         with suppress(UnsupportedModelError):  # the error of the model itself has more details
@@ -110,6 +138,11 @@ def from_config(config: PreTrainedConfig) -> PreTrainedModel:
     else:
         made = transformers.AutoModel.from_config(config, trust_remote_code=False)
     return made
+
+
+def _own_class(config: PreTrainedConfig) -> object:
+    """The class in transformers that a model was saved from, or None."""
+    return getattr(transformers, (config.architectures or ["AutoModel"])[0], None)
 
 
 def load_model(
@@ -222,4 +255,6 @@ __all__ = [
     "make_model",
     "model_of",
     "read_model_config",
+    "refuse_sound",
+    "takes_sound",
 ]

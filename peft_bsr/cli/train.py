@@ -44,7 +44,7 @@ from peft_bsr.cli.saving import (
 )
 from peft_bsr.cli.scaling import find_scale, fold
 from peft_bsr.cli.settings import TrainSettings, add_settings, read_settings
-from peft_bsr.cli.sources import describe_head, find_adapter, load_model, make_model
+from peft_bsr.cli.sources import describe_head, find_adapter, load_model, make_model, refuse_sound
 from peft_bsr.cli.training import fit_to_data, make_trainer, optimizer_maker, training_arguments
 from peft_bsr.data import size_of
 from peft_bsr.errors import UsageError
@@ -92,6 +92,7 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, object]:
         raise UsageError(
             f"`{settings.model}` is an adapter. Give its base model, or pass `--resume` to continue its run."
         )
+    refuse_sound(settings.model)
     if settings.image_size is not None:  # an unsupported size is an error before anything is read
         make_model(settings.model, device="meta", image_size=settings.image_size)
     check_output(output)

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedModel,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from peft_bsr import ALaSTConfig, BSRConfig, MoEConfig, SynQTConfig, TaskConfig
 
 # wide enough that the base weights under trained copies are offloaded (64 KiB and more)
 SIZES = {"hidden_size": 128, "num_attention_heads": 4, "intermediate_size": 256, "image_size": 32, "patch_size": 8}
 TASKS = {"a": 5, "b": 3, "parts": TaskConfig("parts", 2, "segmentation"), "never": 4}
+TEXT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 60}
 TASK_OF = ((0, 1), (2, 0), (1, 2), (0, 0))  # of each half of each step's batch
 STEPS = 4
 
@@ -42,28 +52,43 @@ CONFIGS = {
     "synqt": lambda: SynQTConfig(num_queries=2, bottleneck=4, attention_bottleneck=2, dropout=0.0, drop_path=0.0),
     "synqt_reduced": lambda: SynQTConfig(num_queries=2, bottleneck=4, keep_rate=0.5, dropout=0.0, drop_path=0.0),
     "alast": lambda: ALaSTConfig(trainable_blocks_per_step=2),
+    "part": lambda: _bsr(trainable_blocks=[1, 2]),
+    "part_lora": lambda: _bsr(trainable_blocks=[1, 2], trainable="lora", r=4),
+    "part_beside_lora": lambda: _bsr(trainable_blocks=[1, 2]),
     "alast_sample": lambda: ALaSTConfig(trainable_blocks_per_step=2, selection="sample"),
 }
 STATIC = [case for case in CONFIGS if not case.startswith("alast")]
 
 
-def make_base() -> ViTForImageClassification:
-    """Four blocks, 17 tokens, 3 classes; always the same weights."""
+def make_base(case: str = "") -> PreTrainedModel:
+    """Four blocks, 17 tokens, 3 classes; in cases of a part the tower of a LLaVA. Always the same weights."""
     torch.manual_seed(0)
-    return ViTForImageClassification(ViTConfig(num_hidden_layers=4, num_labels=3, **SIZES))
+    if not case.startswith("part"):
+        return ViTForImageClassification(ViTConfig(num_hidden_layers=4, num_labels=3, **SIZES))
+    vision, text = CLIPVisionConfig(num_hidden_layers=4, **SIZES), LlamaConfig(**TEXT)
+    return LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_index=59))
 
 
 def make_model(case: str, config: PeftConfig | None = None) -> PeftModel:
     """A model with the adapter of `case`, in training mode; always the same weights."""
-    base = make_base()
+    base, name = make_base(case), "default"
     torch.manual_seed(1)
-    return get_peft_model(base, config or CONFIGS[case]()).train()
+    if case == "part_beside_lora":
+        targets = r".*language_model.*\.(q_proj|v_proj)"
+        base, name = get_peft_model(base, LoraConfig(target_modules=targets, init_lora_weights=False)), "vision"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT warns of the second adapter
+        return get_peft_model(base, config or CONFIGS[case](), adapter_name=name).train()
 
 
 def batch_of(case: str, step: int, half: int) -> dict[str, Any]:
     """One half of a step's batch, 3 images."""
     generator = torch.Generator().manual_seed(10 * step + half)
     images = torch.randn(3, 3, 32, 32, generator=generator)
+    if case.startswith("part"):
+        words = torch.randint(3, 59, (3, 20), generator=generator)
+        words[:, 1:17] = 59  # a place for each patch
+        return {"pixel_values": images, "input_ids": words, "labels": words}
     if not case.startswith("tasks"):
         return {"pixel_values": images, "labels": torch.randint(3, (3,), generator=generator)}
     task = TASK_OF[step % len(TASK_OF)][half]
@@ -102,6 +127,7 @@ def weights_of(inner: PeftModel) -> dict[str, Tensor]:
     return {name: whole(parameter) for name, parameter in inner.named_parameters()}
 
 
-def probe_images() -> Tensor:
-    """Two images [2, 3, 32, 32] to look at outputs with."""
-    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+def probe_batch(case: str) -> dict[str, Tensor]:
+    """Three images to look at outputs with."""
+    batch = batch_of("part" if case.startswith("part") else "bsr", 99, 0)
+    return {name: tensor for name, tensor in batch.items() if name != "labels"}

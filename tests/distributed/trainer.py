@@ -16,7 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from peft_bsr import ALaSTConfig
 from peft_bsr.training import ALaSTCallback
-from tests.distributed.cases import STATIC, make_model, weights_of
+from tests.distributed.cases import STATIC, batch_of, make_model, weights_of
 
 BATCH_SIZE = 4  # of all processes together
 NUM_STEPS = 6
@@ -33,17 +33,21 @@ class StopAt(TrainerCallback):
 
 
 class Images(Dataset):
-    """48 images of three classes."""
+    """48 images of three classes; in cases of a part with text."""
 
-    def __init__(self) -> None:
+    def __init__(self, case: str) -> None:
         generator = torch.Generator().manual_seed(0)
         self.images = torch.randn(48, 3, 32, 32, generator=generator)
+        self.words = batch_of(case, 0, 0).get("input_ids")
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {"pixel_values": self.images[index], "labels": torch.tensor(index % 3)}
+        if self.words is None:
+            return {"pixel_values": self.images[index], "labels": torch.tensor(index % 3)}
+        words = self.words[index % 3]
+        return {"pixel_values": self.images[index], "input_ids": words, "labels": words}
 
 
 def train(folder: Path, name: str, case: str, steps: int) -> None:
@@ -72,7 +76,7 @@ def train(folder: Path, name: str, case: str, steps: int) -> None:
         use_cpu=True,
     )
     arguments.per_device_train_batch_size = BATCH_SIZE // arguments.world_size
-    trainer = Trainer(model=model, args=arguments, train_dataset=Images())
+    trainer = Trainer(model=model, args=arguments, train_dataset=Images(case))
     if isinstance(model.peft_config["default"], ALaSTConfig):
         trainer.add_callback(ALaSTCallback())
     trainer.add_callback(StopAt(steps))

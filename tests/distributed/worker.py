@@ -27,7 +27,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from peft_bsr import PeftBsrError
-from tests.distributed.cases import STATIC, STEPS, make_model, make_optimizer, probe_images, train, weights_of
+from tests.distributed.cases import STATIC, STEPS, make_model, make_optimizer, probe_batch, train, weights_of
 
 
 @dataclass
@@ -61,8 +61,9 @@ def wrap(how: str, model: Any, is_static: bool) -> nn.Module:
         return model
     if how == "ddp":
         return DistributedDataParallel(model, find_unused_parameters=not is_static)
-    for block in model.base_model.spec.blocks if how == "fsdp2" else ():
-        fully_shard(model.get_base_model().get_submodule(block))
+    spec = model.base_model.spec
+    for block in spec.blocks if how == "fsdp2" else ():
+        fully_shard(model.get_base_model().get_submodule(spec.full_name(block)))
     return fully_shard(model)
 
 
@@ -105,7 +106,7 @@ def run(job: Job, folder: Path) -> dict[str, Any]:
         dcp.save({"training": checkpoint}, checkpoint_id=job.save)
     weights = weights_of(model)
     with model.disable_adapter(), torch.no_grad():
-        disabled = wrapped.eval()(pixel_values=probe_images()).logits
+        disabled = wrapped.eval()(**probe_batch(job.case)).logits
     return {"losses": losses, "weights": weights, "disabled": disabled}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from peft_bsr.backbones import ModelSpec, probe_inputs, quiet, run_probe
+from peft_bsr.backbones import ModelSpec, VisionPart, probe_inputs, quiet, run_probe
 from peft_bsr.errors import UnsupportedModelError
 
 
@@ -17,8 +17,13 @@ def find_classifier(model: nn.Module, spec: ModelSpec, subject: str) -> str:
         subject: Subject and verb of the error, such as "the heads of `tasks` take".
 
     Raises:
-        UnsupportedModelError: If no single Linear gives the logits.
+        UnsupportedModelError: If no single Linear gives the logits, or if the model is a part of a larger one.
     """
+    if isinstance(model, VisionPart):
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: {subject} the place of the classifier, but a part of a larger model has no "
+            "classifier. Use BSR, ALaST or LoSA, without `tasks`."
+        )
     linears = [name for name in spec.head if isinstance(without_layer(model.get_submodule(name)), nn.Linear)]
     outputs: dict[str, list[Tensor]] = {name: [] for name in linears}
     handles = [

@@ -10,21 +10,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from peft_bsr.backbones import ModelSpec
 from peft_bsr.core import BlockCall
-from peft_bsr.engine.bound import modules_of
+from peft_bsr.engine.bound import NOT_AFTER_A_NORM, modules_of
 from peft_bsr.engine.halves import LeanMLP, NotLeanError
 from peft_bsr.engine.parts import attention_dropouts, norm_source, running_module
 from peft_bsr.engine.plan import Lean
 from peft_bsr.engine.watch import Watch
-
-_UNKNOWN_ATTENTION = (
-    "its norm and its projections are not next to each other: windows, pooling or a grid are in between. "
-    '`lean="max"` computes the attention again in backward'
-)
+from peft_bsr.ops import KeepNormInputs
 
 
 class StagedBlock:
@@ -98,19 +95,27 @@ class StagedBlock:
         mix: object,
     ) -> tuple[Any, tuple[Tensor, ...]]:
         """Run the block's own forward; see `BoundBlock.run`."""
-        return stock(hidden_states, *args, **kwargs), ()
+        lean = call.lean
+        if lean is None or not (lean.attention and lean.save_products) or torch.compiler.is_compiling():
+            return stock(hidden_states, *args, **kwargs), ()
+        attentions = [self.block.get_submodule(name) for name in (*self.parts.other_attentions, self.parts.attention)]
+        with KeepNormInputs(p for attention in attentions for p in attention.parameters()) as kept:
+            output = stock(hidden_states, *args, **kwargs)
+        if not kept.found:
+            self.aside("attention", NOT_AFTER_A_NORM)
+        return output, ()
 
     def _make(self, lean: Lean) -> tuple[Mapping[nn.Module, Callable[..., Any]], dict[str, str]]:
         """Module of the block -> what the block's forward calls in its place; and halves that run stock, with why."""
         found: dict[nn.Module, Callable[..., Any]] = {}
         asides = dict[str, str]()
         if lean.attention:
-            reason = self.reasons.get("attention", _UNKNOWN_ATTENTION if lean.save_products else None)
-            if reason is None:
+            reason = self.reasons.get("attention")
+            if reason is None and not lean.save_products:
                 for name in (*self.parts.other_attentions, self.parts.attention):
                     attention: nn.Module = getattr(self.block, name.split(".")[0])
                     found[attention] = _Again(attention, self.block.get_submodule(name))
-            else:
+            elif reason is not None:
                 asides["attention"] = reason
         if lean.mlp and self.mlp is None:
             asides["mlp"] = self.reasons["mlp"]

@@ -81,9 +81,11 @@ def verify_lean(
             for part in ("attention", "mlp"):
                 half = replace(wanted.lean, attention=part == "attention", mlp=part == "mlp")
                 parts[part] = passes(index, BlockPlan(True, lean=half), f"lean {part}")
-                if part == "attention" and not parts[part] and not half.save_products:
+                if part == "attention" and not parts[part]:
                     half, reason = replace(half, as_modules=True), notes.pop()
-                    parts[part] = parts["as_modules"] = passes(index, BlockPlan(True, lean=half), "attention run again")
+                    parts[part] = parts["as_modules"] = passes(
+                        index, BlockPlan(True, lean=half), "attention as modules"
+                    )
                     notes += [] if parts[part] else [reason]
             lean = replace(wanted.lean, **parts)
             plan = plan.with_lean(lean if any(parts.values()) else None)

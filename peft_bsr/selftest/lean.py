@@ -152,12 +152,13 @@ def try_block(
     with single_block(model, spec, index, plan, hidden) as controller, _in_training(block, attention) as parameters:
         tokens = hidden.detach().clone().requires_grad_()
         seed(model)
-        with no_zero_tables(block), LivingBytes() as living:
-            output = tensors_of(block(tokens, *others, **kwargs))[0]
-        living_bytes = living.bytes(exclude=[tokens, output], collects=False)
-        output = output[:, :num_queries]
-        weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output)
-        gradients = torch.autograd.grad((output * weights).sum(), [tokens, *parameters], allow_unused=True)
+        with no_zero_tables(block):  # also in backward, which may run the attention again
+            with LivingBytes() as living:
+                output = tensors_of(block(tokens, *others, **kwargs))[0]
+            living_bytes = living.bytes(exclude=[tokens, output], collects=False)
+            output = output[:, :num_queries]
+            weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output)
+            gradients = torch.autograd.grad((output * weights).sum(), [tokens, *parameters], allow_unused=True)
     return Tried([output.detach(), *gradients], living_bytes, next(iter(controller.aside.values()), None))
 
 

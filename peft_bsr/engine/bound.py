@@ -111,7 +111,8 @@ class BoundBlock:
         scores: Tensor | None = None
         left: list[Tensor] = []
         split = self._begin_split(call, tokens, args, kwargs)
-        is_taken_apart = is_mid_block or call.lean is not None or mix is not None or split is not None
+        is_lean = call.lean is not None and self.spec.whole_block is None
+        is_taken_apart = is_mid_block or is_lean or mix is not None or split is not None
         if is_taken_apart or (call.is_traced and call.score is not None):
             tokens, others, scores = self._attend(call, tokens, args, kwargs, split)
             before = tokens

@@ -72,7 +72,7 @@ def verify_lean(
 
     with quiet(model):
         run = stock or run_stock(model, spec.blocks, probe_inputs(model, 1, spec.image_shape))
-        if wanted.lean is not None and spec.block_spec is None:
+        if wanted.lean is not None and spec.block_spec is None and spec.whole_block is None:
             notes.append("lean blocks: their parts are not those of a pre-norm block")
             logger.info("%s: blocks run stock, %s", type(model).__name__, notes[-1].partition(": ")[2])
             plan = plan.with_lean(None)
@@ -81,7 +81,7 @@ def verify_lean(
             for part in ("attention", "mlp"):
                 half = replace(wanted.lean, attention=part == "attention", mlp=part == "mlp")
                 parts[part] = passes(index, BlockPlan(True, lean=half), f"lean {part}")
-                if part == "attention" and not parts[part]:
+                if part == "attention" and not parts[part] and spec.whole_block is None:
                     half, reason = replace(half, as_modules=True), notes.pop()
                     parts[part] = parts["as_modules"] = passes(
                         index, BlockPlan(True, lean=half), "attention as modules"

@@ -97,7 +97,7 @@ REASONS = {
 MLP_ALONE = "exact (mlp only), max"
 # no token can be dropped -> the reason, and what of block 1 runs lean: a window copies what its norm gives
 WITHOUT = {
-    "wavlm": ("its blocks use the position of a token inside", "max (attention only)"),
+    "wavlm": ("its blocks use the position of a token inside", MLP_ALONE),
     "wavlm_large": ("its blocks use the position of a token inside", MLP_ALONE),
     "swin": ("it has stages", MLP_ALONE),
     "swinv2": ("it has stages", MLP_ALONE),
@@ -124,7 +124,7 @@ WITHOUT = {
 }
 
 
-POST_NORM = dict.fromkeys(("wav2vec2", "hubert", "data2vec_audio"), "off")
+POST_NORM = dict.fromkeys(("wav2vec2", "hubert", "data2vec_audio"), "exact (mlp only), max (mlp only)")
 
 
 @pytest.mark.sampled(4)

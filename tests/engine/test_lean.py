@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import re
 import sys
@@ -553,6 +554,32 @@ def test_a_linear_outside_of_the_attention_is_left_alone(parts):
     with KeepNormInputs(second.parameters()) as kept:
         first(norm(torch.randn(2, 6, WIDTH)))
     assert not kept.found
+
+
+@pytest.mark.parametrize("lean", ["exact", "max"])
+def test_the_mlp_of_a_post_norm_block_runs_lean(lean):
+    outputs, expected, stock = train_once("wav2vec2", "off", keep_rate=0.7)
+    found_outputs, found, kept = train_once("wav2vec2", lean, keep_rate=0.7)
+    assert kept < stock
+    torch.testing.assert_close(found_outputs, outputs, atol=1e-6, rtol=1e-5)
+    size = max(float(gradient.abs().max()) for gradient in expected.values())
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, atol=1e-5 * size, rtol=1e-4, msg=name)
+
+
+def test_hooks_and_copies_of_a_post_norm_block():
+    model = get_peft_model(SUPPORTED["wav2vec2"](), BSRConfig(trainable_blocks=[1, 3])).train()
+    model = copy.deepcopy(model)
+    batch = run_batch(model.base_model.model)
+    model(**batch)
+    assert "MLP lean (exact)" in model.base_model.explain()
+    assert "stock" not in model.base_model.explain()
+    seen = []
+    mlp = model.base_model.model.get_submodule(model.base_model.spec.blocks[3]).feed_forward
+    mlp.register_forward_hook(lambda *_: seen.append(1))
+    with pytest.warns(LeanBlockWarning, match="the hook"):
+        model(**batch)
+    assert seen == [1]
 
 
 def test_hooks_inside_such_an_attention_see_one_run():

@@ -107,6 +107,7 @@ class ModelSpec:
             tokens and the attention say nothing: there are no special tokens, `num_patches` counts places of the first
             block's input, and `width` is the last block's.
         stage_blocks: The parts of every block, if there is no token reduction; otherwise empty.
+        whole_block: The parts of a block, if tokens can be reduced and `block_spec` is None: its own forward runs.
         part: Name of the vision model in a larger model, if the adapter or the probe was given the larger one. All
             other names are relative to it. None = the model itself.
     """
@@ -137,6 +138,7 @@ class ModelSpec:
     scaling: float
     no_reduction: str | None = None
     stage_blocks: tuple[StageBlock, ...] = ()
+    whole_block: StageBlock | None = None
     part: str | None = None
 
     def local_name(self, name: str) -> str:

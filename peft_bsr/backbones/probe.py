@@ -36,6 +36,7 @@ from peft_bsr.backbones.permutation import check_permutation
 from peft_bsr.backbones.probe_blocks import probe_blocks
 from peft_bsr.backbones.registry import vision_config
 from peft_bsr.backbones.scoring import find_score_source
+from peft_bsr.backbones.stages import describe_stage_block
 from peft_bsr.backbones.tracing import Blocks, Trace, forward_watched, read_out, text_decoder
 from peft_bsr.core import Route
 from peft_bsr.errors import UnsupportedModelError
@@ -127,6 +128,9 @@ def _probe(model: nn.Module) -> tuple[ModelSpec, StockRun]:
     orders = [list(order) for order in trace.order.values()]
     is_same = all(order == orders[0] for order in orders)
     block_spec = find_block_spec(blocks[0], orders[0], trace.residual_takers, attention_name) if is_same else None
+    whole_block = None
+    if is_same and block_spec is None:
+        whole_block = describe_stage_block(blocks[0], orders[0], attention_name, trace.ran, trace.calls[0][2], ())
     spec = ModelSpec(
         blocks=names,
         param_modules=param_modules,
@@ -152,6 +156,7 @@ def _probe(model: nn.Module) -> tuple[ModelSpec, StockRun]:
         scores_from=scores_from,
         num_heads=num_heads,
         scaling=scaling,
+        whole_block=whole_block,
     )
     return spec, StockRun(trace.calls, [tensor.detach() for tensor in tensors_of(output)])
 

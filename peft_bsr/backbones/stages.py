@@ -127,14 +127,20 @@ def _mlp_alone(block: nn.Module) -> str | None:
 
 def _find_mlp_half(block: nn.Module, order: list[str], attention: str) -> tuple[str, tuple[str, ...]]:
     """Names of the norm before the MLP, or `""`, and of the children from the MLP's first Linear to its last."""
-    after = order[order.index(attention) + 1 :] if attention in order else order
+    start = order.index(attention) + 1 if attention in order else 0
+    after, before = order[start:], order[: max(0, start - 1)]
     linears = [i for i, name in enumerate(after) if any(hasattr(m, "in_features") for m in _modules(block, name))]
     if not linears or len(set(after[linears[0] : linears[-1] + 1])) != linears[-1] + 1 - linears[0]:
         return "", ()
     mlp = tuple(after[linears[0] : linears[-1] + 1])
     norm = after[linears[0] - 1] if linears[0] else ""
-    is_norm = bool(norm) and order.count(norm) == 1 and type(getattr(block, norm)).__name__.endswith("Norm")
-    return norm if is_norm else "", mlp
+    is_post_norm = start > 0 and not any(_is_norm(block, name) for name in before)  # the residual has the norm's output
+    is_own = bool(norm) and order.count(norm) == 1 and _is_norm(block, norm) and not is_post_norm
+    return norm if is_own else "", mlp
+
+
+def _is_norm(block: nn.Module, name: str) -> bool:
+    return type(getattr(block, name)).__name__.endswith("Norm")
 
 
 def _modules(block: nn.Module, name: str) -> Iterator[nn.Module]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverloadPacket
+from torch._subclasses.fake_tensor import DataDependentOutputException as NeedsValues
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import Node
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -163,6 +164,7 @@ __all__ = [
     "MODULES",
     "ONNX_REGISTRATION_LOGGER",
     "PARAMETERS",
+    "NeedsValues",
     "StorageWeakRef",
     "TorchDispatchMode",
     "activation_memory_budget",

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from peft_bsr.backbones import input_shapes, probe_inputs, tensors_of
-from peft_bsr.compat.torch_api import no_memory
+from peft_bsr.compat.torch_api import NeedsValues, no_memory
 from peft_bsr.cost.compiled import kept_when_compiled
 from peft_bsr.cost.dry_run import DryRun, HostMemory, dry_run, without_memory
 from peft_bsr.cost.proxy import attach_resolved, on_meta, resolve_narrow
 from peft_bsr.cost.setup import Setup, library_bytes, optimizer_bytes, update_bytes
 from peft_bsr.engine import Plan, WeightOffload
-from peft_bsr.errors import ConfigError
+from peft_bsr.errors import ConfigError, UnsupportedModelError
 from peft_bsr.tuners import method_of
 from peft_bsr.tuners.base.config import SavedConfig
 from peft_bsr.tuners.blocks.config import BlockConfig
@@ -99,7 +99,8 @@ def estimate(
 
     Raises:
         ConfigError: If an argument is out of range, or this model does not support the config.
-        UnsupportedModelError: If the model is not a plain vision transformer of transformers.
+        UnsupportedModelError: If the model is not one of transformers that this package supports, or computes with
+            numbers that it reads from tensors.
 
     Examples:
         >>> from peft_bsr import BSRConfig
@@ -144,8 +145,14 @@ def estimate(
             output = called(**inputs)
         return _loss(output)
 
-    with nowhere:
-        run = dry_run(trained, inputs.values(), forward)
+    try:
+        with nowhere:
+            run = dry_run(trained, inputs.values(), forward)
+    except NeedsValues as error:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} reads numbers from tensors in its forward, and here they have none. Attach the "
+            "adapter and measure it with `peft_bsr.cost.saved_activations`."
+        ) from error
     if is_compiled:
         run = run.scaled(kept_when_compiled(trained, forward))
     batch_bytes = sum(tensor.nbytes for tensor in inputs.values())

@@ -52,6 +52,8 @@ def on_meta(model: nn.Module, image_size: int | None = None, dtype: torch.dtype 
 def resolve_narrow(model: nn.Module, config: SavedConfig) -> Resolution:
     """Resolve an adapter for a model without weights, on a narrow proxy with the same blocks and tokens.
 
+    Where the config names no one width of all blocks (stages), the proxy is as wide as the model, with random weights.
+
     Args:
         model: Model from `on_meta`.
         config: Configuration of the adapter.
@@ -62,25 +64,29 @@ def resolve_narrow(model: nn.Module, config: SavedConfig) -> Resolution:
     """
     _check_whole(model, config.part)
     narrow = _config_of(model)
-    vision = inner_config(narrow)
-    heads = getattr(vision, "num_attention_heads", None)
-    if not isinstance(heads, int) or not isinstance(getattr(vision, "hidden_size", None), int):
-        raise UnsupportedModelError(
-            f"{type(model).__name__}'s config names no `hidden_size` and `num_attention_heads` of all blocks, from "
-            "which a narrow proxy could be made. Attach the adapter to the model itself and measure it."
-        )
-    width, vision.hidden_size = vision.hidden_size, _HEAD_WIDTH * heads
-    if hasattr(vision, "intermediate_size"):
-        vision.intermediate_size = 2 * vision.hidden_size
-    for name, value in vars(narrow).items():  # heads that are told the blocks' width again (DepthAnything, UperNet)
-        if name.endswith(("hidden_size", "in_channels")) and value == width:
-            setattr(narrow, name, vision.hidden_size)
+    width = _narrow(narrow)
     with torch.random.fork_rng(devices=()):
         proxy = _make(model, narrow).eval()
     whole = copy.deepcopy(config)
     whole.frozen_weights = "full"  # quantization is not tried on the proxy
-    found: Resolution = resolve(proxy, whole).with_width(width)
-    return found
+    found: Resolution = resolve(proxy, whole)
+    return found if width is None else found.with_width(width)
+
+
+def _narrow(config: PreTrainedConfig) -> int | None:
+    """Make the config that of a narrow model, and return the width before; None if blocks differ in width."""
+    vision = inner_config(config)
+    heads, width = (getattr(vision, name, None) for name in ("num_attention_heads", "hidden_size"))
+    has_stages = any(name.endswith("_per_stage") for name in vars(vision))
+    if not isinstance(heads, int) or not isinstance(width, int) or has_stages:
+        return None
+    vision.hidden_size = _HEAD_WIDTH * heads
+    if hasattr(vision, "intermediate_size"):
+        vision.intermediate_size = 2 * vision.hidden_size
+    for name, value in vars(config).items():  # heads that are told the blocks' width again (DepthAnything, UperNet)
+        if name.endswith(("hidden_size", "in_channels")) and value == width:
+            setattr(config, name, vision.hidden_size)
+    return width
 
 
 def attach_resolved(model: nn.Module, config: SavedConfig, resolution: Resolution) -> tuple[nn.Module, list[str]]:

@@ -8,7 +8,7 @@ from torch import nn
 
 from peft_bsr.engine.bound import BoundBlock
 from peft_bsr.engine.compiled import CompiledBlock
-from peft_bsr.engine.staged import StagedBlock
+from peft_bsr.engine.staged import StagedBlock, WholeBlock
 
 if TYPE_CHECKING:
     from peft_bsr.engine.controller import BlockController
@@ -25,10 +25,11 @@ def bind(block: nn.Module, controller: BlockController) -> Bound:
     """
     spec, own, hooks = controller.spec, (controller, controller.scorer), controller.side_input_hooks
     if spec.stage_blocks:
-        return StagedBlock(block, spec, controller.index, own, controller.step_aside)
+        return StagedBlock(block, spec, spec.stage_blocks[controller.index], own, controller.step_aside)
     if controller.compiler is not None and controller.halves_obstacle() is None:
         return CompiledBlock(block, spec, hooks, own, controller.compiler)
-    return BoundBlock(block, spec, hooks, own, controller.step_aside)
+    bound_class = BoundBlock if spec.whole_block is None else WholeBlock
+    return bound_class(block, spec, hooks, own, controller.step_aside)
 
 
 __all__ = ["Bound", "bind"]

@@ -20,9 +20,13 @@ from peft_bsr.engine.parted import PartedAttention
 from peft_bsr.engine.plan import GradientTokens, Reduction
 from peft_bsr.engine.watch import Watch
 from peft_bsr.errors import ForwardError
-from peft_bsr.ops import merge_tokens, reduce_tokens
+from peft_bsr.ops import KeepNormInputs, merge_tokens, reduce_tokens
 
 BlockOutput = Tensor | tuple[Any, ...]  # the tokens, alone or first in a tuple
+NOT_AFTER_A_NORM = (
+    "its projections do not get the output of a LayerNorm as it is: windows, pooling or a grid are in between. "
+    '`lean="max"` computes the attention again in backward'
+)
 LeanHalf = TypeVar("LeanHalf", PartedAttention, LeanMLP)
 
 
@@ -107,7 +111,8 @@ class BoundBlock:
         scores: Tensor | None = None
         left: list[Tensor] = []
         split = self._begin_split(call, tokens, args, kwargs)
-        is_taken_apart = is_mid_block or call.lean is not None or mix is not None or split is not None
+        is_lean = call.lean is not None and self.spec.whole_block is None
+        is_taken_apart = is_mid_block or is_lean or mix is not None or split is not None
         if is_taken_apart or (call.is_traced and call.score is not None):
             tokens, others, scores = self._attend(call, tokens, args, kwargs, split)
             before = tokens
@@ -195,6 +200,12 @@ class BoundBlock:
             chosen, others = self.lean_attention.parted(call, split, tokens, gathered, lean)
             is_whole = chosen.shape[1] == split.chosen.shape[1]
             return split.join(chosen, others) if is_whole else chosen, [], call.token_scores
+        if lean is not None and lean.attention and lean.as_modules and lean.save_products:
+            with KeepNormInputs(self.block.get_submodule(self.spec.attention).parameters()) as kept:
+                change, returned = self.attention(tokens, arguments)
+            if not kept.found:
+                self.aside("attention", NOT_AFTER_A_NORM)
+            return tokens + change, returned, call.token_scores
         if lean is not None and lean.attention and lean.as_modules:
             if (reason := self._capture or self._obstacle) is None:
                 change, scores = self._attend_twice(call, tokens, arguments)
@@ -322,4 +333,4 @@ def _split(wanted: GradientTokens, route: Route, scores: Tensor | None, tokens: 
     return TokenSplit.of(scores.detach(), wanted.share, route.num_prefix, route.num_suffix)
 
 
-__all__ = ["BoundBlock", "modules_of"]
+__all__ = ["NOT_AFTER_A_NORM", "BoundBlock", "modules_of"]

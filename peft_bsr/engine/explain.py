@@ -71,7 +71,7 @@ def _standing(controller: BlockController, block: nn.Module, plan: BlockPlan) ->
     """Reasons that do not depend on the input."""
     reasons = controller.bound(block).reasons
     assert plan.lean is not None, "only lean halves have reasons to run stock"
-    wanted = {"attention": plan.lean.attention, "mlp": plan.lean.mlp and not plan.mixture}
+    wanted = {"attention": plan.lean.attention and not plan.lean.as_modules, "mlp": plan.lean.mlp and not plan.mixture}
     return {half: reason for half, reason in reasons.items() if wanted[half]}
 
 

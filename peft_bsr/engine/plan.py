@@ -95,7 +95,8 @@ class Lean:
             instead of recomputing them (`"max"`).
         num_queries: Number of tokens at the front that the head reads, if the last block runs queries, output
             projection and MLP for those alone, else None. For these few, the MLP's first product is always recomputed.
-        as_modules: Whether the attention runs as the block's own modules, twice, because its parts are not known.
+        as_modules: Whether the attention runs as the block's own modules, because its parts are not known: with
+            `save_products` its projections keep the norm's input, otherwise it runs twice.
     """
 
     attention: bool = True

@@ -201,7 +201,7 @@ def attach_controller(model: nn.Module, controller: BlockController) -> None:
     block = model.get_submodule(spec.blocks[controller.index])
     setattr(block, CONTROLLER, controller)
     block_class: type = type(block)
-    block.__class__ = controlled_class(block_class, bool(spec.stage_blocks))
+    block.__class__ = controlled_class(block_class, bool(spec.stage_blocks or spec.whole_block))
     attention: Any = block.get_submodule(spec.attention)
     if not spec.stage_blocks:
         controller.side_input_hooks.attach(block, spec.attention)

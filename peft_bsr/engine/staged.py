@@ -10,21 +10,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from peft_bsr.backbones import ModelSpec
+from peft_bsr.backbones import ModelSpec, SideInputHooks, StageBlock
 from peft_bsr.core import BlockCall
-from peft_bsr.engine.bound import modules_of
+from peft_bsr.engine.bound import NOT_AFTER_A_NORM, BoundBlock, modules_of
 from peft_bsr.engine.halves import LeanMLP, NotLeanError
 from peft_bsr.engine.parts import attention_dropouts, norm_source, running_module
 from peft_bsr.engine.plan import Lean
 from peft_bsr.engine.watch import Watch
+from peft_bsr.ops import KeepNormInputs
 
-_UNKNOWN_ATTENTION = (
-    "its norm and its projections are not next to each other: windows, pooling or a grid are in between. "
-    '`lean="max"` computes the attention again in backward'
-)
+_NOT_APART = "the block is not taken apart: its norms or dropouts are not where those of pre-norm blocks are"
 
 
 class StagedBlock:
@@ -33,7 +32,7 @@ class StagedBlock:
     Args:
         block: The block.
         spec: Description of the model.
-        index: Index of the block.
+        parts: Names of its parts.
         own: Objects whose hooks on the block are ignored, because they are this package's.
         aside: Called with (half, reason) if a half that was planned lean runs as the original.
 
@@ -43,10 +42,14 @@ class StagedBlock:
     """
 
     def __init__(
-        self, block: nn.Module, spec: ModelSpec, index: int, own: tuple[Any, ...], aside: Callable[[str, str], None]
+        self,
+        block: nn.Module,
+        spec: ModelSpec,
+        parts: StageBlock,
+        own: tuple[Any, ...],
+        aside: Callable[[str, str], None],
     ) -> None:
-        self.block, self.aside = block, aside
-        self.parts = spec.stage_blocks[index]
+        self.block, self.parts, self.aside = block, parts, aside
         self.reasons: dict[str, str] = {}
         self._made: dict[Lean, tuple[Mapping[nn.Module, Callable[..., Any]], dict[str, str]]] = {}
         self.watch = Watch(modules_of(block, own), own)
@@ -98,19 +101,27 @@ class StagedBlock:
         mix: object,
     ) -> tuple[Any, tuple[Tensor, ...]]:
         """Run the block's own forward; see `BoundBlock.run`."""
-        return stock(hidden_states, *args, **kwargs), ()
+        lean = call.lean
+        if lean is None or not (lean.attention and lean.save_products) or torch.compiler.is_compiling():
+            return stock(hidden_states, *args, **kwargs), ()
+        attentions = [self.block.get_submodule(name) for name in (*self.parts.other_attentions, self.parts.attention)]
+        with KeepNormInputs(p for attention in attentions for p in attention.parameters()) as kept:
+            output = stock(hidden_states, *args, **kwargs)
+        if not kept.found:
+            self.aside("attention", NOT_AFTER_A_NORM)
+        return output, ()
 
     def _make(self, lean: Lean) -> tuple[Mapping[nn.Module, Callable[..., Any]], dict[str, str]]:
         """Module of the block -> what the block's forward calls in its place; and halves that run stock, with why."""
         found: dict[nn.Module, Callable[..., Any]] = {}
         asides = dict[str, str]()
         if lean.attention:
-            reason = self.reasons.get("attention", _UNKNOWN_ATTENTION if lean.save_products else None)
-            if reason is None:
+            reason = self.reasons.get("attention")
+            if reason is None and not lean.save_products:
                 for name in (*self.parts.other_attentions, self.parts.attention):
                     attention: nn.Module = getattr(self.block, name.split(".")[0])
                     found[attention] = _Again(attention, self.block.get_submodule(name))
-            else:
+            elif reason is not None:
                 asides["attention"] = reason
         if lean.mlp and self.mlp is None:
             asides["mlp"] = self.reasons["mlp"]
@@ -122,6 +133,31 @@ class StagedBlock:
 
     def __reduce__(self) -> tuple[Any, ...]:  # a copy of the block looks its own parts up
         return type(None), ()
+
+
+class WholeBlock(BoundBlock):
+    """A block that reduces tokens and is not taken apart, such as a post-norm block: its MLP alone can be lean.
+
+    A post-norm block's attention projects what the residual keeps anyway. See `BoundBlock` for the arguments.
+    """
+
+    def __init__(
+        self,
+        block: nn.Module,
+        spec: ModelSpec,
+        side_input_hooks: SideInputHooks,
+        own: tuple[object, ...],
+        aside: Callable[[str, str], None],
+    ) -> None:
+        super().__init__(block, spec, side_input_hooks, own, aside)
+        assert spec.whole_block is not None, "only these blocks are bound in this way"
+        self.inside = StagedBlock(block, spec, spec.whole_block, (side_input_hooks, *own), aside)
+        self.reasons = {**self.inside.reasons, "attention": _NOT_APART}
+        self.inside.reasons = self.reasons
+
+    def adapted(self, call: BlockCall) -> BlockCall:
+        """The call, with what runs in the place of the block's modules."""
+        return self.inside.adapted(call)
 
 
 class _MLP:
@@ -156,4 +192,4 @@ def _unchanged(tokens: Tensor, *args: object, **kwargs: object) -> Tensor:
     return tokens
 
 
-__all__ = ["StagedBlock"]
+__all__ = ["StagedBlock", "WholeBlock"]

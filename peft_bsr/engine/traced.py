@@ -72,7 +72,9 @@ class TracedBlock(BoundBlock):
     ) -> tuple[Tensor, list[object], Tensor | None]:
         arguments, lean, kind = self._arguments(call, tokens, args, kwargs), call.lean, call.score
         keeps: Keeps = "all"
-        if lean is not None and lean.attention and not self.readers[1]:
+        # a bias of all tokens is gathered by the running block's route, which a region that runs again does not have
+        is_gathered = self.side_input_hooks.rule.position_bias is not None and call.route.origins is not None
+        if lean is not None and lean.attention and not self.readers[1] and not is_gathered:
             keeps = self._attention_keeps(lean)
         elif kind is None:
             change, others = self.attention(tokens, arguments)

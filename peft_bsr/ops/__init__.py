@@ -8,6 +8,7 @@ from peft_bsr.ops.linear import LinearOp
 from peft_bsr.ops.merge import merge_tokens
 from peft_bsr.ops.mlp import MLPOp
 from peft_bsr.ops.norm import LayerNormOp, NoNormOp, NormOp, RMSNormOp, norm_kind
+from peft_bsr.ops.norm_inputs import KeepNormInputs
 from peft_bsr.ops.projections import Heads, ProjectionsOp
 from peft_bsr.ops.recompute import recomputed
 from peft_bsr.ops.reduce import reduce_tokens, token_scores
@@ -17,6 +18,7 @@ __all__ = [
     "FrozenLinear",
     "Gate",
     "Heads",
+    "KeepNormInputs",
     "LayerNormOp",
     "LinearOp",
     "MLPOp",

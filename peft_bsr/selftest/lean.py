@@ -72,7 +72,7 @@ def verify_lean(
 
     with quiet(model):
         run = stock or run_stock(model, spec.blocks, probe_inputs(model, 1, spec.image_shape))
-        if wanted.lean is not None and spec.block_spec is None:
+        if wanted.lean is not None and spec.block_spec is None and spec.whole_block is None:
             notes.append("lean blocks: their parts are not those of a pre-norm block")
             logger.info("%s: blocks run stock, %s", type(model).__name__, notes[-1].partition(": ")[2])
             plan = plan.with_lean(None)
@@ -81,9 +81,11 @@ def verify_lean(
             for part in ("attention", "mlp"):
                 half = replace(wanted.lean, attention=part == "attention", mlp=part == "mlp")
                 parts[part] = passes(index, BlockPlan(True, lean=half), f"lean {part}")
-                if part == "attention" and not parts[part] and not half.save_products:
+                if part == "attention" and not parts[part] and spec.whole_block is None:
                     half, reason = replace(half, as_modules=True), notes.pop()
-                    parts[part] = parts["as_modules"] = passes(index, BlockPlan(True, lean=half), "attention run again")
+                    parts[part] = parts["as_modules"] = passes(
+                        index, BlockPlan(True, lean=half), "attention as modules"
+                    )
                     notes += [] if parts[part] else [reason]
             lean = replace(wanted.lean, **parts)
             plan = plan.with_lean(lean if any(parts.values()) else None)
@@ -150,12 +152,13 @@ def try_block(
     with single_block(model, spec, index, plan, hidden) as controller, _in_training(block, attention) as parameters:
         tokens = hidden.detach().clone().requires_grad_()
         seed(model)
-        with no_zero_tables(block), LivingBytes() as living:
-            output = tensors_of(block(tokens, *others, **kwargs))[0]
-        living_bytes = living.bytes(exclude=[tokens, output], collects=False)
-        output = output[:, :num_queries]
-        weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output)
-        gradients = torch.autograd.grad((output * weights).sum(), [tokens, *parameters], allow_unused=True)
+        with no_zero_tables(block):  # also in backward, which may run the attention again
+            with LivingBytes() as living:
+                output = tensors_of(block(tokens, *others, **kwargs))[0]
+            living_bytes = living.bytes(exclude=[tokens, output], collects=False)
+            output = output[:, :num_queries]
+            weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output)
+            gradients = torch.autograd.grad((output * weights).sum(), [tokens, *parameters], allow_unused=True)
     return Tried([output.detach(), *gradients], living_bytes, next(iter(controller.aside.values()), None))
 
 

@@ -68,17 +68,14 @@ def verify_stages(model: nn.Module, spec: ModelSpec, plan: Plan, stock: StockRun
 
 
 def _kind(model: nn.Module, spec: ModelSpec, index: int, half: str, lean: Lean) -> Hashable:
-    """What decides whether a half of the block runs lean: its names, and the shapes of its parameters."""
+    """What decides whether a half of the block runs lean: its names, the shapes of its parameters, its windows."""
     parts: StageBlock = spec.stage_blocks[index]
     block = model.get_submodule(spec.blocks[index])
-    names: tuple[str, ...]
-    if half == "attention":
-        names = () if lean.save_products else (parts.block_spec.attention,)  # with products it never runs lean
-    else:
-        names = tuple(filter(None, (parts.norm, *parts.mlp)))
+    names = (parts.block_spec.attention,) if half == "attention" else (parts.norm, *parts.mlp)
     children = [block.get_submodule(name) for name in names if name]
     shapes = tuple((n, tuple(p.shape)) for child in children for n, p in child.named_parameters())
-    return names, tuple(map(type, children)), shapes
+    numbers = tuple((name, value) for name, value in vars(block).items() if isinstance(value, int))
+    return names, tuple(map(type, children)), shapes, numbers
 
 
 def _frozen(model: nn.Module, spec: ModelSpec, plan: Plan) -> list[str]:

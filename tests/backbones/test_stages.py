@@ -12,7 +12,8 @@ from peft import PeftModel, get_peft_model
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
 from peft_bsr import ALaSTConfig, BSRConfig, ConfigError, FeatureCache, LoSAConfig, UnsupportedModelError, probe_model
-from peft_bsr.cost import estimate
+from peft_bsr.backbones import probe_inputs, tensors_of
+from peft_bsr.cost import estimate, saved_activations
 from peft_bsr.errors import FeatureCacheError, LeanBlockWarning
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "contract"))
@@ -201,9 +202,33 @@ def test_a_cache_is_refused_where_the_head_reads_earlier_stages(tmp_path):
         FeatureCache.build(adapted, samples, tmp_path, progress=False)
 
 
-def test_estimates_follow_where_all_blocks_have_one_width():
-    config = BSRConfig(**ALL, trainable_blocks="last:2", lean="max")
-    found = estimate(NO_REDUCTION["sam"](), config, batch_size=2).saved_bytes
-    assert 0 < found < estimate(NO_REDUCTION["sam"](), batch_size=2).saved_bytes / 2
-    with pytest.raises(UnsupportedModelError, match="`hidden_size` and `num_attention_heads` of all blocks"):
-        estimate(NO_REDUCTION["swin"](), config)
+@pytest.mark.sampled(3)
+@pytest.mark.parametrize("lean", ["exact", "max"])
+@pytest.mark.parametrize("family", ["sam", "swin", "hiera", "segformer", "convnext", "sam2"])
+def test_estimates_are_what_is_measured(family, lean):
+    config = BSRConfig(**ALL, trainable_blocks="last:2", lean=lean)
+    found = estimate(NO_REDUCTION[family](), config, batch_size=2)
+    model = get_peft_model(NO_REDUCTION[family](), config).train()
+    inputs = probe_inputs(model.base_model.model, 2, model.base_model.spec.image_shape)
+
+    def loss():
+        return sum(t.float().sum() for t in tensors_of(model(**inputs)) if t.requires_grad)
+
+    assert found.plan == model.base_model.plan()
+    assert found.saved_bytes == pytest.approx(saved_activations(model, loss), rel=0.02)
+    assert found.saved_bytes < estimate(NO_REDUCTION[family](), batch_size=2).saved_bytes
+
+
+def test_estimates_say_what_they_cannot_follow():
+    with pytest.raises(UnsupportedModelError, match="EomtForUniversalSegmentation reads numbers from tensors"):
+        estimate(NO_REDUCTION["eomt"](), BSRConfig(**ALL, trainable_blocks="last:2"))
+
+
+def test_new_bias_tables_keep_no_block_from_running_lean():
+    model = NO_REDUCTION["swin"]()
+    for name, parameter in model.named_parameters():
+        if "relative_position_bias_table" in name:
+            parameter.data.zero_()
+    adapted = get_peft_model(model, BSRConfig(**ALL, lean="max"))
+    assert all(block.lean.attention for block in adapted.base_model.plan().blocks if block.lean)
+    assert not adapted.base_model.plan().notes

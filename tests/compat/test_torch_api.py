@@ -149,6 +149,8 @@ def test_no_memory():
     with mode:
         assert (tensor + 1).device.type == "cuda" and (tensor + 1).shape == (2**50,)
         assert torch.zeros(2, device="cuda") + torch.ones(2, device="cuda") is not None
+        with pytest.raises(torch_api.NeedsValues):
+            torch.empty(1).item()
 
 
 def test_dispatch_mode_sees_each_operator():

@@ -95,23 +95,26 @@ REASONS = {
     "hubert_layerdrop": "skips whole blocks at random",
 }
 MLP_ALONE = "exact (mlp only), max"
-# no token can be dropped -> the reason, and what runs lean: windows and grids lie between norm and projections
+# no token can be dropped -> the reason, and what of block 1 runs lean: a window copies what its norm gives
 WITHOUT = {
-    "wavlm": ("its blocks use the position of a token inside", "max (attention only)"),
+    "wavlm": ("its blocks use the position of a token inside", MLP_ALONE),
     "wavlm_large": ("its blocks use the position of a token inside", MLP_ALONE),
     "swin": ("it has stages", MLP_ALONE),
     "swinv2": ("it has stages", MLP_ALONE),
     "hiera": ("it has stages", MLP_ALONE),
-    "sam": (r"its first block gets \(2, 4, 4, 32\)", MLP_ALONE),
-    "vitdet": (r"its first block gets \(2, 32, 4, 4\)", MLP_ALONE),
-    "segformer": ("it has stages", "max (attention only)"),  # a convolution lies inside of its MLP
-    "eomt": (r"block 2 maps \(1, 25, 32\)", MLP_ALONE),
-    "pvt": ("it has stages", MLP_ALONE),
+    "sam": (r"its first block gets \(2, 4, 4, 32\)", "exact, max"),
+    "vitdet": (r"its first block gets \(2, 32, 4, 4\)", "exact, max"),
+    "segformer": (
+        "it has stages",
+        "exact (attention only), max (attention only)",
+    ),  # a convolution lies inside of its MLP
+    "eomt": (r"block 2 maps \(1, 25, 32\)", "exact, max"),
+    "pvt": ("it has stages", "exact, max"),
     "convnext": ("it has no list of equal blocks", "exact (mlp only), max (mlp only)"),
     "sam2": ("its first block gets", MLP_ALONE),
     "sam2_vision": ("its first block gets", MLP_ALONE),
-    "sam3": ("its first block gets", MLP_ALONE),
-    "timesformer": ("its blocks have several attentions", MLP_ALONE),
+    "sam3": ("its first block gets", "exact, max"),
+    "timesformer": ("its blocks have several attentions", "exact, max"),
     "maskformer": ("it has stages", MLP_ALONE),
     "mask2former": ("it has stages", MLP_ALONE),
     "detr_swin": ("it has stages", MLP_ALONE),
@@ -121,17 +124,13 @@ WITHOUT = {
 }
 
 
-POST_NORM = dict.fromkeys(("wav2vec2", "hubert", "data2vec_audio"), "off")
-PARTLY_LEAN = {  # the attention computes its rotation or bias itself, not from side inputs
-    **dict.fromkeys(("data2vec", "data2vec_shared_bias", "vjepa2", "mlcd"), MLP_ALONE),
-    **POST_NORM,
-}
+POST_NORM = dict.fromkeys(("wav2vec2", "hubert", "data2vec_audio"), "exact (mlp only), max (mlp only)")
 
 
 @pytest.mark.sampled(4)
 @pytest.mark.parametrize("family", SUPPORTED)
 def test_blocks_run_lean(family):
-    assert lean_levels(family) == PARTLY_LEAN.get(family, "exact, max")
+    assert lean_levels(family) == POST_NORM.get(family, "exact, max")
 
 
 def test_every_family_has_an_expectation():

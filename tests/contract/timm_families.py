@@ -50,7 +50,7 @@ SUPPORTED = {
     "timm_vit_registers": Tokens("vit_tiny_patch16_224", {"reg_tokens": 3, "dynamic_img_size": True}, prefix=4),
     "timm_reg4_gap": Tokens("vit_medium_patch16_reg4_gap_256", prefix=4),
     "timm_dinov2_reg4": Tokens("vit_small_patch14_reg4_dinov2", prefix=5),
-    "timm_rope_reg4": Tokens("vit_betwixt_patch16_rope_reg4_gap_256", prefix=4, positions=True, lean=MLP),
+    "timm_rope_reg4": Tokens("vit_betwixt_patch16_rope_reg4_gap_256", prefix=4, positions=True),
     "timm_deit3": Tokens("deit3_small_patch16_224"),
     "timm_deit_distilled": Tokens("deit_tiny_distilled_patch16_224", prefix=2),
     "timm_dinov2_swiglu": Tokens("vit_giant_patch14_dinov2"),
@@ -60,11 +60,11 @@ SUPPORTED = {
     "timm_siglip2": Tokens("vit_so400m_patch14_siglip_gap_224", {"mlp_ratio": 2.5}, prefix=0),
     "timm_dinov3": Tokens("vit_small_patch16_dinov3", {"num_reg_tokens": 2}, prefix=3, positions=True),
     "timm_dinov3_bare": Tokens("vit_small_patch16_dinov3", prefix=5, positions=True),
-    "timm_dinov3_bias": Tokens("vit_small_patch16_dinov3_qkvb", prefix=5, positions=True, lean=MLP),
+    "timm_dinov3_bias": Tokens("vit_small_patch16_dinov3_qkvb", prefix=5, positions=True),
     "timm_dinov3_swiglu": Tokens("vit_small_plus_patch16_dinov3", prefix=5, positions=True),
-    "timm_eva02": Tokens("eva02_tiny_patch14_224", positions=True, lean=MLP),
+    "timm_eva02": Tokens("eva02_tiny_patch14_224", positions=True),
     "timm_eva02_norms": Tokens("eva02_base_patch14_224", positions=True, lean=ATTENTION),
-    "timm_eva02_clip": Tokens("eva02_base_patch16_clip_224", positions=True, lean="off"),
+    "timm_eva02_clip": Tokens("eva02_base_patch16_clip_224", positions=True, lean=ATTENTION),
     "timm_pe_core": Tokens("vit_pe_core_tiny_patch16_384", positions=True),
     "timm_pe_lang": Tokens("vit_pe_lang_large_patch14_448", positions=True),
     "timm_pe_spatial": Tokens("vit_pe_spatial_tiny_patch16_512", positions=True),
@@ -73,7 +73,9 @@ SUPPORTED = {
     "timm_vitamin": Tokens("vitamin_small_224", prefix=0, lean=ATTENTION, side=64),
 }
 NO_REDUCTION = {
-    "timm_beit": Blocks("beit_base_patch16_224", PLAIN, "its blocks use the position of a token inside", MLP),
+    "timm_beit": Blocks(
+        "beit_base_patch16_224", PLAIN, "its blocks use the position of a token inside", "exact, max (mlp only)"
+    ),
     "timm_swin": Blocks("swin_tiny_patch4_window7_224", WINDOWS, "it has stages: 3 lists of blocks"),
     "timm_swinv2": Blocks("swinv2_tiny_window8_256", WINDOWS, "it has stages: 3 lists of blocks"),
     "timm_hiera": Blocks("hiera_tiny_224", {"img_size": (64, 64), **TWO_STAGES}, "block 1 maps", side=64),
@@ -131,8 +133,6 @@ Architectures of timm in a `TimmWrapperForImageClassification` (`_bare`: `TimmWr
 weights, in an environment of their own: `make test-timm`. Each passes the checks above; scores are from `sdpa`. Where
 less than both halves run lean, this is why:
 
-- EVA-02 (tiny, CLIP) and DINOv3 `qkvb` have a bias beside their projections, and of `rope_reg4` not all projections are
-  found: the attention runs stock.
 - EVA-02 base and CLIP have a norm inside their MLP, ViTamin a norm and a gate in other modules: the MLP runs stock.
 - BEiT and SAM compute a bias from the tokens' places inside their attention, so no token can be dropped.
 

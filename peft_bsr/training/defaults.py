@@ -29,17 +29,18 @@ def default_learning_rate(method: str, options: Mapping[str, Any] | None = None)
     Args:
         method: `"bsr"`, `"alast"`, `"synqt"`, `"losa"`, `"lora"`, `"full"` (fine-tuning) or `"linear"` (the
             classifier alone).
-        options: Fields of the method's configuration, of which `trainable` is used. Default None: its defaults.
+        options: Fields of the method's configuration, which determine `trainable`. Default None: its defaults.
 
     Raises:
         KeyError: If there is no such method.
+        ConfigError: If the configuration is invalid.
 
     Examples:
         >>> default_learning_rate("bsr"), default_learning_rate("bsr", {"trainable": "lora"})
         (0.001, 0.003)
     """
-    trainable = (options or {}).get("trainable", "full")
-    return LEARNING_RATES.get((method, trainable)) or LEARNING_RATES[method, None]
+    config = METHODS[method].config(**(options or {})) if method in METHODS else None
+    return LEARNING_RATES.get((method, getattr(config, "trainable", None))) or LEARNING_RATES[method, None]
 
 
 __all__ = ["LEARNING_RATES", "WARMUP_SHARE", "default_learning_rate"]

@@ -24,11 +24,13 @@ BAD_VALUES: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"trainable_blocks": []},
-        'BSRConfig: `trainable_blocks=[]` must be a non-empty list of block indices, "every:n", "last:n", "last:n%" or "stage:n".',
+        "BSRConfig: `trainable_blocks=[]` must be a non-empty list of block indices, "
+        '"every:n", "last:n", "last:n%" or "stage:n".',
     ),
     (
         {"trainable_blocks": 3},
-        'BSRConfig: `trainable_blocks=3` must be a non-empty list of block indices, "every:n", "last:n", "last:n%" or "stage:n".',
+        "BSRConfig: `trainable_blocks=3` must be a non-empty list of block indices, "
+        '"every:n", "last:n", "last:n%" or "stage:n".',
     ),
     (
         {"trainable_blocks": "evry:4"},

@@ -45,11 +45,12 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, object]:
 def _describe(folder: Path) -> dict[str, object]:
     values = read_config(folder)
     config = config_class(values["peft_type"]).from_pretrained(str(folder))
-    found = check_weights(folder)
+    found, plain = check_weights(folder), type(config)()
     settings = {
         field.name: value
         for field in fields(config)
-        if field.name not in _TOLD_APART and (value := getattr(config, field.name)) not in (None, field.default)
+        if field.name not in _TOLD_APART
+        and (value := getattr(config, field.name)) not in (None, getattr(plain, field.name))
     }
     return {
         "method": str(values["peft_type"]).lower(),

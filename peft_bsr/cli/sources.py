@@ -230,12 +230,13 @@ def check_names(given: Mapping[str, object], known: Sequence[str], kind: str) ->
     """Check that all names are known.
 
     Raises:
-        UsageError: If a name is unknown; the message suggests similar names.
+        UsageError: If a name is unknown; the message suggests similar names, or all if none is similar.
     """
     for name in given:
         if name not in known:
-            close = difflib.get_close_matches(name, known, 3) or sorted(known)
-            raise UsageError(f"unknown {kind}: `{name}`. Did you mean {', '.join(close)}?")
+            close = difflib.get_close_matches(name, known, 3)
+            hint = f"Did you mean {', '.join(close)}?" if close else f"Use one of {', '.join(sorted(known))}."
+            raise UsageError(f"unknown {kind}: `{name}`. {hint}")
 
 
 def changed(config: PeftConfig) -> dict[str, Any]:

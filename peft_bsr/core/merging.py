@@ -102,7 +102,7 @@ def _places(goes_to: Tensor, left: int) -> tuple[Tensor, Tensor]:
 def _with_special(place: Tensor, num_prefix: int, left: int, num_suffix: int) -> Tensor:
     """New indices of all tokens including special ones, [B, P + M + S]."""
     prefix, suffix = torch.arange(num_prefix), torch.arange(num_suffix) + num_prefix + left
-    parts = [special.to(place.device).expand(len(place), -1) for special in (prefix, suffix)]
+    parts = [special.to(place.device).expand(place.shape[0], -1) for special in (prefix, suffix)]
     return torch.cat([parts[0], place + num_prefix, parts[1]], dim=1)
 
 

@@ -68,10 +68,15 @@ class BudgetPlan:
             ]
             what = f"BSRConfig({', '.join(given)})"
         what += _CHECKPOINTING[self.setup.gradient_checkpointing]
-        size, flops = self.estimate.total_bytes / 2**20, self.estimate.training_flops / self.estimate.batch_size / 1e9
+        size, flops = to_mib(self.estimate.total_bytes), self.estimate.training_flops / self.estimate.batch_size / 1e9
         what += "" if self.share is None else f"  {self.share:.0%} of the contributions"
-        line = f"{size:8.0f} MiB  {flops:6.1f} GFLOPs per image  {what}  (gives up: {self.gives_up})"
+        line = f"{size:8} MiB  {flops:6.1f} GFLOPs per image  {what}  (gives up: {self.gives_up})"
         return "\n".join([line, *(f"{'':14}declined: {reason}" for reason in self.declined)])
+
+
+def to_mib(size: int) -> int:
+    """Bytes in MiB, rounded up: a size that fits into a budget in MiB also does as it is printed."""
+    return -(-size // 2**20)
 
 
 def plan_for_budget(
@@ -141,8 +146,9 @@ def plan_for_budget(
         least = smallest.estimate
         raise ConfigError(
             f"`memory={memory!r}` is too little for {type(costs.model).__name__} at "
-            f"`batch_size={setup.batch_size}`. The smallest plan takes {least.total_bytes / 2**20:.0f} MiB, "
-            f"{least.weights_bytes / 2**20:.0f} MiB of it for weights:\n{smallest.describe()}\n"
+            f"`batch_size={setup.batch_size}`. The smallest plan takes {to_mib(least.total_bytes)} MiB, "
+            f"{least.weights_bytes / 2**20:.0f} MiB of it for weights; you gave {budget // 2**20} MiB:\n"
+            f"{smallest.describe()}\n"
             "Use a smaller batch, half precision or a smaller model."
         )
     return found

@@ -18,6 +18,7 @@ from peft_bsr.hub.task import Task, task_of
 from peft_bsr.registration import package_version
 from peft_bsr.tuners import MethodInfo, describe_plan, known_method
 from peft_bsr.tuners.base.config import SavedConfig
+from peft_bsr.tuners.base.description import describe_picture
 
 BEGIN, END = "<!-- peft_bsr: written by save_pretrained; edit outside of it -->", "<!-- peft_bsr: end -->"
 PICTURE = "kept_tokens.png"
@@ -56,7 +57,8 @@ def model_card(config: SavedConfig, facts: CardFacts, base: str | None = None) -
     method = known_method(config)
     spec, plan = config.attachment.spec, config.attachment.plan
     task = task_of(config)
-    called = f"[{base}](https://huggingface.co/{base})" if base else f"`{_folder(config.base_model_name_or_path)}`"
+    folder = config.base_model_name_or_path and f"`{_folder(config.base_model_name_or_path)}`"
+    called = f"[{base}](https://huggingface.co/{base})" if base else folder or f"a {config.attachment.classes[0]}"
     parts = [
         f"# {method.title} adapter of {called}",
         f"{task.description} Made with peft_bsr, method {method.name} ({_linked(method.paper)}).",
@@ -71,7 +73,7 @@ def model_card(config: SavedConfig, facts: CardFacts, base: str | None = None) -
     if facts.costs:
         parts.append("## Measured\n\n" + _cost_table(facts))
     if facts.picture is not None:
-        parts.append(f"## Kept tokens\n\n![Patches that each reduction keeps; dropped ones are shaded]({PICTURE})")
+        parts.append(f"## Kept tokens\n\n![{describe_picture(plan)}]({PICTURE})")
     parts.append("## Limits\n\n" + "\n".join(f"- {limit}" for limit in _limits(config, method)))
     parts.append(
         "## Versions\n\n"
@@ -125,7 +127,12 @@ def _limits(config: SavedConfig, method: MethodInfo) -> list[str]:
         limits.append("Token reduction is not part of the weights: a merged model runs on all tokens and differs.")
     if not method.tuner.merges:
         limits.append("It cannot be merged into the base model.")
-    if _hub_id(config.base_model_name_or_path) is None:
+    if not config.base_model_name_or_path:
+        limits.append(
+            "The base model has no name: it was made in memory. Save it with `save_pretrained(folder)` and pass its "
+            "location: `peft_bsr.load(adapter, base=folder)`."
+        )
+    elif _hub_id(config.base_model_name_or_path) is None:
         name = _folder(config.base_model_name_or_path)
         limits.append(
             f"The base model was read from a folder, `{name}`. On another machine pass its location: "

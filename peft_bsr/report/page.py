@@ -15,6 +15,7 @@ from peft_bsr.cost import cost_rows
 from peft_bsr.report.charts import bar_chart, heat_map, line_chart
 from peft_bsr.report.record import Results, RunRecord
 from peft_bsr.report.style import STYLE
+from peft_bsr.tuners.base.description import describe_picture
 
 _SIDE = 224  # pixels of a picture on the page, at most
 _NOT_ALONE = {"eval_loss", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}
@@ -135,7 +136,7 @@ def _kept(record: RunRecord) -> str:
         for k in record.kept:
             figures.append(_figure(_picture(k.pictures[row]), f"block {k.block}: {k.share:.0%}", is_named=row == 0))
     columns = f"grid-template-columns: repeat({len(record.kept) + 1}, minmax(0, 1fr))"
-    note = '<p class="quiet">Patches that are left after each reduction; dropped ones are shaded.</p>'
+    note = "" if record.plan is None else f'<p class="quiet">{describe_picture(record.plan)}.</p>'
     return _section("Kept tokens", f'{note}<div class="kept" style="{columns}">{"".join(figures)}</div>', True)
 
 

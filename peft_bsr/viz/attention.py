@@ -14,6 +14,7 @@ from peft_bsr.backbones import in_mode, probe_model
 from peft_bsr.engine import BlockScores, record_scores
 from peft_bsr.errors import InputError, UnsupportedModelError
 from peft_bsr.tuners.base.layer import find_backbone, find_controllers, runs_on_images
+from peft_bsr.viz.files import save_figure
 
 _COLUMNS = 7  # pictures side by side at most; a ViT-B's input and 12 blocks fill two lines
 
@@ -61,8 +62,7 @@ def draw_attention(model: nn.Module, pixel_values: Tensor, image: np.ndarray, pa
         axis.set_yticks([])
     for axis in axes[len(found) + 1 :]:
         axis.set_visible(False)
-    figure.savefig(path, dpi=150)
-    return Path(path)
+    return save_figure(figure, path, dpi=150)
 
 
 def _scores(model: nn.Module, pixel_values: Tensor) -> list[BlockScores]:

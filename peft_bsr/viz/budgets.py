@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from peft_bsr.errors import AdapterError
+from peft_bsr.viz.files import save_figure
 
 if TYPE_CHECKING:
     from peft_bsr.training import BudgetRecord
@@ -50,5 +51,4 @@ def draw_budgets(history: Sequence[BudgetRecord], path: str | Path) -> Path:
         axis.set_ylabel("block")
         axis.set_yticks(range(depth))
     axes[1].set_xlabel("optimizer step")
-    figure.savefig(path, dpi=130)
-    return Path(path)
+    return save_figure(figure, path, dpi=130)

@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from peft_bsr.errors import InputError
+from peft_bsr.viz.files import save_figure
 from peft_bsr.viz.fonts import families_for
 
 MOST_CLASSES = 50  # with more, names cannot be read
@@ -54,8 +55,7 @@ def draw_confusion(counts: Sequence[Sequence[int]], names: Sequence[str], path: 
         for (row, column), count in np.ndenumerate(matrix):
             colour = "white" if shares[row, column] > 0.5 else "black"
             axis.text(column, row, str(count), ha="center", va="center", color=colour, fontsize=8)
-    figure.savefig(path, dpi=120)
-    return Path(path)
+    return save_figure(figure, path, dpi=120)
 
 
 def _short(name: str) -> str:

@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from peft_bsr.cost import Contributions
+from peft_bsr.viz.files import save_figure
 
 _TITLES = {"full": "whole blocks", "lora": "low-rank updates"}
 _LABELS = {
@@ -42,5 +43,4 @@ def draw_contributions(found: Contributions, path: str | Path) -> Path:
         axes.set_xticks(places)
         if len(names) > 1:
             axes.legend()
-    figure.savefig(path, dpi=130)
-    return Path(path)
+    return save_figure(figure, path, dpi=130)

@@ -19,6 +19,7 @@ from peft_bsr.core import Route
 from peft_bsr.engine import BlockScores, record_routes, record_scores
 from peft_bsr.errors import AdapterError
 from peft_bsr.tuners.base.layer import find_backbone, find_controllers, runs_on_images
+from peft_bsr.viz.files import save_figure
 from peft_bsr.viz.fonts import families_for
 
 _VEIL = np.array([0.30, 0.42, 0.62])  # a blue that neither black nor white backgrounds have
@@ -155,8 +156,7 @@ def draw_kept(
         axis.set_yticks([])
     with matplotlib.rc_context({"svg.hashsalt": "peft_bsr"}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # letters that no font here has are boxes
-        figure.savefig(path, dpi=150)
-    return Path(path)
+        return save_figure(figure, path, dpi=150)
 
 
 def _coloured(image: np.ndarray) -> np.ndarray:

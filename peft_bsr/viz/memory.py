@@ -14,6 +14,7 @@ from peft_bsr.cost import saved_by_module
 from peft_bsr.errors import InputError
 from peft_bsr.training.side_effect_free import side_effect_free
 from peft_bsr.tuners.base.layer import ROOT, find_controllers
+from peft_bsr.viz.files import save_figure
 
 
 def saved_by_block(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, float]:
@@ -78,8 +79,7 @@ def draw_saved_memory(models: Mapping[str, nn.Module], batch: Mapping[str, Tenso
     legend = figure.legend(loc="outside upper center", ncols=4, frameon=False, fontsize=8)
     for text in legend.get_texts():
         text.set_parse_math(False)  # a name may hold a "$"
-    figure.savefig(path, dpi=150)
-    return Path(path)
+    return save_figure(figure, path, dpi=150)
 
 
 __all__ = ["draw_saved_memory", "saved_by_block"]

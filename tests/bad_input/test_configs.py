@@ -11,39 +11,39 @@ from peft_bsr import ALaSTConfig, BSRConfig, ConfigError, MoEConfig, SynQTConfig
 CONFIGS: list[tuple[type, dict[str, Any], str]] = [
     (
         BSRConfig,
-        {"trainable_blocks": None},
-        "BSRConfig: `trainable_blocks=None` must be a non-empty list of block indices, "
-        '"every:n", "last:n" or "stage:n".',
-    ),
-    (
-        BSRConfig,
         {"trainable_blocks": [True]},
         "BSRConfig: `trainable_blocks=[True]` must be a non-empty list of block indices, "
-        '"every:n", "last:n" or "stage:n".',
+        '"every:n", "last:n", "last:n%" or "stage:n".',
     ),
     (
         BSRConfig,
         {"trainable_blocks": "last:0"},
         "BSRConfig: `trainable_blocks='last:0'` is not understood. Use indices such as `[3, 7, 11]`, "
-        '"every:4", "last:3" or "stage:4".',
+        '"every:4", "last:3", "last:75%" or "stage:4".',
+    ),
+    (
+        BSRConfig,
+        {"trainable_blocks": "last:101%"},
+        "BSRConfig: `trainable_blocks='last:101%'` is not understood. Use indices such as `[3, 7, 11]`, "
+        '"every:4", "last:3", "last:75%" or "stage:4".',
     ),
     (
         BSRConfig,
         {"trainable_blocks": "last:-1"},
         "BSRConfig: `trainable_blocks='last:-1'` is not understood. Use indices such as `[3, 7, 11]`, "
-        '"every:4", "last:3" or "stage:4".',
+        '"every:4", "last:3", "last:75%" or "stage:4".',
     ),
     (
         BSRConfig,
         {"trainable_blocks": [1.0]},
         "BSRConfig: `trainable_blocks=[1.0]` must be a non-empty list of block indices, "
-        '"every:n", "last:n" or "stage:n".',
+        '"every:n", "last:n", "last:n%" or "stage:n".',
     ),
     (
         BSRConfig,
         {"trainable_blocks": {"a": 1}},
         "BSRConfig: `trainable_blocks={'a': 1}` must be a non-empty list of block indices, "
-        '"every:n", "last:n" or "stage:n".',
+        '"every:n", "last:n", "last:n%" or "stage:n".',
     ),
     (
         BSRConfig,
@@ -67,11 +67,6 @@ CONFIGS: list[tuple[type, dict[str, Any], str]] = [
     ),
     (
         BSRConfig,
-        {"keep_rate": None},
-        "BSRConfig: `keep_rate=None` holds None; a rate is a number in (0, 1], 1.0 = keep all.",
-    ),
-    (
-        BSRConfig,
         {"keep_rate": ["0.5"]},
         "BSRConfig: `keep_rate=['0.5']` holds '0.5'; a rate is a number in (0, 1], 1.0 = keep all.",
     ),
@@ -89,11 +84,6 @@ CONFIGS: list[tuple[type, dict[str, Any], str]] = [
         BSRConfig,
         {"lean": "most"},
         "BSRConfig: `lean='most'` is unknown. Use one of 'off', 'exact', 'max'.",
-    ),
-    (
-        BSRConfig,
-        {"lean": None},
-        "BSRConfig: `lean=None` is unknown. Use one of 'off', 'exact', 'max'.",
     ),
     (
         BSRConfig,

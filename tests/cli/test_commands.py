@@ -222,6 +222,14 @@ def test_show(run_json, trained, images, tmp_path):
         assert drawn.width > drawn.height
 
 
+def test_the_picture_is_where_it_is_said_to_be(run_json, trained, images, tmp_path):
+    picture = tmp_path / "kept"
+    said = run_json("show", images / "dark" / "0.png", "--model", trained / "adapter", "--output", picture)
+    assert said["picture"] == str(picture)
+    with Image.open(picture) as drawn:
+        assert drawn.format == "PNG"
+
+
 def test_compare(run_json, base):
     arguments = ["--methods", "full", "lora", "bsr", "--batch-size", "2", "--repeats", "1"]
     said = run_json("compare", base, *arguments, "--set", "trainable_blocks=last:1")

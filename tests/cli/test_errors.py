@@ -27,6 +27,7 @@ from peft_bsr_cli import COMMANDS
             ["train", "--model", "{base}", "--set", "keep_rat=1"],
             "unknown option of bsr: `keep_rat`. Did you mean keep_rate",
         ),
+        (["train", "--model", "{base}", "--set", "xyz=1"], "unknown option of bsr: `xyz`. Use one of auto_mapping, "),
         (["train", "--model", "{base}", "--set", "keep_rate=2"], "BSRConfig: `keep_rate=2`"),
         (["train", "--model", "{base}", "--set", "keep_rate"], "`keep_rate` must be NAME=VALUE"),
         (

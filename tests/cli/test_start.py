@@ -27,6 +27,12 @@ def test_torch_is_not_imported(arguments):
         assert "peft-bsr inspect google/vit-base-patch16-224" in result.stdout
 
 
+@pytest.mark.parametrize("module", ["peft_bsr", "peft_bsr.cli"])
+def test_it_runs_as_a_module(module):
+    result = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0 and "usage: peft-bsr" in result.stdout, result.stderr
+
+
 def test_importing_the_package_registers_the_methods():
     code = "import peft_bsr; from peft import PeftConfig; from peft.utils import PeftType; PeftType.BSR"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -126,6 +126,9 @@ def test_too_little_names_the_smallest():
     with pytest.raises(ConfigError, match=r"`memory='10MB'` is too little .* The smallest plan takes \d+ MiB") as error:
         plan_for_budget(vit(), "10MB", batch_size=4)
     assert "trainable='lora'" in str(error.value)
+    smallest = int(re.search(r"takes (\d+) MiB", str(error.value)).group(1))
+    with pytest.raises(ConfigError, match=rf"takes {smallest} MiB, .*; you gave {smallest - 1} MiB:\n *{smallest} MiB"):
+        plan_for_budget(vit(), f"{smallest - 1}.01MiB", batch_size=4)
 
 
 @pytest.mark.parametrize("memory", ["2 gigs", "-1", 0, True, None, "1.5.2GB"])

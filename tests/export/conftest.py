@@ -59,11 +59,16 @@ def make_adapted() -> Callable[..., PeftModel]:
     It has not run yet: a graph must not depend on an eager forward before.
     """
 
-    def make(family: str, **settings: Any) -> PeftModel:
+    def make(family: str, reduction: str = "drop", **settings: Any) -> PeftModel:
         base = make_dinov3_classifier if family == "dinov3_compact" else SUPPORTED[family]
         mode = "compact" if family == "dinov3_compact" else None
         config = BSRConfig(
-            trainable_blocks=[1, 3], reduction_blocks=[0, 1, 2], keep_rate=0.7, mode=mode, init_weights=False
+            trainable_blocks=[1, 3],
+            reduction_blocks=[0, 1, 2],
+            keep_rate=0.7,
+            reduction=reduction,
+            mode=mode,
+            init_weights=False,
         )
         model = base(**settings)
         torch.manual_seed(0)

@@ -78,6 +78,11 @@ def test_export(make_wrapped, family):
     assert_exports(*make_wrapped(family), strict=False)
 
 
+@pytest.mark.parametrize("family", ["vit", "dinov3", pytest.param("siglip", marks=SLOW)])
+def test_merged_tokens_export(make_wrapped, family):
+    assert_exports(*make_wrapped(family, reduction="merge"), strict=False)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", STRICT_FAMILIES)
 def test_strict_export(make_wrapped, family):

@@ -143,3 +143,17 @@ def test_a_folder_that_looks_like_an_id(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "user" / "model").mkdir(parents=True)
     assert _hub_id("user/model") is None
+
+
+def test_a_base_model_without_a_name(make_model, tmp_path):
+    text = saved(get_peft_model(make_model(), BSRConfig(trainable_blocks=[3])), tmp_path).text
+    assert "adapter of a ViTForImageClassification" in text and "`None`" not in text
+    assert "The base model has no name: it was made in memory." in text
+
+
+def test_the_picture_of_merged_tokens_is_described(make_adapter, tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "strip.png")
+    for reduction, words in (("drop", "dropped ones are shaded"), ("merge", "merged ones have the mean colour")):
+        model = make_adapter(BSRConfig(trainable_blocks=[3], reduction=reduction))
+        add_facts(model, picture=tmp_path / "strip.png")
+        assert words in saved(model, tmp_path / reduction).text

@@ -68,7 +68,7 @@ def test_step_0_equals_the_dense_model_for_every_task(make_vit, images, run, kee
 
 
 def test_the_paper_starts_below_the_dense_model(make_vit, make_config, images, run):
-    config = make_config(preset="paper", init_weights=True)
+    config = make_config(preset="paper", keep_rate=None, init_weights=True)
     assert (config.keep_rate, config.fuse_dropped, config.moe.renormalize) == (0.7, False, False)
     model = get_peft_model(make_vit(), config).eval()
     dense = get_peft_model(make_vit(), make_config(moe={"num_experts": 1, "top_k": 1}, init_weights=True)).eval()

@@ -144,3 +144,8 @@ def test_defaults_are_what_the_benchmark_found(recipe):
     method, trainable = RECIPES[recipe]
     assert default_learning_rate(method, {"trainable": trainable} if trainable else {}) == found
     assert LEARNING_RATES[RECIPES[recipe]] == found
+
+
+def test_a_preset_determines_the_default():
+    assert default_learning_rate("bsr", {"preset": "balanced"}) == default_learning_rate("bsr", {"trainable": "lora"})
+    assert default_learning_rate("bsr", {"preset": "balanced", "trainable": "full"}) == default_learning_rate("bsr")

@@ -24,16 +24,18 @@ BAD_VALUES: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"trainable_blocks": []},
-        'BSRConfig: `trainable_blocks=[]` must be a non-empty list of block indices, "every:n", "last:n" or "stage:n".',
+        "BSRConfig: `trainable_blocks=[]` must be a non-empty list of block indices, "
+        '"every:n", "last:n", "last:n%" or "stage:n".',
     ),
     (
         {"trainable_blocks": 3},
-        'BSRConfig: `trainable_blocks=3` must be a non-empty list of block indices, "every:n", "last:n" or "stage:n".',
+        "BSRConfig: `trainable_blocks=3` must be a non-empty list of block indices, "
+        '"every:n", "last:n", "last:n%" or "stage:n".',
     ),
     (
         {"trainable_blocks": "evry:4"},
         "BSRConfig: `trainable_blocks='evry:4'` is not understood. "
-        'Use indices such as `[3, 7, 11]`, "every:4", "last:3" or "stage:4".',
+        'Use indices such as `[3, 7, 11]`, "every:4", "last:3", "last:75%" or "stage:4".',
     ),
     (
         {"reduction_blocks": [-3]},
@@ -105,7 +107,6 @@ def test_a_bad_value_is_refused_with_its_own_text(values, message):
 @pytest.mark.parametrize(
     "values",
     [
-        {"trainable_blocks": None},
         {"trainable_blocks": [True]},
         {"trainable_blocks": [1.0]},
         {"trainable_blocks": "every:0"},
@@ -120,9 +121,7 @@ def test_a_bad_value_is_refused_with_its_own_text(values, message):
         {"keep_rate": -0.5},
         {"keep_rate": float("nan")},
         {"keep_rate": True},
-        {"keep_rate": None},
         {"keep_rate": ["0.5"]},
-        {"trainable": None},
         {"trainable": ["full"]},
         {"r": True},
         {"r": "8"},
@@ -425,21 +424,32 @@ def test_gradient_tokens_are_not_chosen_among_merged_ones():
         BSRConfig(reduction="merge", gradient_tokens=0.5)
 
 
-def test_the_balanced_preset(make_vit, images, run, tmp_path):
-    """Its values win, it trains three quarters of the blocks, and it loads as it was saved."""
-    config = BSRConfig(preset="balanced", lean="off", keep_rate=0.9)
-    chosen = {
-        "trainable_blocks": "last:75%",
-        "trainable": "lora",
-        "keep_rate": 0.5,
-        "reduction": "merge",
-        "lean": "max",
-    }
-    assert {name: getattr(config, name) for name in chosen} == chosen
-    config.init_weights = False
+BALANCED = {
+    "trainable_blocks": "last:75%",
+    "trainable": "lora",
+    "keep_rate": 0.5,
+    "reduction": "merge",
+    "lean": "max",
+}
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{}, {"keep_rate": 0.9, "lean": "off"}, {"trainable_blocks": "every:4", "reduction": "drop", "lean": "exact"}],
+)
+def test_the_balanced_preset(make_vit, images, run, given, tmp_path):
+    """Arguments win over it, also those that are the defaults without it; it loads as it was saved."""
+    config = BSRConfig(preset="balanced", init_weights=False, **given)
+    assert {name: getattr(config, name) for name in BALANCED} == BALANCED | given
     model = get_peft_model(make_vit(), config).eval()
-    assert model.base_model.plan().trained_blocks == [1, 2, 3]
+    assert model.base_model.plan().trained_blocks == ([3] if "trainable_blocks" in given else [1, 2, 3])
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(make_vit(), tmp_path).eval()
     assert torch.equal(run(loaded, images), run(model, images))
-    assert loaded.peft_config["default"].preset == "balanced"
+    found = loaded.peft_config["default"]
+    assert {name: getattr(found, name) for name in BALANCED} == BALANCED | given
+    assert found.preset == "balanced"
+
+
+def test_an_argument_that_is_none_is_not_given():
+    assert BSRConfig(**dict.fromkeys(BALANCED)) == BSRConfig()

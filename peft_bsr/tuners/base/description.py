@@ -37,6 +37,13 @@ def describe_reductions(spec: ModelSpec, plan: Plan) -> list[str]:
     return [sentence, "The reduction is also active in evaluation."]
 
 
+def describe_picture(plan: Plan) -> str:
+    """What a picture of the kept tokens shows, as one sentence without a full stop."""
+    if plan.merges:
+        return "Patches after each reduction; merged ones have the mean colour of their token"
+    return "Patches that each reduction keeps; dropped ones are shaded"
+
+
 def describe_gradient_tokens(plan: Plan) -> list[str]:
     """Which tokens carry gradients, as a list of sentences. Empty if all do."""
     wanted = plan.blocks[-1].gradient_tokens
@@ -70,4 +77,4 @@ def _listed(values: Sequence[int]) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 
-__all__ = ["describe_gradient_tokens", "describe_reductions", "name_blocks"]
+__all__ = ["describe_gradient_tokens", "describe_picture", "describe_reductions", "name_blocks"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import nn
 
@@ -23,7 +24,10 @@ from peft_bsr.tuners.base.reductions import (
 from peft_bsr.tuners.blocks.config import BlockConfig, saving_less
 
 _BLOCK_RULE = re.compile(r"(every|last|stage):([1-9]\d{0,3})|last:([1-9]\d?|100)%")
+_DEFAULTS = {"trainable_blocks": "every:4", "trainable": "full", "keep_rate": 0.5, "reduction": "drop", "lean": "exact"}
 _BALANCED = {"trainable_blocks": "last:75%", "trainable": "lora", "keep_rate": 0.5, "reduction": "merge", "lean": "max"}
+_PAPER = {"keep_rate": 0.7, "reduction": "drop", "fuse_dropped": False}
+_PRESETS: dict[object, dict[str, Any]] = {None: {}, "balanced": _BALANCED, "paper": _PAPER}
 
 
 @dataclass
@@ -38,8 +42,8 @@ class BSRConfig(BlockConfig):
     sorts them by score; the result is the same), in compact mode heads that average patches average the kept and the
     fused ones, and LayerScale vectors that are parameters of the block itself (BEiT, Data2Vec, InternVL) are frozen.
 
-    Fields that are None are chosen for the model when the adapter is attached, and set in the adapter's copy of the
-    configuration.
+    Fields whose default is None are chosen for the model when the adapter is attached, and set in the adapter's copy of
+    the configuration. An argument that is None counts as not given.
 
     Args:
         trainable_blocks: Blocks that train: indices from 0, `"every:n"` (every n-th block ending at the last that the
@@ -105,10 +109,10 @@ class BSRConfig(BlockConfig):
         task_weights: Name -> weight of the task's loss. Default None: 1 for each.
         moe: Replace the MLPs of the trained blocks by mixtures of experts with a gate for each task. Default None:
             dense blocks.
-        preset: Overrides fields. `"balanced"`: what did best in `docs/benchmarks.md` for half of the step or less,
-            `trainable="lora"`, `trainable_blocks="last:75%"`, `keep_rate=0.5`, `reduction="merge"`, `lean="max"`.
-            `"paper"`: the multitask release, `keep_rate=0.7`, `reduction="drop"`, `fuse_dropped=False`, and in `moe`,
-            `renormalize=False`. Default None.
+        preset: Other defaults for fields that are not given. `"balanced"`: what did best in `docs/benchmarks.md` for
+            half of the step or less, `trainable="lora"`, `trainable_blocks="last:75%"`, `keep_rate=0.5`,
+            `reduction="merge"`, `lean="max"`. `"paper"`: the multitask release, `keep_rate=0.7`, `reduction="drop"`,
+            `fuse_dropped=False`; it also sets `renormalize=False` in `moe`. Default None.
 
     Raises:
         ConfigError: If values are invalid; the message names all of them.
@@ -118,19 +122,31 @@ class BSRConfig(BlockConfig):
         'last:3'
     """
 
-    trainable_blocks: list[int] | str = field(
-        default="every:4", metadata={"help": "Blocks that train: indices, 'every:n', 'last:n', 'last:n%' or 'stage:n'."}
+    trainable_blocks: list[int] | str = field(  # None until the preset is applied, as the next fields
+        default=None,  # type: ignore[assignment]
+        metadata={"help": "Blocks that train: indices, 'every:n', 'last:n', 'last:n%' or 'stage:n'; None = 'every:4'."},
+    )
+    trainable: str = field(
+        default=None,  # type: ignore[assignment]
+        metadata={"help": "'full' (whole weights) or 'lora' (low-rank updates); None = 'full'."},
+    )
+    lean: str = field(
+        default=None,  # type: ignore[assignment]
+        metadata={"help": "'off', 'exact' or 'max': what is not kept for backward; None = 'exact'."},
     )
     reduction_blocks: list[int] | None = field(
         default=None,
         metadata={"help": "Blocks that reduce tokens; None = at 1/4, 1/2, 3/4 of the depth, [] = none."},
     )
     keep_rate: float | list[float] = field(
-        default=0.5,
-        metadata={"help": "Share of tokens kept at each reduction, one for all or one per block; 1.0 = off."},
+        default=None,  # type: ignore[assignment]
+        metadata={
+            "help": "Share of tokens kept at each reduction, one for all or one per block; None = 0.5, 1.0 = off."
+        },
     )
     reduction: str = field(
-        default="drop", metadata={"help": "'drop' the lowest ranked tokens (the paper's) or 'merge' the most similar."}
+        default=None,  # type: ignore[assignment]
+        metadata={"help": "'drop' the lowest ranked tokens (the paper's) or 'merge' the most similar; None = 'drop'."},
     )
     fuse_dropped: bool | None = field(
         default=None, metadata={"help": "Append one token fused from the dropped ones; None = in compact mode."}
@@ -147,19 +163,18 @@ class BSRConfig(BlockConfig):
         default=None, metadata={"help": "Mixtures of experts in the place of the trained blocks' MLPs."}
     )
     preset: str | None = field(
-        default=None, metadata={"help": "'balanced', or 'paper': settings of the multitask release."}
+        default=None, metadata={"help": "Other defaults: 'balanced', or 'paper' (of the multitask release)."}
     )
 
     def __post_init__(self) -> None:
         self.peft_type = extend_peft_type("BSR")
         self.tasks, in_tasks = read_tasks(self.tasks)
         self.moe, in_moe = read_moe(self.moe)
-        if self.preset == "balanced":
-            for name, value in _BALANCED.items():
+        for name, value in (_DEFAULTS | (_PRESETS[self.preset] if self._has_known_preset else {})).items():
+            if getattr(self, name) is None:
                 setattr(self, name, value)
-        if self.preset == "paper":
-            self.keep_rate, self.reduction, self.fuse_dropped = 0.7, "drop", False
-            self.moe = None if self.moe is None else replace(self.moe, renormalize=False)
+        if self.preset == "paper" and self.moe is not None:
+            self.moe = replace(self.moe, renormalize=False)
         self._misread = [*in_tasks, *in_moe]
         for name in ("trainable_blocks", "reduction_blocks", "keep_rate"):
             setattr(self, name, as_list(getattr(self, name)))
@@ -185,7 +200,7 @@ class BSRConfig(BlockConfig):
             )
         if self.moe is not None and self.tasks is None:
             problems.append("`moe` routes by task, but there are no `tasks`. Name them, one is enough.")
-        if self.preset not in (None, "balanced", "paper"):
+        if not self._has_known_preset:
             problems.append(f"`preset={self.preset!r}` is unknown. Use 'balanced', 'paper' or None.")
         if self.preset == "paper" and self.moe is None:
             problems.append("`preset='paper'` is for mixtures of experts. Set `tasks` and `moe=MoEConfig()`, too.")
@@ -201,6 +216,10 @@ class BSRConfig(BlockConfig):
                 'fused tokens. Leave `mode` None or "full_view", and `fuse_dropped` None or False.'
             )
         return problems
+
+    @property
+    def _has_known_preset(self) -> bool:
+        return self.preset is None or (isinstance(self.preset, str) and self.preset in _PRESETS)
 
     @property
     def needs_tokens(self) -> dict[str, str]:
@@ -223,12 +242,12 @@ class BSRConfig(BlockConfig):
             if not _BLOCK_RULE.fullmatch(self.trainable_blocks):
                 problems.append(
                     f"`trainable_blocks={self.trainable_blocks!r}` is not understood. "
-                    'Use indices such as `[3, 7, 11]`, "every:4", "last:3" or "stage:4".'
+                    'Use indices such as `[3, 7, 11]`, "every:4", "last:3", "last:75%" or "stage:4".'
                 )
         elif not is_index_list(self.trainable_blocks) or not self.trainable_blocks:
             problems.append(
                 f"`trainable_blocks={self.trainable_blocks!r}` must be a non-empty list of block indices, "
-                '"every:n", "last:n" or "stage:n".'
+                '"every:n", "last:n", "last:n%" or "stage:n".'
             )
         else:
             problems += check_indices(self, "trainable_blocks")

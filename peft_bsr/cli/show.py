@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from matplotlib.backend_bases import FigureCanvasBase
 from peft import PeftModel
 
 from peft_bsr.cli.images import check_at_least
@@ -40,6 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, out: Output) -> dict[str, object]:
     """Run the command."""
     check_at_least(args, image_size=1)
+    ending = args.output.suffix
+    if ending and ending[1:].lower() not in FigureCanvasBase.get_supported_filetypes():
+        raise UsageError(f"`--output {args.output}`: no picture ends in `{ending}`. Use .png or .pdf.")
     rows = stored(load_unlabelled(args.images, image_column=args.image_column, split=args.split))
     sources = rows[: args.limit]["image"]
     if len(rows) > len(sources):

@@ -44,6 +44,7 @@ from peft_bsr_cli import COMMANDS
         (["merge", "{base}", "--output", "merged"], "is a model, not an adapter"),
         (["show", "nowhere.png", "--model", "{adapter}"], "there is no file `nowhere.png`."),
         (["show", "{adapter}/README.md", "--model", "{adapter}"], "README.md` is not an image."),
+        (["show", "{images}", "--model", "{adapter}", "--output", "kept.xyz"], "no picture ends in `.xyz`. Use .png"),
         (["compare", "{base}", "--repeats", "0"], "must be at least 1"),
         (["plan", "{base}", "--memory", "lots"], "`memory='lots'` is not understood"),
     ],

@@ -247,9 +247,12 @@ def conditions(protocol: Protocol, tasks: dict[str, list[Row]]) -> str:
         numbers = [f"{name.removesuffix('-version')} {number}" for name, number in packages.items()]
         versions.add(", ".join([f"torch {info['pytorch_info']}", *numbers]))
     dates = sorted(run["run_info"]["created_at"][:10] for run in runs)
+    sizes = {task: rows[0].runs[0]["run_info"]["train_config"]["train_images"] for task, rows in tasks.items()}
+    others = [f"{task}: {size}" for task, size in sizes.items() if size != protocol.train_images]
+    fewer = f" ({', '.join(others)})" if others else ""
     return (
-        f"Protocol `{protocol.name}`: {protocol.train_images} training, {protocol.validation_images} validation and "
-        f"{protocol.test_images} test images, {protocol.epochs} epochs, batch {protocol.batch_size}; "
+        f"Protocol `{protocol.name}`: {protocol.train_images}{fewer} training, {protocol.validation_images} validation "
+        f"and {protocol.test_images} test images, {protocol.epochs} epochs, batch {protocol.batch_size}; "
         f"{len(runs)} runs from {dates[0]} to {dates[-1]}.\n\n"
         f"Model: {'; '.join(sorted(models))}. Machine: {'; '.join(sorted(where))}. "
         f"Versions: {'; '.join(sorted(versions))}."

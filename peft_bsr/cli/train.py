@@ -56,7 +56,6 @@ Collate = Callable[[list[dict[str, Tensor]]], dict[str, Tensor]]
 EXAMPLES = """\
 examples:
   peft-bsr train --model google/vit-base-patch16-224-in21k --dataset beans --set preset=balanced
-  peft-bsr train --model google/vit-base-patch16-224-in21k --dataset beans --epochs 3
   peft-bsr train --model google/vit-base-patch16-224-in21k --dataset beans --augment strong --ema --output outputs/ema
   peft-bsr train --model facebook/dinov2-small --method alast --set trainable_blocks_per_step=6 --output outputs/alast
   peft-bsr train --model facebook/dinov2-small --dataset beans --method linear --output outputs/linear

@@ -7,7 +7,7 @@ norm keeps its input anyway; its output is computed again in backward. Shapes: [
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,19 +30,21 @@ from peft_bsr.ops.norm import LayerNormOp
 
 @dataclass(frozen=True)
 class _Norm:
-    """A call of a LayerNorm: its input and tensors, its epsilon, and the version of its output."""
+    """A call of a LayerNorm: its input and tensors, its epsilon, the dtypes of its output, and the output's version."""
 
     tokens: Tensor
     weight: Tensor
     bias: Tensor | None
     eps: float
+    dtypes: tuple[torch.dtype, ...]
     version: int
 
 
 class KeepNormInputs(TorchFunctionMode):
     """Mode in which Linears with one of `weights` keep a LayerNorm's input instead of its output.
 
-    Other operations run as they are. An output that was changed, or copied into another order, is kept.
+    Other operations run as they are. An output that was changed, or copied into another order, is kept; a copy in another
+    dtype is not.
 
     Args:
         weights: The weights, as those Linears use them.
@@ -66,6 +68,9 @@ class KeepNormInputs(TorchFunctionMode):
         output = func(*args, **(kwargs or {}))
         if func is layer_norm:
             self._note(output, *args, **(kwargs or {}))
+        if func is Tensor.to and output is not args[0] and (norm := self._norm_of(args[0])) is not None:
+            norm = replace(norm, dtypes=(*norm.dtypes, output.dtype), version=version_of(output))
+            self._norms[StorageWeakRef(output.untyped_storage())] = norm
         return output
 
     def _note(
@@ -78,19 +83,23 @@ class KeepNormInputs(TorchFunctionMode):
         eps: float = 1e-5,
     ) -> None:
         if weight is not None and weight.ndim == 1 and output.is_contiguous():
-            norm = _Norm(input, weight, bias, eps, version_of(output))
+            norm = _Norm(input, weight, bias, eps, (output.dtype,), version_of(output))
             self._norms[StorageWeakRef(output.untyped_storage())] = norm
 
+    def _norm_of(self, output: Tensor) -> _Norm | None:
+        norm = self._norms.get(StorageWeakRef(output.untyped_storage()))
+        return norm if norm and version_of(output) == norm.version and _is_view(output, norm.tokens) else None
+
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        norm = self._norms.get(StorageWeakRef(input.untyped_storage())) if id(weight) in self._weights else None
-        if norm is None or version_of(input) != norm.version or not _is_view(input, norm.tokens):
+        norm = self._norm_of(input) if id(weight) in self._weights else None
+        if norm is None:
             return linear(input, weight, bias)
         self.found = True
         if not weight.requires_grad:  # such a Linear keeps no input
             return linear(input, weight, bias)
         settings = HalfSettings(LayerNormOp, norm.eps, (1.0,))
         output: Tensor = _LinearOfNorm.apply(
-            input, norm.tokens, settings, Compute.of(norm.tokens), norm.weight, norm.bias, weight, bias
+            input, norm.tokens, settings, Compute.of(norm.tokens), norm.dtypes, norm.weight, norm.bias, weight, bias
         )
         return output
 
@@ -103,7 +112,7 @@ def _is_view(output: Tensor, tokens: Tensor) -> bool:
 class _Context(BackwardContext):
     settings: HalfSettings
     compute: Compute
-    dtype: torch.dtype
+    dtypes: tuple[torch.dtype, ...]
     shape: torch.Size
 
 
@@ -117,12 +126,13 @@ class _LinearOfNorm(torch.autograd.Function):
         tokens: Tensor,
         settings: HalfSettings,
         compute: Compute,
+        dtypes: tuple[torch.dtype, ...],
         norm_weight: Tensor,
         norm_bias: Tensor | None,
         weight: Tensor,
         bias: Tensor | None,
     ) -> Tensor:
-        ctx.settings, ctx.compute, ctx.dtype, ctx.shape = settings, compute, normalized.dtype, normalized.shape
+        ctx.settings, ctx.compute, ctx.dtypes, ctx.shape = settings, compute, dtypes, normalized.shape
         ctx.save_for_backward(tokens, norm_weight, norm_bias, weight, bias)
         return linear(normalized, weight, bias)
 
@@ -132,12 +142,15 @@ class _LinearOfNorm(torch.autograd.Function):
         refuse_second_derivatives()
         tokens, *tensors = ctx.saved_tensors
         norm, linears = ctx.settings.bind([*tensors, None, None], ctx.compute)
-        rows = in_dtype(norm.run(tokens)[0], gradient.dtype).flatten(0, -2)
-        needs = (*ctx.needs_input_grad[6:], False, False)
+        normalized = norm.run(tokens)[0]
+        for dtype in (*ctx.dtypes, gradient.dtype):  # rounded as in the forward
+            normalized = in_dtype(normalized, dtype)
+        rows = normalized.flatten(0, -2)
+        needs = (*ctx.needs_input_grad[7:], False, False)
         normalized_grad, grads = linears_grads(linears, [gradient.flatten(0, -2)], [rows], needs)
         weight_grad, bias_grad = in_dtypes(tensors[2:], grads[:2])
-        normalized_grad = in_dtype(normalized_grad, ctx.dtype).view(ctx.shape)
-        return normalized_grad, None, None, None, None, None, weight_grad, bias_grad
+        normalized_grad = in_dtype(normalized_grad, ctx.dtypes[-1]).view(ctx.shape)
+        return normalized_grad, None, None, None, None, None, None, weight_grad, bias_grad
 
 
 __all__ = ["KeepNormInputs"]

@@ -43,8 +43,8 @@ class _Norm:
 class KeepNormInputs(TorchFunctionMode):
     """Mode in which Linears with one of `weights` keep a LayerNorm's input instead of its output.
 
-    Other operations run as they are. An output that was changed, or copied into another order, is kept; a copy in another
-    dtype is not.
+    Other operations run as they are. An output that was changed, or copied into another order, is kept; one that was
+    copied into another dtype is not.
 
     Args:
         weights: The weights, as those Linears use them.

@@ -74,7 +74,8 @@ class TracedBlock(BoundBlock):
         keeps: Keeps = "all"
         # a bias of all tokens is gathered by the running block's route, which a region that runs again does not have
         is_gathered = self.side_input_hooks.rule.position_bias is not None and call.route.origins is not None
-        if lean is not None and lean.attention and not self.readers[1] and not is_gathered:
+        is_observed = kind is not None and self.spec.scores_from == "sdpa"  # by a mode, which dynamo has in no region
+        if lean is not None and lean.attention and not (self.readers[1] or is_gathered or is_observed):
             keeps = self._attention_keeps(lean)
         elif kind is None:
             change, others = self.attention(tokens, arguments)

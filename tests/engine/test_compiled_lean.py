@@ -7,7 +7,14 @@ import shutil
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
+from transformers import (
+    Data2VecVisionConfig,
+    Data2VecVisionForImageClassification,
+    Trainer,
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 import peft_bsr
 from peft_bsr import AdapterError, BSRConfig, LeanBlockWarning, MemoryBudgetWarning, MoEConfig, SynQTConfig
@@ -96,6 +103,23 @@ def test_the_whole_model(name):
     assert found[0] <= allowed * expected[0]
     with torch._dynamo.config.patch(error_on_recompile=True):
         assert_same(step(model, compiled), expected)
+
+
+@pytest.mark.parametrize("lean", ["exact", "max"])
+def test_a_bias_of_pairs_on_fewer_tokens(lean):
+    """The running block's route gathers the bias; a region that runs again in backward has no route."""
+    torch.manual_seed(0)
+    rates = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "drop_path_rate": 0.0}
+    base = Data2VecVisionForImageClassification(
+        Data2VecVisionConfig(**SIZES, **rates, use_relative_position_bias=True, layer_scale_init_value=0.1)
+    )
+    for name, parameter in base.named_parameters():
+        if "relative_position_bias" in name:  # zeros would hide a wrong gather
+            torch.nn.init.normal_(parameter)
+    plan = {"trainable_blocks": [1, 3], "reduction_blocks": [1], "keep_rate": 0.5, "lean": lean}
+    model = get_peft_model(base, BSRConfig(**plan)).train()
+    expected = step(model, model)
+    assert_same(step(model, torch.compile(model, backend="aot_eager", fullgraph=True)), expected)
 
 
 @pytest.mark.slow

@@ -73,14 +73,12 @@ SUPPORTED = {
     "timm_vitamin": Tokens("vitamin_small_224", prefix=0, lean=ATTENTION, side=64),
 }
 NO_REDUCTION = {
-    "timm_beit": Blocks(
-        "beit_base_patch16_224", PLAIN, "its blocks use the position of a token inside", "exact, max (mlp only)"
-    ),
+    "timm_beit": Blocks("beit_base_patch16_224", PLAIN, "its blocks use the position of a token inside", EVERY),
     "timm_swin": Blocks("swin_tiny_patch4_window7_224", WINDOWS, "it has stages: 3 lists of blocks"),
     "timm_swinv2": Blocks("swinv2_tiny_window8_256", WINDOWS, "it has stages: 3 lists of blocks"),
     "timm_hiera": Blocks("hiera_tiny_224", {"img_size": (64, 64), **TWO_STAGES}, "block 1 maps", side=64),
     "timm_hieradet": Blocks("hieradet_small", TWO_STAGES, "its first block gets (2, 16, 16, 16)", side=64),
-    "timm_sam": Blocks("samvit_base_patch16", PLAIN, "its first block gets (2, 4, 4, 32)", MLP),
+    "timm_sam": Blocks("samvit_base_patch16", PLAIN, "its first block gets (2, 4, 4, 32)"),
     "timm_convnext": Blocks(
         "convnext_tiny",
         {"depths": [1, 1, 2, 1], "dims": [8, 16, 16, 32]},

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import fields
 from pathlib import Path
 
 from peft_bsr.cli.output import Output
+from peft_bsr.cli.sources import changed
 from peft_bsr.compat.peft_api import config_class
 from peft_bsr.errors import PeftBsrError, UsageError, one_line
 from peft_bsr.tuners.base.files import check_adapter, check_weights, read_config
@@ -45,13 +45,8 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, object]:
 def _describe(folder: Path) -> dict[str, object]:
     values = read_config(folder)
     config = config_class(values["peft_type"]).from_pretrained(str(folder))
-    found, plain = check_weights(folder), type(config)()
-    settings = {
-        field.name: value
-        for field in fields(config)
-        if field.name not in _TOLD_APART
-        and (value := getattr(config, field.name)) not in (None, getattr(plain, field.name))
-    }
+    found = check_weights(folder)
+    settings = {name: value for name, value in changed(config).items() if name not in _TOLD_APART and value is not None}
     return {
         "method": str(values["peft_type"]).lower(),
         "base model": config.base_model_name_or_path,

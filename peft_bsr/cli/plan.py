@@ -84,14 +84,15 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, object]:
     columns = ("", "peak, MiB", "GFLOPs per image", "trained, M", *(["gains"] if found else []), "gives up")
     first = "ordered by what they give up" if found is None else "ordered by gain, whole weights and low-rank updates"
     out.table(f"{source}, {args.memory}, batch {args.batch_size}: {first}", columns, rows, (0, len(columns) - 1))
-    if takes_sound(source):
+    if takes_sound(model.config):
         out.note("`peft-bsr train` reads images: use the options of these plans in Python, as in examples/sound.py")
     for number, plan in enumerate(plans, 1):
         out.line(f"{number:>2}  {command_of(plan, source)}")
         for reason in plan.declined:
             out.line(f"    declined: {reason}")
-    for number in (number for number, plan in enumerate(plans, 1) if plan.is_recommended):
-        out.say(f"Try plan {number} first: it is preset=balanced, the most accurate for its cost in our benchmark.")
+    for number, plan in enumerate(plans, 1):
+        if plan.is_recommended:
+            out.say(f"Try plan {number} first: it is preset=balanced, the most accurate for its cost in our benchmark.")
     out.say("Python and torch come on top (about 0.4 GB on the CPU). Only training shows which plan is best for you.")
     return {
         "model": source,

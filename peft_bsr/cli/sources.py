@@ -64,16 +64,9 @@ def model_of(adapter: PeftConfig | None, name: str) -> str:
     return name if adapter is None else str(adapter.base_model_name_or_path)
 
 
-def takes_sound(name: str) -> bool:
-    """Whether a model is one of sound, such as an AST, a Whisper or a wav2vec 2.0.
-
-    Args:
-        name: MODEL, a model.
-
-    Raises:
-        UsageError: If its configuration cannot be read.
-    """
-    return getattr(_own_class(read_model_config(name)), "main_input_name", None) in ("input_values", "input_features")
+def takes_sound(config: PreTrainedConfig) -> bool:
+    """Whether a configuration is of a model of sound, such as an AST, a Whisper or a wav2vec 2.0."""
+    return getattr(_own_class(config), "main_input_name", None) in ("input_values", "input_features")
 
 
 def refuse_sound(name: str) -> None:
@@ -83,9 +76,9 @@ def refuse_sound(name: str) -> None:
         name: MODEL, a model.
 
     Raises:
-        UsageError: If it is.
+        UsageError: If it is, or if its configuration cannot be read.
     """
-    if takes_sound(name):
+    if takes_sound(read_model_config(name)):
         raise UsageError(
             f"`{name}` is a model of sound, and this command reads images. Train it in Python with transformers' "
             "Trainer, as examples/sound.py does with a folder of WAV files (docs/bsr.md, Sound)."

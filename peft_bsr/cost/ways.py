@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal, TypedDict
+from typing import Literal, TypedDict, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -36,12 +36,10 @@ _HALVES, _THREE_TENTHS = "half of the tokens go, 3 times", "3 tokens of 10 go, 3
 _MERGED = "half of the tokens merge into others, 3 times"
 _AGAIN = "first products are computed twice"
 _EVERY: ConfigFields = {"trainable_blocks": "every:1", "reduction_blocks": []}
-RECOMMENDED: ConfigFields = {
-    "trainable_blocks": "last:75%",
-    "keep_rate": 0.5,
-    "reduction": "merge",
-    "trainable": "lora",
-}  # `BSRConfig(preset="balanced")` but for `lean`, which depends on the memory
+_PRESET = BSRConfig(preset="balanced")
+RECOMMENDED = cast(  # the preset but for `lean`, which depends on the memory
+    ConfigFields, {name: getattr(_PRESET, name) for name in ("trainable_blocks", "keep_rate", "reduction", "trainable")}
+)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ Shapes: B images, N tokens of the sequence, A alive ones, D width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -23,7 +24,7 @@ from peft_bsr.errors import ForwardError
 from peft_bsr.ops import KeepNormInputs, merge_tokens, reduce_tokens
 
 BlockOutput = Tensor | tuple[Any, ...]  # the tokens, alone or first in a tuple
-NOT_AFTER_A_NORM = (
+_NOT_AFTER_A_NORM = (
     "its projections do not get the output of a LayerNorm as it is: windows, pooling or a grid are in between. "
     '`lean="max"` computes the attention again in backward'
 )
@@ -201,10 +202,8 @@ class BoundBlock:
             is_whole = chosen.shape[1] == split.chosen.shape[1]
             return split.join(chosen, others) if is_whole else chosen, [], call.token_scores
         if lean is not None and lean.attention and lean.as_modules and lean.save_products:
-            with KeepNormInputs(self.block.get_submodule(self.spec.attention).parameters()) as kept:
+            with norm_inputs_kept(self.block, [self.spec.attention], self.aside):
                 change, returned = self.attention(tokens, arguments)
-            if not kept.found:
-                self.aside("attention", NOT_AFTER_A_NORM)
             return tokens + change, returned, call.token_scores
         if lean is not None and lean.attention and lean.as_modules:
             if (reason := self._capture or self._obstacle) is None:
@@ -333,4 +332,13 @@ def _split(wanted: GradientTokens, route: Route, scores: Tensor | None, tokens: 
     return TokenSplit.of(scores.detach(), wanted.share, route.num_prefix, route.num_suffix)
 
 
-__all__ = ["NOT_AFTER_A_NORM", "BoundBlock", "modules_of"]
+@contextmanager
+def norm_inputs_kept(block: nn.Module, attentions: Sequence[str], aside: Callable[[str, str], None]) -> Iterator[None]:
+    """Context in which attentions that run as modules keep the norm's input; `aside` is called if they do not."""
+    with KeepNormInputs(p for name in attentions for p in block.get_submodule(name).parameters()) as kept:
+        yield
+    if not kept.found:
+        aside("attention", _NOT_AFTER_A_NORM)
+
+
+__all__ = ["BoundBlock", "modules_of", "norm_inputs_kept"]

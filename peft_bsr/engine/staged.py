@@ -16,12 +16,11 @@ from torch.utils.checkpoint import checkpoint
 
 from peft_bsr.backbones import ModelSpec, SideInputHooks, StageBlock
 from peft_bsr.core import BlockCall
-from peft_bsr.engine.bound import NOT_AFTER_A_NORM, BoundBlock, modules_of
+from peft_bsr.engine.bound import BoundBlock, modules_of, norm_inputs_kept
 from peft_bsr.engine.halves import LeanMLP, NotLeanError
 from peft_bsr.engine.parts import attention_dropouts, norm_source, running_module
 from peft_bsr.engine.plan import Lean
 from peft_bsr.engine.watch import Watch
-from peft_bsr.ops import KeepNormInputs
 
 _NOT_APART = "the block is not taken apart: its norms or dropouts are not where those of pre-norm blocks are"
 
@@ -104,12 +103,8 @@ class StagedBlock:
         lean = call.lean
         if lean is None or not (lean.attention and lean.save_products) or torch.compiler.is_compiling():
             return stock(hidden_states, *args, **kwargs), ()
-        attentions = [self.block.get_submodule(name) for name in (*self.parts.other_attentions, self.parts.attention)]
-        with KeepNormInputs(p for attention in attentions for p in attention.parameters()) as kept:
-            output = stock(hidden_states, *args, **kwargs)
-        if not kept.found:
-            self.aside("attention", NOT_AFTER_A_NORM)
-        return output, ()
+        with norm_inputs_kept(self.block, (*self.parts.other_attentions, self.parts.attention), self.aside):
+            return stock(hidden_states, *args, **kwargs), ()
 
     def _make(self, lean: Lean) -> tuple[Mapping[nn.Module, Callable[..., Any]], dict[str, str]]:
         """Module of the block -> what the block's forward calls in its place; and halves that run stock, with why."""

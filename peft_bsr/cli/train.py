@@ -86,7 +86,7 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, object]:
     check_method(settings.method, settings.options)
     output = Path(settings.output)
     checkpoint = find_checkpoint(settings, args.resume)
-    arguments = training_arguments(settings, is_quiet=out.is_json)
+    arguments = training_arguments(settings, out)
     if find_adapter(settings.model) is not None:
         raise UsageError(
             f"`{settings.model}` is an adapter. Give its base model, or pass `--resume` to continue its run."

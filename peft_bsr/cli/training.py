@@ -22,9 +22,11 @@ from transformers import (
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import IntervalStrategy
 
+from peft_bsr.cli.output import Output
 from peft_bsr.cli.resuming import RunCallback
 from peft_bsr.cli.settings import TrainSettings
 from peft_bsr.cli.sources import check_names
+from peft_bsr.compat.transformers_api import use_one_gpu
 from peft_bsr.data import LabelledImages, collate, labels_of, with_pixels
 from peft_bsr.errors import UsageError, one_line
 from peft_bsr.prediction import find_device
@@ -45,6 +47,7 @@ from peft_bsr.training.target_scale import TargetScale
 from peft_bsr.tuners import METHODS
 
 _WEIGHT_DECAY = 0.01  # as in the benchmark
+_LOWER_IS_BETTER = ("loss", "mae", "mse")  # ends of the names of metrics, also of rmse
 _FLAGS = {
     "output_dir": "output",
     "num_train_epochs": "epochs",
@@ -56,12 +59,12 @@ _FLAGS = {
 }
 
 
-def training_arguments(settings: TrainSettings, *, is_quiet: bool) -> TrainingArguments:
-    """Arguments of the Trainer, checked before anything is read.
+def training_arguments(settings: TrainSettings, out: Output) -> TrainingArguments:
+    """Arguments of the Trainer, checked before anything is read. Without a launcher they are for one GPU.
 
     Args:
         settings: Settings of the run.
-        is_quiet: Whether to hide the progress bar.
+        out: Output of the command; with `--json` there is no progress bar.
 
     Raises:
         UsageError: If a field is unknown, has its own option, or cannot be used on this machine or with other fields.
@@ -97,20 +100,30 @@ def training_arguments(settings: TrainSettings, *, is_quiet: bool) -> TrainingAr
         "label_names": ["labels"],
         "dataloader_pin_memory": device == "cuda",
         "dataloader_num_workers": workers,
-        "disable_tqdm": is_quiet,
+        "disable_tqdm": out.is_json,
         "bf16": settings.precision == "bf16",
         "fp16": settings.precision == "fp16",
         "use_cpu": device == "cpu",
         "torch_compile": settings.compile,
     }
     if settings.keep == "best":
-        values |= {"load_best_model_at_end": True, "metric_for_best_model": "accuracy", "greater_is_better": True}
+        values |= {"load_best_model_at_end": True, "metric_for_best_model": "accuracy"}
     try:
         arguments = TrainingArguments(**(values | settings.trainer))
         for callback in get_reporting_integration_callbacks(arguments.report_to):
             callback()  # raises if a package is missing, before anything is loaded
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
         raise UsageError(f"Trainer does not accept these settings: {one_line(error)}") from error
+    if arguments.metric_for_best_model is not None:
+        if settings.trainer.get("greater_is_better") is None:
+            arguments.greater_is_better = not arguments.metric_for_best_model.endswith(_LOWER_IS_BETTER)
+        if "save_total_limit" not in settings.trainer:
+            arguments.save_total_limit = 2  # the best and the last: with 1, Trainer deletes the last when it stops
+    if others := use_one_gpu(arguments):
+        out.note(
+            f"one of {others + 1} GPUs is used. For all of them, start a training script of your own with "
+            "`accelerate launch`, see docs/distributed.md"
+        )
     return arguments
 
 

@@ -87,7 +87,7 @@ def run_trial(settings: TrainSettings, data: LabelledImages, processor: BaseImag
     assert data.validation is not None
     with tempfile.TemporaryDirectory() as folder:
         settings = replace(settings, output=folder, trainer=_QUIET)
-        arguments = training_arguments(settings, is_quiet=out.is_json)
+        arguments = training_arguments(settings, out)
         transformers.set_seed(settings.seed)
         clock = RunCallback(settings)
         with watch_peak(arguments.device) as peak:

@@ -8,7 +8,13 @@ from typing import Any
 
 import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForImageClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+    TrainingArguments,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
@@ -18,6 +24,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING,
 )
 from transformers.pipelines import SUPPORTED_TASKS
+from transformers.training_args import ParallelMode
 
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 """`(module, query, key, value, mask, scaling=..., dropout=...) -> (output, weights or None)`, with query [B, H, N, d]
@@ -148,6 +155,22 @@ def image_processor_names(model_type: str) -> dict[str, str]:
     return dict(names) if isinstance(names, dict) else {}
 
 
+def use_one_gpu(arguments: TrainingArguments) -> int:
+    """Make Trainer train on the first GPU. By itself it wraps the model in `nn.DataParallel` if there are several.
+
+    Args:
+        arguments: Arguments of the Trainer, changed in place. Those of a distributed launch are left as they are.
+
+    Returns:
+        Number of other GPUs, which Trainer would have used.
+    """
+    if arguments.parallel_mode != ParallelMode.NOT_DISTRIBUTED:
+        return 0
+    others = arguments.n_gpu - 1
+    arguments._n_gpu = 1
+    return others
+
+
 __all__ = [
     "CHECKPOINT_FUNCTION",
     "EAGER_ATTENTION",
@@ -168,4 +191,5 @@ __all__ = [
     "model_classes_of",
     "register_classifier",
     "source_of",
+    "use_one_gpu",
 ]

@@ -16,8 +16,12 @@ from transformers import AutoModelForImageClassification
 
 import peft_bsr
 from peft_bsr.cli import train
+from peft_bsr.cli.output import Output
 from peft_bsr.cli.settings import TrainSettings
+from peft_bsr.cli.training import training_arguments
 from peft_bsr.training import LEARNING_RATES, augmentation, ema, mixup
+
+QUIET = Output(is_json=True, is_debug=False)
 
 
 @pytest.fixture
@@ -155,14 +159,13 @@ def test_devices_and_folders_that_are_not_there(fit, tmp_path):
 
 @pytest.mark.parametrize("value", ["no", "steps", "epoch"])
 def test_fields_of_trainer_are_read_by_their_types(value, tmp_path):
-    from peft_bsr.cli.training import training_arguments
     from peft_bsr.cli.values import Loader, read_pairs
 
     pairs = read_pairs([f"eval_strategy={value}", f"save_strategy={value}", "weight_decay=1e-2", "tf32=no"])
     from_file = yaml.load(f"eval_strategy: {value}\nsave_strategy: {value}\nweight_decay: 1e-2\ntf32: no", Loader)
     for trainer in (pairs, from_file):
         settings = TrainSettings("model", output=str(tmp_path), trainer={**trainer, "eval_steps": "5"})
-        arguments = training_arguments(settings, is_quiet=True)
+        arguments = training_arguments(settings, QUIET)
         assert arguments.eval_strategy == arguments.save_strategy == value
         assert (arguments.weight_decay, arguments.tf32, arguments.eval_steps) == (0.01, False, 5)
         assert arguments.warmup_steps == 0.1
@@ -170,13 +173,42 @@ def test_fields_of_trainer_are_read_by_their_types(value, tmp_path):
 
 def test_the_best_epoch_is_kept_and_said(fit, run_json, images, tmp_path):
     summary, _ = fit("--keep", "best", "--trainer", "greater_is_better=false", "--learning-rate", "3e-2", steps=9)
-    state = json.loads(next((tmp_path / "run" / "checkpoints").glob("*/trainer_state.json")).read_text())
+    checkpoints = [tmp_path / "run" / "checkpoints" / f"checkpoint-{step}" for step in (summary["kept_step"], 9)]
+    assert {*checkpoints} <= {*checkpoints[0].parent.iterdir()}, "the best and the last"
+    state = json.loads((checkpoints[1] / "trainer_state.json").read_text())
     assert summary["kept_step"] == state["best_global_step"]
     scored = {e["step"]: e["eval_accuracy"] for e in state["log_history"] if "eval_accuracy" in e}
     assert summary["scores"]["validation"]["accuracy"] == pytest.approx(scored[summary["kept_step"]])
     said = run_json("evaluate", tmp_path / "run" / "adapter", "--dataset", images, "--split", "test")
     assert said["accuracy"] == summary["accuracy"]
     assert said["loss"] == pytest.approx(summary["loss"], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("metric", "is_better_if_greater"),
+    [("accuracy", True), ("mAP", True), ("r2", True), ("eval_loss", False), ("mae", False), ("rmse", False)],
+)
+def test_the_direction_of_a_metric_is_known(metric, is_better_if_greater, tmp_path):
+    def made(keep, **trainer):
+        trainer |= {"metric_for_best_model": metric, "load_best_model_at_end": True}
+        return training_arguments(TrainSettings("model", output=str(tmp_path), keep=keep, trainer=trainer), QUIET)
+
+    for keep in ("best", "last"):
+        found = made(keep)
+        assert (found.greater_is_better, found.save_total_limit) == (is_better_if_greater, 2)
+        found = made(keep, greater_is_better=not is_better_if_greater, save_total_limit=5)
+        assert (found.greater_is_better, found.save_total_limit) == (not is_better_if_greater, 5)
+
+
+def test_of_several_gpus_one_is_used_and_it_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr("peft_bsr.cli.training.find_device", lambda asked: asked or "cuda")
+    arguments = training_arguments(TrainSettings("model", output=str(tmp_path), batch_size=8), QUIET)
+    assert (arguments.n_gpu, arguments.train_batch_size) == (1, 8)
+    said = capsys.readouterr().err
+    assert "one of 2 GPUs is used" in said and "`accelerate launch`" in said
+    training_arguments(TrainSettings("model", output=str(tmp_path), device="cpu"), QUIET)
+    assert "GPUs" not in capsys.readouterr().err
 
 
 def test_nothing_after_training_loses_the_adapter(run, base, images, tmp_path, monkeypatch):
@@ -266,17 +298,18 @@ def test_a_checkpoint_that_cannot_be_loaded_leaves_the_settings(fit, tmp_path):
     assert (tmp_path / "run" / "settings.yaml").read_text() == stored
 
 
-def test_an_interrupted_run_is_saved_and_says_how_it_goes_on(run, base, images, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("flags", "step"), [([], 2), (["--keep", "best"], 6)])
+def test_an_interrupted_run_is_saved_and_says_how_it_goes_on(flags, step, run, base, images, tmp_path, monkeypatch):
     real = train.make_trainer
 
     def with_interrupt(*args, **kwargs):
         trainer = real(*args, **kwargs)
-        step = trainer.training_step
+        run_step = trainer.training_step
 
         def training_step(*a, **k):
-            if trainer.state.global_step == 1:
+            if trainer.state.global_step == step - 1:
                 signal.raise_signal(signal.SIGINT)
-            return step(*a, **k)
+            return run_step(*a, **k)
 
         trainer.training_step = training_step
         return trainer
@@ -285,12 +318,12 @@ def test_an_interrupted_run_is_saved_and_says_how_it_goes_on(run, base, images, 
     before = signal.getsignal(signal.SIGINT)
     monkeypatch.setattr(train, "make_trainer", with_interrupt)
     command = ["train", "--model", base, "--dataset", images, "--output", tmp_path, "--batch-size", "4"]
-    code, _, err = run(*command, "--max-steps", "6", "--no-measuring", "--json")
+    code, _, err = run(*command, *flags, "--max-steps", "8", "--no-measuring", "--json")
     assert code == 130
-    assert f"saved after step 2; to continue: peft-bsr train --output {tmp_path} --resume" in err
+    assert f"saved after step {step}; to continue: peft-bsr train --output {tmp_path} --resume" in err
     assert signal.getsignal(signal.SIGINT) is before
-    assert (tmp_path / "checkpoints" / "checkpoint-2").is_dir() and not (tmp_path / "adapter").exists()
+    assert (tmp_path / "checkpoints" / f"checkpoint-{step}").is_dir() and not (tmp_path / "adapter").exists()
     monkeypatch.setattr(train, "make_trainer", real)
     code, out, err = run("train", "--output", tmp_path, "--resume", "--no-measuring", "--json")
     assert code == 0, err
-    assert json.loads(out)["steps"] == 6
+    assert json.loads(out)["steps"] == 8

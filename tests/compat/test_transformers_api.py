@@ -117,5 +117,14 @@ def test_image_processor_names():
     assert transformers_api.image_processor_names("nothing") == {}
 
 
+def test_use_one_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    arguments = transformers.TrainingArguments(str(tmp_path), per_device_train_batch_size=8)
+    assert arguments.train_batch_size == 24, "Trainer uses DataParallel"
+    assert transformers_api.use_one_gpu(arguments) == 2
+    assert (arguments.n_gpu, arguments.train_batch_size, arguments.parallel_mode.value) == (1, 8, "not_parallel")
+    assert transformers_api.use_one_gpu(arguments) == 0
+
+
 def test_the_module_that_captures_is_there():
     assert transformers_api._CAPTURING in sys.modules

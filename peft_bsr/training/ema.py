@@ -171,7 +171,7 @@ class TrainedEMA(TrainerCallback):
             parameter.copy_(tensors[name])
 
     def _resume(self, checkpoint: Path) -> None:
-        """Restore the optimizer's weights from the checkpoint; the model has loaded the average."""
+        """Take the optimizer's weights from the checkpoint; the model has loaded the average, until the next step."""
         path = checkpoint / FILE
         if not path.exists():
             raise AdapterFileError(
@@ -181,8 +181,7 @@ class TrainedEMA(TrainerCallback):
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
             updates = int(file.metadata()["updates"])
         _check_names(set(weights), self._parameters, f"`{path}`")
-        self._put(weights)
-        self.updates = updates
+        self._weights, self.updates = weights, updates
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:

@@ -153,6 +153,16 @@ def test_a_resumed_run_is_the_run(make_model, tmp_path):
         run(tmp_path / "cut", 9, resume=True)
 
 
+def test_a_finished_run_that_is_resumed_keeps_its_average(make_model, tmp_path):
+    def run(resume=None):
+        model = get_peft_model(make_model(), BSRConfig(trainable_blocks="last:2"))
+        trainer = trainer_of(model, tmp_path, TrainedEMA(model), max_steps=4, save_steps=4)  # one epoch
+        trainer.train(resume_from_checkpoint=resume)
+        return weights(model)
+
+    assert same(run(), run(resume=True))
+
+
 def test_the_best_checkpoints_average_is_kept(make_model, tmp_path):
     model = get_peft_model(make_model(), BSRConfig(trainable_blocks="last:2"))
     trainer = trainer_of(

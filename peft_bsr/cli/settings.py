@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 from peft_bsr.cli.images import DATA_HELP, SIZE_HELP, add_columns, add_sizes, add_task, check_task
 from peft_bsr.cli.methods import ALL_METHODS, BASELINES, CONFIGS
 from peft_bsr.cli.sources import check_names
-from peft_bsr.cli.values import read_fields, read_file, read_pairs
+from peft_bsr.cli.values import read_bool, read_fields, read_file, read_pairs
 from peft_bsr.data import DIGITS
 from peft_bsr.errors import UsageError
 from peft_bsr.problem_type import TASKS
@@ -40,6 +40,7 @@ _NUMBERS: dict[str, tuple[type, float, float, bool]] = {
 _CACHED = [
     name for name, info in METHODS.items() if not info.is_dynamic
 ]  # methods whose frozen blocks are the same in every step
+_SWITCHES = ("skip_bad", "flip", "compile", "cache")
 _CHOICES = {
     "augment": ("none", "light", "strong"),
     "keep": ("last", "best"),
@@ -141,6 +142,8 @@ class TrainSettings:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in (None, *choices):
                 raise UsageError(f"`{name}: {getattr(self, name)}` is unknown. Use one of {', '.join(choices)}.")
+        for name in _SWITCHES:
+            setattr(self, name, read_bool(name, getattr(self, name)))
         for name in _NUMBERS:
             if getattr(self, name) is not None and not (name == "learning_rate" and self.learning_rate == "auto"):
                 setattr(self, name, _number(name, getattr(self, name)))
@@ -220,6 +223,8 @@ def read_settings(args: argparse.Namespace) -> TrainSettings:
     check_names(values, known, f"setting (in {args.config})")
     given = {name: getattr(args, name) for name in known if getattr(args, name, None) is not None}
     trainer = given.pop("trainer", None)
+    if "early_stopping" in given and "keep" not in given and values.get("keep") == "last":
+        del values["keep"]  # such as the stored default of a run that is resumed
     values |= given
     for name, pairs in (("options", args.set), ("trainer", trainer)):
         if pairs:

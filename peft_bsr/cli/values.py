@@ -80,6 +80,22 @@ def read_fields(values: Mapping[str, Any], settings: type[Any]) -> dict[str, Any
     return {name: _read(name, value, kinds[name]) if is_read[name] else value for name, value in values.items()}
 
 
+def read_bool(name: str, value: object) -> bool:
+    """True or false, also as a word: a YAML file gives `no` as a string.
+
+    Args:
+        name: Name of the field, for the error.
+        value: A bool, or one of true, yes, on, false, no, off in any case.
+
+    Raises:
+        UsageError: If it is anything else.
+    """
+    found = _BOOLS.get(str(value).lower())
+    if found is None:
+        raise UsageError(f"`{name}: {value}` must be true or false.")
+    return found
+
+
 def _read(name: str, text: str, kind: object) -> object:
     kinds = set(get_args(kind) or (kind,)) - {NoneType}
     if text in ("null", "~") and kinds != {str}:
@@ -109,4 +125,4 @@ def _number(name: str, text: str, is_whole: bool) -> float:
     return int(value) if is_whole else value
 
 
-__all__ = ["Loader", "read_fields", "read_file", "read_pairs"]
+__all__ = ["Loader", "read_bool", "read_fields", "read_file", "read_pairs"]

@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 from peft_bsr import ALaSTConfig, BSRConfig
 from peft_bsr.cli.settings import TrainSettings
 from peft_bsr.cli.values import Loader, read_fields, read_pairs
+from peft_bsr.errors import UsageError
 from peft_bsr.training import default_learning_rate
 
 
@@ -66,3 +67,12 @@ def test_the_default_rate_is_that_of_what_the_preset_trains():
         "bsr", {"trainable": "lora"}
     )
     assert TrainSettings("model", options={"keep_rate": "0.7"}).rate == default_learning_rate("bsr")
+
+
+@pytest.mark.parametrize("name", ["flip", "cache", "compile", "skip_bad"])
+def test_a_switch_in_a_file_is_read_by_its_word(name):
+    for word, value in {"no": False, "off": False, "False": False, "yes": True, "On": True, "true": True}.items():
+        assert getattr(TrainSettings(**yaml.load(f"model: m\n{name}: {word}", Loader)), name) is value
+    for word in ("never", "0", "null"):
+        with pytest.raises(UsageError, match=f"`{name}: .*` must be true or false"):
+            TrainSettings(**yaml.load(f"model: m\n{name}: {word}", Loader))

@@ -1,36 +1,41 @@
-"""Resuming runs: finding the checkpoint, checking that the settings match, and storing the state of a run."""
+"""Resuming runs: finding the checkpoint, checking that settings and data match, and storing the state of a run."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import json
 import os
 import re
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from pathlib import Path
+from pathlib import Path, PurePath
 from types import FrameType
 from typing import Any
 
+import pyarrow.compute as pc
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
 from peft_bsr.cli.settings import TrainSettings
 from peft_bsr.cli.values import read_file
+from peft_bsr.data import LabelledImages, labels_of, stored
+from peft_bsr.data.rows import some
 from peft_bsr.errors import AdapterFileError, UsageError
 from peft_bsr.tuners.base.digests import check_weights_belong
 from peft_bsr.tuners.base.source import read_header
 
 Handler = Callable[[int, FrameType | None], object] | int | None
-FILE = "settings.yaml"
+FILE, DATA_FILE = "settings.yaml", "data.json"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _WEIGHTS = ("adapter_model.*", "model*.safetensors", "pytorch_model*.bin")
 _MAY_CHANGE = {"epochs", "max_steps", "output", "trainer", "device", "workers", "compile", "early_stopping", "keep"}
+_AT_ONCE = 256  # images whose file names are read at once
 
 
 def take_stored_settings(args: argparse.Namespace) -> None:
@@ -66,6 +71,57 @@ def find_checkpoint(settings: TrainSettings, resume: bool) -> str | None:
                 "to continue it, or give another `--output`."
             )
     return found
+
+
+def digest_data(data: LabelledImages) -> dict[str, str]:
+    """Names of the labels, and for each split the number of images and a digest of their files and labels.
+
+    Files count by their path below the dataset, others by their name; the images themselves are not read.
+
+    Args:
+        data: Images of the run.
+    """
+    path = Path(data.name).expanduser()
+    root = path if path.is_dir() else path.parent
+    splits = {split: f"{len(rows)} images, digest {_digest(data, split, root)}" for split, rows in data.splits.items()}
+    return {"labels": some(data.labels), **splits}
+
+
+def check_data(settings: TrainSettings, now: Mapping[str, str]) -> None:
+    """Check that a resumed run has the data it began with. A run that stored no digest is not checked.
+
+    Args:
+        settings: Settings of the run.
+        now: See `digest_data`.
+
+    Raises:
+        UsageError: If classes, files, splits or labels have changed.
+    """
+    path = Path(settings.output) / DATA_FILE
+    if not path.is_file():
+        return
+    before = json.loads(path.read_bytes())
+    different = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    if different:
+        pairs = "; ".join(
+            f"{name}: {before.get(name, 'none')} there, {now.get(name, 'none')} now" for name in different
+        )
+        raise UsageError(
+            f"`--resume`: `{settings.dataset}` has changed since the run in `{settings.output}` began ({pairs}). "
+            "Restore it to continue the run, or give another `--output`."
+        )
+
+
+def _digest(data: LabelledImages, split: str, root: Path) -> str:
+    rows = data.splits[split]
+    found = hashlib.blake2b(json.dumps([data.labels, labels_of(rows).tolist()]).encode(), digest_size=8)
+    images = stored(rows).select_columns(["image"]).with_format("arrow")
+    for start in range(0, len(images), _AT_ONCE):
+        for path in pc.struct_field(images[start : start + _AT_ONCE]["image"], "path").to_pylist():
+            file = PurePath(path or "")
+            name = file.relative_to(root).as_posix() if file.is_relative_to(root) else file.name
+            found.update(f"{name}\0".encode())
+    return found.hexdigest()
 
 
 def _checkpoints(folder: Path) -> list[Path]:
@@ -117,20 +173,21 @@ def check_output(folder: Path) -> None:
 
 
 class RunCallback(TrainerCallback, ExportableState):
-    """Stores the settings after the checkpoint is loaded, measures training time across resumes, handles Ctrl-C.
+    """Stores settings and data after the checkpoint is loaded, measures training time across resumes, handles Ctrl-C.
 
     The first Ctrl-C finishes the step and saves a checkpoint; the second stops at once.
 
     Args:
         settings: Settings of the run.
+        data: See `digest_data`. Default None: not stored.
 
     Attributes:
         seconds_before: Training time before the run was last resumed.
         is_interrupted: Whether Ctrl-C was pressed.
     """
 
-    def __init__(self, settings: TrainSettings) -> None:
-        self.settings = settings
+    def __init__(self, settings: TrainSettings, data: Mapping[str, str] | None = None) -> None:
+        self.settings, self.data = settings, data
         self.seconds_before = 0.0
         self.is_interrupted = False
         self._begin = time.perf_counter()
@@ -148,7 +205,7 @@ class RunCallback(TrainerCallback, ExportableState):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """Restore the training time of the checkpoint, store the settings, and handle Ctrl-C."""
+        """Restore the training time of the checkpoint, store settings and data, and handle Ctrl-C."""
         self._begin = time.perf_counter()
         stored = state.stateful_callbacks.get(type(self).__name__, {}) if state.global_step else {}
         self.seconds_before = float(stored.get("attributes", {}).get("seconds_before", 0.0))
@@ -156,6 +213,9 @@ class RunCallback(TrainerCallback, ExportableState):
             output = Path(self.settings.output)
             output.mkdir(parents=True, exist_ok=True)
             self.settings.write(output / FILE)
+            if self.data is not None:
+                text = json.dumps(self.data, ensure_ascii=False, indent=2)
+                (output / DATA_FILE).write_text(text, encoding="utf-8")
         with contextlib.suppress(ValueError):  # not the main thread
             self._handler = signal.signal(signal.SIGINT, self._interrupt)
 
@@ -185,4 +245,26 @@ class RunCallback(TrainerCallback, ExportableState):
         self.is_interrupted = True
 
 
-__all__ = ["FILE", "RunCallback", "check_output", "find_checkpoint", "take_stored_settings"]
+class EarlyStopping(EarlyStoppingCallback):
+    """Trainer's callback, which also goes on counting where the checkpoint of a resumed run stopped."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Restore the count, if the run before had one: Trainer needs its place in the state to save it."""
+        super().on_train_begin(args, state, control, **kwargs)
+        stored = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        self.early_stopping_patience_counter = stored["attributes"]["early_stopping_patience_counter"]
+
+
+__all__ = [
+    "DATA_FILE",
+    "FILE",
+    "EarlyStopping",
+    "RunCallback",
+    "check_data",
+    "check_output",
+    "digest_data",
+    "find_checkpoint",
+    "take_stored_settings",
+]

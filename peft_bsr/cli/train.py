@@ -28,7 +28,14 @@ from peft_bsr.cli.measurements import (
 from peft_bsr.cli.memory import predict_peak, watch_peak
 from peft_bsr.cli.methods import BASELINES, attach, check_method
 from peft_bsr.cli.output import Output
-from peft_bsr.cli.resuming import RunCallback, check_output, find_checkpoint, take_stored_settings
+from peft_bsr.cli.resuming import (
+    RunCallback,
+    check_data,
+    check_output,
+    digest_data,
+    find_checkpoint,
+    take_stored_settings,
+)
 from peft_bsr.cli.saving import (
     budgets_of,
     kept_in_words,
@@ -66,7 +73,7 @@ examples:
 
 written below --output: adapter/ (weights, model card, image processor; model/ with --method full and linear),
 report.html, summary.json, scores.json (classes, confusion matrix, worst images), confusion.png, settings.yaml,
-checkpoints/ (one an epoch, the last is kept, and the best with --keep best).
+data.json (digests of the data), checkpoints/ (one an epoch, the last is kept, and the best with --keep best).
 """
 
 
@@ -96,6 +103,9 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, object]:
         make_model(settings.model, device="meta", image_size=settings.image_size)
     check_output(output)
     data = read_training_data(settings, out)
+    digest = digest_data(data)
+    if checkpoint is not None:
+        check_data(settings, digest)
     fit_to_data(arguments, settings, data)
     processor = read_processor(
         settings.model, out, image_size=settings.image_size, mean=settings.mean, std=settings.std
@@ -118,7 +128,7 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, object]:
         out.note("\n".join(words))
         if found.peak.predicted is not None:
             out.note(f"peak memory of a step: {found.peak}; Python and torch come on top")
-        clock = RunCallback(settings)
+        clock = RunCallback(settings, digest)
         scale = find_scale(model, data, processor, out)
         trainer = make_trainer(model, settings, arguments, data, processor, clock, scale)
         stack.callback(clock.release)

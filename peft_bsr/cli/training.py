@@ -12,7 +12,6 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import (
     BaseImageProcessor,
-    EarlyStoppingCallback,
     PreTrainedModel,
     PrinterCallback,
     Trainer,
@@ -23,7 +22,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import IntervalStrategy
 
 from peft_bsr.cli.output import Output
-from peft_bsr.cli.resuming import RunCallback
+from peft_bsr.cli.resuming import EarlyStopping, RunCallback
 from peft_bsr.cli.settings import TrainSettings
 from peft_bsr.cli.sources import check_names
 from peft_bsr.compat.transformers_api import use_one_gpu
@@ -215,7 +214,7 @@ def make_trainer(
     if settings.method in METHODS:
         callbacks += METHODS[settings.method].callbacks()
     if settings.early_stopping:
-        callbacks.append(EarlyStoppingCallback(settings.early_stopping))
+        callbacks.append(EarlyStopping(settings.early_stopping))
     if settings.ema is not None:
         callbacks.append(TrainedEMA(model, settings.ema))
     make_optimizer = optimizer_maker(settings, model, arguments)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,8 +19,10 @@ from transformers import AutoModelForImageClassification
 import peft_bsr
 from peft_bsr.cli import train
 from peft_bsr.cli.output import Output
+from peft_bsr.cli.resuming import digest_data
 from peft_bsr.cli.settings import TrainSettings
 from peft_bsr.cli.training import training_arguments
+from peft_bsr.data import load_images, put_aside
 from peft_bsr.training import LEARNING_RATES, augmentation, ema, mixup
 
 QUIET = Output(is_json=True, is_debug=False)
@@ -286,6 +290,45 @@ def test_resuming_with_other_settings_changes_nothing(fit, run, tmp_path):
     assert json.loads(out)["steps"] == 3
     assert 1000 < json.loads(out)["seconds"] < 1100, "of both pieces"
     assert "<dt>training</dt><dd>100" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_resuming_with_other_images_is_refused(run, base, images, tmp_path):
+    data, output = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(images, data)
+    command = ["train", "--model", base, "--dataset", data, "--output", output, "--method", "linear"]
+    command += ["--batch-size", "4", "--no-measuring", "--resume", "--max-steps"]
+    assert run(*(word for word in command if word != "--resume"), "2")[0] == 0
+    added = shutil.copy(data / "dark" / "0.png", data / "dark" / "00.png")
+    code, _, err = run(*command, "3")
+    assert code == 2
+    assert f"`{data}` has changed since the run in `{output}` began" in err
+    assert re.search(r"train: 14 images, digest \w+ there, 15 images, digest \w+ now", err)
+    Path(added).unlink()
+    assert run(*command, "3")[0] == 0
+    shutil.copy(data / "dark" / "0.png", data / "dark" / "00.png")
+    (output / "data.json").unlink()
+    assert run(*command, "4")[0] == 0, "a run of before the file existed"
+
+
+def test_the_digest_of_data_is_of_files_labels_and_splits(images, tmp_path):
+    def digest(folder):
+        return digest_data(put_aside(load_images(str(folder))))
+
+    shutil.copytree(images, tmp_path / "a")
+    before = digest(images)
+    assert before == digest(tmp_path / "a") and list(before) == ["labels", "train", "validation", "test"]
+    (tmp_path / "a" / "dark" / "9.png").rename(tmp_path / "a" / "dark" / "z.png")
+    assert digest(tmp_path / "a") != before
+    (tmp_path / "a" / "dark" / "z.png").rename(tmp_path / "a" / "dark" / "9.png")
+    (tmp_path / "a" / "light").rename(tmp_path / "a" / "lit")
+    assert digest(tmp_path / "a")["labels"] == "dark, lit"
+
+
+def test_early_stopping_begins_and_goes_on_in_resumed_runs(fit, run_json, tmp_path):
+    fit("--method", "linear", "--learning-rate", "1e-30", steps=4)  # an epoch; the accuracy never changes
+    again = ["train", "--output", tmp_path / "run", "--resume", "--no-measuring", "--max-steps", "20"]
+    assert run_json(*again, "--early-stopping", "1")["steps"] == 12, "the second epoch with a score is no better"
+    assert run_json(*again, "--early-stopping", "2")["steps"] == 16, "the count went on"
 
 
 @pytest.mark.slow

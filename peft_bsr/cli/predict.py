@@ -52,7 +52,7 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, object]:
     _check_kind(args, predictor)
     top_k = None if args.all else args.top_k or 1
     threshold = THRESHOLD if args.threshold is None else args.threshold
-    table = PredictionTable(predictor, top_k)
+    table = PredictionTable(predictor, top_k, threshold)
     found: list[Prediction] = []
     with write_csv(args.output, table.header) as write:
         outputs = outputs_of(
@@ -114,6 +114,6 @@ def _show(out: Output, path: Path | None, table: PredictionTable, good: list[Pre
             out.say(f"... and {len(good) - _SHOWN} more: `--output predictions.csv` writes all of them")
         return
     if table.predictor.problem_type != REGRESSION:
-        counts = Counter(label for one in good for label in (one.labels[:1] if table.top_k != 1 else one.labels))
+        counts = Counter(label for one in good for label in table.predicted(one))
         out.facts("Images by class", dict(counts.most_common(_SHOWN)))
     out.say(f"{len(good)} images: {path}")

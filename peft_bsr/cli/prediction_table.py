@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peft_bsr.prediction import Prediction, Predictor
+from peft_bsr.prediction.answers import THRESHOLD
 from peft_bsr.problem_type import MULTI_LABEL, REGRESSION
 
 
@@ -18,16 +19,18 @@ class PredictionTable:
     """Columns and rows of predictions.
 
     `file, label, probability`, and for more classes `label_2, probability_2, ...`; with all classes
-    `probability_<class>` of each. Several labels of an image are one cell, `cat|dog`. For a regression `file, value`,
-    or `value_<name>` of each.
+    `probability_<class>` of each. Several labels of an image are one cell, `cat|dog`: those from
+    the threshold on. For a regression `file, value`, or `value_<name>` of each.
 
     Attributes:
         predictor: Predictor of the predictions.
         top_k: See `to_prediction`: None for all.
+        threshold: See `to_prediction`. Default 0.5.
     """
 
     predictor: Predictor
     top_k: int | None
+    threshold: float = THRESHOLD
 
     @property
     def header(self) -> list[str]:
@@ -42,6 +45,16 @@ class PredictionTable:
             header += [f"label_{number}", f"probability_{number}"]
         return header
 
+    def predicted(self, one: Prediction) -> tuple[str, ...]:
+        """The most probable class; of several labels those from the threshold on, the most probable first.
+
+        Args:
+            one: Prediction of classes, without an error.
+        """
+        if self.predictor.problem_type != MULTI_LABEL:
+            return one.labels[:1]
+        return one.labels[: sum(chance >= self.threshold for chance in one.probabilities)]
+
     def row(self, one: Prediction) -> list[str]:
         """Row of a prediction; numbers have six digits.
 
@@ -51,12 +64,15 @@ class PredictionTable:
         if self.predictor.problem_type == REGRESSION:
             return [one.file, *map(_number, one.values)]
         chances = list(map(_number, one.probabilities))
+        if self.predictor.problem_type == MULTI_LABEL or self.top_k is None:
+            labels = self.predicted(one)
+            cells = ["|".join(labels), "|".join(chances[: len(labels)])]
+        else:
+            cells = [cell for pair in zip(one.labels, chances, strict=True) for cell in pair]
         if self.top_k is None:
             by_class = dict(zip(one.classes, chances, strict=True))
-            return [one.file, one.labels[0], chances[0], *(by_class[c] for c in sorted(by_class))]
-        if self.predictor.problem_type == MULTI_LABEL:
-            return [one.file, "|".join(one.labels), "|".join(chances)]
-        return [one.file, *(cell for pair in zip(one.labels, chances, strict=True) for cell in pair)]
+            cells += [by_class[c] for c in sorted(by_class)]
+        return [one.file, *cells]
 
 
 @contextmanager

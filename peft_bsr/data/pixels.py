@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, cast
 
@@ -127,17 +128,25 @@ def with_pixels(images: Dataset, processor: BaseImageProcessor, transform: Trans
     Args:
         images: Rows with the column `image`, and optionally `label`.
         processor: From `load_processor`.
-        transform: Applied to each upright RGB image before the processor: augmentation, for training. Default None.
+        transform: Applied to each upright RGB image before the processor: augmentation, for training. Workers that are
+            started by `spawn` or `forkserver` need one that can be pickled. Default None.
     """
+    return stored(images).with_transform(_Preprocess(processor, transform))
 
-    def preprocess(rows: Columns) -> Columns:
+
+@dataclass(frozen=True)
+class _Preprocess:
+    """From rows with images as they are stored to pixels and labels. It can be pickled for workers of a loader."""
+
+    processor: BaseImageProcessor
+    transform: Transform | None
+
+    def __call__(self, rows: Columns) -> Columns:
         opened = [to_rgb(open_image(image)) for image in rows["image"]]
-        if transform is not None:
-            opened = [transform(image) for image in opened]
-        made: Columns = {"pixel_values": list(to_pixels(opened, processor))}
+        if self.transform is not None:
+            opened = [self.transform(image) for image in opened]
+        made: Columns = {"pixel_values": list(to_pixels(opened, self.processor))}
         return made | ({"labels": rows["label"]} if "label" in rows else {})
-
-    return stored(images).with_transform(preprocess)
 
 
 def stored(images: Dataset) -> Dataset:

@@ -64,7 +64,7 @@ def to_prediction(
     chances = outputs.sigmoid() if several else outputs.softmax(-1)
     order = chances.argsort(descending=True, stable=True).tolist()
     if several and top_k is not None:
-        order = [index for index in order if chances[index] >= threshold]
+        order = [index for index in order if chances[index].item() >= threshold]
     elif not several:
         order = order[:top_k]
     return Prediction(file, tuple(predictor.labels[i] for i in order), tuple(order), tuple(chances[order].tolist()))

@@ -7,13 +7,17 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from huggingface_hub import ModelCard
 from PIL import Image
 
 import peft_bsr
+from peft_bsr.cli.prediction_table import PredictionTable
+from peft_bsr.prediction import to_prediction
 from peft_bsr_cli import main
 
 KINDS = {
@@ -100,6 +104,27 @@ def test_predictions(fitted, run_json):
     else:
         chances = {name: p for name, p in zip(KINDS[kind][1], outputs.sigmoid().tolist(), strict=True) if p >= 0.4}
         assert dict(zip(one["labels"], one["probabilities"], strict=True)) == pytest.approx(chances, rel=1e-4)
+
+
+def test_all_probabilities_stand_beside_the_predicted_labels():
+    predictor = SimpleNamespace(problem_type="multi_label_classification", labels=["cat", "dog", "fox"])
+    one = to_prediction(predictor, "a.jpg", torch.tensor([0.0, 2.0, -2.0]), top_k=None)
+    chances = {"probability_cat": "0.5", "probability_dog": "0.880797", "probability_fox": "0.119203"}
+    for threshold, label, probability in ((0.4, "dog|cat", "0.880797|0.5"), (0.6, "dog", "0.880797"), (0.9, "", "")):
+        table = PredictionTable(predictor, None, threshold)
+        row = dict(zip(table.header, table.row(one), strict=True))
+        assert row == {"file": "a.jpg", "label": label, "probability": probability, **chances}
+
+
+def test_the_threshold_goes_with_all_probabilities(fitted, run, tables, tmp_path):
+    command = ["predict", tables / "0.png", "--model", fitted[1] / "adapter", "--all", "--threshold"]
+    for threshold, count in (("0", 3), ("1", 0)):
+        code, out, _ = run(*command, threshold, "--output", tmp_path / f"{threshold}.csv")
+        assert code == (0 if fitted[0] == "multilabel" else 2)
+        if code == 0:
+            (row,) = csv.DictReader((tmp_path / f"{threshold}.csv").open(newline=""))
+            assert len(row["label"].split("|")) == max(count, 1) and bool(row["label"]) == bool(count)
+            assert sum(f"{name} 1" in " ".join(out.split()) for name in KINDS["multilabel"][1]) == count
 
 
 @pytest.mark.slow  # exports

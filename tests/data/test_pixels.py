@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import pickle
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from transformers import ViTImageProcessorPil
 
 from peft_bsr import DatasetError
 from peft_bsr.data import collate, open_image, to_pixels, to_rgb, with_pixels
+from peft_bsr.training.augmentation import Augmentation
 
 RAMP = np.tile(np.arange(256, dtype=np.uint8), (4, 1))
 PROCESSOR = ViTImageProcessorPil(size={"height": 8, "width": 8})
@@ -108,6 +110,18 @@ def test_a_transform_sees_upright_rgb_images(picture):
     assert seen == [("RGB", (256, 4)), ("RGB", (20, 30))]
     assert batch["labels"].tolist() == [3, 1]
     assert torch.equal(batch["pixel_values"], to_pixels([ImageOps.mirror(i) for i in rows["image"]], PROCESSOR))
+
+
+@pytest.mark.parametrize("transform", [None, Augmentation("strong")], ids=["plain", "augmented"])
+def test_workers_that_are_spawned_make_the_same_pixels(picture, transform):
+    """`spawn` and `forkserver` (macOS, Windows, Python 3.14) pickle the rows."""
+    rows = with_pixels(Dataset.from_dict({"image": [picture()], "label": [1]}), PROCESSOR, transform)
+    sent = pickle.loads(pickle.dumps(rows))
+    torch.manual_seed(0)
+    here = rows[0]
+    torch.manual_seed(0)
+    there = sent[0]
+    assert torch.equal(here["pixel_values"], there["pixel_values"]) and here["labels"] == there["labels"]
 
 
 def test_without_labels_there_are_none(picture):

@@ -13,7 +13,7 @@ from datasets import Dataset, Features, Image, concatenate_datasets
 from peft_bsr.data.columns import as_images, image_column
 from peft_bsr.data.folders import image_endings, list_images
 from peft_bsr.data.labels import encode
-from peft_bsr.data.rows import DIGITS, read_rows, read_table, some, split_of
+from peft_bsr.data.rows import DIGITS, TABLES, read_rows, read_table, some, split_of
 from peft_bsr.data.targets import find_target
 from peft_bsr.data.vectors import encode_vectors
 from peft_bsr.errors import DatasetError
@@ -158,7 +158,8 @@ def load_unlabelled(inputs: Sequence[str], *, image_column: str | None = None, s
     """Images to predict, in the column `image`; other columns are not changed.
 
     Args:
-        inputs: Image files, folders (all images in them, at any depth), or one table or dataset.
+        inputs: Image files, folders (all images in them, at any depth), or one table or dataset. Rows stay in
+            their order. A folder of tables or of a saved dataset is read as in training, if it has no image files.
         image_column: Column of images in a table or a dataset. Default None: the only candidate.
         split: Split of a dataset, or its folder. Default None: all splits.
 
@@ -170,13 +171,15 @@ def load_unlabelled(inputs: Sequence[str], *, image_column: str | None = None, s
         path = Path(name).expanduser()
         if path.is_dir() and split is None:
             files += [str(path / file) for file in list_images(path)[0]]
-        elif path.is_file() and path.suffix.lower() not in (".csv", ".tsv", ".jsonl", ".json", ".parquet"):
+        elif path.is_file() and path.suffix.lower() not in TABLES:
             files.append(str(path))
         elif len(inputs) > 1:
             raise DatasetError(f"there is no file or folder `{name}`.")
         else:
             return _rows_of(name, image_column, split)
     if not files:
+        if len(inputs) == 1 and any(file.suffix.lower() in TABLES for file in list_images(path)[1]):
+            return _rows_of(name, image_column, split)
         raise DatasetError(f"there are no images in {some(list(inputs))} that Pillow can read.")
     return Dataset.from_dict({"image": files}, features=Features({"image": Image()}))
 
@@ -194,7 +197,7 @@ def labels_of(images: Dataset) -> np.ndarray:
 def _rows_of(name: str, column: str | None, split: str | None) -> Dataset:
     path = Path(name).expanduser()
     if split is None and path.is_file():
-        rows = read_table(path)
+        rows = read_table(path, "train")  # not divided by a column of splits
     elif split is None and not path.exists() and path.suffix.lower() in image_endings():
         raise DatasetError(f"there is no file `{name}`.")
     else:

@@ -27,7 +27,7 @@ DIGITS = "digits"
 SPLITS = ("train", "validation", "test")
 _SPLIT_OF = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 _SPLIT_OF |= dict.fromkeys(("validation", "val", "valid", "dev", "eval"), "validation")
-_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
+TABLES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -72,12 +72,12 @@ def read_rows(name: str) -> Rows:
         return _of_datasets(load_from_disk(str(path)))
     if path.is_dir():
         return read_folder(path)
-    if path.suffix.lower() in _SUFFIXES and path.is_file():
+    if path.suffix.lower() in TABLES and path.is_file():
         return read_table(path)
     if path.is_file():
-        raise DatasetError(f"`{name}` is not a table. Give a folder, or a table: {', '.join(_SUFFIXES)}.")
-    advice = f'Give "{DIGITS}", a folder of images by class, a table ({", ".join(_SUFFIXES)}) or a Hub id.'
-    if path.suffix.lower() in _SUFFIXES or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise DatasetError(f"`{name}` is not a table. Give a folder, or a table: {', '.join(TABLES)}.")
+    advice = f'Give "{DIGITS}", a folder of images by class, a table ({", ".join(TABLES)}) or a Hub id.'
+    if path.suffix.lower() in TABLES or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise DatasetError(f"`{name}` cannot be read: there is no such file or folder. {advice}")
     try:
         return _of_datasets(load_dataset(name))
@@ -208,4 +208,4 @@ def _digits() -> Dataset:
     return Dataset.from_dict({"image": images, "label": digits.target.tolist()}, features=features)
 
 
-__all__ = ["DIGITS", "SPLITS", "Rows", "divide", "merged", "read_rows", "read_table", "some", "split_of"]
+__all__ = ["DIGITS", "SPLITS", "TABLES", "Rows", "divide", "merged", "read_rows", "read_table", "some", "split_of"]

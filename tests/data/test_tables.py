@@ -206,3 +206,25 @@ def test_images_without_labels(put):
     assert len(load_unlabelled([str(folder / "s")], split="test")) == 3
     with pytest.raises(DatasetError, match=r"there is no file `nowhere.png`"):
         load_unlabelled(["nowhere.png"])
+
+
+def test_rows_to_predict_stay_in_their_order(put):
+    folder = put("c")
+    rows = [("c/0.png", 7, "test"), ("c/1.png", 8, "train"), ("c/2.png", 9, "val")]
+    path = write(folder / "t.csv", ["image", "id", "split"], rows)
+    assert load_unlabelled([path])[:]["id"] == ["7", "8", "9"]
+    assert load_unlabelled([path], split="train")[:]["id"] == ["8"]
+
+
+def test_a_folder_of_rows_without_image_files(tmp_path, picture):
+    rows = datasets.Dataset.from_dict({"image": [picture(), picture()], "id": [0, 1]})
+    (tmp_path / "tables").mkdir()
+    rows.to_parquet(tmp_path / "tables" / "train.parquet")
+    rows.save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict(test=rows, train=rows).save_to_disk(tmp_path / "splits")
+    for name, count in (("tables", 2), ("saved", 2), ("splits", 4)):
+        found = load_unlabelled([str(tmp_path / name)])
+        assert (len(found), found[0]["image"].size) == (count, (20, 30))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DatasetError, match="there are no images in"):
+        load_unlabelled([str(tmp_path / "empty")])

@@ -253,8 +253,8 @@ class EarlyStopping(EarlyStoppingCallback):
     ) -> None:
         """Restore the count, if the run before had one: Trainer needs its place in the state to save it."""
         super().on_train_begin(args, state, control, **kwargs)
-        stored = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
-        self.early_stopping_patience_counter = stored["attributes"]["early_stopping_patience_counter"]
+        before = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        self.early_stopping_patience_counter = before["attributes"]["early_stopping_patience_counter"]
 
 
 __all__ = [

@@ -122,7 +122,7 @@ def test_the_threshold_goes_with_all_probabilities(fitted, run, tables, tmp_path
         code, out, _ = run(*command, threshold, "--output", tmp_path / f"{threshold}.csv")
         assert code == (0 if fitted[0] == "multilabel" else 2)
         if code == 0:
-            (row,) = csv.DictReader((tmp_path / f"{threshold}.csv").open(newline=""))
+            (row,) = csv.DictReader((tmp_path / f"{threshold}.csv").read_text().splitlines())
             assert len([name for name in row["label"].split("|") if name]) == count
             assert sum(f"{name} 1" in " ".join(out.split()) for name in KINDS["multilabel"][1]) == count
 

@@ -16,7 +16,6 @@ from pathlib import Path, PurePath
 from types import FrameType
 from typing import Any
 
-import pyarrow.compute as pc
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
@@ -25,6 +24,7 @@ from transformers.trainer_callback import ExportableState
 from peft_bsr.cli.settings import TrainSettings
 from peft_bsr.cli.values import read_file
 from peft_bsr.data import LabelledImages, labels_of, stored
+from peft_bsr.data.columns import values_of
 from peft_bsr.data.rows import some
 from peft_bsr.errors import AdapterFileError, UsageError
 from peft_bsr.tuners.base.digests import check_weights_belong
@@ -35,7 +35,6 @@ FILE, DATA_FILE = "settings.yaml", "data.json"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _WEIGHTS = ("adapter_model.*", "model*.safetensors", "pytorch_model*.bin")
 _MAY_CHANGE = {"epochs", "max_steps", "output", "trainer", "device", "workers", "compile", "early_stopping", "keep"}
-_AT_ONCE = 256  # images whose file names are read at once
 
 
 def take_stored_settings(args: argparse.Namespace) -> None:
@@ -115,12 +114,10 @@ def check_data(settings: TrainSettings, now: Mapping[str, str]) -> None:
 def _digest(data: LabelledImages, split: str, root: Path) -> str:
     rows = data.splits[split]
     found = hashlib.blake2b(json.dumps([data.labels, labels_of(rows).tolist()]).encode(), digest_size=8)
-    images = stored(rows).select_columns(["image"]).with_format("arrow")
-    for start in range(0, len(images), _AT_ONCE):
-        for path in pc.struct_field(images[start : start + _AT_ONCE]["image"], "path").to_pylist():
-            file = PurePath(path or "")
-            name = file.relative_to(root).as_posix() if file.is_relative_to(root) else file.name
-            found.update(f"{name}\0".encode())
+    for path in values_of(stored(rows).flatten(), "image.path"):
+        file = PurePath(path or "")
+        name = file.relative_to(root).as_posix() if file.is_relative_to(root) else file.name
+        found.update(f"{name}\0".encode())
     return found.hexdigest()
 
 

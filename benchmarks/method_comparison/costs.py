@@ -49,10 +49,14 @@ def main() -> None:
         model = ready(Experiment.load(args.peak_of), args.model)
         print(json.dumps(peak_bytes(model, random_batch(model, Protocol.load(args.protocol).batch_size))))
         return
+    if Protocol.load(args.protocol).precision != "fp32":
+        raise SystemExit(f"--protocol {args.protocol}: costs are measured in fp32, and it trains in another precision.")
     path = results_of(args) / "costs.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     found = stored(path)
-    for experiment in tqdm(Experiment.chosen(args.only), unit="experiment"):
+    # steps from a feature cache are not steps on images
+    chosen = [e for e in Experiment.chosen(args.only) if not e.params["feature_cache"]]
+    for experiment in tqdm(chosen, unit="experiment"):
         cost = found.setdefault(experiment.name, {})
         if args.again or "step_to_full" not in cost:
             cost |= measure(experiment, args)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from transformers import ViTConfig, ViTForImageClassification
 sys.path.insert(0, str(Path(__file__).parent))
 from data import Protocol
 from launch import HERE, add_results, results_of
-from report import Row, load_rows
+from report import Row, conditions, load_rows
 
 from peft_bsr.app.results import plan_key
 from peft_bsr.cost.proxy import on_meta, resolve_narrow
@@ -46,12 +45,12 @@ def benchmark(results: Path, protocol: Protocol) -> dict[str, Any]:
         for row in load_rows(results, task, costs)
         if row.cost is not None
     ]
-    model = rows[0][1].runs[0]["meta_info"]["model_info"]["model"]
-    system = next(iter(costs.values()))["system_info"]
+    by_task: dict[str, list[Row]] = {}
+    for task, row in rows:
+        by_task.setdefault(task, []).append(row)
     return {
-        "conditions": f"{model} at 224 pixels, batch {protocol.batch_size}, float32, on a {system['processor']} CPU; "
-        f"{protocol.train_images} training images, {protocol.epochs} epochs, {protocol.test_images} test images",
-        "model": model,
+        "conditions": conditions(protocol, by_task),
+        "model": rows[0][1].runs[0]["meta_info"]["model_info"]["model"],
         "points": [point(task, row, protocol) for task, row in rows],
     }
 
@@ -65,8 +64,7 @@ def point(task: str, row: Row, protocol: Protocol) -> dict[str, Any]:
         "experiment": row.experiment.name,
         "accuracies": list(row.accuracies.values()),
         "peak_bytes": row.cost["peak_bytes"],
-        "step_seconds": row.cost["step_seconds"],
-        "train_seconds": statistics.median(run["train_info"]["train_time"] for run in row.runs),
+        "step_to_full": row.cost["step_to_full"],
         "plan": _key_of(row),
         "command": shlex.join(["python", "benchmarks/method_comparison/run.py", *words]),
     }

@@ -1,16 +1,15 @@
-"""Write the page of tables and plots, and the short table of the front pages.
+"""Write the page of tables and plots, and the short tables of the front pages and of which_method.md.
 
     python benchmarks/method_comparison/report.py [--protocol cpu] [--output docs/benchmarks.md]
 
-It uses the results that exist; rows without results are left out. The short table goes into README.md and index.md of
-the same documentation, between the comments that name this script.
+It uses the results that exist; rows without results are left out. The short tables go into README.md, index.md and
+which_method.md of the same documentation, between the comments that name this script.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import re
 import statistics
 import sys
 from dataclasses import dataclass
@@ -23,26 +22,25 @@ sys.path.insert(0, str(Path(__file__).parent))
 from data import Protocol
 from experiment import EXPERIMENTS, Experiment
 from launch import HERE, add_results, results_of, stored
+from report_choice import LABELS, TITLES, choice_tables, write_table
 from report_memory import memory_section
 from report_time import budgets_in, time_section
 from run import result_path
 from sweep import load_recipes
 
 REFERENCE = "full_finetuning/all"
-FRONT = {
-    "full_finetuning/all": "full fine-tuning",
-    "linear_probe/head": "linear probe",
-    "lora/all_linear": "PEFT's LoRA, every Linear",
-    "lora/qv": "PEFT's LoRA, q and v",
-    "lora/qv-checkpointing": "the same, gradient checkpointing",
-    "bsr/spread-exact": "`BSRConfig()`, the paper's plan",
-    "bsr/from3-lora-merge": '`BSRConfig(preset="balanced")`',
-    "bsr/upper-exact": "`BSRConfig(trainable_blocks=[5, 8, 11], keep_rate=0.7)`",
-    "bsr/all-lora-max": '`BSRConfig(trainable="lora", trainable_blocks="every:1", keep_rate=1.0, lean="max")`',
-}
-TITLES = {"cifar10": "CIFAR-10", "fashion-mnist": "Fashion-MNIST"}
+FRONT = (
+    "full_finetuning/all",
+    "linear_probe/head",
+    "lora/all_linear",
+    "lora/qv",
+    "lora/qv-checkpointing",
+    "bsr/spread-exact",
+    "bsr/upper-exact",
+    "bsr/from3-lora-merge",
+    "bsr/qv-lora-max",
+)
 FRONT_PROTOCOL = "cpu"  # what the front pages say below the table
-FRONT_PLACE = re.compile(r"(?<=<!-- benchmarks/method_comparison/report\.py -->\n\n).*?(?=\n\n<!-- end -->)", re.DOTALL)
 COLORS = {
     "full_finetuning": "black",
     "linear_probe": "tab:gray",
@@ -119,7 +117,10 @@ def main() -> None:
     if protocol.name == FRONT_PROTOCOL:
         for page in (args.output.parent / "index.md", args.output.parents[1] / "README.md"):
             if page.exists():
-                page.write_text(FRONT_PLACE.sub(lambda _: front_table(tasks), page.read_text()))
+                write_table(page, front_table(tasks))
+        page = args.output.parent / "which_method.md"
+        for name, table in choice_tables(tasks, peaks, by_seconds).items() if page.exists() else ():
+            write_table(page, table, name)
     print(f"{args.output}: {sum(len(row.runs) for rows in tasks.values() for row in rows)} runs")
 
 
@@ -165,18 +166,18 @@ def accuracy_table(rows: list[Row]) -> str:
 def front_table(tasks: dict[str, list[Row]]) -> str:
     """Table of the main choices: peak, speed and accuracy on each task that has all of them."""
     by_task = {task: {row.experiment.name: row for row in rows} for task, rows in tasks.items()}
-    by_task = {task: rows for task, rows in by_task.items() if FRONT.keys() <= rows.keys()}
+    by_task = {task: rows for task, rows in by_task.items() if rows.keys() >= set(FRONT)}
     if not by_task:
         raise SystemExit(f"No task has results of all of {list(FRONT)}: README.md and index.md are unchanged.")
     header = ["", "peak memory, MiB", "speed, relative to full", *(f"{TITLES.get(task, task)}, %" for task in by_task)]
     lines = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
-    for name, label in FRONT.items():
+    for name in FRONT:
         found = [rows[name] for rows in by_task.values()]
         cost = found[0].cost
         assert cost is not None, f"{name} has no costs; run costs.py first."
         cells = [f"{cost['peak_bytes'] / 2**20:.0f}", f"{1 / cost['step_to_full']:.1f}"]
         cells += [f"{100 * row.accuracy:.1f}{' (one seed)' if len(row.runs) == 1 else ''}" for row in found]
-        lines.append(f"| {label} | {' | '.join(cells)} |")
+        lines.append(f"| {LABELS[name]} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -137,7 +137,7 @@ def _mark(point: Point, axis: str, number: int, is_front: bool, x: float, y: flo
     about = (
         f"<p><b>{escape(point.experiment)}</b>: {100 * point.accuracy:.1f} % on {escape(point.task)} "
         f"(seeds: {scores}); "
-        f"peak {_mib(point.peak_bytes)}, step {point.step_seconds:.2f} s, training {point.train_seconds:.0f} s</p>"
+        f"peak {_mib(point.peak_bytes)}, step {point.step_to_full:.2f} of that of full fine-tuning</p>"
         f"<code>{escape(point.command)}</code>"
     )
     colour = _colour(number, f"--x:{x:.4f};--y:{y:.4f}", f"point at{' front' if is_front else ''}")

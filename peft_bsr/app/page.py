@@ -16,7 +16,7 @@ from PIL import Image
 from peft_bsr.app.html import chart_html, error_html, kept_html, plans_html
 from peft_bsr.app.kept import PHOTOGRAPHS, keep, local_models, photograph, read_blocks
 from peft_bsr.app.models import KNOWN, costs_of
-from peft_bsr.app.planning import CARDS, CUDA_GIB, Question, fill, known_plans, plans_of, python_of, shell_of
+from peft_bsr.app.planning import CARDS, USABLE, Question, fill, known_plans, plans_of, python_of, shell_of
 from peft_bsr.app.results import AXES, choose, conditions, points
 from peft_bsr.cli.memory import OPTIMIZERS, PRECISIONS
 from peft_bsr.cost import BudgetPlan
@@ -70,7 +70,7 @@ def _plans_tab(page: gr.Blocks) -> list[Dependency]:
             source = gr.Dropdown(
                 [*KNOWN], label="Model", info="or any Hub id or folder", allow_custom_value=True, elem_id="plans-model"
             )
-            card = gr.Dropdown(["", *CARDS], label="Card", info=f"{CUDA_GIB} GiB of it is reserved for CUDA itself")
+            card = gr.Dropdown(["", *CARDS], label="Card", info=f"{USABLE:.0%} of it is used")
             memory = gr.Slider(0.25, 96, 8, step=0.25, label="Memory, GiB")
             batch = gr.Number(32, label="Images a step", precision=0, minimum=1)
             with gr.Accordion("More", open=False):
@@ -99,7 +99,7 @@ def _plans_tab(page: gr.Blocks) -> list[Dependency]:
 
 
 def _of_card(card: str, memory: float, device: str) -> tuple[float, str]:
-    return (CARDS[card] - CUDA_GIB, "cuda") if card else (memory, device)
+    return (USABLE * CARDS[card], "cuda") if card else (memory, device)
 
 
 def _ask(request: gr.Request, *values: Any) -> tuple[object, ...]:
@@ -137,7 +137,7 @@ def _shown(question: Question, plans: list[BudgetPlan], chosen: str | None) -> t
     one = next((plan for plan in plans if plan.gives_up == chosen), plans[0])
     names = [(f"{n}. gives up: {plan.gives_up}", plan.gives_up) for n, plan in enumerate(plans, 1)]
     numbers = gr.update(choices=names, value=one.gives_up, visible=True)
-    listed = plans_html(plans, costs_of(question.source, question.labels).depth)
+    listed = plans_html(plans, costs_of(question.source, question.labels).spec.depth)
     return listed, numbers, shell_of(one, question), python_of(one, question)
 
 

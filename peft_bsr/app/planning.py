@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from peft_bsr.app.models import costs_of, own_size
+from peft_bsr.app.models import config_of, costs_of, own_size
 from peft_bsr.app.results import measured, plan_key
+from peft_bsr.backbones import BackboneForImageClassification
 from peft_bsr.cli.memory import OPTIMIZERS, PRECISIONS
 from peft_bsr.cli.plan import command_of
-from peft_bsr.cli.sources import changed
+from peft_bsr.cli.sources import changed, trainable_class
 from peft_bsr.cost import BudgetPlan, PlanCosts, Setup, plan_for_budget
 from peft_bsr.cost.budget import missing_estimate, plan_setting
 from peft_bsr.cost.ways import Setting, settings_of, ways_of
 from peft_bsr.errors import UsageError
 from peft_bsr.training import default_learning_rate
 
-CARDS = {  # GiB, from the data sheets
+CARDS = {  # GiB
     "T4, 16 GB": 16,
     "RTX 3060, 12 GB": 12,
     "RTX 4060, 8 GB": 8,
@@ -28,7 +29,7 @@ CARDS = {  # GiB, from the data sheets
     "A100, 40 GB": 40,
     "A100 or H100, 80 GB": 80,
 }
-CUDA_GIB = 1  # of each GPU, for CUDA itself and the allocator
+USABLE = 0.9  # of a card: the rest is for CUDA itself, the allocator and, on some cards, error correction
 _MOST = {"batch_size": 4096, "image_size": 2048, "labels": 100_000}
 
 
@@ -102,7 +103,7 @@ def plans_of(question: Question) -> Iterator[list[BudgetPlan]]:
     others = [i for i, one in enumerate(asked) if i not in found and missing_estimate(*one)]
     for i in (*others[-1:], *others[:-1]):
         while missing := missing_estimate(*asked[i]):
-            costs_of(question.source, question.labels)(*missing)
+            asked[i][0](*missing)  # `costs_of` may have forgotten them
             yield _in_order(found)
         plan = plan_setting(*asked[i])
         if plan is not None:
@@ -126,7 +127,7 @@ def _known(question: Question) -> dict[int, BudgetPlan]:
 def _asked(question: Question) -> list[tuple[PlanCosts, Setting, str, Setup]]:
     """Arguments of `plan_setting` for every setting."""
     costs, setup = costs_of(question.source, question.labels), question.setup
-    return [(costs, setting, question.memory, setup) for setting in settings_of(costs.depth)]
+    return [(costs, setting, question.memory, setup) for setting in settings_of(costs.spec)]
 
 
 def _in_order(found: dict[int, BudgetPlan]) -> list[BudgetPlan]:
@@ -138,8 +139,8 @@ def fill(question: Question) -> Iterator[None]:
     costs, setup = costs_of(question.source, question.labels), question.setup
     if setup.compile:
         return  # a budget needs few of them, and each is slow
-    for setting in settings_of(costs.depth):
-        for way in ways_of(setting, setup, costs.dtype):
+    for setting in settings_of(costs.spec):
+        for way in ways_of(setting, setup, costs.dtype, costs.allows):
             if not isinstance(way, str):
                 costs(way.config, way.setup)
                 yield
@@ -170,13 +171,19 @@ def python_of(plan: BudgetPlan, question: Question) -> str:
         arguments |= {"gradient_checkpointing_kwargs": {"use_reentrant": False} | offload}
     words = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
     adapter = ", ".join(f"{name}={value!r}" for name, value in options.items())
+    own = trainable_class(question.source, config_of(question.source))
+    made = f"{own.__name__}.from_pretrained({question.source!r}, num_labels={question.labels}, "
+    made += "ignore_mismatched_sizes=True)"
+    is_headless = own is BackboneForImageClassification
+    if is_headless:
+        made = f"with_head(AutoModel.from_pretrained({question.source!r}), {question.labels})"
     lines = [
-        "from transformers import AutoModelForImageClassification, Trainer, TrainingArguments",
+        f"from transformers import {'AutoModel' if is_headless else own.__name__}, Trainer, TrainingArguments",
         *([] if plan.config is None else ["from peft import get_peft_model", "from peft_bsr import BSRConfig"]),
         *(["from peft_bsr import set_image_size"] if setup.image_size else []),
+        *(["from peft_bsr import with_head"] if is_headless else []),
         "",
-        f"model = AutoModelForImageClassification.from_pretrained({question.source!r}, "
-        f"num_labels={question.labels}, ignore_mismatched_sizes=True)",
+        f"model = {made}",
         *([f"set_image_size(model, {setup.image_size})"] if setup.image_size else []),
         *([] if plan.config is None else [f"model = get_peft_model(model, BSRConfig({adapter}))"]),
         f'arguments = TrainingArguments("checkpoints", {words})',
@@ -190,4 +197,4 @@ def shell_of(plan: BudgetPlan, question: Question) -> str:
     return f"{command_of(plan, question.source)} --dataset photos --output out"
 
 
-__all__ = ["CARDS", "CUDA_GIB", "Question", "accuracies_of", "fill", "known_plans", "plans_of", "python_of", "shell_of"]
+__all__ = ["CARDS", "USABLE", "Question", "accuracies_of", "fill", "known_plans", "plans_of", "python_of", "shell_of"]

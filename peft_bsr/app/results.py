@@ -15,8 +15,7 @@ from peft_bsr.tuners import BSRConfig
 
 AXES = {  # cost -> (attribute of a point, divisor for the unit)
     "peak memory, MiB": ("peak_bytes", 2**20),
-    "training time, s": ("train_seconds", 1),
-    "time of a step, s": ("step_seconds", 1),
+    "step, full fine-tuning = 1": ("step_to_full", 1),
 }
 
 
@@ -27,8 +26,7 @@ class _Measured(TypedDict):
     experiment: str
     accuracies: list[float]
     peak_bytes: int
-    step_seconds: float
-    train_seconds: float
+    step_to_full: float
     plan: str | None
     command: str
 
@@ -49,8 +47,7 @@ class Point:
         experiment: `"method/variant"`.
         accuracies: Accuracy on the test images for each seed, in 0 to 1.
         peak_bytes: Peak memory of a training step, without the weights.
-        step_seconds: Time of a training step.
-        train_seconds: Time of the whole training, median over the seeds.
+        step_to_full: Time of a training step over that of full fine-tuning, whose steps alternated with it.
         plan: What is trained on which tokens, see `plan_key`; None if the planner has no such plan.
         command: Command that measured it.
     """
@@ -59,8 +56,7 @@ class Point:
     experiment: str
     accuracies: tuple[float, ...]
     peak_bytes: int
-    step_seconds: float
-    train_seconds: float
+    step_to_full: float
     plan: str | None
     command: str
 
@@ -95,8 +91,7 @@ def points() -> tuple[Point, ...]:
             one["experiment"],
             tuple(one["accuracies"]),
             one["peak_bytes"],
-            one["step_seconds"],
-            one["train_seconds"],
+            one["step_to_full"],
             one["plan"],
             one["command"],
         )
@@ -145,8 +140,12 @@ def plan_key(config: BSRConfig | None, plan: Plan | None) -> str:
     if config is None or plan is None:
         return "full"
     blocks = [index for index, block in enumerate(plan.blocks) if block.trained]
-    reductions = {i: block.reduction.keep_rate for i, block in enumerate(plan.blocks) if block.reduction}
-    return f"{len(plan.blocks)} blocks: {config.trainable} {blocks}, {reductions}"
+    what = f"{config.trainable} {blocks} {config.target_modules or 'all'} without {config.exclude_modules or 'none'}"
+    what += f", rank {config.r} alpha {config.lora_alpha}" if config.trainable == "lora" else ""
+    found = {i: block.reduction for i, block in enumerate(plan.blocks) if block.reduction}
+    tokens = {i: (r.keep_rate, "merge" if r.merges else "fuse" if r.fuse else r.score) for i, r in found.items()}
+    how = f"gradients of {config.gradient_tokens}, {config.saved_activations}"
+    return f"{len(plan.blocks)} blocks: {what}, {tokens}, {how}"
 
 
 def measured(key: str, depth: int) -> dict[str, float]:

@@ -158,7 +158,7 @@ def load_model(
         UsageError: If it cannot be loaded, or if no classifier of its family takes labels.
     """
     try:
-        model = _trainable_class(name).from_pretrained(
+        model = trainable_class(name, read_model_config(name)).from_pretrained(
             name,
             id2label=dict(enumerate(labels)),
             label2id={label: index for index, label in enumerate(labels)},
@@ -185,9 +185,16 @@ def describe_head(name: str, model: PreTrainedModel) -> str | None:
     return f"{name} has no head: {model.describe_head()}"
 
 
-def _trainable_class(name: str) -> type[PreTrainedModel]:
-    """The image classifier of the model's family that can be trained: its forward takes labels."""
-    config = read_model_config(name)
+def trainable_class(name: str, config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The image classifier of the model's family that can be trained: its forward takes labels.
+
+    Args:
+        name: MODEL, a model.
+        config: Its configuration.
+
+    Raises:
+        UsageError: If there is none.
+    """
     classes = classifiers_of(config)
     if not classes:
         return (
@@ -251,4 +258,5 @@ __all__ = [
     "read_model_config",
     "refuse_sound",
     "takes_sound",
+    "trainable_class",
 ]

@@ -113,4 +113,4 @@ def balance_loss(choice: Choice) -> Tensor:
 
 
 def _squared_variation(values: Tensor) -> Tensor:
-    return values.var(correction=1) / (values.mean().square() + 1e-10)
+    return values.var(correction=min(1, len(values) - 1)) / (values.mean().square() + 1e-10)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sized
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -105,11 +106,11 @@ class Contributions:
         """
         try:
             found = cls(**json.loads(Path(path).read_text(encoding="utf-8")))
-            numbers = [*found.of_blocks(), *found.of_blocks("lora")]
+            numbers = [gain for block in (*found.whole, *found.low_rank) for gain in block.values()]
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise _not_contributions(path, error) from error
         whole = found.kind in get_args(Kind) and len(found.whole) == len(found.low_rank) > 0
-        if not whole or not all(0 <= number < float("inf") for number in numbers):
+        if not whole or not all(map(math.isfinite, numbers)):
             raise _not_contributions(path, "some blocks have no finite number")
         return found
 
@@ -173,7 +174,7 @@ def contributions(
         whole, low_rank = gains_of_trials(
             model, spec, samples, _loss_of, batch_size=batch_size, epochs=epochs, collate=collate, progress=progress
         )
-        return Contributions(kind, whole, low_rank, len(samples))
+        return _finite(Contributions(kind, whole, low_rank, len(samples)))
     with (
         tqdm(total=(epochs + 1) * len(loader), desc="Contributions", unit="batch", disable=not progress) as bar,
         side_effect_free(model),
@@ -181,7 +182,18 @@ def contributions(
         torch.enable_grad(),
         _trained_head(model, spec, loader, epochs, bar),
     ):
-        return Contributions(kind, *_sensitivities(model, spec, loader, bar), len(samples))
+        return _finite(Contributions(kind, *_sensitivities(model, spec, loader, bar), len(samples)))
+
+
+def _finite(found: Contributions) -> Contributions:
+    """The contributions, if all are numbers."""
+    gains = [(*whole.values(), *low_rank.values()) for whole, low_rank in zip(found.whole, found.low_rank, strict=True)]
+    if wrong := [index for index, numbers in enumerate(gains) if not all(map(math.isfinite, numbers))]:
+        raise ConfigError(
+            f"the contributions of block {', '.join(map(str, wrong))} are not finite: training diverged, or the model "
+            "overflows in its dtype. Measure in float32."
+        )
+    return found
 
 
 def _check(model: nn.Module, dataset: Sized, batches: int, batch_size: int, kind: str, epochs: int) -> None:

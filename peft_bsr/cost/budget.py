@@ -115,7 +115,8 @@ def plan_for_budget(
         At least one plan.
 
     Raises:
-        ConfigError: If nothing fits; the message describes the smallest plan. Or if the size cannot be parsed.
+        ConfigError: If nothing fits; the message describes the smallest plan. Or if the size cannot be parsed, `limit`
+            is below 1, or no contribution is above 0.
         UnsupportedModelError: See `estimate`.
 
     Examples:
@@ -126,6 +127,8 @@ def plan_for_budget(
         >>> plan_for_budget(vit, "0.7GB", batch_size=8, limit=1)[0].gives_up
         'nothing but low-rank updates of the blocks trains; first products are computed twice'
     """
+    if limit is not None and limit < 1:
+        raise ConfigError(f"`limit={limit!r}` must be at least 1, or None for all plans.")
     budget = parse_size(memory)
     setup = replace(setup, **settings)
     costs = model if isinstance(model, PlanCosts) else PlanCosts(model)
@@ -138,7 +141,7 @@ def plan_for_budget(
     plain = replace(setup, gradient_checkpointing=False)
     dtype = setup.dtype or costs.dtype
     if contributions is None:
-        found = _walk(costs.depth, plain, dtype, budget, measure, limit)
+        found = _walk(costs, plain, dtype, budget, measure, limit)
     else:
         found = _search(costs.model, contributions, plain, dtype, budget, measure)[:limit]
     if not found:
@@ -155,7 +158,7 @@ def plan_for_budget(
 
 
 def _walk(
-    depth: int,
+    costs: PlanCosts,
     setup: Setup,
     dtype: torch.dtype,
     budget: int,
@@ -164,8 +167,8 @@ def _walk(
 ) -> list[BudgetPlan]:
     """The first way that fits, for every setting."""
     found: list[BudgetPlan] = []
-    for setting in settings_of(depth):
-        plan = _first_that_fits(setting, setup, dtype, budget, measure)
+    for setting in settings_of(costs.spec):
+        plan = _first_that_fits(costs, setting, setup, dtype, budget, measure)
         if plan is not None:
             found.append(plan)
         if limit is not None and len(found) >= limit:
@@ -174,6 +177,7 @@ def _walk(
 
 
 def _first_that_fits(
+    costs: PlanCosts,
     setting: Setting,
     setup: Setup,
     dtype: torch.dtype,
@@ -182,7 +186,7 @@ def _first_that_fits(
 ) -> BudgetPlan | None:
     """The plan of a setting with the fewest FLOPs among those that fit, or None."""
     declined: list[str] = []
-    for way in ways_of(setting, setup, dtype):
+    for way in ways_of(setting, setup, dtype, costs.allows):
         if isinstance(way, str):
             declined.append(way)
             continue
@@ -206,7 +210,7 @@ def plan_setting(costs: PlanCosts, setting: Setting, memory: str | int, setup: S
     def measure(way: Way, declined: list[str]) -> BudgetPlan:
         return _plan(costs, way, budget, [*declined, *_unused(setup, way)])
 
-    return _first_that_fits(setting, plain, setup.dtype or costs.dtype, budget, measure)
+    return _first_that_fits(costs, setting, plain, setup.dtype or costs.dtype, budget, measure)
 
 
 def missing_estimate(

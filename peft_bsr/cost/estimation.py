@@ -129,6 +129,11 @@ def estimate(
     host = HostMemory()
     if setup.gradient_checkpointing:
         arguments = {"use_reentrant": False, "preserve_rng_state": False}
+        if not bare.supports_gradient_checkpointing:
+            raise UnsupportedModelError(
+                f"{type(bare).__name__} of transformers does not support gradient checkpointing. Use "
+                "`gradient_checkpointing=False`."
+            )
         enable = getattr(bare, "activation_checkpointing_enable", None) or bare.gradient_checkpointing_enable
         enable(arguments)
     device = setup.device if _is_there(setup.kind) else "cpu"

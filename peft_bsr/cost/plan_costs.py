@@ -8,9 +8,11 @@ from functools import cached_property
 import torch
 from torch import nn
 
+from peft_bsr.backbones import ModelSpec
 from peft_bsr.cost.estimation import Estimate, estimate
 from peft_bsr.cost.proxy import on_meta, resolve_narrow
 from peft_bsr.cost.setup import Setup
+from peft_bsr.cost.ways import Allows
 from peft_bsr.tuners import BSRConfig
 
 
@@ -39,7 +41,7 @@ class PlanCosts:
     Examples:
         >>> from transformers import ViTConfig, ViTForImageClassification
         >>> costs = PlanCosts(ViTForImageClassification(ViTConfig(num_hidden_layers=2, hidden_size=48)))
-        >>> costs.depth, costs(None, Setup(batch_size=2)) is costs(None, Setup(batch_size=2))
+        >>> costs.spec.depth, costs(None, Setup(batch_size=2)) is costs(None, Setup(batch_size=2))
         (2, True)
     """
 
@@ -64,9 +66,14 @@ class PlanCosts:
         return view
 
     @cached_property
-    def depth(self) -> int:
-        """Number of blocks of the model."""
-        return len(resolve_narrow(self.model, BSRConfig()).spec.blocks)
+    def spec(self) -> ModelSpec:
+        """Description of the model; widths are those of a narrow proxy."""
+        return resolve_narrow(self.model, BSRConfig(keep_rate=1.0)).spec
+
+    @property
+    def allows(self) -> Allows:
+        """What the model allows."""
+        return Allows.by(self.model, self.spec)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -17,7 +17,7 @@ from peft_bsr.cost.block_contributions import Contributions
 from peft_bsr.cost.estimation import Estimate
 from peft_bsr.cost.proxy import on_meta, resolve_narrow
 from peft_bsr.cost.setup import Setup
-from peft_bsr.cost.ways import ConfigFields, TokenFields, Way, tokens_of, ways_of
+from peft_bsr.cost.ways import Allows, ConfigFields, Way, tokens_of, ways_of
 from peft_bsr.errors import ConfigError
 from peft_bsr.tuners import BSRConfig
 
@@ -64,24 +64,32 @@ def choices(
     Raises:
         ConfigError: If the contributions have another number of blocks than the model.
     """
-    spec = resolve_narrow(on_meta(model, setup.image_size), BSRConfig()).spec
+    bare = on_meta(model, setup.image_size)
+    spec = resolve_narrow(bare, BSRConfig(keep_rate=1.0)).spec
+    allows = Allows.by(bare, spec)
     if found.depth != spec.depth:
         raise ConfigError(
             f"`contributions` are of {found.depth} blocks, but {type(model).__name__} has {spec.depth}. Measure them "
             "on this model."
         )
     tokens = []
-    for fields, given_up in tokens_of(spec.depth):
-        plan = BSRConfig(trainable_blocks="every:1", **fields).plan_for(spec)
+    for fields, given_up in tokens_of(spec):
+        every: ConfigFields = {"trainable_blocks": "every:1", **fields}
+        plan = BSRConfig(**every).plan_for(spec)
         counts = plan.token_counts(spec.num_tokens, spec.num_special)
         tokens.append(_Tokens(fields, given_up, [sum(pair) / 2 / spec.num_tokens for pair in counts]))
-    levels = len(_ways(spec.depth, (0,), tokens[0], "full", setup, dtype))
+    if not any(map(any, map(found.of_blocks, ("full", "lora")))):
+        raise ConfigError(
+            "`contributions` has no gain above 0: training no block helped more than the head alone. Measure with "
+            "more images (`batches`), or train a linear probe."
+        )
+    levels = len(_ways(spec.depth, (0,), tokens[0], "full", setup, dtype, allows))
     for form in ("full", "lora"):
         gains, best = found.of_blocks(form)[: spec.last_read + 1], 0.0
         for level in range(levels if sum(gains) else 0):
 
             def way(blocks: _Blocks, seen: _Tokens, form: str = form, level: int = level) -> _Tried:
-                return _ways(spec.depth, blocks, seen, form, setup, dtype)[level]
+                return _ways(spec.depth, blocks, seen, form, setup, dtype, allows)[level]
 
             choice = _Search(gains, tokens, capacity, way, lambda tried: measure(*tried)).run() if best < 1 else None
             if choice is not None and choice[1] > best:
@@ -93,7 +101,7 @@ def choices(
 class _Tokens:
     """Where tokens are dropped, what that gives up, and the fraction of tokens that each block processes."""
 
-    fields: TokenFields
+    fields: ConfigFields
     given_up: str
     shares: list[float]
 
@@ -178,17 +186,21 @@ def best_set(values: Sequence[float], weights: Sequence[float], capacity: float)
     return front[-1][2]
 
 
-def _ways(depth: int, blocks: _Blocks, seen: _Tokens, form: str, setup: Setup, dtype: torch.dtype) -> list[_Tried]:
+def _ways(
+    depth: int, blocks: _Blocks, seen: _Tokens, form: str, setup: Setup, dtype: torch.dtype, allows: Allows
+) -> list[_Tried]:
     """A way for each lean level, with the options that were declined before it."""
-    named: str | list[int] = "every:1" if len(blocks) == depth else list(blocks)
+    is_every = len(blocks) == depth
+    named: str | list[int] = "every:1" if is_every else list(blocks)
     fields: ConfigFields = {"trainable_blocks": named, **seen.fields}
     if form == "lora":
         fields["trainable"] = "lora"
-    what = "every block" if len(blocks) == depth else f"block {_in_words(blocks)}"
+    what = "every block" if is_every else f"block {_in_words(blocks)}"
     trained = f"nothing but {'low-rank updates of ' if form == 'lora' else ''}{what} trains"
     declined: list[str] = []
     found: list[_Tried] = []
-    for way in ways_of((fields, "; ".join(filter(None, (trained, seen.given_up)))), setup, dtype):
+    setting = (fields, "; ".join(filter(None, (trained, seen.given_up))))
+    for way in ways_of(setting, setup, dtype, allows):
         if isinstance(way, str):
             declined.append(way)
         elif not way.setup.gradient_checkpointing:

@@ -10,23 +10,20 @@ from typing import Literal, TypedDict, cast
 import torch
 from transformers import PreTrainedModel
 
+from peft_bsr.backbones import ModelSpec
 from peft_bsr.cost.setup import Setup
 from peft_bsr.tuners import BSRConfig
 
 
-class TokenFields(TypedDict, total=False):
-    """Fields of `BSRConfig`: which tokens are dropped."""
+class ConfigFields(TypedDict, total=False):
+    """Fields of `BSRConfig` that the planner sets."""
 
     reduction_blocks: list[int]
     keep_rate: float
     reduction: str
-
-
-class ConfigFields(TokenFields, total=False):
-    """Fields of `BSRConfig` that the planner sets."""
-
     trainable_blocks: str | list[int]
     trainable: str
+    target_modules: list[str]
     lean: str
     saved_activations: str
     frozen_weights: str
@@ -35,11 +32,16 @@ class ConfigFields(TokenFields, total=False):
 _HALVES, _THREE_TENTHS = "half of the tokens go, 3 times", "3 tokens of 10 go, 3 times"
 _MERGED = "half of the tokens merge into others, 3 times"
 _AGAIN = "first products are computed twice"
-_EVERY: ConfigFields = {"trainable_blocks": "every:1", "reduction_blocks": []}
-_PRESET = BSRConfig(preset="balanced")
-RECOMMENDED = cast(  # the preset but for `lean`, which depends on the memory
-    ConfigFields, {name: getattr(_PRESET, name) for name in ("trainable_blocks", "keep_rate", "reduction", "trainable")}
-)
+
+
+def _fields_of(preset: str, *names: str) -> ConfigFields:
+    """Fields of a preset; `lean` is left out, because it depends on the memory."""
+    return cast(ConfigFields, {name: getattr(BSRConfig(preset=preset), name) for name in names})
+
+
+RECOMMENDED = _fields_of("balanced", "trainable_blocks", "keep_rate", "reduction", "trainable")
+LORA = _fields_of("lora", "trainable_blocks", "trainable", "target_modules")
+_LORA_MODULES = frozenset(LORA["target_modules"])
 
 
 @dataclass(frozen=True)
@@ -57,73 +59,101 @@ class Way:
     gives_up: str
 
 
+@dataclass(frozen=True)
+class Allows:
+    """What a model allows.
+
+    Attributes:
+        int8: Whether saved activations can be in 8 bits, which group numbers by token.
+        checkpointing: Whether transformers can checkpoint its blocks.
+    """
+
+    int8: bool = True
+    checkpointing: bool = True
+
+    @classmethod
+    def by(cls, model: PreTrainedModel, spec: ModelSpec) -> Allows:
+        """What the model with this description allows."""
+        return cls(spec.no_reduction is None, model.supports_gradient_checkpointing)
+
+
 Setting = tuple[ConfigFields | None, str]
+_Part = tuple[ConfigFields, str]
 
 
-def settings_of(depth: int) -> tuple[Setting, ...]:
+def settings_of(spec: ModelSpec) -> tuple[Setting, ...]:
     """What is trained and which tokens are kept (fields of `BSRConfig`, None = everything), and what that gives up.
 
     Args:
-        depth: Number of blocks of the model.
+        spec: Description of the model. If no token can be dropped, all are kept everywhere.
 
     Returns:
         Settings, ordered by how little they give up.
     """
-    late, three_quarters = 2 * depth // 3, max(1, round(0.75 * depth))
-    return (
-        (None, "nothing: every weight trains on every token"),
-        (_EVERY, "the embeddings stay frozen"),
-        (_EVERY | {"trainable": "lora"}, "nothing but low-rank updates of the blocks trains"),
-        ({"trainable_blocks": "every:4", "reduction_blocks": []}, "3 blocks of 4 stay frozen"),
-        (
-            {"trainable_blocks": f"last:{max(1, late)}", "reduction_blocks": [late], "trainable": "lora"},
-            f"nothing but low-rank updates of the last {late} blocks trains; half of the tokens go, at block {late}",
-        ),
-        (
-            {"trainable_blocks": "last:3", "reduction_blocks": [late]},
-            f"all but the last 3 blocks stay frozen; half of the tokens go, at block {late}",
-        ),
-        (
-            {"trainable_blocks": "last:75%", "keep_rate": 0.7, "trainable": "lora"},
-            f"nothing but low-rank updates of the last {three_quarters} blocks trains; {_THREE_TENTHS}",
-        ),
-        ({"trainable_blocks": "every:4", "keep_rate": 0.7}, f"3 blocks of 4 stay frozen; {_THREE_TENTHS}"),
-        (
-            RECOMMENDED,
-            f"nothing but low-rank updates of the last {three_quarters} blocks trains; {_MERGED}",
-        ),
-        ({"trainable_blocks": "every:4", "keep_rate": 0.5}, f"3 blocks of 4 stay frozen; {_HALVES}"),
-        ({"trainable_blocks": "last:3", "keep_rate": 0.5}, f"all but the last 3 blocks stay frozen; {_HALVES}"),
-        ({"trainable_blocks": "last:1", "keep_rate": 0.5}, f"all but the last block stay frozen; {_HALVES}"),
-        (
-            {"trainable_blocks": "last:1", "keep_rate": 0.5, "trainable": "lora"},
-            f"nothing but a low-rank update of the last block trains; {_HALVES}",
-        ),
+    late, three_quarters = max(1, 2 * spec.depth // 3), max(1, round(0.75 * spec.depth))
+    whole, at_late, seven, half = (tokens_of(spec) * 4)[:4]
+    merged: _Part = ({"keep_rate": 0.5, "reduction": "merge"}, _MERGED) if spec.no_reduction is None else whole
+    every: ConfigFields = {"trainable_blocks": "every:1"}
+    low_rank: ConfigFields = {"trainable": "lora"}
+    only = "nothing but low-rank updates of"
+    fourths: _Part = ({"trainable_blocks": "every:4"}, "3 blocks of 4 stay frozen")
+    last_3: _Part = ({"trainable_blocks": "last:3"}, "all but the last 3 blocks stay frozen")
+    upper: _Part = (
+        {"trainable_blocks": "last:75%", **low_rank},
+        f"{only} the last {three_quarters} blocks trains",
     )
+    parts: list[tuple[_Part, _Part]] = [
+        ((every, "the embeddings stay frozen"), whole),
+        ((every | low_rank, f"{only} the blocks trains"), whole),
+        ((LORA, f"{only} queries and values trains"), whole),
+        (fourths, whole),
+        (({"trainable_blocks": f"last:{late}", **low_rank}, f"{only} the last {late} blocks trains"), at_late),
+        (last_3, at_late),
+        (upper, seven),
+        (fourths, seven),
+        (upper, merged),
+        (fourths, half),
+        (last_3, half),
+        (({"trainable_blocks": "last:1"}, "all but the last block stay frozen"), half),
+        (({"trainable_blocks": "last:1", **low_rank}, "nothing but a low-rank update of the last block trains"), half),
+    ]
+    if not all(_LORA_MODULES & spec.paths_of(index).keys() for index in range(spec.depth)):
+        parts = [(what, tokens) for what, tokens in parts if what[0] is not LORA]
+    found: dict[str, ConfigFields | None] = {"nothing: every weight trains on every token": None}
+    for (what, given_up), (tokens, price) in parts:
+        found.setdefault("; ".join(filter(None, (given_up, price))), what | tokens)
+    return tuple((fields, given_up) for given_up, fields in found.items())
 
 
-def tokens_of(depth: int) -> tuple[tuple[TokenFields, str], ...]:
+def tokens_of(spec: ModelSpec) -> tuple[_Part, ...]:
     """Where tokens may be dropped (fields of `BSRConfig`), and what that gives up; the first keeps all tokens.
 
     Args:
-        depth: Number of blocks of the model.
+        spec: Description of the model.
+
+    Returns:
+        Four, or the first alone if no token can be dropped.
     """
-    late = 2 * depth // 3
+    whole: _Part = ({"reduction_blocks": []}, "")
+    if spec.no_reduction is not None:
+        return (whole,)
+    late = max(1, 2 * spec.depth // 3)
     return (
-        ({"reduction_blocks": []}, ""),
+        whole,
         ({"reduction_blocks": [late]}, f"half of the tokens go, at block {late}"),
         ({"keep_rate": 0.7}, _THREE_TENTHS),
         ({"keep_rate": 0.5}, _HALVES),
     )
 
 
-def ways_of(setting: Setting, setup: Setup, dtype: torch.dtype) -> Iterator[Way | str]:
+def ways_of(setting: Setting, setup: Setup, dtype: torch.dtype, allows: Allows = Allows()) -> Iterator[Way | str]:
     """Ways to run a setting, ordered by FLOPs; a string in the place of a way is the reason why it is not used.
 
     Args:
         setting: Setting from `settings_of`.
         setup: How the model is trained; gradient checkpointing is chosen here.
         dtype: Dtype of the model's weights.
+        allows: What the model allows. Default: everything.
     """
     fields, given_up = setting
     frozen, reason = _frozen_weights(fields, setup, dtype)
@@ -142,8 +172,13 @@ def ways_of(setting: Setting, setup: Setup, dtype: torch.dtype) -> Iterator[Way 
         yield way({"lean": "max"}, _AGAIN)
         if setup.compile:
             yield "saved activations in int8: they have no effect under torch.compile"
+        elif not allows.int8:
+            yield "saved activations in int8: they group numbers by token, which the blocks of this model do not have"
         else:
             yield way({"lean": "max", "saved_activations": "int8"}, f"{_AGAIN}; gradients off by 1 %")
+    if not allows.checkpointing:
+        yield "gradient checkpointing: this model of transformers does not support it"
+        return
     stock: ConfigFields = {} if fields is None else {"lean": "off"}
     twice = "every block runs twice" if fields is None else "blocks that gradients reach run twice"
     yield way(stock, twice, True)
@@ -171,4 +206,4 @@ def _why_not_offloaded(setup: Setup) -> str:
     return ""
 
 
-__all__ = ["ConfigFields", "Setting", "TokenFields", "Way", "settings_of", "tokens_of", "ways_of"]
+__all__ = ["LORA", "RECOMMENDED", "Allows", "ConfigFields", "Setting", "Way", "settings_of", "tokens_of", "ways_of"]

@@ -12,7 +12,7 @@ from torch import Tensor
 from peft_bsr.backbones import ModelSpec
 from peft_bsr.core import TaskCall
 from peft_bsr.errors import AdapterError
-from peft_bsr.multitask.config import TaskConfig
+from peft_bsr.multitask.config import IGNORED_LABEL, TaskConfig
 
 _OWN = ("task", "task_ids")  # keyword arguments that the model itself does not take
 
@@ -46,11 +46,14 @@ class ImageCall(TaskCall):
             return labels.index_select(0, rows)
         return torch.stack([torch.as_tensor(labels[place]) for place in self.places[index]])
 
-    def num_images(self, batch: int) -> Tensor | float:
-        """Number of images that the loss is averaged over: the batch, or all batches of an accumulated step."""
+    def share_of_step(self) -> Tensor | float:
+        """Share of the batch in the loss of a step: below 1 if the step accumulates the gradients of several batches.
+
+        Trainer counts the labels of all of them that are not -100.
+        """
         if self.num_items is None or not isinstance(self.labels, Tensor):
-            return batch
-        return self.num_items / (self.labels.numel() / len(self.labels))
+            return 1.0
+        return (self.labels != IGNORED_LABEL).sum() / self.num_items
 
 
 def without_tasks(kwargs: dict[str, object]) -> dict[str, object]:
@@ -79,11 +82,11 @@ def read_call(
     Raises:
         AdapterError: If no task or an unknown task is named.
     """
-    images = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.ndim > 1), None)
-    assert images is not None, "a vision model is called with images"
-    asked = _indices(tasks, kwargs.get("task"), kwargs.get("task_ids"), num_images or images.shape[0])
     taken = (*_OWN, "labels", "num_items_in_batch")
     left = {name: value for name, value in kwargs.items() if name not in taken}
+    images = next((v for v in (*args, *left.values()) if isinstance(v, Tensor) and v.ndim > 1), None)
+    assert images is not None, "a vision model is called with images"
+    asked = _indices(tasks, kwargs.get("task"), kwargs.get("task_ids"), num_images or images.shape[0])
     if len(set(asked)) == 1:
         call = ImageCall(asked[0], rows={asked[0]: None})
     else:

@@ -21,6 +21,7 @@ from peft_bsr.errors import ConfigError
 
 TaskKind = Literal["classification", "regression", "segmentation", "regression_map"]
 ExpertType = Literal["full", "lora"]
+IGNORED_LABEL = -100  # as in torch and Trainer
 
 
 @dataclass(frozen=True)
@@ -186,4 +187,13 @@ def _tried(cls: type, settings: Mapping[str, object], name: str) -> tuple[Any, l
         return None, [f"`{name}` has an entry {dict(settings)!r} that is invalid: {error}."]
 
 
-__all__ = ["ExpertType", "MoEConfig", "TaskConfig", "TaskKind", "check_weights", "read_moe", "read_tasks"]
+__all__ = [
+    "IGNORED_LABEL",
+    "ExpertType",
+    "MoEConfig",
+    "TaskConfig",
+    "TaskKind",
+    "check_weights",
+    "read_moe",
+    "read_tasks",
+]

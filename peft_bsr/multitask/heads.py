@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy, interpolate, mse_loss
 from peft_bsr.core import ForwardContext
 from peft_bsr.errors import AdapterError, ForwardError
 from peft_bsr.multitask.calls import ImageCall
-from peft_bsr.multitask.config import TaskConfig
+from peft_bsr.multitask.config import IGNORED_LABEL, TaskConfig
 
 IGNORED_CLASS = 255  # in labels of segmentation
 
@@ -139,7 +139,7 @@ def task_loss(task: TaskConfig, output: Tensor, labels: Tensor | Sequence[float]
     if task.is_dense:
         output = interpolate(output, size=labels.shape[-2:], mode="bilinear", align_corners=False)
     if task.kind in ("classification", "segmentation"):
-        ignored = IGNORED_CLASS if task.is_dense else -100
+        ignored = IGNORED_CLASS if task.is_dense else IGNORED_LABEL
         loss = cross_entropy(output, labels.long(), ignore_index=ignored, reduction="sum")
         return loss / (labels != ignored).sum().clamp_min(1)
     target = labels.to(output.dtype).reshape(output.shape)

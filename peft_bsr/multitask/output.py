@@ -65,11 +65,10 @@ def collect_output(
     )
     losses = _losses(tasks, call, outputs)
     if losses:
-        total = call.num_images(sum(len(outputs[name]) for name in losses))
-        parts = [weights.get(name, 1.0) * len(outputs[name]) / total * loss for name, loss in losses.items()]
-        result["loss"] = torch.stack(parts).sum()
-        if call.balance:
-            result["loss"] = result["loss"] + balance_weight * _balance(call)
+        batch = sum(len(outputs[name]) for name in losses)
+        parts = [weights.get(name, 1.0) * len(outputs[name]) / batch * loss for name, loss in losses.items()]
+        parts += [balance_weight * _balance(call)] if call.balance else []
+        result["loss"] = call.share_of_step() * torch.stack(parts).sum()
     result["logits"] = outputs if len(present) > 1 else next(iter(outputs.values()))
     if len(present) > 1:
         result["rows"] = {name: rows for name, rows in present.items() if rows is not None}

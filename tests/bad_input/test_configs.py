@@ -202,12 +202,12 @@ CONFIGS: list[tuple[type, dict[str, Any], str]] = [
     (
         BSRConfig,
         {"preset": "mine"},
-        "BSRConfig: `preset='mine'` is unknown. Use 'balanced', 'paper' or None.",
+        "BSRConfig: `preset='mine'` is unknown. Use 'balanced', 'lora', 'paper' or None.",
     ),
     (
         BSRConfig,
         {"preset": ["paper"]},
-        "BSRConfig: `preset=['paper']` is unknown. Use 'balanced', 'paper' or None.",
+        "BSRConfig: `preset=['paper']` is unknown. Use 'balanced', 'lora', 'paper' or None.",
     ),
     (
         ALaSTConfig,

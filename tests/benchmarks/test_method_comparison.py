@@ -209,17 +209,27 @@ def test_from_sweep_to_page(sources, tmp_path):
     assert (tmp_path / "images" / "benchmark-tiny-colours.png").exists()
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
-def test_the_front_page_has_the_numbers_of_the_results(page, monkeypatch):
+def test_the_pages_have_the_numbers_of_the_results(monkeypatch):
     spec = importlib.util.spec_from_file_location("comparison_report", FOLDER / "report.py")  # not another `report`
     report = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, report)
     spec.loader.exec_module(report)
     results = FOLDER / "results" / "cpu"
-    costs = json.loads((results / "costs.json").read_text())
-    table = report.front_table({task: report.load_rows(results, task, costs) for task in ("cifar10", "fashion-mnist")})
-    (found,) = report.FRONT_PLACE.findall((FOLDER.parents[1] / page).read_text())
-    assert found == table and "full fine-tuning" in table
+    costs, peaks = (json.loads((results / name).read_text()) for name in ("costs.json", "memory.json"))
+    names = ("cifar10", "fashion-mnist", "flowers")
+    tasks = {task: report.load_rows(results, task, costs) for task in names}
+    by_seconds = {
+        seconds: {task: report.load_rows(folder, task, costs) for task in names}
+        for seconds, folder in report.budgets_in(results)
+    }
+    start = "<!-- benchmarks/method_comparison/report.py{} -->\n\n{}\n\n<!-- end -->"
+    for page in ("README.md", "docs/index.md"):
+        assert start.format("", report.front_table(tasks)) in (FOLDER.parents[1] / page).read_text()
+    tables = report.choice_tables(tasks, peaks, by_seconds)
+    assert set(tables) == {"accuracy", "memory", "time"}
+    for name, table in tables.items():
+        assert "full fine-tuning" in table
+        assert start.format(f": {name}", table) in (FOLDER.parents[1] / "docs" / "which_method.md").read_text()
 
 
 def test_the_best_that_fits_is_bold():

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from checks import CHECKS, WITHOUT_TOKENS, attach, lean_levels
+from checks import CHECKS, MODELS, WITHOUT_TOKENS, assert_same, attach, lean_levels, outputs
 from families import NO_REDUCTION, REFUSED, SUPPORTED, run_batch
 from peft import get_peft_model
 from report import VERSIONS, render, survey
 
-from peft_bsr import BSRConfig, UnsupportedModelError, probe_model
+from peft_bsr import BSRConfig, ConfigError, UnsupportedModelError, probe_model
 
 pytestmark = [pytest.mark.filterwarnings("ignore:.*lru_cache.*"), pytest.mark.sampled(2)]
 
@@ -167,6 +167,31 @@ def test_where_no_token_can_be_dropped_the_default_is_refused_with_the_reason(fa
     with pytest.raises(UnsupportedModelError, match=rf"is not supported: {reason}"):
         probe_model(NO_REDUCTION[family]())
     assert lean_levels(family) == lean
+
+
+PROJECTIONS = {"attention.query", "attention.value"}
+WITHOUT_PROJECTIONS = ("convnext", "wavlm", "wavlm_large")  # no attention, or one whose weights belong to it as a whole
+
+
+@pytest.mark.sampled(4)
+@pytest.mark.parametrize("family", [n for n in (*SUPPORTED, *NO_REDUCTION) if n not in WITHOUT_PROJECTIONS])
+def test_the_preset_of_lora_trains_queries_and_values_in_every_block(family):
+    model = get_peft_model(MODELS[family](), BSRConfig(preset="lora"))
+    spec, layout = model.base_model.spec, model.peft_config["default"].layout
+    places = [place.split(".", 2)[1:] for place in layout if place.startswith("blocks.")]
+    by_block = {int(index): {role for other, role in places if other == index} for index, _ in places}
+    assert list(by_block) == list(range(spec.last_read + 1))
+    if family == "timesformer":  # has two attentions in each block
+        by_block = {index: roles - {"temporal_attention.attention.qkv"} for index, roles in by_block.items()}
+    assert all(roles in (PROJECTIONS, {"attention.qkv"}) for roles in by_block.values()), by_block
+    batch = run_batch(model.get_base_model())
+    assert_same(outputs(model.eval(), batch), outputs(MODELS[family]().eval(), batch))
+
+
+@pytest.mark.parametrize("family", WITHOUT_PROJECTIONS)
+def test_the_preset_of_lora_without_projections(family):
+    with pytest.raises(ConfigError, match=r"`target_modules=\['attention.query', .*leaves nothing to train in block 0"):
+        get_peft_model(NO_REDUCTION[family](), BSRConfig(preset="lora"))
 
 
 @pytest.mark.parametrize("family", SUPPORTED)

@@ -10,7 +10,14 @@ import sys
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import (
+    ConvNextConfig,
+    ConvNextForImageClassification,
+    SwinConfig,
+    SwinForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from peft_bsr import BSRConfig, ConfigError
 from peft_bsr.cost import BudgetPlan, PlanCosts, Setup, estimate, parse_size, plan_for_budget
@@ -109,7 +116,7 @@ def test_more_memory_gives_up_less():
     plans = plan_for_budget(vit(), "10GB", batch_size=BATCH)
     assert plans[0].config is None and not plans[0].setup.gradient_checkpointing
     assert all(plan.estimate.total_bytes <= 10**10 for plan in plans)
-    assert len({plan.gives_up for plan in plans}) == len(plans) == 13
+    assert len({plan.gives_up for plan in plans}) == len(plans) == 14
     small = plan_for_budget(vit(), 10**8, batch_size=BATCH)
     assert len(small) < len(plans) and small[0].config is not None
     assert "gives up: " in small[0].describe() and "BSRConfig(" in small[0].describe()
@@ -129,6 +136,12 @@ def test_too_little_names_the_smallest():
     smallest = int(re.search(r"takes (\d+) MiB", str(error.value)).group(1))
     with pytest.raises(ConfigError, match=rf"takes {smallest} MiB, .*; you gave {smallest - 1} MiB:\n *{smallest} MiB"):
         plan_for_budget(vit(), f"{smallest - 1}.01MiB", batch_size=4)
+
+
+@pytest.mark.parametrize("limit", [0, -1])
+def test_a_limit_below_one_is_refused(limit):
+    with pytest.raises(ConfigError, match=rf"`limit={limit}` must be at least 1"):
+        plan_for_budget(vit(), "1GB", limit=limit)
 
 
 @pytest.mark.parametrize("memory", ["2 gigs", "-1", 0, True, None, "1.5.2GB"])
@@ -162,9 +175,30 @@ def test_ways_are_tried_by_flops(setting):
     assert flops[-1] > flops[0]
 
 
+SWIN = {"image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [1, 2], "num_heads": [2, 2], "window_size": 4}
+WITHOUT_TOKENS = {
+    "stages": lambda: SwinForImageClassification(SwinConfig(**SWIN)),
+    "no attention": lambda: ConvNextForImageClassification(
+        ConvNextConfig(image_size=32, depths=[1, 1, 2, 1], hidden_sizes=[8, 8, 16, 16])
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_TOKENS)
+def test_a_model_in_which_no_token_can_be_dropped(name):
+    """Plans keep all tokens; each of them can be attached."""
+    model = WITHOUT_TOKENS[name]()
+    plans = plan_for_budget(model, "1GB", batch_size=2)
+    assert len({plan.gives_up for plan in plans}) == len(plans) == 9
+    for plan in plans[1:]:
+        assert get_peft_model(WITHOUT_TOKENS[name](), plan.config).base_model.plan().trained_blocks
+    less = plans[0].estimate.total_bytes // 2
+    assert all(plan.config.saved_activations == "full" for plan in plan_for_budget(model, less, batch_size=2))
+
+
 def test_the_recommended_plan_is_the_balanced_preset_and_its_line_says_all_of_it():
     costs = PlanCosts(vit())
-    setting = next(setting for setting in settings_of(costs.depth) if setting[0] == RECOMMENDED)
+    setting = next(setting for setting in settings_of(costs.spec) if setting[0] == RECOMMENDED)
     plan = plan_setting(costs, setting, "10GB", Setup(batch_size=BATCH))
     assert plan.is_recommended
     described = eval(re.search(r"BSRConfig\(.*?\)", plan.describe())[0])

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import SwinConfig, SwinForImageClassification, ViTConfig, ViTForImageClassification
 
 from peft_bsr import BSRConfig, ConfigError
 from peft_bsr.cost import Contributions, Setup, contributions, estimate, plan_for_budget
+from peft_bsr.cost.proxy import resolve_narrow
 from peft_bsr.cost.selection import _Search, _Tokens, best_set
 from peft_bsr.cost.ways import tokens_of
 from peft_bsr.tuners.base.layer import find_controllers
@@ -21,6 +22,7 @@ from peft_bsr.viz import draw_contributions
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64}
 TINY |= {"image_size": 32, "patch_size": 8, "num_labels": 3}
+SWIN = {"image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [1, 2], "num_heads": [2, 2], "window_size": 4}
 CHECK = {"batches": 2, "batch_size": 4, "progress": False}
 
 
@@ -120,6 +122,34 @@ def test_files_and_pictures(vit, samples, tmp_path):
             Contributions.load(tmp_path / "bad.json")
 
 
+def test_numbers_that_are_not_finite_are_refused(vit, samples, tmp_path, monkeypatch):
+    wrong = Contributions("trial", [{"block": 1.0}] * 2, [{"block": 1.0}, {"block": float("nan")}], 8)
+    with pytest.raises(ConfigError, match="some blocks have no finite number"):
+        Contributions.load(wrong.save(tmp_path / "nan.json"))
+    monkeypatch.setattr(
+        "peft_bsr.cost.block_contributions.gains_of_trials", lambda *a, **k: (wrong.whole, wrong.low_rank)
+    )
+    with pytest.raises(ConfigError, match="the contributions of block 1 are not finite"):
+        contributions(vit, samples, kind="trial", **CHECK)
+
+
+def test_a_plan_needs_a_gain():
+    with torch.device("meta"):
+        model = ViTForImageClassification(ViTConfig(**{**TINY, "num_hidden_layers": 2}))
+    with pytest.raises(ConfigError, match="`contributions` has no gain above 0"):
+        plan_for_budget(model, "1GB", contributions=found_of([-1.0, 0.0]))
+
+
+def test_a_model_without_tokens_is_planned_by_contribution():
+    with torch.device("meta"):
+        model = SwinForImageClassification(SwinConfig(**SWIN))
+    plans = plan_for_budget(model, "1GB", batch_size=2, contributions=found_of([1.0, 2.0, 3.0]))
+    assert [plan.config.trainable_blocks for plan in plans] == ["every:1"] * 2
+    less = plans[0].estimate.total_bytes
+    for plan in plan_for_budget(model, less, batch_size=2, contributions=found_of([1.0, 2.0, 3.0])):
+        assert plan.config.reduction_blocks == [] and plan.config.saved_activations == "full"
+
+
 def test_bad_arguments_are_told_at_once(vit, samples):
     with pytest.raises(ConfigError) as error:
         contributions(vit, samples[:1], batches=0, kind="guess", epochs=True)
@@ -202,7 +232,7 @@ def test_the_search_finds_the_best_of_all_sets_that_are_run_dry():
         model = ViTForImageClassification(ViTConfig(**{**TINY, "hidden_size": 64, "intermediate_size": 256}))
     setup = Setup(batch_size=8, optimizer="adamw_fused")
     rows = []
-    for fields, _ in tokens_of(4):
+    for fields, _ in tokens_of(resolve_narrow(model, BSRConfig()).spec):
         for blocks in every_set(4):
             took = estimate(model, BSRConfig(trainable_blocks=list(blocks), lean="max", **fields), setup)
             shares = [sum(pair) / 2 / 17 for pair in took.plan.token_counts(17, 1)]

@@ -136,7 +136,7 @@ def test_what_does_not_go_together_is_refused():
 
 def test_a_plan_leaves_out_what_does_not_pay():
     setup = Setup(batch_size=16, device="cuda", autocast=BF16, optimizer="adamw_8bit", gradient_checkpointing="offload")
-    full, _, lora, frozen = plan_for_budget(bare(), "1GB", setup, limit=4)
+    full, _, lora, _, frozen = plan_for_budget(bare(), "1GB", setup, limit=5)
     assert full.setup == replace(setup, gradient_checkpointing=False)
     assert full.declined == ("offloaded checkpointing: it fits without",)
     assert lora.setup.optimizer == "adamw_fused"

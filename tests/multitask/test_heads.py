@@ -108,3 +108,21 @@ def test_losses():
     truth[0, 0, 0, 0] = torch.nan
     assert task_loss(TaskConfig("d", 1, "regression_map"), depth, truth) == 4
     assert task_loss(TaskConfig("r", 1, "regression"), torch.zeros(3, 1), [1.0, 1.0, 2.0]) == 2
+
+
+def test_the_order_of_keyword_arguments_does_not_matter(dense, images):
+    """Rows of a dataset often start with the labels; the patch grid is that of the images."""
+    small = LABELS["depth"][:, :, :16, :16]
+    first = dense(labels=small, pixel_values=images, task="depth")
+    assert first.logits.shape == SHAPES["depth"]
+    torch.testing.assert_close(first.loss, dense(pixel_values=images, labels=small, task="depth").loss)
+
+
+def test_ignored_labels_do_not_change_the_loss_of_an_accumulated_step(dense, images):
+    """Trainer counts the labels that are not -100, in all batches of the step."""
+    labels = torch.tensor([0, -100, 2, -100, 1, -100])
+    alone = dense(pixel_values=images, task="kinds", labels=labels).loss
+    counted = dense(pixel_values=images, task="kinds", labels=labels, num_items_in_batch=torch.tensor(3)).loss
+    torch.testing.assert_close(counted, alone)
+    half = dense(pixel_values=images, task="kinds", labels=labels, num_items_in_batch=torch.tensor(6)).loss
+    torch.testing.assert_close(half, alone / 2)

@@ -260,3 +260,19 @@ def test_blocks_that_are_no_plain_mlp_are_refused(images):
     with pytest.raises(UnsupportedModelError, match="experts are copies of an MLP of two Linear modules"):
         get_peft_model(gated, BSRConfig(tasks={"a": 2}, moe=MoEConfig(4, 2)))
     assert get_peft_model(gated, BSRConfig(tasks={"a": 2})).eval()(images).logits.shape == (6, 2)
+
+
+def test_the_balance_loss_of_an_accumulated_step_counts_once(make_vit, make_config, images):
+    torch.manual_seed(3)
+    model = get_peft_model(make_vit(), make_config(moe={"balance_weight": 1.0})).train()
+    batch = {"pixel_values": images, "task_ids": torch.tensor(IDS), "labels": torch.tensor(LABELS)}
+    whole = model(**batch).loss
+    torch.testing.assert_close(model(**batch, num_items_in_batch=torch.tensor(12)).loss, whole / 2)
+
+
+def test_one_expert_is_balanced(make_vit, make_config, images):
+    model = get_peft_model(make_vit(), make_config(moe={"num_experts": 1, "top_k": 1, "balance_weight": 1.0})).train()
+    batch = {"pixel_values": images, "task_ids": torch.tensor(IDS), "labels": torch.tensor(LABELS)}
+    loss = model(**batch).loss
+    loss.backward()
+    assert loss.isfinite() and all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)

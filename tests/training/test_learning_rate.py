@@ -147,5 +147,6 @@ def test_defaults_are_what_the_benchmark_found(recipe):
 
 
 def test_a_preset_determines_the_default():
-    assert default_learning_rate("bsr", {"preset": "balanced"}) == default_learning_rate("bsr", {"trainable": "lora"})
+    for preset in ("balanced", "lora"):
+        assert default_learning_rate("bsr", {"preset": preset}) == default_learning_rate("bsr", {"trainable": "lora"})
     assert default_learning_rate("bsr", {"preset": "balanced", "trainable": "full"}) == default_learning_rate("bsr")

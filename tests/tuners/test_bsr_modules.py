@@ -98,6 +98,8 @@ def test_task_type_sequence_classification(make_vit, make_config, images, run, t
 
 FILTERS = [
     ({"target_modules": ["q_proj", "v_proj"]}, {"attention.q_proj", "attention.v_proj"}),
+    ({"target_modules": ["attention.query", "mlp.0"]}, {"attention.q_proj", "mlp.fc1"}),
+    ({"exclude_modules": ["norm1", "norm2", "mlp.1"]}, LINEARS - {"mlp.fc2"}),
     ({"target_modules": ["mlp.fc1"]}, {"mlp.fc1"}),
     ({"target_modules": r".*\.mlp\.fc\d"}, {"mlp.fc1", "mlp.fc2"}),
     ({"exclude_modules": ["fc1", "layernorm_before", "layernorm_after"]}, LINEARS - {"mlp.fc1"}),

@@ -51,9 +51,8 @@ def resolve_targets(
         targets = {places[place]: in_block if place.startswith("blocks.") else "copy" for place in known}
         problems += _check_low_rank(model, targets)
     for index in [] if is_told else requested.trained_blocks:
-        own = [path for name, path in spec.paths_of(index).items() if config.trains(name)]
-        param_modules = [f"{spec.blocks[index]}.{leaf}" for leaf in own]
-        chosen = [n for n in param_modules if _matches(config.target_modules, n, True) and not is_excluded(config, n)]
+        own = {role: f"{spec.blocks[index]}.{leaf}" for role, leaf in spec.paths_of(index).items()}
+        chosen = [name for role, name in own.items() if config.trains(role) and _is_chosen(config, name, role)]
         if config.trainable == "lora":
             chosen = [name for name in chosen if _is_linear(model.get_submodule(name))]
         if not chosen and not config.modules_to_save and not requested.blocks[index].mixture:
@@ -108,18 +107,28 @@ def _check_foreign_layout(places: dict[str, str], layout: dict[str, str]) -> lis
     return []
 
 
-def _matches(pattern: list[str] | str | None, name: str, default: bool) -> bool:
+def _matches(pattern: list[str] | str | None, name: str, role: str | None, default: bool) -> bool:
     if pattern is None:
         return default
     if isinstance(pattern, str):
         return re.fullmatch(pattern, name) is not None
-    return any(name == ending or name.endswith(f".{ending}") for ending in pattern)
+    return any(ending in (name, role) or name.endswith(f".{ending}") for ending in pattern)
 
 
-def is_excluded(config: BlockConfig, name: str) -> bool:
-    """Whether `exclude_modules` or `modules_to_save` name the module, so that this adapter does not train it."""
+def _is_chosen(config: BlockConfig, name: str, role: str) -> bool:
+    return _matches(config.target_modules, name, role, True) and not is_excluded(config, name, role)
+
+
+def is_excluded(config: BlockConfig, name: str, role: str | None = None) -> bool:
+    """Whether `exclude_modules` or `modules_to_save` name the module, so that this adapter does not train it.
+
+    Args:
+        config: Configuration of the adapter.
+        name: Name of the module in the model.
+        role: Its canonical name in a block, such as `"attention.query"`. Default None: it is not in a block.
+    """
     saved = any(re.match(rf"(^|.*\.){m}($|\..*)", name) for m in config.modules_to_save or ())
-    return saved or _matches(config.exclude_modules, name, False)
+    return saved or _matches(config.exclude_modules, name, role, False)
 
 
 def _is_linear(module: nn.Module) -> bool:

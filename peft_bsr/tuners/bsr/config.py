@@ -26,8 +26,15 @@ from peft_bsr.tuners.blocks.config import BlockConfig, saving_less
 _BLOCK_RULE = re.compile(r"(every|last|stage):([1-9]\d{0,3})|last:([1-9]\d?|100)%")
 _DEFAULTS = {"trainable_blocks": "every:4", "trainable": "full", "keep_rate": 0.5, "reduction": "drop", "lean": "exact"}
 _BALANCED = {"trainable_blocks": "last:75%", "trainable": "lora", "keep_rate": 0.5, "reduction": "merge", "lean": "max"}
+_LORA = {
+    "trainable_blocks": "every:1",
+    "trainable": "lora",
+    "target_modules": ("attention.query", "attention.value", "attention.qkv"),  # the last where one Linear makes all
+    "keep_rate": 1.0,
+    "lean": "max",
+}
 _PAPER = {"keep_rate": 0.7, "reduction": "drop", "fuse_dropped": False}
-_PRESETS: dict[object, dict[str, Any]] = {None: {}, "balanced": _BALANCED, "paper": _PAPER}
+_PRESETS: dict[object, dict[str, Any]] = {None: {}, "balanced": _BALANCED, "lora": _LORA, "paper": _PAPER}
 
 
 @dataclass
@@ -76,8 +83,10 @@ class BSRConfig(BlockConfig):
         lora_alpha: The updates are scaled by `lora_alpha / r`, for `trainable="lora"`. Default 16.
         init_weights: Whether the adapter starts without effect: at `keep_rate=1.0` the outputs are exactly those of the
             base model. False starts away from it, for tests. Default True.
-        target_modules: Leaf modules of the trained blocks that train: suffixes of their names, or a regular expression
-            for the whole name. Default None: all.
+        target_modules: Leaf modules of the trained blocks that train: a list of suffixes of their names, or of
+            canonical names, which are the same in every model (`"attention.query"`, `"attention.key"`,
+            `"attention.value"`, `"attention.output"`, `"mlp.0"`, `"mlp.1"`; `"attention.qkv"` where one Linear makes
+            all three); or a regular expression for the whole name. Default None: all.
         exclude_modules: Modules that do not train, in the same forms. May also name the final norm or the head. Default
             None.
         modules_to_save: Further modules to train and save, as in PEFT. They must run after the start of the first
@@ -111,7 +120,10 @@ class BSRConfig(BlockConfig):
             dense blocks.
         preset: Other defaults for fields that are not given. `"balanced"`: what did best in `docs/benchmarks.md` for
             half of the step or less, `trainable="lora"`, `trainable_blocks="last:75%"`, `keep_rate=0.5`,
-            `reduction="merge"`, `lean="max"`. `"paper"`: the multitask release, `keep_rate=0.7`, `reduction="drop"`,
+            `reduction="merge"`, `lean="max"`. `"lora"`: what did best there for the step of LoRA, low-rank updates of
+            queries and values in every block on all tokens, `trainable="lora"`, `trainable_blocks="every:1"`,
+            `target_modules=["attention.query", "attention.value", "attention.qkv"]`, `keep_rate=1.0`, `lean="max"`.
+            `"paper"`: the multitask release, `keep_rate=0.7`, `reduction="drop"`,
             `fuse_dropped=False`; it also sets `renormalize=False` in `moe`. Default None.
 
     Raises:
@@ -163,7 +175,7 @@ class BSRConfig(BlockConfig):
         default=None, metadata={"help": "Mixtures of experts in the place of the trained blocks' MLPs."}
     )
     preset: str | None = field(
-        default=None, metadata={"help": "Other defaults: 'balanced', or 'paper' (of the multitask release)."}
+        default=None, metadata={"help": "Other defaults: 'balanced', 'lora', or 'paper' (of the multitask release)."}
     )
 
     def __post_init__(self) -> None:
@@ -201,7 +213,7 @@ class BSRConfig(BlockConfig):
         if self.moe is not None and self.tasks is None:
             problems.append("`moe` routes by task, but there are no `tasks`. Name them, one is enough.")
         if not self._has_known_preset:
-            problems.append(f"`preset={self.preset!r}` is unknown. Use 'balanced', 'paper' or None.")
+            problems.append(f"`preset={self.preset!r}` is unknown. Use 'balanced', 'lora', 'paper' or None.")
         if self.preset == "paper" and self.moe is None:
             problems.append("`preset='paper'` is for mixtures of experts. Set `tasks` and `moe=MoEConfig()`, too.")
         if self.tasks is not None and self.task_type is not None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from peft_bsr.backbones import find_rule, input_shapes, main_input, set_image_size
+from peft_bsr.backbones import find_rule, input_shapes, main_input, probe_inputs, set_image_size
 from peft_bsr.core import ForwardContext
 from peft_bsr.engine import BlockController, Plan, attach_controller
 from peft_bsr.errors import ExportError, ReductionNotMergedWarning
@@ -55,12 +55,13 @@ class ImageFunction(nn.Module):
             image_size: Pixels, one number or (height, width); None: that of the model's config.
 
         Raises:
-            ExportError: If the model has other inputs, or no image size.
+            ExportError: If the model has other inputs than images.
         """
-        if find_rule(self.model).probe_inputs is not None:
+        if others := [name for name in probe_inputs(self.model, 1) if name != self.input_name]:
             raise ExportError(
-                f"{type(self.model).__name__} takes more than one input (see its FamilyRule); an exported file takes "
-                "images only. Wrap the model in a module that makes the other inputs."
+                f"{type(self.model).__name__} also takes {', '.join(f'`{name}`' for name in others)} (see its "
+                "FamilyRule); an exported file takes images only. Wrap the model in a module that makes the other "
+                "inputs."
             )
         shape = input_shapes(self.model)[-1]
         if image_size is not None:

@@ -292,6 +292,9 @@ def test_rounded_weights_are_exported_in_full(make_model, five_images, tmp_path)
     assert not any(map(is_quantized, function.parameters()))
     torch.testing.assert_close(function(five_images)[0], model(pixel_values=five_images).logits, atol=1e-5, rtol=0)
     peft_bsr.export(model, "torch.export", tmp_path / "vit.pt2")
+    code = "import sys, torch; sys.modules['torchao'] = None; torch.export.load('vit.pt2')"
+    result = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 
 def test_the_version_is_that_of_the_distribution_that_has_the_package(monkeypatch):

@@ -157,11 +157,16 @@ def _while_latest(asked: _Asked, steps: Iterator[_T], request: gr.Request) -> It
             return
 
 
-def _lines(request: gr.Request, chosen: str) -> tuple[str, str]:
-    asked = _latest[request.session_hash]
-    asked.chosen, question = chosen, Question(*asked.values)
-    plan = next(plan for plan in known_plans(question) if plan.gives_up == chosen)  # the page shows it
-    return shell_of(plan, question), python_of(plan, question)
+def _lines(request: gr.Request, chosen: str) -> tuple[object, object]:
+    """The lines that run the chosen plan; nothing new if another question was asked since the page got its list."""
+    if asked := _latest.get(request.session_hash):
+        asked.chosen = chosen
+        with suppress(PeftBsrError, OSError):  # `_plan` shows it
+            question = Question(*asked.values)
+            plan = next((plan for plan in known_plans(question) if plan.gives_up == chosen), None)
+            if plan is not None:
+                return shell_of(plan, question), python_of(plan, question)
+    return gr.skip(), gr.skip()
 
 
 def _kept_tab(fills: list[Dependency]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -70,11 +70,23 @@ def quiet(model: nn.Module) -> Iterator[None]:
         default_state(),
         in_mode(False, model),
         torch.random.fork_rng(devices),
+        _same_draws({p.device.type for p in model.parameters()} - {"cpu", "cuda", "meta"}),
         torch.no_grad(),
         torch.compiler.set_stance("force_eager"),  # a compiled block does not call hooks that are added later
         _same_numbers(model),
     ):
         yield
+
+
+@contextmanager
+def _same_draws(kinds: Collection[str]) -> Iterator[None]:
+    """Give the current devices of other kinds (`"mps"`, `"xpu"`) their random state back: `seed` sets it too."""
+    before = {kind: torch.get_device_module(kind).get_rng_state() for kind in kinds}
+    try:
+        yield
+    finally:
+        for kind, state in before.items():
+            torch.get_device_module(kind).set_rng_state(state)
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from peft_bsr.core import SideInput
@@ -199,3 +199,17 @@ class ModelSpec:
         if self.grid is None or len(self.grid) != 2 or len(self.image_shape) != 3:
             raise UnsupportedModelError("this model's tokens are not a grid of patches of one image")
         return self.image_shape[1] // self.grid[0], self.image_shape[2] // self.grid[1]
+
+    def at_size(self, height: int, width: int) -> ModelSpec:
+        """The description for images of another size.
+
+        Args:
+            height: In pixels.
+            width: In pixels.
+
+        Raises:
+            UnsupportedModelError: If the tokens are not a patch grid of one image.
+        """
+        rows, columns = height // self.patch_size[0], width // self.patch_size[1]
+        shape = (self.image_shape[0], height, width)
+        return replace(self, image_shape=shape, grid=(rows, columns), num_patches=rows * columns)

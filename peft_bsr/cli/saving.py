@@ -91,9 +91,15 @@ def write_scores(scores: Scores, path: Path) -> None:
 
 
 def write_adapter_card(
-    model: PeftModel, settings: TrainSettings, scores: Scores, found: RunMeasurements, folder: Path
+    model: PeftModel,
+    settings: TrainSettings,
+    scores: Scores,
+    found: RunMeasurements,
+    folder: Path,
+    *,
+    image_size: tuple[int, int],
 ) -> None:
-    """Write the model card with the measurements."""
+    """Write the model card with the measurements; `image_size` is (height, width) in pixels."""
     if settings.method not in METHODS:
         return
     figures = {f"{split} {name}": v for split, one in scores.items() for name, v in one.figures().items()}
@@ -107,6 +113,7 @@ def write_adapter_card(
         costs=found.costs,
         conditions=found.conditions,
         picture=found.picture,
+        image_size=image_size,
     )
     write_card(model.peft_config[model.active_adapter], folder)
 

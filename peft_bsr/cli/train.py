@@ -122,7 +122,7 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, object]:
             with may_fail("prediction of peak memory", out, "The run continues."):
                 found.peak.predicted = predict_peak(settings, arguments, base, processor)
         model = attach(settings.method, base, settings.options)
-        words = _in_words(model, settings)
+        words = _in_words(model, settings, processor)
         counts = ", ".join(f"{len(rows)} {split}" for split, rows in data.splits.items())
         out.note(f"{settings.model}: {counts} images; {_size_in_words(processor, model)}")
         out.note("\n".join(words))
@@ -179,7 +179,7 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, object]:
         with may_fail("costs", out), out.doing("measuring against full fine-tuning on the same batch"):
             measure_costs(found, model, settings, data, processor)
     with may_fail("model card", out):
-        write_adapter_card(model, settings, scores, found, folder)
+        write_adapter_card(model, settings, scores, found, folder, image_size=size_of(processor))
     kept = kept_in_words(trainer)
     headline = headline_of(model, settings, found, scores, seconds=seconds, kept=kept)
     with may_fail("report", out):
@@ -227,9 +227,10 @@ def _set_learning_rate(trainer: Trainer, settings: TrainSettings, out: Output) -
     settings.learning_rate = trainer.args.learning_rate
 
 
-def _in_words(model: PeftModel | PreTrainedModel, settings: TrainSettings) -> list[str]:
+def _in_words(model: PeftModel | PreTrainedModel, settings: TrainSettings, processor: BaseImageProcessor) -> list[str]:
     if settings.method in METHODS:
-        return describe_plan(model.peft_config["default"], model.base_model.spec, model.base_model.plan())
+        spec = model.base_model.spec.at_size(*size_of(processor))
+        return describe_plan(model.peft_config["default"], spec, model.base_model.plan())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return [f"{BASELINES[settings.method]}: {trained / 1e6:.2f} M parameters train."]
 
@@ -240,8 +241,7 @@ def _size_in_words(processor: BaseImageProcessor, model: PeftModel | PreTrainedM
     spec = getattr(getattr(model, "base_model", None), "spec", None)
     if spec is None:
         return f"{height} x {width} px"
-    patches = (height // spec.patch_size[0]) * (width // spec.patch_size[1])
-    return f"{height} x {width} px, {spec.num_prefix + patches} tokens"
+    return f"{height} x {width} px, {spec.at_size(height, width).num_tokens} tokens"
 
 
 def _resume_command(settings: TrainSettings) -> str:

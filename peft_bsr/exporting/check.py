@@ -123,8 +123,12 @@ def median_seconds(runs: Mapping[str, Run], images: Tensor, repeats: int = _REPE
 
 
 def versions_of(packages: tuple[str, ...]) -> dict[str, str]:
-    """Versions of Python, torch and `packages`."""
-    found = {name: importlib.metadata.version(name) for name in ("torch", *packages)}
+    """Versions of Python, torch and `packages`, by import name."""
+    having = importlib.metadata.packages_distributions()  # `onnxruntime` may be that of onnxruntime-gpu
+    found: dict[str, str] = {}
+    for name in ("torch", *packages):
+        distributions = having.get(name, [name])
+        found[name] = importlib.metadata.version(name if name in distributions else distributions[0])
     return {"Python": platform.python_version(), **found}
 
 

@@ -21,7 +21,11 @@ _PROCESSOR = "preprocessor_config"  # transformers' own file of that name
 
 
 def describe_model(
-    model: PreTrainedModel, shape: Sequence[int], processor: BaseImageProcessor | None = None
+    model: PreTrainedModel,
+    shape: Sequence[int],
+    processor: BaseImageProcessor | None = None,
+    *,
+    is_classifier: bool = True,
 ) -> dict[str, str]:
     """Metadata of the file: name -> string, with other values as JSON.
 
@@ -29,6 +33,8 @@ def describe_model(
         model: The base model.
         shape: Shape of an image, (channels, height, width).
         processor: From `fit_processor`. Default None: unknown.
+        is_classifier: Whether its outputs are the classes or values that its configuration names; heads of `tasks` have
+            others. Default True.
 
     Returns:
         `labels` and `problem_type` for a model with classes; `image_size` [height, width]; and with a processor
@@ -37,7 +43,7 @@ def describe_model(
     """
     found: dict[str, object] = {}
     named = getattr(model.config, "id2label", None)
-    if named and getattr(model.config, "num_labels", None) == len(named):
+    if is_classifier and named and getattr(model.config, "num_labels", None) == len(named):
         found["labels"] = [str(named[index]) for index in sorted(named)]
         found["problem_type"] = problem_type_of(model.config)
     if len(shape) == 3:

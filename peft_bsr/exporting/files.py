@@ -125,7 +125,8 @@ def _describe(
             f"`image_processor`: {type(given).__name__} does not make images of {list(sample.shape[1:])}, which the "
             "file needs. Pass another one, or another `image_size`."
         )
-    description = describe_model(function.model, sample.shape[1:], fitting)
+    has_tasks = bool(getattr(model.peft_config[model.active_adapter], "tasks", None))
+    description = describe_model(function.model, sample.shape[1:], fitting, is_classifier=not has_tasks)
     return description, None if fitting is None else origin
 
 

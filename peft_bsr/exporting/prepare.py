@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from peft_bsr.backbones import find_rule, input_shapes, main_input, set_image_size
-from peft_bsr.core import ForwardContext
+from peft_bsr.backbones import find_rule, input_shapes, main_input, probe_inputs, set_image_size
+from peft_bsr.core import ForwardContext, as_plain
 from peft_bsr.engine import BlockController, Plan, attach_controller
 from peft_bsr.errors import ExportError, ReductionNotMergedWarning
+from peft_bsr.ops import FrozenLinear
 from peft_bsr.tuners.base.layer import find_controllers
 from peft_bsr.tuners.base.tuner import MethodTuner
 
@@ -55,12 +56,13 @@ class ImageFunction(nn.Module):
             image_size: Pixels, one number or (height, width); None: that of the model's config.
 
         Raises:
-            ExportError: If the model has other inputs, or no image size.
+            ExportError: If the model has other inputs than images.
         """
-        if find_rule(self.model).probe_inputs is not None:
+        if others := [name for name in probe_inputs(self.model, 1) if name != self.input_name]:
             raise ExportError(
-                f"{type(self.model).__name__} takes more than one input (see its FamilyRule); an exported file takes "
-                "images only. Wrap the model in a module that makes the other inputs."
+                f"{type(self.model).__name__} also takes {', '.join(f'`{name}`' for name in others)} (see its "
+                "FamilyRule); an exported file takes images only. Wrap the model in a module that makes the other "
+                "inputs."
             )
         shape = input_shapes(self.model)[-1]
         if image_size is not None:
@@ -109,7 +111,7 @@ def to_image_function(
         )
     if all_tokens or not tuner.reduces_in_evaluation:
         plan = plan.without_reductions()
-    copied = copy.deepcopy(model).to("cpu", torch.float32).eval()
+    copied = _with_plain_weights(copy.deepcopy(model)).to("cpu", torch.float32).eval()
     if tasks or not tuner.merges:
         for controller in find_controllers(copied):
             controller.plans[name] = plan
@@ -123,6 +125,15 @@ def to_image_function(
         for index in range(spec.depth):
             attach_controller(merged, BlockController(index, spec, context, find_rule(merged), plan))
     return ImageFunction(merged.eval(), plan)
+
+
+def _with_plain_weights(model: PeftModel) -> PeftModel:
+    """The model, its weights that `frozen_weights` rounded as plain tensors: a file must not need torchao."""
+    for module in model.modules():
+        if isinstance(module, FrozenLinear):
+            weight = as_plain(module.weight.detach(), torch.float32)
+            module.weight = nn.Parameter(weight, requires_grad=False)
+    return model
 
 
 def _at_size(model: PreTrainedModel, image_size: int | tuple[int, int] | None) -> PreTrainedModel:

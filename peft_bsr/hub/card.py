@@ -13,6 +13,7 @@ import transformers
 from huggingface_hub import CardData, EvalResult, ModelCard, ModelCardData
 
 from peft_bsr.cost import Cost
+from peft_bsr.engine import Plan
 from peft_bsr.hub.facts import CardFacts
 from peft_bsr.hub.task import Task, task_of
 from peft_bsr.registration import package_version
@@ -56,6 +57,8 @@ def model_card(config: SavedConfig, facts: CardFacts, base: str | None = None) -
     assert config.attachment is not None, "the configuration of an attached adapter"
     method = known_method(config)
     spec, plan = config.attachment.spec, config.attachment.plan
+    if facts.image_size is not None:
+        spec = spec.at_size(*facts.image_size)
     task = task_of(config)
     folder = config.base_model_name_or_path and f"`{_folder(config.base_model_name_or_path)}`"
     called = f"[{base}](https://huggingface.co/{base})" if base else folder or f"a {config.attachment.classes[0]}"
@@ -74,7 +77,7 @@ def model_card(config: SavedConfig, facts: CardFacts, base: str | None = None) -
         parts.append("## Measured\n\n" + _cost_table(facts))
     if facts.picture is not None:
         parts.append(f"## Kept tokens\n\n![{describe_picture(plan)}]({PICTURE})")
-    parts.append("## Limits\n\n" + "\n".join(f"- {limit}" for limit in _limits(config, method)))
+    parts.append("## Limits\n\n" + "\n".join(f"- {limit}" for limit in _limits(config, method, plan)))
     parts.append(
         "## Versions\n\n"
         f"peft_bsr {package_version()}, peft {peft.__version__}, transformers {transformers.__version__}, "
@@ -121,12 +124,12 @@ def _cost_table(facts: CardFacts) -> str:
     return "\n".join(rows) + (f"\n\n{facts.conditions}" if facts.conditions else "")
 
 
-def _limits(config: SavedConfig, method: MethodInfo) -> list[str]:
+def _limits(config: SavedConfig, method: MethodInfo, plan: Plan) -> list[str]:
     limits = ["Run `import peft_bsr` before loading: without it, PEFT does not know the method."]
-    if method.tuner.merges and method.tuner.reduces_in_evaluation:
-        limits.append("Token reduction is not part of the weights: a merged model runs on all tokens and differs.")
-    if not method.tuner.merges:
+    if not method.tuner.merges or getattr(config, "tasks", None):  # heads of tasks have no place in the base model
         limits.append("It cannot be merged into the base model.")
+    elif method.tuner.reduces_in_evaluation and plan.reduces:
+        limits.append("Token reduction is not part of the weights: a merged model runs on all tokens and differs.")
     if not config.base_model_name_or_path:
         limits.append(
             "The base model has no name: it was made in memory. Save it with `save_pretrained(folder)` and pass its "

@@ -27,6 +27,8 @@ class CardFacts:
             reference.
         conditions: Conditions of the measurement (device, dtype, batch, versions).
         picture: PNG file of kept tokens, copied next to the card.
+        image_size: (height, width) of the training images in pixels, for the numbers of tokens. Default None: the size
+            of the probe's image, which the card names.
         repo_id: Repository on the Hub; set by `push_to_hub`.
     """
 
@@ -36,6 +38,7 @@ class CardFacts:
     costs: Mapping[str, Cost] = field(default_factory=dict)
     conditions: str | None = None
     picture: str | Path | None = None
+    image_size: tuple[int, int] | None = None
     repo_id: str | None = None
 
 

@@ -18,7 +18,7 @@ from peft_bsr.backbones import BackboneForImageClassification, inner_config, nat
 from peft_bsr.compat.peft_api import config_class, peft_type_of
 from peft_bsr.compat.transformers_api import source_of
 from peft_bsr.errors import AdapterFileError, HubError, PeftBsrError, headline
-from peft_bsr.hub.files import ADAPTER, MODEL, list_files
+from peft_bsr.hub.files import ADAPTER, MODEL, folder_read, list_files
 from peft_bsr.hub.task import task_of
 from peft_bsr.tuners.base.base_model import with_settings
 
@@ -74,7 +74,7 @@ def load(
             f"The adapter `{name}` does not fit {type(model).__name__} of `{base or config.base_model_name_or_path}`: "
             f"{' '.join(str(error).split())[:300]}. Give the base model it was trained on as `base=`."
         ) from error
-    loaded.peft_config[loaded.active_adapter].place = _place(name)
+    loaded.peft_config[loaded.active_adapter].place = folder_read(name, revision=revision, token=token)
     return loaded if is_trainable else loaded.eval()
 
 

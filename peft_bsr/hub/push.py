@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,6 +28,9 @@ def push_to_hub(
 ) -> str:
     """Upload the model's adapters and the model card.
 
+    The root of the repository, which `peft_bsr.load` reads, is the adapter `"default"`, or without one the active
+    adapter. Other adapters are in folders of their names.
+
     `model.push_to_hub` uploads the same weights, but transformers then replaces our card with an empty one.
 
     Args:
@@ -44,17 +48,20 @@ def push_to_hub(
     """
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    with tempfile.TemporaryDirectory() as folder:
+    adapter = "default" if "default" in model.peft_config else model.active_adapter
+    with tempfile.TemporaryDirectory() as root:
+        folder = Path(root) if adapter == "default" else Path(root, adapter)  # where PEFT saves it
+        folder.mkdir(exist_ok=True)
         if api.file_exists(repo_id, "README.md", revision=revision):
             there = api.hf_hub_download(repo_id, "README.md", revision=revision)
-            Path(folder, "README.md").write_bytes(Path(there).read_bytes())
-        add_facts(model, repo_id=repo_id)
-        model.save_pretrained(folder)
+            (folder / "README.md").write_bytes(Path(there).read_bytes())
+        add_facts(model, adapter_name=adapter, repo_id=repo_id)
+        model.save_pretrained(root)
         if image_processor is not None:
             image_processor.save_pretrained(folder)
-        commit = api.upload_folder(
-            repo_id=repo_id, folder_path=folder, revision=revision, commit_message=commit_message
-        )
+        for path in folder.iterdir() if adapter != "default" else ():
+            os.replace(path, Path(root, path.name))
+        commit = api.upload_folder(repo_id=repo_id, folder_path=root, revision=revision, commit_message=commit_message)
     return str(commit.commit_url)
 
 

@@ -178,7 +178,8 @@ def _open_onnx(path: Path, device: str | None, image_size: int | None) -> Predic
     if missing:
         raise HubError(
             f"`{path}` does not describe {' and '.join(missing)}. Write it again: `peft-bsr export ADAPTER`, or "
-            "`peft_bsr.export(model, ..., image_processor=...)` with a model with classes."
+            "`peft_bsr.export(model, ..., image_processor=...)` with a model with classes (heads of `tasks` "
+            "have no class names)."
         )
     (images,) = session.get_inputs()
     if image_size not in (None, *images.shape[-2:]):

@@ -30,7 +30,8 @@ def saved_by_block(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, f
     controllers = find_controllers(model)
     is_wrapped = hasattr(model, "get_base_model")
     spec = controllers[0].spec if controllers else probe_model(getattr(model, "get_base_model", lambda: model)())
-    blocks = [f"{ROOT if is_wrapped else ''}{spec.full_name(name)}." for name in spec.blocks]
+    root = ROOT if is_wrapped else ""
+    blocks, head = ([f"{root}{spec.full_name(name)}." for name in names] for names in (spec.blocks, spec.head))
     with side_effect_free(model):
         saved = saved_by_module(model, lambda: model(**batch).loss)
     images = len(next(iter(batch.values())))
@@ -40,7 +41,7 @@ def saved_by_block(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, f
         index = next((i for i, block in enumerate(blocks) if f"{name}.".startswith(block)), None)
         if index is not None:
             part = str(index)
-        elif part != "embeddings":
+        elif part != "embeddings" or f"{name}.".startswith(tuple(head)):
             part = "head"
         parts[part] += count / images
     return parts

@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -132,6 +133,19 @@ def test_each_offered_model_can_be_made_without_weights(source):
     assert costs.spec.depth >= 12
     assert all(p.is_meta for p in costs.model.parameters())
     assert config_of(source).model_type in ("vit", "deit", "dinov2", "clip", "siglip")
+
+
+def test_a_plan_of_an_older_list_leaves_the_page_as_it_is(tiny, monkeypatch):
+    gradio = pytest.importorskip("gradio", reason="gradio is not installed (`pip install 'peft-bsr[app]'`)")
+    from peft_bsr.app import page
+
+    values, nothing = (str(tiny), 1.0, 4), (gradio.skip(), gradio.skip())
+    question, session = Question(*values), SimpleNamespace(session_hash="me")
+    monkeypatch.setattr(page, "_latest", {"me": page._Asked(values)})
+    assert page._lines(session, "of another question") == nothing
+    assert page._lines(SimpleNamespace(session_hash="gone"), "anything") == nothing
+    plan = answered(question, 1)[0]
+    assert page._lines(session, plan.gives_up) == (shell_of(plan, question), python_of(plan, question))
 
 
 def test_what_cannot_be_planned_says_why(tmp_path, tiny):

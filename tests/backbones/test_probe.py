@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from peft import get_peft_model
@@ -24,7 +26,7 @@ from peft_bsr import (
     register_family,
     unregister_family,
 )
-from peft_bsr.backbones import find_rule
+from peft_bsr.backbones import find_rule, quiet, seed
 
 SIZES = {
     "hidden_size": 32,
@@ -191,3 +193,18 @@ def test_random_numbers_of_other_devices_are_left_alone(make_model, monkeypatch)
     assert not seeded
     torch.manual_seed(42)
     assert seeded == [42]
+
+
+def test_the_random_state_of_an_apple_gpu_is_restored(monkeypatch):
+    """There is none here: a generator of the CPU stands in for its own."""
+    generator = torch.Generator()
+    monkeypatch.setattr(torch.mps, "manual_seed", generator.manual_seed)
+    monkeypatch.setattr(torch.mps, "get_rng_state", generator.get_state)
+    monkeypatch.setattr(torch.mps, "set_rng_state", generator.set_state)
+    model, weight = nn.Linear(1, 1), SimpleNamespace(device=torch.device("mps", 0), is_inference=lambda: False)
+    monkeypatch.setattr(model, "parameters", lambda: iter([weight]))
+    before = generator.get_state()
+    with quiet(model):
+        seed(model)
+        assert not torch.equal(generator.get_state(), before)
+    assert torch.equal(generator.get_state(), before)

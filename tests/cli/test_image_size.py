@@ -94,6 +94,23 @@ def test_plan_and_compare(run, run_json, base, tmp_path):
     assert "32 x 32 px" in run_json("compare", tmp_path, "--methods", "full", "--repeats", "1")["conditions"]
 
 
+def test_tokens_are_counted_at_the_size_of_training(run, images, tmp_path):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "mlp_ratio": 2, "patch_size": 8}
+    Dinov2ForImageClassification(Dinov2Config(**sizes, image_size=256)).save_pretrained(tmp_path / "base")
+    (tmp_path / "base" / "preprocessor_config.json").write_text(
+        json.dumps({"image_processor_type": "ViTImageProcessor", "size": {"height": 256, "width": 256}})
+    )
+    command = ["train", "--model", tmp_path / "base", "--dataset", images, "--output", tmp_path / "out"]
+    command += ["--image-size", "64", "--max-steps", "1", "--batch-size", "4", "--no-measuring"]
+    code, _, err = run(*command)
+    assert code == 0, err
+    said, page = (" ".join(text.split()) for text in (err, (tmp_path / "out" / "report.html").read_text()))
+    card = (tmp_path / "out" / "adapter" / "README.md").read_text()
+    assert "64 x 64 px, 65 tokens" in said
+    for text in (said, page, card):  # the probe runs at 128 px
+        assert "at 64 x 64 px, 65 tokens become" in text
+
+
 @pytest.mark.parametrize("command", ["train", "plan", "compare", "evaluate", "predict", "export", "show", "merge"])
 def test_a_size_that_cannot_be_ends_with_one_line(command, run, base, trained, images, tmp_path):
     adapter, new = trained / "adapter", tmp_path / "new"

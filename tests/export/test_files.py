@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import subprocess
 import sys
@@ -10,14 +11,18 @@ from dataclasses import replace
 
 import pytest
 import torch
+from families import NO_REDUCTION, SUPPORTED
 from peft import PeftModel, get_peft_model
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
 import peft_bsr
-from peft_bsr import ALaSTConfig, BSRConfig, ExportError, MoEConfig, SynQTConfig, export_task
+from peft_bsr import ALaSTConfig, BSRConfig, ExportError, HubError, MoEConfig, SynQTConfig, export_task
+from peft_bsr.core import is_quantized
 from peft_bsr.errors import ReductionNotMergedWarning
+from peft_bsr.exporting.check import versions_of
 from peft_bsr.exporting.formats import FORMATS
 from peft_bsr.exporting.prepare import to_image_function
+from peft_bsr.prediction import open_predictor
 
 KEEPING = {"reduction_blocks": [0], "keep_rate": 0.5, "init_weights": False}
 CONFIGS = {
@@ -236,6 +241,19 @@ def test_several_tasks_are_exported_one_by_one(make_model, five_images, tmp_path
     torch.testing.assert_close(found, model(pixel_values=five_images, task="b").logits, atol=1e-6, rtol=0)
 
 
+def test_the_file_of_a_task_does_not_name_the_base_models_classes(make_peft, tmp_path):
+    pytest.importorskip("onnxruntime")
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    path = tmp_path / "digits.onnx"
+    processor = ViTImageProcessorPil(size={"height": 32, "width": 32})
+    peft_bsr.export(make_peft("task"), "onnx", path, image_processor=processor, check=False)
+    said = {one.key for one in onnx.load(path).metadata_props}
+    assert "preprocessor_config" in said and not said & {"labels", "problem_type"}
+    with pytest.raises(HubError, match=r"does not describe its classes\..*heads of `tasks` have no class names"):
+        open_predictor(path)
+
+
 @pytest.mark.slow
 def test_mixtures_of_experts_in_onnx(make_peft, tmp_path):
     pytest.importorskip("onnxruntime")
@@ -250,3 +268,39 @@ def test_what_a_format_cannot_take_is_one_error(make_peft, monkeypatch, tmp_path
     monkeypatch.setitem(FORMATS, "torch.export", replace(FORMATS["torch.export"], write=write))
     with pytest.raises(ExportError, match=r"^ViTForImage.* cannot be exported to .*: RuntimeError: no kernel$"):
         peft_bsr.export(make_peft(), "torch.export", tmp_path / "vit.pt2")
+
+
+def test_a_family_whose_entry_makes_images_alone(tmp_path):
+    config = BSRConfig(keep_rate=1.0, trainable_blocks="last:1", init_weights=False)
+    model = get_peft_model(NO_REDUCTION["segformer"](), config).eval()
+    report = peft_bsr.export(model, "torch.export", tmp_path / "segformer.pt2")
+    assert report.max_difference < 1e-5
+    assert report.input_shape == (None, 3, 128, 128)
+
+
+def test_a_second_input_is_named():
+    model = get_peft_model(SUPPORTED["wav2vec2"](), BSRConfig())
+    with pytest.raises(ExportError, match=r"^Wav2Vec2\w+ also takes `attention_mask` \(see its FamilyRule\)"):
+        to_image_function(model).sample(1, None)
+
+
+def test_rounded_weights_are_exported_in_full(make_model, five_images, tmp_path):
+    pytest.importorskip("torchao")
+    config = BSRConfig(trainable_blocks=[3], reduction_blocks=[1], frozen_weights="int8", init_weights=False)
+    model = get_peft_model(make_model(), config).eval()
+    function = to_image_function(model)
+    assert not any(map(is_quantized, function.parameters()))
+    torch.testing.assert_close(function(five_images)[0], model(pixel_values=five_images).logits, atol=1e-5, rtol=0)
+    peft_bsr.export(model, "torch.export", tmp_path / "vit.pt2")
+    code = "import sys, torch; sys.modules['torchao'] = None; torch.export.load('vit.pt2')"
+    result = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_version_is_that_of_the_distribution_that_has_the_package(monkeypatch):
+    """`onnxruntime` is also in onnxruntime-gpu."""
+    found = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "packages_distributions", lambda: {"onnxruntime": ["onnxruntime-gpu"]})
+    versions = {"onnxruntime-gpu": "1.31.0", "torch": found("torch")}
+    monkeypatch.setattr(importlib.metadata, "version", versions.__getitem__)
+    assert versions_of(("onnxruntime",))["onnxruntime"] == "1.31.0"

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
+from contextlib import nullcontext
 
 import pytest
 from huggingface_hub import ModelCard
@@ -10,6 +12,7 @@ from PIL import Image
 
 from peft_bsr import AdapterError, ALaSTConfig, BSRConfig, SynQTConfig, add_facts
 from peft_bsr.cost import Cost
+from peft_bsr.errors import ReductionNotMergedWarning
 from peft_bsr.hub.card import _hub_id
 
 COSTS = {
@@ -32,7 +35,7 @@ def test_a_card_says_what_is_known_and_nothing_else(make_adapter, tmp_path):
     assert snippet.startswith("import peft_bsr\n")
     assert "Of 4 blocks, all weights of block 3 train" in card.text
     assert "At blocks 1 to 3, 50% of the patches stay" in card.text
-    assert "17 tokens become" in card.text
+    assert "at 32 x 32 px, 17 tokens become" in card.text
     assert "More Information Needed" not in card.text, "PEFT's blank template"
     for heading in ("## Results", "## Measured", "## Kept tokens"):
         assert heading not in card.text
@@ -54,6 +57,12 @@ def test_measured_facts_are_written(make_adapter, tmp_path):
     assert card.data.datasets == ["user/beans"]
     (result,) = card.data.eval_results
     assert (result.metric_type, result.metric_value) == ("accuracy", 0.9375)
+
+
+def test_tokens_are_counted_at_the_training_size(make_adapter, tmp_path):
+    model = make_adapter(BSRConfig(reduction_blocks=[1], keep_rate=0.5, fuse_dropped=False))
+    add_facts(model, image_size=(64, 32))
+    assert "at 64 x 32 px, 33 tokens become 17." in saved(model, tmp_path / "adapter").text
 
 
 def test_several_metrics_and_a_table_of_classes(make_adapter, tmp_path):
@@ -105,6 +114,27 @@ def test_what_a_person_wrote_stays(make_adapter, tmp_path):
 )
 def test_every_method_has_words(config, sentence, make_adapter, tmp_path):
     assert sentence in saved(make_adapter(config), tmp_path / "adapter").text
+
+
+@pytest.mark.parametrize(
+    ("config", "is_merged", "differs"),
+    [
+        (BSRConfig(), True, True),
+        (BSRConfig(keep_rate=1.0), True, False),
+        (ALaSTConfig(), True, False),
+        (SynQTConfig(), False, False),
+        (BSRConfig(tasks={"digits": 4}), False, False),
+    ],
+    ids=["bsr", "all_tokens", "alast", "synqt", "tasks"],
+)
+def test_what_a_merge_would_change(config, is_merged, differs, make_adapter, tmp_path):
+    model = make_adapter(config)
+    limits = saved(model, tmp_path / "adapter").text.partition("## Limits")[2]
+    assert ("Token reduction is not part of the weights" in limits) == differs
+    assert ("It cannot be merged into the base model." in limits) != is_merged
+    with nullcontext() if is_merged else pytest.raises(AdapterError), warnings.catch_warnings():
+        warnings.simplefilter("ignore", ReductionNotMergedWarning)
+        model.merge_and_unload()
 
 
 def test_a_second_adapter_has_a_card_of_its_own(make_adapter, tmp_path):

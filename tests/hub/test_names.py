@@ -10,7 +10,7 @@ from huggingface_hub import HfApi
 import peft_bsr
 from peft_bsr import HubError
 from peft_bsr.cli.sources import find_adapter
-from peft_bsr.hub.files import list_files
+from peft_bsr.hub.files import folder_read, list_files
 from peft_bsr_cli import main
 
 
@@ -57,6 +57,21 @@ def test_a_missing_base_is_found_out_at_once(make_adapter, tmp_path, asked):
     with pytest.raises(HubError, match=r"base model `me/base` cannot be read .* as `base=`"):
         peft_bsr.load(tmp_path / "adapter")
     assert [name for name, _ in asked] == ["me/base"]
+
+
+def test_without_a_network_the_cached_adapter_is_read_as_it_is(asked, monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    commit = "1" * 40
+    snapshot = tmp_path / "models--me--pets" / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (snapshot / "adapter_config.json").write_text("{}")
+    (tmp_path / "models--me--pets" / "refs").mkdir()
+    (tmp_path / "models--me--pets" / "refs" / "main").write_text(commit)
+    assert folder_read("me/pets") == str(snapshot)
+    assert asked == [("me/pets", 5.0)], "whether it has an image processor"
+    (snapshot / "preprocessor_config.json").write_text("{}")
+    assert folder_read("me/pets") == str(snapshot)
+    assert len(asked) == 1
 
 
 def test_a_damaged_adapter_beside_a_model_is_no_model(monkeypatch):

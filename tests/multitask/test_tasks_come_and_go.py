@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
-from peft_bsr import AdapterError, BSRConfig, TaskConfig, add_task, export_task
+import peft_bsr
+from peft_bsr import AdapterError, BSRConfig, TaskConfig, add_task, export_task, with_head
 
 pytestmark = pytest.mark.sampled(2)
 
@@ -60,6 +62,15 @@ def test_dense_blocks_too(make_vit, images, run, tmp_path):
     export_task(model, "b", tmp_path)
     loaded = PeftModel.from_pretrained(make_vit(), tmp_path).eval()
     assert torch.equal(run(loaded, images), run(model, images, task="b"))
+
+
+def test_an_exported_task_on_a_model_without_a_head_is_loaded(images, run, tmp_path):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    DINOv3ViTModel(DINOv3ViTConfig(**sizes, image_size=32, patch_size=8)).save_pretrained(tmp_path / "base")
+    base = with_head(DINOv3ViTModel.from_pretrained(tmp_path / "base"), 3)
+    model = get_peft_model(base, BSRConfig(trainable_blocks=[1], tasks={"a": 2, "b": 5}, init_weights=False)).eval()
+    export_task(model, "b", tmp_path / "one")
+    assert torch.equal(run(peft_bsr.load(tmp_path / "one"), images), run(model, images, task="b"))
 
 
 def test_what_cannot_be_is_refused(model, make_vit, tmp_path):

@@ -35,6 +35,14 @@ def test_frozen_leading_blocks_keep_nothing(make_model, batch):
     assert min(parts["2"], parts["3"], parts["head"]) > 0
 
 
+def test_a_linear_probe_keeps_what_its_head_needs(make_model, batch):
+    model = make_model().requires_grad_(False)
+    model.classifier.requires_grad_(True)
+    parts = saved_by_block(model, batch)
+    assert parts.pop("head") > 0
+    assert not any(parts.values())
+
+
 def test_block_10_is_not_block_1(batch):
     sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16, "image_size": 32, "patch_size": 16}
     vit = ViTForImageClassification(ViTConfig(**sizes, num_hidden_layers=11))

@@ -15,7 +15,12 @@ _RANKED = {
 
 
 def describe_reductions(spec: ModelSpec, plan: Plan) -> list[str]:
-    """Where tokens are dropped or merged, which ones, and how many are left, as a list of sentences."""
+    """Where tokens are dropped or merged, which ones, and how many are left, as a list of sentences.
+
+    Args:
+        spec: Description of the model; numbers of tokens are those of its image size, see `ModelSpec.at_size`.
+        plan: Plan of the blocks.
+    """
     reduced = [(index, block.reduction) for index, block in enumerate(plan.blocks) if block.reduction is not None]
     if not reduced:
         return ["No tokens are dropped."]
@@ -31,7 +36,7 @@ def describe_reductions(spec: ModelSpec, plan: Plan) -> list[str]:
         dropped = "the others are fused into one token" if first.fuse else "the others are dropped"
         sentence = f"At {blocks}, {rate} of the patches stay, ranked {_RANKED[first.score]}; {dropped}"
         in_full_view = " Dropped tokens keep their place and their last value for the head."
-    sentence += f": {spec.num_tokens} tokens become {_listed(left)}."
+    sentence += f": {_size(spec)}{spec.num_tokens} tokens become {_listed(left)}."
     if plan.mode == "full_view":
         sentence += in_full_view
     return [sentence, "The reduction is also active in evaluation."]
@@ -54,6 +59,11 @@ def describe_gradient_tokens(plan: Plan) -> list[str]:
         f"In training, only {wanted.share:.0%} of the patches carry gradients, chosen {how}; all tokens run forward, "
         "and evaluation is unchanged."
     ]
+
+
+def _size(spec: ModelSpec) -> str:
+    """`at 224 x 224 px, `; empty for videos and sound."""
+    return "at {1} x {2} px, ".format(*spec.image_shape) if len(spec.image_shape) == 3 else ""
 
 
 def _tokens_left(spec: ModelSpec, plan: Plan) -> list[int]:

@@ -75,7 +75,8 @@ def describe_plan(config: SavedConfig, spec: ModelSpec, plan: Plan) -> list[str]
 
     Args:
         config: The adapter's configuration.
-        spec: Description of the model.
+        spec: Description of the model. Numbers of tokens are those of its image size, which is the probe's;
+            `spec.at_size(448, 448)` gives those of another.
         plan: Plan of the blocks.
     """
     part = [] if spec.part is None else [f"Blocks are those of `{spec.part}`, a part of the model."]

@@ -108,7 +108,12 @@ def export_task(model: PeftModel, task: str, folder: str | Path, adapter_name: s
         alone.base_model_name_or_path = getattr(model.get_base_model(), "name_or_path", None)
     Path(folder).mkdir(parents=True, exist_ok=True)
     save_file(weights, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
-    alone.save_pretrained(str(folder))
+    alone.save_pretrained(str(folder), auto_mapping_dict=_class_named(model.get_base_model()))
+
+
+def _class_named(base: nn.Module) -> dict[str, str]:
+    """The class of the base model as PEFT writes it, for whoever loads the adapter without the model."""
+    return {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
 
 
 def _with_tasks(model: PeftModel, adapter_name: str | None) -> tuple[str, Any]:

@@ -90,7 +90,7 @@ def keep(source: str, picture: Image.Image | None, rate: float, blocks: list[int
     pixels = to_pixels([picture], processor)
     model: PeftModel = get_peft_model(deepcopy(base), BSRConfig(keep_rate=rate, reduction_blocks=blocks)).eval()
     [image], kept = to_pictures(pixels, processor), kept_token_pictures(model, pixels, to_pictures(pixels, processor))
-    plan, spec = model.base_model.plan(), model.base_model.spec
+    plan, spec = model.base_model.plan(), model.base_model.spec.at_size(*pixels.shape[-2:])
     counts = plan.token_counts(spec.num_tokens, spec.num_special)
     left = [*(attention for attention, _ in counts[1:]), counts[-1][1]]
     with torch.no_grad():

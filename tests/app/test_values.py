@@ -17,10 +17,13 @@ from PIL import Image
 from transformers import (
     DeiTConfig,
     DeiTForImageClassificationWithTeacher,
+    Dinov2Config,
+    Dinov2ForImageClassification,
     DINOv3ViTConfig,
     DINOv3ViTModel,
     ViTConfig,
     ViTForImageClassification,
+    ViTImageProcessorPil,
 )
 
 from peft_bsr import BSRConfig, ConfigError, HubError, UsageError
@@ -157,6 +160,15 @@ def test_what_cannot_be_planned_says_why(tmp_path, tiny):
         Question("", gib=4)
     said = error_html(UsageError("a <b> & c"))
     assert "a &lt;b&gt; &amp; c" in said and 'role="alert"' in said
+
+
+def test_kept_tokens_are_counted_at_the_size_of_the_image(tmp_path):
+    """DINOv2 takes images of any size, and is probed at another one."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "image_size": 96, "patch_size": 4}
+    Dinov2ForImageClassification(Dinov2Config(**sizes)).save_pretrained(tmp_path)
+    ViTImageProcessorPil(size={"height": 96, "width": 96}).save_pretrained(tmp_path)
+    view = keep(str(tmp_path), photograph("flower.jpg"), 0.5, [1, 2])
+    assert view.all_tokens == 1 + 24 * 24 and view.tokens == [1 + 288 + 1, 1 + 145 + 1]
 
 
 DIFFERENT = {

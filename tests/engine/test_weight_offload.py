@@ -157,7 +157,6 @@ def test_base_weights_under_a_deleted_copy_go_to_its_device(monkeypatch):
     asked = {}
     monkeypatch.setattr(BlockWeights, "device", property(lambda layer: "copy" if layer.bsr_params else "file"))
     monkeypatch.setattr(WeightOffload, "onload", lambda self, module, device: asked.update({module: device}))
-    model.merge_adapter()
     model.delete_adapter("default")
     assert set(asked.values()) == {"copy"}
 

@@ -149,6 +149,8 @@ class Forward:
 
     def clear(self) -> None:
         """Discard the running forward, after an interrupt."""
+        if self.call is not None:
+            self.call.close()
         self.owner = self.route = self.running = self.split = self.reading = self.call = None
 
     def current(self) -> Route:

@@ -43,6 +43,10 @@ class TaskCall:
     keeps_tokens: bool = False
     tokens: Tensor | None = None
 
+    def close(self) -> None:
+        """End the forward, and release the tensors: a checkpoint holds the call, and their graphs the checkpoint."""
+        self.is_open, self.balance, self.tokens = False, {}, None
+
 
 @dataclass(frozen=True)
 class Route:

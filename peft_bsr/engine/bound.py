@@ -163,13 +163,15 @@ class BoundBlock:
         if half is None or reason is not None:
             self.aside("gradient tokens", str(reason))
             return None
-        if call.split is None:
+        split = call.split
+        if split is None:
             wanted = call.plan.gradient_tokens
             found = None
             if wanted.score is not None:
                 found = half.scores(wanted.score, tokens, self.side_input_hooks.gather(arguments))
-            call.split = call.split_after = _split(wanted, call.route, found, tokens)
-        return call.split
+            # not kept in `call.split`: a recomputation selects again, so that later random numbers are the same
+            split = call.split_after = _split(wanted, call.route, found, tokens)
+        return split
 
     def _end_split(self, call: BlockCall, scores: Tensor | None, tokens: Tensor) -> TokenSplit | None:
         """Which tokens [B, A, D], after attention and reduction, carry gradients from now on. None = all.

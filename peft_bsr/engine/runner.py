@@ -10,7 +10,6 @@ own forward. Reading "the latest route" there gave silent errors of 0.6 to 1.1.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar, cast
 
@@ -41,11 +40,15 @@ class ControlledBlock(nn.Module):
         plan = getattr(self, CONTROLLER).block_plan
         return plan is not None and not plan.in_graph
 
+    @property
+    def is_evaluated(self) -> bool:
+        """Whether the block runs in evaluation mode in training, too: a leading block of a plan that never changes."""
+        return self.is_leading and not getattr(self, CONTROLLER).is_dynamic
+
     def train(self: Controlled, mode: bool = True) -> Controlled:
         """Set the mode. Blocks before the first trained one stay in evaluation mode, except trained controllers."""
         super().train(mode)
-        controller: BlockController = getattr(self, CONTROLLER)
-        if self.is_leading and not controller.is_dynamic:
+        if self.is_evaluated:
             for name, child in self.named_children():
                 child.train(mode and name == CONTROLLER and any(True for _ in child.parameters()))
         return self
@@ -81,9 +84,9 @@ class ControlledBlock(nn.Module):
         """
         controller: BlockController = self._modules[CONTROLLER]
         if controller.builds_graph or controller.plan is None:
-            return self._run(super().forward, block_call, hidden_states, args, kwargs)
+            return self._run(block_call, hidden_states, args, kwargs)
         with torch.no_grad():
-            output = self._run(super().forward, block_call, hidden_states, args, kwargs)
+            output = self._run(block_call, hidden_states, args, kwargs)
         if not controller.refines:
             return output
         tokens, *others = output if isinstance(output, tuple) else (output,)
@@ -93,9 +96,20 @@ class ControlledBlock(nn.Module):
         refined = controller.refine(self, tokens, route)
         return (refined, *others) if isinstance(output, tuple) else refined
 
+    def _stock(self, hidden_states: Tensor, *args: object, **kwargs: object) -> BlockOutput:
+        """Run the block's own forward, in evaluation mode in leading blocks: it may call functional dropout."""
+        mode = self.training  # the flag keeps the model's mode between forwards
+        if mode and self.is_evaluated:
+            self.training = False
+        try:
+            output: BlockOutput = super().forward(hidden_states, *args, **kwargs)
+            return output
+        finally:
+            if self.training is not mode:
+                self.training = mode
+
     def _run(
         self,
-        stock: Callable[..., BlockOutput],
         block_call: BlockCall | None,
         hidden_states: Tensor,
         args: tuple[object, ...],
@@ -103,7 +117,7 @@ class ControlledBlock(nn.Module):
     ) -> BlockOutput:
         """Run the block, or its halves if `block_call` is given."""
         if block_call is None:
-            return stock(hidden_states, *args, **kwargs)
+            return self._stock(hidden_states, *args, **kwargs)
         controller: BlockController = self._modules[CONTROLLER]
         now, plan, spec = controller.context.now, block_call.plan, controller.spec
         mix = (
@@ -112,7 +126,7 @@ class ControlledBlock(nn.Module):
             else None
         )
         if block_call.is_traced:
-            output, left = controller.bound(self).run(block_call, stock, hidden_states, args, kwargs, mix)
+            output, left = controller.bound(self).run(block_call, self._stock, hidden_states, args, kwargs, mix)
             parts = output if isinstance(output, tuple) else (output,)
             return (*parts, *left) if left else output
         block_call.token_scores = block_call.origins = block_call.merged = None  # a recomputation sets its own
@@ -128,11 +142,12 @@ class ControlledBlock(nn.Module):
                 controller.scorer.watching(None if adapted.score is None or adapted.is_traced else spec.scores_from),
                 packing as block_call.admit,
             ):
-                output, left = bound.run(adapted, stock, hidden_states, args, kwargs, mix)
+                output, left = bound.run(adapted, self._stock, hidden_states, args, kwargs, mix)
                 block_call.note(left)
                 return output
         finally:
-            now.running = earlier
+            # a checkpoint holds the call, and the scores' graph holds the checkpoint: neither would ever be freed
+            now.running, block_call.token_scores = earlier, None
 
     @torch.compiler.assume_constant_result
     def traced_readers(self) -> tuple[str, str, str]:

@@ -72,7 +72,7 @@ class TracedBlock(BoundBlock):
     ) -> tuple[Tensor, list[object], Tensor | None]:
         arguments, lean, kind = self._arguments(call, tokens, args, kwargs), call.lean, call.score
         keeps: Keeps = "all"
-        # a bias of all tokens is gathered by the running block's route, which a region that runs again does not have
+        # the running block's route gathers a bias of all tokens; in a region, dynamo fails on it at several image sizes
         is_gathered = self.side_input_hooks.rule.position_bias is not None and call.route.origins is not None
         is_observed = kind is not None and self.spec.scores_from == "sdpa"  # by a mode, which dynamo has in no region
         if lean is not None and lean.attention and not (self.readers[1] or is_gathered or is_observed):

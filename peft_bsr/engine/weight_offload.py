@@ -37,6 +37,7 @@ class WeightOffload:
         self._mapped: dict[str, Tensor] = {}
         self._fetched: dict[str, tuple[int, int]] = {}  # address and version of what `onload` made
 
+    @torch.inference_mode(False)  # a parameter with data of inference mode could not be used in training
     def offload(self, module: nn.Module) -> None:
         """Move the parameters to a mapped file; values do not change. If it cannot be written, they stay, logged.
 
@@ -60,6 +61,7 @@ class WeightOffload:
         """The parameters that `offload` would move."""
         return [parameter for parameter in module.parameters() if _is_worth_it(parameter)]
 
+    @torch.inference_mode(False)
     def onload(self, module: nn.Module, device: torch.device) -> None:
         """Copy offloaded parameters to `device`. On the CPU nothing is copied: they are read from the file."""
         for name, parameter in module.named_parameters():
@@ -67,6 +69,7 @@ class WeightOffload:
                 parameter.data = parameter.data.to(device)
                 self._fetched[name] = (parameter.data_ptr(), version_of(parameter))
 
+    @torch.inference_mode(False)
     def clear(self, module: nn.Module, device: torch.device) -> None:
         """Copy offloaded parameters back into memory on `device` and release the files."""
         for name, parameter in module.named_parameters():

@@ -48,6 +48,18 @@ def test_a_text_decoder_is_left_alone_and_generates_from_the_reduced_encoder(mod
     assert len(routes) == 3, "the encoder ran once"
 
 
+def test_leading_blocks_draw_no_random_numbers():
+    """Whisper's blocks call dropout as a function, with their own flag."""
+    base = SUPPORTED["whisper"](activation_dropout=0.5)
+    model = get_peft_model(base, BSRConfig(trainable_blocks=[2, 3], keep_rate=1.0)).train()
+    block, seen = base.get_submodule(model.base_model.spec.blocks[1]), []
+    block.register_forward_hook(lambda _m, _a, output: seen.append(output[0] if isinstance(output, tuple) else output))
+    logits = [model(**run_batch(base)).logits for _ in range(2)]
+    assert torch.equal(*seen)
+    assert not torch.equal(*logits), "those that train do"
+    assert block.training, "the flag is the model's mode"
+
+
 def test_padding_is_dropped_first():
     model = get_peft_model(SUPPORTED["wav2vec2_large"](), BSRConfig(**BLOCKS, reduction_blocks=[1], keep_rate=0.7))
     batch = run_batch(model.base_model.model)  # 25 tokens, of which the last sound has 18

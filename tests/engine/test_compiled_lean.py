@@ -107,7 +107,7 @@ def test_the_whole_model(name):
 
 @pytest.mark.parametrize("lean", ["exact", "max"])
 def test_a_bias_of_pairs_on_fewer_tokens(lean):
-    """The running block's route gathers the bias; a region that runs again in backward has no route."""
+    """The running block's route gathers the bias. In several image sizes: tests/export/test_compile.py."""
     torch.manual_seed(0)
     rates = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "drop_path_rate": 0.0}
     base = Data2VecVisionForImageClassification(

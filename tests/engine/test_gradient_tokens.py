@@ -72,9 +72,12 @@ def test_the_forward_is_the_ordinary_one_to_the_last_digit(lean, trainable, make
     assert torch.equal(whole.eval()(pixel_values=images).logits, parted.eval()(pixel_values=images).logits)
 
 
-def test_checkpointing_chooses_the_same_tokens(make_model, images):
-    """Also at random."""
-    settings = {"gradient_tokens": 0.5, "gradient_tokens_by": "random", "lean": "max", "reduction_blocks": [2]}
+@pytest.mark.sampled(1)
+@pytest.mark.parametrize(("chosen_by", "reduced"), [("random", 1), ("random", 2), ("score", 1)])
+def test_checkpointing_chooses_the_same_tokens(chosen_by, reduced, make_model, images):
+    """At random also where the block that chooses first draws again at its reduction."""
+    settings = {"gradient_tokens": 0.5, "gradient_tokens_by": chosen_by, "lean": "max", "keep_rate": 0.6}
+    settings["reduction_blocks"] = [reduced]
     found = []
     for kind in (None, False, True):
         model = attach(make_model("vit"), **settings)

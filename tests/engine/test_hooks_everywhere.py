@@ -99,7 +99,8 @@ def with_lean_off(family, trainable, keep_rate):
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("lean", ["exact", "max"])
 @pytest.mark.parametrize(
-    ("family", "trainable", "keep_rate"), [("vit", "full", 1.0), ("vit", "lora", 0.7), ("dinov2", "full", 0.7)]
+    ("family", "trainable", "keep_rate"),
+    [("vit", "full", 1.0), ("vit", "lora", 0.7), ("dinov2", "full", 0.7), ("data2vec", "full", 0.7)],
 )
 def test_hooks_on_any_module_see_and_change_the_same(family, trainable, keep_rate, lean):
     """Blocks, each part of them, adapters' copies and updates, base layers, norm, classifier, backbone, model."""

@@ -14,8 +14,8 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from peft_bsr import SynQTConfig, record_routes
-from peft_bsr.engine import run_until
+from peft_bsr import MoEConfig, SynQTConfig, TaskConfig, record_routes
+from peft_bsr.engine import LivingBytes, run_until
 from peft_bsr.errors import ForwardError
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -71,6 +71,28 @@ def test_nothing_is_left_wherever_a_forward_ends(name, error):
             f"{place}: the graph is gone without a garbage collection"
         )
         assert_alike(step(model), expected, 0.0, about=place)
+
+
+TASKS = {
+    "tasks": [TaskConfig("parts", 4, "segmentation")],
+    "moe": MoEConfig(num_experts=2, top_k=1, balance_weight=0.1),
+}
+
+
+@pytest.mark.sampled(1)
+@pytest.mark.parametrize("ends", [False, True], ids=["whole", "interrupted"])
+@pytest.mark.parametrize("settings", [{}, TASKS], ids=["bsr", "tasks"])
+def test_a_checkpointed_forward_without_a_backward_is_freed(settings, ends):
+    """A checkpoint holds the call of its block, so the call must not hold what has the checkpoint in its graph."""
+    model = make("vit", "exact", trainable_blocks=[1, 2, 3], reduction_blocks=[2], **settings)
+    base_of(model).gradient_checkpointing_enable({"use_reentrant": False})
+    batch = batch_of(model)
+    with LivingBytes() as living:
+        if ends:
+            fail(model, "vit.layernorm", ValueError, lambda: model(**batch))
+        else:
+            model(**batch)
+    assert living.bytes() == 0
 
 
 def test_a_failed_forward_without_hooks_of_the_model_leaves_nothing():

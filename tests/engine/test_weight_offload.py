@@ -17,6 +17,7 @@ from transformers import ViTConfig, ViTForImageClassification
 from peft_bsr import BSRConfig, MoEConfig
 from peft_bsr.engine import CONTROLLER, WeightOffload
 from peft_bsr.multitask import FullExperts
+from peft_bsr.tuners.blocks import tuner
 from peft_bsr.tuners.blocks.layer import BlockWeights
 
 BATCH = {"pixel_values": torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))}
@@ -132,6 +133,55 @@ def test_a_second_adapter_starts_from_the_base_weights():
         assert torch.equal(model(**BATCH).logits, logits), name
     model.delete_adapter("default")
     assert torch.equal(model(**BATCH).logits, expected)
+
+
+@linux
+def test_low_rank_updates_are_tried_on_base_weights_in_memory(monkeypatch):
+    """On an accelerator, what is in a file is on the CPU: it cannot be computed with."""
+    _, model = attach()
+    seen, verify = [], tuner.verify_lean
+
+    def look(base, *args):
+        seen.extend(map(is_mapped, base_weights(base)))
+        return verify(base, *args)
+
+    monkeypatch.setattr(tuner, "verify_lean", look)
+    monkeypatch.setattr(WeightOffload, "onload", WeightOffload.clear)  # it copies, as to an accelerator
+    model.add_adapter("second", BSRConfig(trainable_blocks=[1, 3], trainable="lora"))
+    assert seen and not any(seen)
+    assert all(is_mapped(tensor) for tensor in base_weights(model))
+
+
+def test_base_weights_under_a_deleted_copy_go_to_its_device(monkeypatch):
+    _, model = attach()
+    asked = {}
+    monkeypatch.setattr(BlockWeights, "device", property(lambda layer: "copy" if layer.bsr_params else "file"))
+    monkeypatch.setattr(WeightOffload, "onload", lambda self, module, device: asked.update({module: device}))
+    model.delete_adapter("default")
+    assert set(asked.values()) == {"copy"}
+
+
+def test_weights_that_move_in_inference_mode_can_be_trained_with():
+    _, model = attach(trainable_blocks=[1], keep_rate=1.0)
+    model.add_adapter("second", BSRConfig(trainable_blocks=[2], keep_rate=1.0))
+    with torch.inference_mode():
+        model.set_adapter("second")
+    model.set_adapter("default")
+    model.train()(**BATCH).logits.sum().backward()
+    with torch.inference_mode():
+        merged = model.merge_and_unload()
+    merged.requires_grad_(True)(**BATCH).logits.sum().backward()
+
+
+@pytest.mark.parametrize("trainable", ["full", "lora"])
+def test_weights_under_a_merged_adapter_change_their_dtype_with_the_model(trainable):
+    expected, model = attach(trainable=trainable, reduction_blocks=[])
+    model.merge_adapter()
+    model.double().unmerge_adapter()
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
+    with model.disable_adapter():
+        logits = model(pixel_values=BATCH["pixel_values"].double()).logits
+    torch.testing.assert_close(logits.float(), expected)
 
 
 def test_merging_for_good_forgets_the_files():

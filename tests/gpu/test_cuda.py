@@ -114,6 +114,22 @@ def test_base_weights_are_parked_off_the_card_and_come_back():
     torch.testing.assert_close(model(**batch()).logits, adapted, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("lean", ["exact", "off"])
+def test_adapters_come_and_go_above_parked_weights(lean):
+    """A low-rank update is tried and made on the card; the base weights come back when their copy is deleted."""
+    torch.manual_seed(0)
+    base = ViTForImageClassification(ViTConfig(**SIZES)).to(DEVICE).eval()
+    expected, every = base(**batch()).logits, {"trainable_blocks": "every:1", "keep_rate": 1.0}
+    model = get_peft_model(base, BSRConfig(**every, init_weights=False)).eval()
+    model.add_adapter("lora", BSRConfig(**every, trainable="lora", lean=lean))
+    for name in ("lora", "default"):
+        model.set_adapter(name)
+    model.delete_adapter("lora")
+    model.delete_adapter("default")
+    assert all(parameter.device.type == DEVICE for parameter in base.parameters())
+    torch.testing.assert_close(base(**batch()).logits, expected, rtol=1e-5, atol=1e-5)
+
+
 @ONLY_CUDA
 def test_lean_takes_less_memory():
     peaks = {}

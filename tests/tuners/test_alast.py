@@ -197,6 +197,23 @@ def test_the_file_holds_weights_and_one_state(make_vit, images, tmp_path):
     assert half.base_model.schedule().budgets == model.base_model.schedule().budgets
 
 
+def test_the_selection_holds_when_adapters_are_enabled_in_the_middle_of_a_step(make_vit, images):
+    """PEFT unfreezes all of an adapter that it enables or makes active."""
+    model = attach(make_vit, trainable_blocks_per_step=2)
+
+    def trained() -> list[int]:
+        model(pixel_values=images, labels=LABELS).loss.backward()
+        return blocks_in(name for name, p in model.named_parameters() if p.grad is not None)
+
+    drawn = trained()
+    assert drawn == model.base_model.schedule().selected
+    with model.disable_adapter():
+        model(pixel_values=images)
+    assert trained() == drawn
+    model.set_adapter("default")
+    assert trained() == drawn
+
+
 def test_accumulated_batches_share_a_draw_and_count_as_one(make_vit):
     images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     labels = torch.tensor([0, 1, 2, 0])

@@ -79,7 +79,7 @@ class ALaSTSchedule:
         if self._is_due:
             self._check_trained()
             self._advance()
-        elif self._is_restored:  # in the middle of a step
+        elif self._is_restored or self._is_undone():  # in the middle of a step
             self._apply()
         self._is_restored = False
 
@@ -206,6 +206,11 @@ class ALaSTSchedule:
                 parameter.requires_grad_(index in self.selected)
                 if index not in self.selected:
                     parameter.grad = None
+
+    def _is_undone(self) -> bool:
+        """Whether a block that is not selected would train: PEFT unfreezes all of an adapter that it makes active."""
+        others = [modules for index, modules in enumerate(self._blocks) if index not in self.selected]
+        return any(p.requires_grad for modules in others for module in modules for p in module.parameters())
 
     def _alpha(self) -> float:
         alpha = self.config.alpha

@@ -110,6 +110,7 @@ class BlockWeights(nn.Module, SingleAdapterLayer):
             move_like(module, next(self.base_layer.parameters()), self.device)
         elif low_rank:
             module = LowRankUpdate(self.base_layer, config.r, config.lora_alpha)
+            move_like(module, self.base_layer.weight, self.device)  # offloaded base weights are on the CPU
         else:
             module = copy_with_hooks(self.base_layer)
             for name, parameter in list(module.named_parameters()):
@@ -170,10 +171,16 @@ class BlockWeights(nn.Module, SingleAdapterLayer):
         if self.offloads_base:
             self.weight_offload.offload(self.base_layer)
         else:
-            self.weight_offload.onload(self.base_layer, self.device)
+            self.fetch_base()
+
+    def fetch_base(self) -> None:
+        """Load the base module's weights to the device of the module."""
+        self.weight_offload.onload(self.base_layer, self.device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BlockWeights:
         super()._apply(fn, recurse)
+        with torch.no_grad():
+            self.unmerged_weights = {name: fn(weight) for name, weight in self.unmerged_weights.items()}
         self.place_base()
         return self
 
@@ -181,6 +188,13 @@ class BlockWeights(nn.Module, SingleAdapterLayer):
         """Make one adapter active."""
         super().set_adapter(adapter_names, inference_mode)
         self.place_base()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove the adapter. If the base module's weights are used then, they are on the device where it was."""
+        device = self.device
+        super().delete_adapter(adapter_name)
+        if not self.offloads_base:
+            self.weight_offload.onload(self.base_layer, device)
 
     def active_module(self) -> tuple[nn.Module | None, LowRankUpdate | None]:
         """The module that `forward` runs (None if it is not a single module), and its low-rank update or None."""
@@ -242,7 +256,7 @@ class BlockWeights(nn.Module, SingleAdapterLayer):
 
     def _merged_weights(self, adapter_name: str) -> dict[str, Tensor]:
         module = self.bsr_params[adapter_name]
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():  # the weights may train later
             if isinstance(module, LowRankUpdate):
                 return {"weight": module.merged_weight(self.base_layer.get_parameter("weight").to(self.device))}
             dtypes = {name: p.dtype for name, p in self.base_layer.named_parameters()}

@@ -74,7 +74,7 @@ class BlockTuner(MethodTuner):
         controllers = find_controllers(model)
         spec, stock = (controllers[0].spec, None) if controllers else probe(model, cls.needs_tokens)
         cls._check_tokens(model, spec, config)
-        with detached(model, controllers), cls._base_head(model):
+        with detached(model, controllers), _base_weights(model), cls._base_head(model):
             requested, targets, layout = resolve_targets(model, spec, config, cls._other_targets)
             with in_one_dtype(model):
                 cls._verify(model, spec, requested, stock)
@@ -251,6 +251,19 @@ def _verified(model: nn.Module, spec: ModelSpec, plan: Plan, stock: StockRun | N
     if spec.no_reduction is not None:
         return verify_stages(model, spec, plan, stock)
     return verify_lean(model, spec, plan, stock, index)
+
+
+@contextmanager
+def _base_weights(model: nn.Module) -> Iterator[None]:
+    """Context manager: the weights under trained copies are where the copies are, not offloaded."""
+    layers = [module for module in model.modules() if isinstance(module, BlockWeights)]
+    try:
+        for layer in layers:
+            layer.fetch_base()
+        yield
+    finally:
+        for layer in layers:
+            layer.place_base()
 
 
 @contextmanager

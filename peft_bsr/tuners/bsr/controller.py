@@ -201,13 +201,17 @@ class BSRController(MergeableController):
         now = self.context.now
         call, now.call = now.call, None
         settings, totals = self.task_settings, now.usage
-        if output is None or not isinstance(call, ImageCall) or settings is None:
+        if not isinstance(call, ImageCall):
             return None
-        call.is_open = False
-        if totals is not None:
-            for index, counts in (call.usage or {}).items():
-                totals[index] = outliving(totals[index] + counts if index in totals else counts)
-        return collect_output(settings.tasks, settings.weights, settings.balance_weight, call, output)
+        try:
+            if output is None or settings is None:
+                return None
+            if totals is not None:
+                for index, counts in (call.usage or {}).items():
+                    totals[index] = outliving(totals[index] + counts if index in totals else counts)
+            return collect_output(settings.tasks, settings.weights, settings.balance_weight, call, output)
+        finally:
+            call.close()
 
     def enable_adapters(self, enabled: bool) -> None:
         """Enable or disable adapters."""

@@ -18,7 +18,7 @@ LABELS = {
     "linear_probe/head": "linear probe",
     "lora/all_linear": "PEFT's LoRA, every Linear",
     "lora/qv": "PEFT's LoRA, q and v",
-    "lora/qv-checkpointing": "the same, gradient checkpointing",
+    "lora/qv-checkpointing": "PEFT's LoRA, q and v, gradient checkpointing",
     "bsr/spread-exact": "`BSRConfig()`, the paper's plan",
     "bsr/from3-lora-merge": '`BSRConfig(preset="balanced")`',
     "bsr/qv-lora-max": '`BSRConfig(preset="lora")`',

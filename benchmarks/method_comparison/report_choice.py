@@ -26,7 +26,7 @@ LABELS = {
     "bsr/spread-merge": '`BSRConfig(reduction="merge")`',
     "bsr/upper-exact": "`BSRConfig(trainable_blocks=[5, 8, 11], keep_rate=0.7)`",
     "bsr/late-exact": '`BSRConfig(trainable_blocks="last:3", reduction_blocks=[8])`',
-    "bsr/late-cached": "the same from a feature cache",
+    "bsr/late-cached": '`BSRConfig(trainable_blocks="last:3", reduction_blocks=[8])`, from a feature cache',
     "bsr/all-lora-max": '`BSRConfig(trainable="lora", trainable_blocks="every:1", keep_rate=1.0, lean="max")`',
     "alast/default": "`ALaSTConfig()`",
     "losa/all": "`LoSAConfig()`",

@@ -143,7 +143,7 @@ def plan_key(config: BSRConfig | None, plan: Plan | None) -> str:
     what = f"{config.trainable} {blocks} {config.target_modules or 'all'} without {config.exclude_modules or 'none'}"
     what += f", rank {config.r} alpha {config.lora_alpha}" if config.trainable == "lora" else ""
     found = {i: block.reduction for i, block in enumerate(plan.blocks) if block.reduction}
-    tokens = {i: (r.keep_rate, "merge" if r.merges else "fuse" if r.fuse else r.score) for i, r in found.items()}
+    tokens = {i: (r.keep_rate, "merge" if r.merges else ("drop", "fuse")[r.fuse], r.score) for i, r in found.items()}
     how = f"gradients of {config.gradient_tokens}, {config.saved_activations}"
     return f"{len(plan.blocks)} blocks: {what}, {tokens}, {how}"
 

@@ -210,6 +210,8 @@ class ModelSpec:
         Raises:
             UnsupportedModelError: If the tokens are not a patch grid of one image.
         """
-        rows, columns = height // self.patch_size[0], width // self.patch_size[1]
         shape = (self.image_shape[0], height, width)
+        if self.no_reduction is not None:
+            return replace(self, image_shape=shape)  # the other fields about tokens say nothing
+        rows, columns = height // self.patch_size[0], width // self.patch_size[1]
         return replace(self, image_shape=shape, grid=(rows, columns), num_patches=rows * columns)

@@ -239,7 +239,7 @@ def _size_in_words(processor: BaseImageProcessor, model: PeftModel | PreTrainedM
     """`224 x 224 px, 257 tokens`."""
     height, width = size_of(processor)
     spec = getattr(getattr(model, "base_model", None), "spec", None)
-    if spec is None:
+    if spec is None or spec.no_reduction is not None:
         return f"{height} x {width} px"
     return f"{height} x {width} px, {spec.at_size(height, width).num_tokens} tokens"
 

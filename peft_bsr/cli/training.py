@@ -29,7 +29,6 @@ from peft_bsr.compat.transformers_api import use_one_gpu
 from peft_bsr.data import LabelledImages, collate, labels_of, with_pixels
 from peft_bsr.errors import UsageError, one_line
 from peft_bsr.prediction import find_device
-from peft_bsr.problem_type import REGRESSION
 from peft_bsr.training import (
     WARMUP_SHARE,
     MixupDataset,
@@ -114,8 +113,7 @@ def training_arguments(settings: TrainSettings, out: Output) -> TrainingArgument
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
         raise UsageError(f"Trainer does not accept these settings: {one_line(error)}") from error
     if arguments.metric_for_best_model is not None:
-        if settings.trainer.get("greater_is_better") is None:
-            arguments.greater_is_better = not arguments.metric_for_best_model.endswith(_LOWER_IS_BETTER)
+        _set_direction(arguments, settings)
         if "save_total_limit" not in settings.trainer:
             arguments.save_total_limit = 2  # the best and the last: with 1, Trainer deletes the last when it stops
     if others := use_one_gpu(arguments):
@@ -124,6 +122,12 @@ def training_arguments(settings: TrainSettings, out: Output) -> TrainingArgument
             "`accelerate launch`, see docs/distributed.md"
         )
     return arguments
+
+
+def _set_direction(arguments: TrainingArguments, settings: TrainSettings) -> None:
+    """Errors are minimized, other metrics maximized, unless the user says otherwise."""
+    if settings.trainer.get("greater_is_better") is None:
+        arguments.greater_is_better = not str(arguments.metric_for_best_model).endswith(_LOWER_IS_BETTER)
 
 
 def fit_to_data(arguments: TrainingArguments, settings: TrainSettings, data: LabelledImages) -> None:
@@ -135,8 +139,7 @@ def fit_to_data(arguments: TrainingArguments, settings: TrainSettings, data: Lab
     if data.validation:
         if settings.keep == "best" and "metric_for_best_model" not in settings.trainer:
             arguments.metric_for_best_model = BEST_BY[data.problem_type]
-            if "greater_is_better" not in settings.trainer:
-                arguments.greater_is_better = data.problem_type != REGRESSION
+            _set_direction(arguments, settings)
         return
     if arguments.load_best_model_at_end:
         name = "load_best_model_at_end" if "load_best_model_at_end" in settings.trainer else "--keep best"

@@ -78,7 +78,7 @@ def choices(
         plan = BSRConfig(**every).plan_for(spec)
         counts = plan.token_counts(spec.num_tokens, spec.num_special)
         tokens.append(_Tokens(fields, given_up, [sum(pair) / 2 / spec.num_tokens for pair in counts]))
-    if not any(map(any, map(found.of_blocks, ("full", "lora")))):
+    if not any(any(found.of_blocks(form)[: spec.last_read + 1]) for form in ("full", "lora")):
         raise ConfigError(
             "`contributions` has no gain above 0: training no block helped more than the head alone. Measure with "
             "more images (`batches`), or train a linear probe."

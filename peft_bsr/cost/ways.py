@@ -91,7 +91,8 @@ def settings_of(spec: ModelSpec) -> tuple[Setting, ...]:
         Settings, ordered by how little they give up.
     """
     late, three_quarters = max(1, 2 * spec.depth // 3), max(1, round(0.75 * spec.depth))
-    whole, at_late, seven, half = (tokens_of(spec) * 4)[:4]
+    tokens = tokens_of(spec)
+    whole, at_late, seven, half = tokens if len(tokens) == 4 else tokens * 4
     merged: _Part = ({"keep_rate": 0.5, "reduction": "merge"}, _MERGED) if spec.no_reduction is None else whole
     every: ConfigFields = {"trainable_blocks": "every:1"}
     low_rank: ConfigFields = {"trainable": "lora"}
@@ -118,10 +119,10 @@ def settings_of(spec: ModelSpec) -> tuple[Setting, ...]:
         (({"trainable_blocks": "last:1", **low_rank}, "nothing but a low-rank update of the last block trains"), half),
     ]
     if not all(_LORA_MODULES & spec.paths_of(index).keys() for index in range(spec.depth)):
-        parts = [(what, tokens) for what, tokens in parts if what[0] is not LORA]
+        parts = [part for part in parts if part[0][0] is not LORA]
     found: dict[str, ConfigFields | None] = {"nothing: every weight trains on every token": None}
-    for (what, given_up), (tokens, price) in parts:
-        found.setdefault("; ".join(filter(None, (given_up, price))), what | tokens)
+    for (what, given_up), (kept, price) in parts:
+        found.setdefault("; ".join(filter(None, (given_up, price))), what | kept)
     return tuple((fields, given_up) for given_up, fields in found.items())
 
 
@@ -137,7 +138,7 @@ def tokens_of(spec: ModelSpec) -> tuple[_Part, ...]:
     whole: _Part = ({"reduction_blocks": []}, "")
     if spec.no_reduction is not None:
         return (whole,)
-    late = max(1, 2 * spec.depth // 3)
+    late = 2 * spec.depth // 3
     return (
         whole,
         ({"reduction_blocks": [late]}, f"half of the tokens go, at block {late}"),

@@ -98,15 +98,16 @@ class ControlledBlock(nn.Module):
 
     def _stock(self, hidden_states: Tensor, *args: object, **kwargs: object) -> BlockOutput:
         """Run the block's own forward, in evaluation mode in leading blocks: it may call functional dropout."""
-        mode = self.training  # the flag keeps the model's mode between forwards
-        if mode and self.is_evaluated:
-            self.training = False
+        output: BlockOutput
+        if not (self.training and self.is_evaluated):
+            output = super().forward(hidden_states, *args, **kwargs)
+            return output
+        self.training = False  # between forwards, the flag is the model's mode
         try:
-            output: BlockOutput = super().forward(hidden_states, *args, **kwargs)
+            output = super().forward(hidden_states, *args, **kwargs)
             return output
         finally:
-            if self.training is not mode:
-                self.training = mode
+            self.training = True
 
     def _run(
         self,

@@ -56,7 +56,7 @@ def folder_read(name: str | Path, *, revision: str | None = None, token: str | b
         return str(folder)
     name, snapshot = str(name), Path(read).parent
     if try_to_load_from_cache(name, PROCESSOR, revision=snapshot.name) is None:  # neither there nor known to be missing
-        with suppress(HubError):
+        with suppress(HubError, OSError):  # no network, or a cache that cannot be written
             if PROCESSOR in _request_files(name, snapshot.name, token):
                 hf_hub_download(name, PROCESSOR, revision=snapshot.name, token=token)
     return str(snapshot)

@@ -175,6 +175,7 @@ DIFFERENT = {
     "merged": {"reduction": "merge", "keep_rate": 0.5},
     "fused": {"keep_rate": 0.5},
     "dropped": {"keep_rate": 0.5, "fuse_dropped": False},
+    "fused by another score": {"keep_rate": 0.5, "score": "received"},
     "by another score": {"keep_rate": 0.5, "fuse_dropped": False, "score": "received"},
     "all tokens": {"keep_rate": 1.0},
     "gradients of half": {"keep_rate": 1.0, "gradient_tokens": 0.5},

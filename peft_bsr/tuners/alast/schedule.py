@@ -79,7 +79,7 @@ class ALaSTSchedule:
         if self._is_due:
             self._check_trained()
             self._advance()
-        elif self._is_restored or self._is_undone():  # in the middle of a step
+        elif self._is_restored or self.plan is None or self._is_undone():  # in the middle of a step
             self._apply()
         self._is_restored = False
 

@@ -69,6 +69,18 @@ def test_every_level_keeps_less(name, way):
     assert saved[0] < 0.85 * saved[1]
 
 
+@pytest.mark.parametrize("lean", ["exact", "max"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_halves_run_as_planned(name, lean):
+    """One that fails its test at attach runs as its own modules instead, or as the original, and trains like them."""
+    blocks = build(name, Way(lean), torch.Generator()).base_model.plan().blocks
+    for block in blocks:
+        if block.in_graph:
+            assert block.lean.attention and block.lean.mlp and not block.lean.as_modules
+    if blocks[-1].reduction is None:
+        assert blocks[-1].lean.num_queries == 1, "the head reads the class token alone"
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_stock_blocks_train_as_they_did(name):
     found = trajectory(name)[list(PINNED_STEPS)]

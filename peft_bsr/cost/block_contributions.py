@@ -85,6 +85,13 @@ class Contributions:
             found.append(parts)
         return found
 
+    @property
+    def not_finite(self) -> list[int]:
+        """Indices of the blocks with a gain that is infinite or not a number."""
+        blocks = zip(self.whole, self.low_rank, strict=True)
+        gains = [(*whole.values(), *low_rank.values()) for whole, low_rank in blocks]
+        return [index for index, numbers in enumerate(gains) if not all(map(math.isfinite, numbers))]
+
     def save(self, path: str | Path) -> Path:
         """Write JSON.
 
@@ -106,11 +113,11 @@ class Contributions:
         """
         try:
             found = cls(**json.loads(Path(path).read_text(encoding="utf-8")))
-            numbers = [gain for block in (*found.whole, *found.low_rank) for gain in block.values()]
+            is_whole = found.kind in get_args(Kind) and len(found.whole) == len(found.low_rank) > 0
+            is_finite = is_whole and not found.not_finite
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise _not_contributions(path, error) from error
-        whole = found.kind in get_args(Kind) and len(found.whole) == len(found.low_rank) > 0
-        if not whole or not all(map(math.isfinite, numbers)):
+        if not is_finite:
             raise _not_contributions(path, "some blocks have no finite number")
         return found
 
@@ -187,8 +194,7 @@ def contributions(
 
 def _finite(found: Contributions) -> Contributions:
     """The contributions, if all are numbers."""
-    gains = [(*whole.values(), *low_rank.values()) for whole, low_rank in zip(found.whole, found.low_rank, strict=True)]
-    if wrong := [index for index, numbers in enumerate(gains) if not all(map(math.isfinite, numbers))]:
+    if wrong := found.not_finite:
         raise ConfigError(
             f"the contributions of block {', '.join(map(str, wrong))} are not finite: training diverged, or the model "
             "overflows in its dtype. Measure in float32."

@@ -123,6 +123,9 @@ def test_files_and_pictures(vit, samples, tmp_path):
 
 
 def test_numbers_that_are_not_finite_are_refused(vit, samples, tmp_path, monkeypatch):
+    text = Contributions("trial", [{"block": "much"}], [{"block": 1.0}], 8)
+    with pytest.raises(ConfigError, match="holds no contributions"):
+        Contributions.load(text.save(tmp_path / "text.json"))
     wrong = Contributions("trial", [{"block": 1.0}] * 2, [{"block": 1.0}, {"block": float("nan")}], 8)
     with pytest.raises(ConfigError, match="some blocks have no finite number"):
         Contributions.load(wrong.save(tmp_path / "nan.json"))

@@ -19,7 +19,6 @@ COMMANDS = [
     "export.py --formats torch.export --num-images 2",
     "host.py stock --rounds 1 --steps 2",
     "quantized.py --batch-size 1 --repeats 1 --autocast",
-    "front_page.py --batch-size 1 --rounds 1",
     "sam.py --pixels 256",
 ]
 

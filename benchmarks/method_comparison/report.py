@@ -1,9 +1,9 @@
-"""Write the page of tables and plots, and the short tables of the front pages and of which_method.md.
+"""Write the page of tables and plots, and the short tables of README.md and of which_method.md.
 
     python benchmarks/method_comparison/report.py [--protocol cpu] [--output docs/benchmarks.md]
 
-It uses the results that exist; rows without results are left out. The short tables go into README.md, index.md and
-which_method.md of the same documentation, between the comments that name this script.
+It uses the results that exist; rows without results are left out. The short tables go between the comments that name
+this script.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ FRONT = (
     "bsr/from3-lora-merge",
     "bsr/qv-lora-max",
 )
-FRONT_PROTOCOL = "cpu"  # what the front pages say below the table
+FRONT_PROTOCOL = "cpu"  # what README.md says below its table
 COLORS = {
     "full_finetuning": "black",
     "linear_probe": "tab:gray",
@@ -115,9 +115,9 @@ def main() -> None:
         parts += ["## What else was tried", tried_table(tried, recipes, costs)]
     args.output.write_text("\n\n".join(parts) + "\n")
     if protocol.name == FRONT_PROTOCOL:
-        for page in (args.output.parent / "index.md", args.output.parents[1] / "README.md"):
-            if page.exists():
-                write_table(page, front_table(tasks))
+        readme = args.output.parents[1] / "README.md"
+        if readme.exists():
+            write_table(readme, front_table(tasks))
         page = args.output.parent / "which_method.md"
         for name, table in choice_tables(tasks, peaks, by_seconds).items() if page.exists() else ():
             write_table(page, table, name)
@@ -168,7 +168,7 @@ def front_table(tasks: dict[str, list[Row]]) -> str:
     by_task = {task: {row.experiment.name: row for row in rows} for task, rows in tasks.items()}
     by_task = {task: rows for task, rows in by_task.items() if rows.keys() >= set(FRONT)}
     if not by_task:
-        raise SystemExit(f"No task has results of all of {list(FRONT)}: README.md and index.md are unchanged.")
+        raise SystemExit(f"No task has results of all of {list(FRONT)}: README.md is unchanged.")
     header = ["", "peak memory, MiB", "speed, relative to full", *(f"{TITLES.get(task, task)}, %" for task in by_task)]
     lines = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
     for name in FRONT:
@@ -241,11 +241,11 @@ def conditions(protocol: Protocol, tasks: dict[str, list[Row]]) -> str:
     runs = [run for rows in tasks.values() for row in rows for run in row.runs]
     infos = [run["meta_info"] for run in runs]
     models = {f"{info['model_info']['model']} ({info['model_info']['dtype']})" for info in infos}
-    where, versions = set(), set()
+    trained_on = {_machine(info) for info in infos}
+    measured_on = {_machine(row.cost) for rows in tasks.values() for row in rows if row.cost is not None}
+    versions = set()
     for info in infos:
-        system, packages = info["system_info"], info["package_info"]
-        where.add(f"{system['device']} ({system['processor']}, {system['threads']} threads a run)")
-        numbers = [f"{name.removesuffix('-version')} {number}" for name, number in packages.items()]
+        numbers = [f"{name.removesuffix('-version')} {number}" for name, number in info["package_info"].items()]
         versions.add(", ".join([f"torch {info['pytorch_info']}", *numbers]))
     dates = sorted(run["run_info"]["created_at"][:10] for run in runs)
     sizes = {task: rows[0].runs[0]["run_info"]["train_config"]["train_images"] for task, rows in tasks.items()}
@@ -255,9 +255,14 @@ def conditions(protocol: Protocol, tasks: dict[str, list[Row]]) -> str:
         f"Protocol `{protocol.name}`: {protocol.train_images}{fewer} training, {protocol.validation_images} validation "
         f"and {protocol.test_images} test images, {protocol.epochs} epochs, batch {protocol.batch_size}; "
         f"{len(runs)} runs from {dates[0]} to {dates[-1]}.\n\n"
-        f"Model: {'; '.join(sorted(models))}. Machine: {'; '.join(sorted(where))}. "
-        f"Versions: {'; '.join(sorted(versions))}."
+        f"Model: {'; '.join(sorted(models))}. Trained on: {'; '.join(sorted(trained_on))}. Costs measured on: "
+        f"{'; '.join(sorted(measured_on))}. Versions: {'; '.join(sorted(versions))}."
     )
+
+
+def _machine(info: dict[str, Any]) -> str:
+    system = info["system_info"]
+    return f"{system['device']} ({system['processor']}, {system['threads']} thread{'s' * (system['threads'] > 1)})"
 
 
 def draw(rows: list[Row], task: str, path: Path) -> None:

@@ -28,7 +28,7 @@ LABELS = {
     "bsr/late-exact": '`BSRConfig(trainable_blocks="last:3", reduction_blocks=[8])`',
     "bsr/late-cached": '`BSRConfig(trainable_blocks="last:3", reduction_blocks=[8])`, from a feature cache',
     "bsr/all-lora-max": '`BSRConfig(trainable="lora", trainable_blocks="every:1", keep_rate=1.0, lean="max")`',
-    "alast/default": "`ALaSTConfig()`",
+    "alast/default": "`ALaSTConfig(token_multiple=1)`",
     "losa/all": "`LoSAConfig()`",
     "synqt/queries4": "`SynQTConfig(num_queries=4)`",
 }

@@ -194,7 +194,7 @@ def python_of(plan: BudgetPlan, question: Question) -> str:
 
 def shell_of(plan: BudgetPlan, question: Question) -> str:
     """Command that trains the model with the plan on a folder of images by class."""
-    return f"{command_of(plan, question.source)} --dataset photos --output out"
+    return command_of(plan, question.source, ["--dataset", "photos", "--output", "out"])
 
 
 __all__ = ["CARDS", "USABLE", "Question", "accuracies_of", "fill", "known_plans", "plans_of", "python_of", "shell_of"]

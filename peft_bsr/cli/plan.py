@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 from transformers import PreTrainedConfig
@@ -86,8 +87,11 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, object]:
     out.table(f"{source}, {args.memory}, batch {args.batch_size}: {first}", columns, rows, (0, len(columns) - 1))
     if takes_sound(model.config):
         out.note("`peft-bsr train` reads images: use the options of these plans in Python, as in examples/sound.py")
+    data = ["--dataset", args.data or "DATA"]
+    data += [] if args.image_column is None else ["--image-column", args.image_column]
+    data += [] if args.label_column is None else ["--label-column", args.label_column]
     for number, plan in enumerate(plans, 1):
-        out.line(f"{number:>2}  {command_of(plan, source)}")
+        out.line(f"{number:>2}  {command_of(plan, source, data)}")
         for reason in plan.declined:
             out.line(f"    declined: {reason}")
     for number, plan in enumerate(plans, 1):
@@ -98,7 +102,7 @@ def run(args: argparse.Namespace, out: Output) -> dict[str, object]:
         "model": source,
         "memory": args.memory,
         "batch_size": args.batch_size,
-        "plans": [_row(p, source) for p in plans],
+        "plans": [_row(p) | {"command": command_of(p, source, data)} for p in plans],
     }
 
 
@@ -137,7 +141,7 @@ def trained_size(config: PreTrainedConfig, source: str) -> int | None:
     return None if size is None or native_size(config) in (None, (size, size)) else size
 
 
-def _row(plan: BudgetPlan, source: str) -> dict[str, object]:
+def _row(plan: BudgetPlan) -> dict[str, object]:
     estimate = plan.estimate
     return {
         "method": "full" if plan.config is None else "bsr",
@@ -148,7 +152,6 @@ def _row(plan: BudgetPlan, source: str) -> dict[str, object]:
         "recommended": plan.is_recommended,
         "contribution_share": plan.share,
         "declined": list(plan.declined),
-        "command": command_of(plan, source),
         "peak_bytes": estimate.total_bytes,
         "saved_bytes": estimate.saved_bytes,
         "host_bytes": estimate.host_bytes,
@@ -157,8 +160,8 @@ def _row(plan: BudgetPlan, source: str) -> dict[str, object]:
     }
 
 
-def command_of(plan: BudgetPlan, source: str) -> str:
-    """The `peft-bsr train` command of a plan."""
+def command_of(plan: BudgetPlan, source: str, data: Sequence[str]) -> str:
+    """The `peft-bsr train` command of a plan. Without images of its own, `data`, it would train on the digits."""
     setup, options = plan.setup, {} if plan.config is None else changed(plan.config)
     method = "full" if plan.config is None else "bsr"
     words = ["peft-bsr", "train", "--model", source, *(["--method", method] if method != "bsr" else [])]
@@ -177,4 +180,4 @@ def command_of(plan: BudgetPlan, source: str) -> str:
     if setup.gradient_checkpointing:
         offload = ', "offload": true' if setup.gradient_checkpointing == "offload" else ""
         pairs += ["gradient_checkpointing=true", f'gradient_checkpointing_kwargs={{"use_reentrant": false{offload}}}']
-    return shlex.join([*words, *(word for pair in pairs for word in ("--trainer", pair))])
+    return shlex.join([*words, *(word for pair in pairs for word in ("--trainer", pair)), *data])

@@ -65,8 +65,8 @@ def test_plan(run_json, base):
     (plan,) = said["plans"]
     assert plan["method"] == "full"
     assert 0 < plan["peak_bytes"] < 10e6
-    rest = "--method full --learning-rate 0.0003 --batch-size 2 --trainer optim=adamw_torch_fused"
-    assert plan["command"] == f"peft-bsr train --model {base} {rest}"
+    rest = "--method full --learning-rate 0.0003 --batch-size 2 --trainer optim=adamw_torch_fused --dataset DATA"
+    assert plan["command"] == f"peft-bsr train --model {base} {rest}", "not on the digits unless they are asked for"
 
 
 def test_plan_by_what_the_blocks_contribute(run, run_json, base, images, tmp_path):
@@ -75,11 +75,13 @@ def test_plan_by_what_the_blocks_contribute(run, run_json, base, images, tmp_pat
     code, _, said = run(*asked)
     assert code == 2 and "Pass `--data` to measure and write it" in said
     first = run_json(*asked, "--data", images)["plans"]
+    assert all(plan.pop("command").endswith(f" --dataset {images}") for plan in first)
     kept = file.read_text()
     assert len(json.loads(kept)["whole"]) == 4
     assert {plan["options"].get("trainable", "full") for plan in first} == {"full", "lora"}
     assert all(plan["contribution_share"] == 1 for plan in first), "everything fits"
     again = run_json(*asked, "--labels", "2")["plans"]
+    assert all(plan.pop("command").endswith(" --dataset DATA") for plan in again)
     assert again == first and file.read_text() == kept
 
 
@@ -106,13 +108,14 @@ def test_the_command_of_a_plan_trains_what_was_planned():
 
     config = peft_bsr.BSRConfig(trainable_blocks="last:3", reduction_blocks=[], lean="max")
     setup = Setup(8, 384, "adamw_8bit", device="cuda", autocast=torch.bfloat16, gradient_checkpointing="offload")
-    typed = shlex.split(command_of(BudgetPlan(config, setup, None, ""), "some/model"))
+    typed = shlex.split(command_of(BudgetPlan(config, setup, None, ""), "some/model", ["--dataset", "a folder"]))
     assert typed[:2] == ["peft-bsr", "train"]
     parser = argparse.ArgumentParser()
     train.add_arguments(parser)
     settings = read_settings(parser.parse_args(typed[2:]))
     assert make_config("bsr", settings.options) == config
-    assert (settings.model, settings.batch_size, settings.image_size) == ("some/model", 8, 384)
+    assert (settings.model, settings.dataset) == ("some/model", "a folder")
+    assert (settings.batch_size, settings.image_size) == (8, 384)
     assert (settings.learning_rate, settings.precision) == (1e-3, "bf16")
     assert settings.trainer == {
         "optim": "adamw_torch_8bit",

@@ -58,7 +58,8 @@ def benchmark(results: Path, protocol: Protocol) -> dict[str, Any]:
 def point(task: str, row: Row, protocol: Protocol) -> dict[str, Any]:
     """Figures of one experiment on one task."""
     assert row.cost is not None, "rows without are left out"
-    words = ["--only", row.experiment.name, "--tasks", task, "--protocol", protocol.name]
+    model = row.runs[0]["meta_info"]["model_info"]["model"]  # not run.py's default
+    words = ["--only", row.experiment.name, "--tasks", task, "--protocol", protocol.name, "--model", model]
     return {
         "task": task,
         "experiment": row.experiment.name,
@@ -66,7 +67,7 @@ def point(task: str, row: Row, protocol: Protocol) -> dict[str, Any]:
         "peak_bytes": row.cost["peak_bytes"],
         "step_to_full": row.cost["step_to_full"],
         "plan": _key_of(row),
-        "command": shlex.join(["python", "benchmarks/method_comparison/run.py", *words]),
+        "command": shlex.join(["python", "benchmarks/method_comparison/run.py", *words, "--data", "DATA"]),
     }
 
 

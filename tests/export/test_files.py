@@ -16,7 +16,7 @@ from peft import PeftModel, get_peft_model
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
 import peft_bsr
-from peft_bsr import ALaSTConfig, BSRConfig, ExportError, HubError, MoEConfig, SynQTConfig, export_task
+from peft_bsr import ALaSTConfig, BSRConfig, ExportError, HubError, LoSAConfig, MoEConfig, SynQTConfig, export_task
 from peft_bsr.core import is_quantized
 from peft_bsr.errors import ReductionNotMergedWarning
 from peft_bsr.exporting.check import versions_of
@@ -32,6 +32,7 @@ CONFIGS = {
     "all_tokens": BSRConfig(trainable_blocks=[1], keep_rate=1.0, init_weights=False),
     "alast": ALaSTConfig(init_weights=False),
     "synqt": SynQTConfig(reduction_blocks=[0], keep_rate=0.5, num_queries=2),
+    "losa": LoSAConfig(**KEEPING),
     "task": BSRConfig(trainable_blocks=[1], tasks={"digits": 4}, **KEEPING),
     "experts": BSRConfig(trainable_blocks=[1], tasks={"digits": 4}, moe=MoEConfig(num_experts=5, top_k=2), **KEEPING),
 }
@@ -164,7 +165,7 @@ def test_int8_weights(make_peft, five_images, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["lora", "full_view", "alast", "synqt", "task"])
+@pytest.mark.parametrize("name", ["lora", "full_view", "alast", "synqt", "losa", "task"])
 def test_other_adapters_in_onnx(name, make_peft, tmp_path):
     pytest.importorskip("onnxruntime")
     report = peft_bsr.export(make_peft(name), "onnx", tmp_path / "vit.onnx")

@@ -16,6 +16,7 @@ from peft_bsr.errors import DatasetError
 
 _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # as `datasets` calls them
 _TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
+_SYSTEM = "__MACOSX"  # of zip files packed on macOS
 _STUBS = {"BUFR", "FITS", "GRIB", "HDF5", "MPEG", "WMF", "EPS"}  # Pillow knows their names, and cannot decode them
 
 
@@ -62,23 +63,37 @@ def list_images(folder: Path) -> tuple[list[PurePath], list[PurePath]]:
 
     Args:
         folder: An existing folder.
+
+    Raises:
+        DatasetError: If the name of an image is not in UTF-8.
     """
     endings = image_endings()
     images: list[PurePath] = []
     others: list[PurePath] = []
     seen: set[str] = set()
     for place, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
+        folders[:] = sorted(name for name in folders if not _is_hidden(name))
         real = os.path.realpath(place)
         if real in seen:
             folders.clear()
             continue
         seen.add(real)
         for name in files:
-            if not name.startswith("."):
+            if not _is_hidden(name):
                 path = PurePath(os.path.relpath(os.path.join(place, name), folder))
                 (images if path.suffix.lower() in endings else others).append(path)
+    check_names([str(path) for path in images])
     return sorted(images), sorted(others)
+
+
+def check_names(files: Sequence[str]) -> None:
+    """Check that file names are in UTF-8, as tables, CSV and JSON are; Python holds other bytes as surrogates.
+
+    Raises:
+        DatasetError: If they are not.
+    """
+    if odd := [os.fsencode(name) for name in files if name != name.encode(errors="replace").decode()]:
+        raise DatasetError(f"file names that are not in UTF-8: {len(odd)}, such as {odd[0]!r}. Rename them.")
 
 
 def image_endings() -> set[str]:
@@ -86,6 +101,10 @@ def image_endings() -> set[str]:
     PILImage.init()
     known = PILImage.registered_extensions()
     return {ending for ending, kind in known.items() if kind in PILImage.OPEN and kind not in _STUBS}
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name == _SYSTEM
 
 
 def _splits(folder: Path, below: dict[str, list[PurePath]], named: dict[str, str]) -> dict[str, list[PurePath]]:
@@ -165,7 +184,7 @@ def _notes(folder: Path, images: list[PurePath], others: list[PurePath]) -> list
         notes.append(f"not read, because their extension is not that of an image: {kinds}")
     full = {parent for path in images for parent in path.parents}
     empty = [str(PurePath(entry.name)) for entry in sorted(os.scandir(folder), key=lambda e: e.name) if entry.is_dir()]
-    empty = [name for name in empty if not name.startswith((".", "__")) and PurePath(name) not in full]
+    empty = [name for name in empty if not _is_hidden(name) and PurePath(name) not in full]
     return [*notes, f"folders without images: {some(empty)}"] if empty else notes
 
 
@@ -181,4 +200,4 @@ def _no_classes(folder: Path, loose: list[PurePath], named: list[str], others: l
     return f"`{folder}`: it contains no images that Pillow can read. {advice}"
 
 
-__all__ = ["image_endings", "list_images", "read_folder"]
+__all__ = ["check_names", "image_endings", "list_images", "read_folder"]

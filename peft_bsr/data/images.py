@@ -11,7 +11,7 @@ import numpy as np
 from datasets import Dataset, Features, Image, concatenate_datasets
 
 from peft_bsr.data.columns import as_images, image_column
-from peft_bsr.data.folders import image_endings, list_images
+from peft_bsr.data.folders import check_names, image_endings, list_images
 from peft_bsr.data.labels import encode
 from peft_bsr.data.rows import DIGITS, TABLES, read_rows, read_table, some, split_of
 from peft_bsr.data.targets import find_target
@@ -181,6 +181,7 @@ def load_unlabelled(inputs: Sequence[str], *, image_column: str | None = None, s
         if len(inputs) == 1 and any(file.suffix.lower() in TABLES for file in list_images(path)[1]):
             return _rows_of(name, image_column, split)
         raise DatasetError(f"there are no images in {some(list(inputs))} that Pillow can read.")
+    check_names(files)
     return Dataset.from_dict({"image": files}, features=Features({"image": Image()}))
 
 

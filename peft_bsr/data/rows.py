@@ -88,7 +88,7 @@ def read_rows(name: str) -> Rows:
 
 
 def read_table(path: Path, split: str | None = None) -> Rows:
-    """Rows of a table. A column `split` that holds only names of splits divides them.
+    """Rows of a table. A column `split` that holds only names of splits divides them; with others, a note says so.
 
     Args:
         path: A `.csv` (commas or semicolons), `.tsv`, `.jsonl`, `.json` or `.parquet` file. In text files every cell is
@@ -111,6 +111,9 @@ def read_table(path: Path, split: str | None = None) -> Rows:
         splits = [split_of(str(value)) for value in data["split"]]
         if all(splits):
             return divide(rows, splits, "split by the column `split`")
+        if any(splits):
+            others = sorted({f"`{value}`" for value, found in zip(data["split"], splits, strict=True) if not found})
+            rows.notes.append(f"not split by the column `split`, because it also holds {some(others)}")
     return rows
 
 

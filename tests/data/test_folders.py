@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from peft_bsr import DatasetError
-from peft_bsr.data import load_images
+from peft_bsr.data import load_images, load_unlabelled
 
 
 def sizes(data):
@@ -19,7 +21,7 @@ def sizes(data):
         ["test_tube", "dev.board", "eval board"],
         ["train", "bus", "validation"],
         ["10", "9", "-1"],
-        ["nan", "None"],
+        ["nan", "None", "__background__"],
     ],
     ids=str,
 )
@@ -74,6 +76,8 @@ def test_what_is_not_read_is_said(put):
     folder = put("a", "b", ".")
     (folder / "a" / "x.heic").write_bytes(b"x")
     (folder / "a" / "._0.png").write_bytes(b"x")
+    (folder / "__MACOSX").mkdir()
+    (folder / "__MACOSX" / "0.png").write_bytes(b"x")
     (folder / "empty").mkdir()
     assert load_images(str(folder)).notes == [
         "not read, because their extension is not that of an image: .heic (1)",
@@ -97,6 +101,18 @@ def test_what_cannot_be_read_is_one_error(put, folders, message):
     with pytest.raises(DatasetError) as raised:
         load_images(str(put(*folders)))
     assert message in str(raised.value)
+
+
+def test_a_file_name_that_is_not_utf_8(put):
+    folder = put("a", "b")
+    odd = os.fsencode(folder / "a") + b"/caf\xe9.png"
+    try:
+        os.rename(folder / "a" / "0.png", odd)
+    except OSError:
+        pytest.skip("this file system takes UTF-8 alone")
+    for read in (lambda: load_images(str(folder)), lambda: load_unlabelled([os.fsdecode(odd)])):
+        with pytest.raises(DatasetError, match=r"not in UTF-8: 1, such as b'.*caf\\xe9\.png'\. Rename"):
+            read()
 
 
 def test_links_are_followed_once(put, tmp_path):

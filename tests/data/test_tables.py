@@ -120,6 +120,10 @@ def test_a_column_of_splits(put):
     data = load_images(write(folder / "t.csv", ["image", "label", "split"], rows))
     assert {split: len(rows) for split, rows in data.splits.items()} == {"train": 2, "validation": 1}
     assert "split by the column `split`" in data.notes
+    rows[1] = ("i/1.png", "b", "later")
+    data = load_images(write(folder / "t.csv", ["image", "label", "split"], rows))
+    assert list(data.splits) == ["train"]
+    assert "not split by the column `split`, because it also holds `later`" in data.notes
 
 
 def test_one_of_several_columns_is_named(parquet, picture):

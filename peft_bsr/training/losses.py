@@ -118,7 +118,8 @@ def balanced_weights(
 
     Args:
         labels: Class indices [N], or 0 and 1 [N, C] for several labels per image.
-        num_classes: C; classes without images have weight 1. Default None: the largest label + 1.
+        num_classes: C; classes without images have weight 1, and so have labels that all images have. Default None:
+            the largest label + 1.
 
     Returns:
         [C]. For one label per image: `N / (classes found * images of the class)`, so that the mean weight of an image
@@ -136,7 +137,8 @@ def balanced_weights(
         raise ConfigError(f"labels of the shape {tuple(found.shape)}: balanced weights need [N] or [N, C] labels.")
     if found.ndim == 2:
         having = found.float().sum(0)
-        return torch.where(having > 0, (len(found) - having) / having.clamp(min=1), 1.0)
+        varies = (having > 0) & (having < len(found))  # a weight of 0 would leave the label without a loss
+        return torch.where(varies, (len(found) - having) / having.clamp(min=1), 1.0)
     if bool((found < 0).any()) or (num_classes is not None and int(found.max()) >= num_classes):
         raise ConfigError(f"labels from {int(found.min())} to {int(found.max())} do not fit {num_classes} classes.")
     counts = torch.bincount(found.long(), minlength=num_classes or 0).float()

@@ -75,6 +75,7 @@ def test_balanced_weights_are_scikit_learns():
     assert balanced_weights(labels, 4)[3] == 1, "a class without images"
     several = torch.tensor([[1, 0], [1, 1], [1, 0], [0, 0]])
     assert balanced_weights(several).tolist() == pytest.approx([1 / 3, 3.0])
+    assert balanced_weights(several[:3]).tolist() == [1.0, 2.0], "a label of all images would have no loss"
 
 
 def test_what_cannot_be_is_named():

@@ -78,6 +78,7 @@ def main() -> None:
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         accelerator.unwrap_model(model).save_pretrained(args.output / "adapter")
+        processor.save_pretrained(args.output / "adapter")
     accelerator.wait_for_everyone()
     accelerator.end_training()
 

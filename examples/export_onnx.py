@@ -48,7 +48,12 @@ def main() -> None:
 
     args.output.mkdir(parents=True, exist_ok=True)
     report = export(
-        model, "onnx", args.output / "model.onnx", image_size=processor.size["height"], quantize=args.quantize
+        model,
+        "onnx",
+        args.output / "model.onnx",
+        image_size=processor.size["height"],
+        quantize=args.quantize,
+        image_processor=processor,
     )
     print(report.describe())
 

@@ -75,6 +75,7 @@ def main() -> None:
     with cache.read_by(model):
         from_cache, cached_accuracy = train_on(model, cache)
     model.save_pretrained(args.output / "adapter")
+    processor.save_pretrained(args.output / "adapter")
     console.print(
         f"{args.epochs:g} epochs from images: {from_images:.0f} s, test accuracy {accuracy:.3f}\n"
         f"{args.epochs:g} epochs from the cache: {from_cache:.0f} s ({from_cache / from_images:.2f} of it), test "

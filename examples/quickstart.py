@@ -142,6 +142,7 @@ def main() -> None:
 
     adapter = args.output / "adapter"
     model.save_pretrained(adapter)
+    processor.save_pretrained(adapter)  # `peft-bsr predict` then preprocesses as here
     reloaded = PeftModel.from_pretrained(load_base(source, data.labels).to(model.device), adapter).eval()
     sample = collate([test[i] for i in range(4)])["pixel_values"].to(model.device)
     with torch.no_grad():

@@ -75,6 +75,7 @@ def main() -> None:
         seconds = time.perf_counter() - begin
         accuracy = trainer.evaluate()["eval_accuracy"]
     model.save_pretrained(args.output / "adapter")
+    processor.save_pretrained(args.output / "adapter")
     console.print(f"{args.epochs:g} epochs from the cache: {seconds:.0f} s, test accuracy {accuracy:.3f}")
 
 

@@ -55,6 +55,7 @@ def test_accelerate_loop(run, tmp_path):
     printed = run("accelerate_loop", "--model", "model", "--max-steps", "3", "--output", "out")
     assert "epoch 1, step 3: loss 2." in printed
     assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").exists()
+    assert (tmp_path / "out" / "adapter" / "preprocessor_config.json").exists()
 
 
 def test_alast(run, tmp_path):
@@ -78,6 +79,7 @@ def test_export_onnx(run, tmp_path):
     printed = run("export_onnx", "--model", "model", "--output", "out")
     assert "pixel_values [any, 3, 16, 16], 17 tokens into the first block" in printed
     assert "x faster" in printed
+    assert "preprocessing: in the file, the given one" in printed
     assert "accuracy of the file on 100 test images: 0." in printed
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import transformers
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
+    AutoImageProcessor,
     AutoModelForImageClassification,
     PreTrainedConfig,
     PreTrainedModel,
@@ -25,6 +27,9 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.pipelines import SUPPORTED_TASKS
 from transformers.training_args import ParallelMode
+
+if TYPE_CHECKING:
+    from transformers import BaseImageProcessor
 
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 """`(module, query, key, value, mask, scaling=..., dropout=...) -> (output, weights or None)`, with query [B, H, N, d]
@@ -155,6 +160,30 @@ def image_processor_names(model_type: str) -> dict[str, str]:
     return dict(names) if isinstance(names, dict) else {}
 
 
+def read_image_processor(source: str, **place: Any) -> BaseImageProcessor:
+    """A model's own image processor. One that needs torchvision (DINOv3's) runs with Pillow if torchvision is missing.
+
+    Args:
+        source: Folder or Hub id of the model.
+        place: `revision`, `token` and `local_files_only`, as for `from_pretrained`.
+
+    Raises:
+        OSError, ValueError, ImportError: If there is none. They are transformers' own.
+    """
+    from transformers import ViTImageProcessorPil  # it needs Pillow, which is not a dependency of the package
+
+    try:
+        own: BaseImageProcessor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False, **place)
+        return own
+    except (OSError, ValueError, ImportError):
+        with contextlib.suppress(OSError, ValueError):
+            values, _ = ViTImageProcessorPil.get_image_processor_dict(source, **place)
+            if "image_mean" in values:  # the file of a feature extractor of sound has the same name
+                names = ("size", "do_normalize", "image_mean", "image_std", "rescale_factor")
+                return ViTImageProcessorPil(**{name: values[name] for name in names if values.get(name) is not None})
+        raise
+
+
 def use_one_gpu(arguments: TrainingArguments) -> int:
     """Make Trainer train on the first GPU. By itself it wraps the model in `nn.DataParallel` if there are several.
 
@@ -189,6 +218,7 @@ __all__ = [
     "is_capture_hook",
     "keep_weights",
     "model_classes_of",
+    "read_image_processor",
     "register_classifier",
     "source_of",
     "use_one_gpu",

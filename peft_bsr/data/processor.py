@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import transformers
 from PIL import Image
-from transformers import AutoConfig, AutoImageProcessor, ViTImageProcessorPil
+from transformers import AutoConfig, ViTImageProcessorPil
 
 from peft_bsr.backbones import inner_config, native_size
-from peft_bsr.compat.transformers_api import image_processor_names, model_classes_of
+from peft_bsr.compat.transformers_api import image_processor_names, model_classes_of, read_image_processor
 from peft_bsr.errors import DatasetError, ProcessorWarning, headline
 
 if TYPE_CHECKING:
@@ -92,11 +92,9 @@ def _numbers(values: Sequence[float]) -> str:
 def _find(source: str, is_told: bool) -> tuple[BaseImageProcessor, bool]:
     """The processor, and whether it is the model's own. `is_told`: mean and std are given, so any processor will do."""
     try:
-        return AutoImageProcessor.from_pretrained(source, trust_remote_code=False), True
+        return read_image_processor(source), True
     except (OSError, ValueError, ImportError) as error:
         reason = headline(error)
-    if (written := _by_settings(source)) is not None:
-        return written, True
     try:
         kind = inner_config(AutoConfig.from_pretrained(source, trust_remote_code=False)).model_type
     except (OSError, ValueError) as error:
@@ -110,16 +108,6 @@ def _find(source: str, is_told: bool) -> tuple[BaseImageProcessor, bool]:
             f"What was found: {reason}"
         )
     return (made or ViTImageProcessorPil)(), False
-
-
-def _by_settings(source: str) -> BaseImageProcessor | None:
-    """What a processor that needs torchvision does (DINOv3's), by Pillow; None where there is no file."""
-    try:
-        values, _ = ViTImageProcessorPil.get_image_processor_dict(source)
-    except (OSError, ValueError):
-        return None
-    names = ("size", "do_normalize", "image_mean", "image_std", "rescale_factor")
-    return ViTImageProcessorPil(**{name: values[name] for name in names if values.get(name) is not None})
 
 
 def _size(processor: BaseImageProcessor, source: str, is_own: bool) -> tuple[int, int]:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from transformers import AutoImageProcessor
-
+from peft_bsr.compat.transformers_api import read_image_processor
 from peft_bsr.errors import ExportError, headline
+from peft_bsr.hub.preprocessing import resized
 from peft_bsr.problem_type import REGRESSION, SINGLE_LABEL, ProblemType
 
 if TYPE_CHECKING:
@@ -65,9 +64,7 @@ def fit_processor(processor: BaseImageProcessor, shape: Sequence[int]) -> BaseIm
     """
     if _made_by(processor) == tuple(shape):
         return processor
-    squeezing = copy.deepcopy(processor)
-    squeezing.do_resize, squeezing.do_center_crop = True, False
-    squeezing.size = {"height": int(shape[-2]), "width": int(shape[-1])}
+    squeezing = resized(processor, *shape[-2:])
     return squeezing if _made_by(squeezing) == tuple(shape) else None
 
 
@@ -95,7 +92,7 @@ def processor_of(description: Mapping[str, str]) -> BaseImageProcessor | None:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "preprocessor_config.json").write_text(description[_PROCESSOR], encoding="utf-8")
         try:
-            return AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+            return read_image_processor(folder)
         except (OSError, ValueError, TypeError, ImportError) as error:
             raise ExportError(f"The file's `{_PROCESSOR}` cannot be read ({headline(error)}).") from error
 

@@ -62,6 +62,16 @@ def folder_read(name: str | Path, *, revision: str | None = None, token: str | b
     return str(snapshot)
 
 
+def place_of(name: str | Path) -> str:
+    """A folder with its `~` resolved, or the id.
+
+    Args:
+        name: Folder or Hub id.
+    """
+    folder = Path(name).expanduser()
+    return str(folder) if folder.is_dir() else str(name)
+
+
 def _request_files(name: str, revision: str | None, token: str | bool | None) -> set[str]:
     try:
         info = HfApi().model_info(name, revision=revision, timeout=_TIMEOUT, token=token)
@@ -82,4 +92,4 @@ def _close(folder: Path) -> str:
     return f" (close: {', '.join(f'`{folder.with_name(name)}`' for name in close)})" if close else ""
 
 
-__all__ = ["ADAPTER", "MODEL", "PROCESSOR", "folder_read", "list_files"]
+__all__ = ["ADAPTER", "MODEL", "PROCESSOR", "folder_read", "list_files", "place_of"]

@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 import transformers
 from peft import PeftConfig, PeftModel
 from torch import nn
-from transformers import AutoConfig, AutoFeatureExtractor, AutoImageProcessor, AutoModelForImageClassification
+from transformers import AutoConfig, AutoModelForImageClassification
 
 from peft_bsr.backbones import BackboneForImageClassification, inner_config, native_size, set_image_size
 from peft_bsr.compat.peft_api import config_class, peft_type_of
-from peft_bsr.compat.transformers_api import source_of
 from peft_bsr.errors import AdapterFileError, HubError, PeftBsrError, headline
-from peft_bsr.hub.files import ADAPTER, MODEL, folder_read, list_files
-from peft_bsr.hub.task import task_of
+from peft_bsr.hub.files import ADAPTER, MODEL, folder_read, list_files, place_of
 from peft_bsr.tuners.base.base_model import with_settings
 
-_Auto: TypeAlias = type[AutoImageProcessor] | type[AutoFeatureExtractor]
 _SPARE = 0.01  # share of the weights that may be missing in a base model's file
 
 
@@ -67,7 +64,7 @@ def load(
     model = load_base(config, base=base, token=token, dtype=dtype, image_size=image_size)
     try:
         loaded = PeftModel.from_pretrained(
-            model, _place(name), is_trainable=is_trainable, revision=revision, token=token
+            model, place_of(name), is_trainable=is_trainable, revision=revision, token=token
         )
     except RuntimeError as error:  # torch's, one line a weight
         raise HubError(
@@ -95,11 +92,12 @@ def read_config(name: str | Path, *, revision: str | None = None, token: str | b
             f"`{name}` is not an adapter (it has no {ADAPTER}). Give a folder with adapter_config.json, or the id of a "
             "repository on the Hub that has one."
         )
+    at = place_of(name)
     place: dict[str, Any] = {"revision": revision, "token": token}
     try:
-        config: PeftConfig = config_class(peft_type_of(_place(name), **place)).from_pretrained(_place(name), **place)
+        config: PeftConfig = config_class(peft_type_of(at, **place)).from_pretrained(at, **place)
         if not hasattr(config, "labels") and MODEL in files:  # of PEFT's own methods
-            base = AutoConfig.from_pretrained(_place(name), trust_remote_code=False, **place)
+            base = AutoConfig.from_pretrained(at, trust_remote_code=False, **place)
             config.labels = [base.id2label[index] for index in sorted(base.id2label)]
             config.image_size = native_size(base)
     except Exception as error:  # ours, PEFT's, or the Hub's and the HTTP library's own errors
@@ -145,13 +143,13 @@ def load_base(
     try:
         list_files(source, token=token, revision=place["revision"])  # within seconds, also without a network
         with _quiet():  # the warning about new classifier weights is expected
-            own = settings_class.from_pretrained(_place(source), **place, **named)
+            own = settings_class.from_pretrained(place_of(source), **place, **named)
             settings = with_settings(own, changes or {})
             size = image_size or getattr(config, "image_size", None) or native_size(settings)
             if native_size(own) is not None:  # position embeddings are loaded at their own size, then resized
                 inner_config(settings).image_size = inner_config(own).image_size
             model, report = model_class.from_pretrained(
-                _place(source),
+                place_of(source),
                 config=settings,
                 ignore_mismatched_sizes=bool(labels or changes),
                 output_loading_info=True,
@@ -169,113 +167,6 @@ def load_base(
     if size is not None:
         set_image_size(model, size)
     return model
-
-
-def load_image_processor(
-    name: str | Path, *, base: str | Path | None = None, revision: str | None = None, token: str | bool | None = None
-) -> transformers.BaseImageProcessor:
-    """The image processor saved with an adapter, or its base model's.
-
-    Args:
-        name: See `load`.
-        base: See `load`.
-        revision: See `load`.
-        token: See `load`.
-
-    Raises:
-        HubError: If neither has one.
-    """
-    return _load_processor(AutoImageProcessor, "an image processor", name, base, revision, token)
-
-
-def find_image_processor(model: PeftModel) -> tuple[transformers.BaseImageProcessor, str] | tuple[None, None]:
-    """The image processor of a loaded model, and its origin as text. Only local files are read.
-
-    Args:
-        model: A `PeftModel`. The processor is the one saved with its active adapter, if `load` loaded it, or its base
-            model's.
-
-    Returns:
-        The processor and its origin, or (None, None) if there is none on this machine.
-    """
-    config = model.peft_config[model.active_adapter]
-    sources = {
-        "saved with the adapter": getattr(config, "place", None),
-        "the base model's own": source_of(model.config),
-    }
-    for words, source in sources.items():
-        if source:
-            with suppress(OSError, ValueError):
-                return _processor_at(source), f"{words}: {source}"
-    return None, None
-
-
-def pipeline(
-    name: str | Path,
-    *,
-    base: str | Path | None = None,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    dtype: torch.dtype | str | None = None,
-    **settings: object,
-) -> transformers.Pipeline:
-    """A transformers pipeline for an adapter, with its task, model and processor.
-
-    Args:
-        name: See `load`.
-        base: See `load`.
-        revision: See `load`.
-        token: See `load`.
-        dtype: See `load`.
-        settings: Further arguments of `transformers.pipeline`, such as `device` and `batch_size`.
-
-    Returns:
-        For example an `ImageClassificationPipeline`: call it with images, paths or URLs. For a regression model,
-        `score` is the value.
-
-    Raises:
-        HubError: As `load`, and if transformers has no pipeline for the model.
-
-    Examples:
-        >>> pipeline("me/pets-bsr")("cat.jpg", top_k=1)  # doctest: +SKIP
-        [{'label': 'Abyssinian', 'score': 0.98}]
-    """
-    model = load(name, base=base, revision=revision, token=token, dtype=dtype)
-    task = task_of(model.peft_config[model.active_adapter])
-    if task.pipeline is None:
-        raise HubError(f"There is no pipeline for `{name}`: {task.description} Call the model of `peft_bsr.load`.")
-    if task.is_regression:
-        settings.setdefault("function_to_apply", "none")
-    kind = "feature_extractor" if task.pipeline.startswith("audio") else "image_processor"
-    if kind not in settings:
-        auto = AutoFeatureExtractor if kind == "feature_extractor" else AutoImageProcessor
-        settings[kind] = _load_processor(auto, f"the {kind.replace('_', ' ')} it needs", name, base, revision, token)
-    return transformers.pipeline(task.pipeline, model=model.get_base_model(), **settings)
-
-
-def _load_processor(
-    auto: _Auto, kind: str, name: str | Path, base: str | Path | None, revision: str | None, token: str | bool | None
-) -> transformers.BaseImageProcessor | transformers.FeatureExtractionMixin:
-    """The processor of the adapter, or of its base model."""
-    config = read_config(name, revision=revision, token=token)
-    sources = [(str(name), revision), (str(base or config.base_model_name_or_path), None if base else config.revision)]
-    problems = []
-    for source, version in sources:
-        try:
-            return auto.from_pretrained(_place(source), revision=version, token=token, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            problems.append(headline(error))
-    raise HubError(f"Neither `{name}` nor its base model has {kind}: {'; '.join(problems)}")
-
-
-def _place(name: str | Path) -> str:
-    """A folder with its `~` resolved, or the id."""
-    folder = Path(name).expanduser()
-    return str(folder) if folder.is_dir() else str(name)
-
-
-def _processor_at(source: str) -> transformers.BaseImageProcessor:
-    return AutoImageProcessor.from_pretrained(source, local_files_only=True, trust_remote_code=False)
 
 
 def _class_of(config: PeftConfig) -> type[transformers.PreTrainedModel] | type[AutoModelForImageClassification]:
@@ -347,4 +238,4 @@ def _quiet() -> Iterator[None]:
         transformers.logging.set_verbosity(level)
 
 
-__all__ = ["find_image_processor", "load", "load_base", "load_image_processor", "pipeline", "read_config"]
+__all__ = ["load", "load_base", "read_config"]

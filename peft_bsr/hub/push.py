@@ -37,10 +37,10 @@ def push_to_hub(
         model: A model with adapters of ours.
         repo_id: Id such as `"me/pets-bsr"`; created if it does not exist. Your own text in its README is kept.
         image_processor: Image processor to save with the adapter, so that a pipeline preprocesses images as in
-            training. Default None.
+            training. Default None: the one saved with the adapter, if `load` loaded it.
         private: Whether a new repository is private. Default None: the default of the account.
         token: Hub token. Default None: the one of `hf auth login`.
-        revision: Branch. Default None: the main branch.
+        revision: Branch; created if it does not exist. Default None: the main branch.
         commit_message: Commit message. Default `"Upload adapter"`.
 
     Returns:
@@ -48,6 +48,8 @@ def push_to_hub(
     """
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if revision is not None and not revision.startswith("refs/"):  # such as an existing pull request
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
     adapter = "default" if "default" in model.peft_config else model.active_adapter
     with tempfile.TemporaryDirectory() as root:
         folder = Path(root) if adapter == "default" else Path(root, adapter)  # where PEFT saves it

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import AutoImageProcessor, AutoModelForImageClassification
+from transformers import AutoModelForImageClassification
 
 from peft_bsr.backbones import in_mode, set_image_size
+from peft_bsr.compat.transformers_api import read_image_processor
 from peft_bsr.errors import HubError, MissingDependencyError, UsageError, headline
 from peft_bsr.exporting import fit_processor, open_onnx, problem_type_of, processor_of
 from peft_bsr.hub import load, load_image_processor, task_of
-from peft_bsr.hub.files import ADAPTER, MODEL, list_files
+from peft_bsr.hub.files import ADAPTER, MODEL, list_files, place_of
 from peft_bsr.problem_type import ProblemType
 
 if TYPE_CHECKING:
@@ -75,13 +76,13 @@ def open_predictor(
         return to_predictor(adapted.to(device), processor, name=str(name))
     if MODEL not in files:
         raise HubError(f"`{name}` has neither {MODEL} nor {ADAPTER}: it is neither a model nor an adapter.")
-    place = str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else str(name)
+    place = place_of(name)
     try:
         model, report = AutoModelForImageClassification.from_pretrained(
             place, output_loading_info=True, trust_remote_code=False
         )
-        processor = AutoImageProcessor.from_pretrained(place, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+        processor = read_image_processor(place)
+    except (OSError, ValueError, ImportError) as error:
         raise HubError(f"`{name}` cannot be read as an image classifier ({headline(error)}).") from error
     if report["missing_keys"]:
         raise HubError(

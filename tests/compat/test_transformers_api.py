@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 
 import pytest
@@ -109,6 +110,19 @@ def test_class_names_of_task():
     names = transformers_api.class_names_of_task("image-classification")
     assert {"ViTForImageClassification", "DeiTForImageClassificationWithTeacher"} <= names
     assert "ViTModel" in transformers_api.class_names_of_task("image-feature-extraction")
+
+
+def test_an_image_processor_that_needs_torchvision(tmp_path):
+    mean, size = [0.1, 0.2, 0.3], {"height": 48, "width": 48}
+    values = {"image_processor_type": "DINOv3ViTImageProcessor", "size": size, "image_mean": mean}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(values))
+    found = transformers_api.read_image_processor(str(tmp_path))
+    assert (dict(found.size), list(found.image_mean)) == (size, mean)
+    sound = {"feature_extractor_type": "ASTFeatureExtractor", "do_normalize": True}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(sound))
+    for folder in (tmp_path, tmp_path / "nothing"):
+        with pytest.raises((OSError, ValueError)):
+            transformers_api.read_image_processor(str(folder), local_files_only=True)
 
 
 def test_image_processor_names():

@@ -19,13 +19,15 @@ class Hub(ThreadingHTTPServer):
     """Repositories in memory.
 
     Attributes:
-        repositories: Repository -> path -> content.
+        repositories: Repository -> path -> content, the same in every branch.
+        branches: Branches of every repository.
         log: Method and path of every request.
     """
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.repositories: dict[str, dict[str, bytes]] = {}
+        self.branches = {"main"}
         self.objects: dict[str, bytes] = {}
         self.log: list[str] = []
 
@@ -62,6 +64,12 @@ class Handler(BaseHTTPRequestHandler):
             self._answer({"url": f"{self.server.endpoint}/{name}", "name": name, "id": name})
         elif self.path == "/api/validate-yaml":
             self._answer({"errors": [], "warnings": []})
+        elif match := re.fullmatch(r"/api/models/.+/branch/([^/]+)", self.path):
+            self.server.branches.add(match[1])
+            self._answer({})
+        elif re.search("/(preupload|commit)/", self.path) and self.path.split("/")[-1] not in self.server.branches:
+            error = {"X-Error-Code": "RevisionNotFound", "X-Error-Message": "Invalid rev id"}
+            self._answer({"error": "Invalid rev id"}, 404, error)
         elif "/preupload/" in self.path:
             files = [
                 {"path": f["path"], "uploadMode": "lfs" if f["path"].endswith(".safetensors") else "regular"}

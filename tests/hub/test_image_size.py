@@ -18,6 +18,7 @@ import peft_bsr
 from peft_bsr import ALaSTConfig, BSRConfig, ConfigError, SynQTConfig
 from peft_bsr.backbones import native_size
 from peft_bsr.exporting.prepare import to_image_function
+from peft_bsr.hub import find_image_processor
 from tests.conftest import SIZES, TEXT
 
 pytestmark = pytest.mark.sampled(2)
@@ -94,6 +95,16 @@ def test_positions_of_another_size_are_made_of_the_base_models(base, make_adapte
     assert torch.equal(logits(other, images), logits(native, images, interpolate_pos_encoding=True))
     with pytest.raises(ConfigError, match="Use 48 or 56"):
         peft_bsr.load(tmp_path / "adapter", image_size=50)
+
+
+def test_the_base_models_image_processor_is_for_the_size_of_the_model(base, tmp_path):
+    model = ViTForImageClassification.from_pretrained(base)
+    peft_bsr.set_image_size(model, 64)
+    get_peft_model(model, BSRConfig()).save_pretrained(tmp_path / "adapter")
+    assert peft_bsr.load_image_processor(tmp_path / "adapter").size == {"height": 64, "width": 64}, "the base's is 32"
+    found, origin = find_image_processor(peft_bsr.load(tmp_path / "adapter", image_size=48))
+    assert found.size == {"height": 48, "width": 48}
+    assert origin == f"the base model's own: {base}"
 
 
 def test_a_merged_model_is_one_of_that_size(base, tmp_path):

@@ -11,7 +11,8 @@ from PIL import Image
 from transformers import pipeline
 
 import peft_bsr
-from peft_bsr import ALaSTConfig, BSRConfig, HubError, SynQTConfig
+from peft_bsr import ALaSTConfig, BSRConfig, HubError, ProcessorWarning, SynQTConfig
+from peft_bsr.data import load_processor
 from peft_bsr.hub import read_config
 
 
@@ -55,6 +56,20 @@ def test_the_adapters_own_image_processor_comes_first(make_adapter, base, tmp_pa
     processor.size = {"height": 48, "width": 48}
     processor.save_pretrained(tmp_path / "adapter")
     assert peft_bsr.load_image_processor(tmp_path / "adapter").size["height"] == 48
+    peft_bsr.load(tmp_path / "adapter").save_pretrained(tmp_path / "again")
+    assert peft_bsr.load_image_processor(tmp_path / "again").size["height"] == 48, "it stays with the adapter"
+
+
+def test_what_to_do_without_an_image_processor(make_adapter, base, tmp_path):
+    make_adapter().save_pretrained(tmp_path / "adapter")
+    (base / "preprocessor_config.json").unlink()
+    with pytest.raises(HubError) as error:
+        peft_bsr.load_image_processor(tmp_path / "adapter")
+    assert f"nor its base model `{base}` has the image processor that is needed" in str(error.value)
+    assert "Save the one of the training in the adapter's folder" in str(error.value)
+    with pytest.warns(ProcessorWarning):
+        load_processor(str(base)).save_pretrained(tmp_path / "adapter")
+    assert peft_bsr.load_image_processor(tmp_path / "adapter").size["height"] == 32
 
 
 def test_training_goes_on(make_adapter, tmp_path):

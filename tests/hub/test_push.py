@@ -40,6 +40,8 @@ with torch.no_grad():
     print("equal", torch.equal(loaded(images).logits, model(images).logits))
 print("labels", sorted(loaded.config.id2label.values()))
 print("size", peft_bsr.load_image_processor("user/pets-bsr").size["height"])
+peft_bsr.push_to_hub(loaded, "user/again-bsr", revision="v2")
+print("again", peft_bsr.load_image_processor("user/again-bsr", revision="v2").size["height"])
 peft_bsr.push_to_hub(model, "user/plain-bsr")
 print("plain", find_image_processor(peft_bsr.load("user/plain-bsr"))[1])
 named = get_peft_model(model.unload(), peft_bsr.BSRConfig(init_weights=False), adapter_name="vision").eval()
@@ -75,6 +77,8 @@ def test_an_adapter_goes_to_the_hub_and_comes_back(hub, base, tmp_path):
     assert said["equal"] == "True"
     assert said["labels"] == "['cat', 'dog', 'owl', 'yak']"
     assert said["found"] == said["size"] == "48"
+    assert said["again"] == "48", "the image processor that it was loaded with"
+    assert "v2" in hub.branches
     assert said["plain"] == f"the base model's own: {base}", "the adapter has none"
     assert said["named"] == "True"
     assert "`user/nothing` is not a local folder, and cannot be read from the Hub" in said["refused"]

@@ -30,7 +30,8 @@ class ExportReport:
         quantize: `"int8"` or None.
         input_name: Name of the input.
         input_shape: Shape of the input, with None for a dynamic batch size.
-        token_counts: (tokens in the attention, tokens in the MLP) of every block.
+        token_counts: (tokens in the attention, tokens in the MLP) of every block. Empty for models in which no token
+            can be dropped: their stages and windows count differently.
         versions: Versions of Python, torch and the runtime.
         image_processor: Origin of the image processor that the file describes, or None.
         max_difference: Largest absolute difference of its outputs from PyTorch's; None if it was not checked.
@@ -66,12 +67,14 @@ class ExportReport:
     def describe(self) -> str:
         """The report in a few lines."""
         shape = ["any" if size is None else str(size) for size in self.input_shape]
-        first, last = self.token_counts[0][0], self.token_counts[-1][1]
         kind = "int8 weights" if self.quantize else "fp32"
         lines = [
             f"{self.format}, {kind}: {self.path}, {self.file_bytes / 1e6:.1f} MB, "
-            f"{self.input_name} [{', '.join(shape)}], {first} tokens into the first block, {last} out of the last",
+            f"{self.input_name} [{', '.join(shape)}]"
         ]
+        if self.token_counts:
+            first, last = self.token_counts[0][0], self.token_counts[-1][1]
+            lines[0] += f", {first} tokens into the first block, {last} out of the last"
         if self.image_processor is not None:
             lines.append(f"preprocessing: in the file, {self.image_processor}")
         elif self.format == "onnx":

@@ -32,8 +32,8 @@ def describe_model(
         model: The base model.
         shape: Shape of an image, (channels, height, width).
         processor: From `fit_processor`. Default None: unknown.
-        is_classifier: Whether its outputs are the classes or values that its configuration names; heads of `tasks` have
-            others. Default True.
+        is_classifier: Whether its outputs are the classes or values that its configuration names; models without a head
+            have none, heads of `tasks` have others. Default True.
 
     Returns:
         `labels` and `problem_type` for a model with classes; `image_size` [height, width]; and with a processor

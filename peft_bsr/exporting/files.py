@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import BaseImageProcessor
 
+    from peft_bsr.backbones import ModelSpec
+
 FormatName = Literal["onnx", "torch.export", "executorch"]
 _TIMED_BATCH = 8  # where a file takes any batch
 
@@ -126,7 +128,9 @@ def _describe(
             "file needs. Pass another one, or another `image_size`."
         )
     has_tasks = bool(getattr(model.peft_config[model.active_adapter], "tasks", None))
-    description = describe_model(function.model, sample.shape[1:], fitting, is_classifier=not has_tasks)
+    with torch.no_grad():
+        has_logits = "logits" in function.named_outputs(sample)
+    description = describe_model(function.model, sample.shape[1:], fitting, is_classifier=has_logits and not has_tasks)
     return description, None if fitting is None else origin
 
 
@@ -140,9 +144,6 @@ def _report(
     batch_size: int | None,
     image_processor: str | None,
 ) -> ExportReport:
-    spec = model.base_model.spec
-    with torch.no_grad():
-        num_tokens = _count_tokens(function, spec.blocks[0], sample)
     files = [path, path.with_name(f"{path.name}.data")]
     return ExportReport(
         format=format,
@@ -152,22 +153,25 @@ def _report(
         input_name=function.input_name,
         input_shape=(batch_size, *sample.shape[1:]),
         image_processor=image_processor,
-        token_counts=function.plan.token_counts(num_tokens, spec.num_special),
+        token_counts=_count_tokens(model.base_model.spec, function, sample),
         versions=versions_of(FORMATS[format].packages),
     )
 
 
-def _count_tokens(function: ImageFunction, block: str, sample: Tensor) -> int:
-    """Number of tokens in the first block."""
+def _count_tokens(spec: ModelSpec, function: ImageFunction, sample: Tensor) -> list[tuple[int, int]]:
+    """Numbers of tokens in each block, from the number in the first one."""
+    if spec.no_reduction is not None:
+        return []
     seen: list[int] = []
-    handle = function.model.get_submodule(block).register_forward_pre_hook(
+    handle = function.model.get_submodule(spec.blocks[0]).register_forward_pre_hook(
         lambda _, args, kwargs: seen.append((args[0] if args else kwargs["hidden_states"]).shape[1]), with_kwargs=True
     )
     try:
-        function(sample[:1])
+        with torch.no_grad():
+            function(sample[:1])
     finally:
         handle.remove()
-    return seen[0]
+    return function.plan.token_counts(seen[0], spec.num_special)
 
 
 def _checked(

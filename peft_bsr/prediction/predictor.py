@@ -173,6 +173,9 @@ def _open_onnx(path: Path, device: str | None, image_size: int | None) -> Predic
         session = open_onnx(path, providers)
     except Exception as error:  # of onnxruntime, no common class
         raise HubError(f"`{path}` cannot be read by onnxruntime ({headline(error)}).") from error
+    outputs = {one.name: one.shape for one in session.get_outputs()}
+    if "logits" not in outputs or len(outputs["logits"]) > 2:  # no head, or one value for each pixel or box
+        raise HubError(f"`{path}` does not give classes or values of images; its outputs are {', '.join(outputs)}.")
     said = session.get_modelmeta().custom_metadata_map
     processor = processor_of(said)
     missing = [words for words, found in (("its classes", said.get("labels")), ("its images", processor)) if not found]

@@ -100,6 +100,39 @@ def test_every_tensor_of_a_model_without_a_head(make_model, five_images):
     assert list(outputs) == ["last_hidden_state", "pooler_output"]
 
 
+def test_the_file_of_a_model_without_a_head_names_no_classes(make_model, tmp_path, monkeypatch):
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+
+    def write(model, sample, path, is_any_batch):  # a graph with the names of the model's, which takes no time
+        tensors = [
+            onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["batch", 3, 32, 32])
+            for name in (model.input_name, *model.named_outputs(sample))
+        ]
+        nodes = [onnx.helper.make_node("Identity", [model.input_name], [one.name]) for one in tensors[1:]]
+        graph = onnx.helper.make_graph(nodes, "graph", tensors[:1], tensors[1:])
+        opset = [onnx.helper.make_opsetid("", 18)]
+        onnx.save(onnx.helper.make_model(graph, opset_imports=opset, ir_version=9), path)
+
+    monkeypatch.setitem(FORMATS, "onnx", replace(FORMATS["onnx"], write=write))
+    model, path = get_peft_model(make_model("vit_bare"), BSRConfig(reduction_blocks=[1])), tmp_path / "bare.onnx"
+    report = peft_bsr.export(model, "onnx", path, check=False)
+    assert not {one.key for one in onnx.load(path).metadata_props} & {"labels", "problem_type"}
+    assert report.token_counts[0][0] == 17
+    with pytest.raises(HubError, match=r"does not give classes or values .* are last_hidden_state, pooler_output"):
+        open_predictor(path)
+
+
+def test_tokens_of_stages_are_not_counted(tmp_path, monkeypatch):
+    quick = replace(FORMATS["torch.export"], write=lambda model, sample, path, is_any_batch: path.touch())
+    monkeypatch.setitem(FORMATS, "torch.export", quick)
+    model = get_peft_model(NO_REDUCTION["swin"]().eval(), BSRConfig(keep_rate=1.0, trainable_blocks="last:1"))
+    report = peft_bsr.export(model, "torch.export", tmp_path / "swin.pt2", check=False)
+    assert report.token_counts == []
+    assert "tokens into" not in report.describe()
+
+
 def test_onnx(make_peft, five_images, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")

@@ -145,6 +145,13 @@ def test_what_the_larger_model_reads_decides_the_mode():
     assert detector.peft_config["default"].mode == "full_view"
 
 
+def test_losa_leaves_a_dual_encoder_all_the_tokens_that_it_returns():
+    """In training, too: a model with the head inside passes on what its head reads."""
+    model = get_peft_model(make_clip(), LoSAConfig()).train()
+    output = model(input_ids=torch.arange(12).view(2, 6), pixel_values=torch.randn(2, 3, 32, 32))
+    assert output.vision_model_output.last_hidden_state.shape == (2, 17, 32)
+
+
 def test_tokens_that_a_dual_encoder_returns_have_their_gradients():
     """Its image features read the class token alone, but its output holds the patches, too."""
     found = []

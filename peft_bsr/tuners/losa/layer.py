@@ -191,7 +191,7 @@ class LoSAController(ReadingController):
 
     def _reads_prefix_alone(self) -> bool:
         spec, plan = self.spec, self.plan
-        is_last = spec.last_read == spec.depth - 1
+        is_last = spec.last_read == spec.depth - 1 and spec.part is None  # a larger model may return all tokens
         reads_others = spec.reads_patches or spec.reads_suffix or not spec.reads_prefix
         return is_last and not reads_others and plan is not None and plan.mode == "compact"
 

@@ -14,6 +14,11 @@ from peft_bsr.core.route import ResumePoint, Route, TaskCall
 from peft_bsr.errors import ForwardError
 
 BLOCKS = "blocks"  # owner of a forward that begins at the first block, without a hook of the model
+_OUTSIDE = (
+    "a block of a model with an adapter ran outside of the model's forward. Call the model. If this is a backward "
+    "pass, gradient checkpointing wraps the block's call (as timm does), so the recomputation has no route: disable "
+    "it, or set `keep_rate=1.0` and `gradient_tokens=1.0`."
+)
 
 
 class BlockCall:
@@ -160,12 +165,18 @@ class Forward:
             ForwardError: If a block was called outside of the model's forward.
         """
         if self.route is None:
-            raise ForwardError(
-                "a block of a model with an adapter ran outside of the model's forward. Call the model. If this is a "
-                "backward pass, gradient checkpointing wraps the block's call (as timm does), so the recomputation has "
-                "no route: disable it, or set `keep_rate=1.0`."
-            )
+            raise ForwardError(_OUTSIDE)
         return self.route
+
+    def current_split(self) -> TokenSplit | None:
+        """The split of the running forward; None = all tokens carry gradients, or none was chosen yet.
+
+        Raises:
+            ForwardError: If a block was called outside of the model's forward.
+        """
+        if self.owner is None:
+            raise ForwardError(_OUTSIDE)
+        return self.split
 
     def reduced(self, index: int, origins: Tensor, merged: Tensor | None = None) -> None:
         """Update the route after the reduction of block `index`: `origins` [B, A], and `merged` [B, M] if it merges."""

@@ -265,7 +265,7 @@ class BlockController(nn.Module):
             score = own.gradient_tokens.score
         is_traced = torch.compiler.is_compiling() and self.spec.block_spec is not None
         route = route or self.start_route(hidden_states, plan)
-        split = self.context.now.split if splits else None
+        split = self.context.now.current_split() if splits else None
         return BlockCall(route, score, own, lean, int8, is_traced, splits=splits, split=split)
 
     def _splits(self, block: ControlledBlock, plan: BlockPlan) -> bool:

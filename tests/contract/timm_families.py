@@ -134,8 +134,8 @@ less than both halves run lean, this is why:
 - EVA-02 base and CLIP have a norm inside their MLP, ViTamin a norm and a gate in other modules: the MLP runs stock.
 - BEiT and SAM compute a bias from the tokens' places inside their attention, so no token can be dropped.
 
-Their gradient checkpointing (`set_grad_checkpointing`) works with `keep_rate=1.0`; with token reduction the backward
-pass raises an error that says so. ConvNeXt with 1 x 1 convolutions as MLP is refused.
+Their gradient checkpointing (`set_grad_checkpointing`) works with `keep_rate=1.0` and `gradient_tokens=1.0`; otherwise
+the backward pass raises an error that says so. ConvNeXt with 1 x 1 convolutions as MLP is refused.
 
 timm 1.0.31, torchvision 0.28.0 without its compiled operators, torch 2.13.0+cpu, transformers 5.23.0.
 """

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from peft import get_peft_model
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from peft_bsr import ALaSTConfig, BSRConfig, ConfigError
+from peft_bsr import ALaSTConfig, BSRConfig, ConfigError, ForwardError
 from peft_bsr.cost import estimate, saved_activations
 from peft_bsr.errors import LeanBlockWarning
 
@@ -88,6 +91,20 @@ def test_checkpointing_chooses_the_same_tokens(chosen_by, reduced, make_model, i
     (loss, gradients), *others = found
     assert all(torch.equal(loss, other) for other, _ in others)
     assert max(distance(other, gradients) for _, other in others) < 1e-4
+
+
+class CheckpointedCalls(nn.ModuleList):
+    """Blocks that are checkpointed around their call, as timm and torch's `checkpoint_wrapper` do."""
+
+    def __iter__(self):
+        return (partial(checkpoint, block, use_reentrant=False) for block in super().__iter__())
+
+
+def test_a_recomputation_that_would_choose_other_tokens_is_refused(make_model, images):
+    model = attach(make_model("vit"), gradient_tokens=0.5)
+    model.get_base_model().vit.layers.__class__ = CheckpointedCalls
+    with pytest.raises(ForwardError, match=r"gradient checkpointing wraps the block's call.*`gradient_tokens=1.0`"):
+        step(model, images)
 
 
 def test_what_is_kept_in_8_bits_is_near(make_model, images):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import get_peft_model
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
+from peft_bsr import BSRConfig
 from peft_bsr.cost import saved_activations
 
 pytestmark = pytest.mark.sampled(2)
@@ -43,6 +45,20 @@ def test_gradients_are_the_same(make_vit, make_config, images, use_reentrant, wh
     for name, gradient in expected.items():
         assert gradient is not None, name
         torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-5)
+
+
+def test_a_wrapper_around_a_block_checkpoints_it(make_vit, images):
+    """Accelerate's (for FSDP) calls the block again outside of the forward: for the same tokens, and not in int8."""
+    found = []
+    for kept in ("full", "int8"):
+        config = BSRConfig(trainable_blocks=[2, 3], keep_rate=1.0, saved_activations=kept)
+        model = get_peft_model(make_vit(), config)
+        layers = model.get_base_model().vit.layers
+        if kept == "int8":
+            layers[2], layers[3] = map(checkpoint_wrapper, layers[2:])
+        found.append(list(gradients(model, images).values()))
+    for wrapped, plain in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(wrapped, plain, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("use_reentrant", KINDS)

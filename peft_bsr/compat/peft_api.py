@@ -23,6 +23,9 @@ ExcludedModule = _ExcludedModule
 cast_input_dtype = BaseTunerLayer._cast_input_dtype
 """`(layer, tensor, dtype) -> tensor`: cast an input, unless the user has disabled casting for the layer."""
 
+cast_adapter = BaseTuner._cast_adapter_dtype
+"""`(tuner, adapter_name)`: cast an adapter in half precision to float32, as PEFT does after creating a tuner."""
+
 TRANSLATES_KEYS = hasattr(BaseTuner, "_remap_adapter_state_dict_for_load")
 """Whether a tuner can rename the keys of an adapter file while it is loaded (peft 0.21 and later)."""
 
@@ -116,6 +119,7 @@ __all__ = [
     "BufferDict",
     "ExcludedModule",
     "ModulesToSaveWrapper",
+    "cast_adapter",
     "cast_input_dtype",
     "check_adapters_to_merge",
     "config_class",

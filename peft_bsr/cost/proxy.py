@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from peft_bsr.backbones import find_part, inner_config, native_size, set_image_size
+from peft_bsr.compat.peft_api import cast_adapter
 from peft_bsr.compat.transformers_api import forget_source
 from peft_bsr.errors import PeftBsrError, UnsupportedModelError
 from peft_bsr.tuners import Resolution, known_method, resolve
@@ -105,7 +106,9 @@ def attach_resolved(model: nn.Module, config: SavedConfig, resolution: Resolutio
     own: Any = copy.deepcopy(config)
     own.fills_weights = False
     own.resolution = replace(resolution, rounded={name: how for name, how in wanted.items() if how != "int8"})
-    return known_method(config).tuner(model, own, "default"), [name for name, how in wanted.items() if how == "int8"]
+    tuner = known_method(config).tuner(model, own, "default")
+    cast_adapter(tuner, "default")
+    return tuner, [name for name, how in wanted.items() if how == "int8"]
 
 
 def _check_whole(model: nn.Module, part: str | None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import inspect
 import warnings
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -110,6 +111,13 @@ def test_cast_input_dtype():
     assert peft_api.cast_input_dtype(layer, torch.zeros(1), torch.bfloat16).dtype is torch.bfloat16
     layer.cast_input_dtype_enabled = False
     assert peft_api.cast_input_dtype(layer, torch.zeros(1), torch.bfloat16).dtype is torch.float32
+
+
+def test_cast_adapter():
+    layer = Layer()
+    layer.held["a"] = nn.Linear(1, 1, dtype=torch.bfloat16)
+    peft_api.cast_adapter(SimpleNamespace(model=layer), "a")
+    assert layer.held["a"].weight.dtype is torch.float32
 
 
 def test_check_adapters_to_merge():

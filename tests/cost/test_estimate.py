@@ -105,6 +105,17 @@ def test_frozen_weights_in_bfloat16_are_counted(plain):
         estimate(on_meta(MODELS["vit"]), config, dtype=torch.float16)
 
 
+def test_an_adapter_of_a_model_in_half_precision_is_in_float32():
+    """PEFT casts it, and with it the gradients and the optimizer's state."""
+    images = torch.randn(2, 3, 96, 96, dtype=torch.bfloat16)
+    for config in (CONFIGS["exact"](), CONFIGS["lora in blocks"]()):
+        found = estimate(on_meta(MODELS["vit"]), config, batch_size=2, dtype=torch.bfloat16)
+        model = get_peft_model(MODELS["vit"]().bfloat16(), config).train()
+        assert found.optimizer_bytes == 2 * model_memory(model).trainable_bytes
+        saved = saved_activations(model, lambda model=model: model(pixel_values=images).logits.sum())
+        assert found.saved_bytes == pytest.approx(saved, rel=0.02)
+
+
 def test_weights_optimizer_and_gradients_are_counted_by_hand():
     trained = sum(p.numel() for p in MODELS["vit"]().parameters())
     for optimizer, states in (("adamw", 2), ("sgd_momentum", 1), ("sgd", 0)):

@@ -32,31 +32,46 @@ KNOWN: dict[str, tuple[type[PreTrainedConfig], Mapping[str, object]]] = {
 """Hub id -> class and fields of its configuration that affect memory and compute."""
 
 
-def config_of(source: str) -> PreTrainedConfig:
-    """The configuration of a model.
+@lru_cache(maxsize=8)
+def model_name(source: str) -> str:
+    """Hub id or folder of a model.
 
     Args:
         source: One of `KNOWN`, a folder or another Hub id. For an adapter, the base model is used.
 
     Raises:
-        HubError: If the model does not exist.
-        UsageError: If its configuration cannot be read.
+        HubError: If it does not exist.
+        UsageError: If it is neither a model nor an adapter.
     """
-    if source in KNOWN:
-        made, fields = KNOWN[source]
+    return source if source in KNOWN else model_of(find_adapter(source), source)
+
+
+def config_of(source: str) -> PreTrainedConfig:
+    """The configuration of a model.
+
+    Args:
+        source: See `model_name`.
+
+    Raises:
+        UsageError: If the configuration cannot be read.
+    """
+    name = model_name(source)
+    if name in KNOWN:
+        made, fields = KNOWN[name]
         return made(**fields)
-    return read_model_config(model_of(find_adapter(source), source))
+    return read_model_config(name)
 
 
 def own_size(source: str) -> int | None:
     """Image size that `peft-bsr train` uses if it differs from the configuration, or None.
 
     Args:
-        source: See `config_of`.
+        source: See `model_name`.
     """
-    if source in KNOWN:
-        return 224 if KNOWN[source][0] is Dinov2Config else None
-    return trained_size(config_of(source), source)
+    name = model_name(source)
+    if name in KNOWN:
+        return 224 if KNOWN[name][0] is Dinov2Config else None
+    return trained_size(config_of(name), name)
 
 
 @lru_cache(maxsize=8)
@@ -64,7 +79,7 @@ def costs_of(source: str, labels: int) -> PlanCosts:
     """Cached training costs of a model; no weights are loaded.
 
     Args:
-        source: See `config_of`.
+        source: See `model_name`.
         labels: Number of classes of its head.
     """
     config = config_of(source)
@@ -74,4 +89,4 @@ def costs_of(source: str, labels: int) -> PlanCosts:
     return PlanCosts(model)
 
 
-__all__ = ["KNOWN", "config_of", "costs_of", "own_size"]
+__all__ = ["KNOWN", "config_of", "costs_of", "model_name", "own_size"]

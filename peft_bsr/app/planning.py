@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from peft_bsr.app.models import config_of, costs_of, own_size
+from peft_bsr.app.models import config_of, costs_of, model_name, own_size
 from peft_bsr.app.results import measured, plan_key
 from peft_bsr.backbones import BackboneForImageClassification
 from peft_bsr.cli.memory import OPTIMIZERS, PRECISIONS
@@ -158,6 +158,7 @@ def accuracies_of(plan: BudgetPlan, depth: int) -> dict[str, float]:
 
 def python_of(plan: BudgetPlan, question: Question) -> str:
     """Python code that trains the model with the plan."""
+    source = model_name(question.source)
     setup, options = plan.setup, {} if plan.config is None else changed(plan.config)
     rate = default_learning_rate("full" if plan.config is None else "bsr", options)
     arguments: dict[str, object] = {"per_device_train_batch_size": setup.batch_size, "learning_rate": rate}
@@ -171,12 +172,12 @@ def python_of(plan: BudgetPlan, question: Question) -> str:
         arguments |= {"gradient_checkpointing_kwargs": {"use_reentrant": False} | offload}
     words = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
     adapter = ", ".join(f"{name}={value!r}" for name, value in options.items())
-    own = trainable_class(question.source, config_of(question.source))
-    made = f"{own.__name__}.from_pretrained({question.source!r}, num_labels={question.labels}, "
+    own = trainable_class(source, config_of(source))
+    made = f"{own.__name__}.from_pretrained({source!r}, num_labels={question.labels}, "
     made += "ignore_mismatched_sizes=True)"
     is_headless = own is BackboneForImageClassification
     if is_headless:
-        made = f"with_head(AutoModel.from_pretrained({question.source!r}), {question.labels})"
+        made = f"with_head(AutoModel.from_pretrained({source!r}), {question.labels})"
     lines = [
         f"from transformers import {'AutoModel' if is_headless else own.__name__}, Trainer, TrainingArguments",
         *([] if plan.config is None else ["from peft import get_peft_model", "from peft_bsr import BSRConfig"]),
@@ -194,7 +195,7 @@ def python_of(plan: BudgetPlan, question: Question) -> str:
 
 def shell_of(plan: BudgetPlan, question: Question) -> str:
     """Command that trains the model with the plan on a folder of images by class."""
-    return command_of(plan, question.source, ["--dataset", "photos", "--output", "out"])
+    return command_of(plan, model_name(question.source), ["--dataset", "photos", "--output", "out"])
 
 
 __all__ = ["CARDS", "USABLE", "Question", "accuracies_of", "fill", "known_plans", "plans_of", "python_of", "shell_of"]

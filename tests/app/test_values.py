@@ -107,6 +107,13 @@ def test_the_lines_of_a_plan_run_it(tiny, monkeypatch):
     assert str(args.model) == str(tiny)
 
 
+def test_the_lines_for_an_adapter_train_its_base_model(tiny, tmp_path):
+    get_peft_model(ViTForImageClassification.from_pretrained(tiny), BSRConfig()).save_pretrained(tmp_path)
+    question = Question(str(tiny), gib=1.0, batch_size=4, labels=3)
+    plan, same = answered(question, 1)[0], replace(question, source=str(tmp_path))
+    assert python_of(plan, same) == python_of(plan, question) and shell_of(plan, same) == shell_of(plan, question)
+
+
 def test_the_python_lines_train_where_the_models_own_class_takes_no_labels(tmp_path):
     """A distilled DeiT is saved from a class without a loss; a bare DINOv2 has no head."""
     sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -65,7 +66,7 @@ def _curves(record: RunRecord) -> str:
     charts = []
 
     def points(key: str) -> list[tuple[float, float]]:
-        return [(entry["step"], entry[key]) for entry in record.log_history if key in entry]
+        return [(entry["step"], entry[key]) for entry in record.log_history if math.isfinite(entry.get(key, math.nan))]
 
     scored = sorted({key for entry in record.log_history for key in entry if key.startswith("eval_")} - _NOT_ALONE)
     kept = record.kept_step if any(step == record.kept_step for step, _ in points("eval_loss")) else None

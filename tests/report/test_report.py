@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import re
 from html.parser import HTMLParser
 
@@ -121,6 +122,16 @@ def test_a_picture_that_is_not_there_is_explained(model, tmp_path):
     text = write_report(RunRecord("bare", None, None, results=results), tmp_path / "report.html").read_text()
     assert re.findall(r"<h2>(.*?)</h2>", text) == ["Confusion matrix"]
     assert "200 classes are too many." in text
+
+
+def test_a_run_that_diverged_has_a_report(tmp_path):
+    log = [
+        {"step": 1, "loss": 2.0},
+        {"step": 2, "eval_loss": math.nan, "eval_accuracy": 0.1},
+        {"step": 3, "loss": math.inf},
+    ]
+    text = write_report(RunRecord("bare", None, None, log_history=log), tmp_path / "report.html").read_text()
+    assert re.findall(r'aria-label="(.*?)"', text) == ["loss by optimizer step", "accuracy by optimizer step"]
 
 
 def test_what_is_not_known_has_no_place(model, tmp_path):

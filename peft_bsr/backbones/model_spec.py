@@ -200,6 +200,18 @@ class ModelSpec:
             raise UnsupportedModelError("this model's tokens are not a grid of patches of one image")
         return self.image_shape[1] // self.grid[0], self.image_shape[2] // self.grid[1]
 
+    def grid_at(self, height: int, width: int) -> tuple[int, int]:
+        """(rows, columns) of the patches of an image.
+
+        Args:
+            height: In pixels.
+            width: In pixels.
+
+        Raises:
+            UnsupportedModelError: If the tokens are not a patch grid of one image.
+        """
+        return height // self.patch_size[0], width // self.patch_size[1]
+
     def at_size(self, height: int, width: int) -> ModelSpec:
         """The description for images of another size.
 
@@ -213,5 +225,5 @@ class ModelSpec:
         shape = (self.image_shape[0], height, width)
         if self.no_reduction is not None:
             return replace(self, image_shape=shape)  # the other fields about tokens say nothing
-        rows, columns = height // self.patch_size[0], width // self.patch_size[1]
-        return replace(self, image_shape=shape, grid=(rows, columns), num_patches=rows * columns)
+        rows, columns = grid = self.grid_at(height, width)
+        return replace(self, image_shape=shape, grid=grid, num_patches=rows * columns)

@@ -10,7 +10,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from peft_bsr.backbones import in_mode, probe_model
+from peft_bsr.backbones import ModelSpec, in_mode, probe_model
 from peft_bsr.engine import BlockScores, record_scores
 from peft_bsr.errors import InputError, UnsupportedModelError
 from peft_bsr.tuners.base.layer import find_backbone, find_controllers, runs_on_images
@@ -29,7 +29,7 @@ def draw_attention(model: nn.Module, pixel_values: Tensor, image: np.ndarray, pa
     Args:
         model: A supported vision transformer, with or without one of our adapters.
         pixel_values: [1, C, H, W], the model's input.
-        image: [H, W, 3] or [H, W], values in 0 to 1.
+        image: [H, W, 3], [H, W, 1] or [H, W], values in 0 to 1.
         path: File to write; its extension sets the format (`.png`, `.svg`, `.pdf`).
 
     Returns:
@@ -37,13 +37,13 @@ def draw_attention(model: nn.Module, pixel_values: Tensor, image: np.ndarray, pa
 
     Raises:
         InputError: If several images are given.
-        UnsupportedModelError: If the attention of this model cannot be observed.
+        UnsupportedModelError: If the attention of this model cannot be observed, or its tokens are not a patch grid.
     """
     if len(pixel_values) != 1:
         raise InputError(
             f"`pixel_values` holds {len(pixel_values)} images; one can be drawn. Pass `pixel_values[i : i + 1]`."
         )
-    found = _scores(model, pixel_values)
+    spec, found = _scores(model, pixel_values)
     if not found:
         raise UnsupportedModelError(f"the attention of {type(model).__name__} does not expose its weights or queries.")
     lines = -(-(len(found) + 1) // _COLUMNS)
@@ -53,8 +53,9 @@ def draw_attention(model: nn.Module, pixel_values: Tensor, image: np.ndarray, pa
     axes[0].imshow(image, cmap="gray", vmin=0, vmax=1)
     axes[0].set_title("input", fontsize=8)
     palette = colormaps["magma"].with_extremes(bad="0.75")
+    grid = spec.grid_at(*pixel_values.shape[-2:])
     for axis, block in zip(axes[1:], found, strict=False):
-        scores = _on_grid(block, image.shape[:2])
+        scores = _on_grid(block, grid)
         axis.imshow(scores, cmap=palette, vmin=0, vmax=np.nanmax(scores), interpolation="nearest")
         axis.set_title(f"block {block.block}: {np.nanmax(scores):.1%}", fontsize=8)
     for axis in axes:
@@ -65,25 +66,23 @@ def draw_attention(model: nn.Module, pixel_values: Tensor, image: np.ndarray, pa
     return save_figure(figure, path, dpi=150)
 
 
-def _scores(model: nn.Module, pixel_values: Tensor) -> list[BlockScores]:
+def _scores(model: nn.Module, pixel_values: Tensor) -> tuple[ModelSpec, list[BlockScores]]:
     base = find_backbone(model)
     controllers = find_controllers(model)
     spec = controllers[0].spec if controllers else probe_model(base)
     with in_mode(False, model), torch.no_grad(), record_scores(base, spec) as found:
         runs_on_images(model)(pixel_values=pixel_values)
-    return found
+    return spec, found
 
 
-def _on_grid(block: BlockScores, size: tuple[int, ...]) -> np.ndarray:
-    """[rows, columns], NaN where a patch was dropped."""
+def _on_grid(block: BlockScores, grid: tuple[int, ...]) -> np.ndarray:
+    """[rows, columns] of a grid, NaN where a patch was dropped."""
     route, scores = block.route, block.scores[0].float().cpu()
     alive = scores[route.num_prefix : len(scores) - route.num_suffix]
     patches = torch.full((route.num_patches + route.num_reductions,), torch.nan)
     patches[route.origins_like(block.scores[..., None])[0].cpu()] = alive
-    height, width = size
-    rows = round((route.num_patches * height / width) ** 0.5)
-    grid: np.ndarray = patches[: route.num_patches].reshape(rows, -1).numpy()
-    return grid
+    found: np.ndarray = patches[: route.num_patches].reshape(grid).numpy()
+    return found
 
 
 __all__ = ["draw_attention"]

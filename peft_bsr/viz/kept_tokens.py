@@ -60,6 +60,7 @@ def kept_token_pictures(model: nn.Module, pixel_values: Tensor, images: np.ndarr
 
     Raises:
         AdapterError: If the model has no adapter of ours, or none that reduces tokens.
+        UnsupportedModelError: If its tokens are not a grid of patches of one image.
     """
     controllers = find_controllers(model)
     plan = controllers[0].plan if controllers else None
@@ -73,13 +74,14 @@ def kept_token_pictures(model: nn.Module, pixel_values: Tensor, images: np.ndarr
     if not routes:
         raise AdapterError("the model dropped no tokens: its adapter keeps all of them in evaluation, or is disabled.")
     found = []
+    grid = controllers[0].spec.grid_at(*pixel_values.shape[-2:])
     for block, route in routes:
-        alive, mass = route.alive().cpu().numpy(), None
+        alive, mass = route.alive().unflatten(1, grid).cpu().numpy(), None
         if route.merged is None:
             pictures = [_veil(_coloured(image), kept) for image, kept in zip(images, alive, strict=True)]
             mass = _dropped_mass(next(s for s in scores if s.block == block), route)
         else:
-            merged = route.merged.cpu().numpy()
+            merged = route.merged.unflatten(1, grid).cpu().numpy()
             pictures = [_blend(_coloured(image), holders) for image, holders in zip(images, merged, strict=True)]
         found.append(KeptTokens(block, float(alive.mean()), mass, reductions[block].fuse, np.stack(pictures)))
     return found
@@ -107,7 +109,7 @@ def draw_kept_tokens(
     Args:
         model: A model with an active adapter of ours that reduces tokens.
         pixel_values: [B, C, H, W], the model's input.
-        images: [B, H, W, 3] or [B, H, W], values in 0 to 1.
+        images: [B, H, W, 3], [B, H, W, 1] or [B, H, W], values in 0 to 1.
         path: File to write; its extension sets the format (`.png`, `.svg`, ...).
         titles: One title per image.
 
@@ -127,7 +129,7 @@ def draw_kept(
 
     Args:
         kept: One per reduction.
-        images: [B, H, W, 3] or [B, H, W], values in 0 to 1.
+        images: [B, H, W, 3], [B, H, W, 1] or [B, H, W], values in 0 to 1.
         path: File to write.
         titles: One title per image.
 
@@ -160,17 +162,18 @@ def draw_kept(
 
 
 def _coloured(image: np.ndarray) -> np.ndarray:
-    return image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=-1)
+    """[H, W, 3] of an image [H, W, 3], [H, W, 1] or [H, W]."""
+    return np.broadcast_to(image[..., None] if image.ndim == 2 else image, (*image.shape[:2], 3))
 
 
 def _veil(image: np.ndarray, alive: np.ndarray) -> np.ndarray:
-    """[H, W, 3] with the patches that are not in `alive` [patches] shaded."""
+    """[H, W, 3] with the patches that are not in `alive` [rows, columns] shaded."""
     is_alive = _of_pixels(image, alive)[..., None]
     return np.where(is_alive, image, (1 - _OPACITY) * image + _OPACITY * _VEIL)
 
 
 def _blend(image: np.ndarray, merged: np.ndarray) -> np.ndarray:
-    """[H, W, 3], each pixel in the mean colour of the patches with its number in `merged` [patches]."""
+    """[H, W, 3], each pixel in the mean colour of the patches with its number in `merged` [rows, columns]."""
     number = _of_pixels(image, merged)
     sizes = np.maximum(np.bincount(number.ravel(), minlength=merged.size), 1)
     means = [np.bincount(number.ravel(), image[..., c].ravel(), merged.size) / sizes for c in range(image.shape[2])]
@@ -178,8 +181,6 @@ def _blend(image: np.ndarray, merged: np.ndarray) -> np.ndarray:
 
 
 def _of_pixels(image: np.ndarray, patches: np.ndarray) -> np.ndarray:
-    """[H, W], the value of the nearest patch: the image need not be a multiple of one."""
-    height, width = image.shape[:2]
-    grid = patches.reshape(round((patches.size * height / width) ** 0.5), -1)
-    row_of, spec_of = (np.arange(n) * k // n for n, k in zip((height, width), grid.shape, strict=True))
-    return grid[row_of][:, spec_of]
+    """[H, W], the value of the nearest of the patches [rows, columns]: the image need not be a multiple of one."""
+    row_of, column_of = (np.arange(n) * k // n for n, k in zip(image.shape, patches.shape, strict=False))
+    return patches[row_of][:, column_of]

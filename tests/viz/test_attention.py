@@ -8,7 +8,7 @@ from PIL import Image
 
 from peft_bsr import BSRConfig, SynQTConfig, probe_model
 from peft_bsr.engine import record_scores
-from peft_bsr.viz import draw_attention
+from peft_bsr.viz import draw_attention, draw_kept_tokens, kept_token_pictures
 from peft_bsr.viz.attention import _on_grid, _scores
 
 
@@ -40,9 +40,9 @@ def test_watching_does_not_change_a_model_that_drops_tokens(family, make_model, 
 
 def test_dropped_patches_have_no_value_and_others_lie_where_they_come_from(make_model, images):
     model = get_peft_model(make_model(), BSRConfig(reduction_blocks=[1], keep_rate=0.5)).train()
-    found = _scores(model, images[:1])
+    _, found = _scores(model, images[:1])
     assert model.training
-    first, last = _on_grid(found[0], (32, 32)), _on_grid(found[3], (32, 32))
+    first, last = _on_grid(found[0], (4, 4)), _on_grid(found[3], (4, 4))
     assert first.shape == (4, 4) and not np.isnan(first).any()
     np.testing.assert_allclose(first.flatten(), found[0].scores[0, 1:], atol=1e-7)
     assert np.isnan(last).sum() == 8
@@ -56,6 +56,18 @@ def test_the_picture(adapter, make_model, images, tmp_path):
     path = draw_attention(model, images[:1], np.random.default_rng(0).random((32, 32, 3)), tmp_path / "attention.png")
     with Image.open(path) as picture:
         assert picture.width > 2 * picture.height, "input and blocks in one line"
+
+
+def test_images_of_any_shape_are_drawn_on_their_own_grid(make_model, tmp_path):
+    """63 x 8 pixels are 7 x 1 patches of 8 x 8, whatever the picture's own shape says; one channel is grey."""
+    model = get_peft_model(make_model("dinov2"), BSRConfig(reduction_blocks=[1, 2]))
+    patch = model.base_model.spec.patch_size[0]
+    pixels = torch.randn(1, 3, 8 * patch - 1, 2 * patch - 1)
+    picture = np.random.default_rng(0).random((1, *pixels.shape[2:], 1))
+    assert draw_attention(model, pixels, picture[0], tmp_path / "attention.png").exists()
+    assert draw_kept_tokens(model, pixels, picture, tmp_path / "kept.png").exists()
+    first, _ = kept_token_pictures(model, pixels, picture)
+    assert first.pictures.shape == (1, *pixels.shape[2:], 3)
 
 
 def test_one_image_at_a_time(make_model, images, tmp_path):

@@ -24,7 +24,7 @@ def test_the_picture_is_written_and_the_mode_restored(shape, make_model, images,
 
 def test_dropped_patches_are_veiled_and_kept_ones_are_not():
     image = np.zeros((4, 4, 3))
-    veiled = _veil(image, np.array([True, False, False, True]))
+    veiled = _veil(image, np.array([[True, False], [False, True]]))
     assert (veiled[:2, :2] == 0).all()
     assert (veiled[2:, 2:] == 0).all()
     assert (veiled[:2, 2:] > 0).all()
@@ -52,7 +52,7 @@ def test_dropped_mass_is_the_attention_of_what_was_dropped(fused, make_model, im
 
 def test_merged_patches_have_the_mean_colour_of_their_token():
     image = np.arange(48.0).reshape(4, 4, 3) / 48
-    blended = _blend(image, np.array([3, 1, 2, 3]))
+    blended = _blend(image, np.array([[3, 1], [2, 3]]))
     np.testing.assert_allclose(blended[0, 0], (image[:2, :2].sum((0, 1)) + image[2:, 2:].sum((0, 1))) / 8)
     np.testing.assert_allclose(blended[3, 3], blended[0, 0])
     np.testing.assert_allclose(blended[0, 2], image[:2, 2:].mean((0, 1)))

@@ -35,7 +35,7 @@ class ImageCall(TaskCall):
     num_items: Tensor | int | None = None
     grid: tuple[int, int] | None = None
 
-    def labels_of(self, task: TaskConfig, index: int) -> Tensor | Sequence[float] | None:
+    def labels_of(self, task: TaskConfig, index: int) -> Tensor | Sequence[Any] | None:
         """Labels of a task, given by its index among the adapter's tasks; None if there are none."""
         labels, rows = self.labels, self.rows[index]
         if isinstance(labels, dict):
@@ -44,7 +44,7 @@ class ImageCall(TaskCall):
             return labels
         if isinstance(labels, Tensor) and labels.device == rows.device:
             return labels.index_select(0, rows)
-        return torch.stack([torch.as_tensor(labels[place]) for place in self.places[index]])
+        return [labels[place] for place in self.places[index]]
 
     def share_of_step(self) -> Tensor | float:
         """Share of the batch in the loss of a step: below 1 if the step accumulates the gradients of several batches.
@@ -63,7 +63,7 @@ def without_tasks(kwargs: dict[str, object]) -> dict[str, object]:
 
 def read_call(
     tasks: Sequence[TaskConfig],
-    column: ModelSpec,
+    spec: ModelSpec,
     args: tuple[object, ...],
     kwargs: dict[str, Any],
     num_images: int | None = None,
@@ -72,7 +72,7 @@ def read_call(
 
     Args:
         tasks: Tasks of the adapter.
-        column: Description of the model.
+        spec: Description of the model.
         args: Positional arguments of the call.
         kwargs: Keyword arguments; `task` (a name, or one per image), `task_ids` (indices [B]), `labels` and Trainer's
             `num_items_in_batch` are removed.
@@ -97,9 +97,8 @@ def read_call(
         call = ImageCall(ids, rows=dict(zip(places, rows, strict=True)), places=places)
     call.labels, call.num_items = kwargs.get("labels"), kwargs.get("num_items_in_batch")
     call.keeps_tokens = any(tasks[index].is_dense for index in call.rows)
-    if column.grid is not None and len(column.grid) == 2 and images.ndim == 4:
-        height, width = column.patch_size
-        call.grid = images.shape[2] // height, images.shape[3] // width
+    if spec.grid is not None and len(spec.grid) == 2 and images.ndim == 4:
+        call.grid = spec.grid_at(*images.shape[2:])
     return call, left
 
 

@@ -6,6 +6,7 @@ Shapes: B images, b of them of one task, N tokens, P prefix tokens, D width, C o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -115,7 +116,7 @@ def new_linear(in_features: int, out_features: int) -> nn.Linear:
     return linear
 
 
-def task_loss(task: TaskConfig, output: Tensor, labels: Tensor | Sequence[float]) -> Tensor:
+def task_loss(task: TaskConfig, output: Tensor, labels: Tensor | Sequence[Any]) -> Tensor:
     """Mean loss of one task's part of the batch: cross-entropy, or the squared error.
 
     Maps are scaled to the size of the labels (bilinear). Without a single valid label the loss is 0.
@@ -123,11 +124,16 @@ def task_loss(task: TaskConfig, output: Tensor, labels: Tensor | Sequence[float]
     Args:
         task: The task.
         output: [b, C], or [b, C, h, w] for dense tasks.
-        labels: See `TaskConfig`.
+        labels: See `TaskConfig`; a tensor, or one entry per image.
 
     Raises:
-        AdapterError: If the number of labels is not the number of images.
+        AdapterError: If the number of labels is not the number of images, or their shapes differ.
     """
+    if isinstance(labels, (list, tuple)):
+        entries = [torch.as_tensor(label) for label in labels]
+        if len(shapes := {tuple(entry.shape) for entry in entries}) > 1:
+            raise AdapterError(f"`labels` of task {task.name!r} have the shapes {sorted(shapes)}; give them one.")
+        labels = torch.stack(entries) if entries else torch.empty(0)
     labels = torch.as_tensor(labels).to(output.device, non_blocking=True)
     if labels.ndim == 0 or len(labels) != len(output):
         raise AdapterError(

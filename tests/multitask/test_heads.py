@@ -7,7 +7,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch.nn.functional import cross_entropy, interpolate
 
-from peft_bsr import BSRConfig, TaskConfig
+from peft_bsr import AdapterError, BSRConfig, TaskConfig
 from peft_bsr.multitask import task_loss
 
 pytestmark = pytest.mark.sampled(2)
@@ -95,6 +95,16 @@ def test_dense_tasks_do_not_shorten_the_last_block_in_training(make_vit, make_co
     assert plan.mode == "full_view" and plan.blocks[-1].lean.num_queries is None
     loss = model.train()(pixel_values=images, task="parts", labels=LABELS["parts"]).loss
     torch.testing.assert_close(model.eval()(pixel_values=images, task="parts", labels=LABELS["parts"]).loss, loss)
+
+
+def test_a_list_of_labels_is_taken_also_where_the_batch_has_one_task(dense, images):
+    """A collator that builds lists, for labels of several shapes, does not know which tasks a batch has."""
+    for task in TASKS:
+        expected = dense(pixel_values=images, task=task, labels=LABELS[task]).loss
+        torch.testing.assert_close(dense(pixel_values=images, task=task, labels=list(LABELS[task])).loss, expected)
+    uneven = [torch.zeros(size, size, dtype=torch.long) for size in (4, 4, 8, 4, 4, 4)]
+    with pytest.raises(AdapterError, match=r"`labels` of task 'parts' have the shapes \[\(4, 4\), \(8, 8\)\]"):
+        dense(pixel_values=images, task="parts", labels=uneven)
 
 
 def test_losses():

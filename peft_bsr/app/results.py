@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from statistics import mean
-from typing import TypedDict
+from typing import Any
 
 from peft_bsr.engine import Plan
 from peft_bsr.tuners import BSRConfig
@@ -17,25 +17,6 @@ AXES = {  # cost -> (attribute of a point, divisor for the unit)
     "peak memory, MiB": ("peak_bytes", 2**20),
     "step, full fine-tuning = 1": ("step_to_full", 1),
 }
-
-
-class _Measured(TypedDict):
-    """A point as it is stored."""
-
-    task: str
-    experiment: str
-    accuracies: list[float]
-    peak_bytes: int
-    step_to_full: float
-    plan: str | None
-    command: str
-
-
-class _Benchmark(TypedDict):
-    """The file `benchmark.json`."""
-
-    points: list[_Measured]
-    conditions: str
 
 
 @dataclass(frozen=True)
@@ -77,26 +58,15 @@ class Point:
 
 
 @cache
-def _benchmark() -> _Benchmark:
-    found: _Benchmark = json.loads((Path(__file__).parent / "benchmark.json").read_text(encoding="utf-8"))
+def _benchmark() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((Path(__file__).parent / "benchmark.json").read_text(encoding="utf-8"))
     return found
 
 
 @cache
 def points() -> tuple[Point, ...]:
     """All measured points; written by `benchmarks/method_comparison/points.py`."""
-    return tuple(
-        Point(
-            one["task"],
-            one["experiment"],
-            tuple(one["accuracies"]),
-            one["peak_bytes"],
-            one["step_to_full"],
-            one["plan"],
-            one["command"],
-        )
-        for one in _benchmark()["points"]
-    )
+    return tuple(Point(**one | {"accuracies": tuple(one["accuracies"])}) for one in _benchmark()["points"])
 
 
 def conditions() -> str:

@@ -1,4 +1,4 @@
-"""Proof at attach that lean parts of blocks that differ give what the stock blocks give."""
+"""Check at attach that the lean halves of blocks that differ have the stock blocks' outputs and gradients."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ _HALVES = ("attention", "mlp")
 
 
 def verify_stages(model: nn.Module, spec: ModelSpec, plan: Plan, stock: StockRun | None = None) -> Plan:
-    """Try each half of `plan`'s lean blocks on one block of each kind; the model is not changed.
+    """Check each half of the plan's lean blocks on one block of each kind. The model is not changed.
 
     Args:
         model: The model.
         spec: Description of a model without token reduction.
         plan: A plan.
-        stock: The probe's forward. Default None: one more is run.
+        stock: The probe's forward. Default None: a new one is run.
 
     Returns:
-        The plan with the halves that passed. What did not is logged and written into `Plan.notes`, with the reason and
-        the blocks; so are parameters of trained blocks that stay frozen.
+        The plan with the halves that passed. Those that failed are logged and added to `Plan.notes`, with the reason
+        and the blocks, and so are parameters of trained blocks that stay frozen.
     """
     blocks, problems = list(plan.blocks), dict[str, list[int]]()
     notes = _frozen(model, spec, plan)
@@ -68,7 +68,7 @@ def verify_stages(model: nn.Module, spec: ModelSpec, plan: Plan, stock: StockRun
 
 
 def _kind(model: nn.Module, spec: ModelSpec, index: int, half: str, lean: Lean) -> Hashable:
-    """What decides whether a half of the block runs lean: its names, the shapes of its parameters, its windows."""
+    """Key of a half: names, types, shapes and numbers, such as a window. Halves with one key pass or fail alike."""
     parts: StageBlock = spec.stage_blocks[index]
     block = model.get_submodule(spec.blocks[index])
     names = (parts.block_spec.attention,) if half == "attention" else (parts.norm, *parts.mlp)
@@ -79,7 +79,7 @@ def _kind(model: nn.Module, spec: ModelSpec, index: int, half: str, lean: Lean) 
 
 
 def _frozen(model: nn.Module, spec: ModelSpec, plan: Plan) -> list[str]:
-    """Parameters of trained blocks that no module holds which trains."""
+    """A note on parameters of trained blocks that are in no module that trains, if there are any."""
     names: dict[str, None] = {}
     for index in plan.trained_blocks:
         block = model.get_submodule(spec.blocks[index])

@@ -73,9 +73,10 @@ def _opaque_attention(model: nn.Module, spec: ModelSpec, plan: Plan, stock: Stoc
         return "its blocks are not norm, attention, norm and MLP with two residuals"
     if all(block.lean is None for block in plan.blocks):
         plan = verify_lean(model, spec, plan.with_lean(Lean()), stock)
-    if any(block.lean is not None and block.lean.attention for block in plan.blocks):
+    if any(b.lean is not None and b.lean.attention and not b.lean.as_modules for b in plan.blocks):
         return None
-    return "its attention cannot be taken apart: " + next((n for n in plan.notes if n.startswith("lean att")), "")
+    itself = "it runs as the block's own modules, because it computes rotations or biases itself"
+    return "its attention cannot be taken apart: " + next((n for n in plan.notes if n.startswith("lean att")), itself)
 
 
 def _difference(model: nn.Module, spec: ModelSpec, wanted: BlockPlan, index: int, stock: StockRun | None) -> str | None:

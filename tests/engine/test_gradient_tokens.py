@@ -26,6 +26,8 @@ from pairs import step as any_step
 pytestmark = pytest.mark.sampled(2)
 
 LABELS = torch.tensor([0, 2])
+SOUND = ("wav2vec2", "wav2vec2_large", "hubert", "hubert_large", "data2vec_audio", "unispeech_sat")
+WITHOUT_DROPOUT = ("hidden_dropout", "activation_dropout", "attention_dropout", "feat_proj_dropout", "mask_time_prob")
 NONE = {"reduction_blocks": []}
 
 
@@ -124,10 +126,10 @@ def test_what_is_kept_in_8_bits_is_near(make_model, images):
 )
 def test_every_family_runs_as_ever_or_is_refused(family):
     """Rotary tables, suffix tokens, the whole grid, position biases; a reduction in the first trained block."""
-    refused = {"mlcd": "the function that rotates", "vjepa2": "cannot be taken apart"}
-    refused |= dict.fromkeys(("data2vec", "data2vec_shared_bias"), "the attention is called with")
-    extra = {}
-    if family.startswith(("beit", "data2vec")):
+    refused = dict.fromkeys(("mlcd", "vjepa2", "data2vec", "data2vec_shared_bias"), "cannot be taken apart")
+    refused |= dict.fromkeys(("wav2vec2", "hubert", "data2vec_audio"), "its blocks are not norm, attention")
+    extra = dict.fromkeys(WITHOUT_DROPOUT, 0.0) if family in SOUND else {}
+    if family.startswith(("beit", "data2vec")) and family not in SOUND:
         with pytest.raises(ConfigError, match="drops whole paths"):
             make(family, "exact", gradient_tokens=0.5)
         extra = {"drop_path_rate": 0.0}
@@ -184,6 +186,12 @@ def test_a_block_that_someone_looks_into_has_gradients_of_all(make_model, images
     assert "all tokens carry gradients: the hook" in model.base_model.explain()
     step(model, images)
     assert not stock_halves(model)
+
+
+def test_an_attention_that_rotates_by_itself_is_refused():
+    """In the parts of V-JEPA 2's attention the rotation would be missing, and the loss another one."""
+    with pytest.raises(ConfigError, match="its attention cannot be taken apart: it runs as the block's own modules"):
+        make("vjepa2", "exact", gradient_tokens=0.5)
 
 
 def test_what_cannot_be_is_said_before_anything_changes():

@@ -92,8 +92,7 @@ def halves_obstacle(
         return "its parts are not known"
     if side_input_hooks.biases(block):
         return "it makes position biases of all tokens"
-    hook = next(filter(None, half_readers(block, spec, (side_input_hooks, *own))[1:]), None)
-    return hook and f"the hook {hook} looks at its modules"
+    return next(filter(None, half_readers(block, spec, (side_input_hooks, *own))[1:]), None)
 
 
 @cache

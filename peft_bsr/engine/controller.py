@@ -292,14 +292,14 @@ class BlockController(nn.Module):
         if not (block.training and plan.in_graph and torch.is_grad_enabled()):
             return None, False
         lean, is_traced = plan.lean, torch.compiler.is_compiling()
-        if is_traced and (block.gradient_checkpointing or self.spec.block_spec is None):
+        if is_traced and block.gradient_checkpointing:
             return None, False
         reason = None if lean is None or lean.num_queries is None else self.other_reader(block)
         if lean is not None and reason is not None:
             lean = replace(lean, num_queries=None)
         if is_traced:
             block.traced_aside(reason)
-            return lean, False
+            return None if self.spec.block_spec is None else lean, False
         self.aside = {}
         if reason is not None:
             self.step_aside("class token only", reason)

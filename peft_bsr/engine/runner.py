@@ -166,9 +166,18 @@ class ControlledBlock(nn.Module):
         controller: BlockController = getattr(self, CONTROLLER)
         controller.aside = {} if reader is None else {"class token only": reader}
         plan = controller.block_plan
+        if plan is not None and plan.lean is not None and controller.spec.block_spec is None:
+            planned = {"attention": plan.lean.attention, "mlp": plan.lean.mlp}
+            reason = "torch.compile traces a block that is not taken apart"
+            controller.aside |= {half: reason for half, is_lean in planned.items() if is_lean}
         if plan is not None and plan.int8:
             controller.step_aside("int8", "torch.compile traces the block")
         warn_of_budget(self)
+
+    @torch.compiler.assume_constant_result
+    def traced_note(self, half: str, reason: str) -> None:
+        """Record that a half keeps all that a compiler keeps of it."""
+        getattr(self, CONTROLLER).aside[half] = reason
 
     @torch.compiler.assume_constant_result
     def traced_whole(self) -> None:

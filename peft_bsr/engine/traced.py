@@ -72,10 +72,7 @@ class TracedBlock(BoundBlock):
     ) -> tuple[Tensor, list[object], Tensor | None]:
         arguments, lean, kind = self._arguments(call, tokens, args, kwargs), call.lean, call.score
         keeps: Keeps = "all"
-        # the running block's route gathers a bias of all tokens; in a region, dynamo fails on it at several image sizes
-        is_gathered = self.side_input_hooks.rule.position_bias is not None and call.route.origins is not None
-        is_observed = kind is not None and self.spec.scores_from == "sdpa"  # by a mode, which dynamo has in no region
-        if lean is not None and lean.attention and not (self.readers[1] or is_gathered or is_observed):
+        if lean is not None and lean.attention and self._may_drop("attention", self._attention_obstacle(call)):
             keeps = self._attention_keeps(lean)
         elif kind is None:
             change, others = self.attention(tokens, arguments)
@@ -96,9 +93,24 @@ class TracedBlock(BoundBlock):
         if mix is not None:
             return self.mlp(tokens, mix)
         keeps: Keeps = "all"
-        if lean is not None and lean.mlp and not self.readers[2]:
+        if lean is not None and lean.mlp and self._may_drop("mlp", self.readers[2]):
             keeps = "products" if lean.save_products and lean.num_queries is None else "input"  # as the eager half
         return self.run_mlp(self.mlp, keeps, tokens)
+
+    def _may_drop(self, half: str, obstacle: str) -> bool:
+        """Whether a half that is planned lean can be a region; the obstacle, empty for none, is recorded."""
+        if obstacle:
+            self.block.traced_note(half, obstacle)
+        return not obstacle
+
+    def _attention_obstacle(self, call: BlockCall) -> str:
+        """Why the attention half cannot be a region, empty if it can."""
+        if self.side_input_hooks.rule.position_bias is not None and call.route.origins is not None:
+            # the running block's route gathers it; in a region, dynamo fails on that at several image sizes
+            return "a compiler does not follow position biases of fewer tokens in a region"
+        if call.score is not None and self.spec.scores_from == "sdpa":  # seen by a mode, which dynamo has in no region
+            return "a compiler does not show the scores of this attention in a region"
+        return self.readers[1]
 
     def _attention_keeps(self, lean: Lean) -> Keeps:
         if lean.save_products and lean.num_queries is None:
@@ -188,7 +200,7 @@ def _keep_attention(ctx: object, operator: object, *args: object, **kwargs: obje
 
 
 def half_readers(block: nn.Module, spec: ModelSpec, own: tuple[object, ...]) -> tuple[str, str, str]:
-    """Names of the user's hooks on a block, on its attention half and on its MLP half, empty for none.
+    """Name of a user's hook on a block, and why its attention half and its MLP half must run as they are, or empty.
 
     Args:
         block: The block.
@@ -202,8 +214,10 @@ def half_readers(block: nn.Module, spec: ModelSpec, own: tuple[object, ...]) -> 
     attention = (parts.norm1, parts.attention, *parts.after_attention)
     halves = [attention, (parts.norm2, *parts.mlp, *parts.after_mlp)]
     inside = [[m for name in names for m in modules_of(getattr(block, name), ())] for names in halves]
-    found = [watch.foreign_hook(modules) or ("capture" if watch.captures(modules) else "") for modules in inside]
-    return watch.hook or "", found[0], found[1]
+    capture = "output_capturing_hook"
+    hooks = [watch.foreign_hook(modules) or (capture if watch.captures(modules) else "") for modules in inside]
+    reasons = [hook and f"the hook {hook} looks at its modules" for hook in hooks]
+    return watch.hook or "", reasons[0], reasons[1]
 
 
 def warn_of_budget(module: nn.Module) -> None:

@@ -157,6 +157,7 @@ def test_lean_blocks_give_the_gradients_of_stock_ones(way):
     found = gradients(lean, run, precision)
     torch._dynamo.reset()
     assert found.keys() == expected.keys()
+    assert ("runs stock: torch.compile traces a block" in lean.base_model.explain()) == (way == "compiled")
     if way == "autocast":  # bf16 has 8 bits: as far from fp32 as the stock blocks are
         exact = gradients(stock, stock)
         errors = [sum(float((g[n] - exact[n]).square().sum()) for n in exact) ** 0.5 for g in (found, expected)]

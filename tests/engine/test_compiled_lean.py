@@ -119,7 +119,10 @@ def test_a_bias_of_pairs_on_fewer_tokens(lean):
     plan = {"trainable_blocks": [1, 3], "reduction_blocks": [1], "keep_rate": 0.5, "lean": lean}
     model = get_peft_model(base, BSRConfig(**plan)).train()
     expected = step(model, model)
+    assert "runs stock" not in model.base_model.explain()
     assert_same(step(model, torch.compile(model, backend="aot_eager", fullgraph=True)), expected)
+    kept = [line for line in model.base_model.explain().splitlines() if "attention runs stock: a compiler" in line]
+    assert len(kept) == 3 and "scores" in kept[0] and "position biases" in kept[1]
 
 
 @pytest.mark.slow

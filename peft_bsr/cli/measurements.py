@@ -112,7 +112,7 @@ def show_worst(found: RunMeasurements, score: Score) -> None:
         found: Gets the images with their predictions.
         score: Score of the trained model.
     """
-    for one in score.details().get("worst", [])[:_WORST]:
+    for one in score.worst(_WORST):
         image = to_rgb(open_image(score.rows[one["row"]]["image"]))
         image.thumbnail((_SIDE, _SIDE))
         words = {name: f"{value:.3g}" if isinstance(value, float) else value for name, value in one.items()}

@@ -78,7 +78,7 @@ class Output:
         """
         table = Table(title=Text(title), title_justify="left", header_style="bold")
         for index, column in enumerate(columns):
-            table.add_column(column, justify="left" if index in left else "right", overflow="fold")
+            table.add_column(Text(column), justify="left" if index in left else "right", overflow="fold")
         for row in rows:
             table.add_row(*(Text(str(cell)) for cell in row))
         self._table(table)

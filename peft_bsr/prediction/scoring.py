@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
@@ -204,11 +205,10 @@ class ClassScore(Score):
         Args:
             count: Maximum number of pairs. Default 10.
         """
-        wrong = np.array(self.confusion())
-        np.fill_diagonal(wrong, 0)
-        first = np.argsort(-wrong, axis=None, kind="stable")[:count]
-        pairs = [(row, column) for row, column in zip(*np.unravel_index(first, wrong.shape), strict=True)]
-        return [(self.names[r], self.names[c], int(wrong[r, c])) for r, c in pairs if wrong[r, c]]
+        pairs = Counter(zip(self.labels.tolist(), self.answers.tolist(), strict=True))
+        wrong = [(label, answer, images) for (label, answer), images in pairs.items() if label != answer]
+        first = sorted(wrong, key=lambda one: (-one[2], *one[:2]))[:count]
+        return [(self.names[label], self.names[answer], images) for label, answer, images in first]
 
     def said(self, index: int) -> Answer:
         """`label`, `answer`, and its `probability`."""

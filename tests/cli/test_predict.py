@@ -22,6 +22,7 @@ from transformers import (
 
 import peft_bsr
 from peft_bsr import BSRConfig
+from peft_bsr.cli.output import Output
 
 
 @pytest.fixture(scope="session")
@@ -98,6 +99,11 @@ def test_probabilities_are_those_of_the_model(run_json, adapter, photos, images)
         {"dark": float(expected[0]), "light": float(expected[1])}, abs=1e-6
     )
     assert [Path(one["file"]).name for one in said["skipped"]] == ["broken.png", "empty.jpg"]
+
+
+def test_a_column_is_named_as_its_class(capsys):
+    Output(is_json=False, is_debug=False).table("", ["probability_[/x]"], [["1"]])
+    assert "probability_[/x]" in capsys.readouterr().out
 
 
 def test_top_k_and_all(run, adapter, images, tmp_path):

@@ -27,6 +27,7 @@ from peft_bsr_cli import COMMANDS, main
 from tests.docs.test_code_blocks import PAGES
 
 SLOW = {
+    "index",
     "planner",
     "cli",
     "export",

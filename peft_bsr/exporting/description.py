@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from peft_bsr.compat.transformers_api import read_image_processor
 from peft_bsr.errors import ExportError, headline
-from peft_bsr.hub.preprocessing import resized
 from peft_bsr.problem_type import REGRESSION, SINGLE_LABEL, ProblemType
 
 if TYPE_CHECKING:
@@ -50,22 +49,6 @@ def describe_model(
     if processor is not None:
         found |= _describe_processor(processor)
     return {name: value if isinstance(value, str) else json.dumps(value) for name, value in found.items()}
-
-
-def fit_processor(processor: BaseImageProcessor, shape: Sequence[int]) -> BaseImageProcessor | None:
-    """The processor, if it makes images of that shape, otherwise a copy that resizes whole images to it.
-
-    Args:
-        processor: A transformers image processor. It is not changed.
-        shape: (channels, height, width).
-
-    Returns:
-        The processor or its copy; None if it cannot make images of that shape.
-    """
-    if _made_by(processor) == tuple(shape):
-        return processor
-    squeezing = resized(processor, *shape[-2:])
-    return squeezing if _made_by(squeezing) == tuple(shape) else None
 
 
 def problem_type_of(config: PreTrainedConfig) -> ProblemType:
@@ -125,14 +108,4 @@ def _describe_processor(processor: BaseImageProcessor) -> dict[str, object]:
     }
 
 
-def _made_by(processor: BaseImageProcessor) -> tuple[int, ...]:
-    """Shape of a processor's output for a landscape image; empty if it fails."""
-    from PIL import Image
-
-    try:
-        return tuple(processor(Image.new("RGB", (60, 40)), return_tensors="pt")["pixel_values"].shape[1:])
-    except (AttributeError, KeyError, TypeError, ValueError):
-        return ()
-
-
-__all__ = ["add_description", "describe_model", "fit_processor", "problem_type_of", "processor_of"]
+__all__ = ["add_description", "describe_model", "problem_type_of", "processor_of"]

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from peft_bsr.errors import ExportError, headline
 from peft_bsr.exporting.check import TOLERANCE, ExportReport, largest_difference, median_seconds, versions_of
-from peft_bsr.exporting.description import add_description, describe_model, fit_processor
+from peft_bsr.exporting.description import add_description, describe_model
 from peft_bsr.exporting.formats import FORMATS, Run, quantize_onnx
 from peft_bsr.exporting.prepare import ImageFunction, to_image_function
-from peft_bsr.hub import find_image_processor
+from peft_bsr.hub import find_image_processor, fit_processor
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,18 +87,22 @@ def keep_image_processor(config: SavedConfig, folder: Path) -> None:
         shutil.copyfile(before, folder / PROCESSOR)
 
 
-def resized(processor: BaseImageProcessor, height: int, width: int) -> BaseImageProcessor:
-    """A copy of an image processor that resizes whole images, without a crop.
+def fit_processor(processor: BaseImageProcessor, shape: Sequence[int]) -> BaseImageProcessor | None:
+    """The processor, if it makes images of that shape, otherwise a copy that resizes whole images to it.
 
     Args:
-        processor: A transformers image processor.
-        height: Height in pixels.
-        width: Width in pixels.
+        processor: A transformers image processor. It is not changed.
+        shape: (channels, height, width).
+
+    Returns:
+        The processor or its copy; None if it cannot make images of that shape.
     """
-    copied = copy.deepcopy(processor)
-    copied.do_resize, copied.do_center_crop = True, False
-    copied.size = {"height": height, "width": width}
-    return copied
+    if _made_by(processor) == tuple(shape):
+        return processor
+    squeezing = copy.deepcopy(processor)
+    squeezing.do_resize, squeezing.do_center_crop = True, False
+    squeezing.size = {"height": int(shape[-2]), "width": int(shape[-1])}
+    return squeezing if _made_by(squeezing) == tuple(shape) else None
 
 
 def pipeline(
@@ -183,7 +187,17 @@ def _load(
 def _fitted(processor: BaseImageProcessor, changes: Mapping[str, Any] | None) -> BaseImageProcessor:
     """The processor, for the image size among changed settings of the model, if there is one."""
     size = _size_in(changes or {})
-    return processor if size is None else resized(processor, *size)
+    return (size and fit_processor(processor, (3, *size))) or processor
+
+
+def _made_by(processor: BaseImageProcessor) -> tuple[int, ...]:
+    """Shape of a processor's output for a landscape image; empty if it fails."""
+    from PIL import Image
+
+    try:
+        return tuple(processor(Image.new("RGB", (60, 40)), return_tensors="pt")["pixel_values"].shape[1:])
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return ()
 
 
 def _size_in(changes: Mapping[str, Any]) -> tuple[int, int] | None:
@@ -198,8 +212,8 @@ def _size_in(changes: Mapping[str, Any]) -> tuple[int, int] | None:
 
 __all__ = [
     "find_image_processor",
+    "fit_processor",
     "keep_image_processor",
     "load_image_processor",
     "pipeline",
-    "resized",
 ]

@@ -15,8 +15,8 @@ from transformers import AutoModelForImageClassification
 from peft_bsr.backbones import in_mode, set_image_size
 from peft_bsr.compat.transformers_api import read_image_processor
 from peft_bsr.errors import HubError, MissingDependencyError, UsageError, headline
-from peft_bsr.exporting import fit_processor, open_onnx, problem_type_of, processor_of
-from peft_bsr.hub import load, load_image_processor, task_of
+from peft_bsr.exporting import open_onnx, problem_type_of, processor_of
+from peft_bsr.hub import fit_processor, load, load_image_processor, task_of
 from peft_bsr.hub.files import ADAPTER, MODEL, list_files, place_of
 from peft_bsr.problem_type import ProblemType
 

@@ -12,6 +12,7 @@ from transformers import (
     SiglipConfig,
     SiglipForImageClassification,
     ViTForImageClassification,
+    ViTImageProcessorPil,
 )
 
 import peft_bsr
@@ -105,6 +106,9 @@ def test_the_base_models_image_processor_is_for_the_size_of_the_model(base, tmp_
     found, origin = find_image_processor(peft_bsr.load(tmp_path / "adapter", image_size=48))
     assert found.size == {"height": 48, "width": 48}
     assert origin == f"the base model's own: {base}"
+    cropping = {"size": {"shortest_edge": 72}, "do_center_crop": True, "crop_size": {"height": 64, "width": 64}}
+    ViTImageProcessorPil(**cropping).save_pretrained(tmp_path / "adapter")
+    assert peft_bsr.load_image_processor(tmp_path / "adapter").do_center_crop, "it fits as it is"
 
 
 def test_a_merged_model_is_one_of_that_size(base, tmp_path):

@@ -147,7 +147,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
     ],
     "engine/traced.py": [
         ("= checkpoint(run, tokens, **settings)", "= run(tokens)", "a compiler keeps everything"),
-        ("not self.readers[1]:", "True:", "a hook sees a half that runs in a region"),
+        ("return not obstacle", "return True", "a hook sees a half that runs in a region"),
         ("change[:, :num_queries]", "change[:, 1 : num_queries + 1]", "another token takes the class token's place"),
         (
             "is_kept = any(part in name for part in _ATTENTION)",
@@ -329,7 +329,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("choice.weights.to(outputs.dtype)", "choice.weights.detach().to(outputs.dtype)", "no gradient to the gate"),
         ("_squared_variation(importance) +", "_squared_variation(importance.detach()) +", "balance has no gradient"),
         (" + _squared_variation(choice.counts().to(importance.dtype))", "", "load does not count"),
-        ("correction=1", "correction=0", "variance of another kind"),
+        ("correction=min(1, len(values) - 1)", "correction=0", "variance of another kind"),
         ("values.mean().square()", "values.mean()", "not relative to the mean"),
     ],
     "ops/linear.py": [
@@ -442,7 +442,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("not _is_split_by_heads(tensor)", "True", "queries of as many tokens as a head is wide stay whole"),
     ],
     "engine/bound.py": [
-        ("if hook is not None:", "if False:", "a hook inside of a lean half never runs"),
+        ("or (self.reader and f", "or (None and f", "a hook inside of a lean half never runs"),
         ('captured_outputs() - {"hidden_states"}', "False", "captured attention weights are missing"),
     ],
     "engine/watch.py": [

@@ -105,6 +105,15 @@ def test_in_training_a_head_that_reads_the_class_token_gets_no_more(make_vit, im
     assert model(images, output_hidden_states=True).hidden_states[-1].shape[1] == 17
 
 
+def test_another_adapter_leaves_what_trains_as_it_was(make_vit, tmp_path):
+    """PEFT loads adapters frozen by default; the mixers of the first train on."""
+    model = losa(make_vit())
+    model.save_pretrained(tmp_path)
+    before = {name for name, p in model.named_parameters() if p.requires_grad}
+    model.load_adapter(tmp_path, "other")
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == before
+
+
 @pytest.mark.parametrize("settings", [{}, {"token_mixing": False}], ids=str)
 def test_another_image_size(make_vit, images, settings, tmp_path):
     """The same adapter on larger images: the token mixers are interpolated over the grid."""

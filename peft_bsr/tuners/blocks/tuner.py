@@ -27,6 +27,7 @@ from peft_bsr.tuners.base.frozen_weights import (
     tried_rounding,
 )
 from peft_bsr.tuners.base.layer import ROOT, SingleAdapterLayer, check_single, detached, find_controllers, parameter_of
+from peft_bsr.tuners.base.loading import restore_requires_grad
 from peft_bsr.tuners.base.reductions import allowed_modes
 from peft_bsr.tuners.base.resolution import Resolution
 from peft_bsr.tuners.base.tuner import MethodTuner
@@ -118,7 +119,9 @@ class BlockTuner(MethodTuner):
                 saved.saved_as[adapter_name] = found.spec.full_name(saved_name)
         for controller in controllers:
             controller.plans[adapter_name] = found.plan
-            controller.set_adapter(self.active_adapters, inference_mode=given.inference_mode)
+            before = {name: p.requires_grad for name, p in controller.named_parameters()}
+            controller.set_adapter(self.active_adapters)
+            restore_requires_grad(controller, before)  # `given` need not be the active adapter's
 
     def _offloaded(self, model: nn.Module) -> list[str]:
         layers = [(n.removeprefix(ROOT), m) for n, m in model.named_modules() if isinstance(m, BlockWeights)]

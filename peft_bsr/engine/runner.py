@@ -185,7 +185,8 @@ class ControlledBlock(nn.Module):
         getattr(self, CONTROLLER).step_aside("gradient tokens", "torch.compile traces the block")
 
     def __reduce_ex__(self, protocol: object) -> tuple[object, ...]:
-        return _new_controlled_block, (self.uncontrolled_class, isinstance(self, StandInBlock)), self.__dict__
+        # the state without what `compile()` made: its code runs this block, not the copy
+        return _new_controlled_block, (self.uncontrolled_class, isinstance(self, StandInBlock)), self.__getstate__()
 
 
 class StandInBlock(ControlledBlock):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import threading
 import weakref
 
@@ -119,13 +120,27 @@ def test_recorders_are_taken_off_whatever_happens(make_model, images):
     assert context_of(model).recorders == []
 
 
-def test_copies_and_pickles_run_by_themselves(make_model, images, tmp_path):
-    model = get_peft_model(make_model(), METHODS["bsr"]()).train()
+@pytest.mark.parametrize("method", ["bsr", "synqt"])
+def test_copies_and_pickles_run_by_themselves(method, make_model, images, tmp_path):
+    model = get_peft_model(make_model(), METHODS[method]()).train()
+    torch.manual_seed(1)  # SynQT has dropout
     expected = model(pixel_values=images).logits
     reference = copy.deepcopy(model)
     torch.save(model, tmp_path / "model.pt")
     for other in (reference, torch.load(tmp_path / "model.pt", weights_only=False)):
+        torch.manual_seed(1)
         assert torch.equal(other(pixel_values=images).logits, expected)
         other(pixel_values=images).logits.sum().backward()
         assert context_of(other) is not context_of(model)
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_copy_of_a_compiled_block_runs_its_own_weights(make_model, images):
+    model = get_peft_model(make_model(), METHODS["bsr"]()).eval()
+    expected, block = model(pixel_values=images).logits, model.get_base_model().vit.layers[3]
+    block.compile(backend="eager")
+    copies = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.zero_()
+    assert all(torch.equal(other(pixel_values=images).logits, expected) for other in copies)

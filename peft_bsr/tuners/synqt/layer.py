@@ -64,7 +64,7 @@ class SynQTController(ReadingController):
         super().__init__(index, spec, context, rule)
         self.synqt_params = nn.ModuleDict()
         self.paths: dict[str, QueryPath] = {}
-        self._block_class: type | None = None  # of the block at the last check
+        self._block_class = ""  # name of the block's class at the last check; a controlled class is not pickled
         self.register_buffer("place", torch.empty(0, device=like.device, dtype=like.dtype), persistent=False)
 
     def update_layer(
@@ -105,9 +105,9 @@ class SynQTController(ReadingController):
         layers, resume_point = self.layers[name], self.context.now.resume_point
         starts_after = resume_point is not None and resume_point.starts
         if self.index in layers:
-            if type(block) is not self._block_class:  # `fully_shard(block)` makes it another
+            if type(block).__name__ != self._block_class:  # `fully_shard(block)` makes it another
                 _refuse_sharded(block, self.index)
-                self._block_class = type(block)
+                self._block_class = type(block).__name__
             if resume_point is not None and starts_after:
                 self._read(name, block, resume_point.part(layers.index(self.index)), None)
             else:

@@ -93,9 +93,12 @@ def to_image_function(
     """
     tuner = getattr(model, "base_model", None)
     if not isinstance(tuner, MethodTuner):
+        others = sorted({str(config.peft_type.value) for config in getattr(model, "peft_config", {}).values()})
+        found = f"{type(model).__name__} with {', '.join(others)}" if others else type(model).__name__
         raise ExportError(
-            f"`export` needs a PeftModel with an adapter of peft_bsr, not a {type(model).__name__}. Create one with "
-            "`get_peft_model(model, BSRConfig())` or `PeftModel.from_pretrained`."
+            f"`export` needs a PeftModel with an adapter of peft_bsr, not a {found}. Create one with "
+            "`get_peft_model(model, BSRConfig())` or `PeftModel.from_pretrained`; merge other adapters with "
+            "`merge_and_unload()` or `peft-bsr merge`, and export the plain model with transformers and optimum."
         )
     if tuner.part is not None:
         raise ExportError(

@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 from families import NO_REDUCTION, SUPPORTED
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
 import peft_bsr
@@ -262,6 +262,8 @@ def test_a_missing_package_is_named(make_peft, monkeypatch, tmp_path):
 def test_a_model_without_an_adapter(make_model):
     with pytest.raises(ExportError, match="needs a PeftModel with an adapter of peft_bsr, not a ViTForImage"):
         to_image_function(make_model())
+    with pytest.raises(ExportError, match=r"not a PeftModel with LORA\. .*; merge other adapters"):
+        to_image_function(get_peft_model(make_model(), LoraConfig(target_modules="all-linear")))
 
 
 def test_several_tasks_are_exported_one_by_one(make_model, five_images, tmp_path):

@@ -180,11 +180,10 @@ def ways_of(setting: Setting, setup: Setup, dtype: torch.dtype, allows: Allows =
     if not allows.checkpointing:
         yield "gradient checkpointing: this model of transformers does not support it"
         return
-    stock: ConfigFields = {} if fields is None else {"lean": "off"}
     twice = "every block runs twice" if fields is None else "blocks that gradients reach run twice"
-    yield way(stock, twice, True)
+    yield way({}, twice, True)
     if setup.kind != "cpu":
-        yield _why_not_offloaded(setup) or way(stock, f"{twice}, their inputs are offloaded to the CPU", "offload")
+        yield _why_not_offloaded(setup) or way({}, f"{twice}, their inputs are offloaded to the CPU", "offload")
 
 
 def _frozen_weights(fields: ConfigFields | None, setup: Setup, dtype: torch.dtype) -> tuple[ConfigFields, str]:

@@ -88,8 +88,8 @@ class Question:
 def plans_of(question: Question) -> Iterator[list[BudgetPlan]]:
     """The plans that fit, ordered by how little they give up, in growing lists: one after each estimate.
 
-    Plans whose estimates are cached come first, then the one that gives up most, which is likely to fit. A list may be
-    equal to the one before, or empty.
+    Plans whose estimates are cached come first. Without one it is the plan that gives up most, which is likely to fit.
+    A list may be equal to the one before, or empty.
 
     Args:
         question: Input of the planner.
@@ -98,10 +98,8 @@ def plans_of(question: Question) -> Iterator[list[BudgetPlan]]:
         PeftBsrError: If the model cannot be read or planned for, or nothing fits.
     """
     asked, found = _asked(question), _known(question)
-    if found:
-        yield _in_order(found)
-    others = [i for i, one in enumerate(asked) if i not in found and missing_estimate(*one)]
-    for i in (*others[-1:], *others[:-1]):
+
+    def estimated(i: int) -> Iterator[list[BudgetPlan]]:
         while missing := missing_estimate(*asked[i]):
             asked[i][0](*missing)  # `costs_of` may have forgotten them
             yield _in_order(found)
@@ -109,9 +107,18 @@ def plans_of(question: Question) -> Iterator[list[BudgetPlan]]:
         if plan is not None:
             found[i] = plan
             yield _in_order(found)
+
+    if found:
+        yield _in_order(found)
+    for i in range(len(asked))[:-3:-1]:  # what takes the least memory
+        if not found:
+            yield from estimated(i)
     if not found:
         costs, _, memory, setup = asked[0]
         plan_for_budget(costs, memory, setup)  # raises an error that describes the smallest plan
+    for i in range(len(asked)):
+        if i not in found:
+            yield from estimated(i)
 
 
 def known_plans(question: Question) -> list[BudgetPlan]:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, get_type_hints
 
-import torch
 from torch import nn
 
 from peft_bsr.cost.block_contributions import Contributions
@@ -129,71 +127,21 @@ def plan_for_budget(
     """
     if limit is not None and limit < 1:
         raise ConfigError(f"`limit={limit!r}` must be at least 1, or None for all plans.")
-    budget = parse_size(memory)
     setup = replace(setup, **settings)
     costs = model if isinstance(model, PlanCosts) else PlanCosts(model)
-    measured: list[BudgetPlan] = []
-
-    def measure(way: Way, declined: list[str]) -> BudgetPlan:
-        measured.append(_plan(costs, way, budget, [*declined, *_unused(setup, way)]))
-        return measured[-1]
-
-    plain = replace(setup, gradient_checkpointing=False)
-    dtype = setup.dtype or costs.dtype
-    if contributions is None:
-        found = _walk(costs, plain, dtype, budget, measure, limit)
-    else:
-        found = _search(costs.model, contributions, plain, dtype, budget, measure)[:limit]
+    planner = _Planner(costs, memory, setup)
+    found = planner.walk(limit) if contributions is None else planner.search(contributions)[:limit]
     if not found:
-        smallest = min(measured, key=lambda plan: plan.estimate.total_bytes)
+        smallest = min(planner.tried, key=lambda plan: plan.estimate.total_bytes)
         least = smallest.estimate
         raise ConfigError(
             f"`memory={memory!r}` is too little for {type(costs.model).__name__} at "
             f"`batch_size={setup.batch_size}`. The smallest plan takes {to_mib(least.total_bytes)} MiB, "
-            f"{least.weights_bytes / 2**20:.0f} MiB of it for weights; you gave {budget // 2**20} MiB:\n"
+            f"{least.weights_bytes / 2**20:.0f} MiB of it for weights; you gave {planner.budget // 2**20} MiB:\n"
             f"{smallest.describe()}\n"
             "Use a smaller batch, half precision or a smaller model."
         )
     return found
-
-
-def _walk(
-    costs: PlanCosts,
-    setup: Setup,
-    dtype: torch.dtype,
-    budget: int,
-    measure: Callable[[Way, list[str]], BudgetPlan],
-    limit: int | None,
-) -> list[BudgetPlan]:
-    """The first way that fits, for every setting."""
-    found: list[BudgetPlan] = []
-    for setting in settings_of(costs.spec):
-        plan = _first_that_fits(costs, setting, setup, dtype, budget, measure)
-        if plan is not None:
-            found.append(plan)
-        if limit is not None and len(found) >= limit:
-            break
-    return found
-
-
-def _first_that_fits(
-    costs: PlanCosts,
-    setting: Setting,
-    setup: Setup,
-    dtype: torch.dtype,
-    budget: int,
-    measure: Callable[[Way, list[str]], BudgetPlan],
-) -> BudgetPlan | None:
-    """The plan of a setting with the fewest FLOPs among those that fit, or None."""
-    declined: list[str] = []
-    for way in ways_of(setting, setup, dtype, costs.allows):
-        if isinstance(way, str):
-            declined.append(way)
-            continue
-        plan = measure(way, declined)
-        if _fits(plan.estimate, budget):
-            return plan  # the others take more FLOPs
-    return None
 
 
 def plan_setting(costs: PlanCosts, setting: Setting, memory: str | int, setup: Setup) -> BudgetPlan | None:
@@ -205,12 +153,7 @@ def plan_setting(costs: PlanCosts, setting: Setting, memory: str | int, setup: S
         memory: See `plan_for_budget`.
         setup: See `plan_for_budget`.
     """
-    budget, plain = parse_size(memory), replace(setup, gradient_checkpointing=False)
-
-    def measure(way: Way, declined: list[str]) -> BudgetPlan:
-        return _plan(costs, way, budget, [*declined, *_unused(setup, way)])
-
-    return _first_that_fits(costs, setting, plain, setup.dtype or costs.dtype, budget, measure)
+    return _Planner(costs, memory, setup).first_that_fits(setting)
 
 
 def missing_estimate(
@@ -224,54 +167,79 @@ def missing_estimate(
     return None
 
 
-def _search(
-    model: nn.Module,
-    contributions: Contributions,
-    setup: Setup,
-    dtype: torch.dtype,
-    budget: int,
-    measure: Callable[[Way, list[str]], BudgetPlan],
-) -> list[BudgetPlan]:
-    """The blocks and tokens with the largest gain, for each form and lean level."""
-    plans: list[BudgetPlan] = []
+class _Planner:
+    """Plans for one model, budget and setup; `tried` collects those that do not fit, too."""
 
-    def take(way: Way, declined: list[str]) -> Estimate:
-        plans.append(measure(way, declined))
-        return plans[-1].estimate
+    def __init__(self, costs: PlanCosts, memory: str | int, setup: Setup) -> None:
+        self.costs, self.budget, self.asked = costs, parse_size(memory), setup
+        self.setup = replace(setup, gradient_checkpointing=False)  # the planner chooses it
+        self.dtype = setup.dtype or costs.dtype
+        self.tried: list[BudgetPlan] = []
 
-    found = [
-        replace(next(plan for plan in plans if plan.config is choice.way.config), share=choice.share)
-        for choice in choices(model, contributions, setup, dtype, budget / _MARGIN, take)
-    ]
-    return sorted(found, key=lambda plan: (-(plan.share or 0.0), plan.estimate.training_flops))
+    def walk(self, limit: int | None) -> list[BudgetPlan]:
+        """The first way that fits, for every setting."""
+        settings, found = settings_of(self.costs.spec), list[BudgetPlan]()
+        for setting in settings:
+            plan = self.first_that_fits(setting)
+            if plan is not None:
+                found.append(plan)
+            elif setting is settings[0] and not any(map(self.first_that_fits, settings[:-3:-1])):
+                break  # nothing fits: not even what takes the least
+            if limit is not None and len(found) >= limit:
+                break
+        return found
 
+    def first_that_fits(self, setting: Setting) -> BudgetPlan | None:
+        """The plan of a setting with the fewest FLOPs among those that fit, or None."""
+        declined: list[str] = []
+        for way in ways_of(setting, self.setup, self.dtype, self.costs.allows):
+            if isinstance(way, str):
+                declined.append(way)
+                continue
+            plan = self.plan(way, declined)
+            if self.fits(plan.estimate):
+                return plan  # the others take more FLOPs
+        return None
 
-def _plan(costs: PlanCosts, way: Way, budget: int, declined: list[str]) -> BudgetPlan:
-    """The plan of a way, with the optimizer that pays off. Compiled only if it may fit, because compiling is slow."""
-    eager = replace(way.setup, compile=False)
-    cost = costs(way.config, eager)
-    reasons = list(declined)
-    if eager.optimizer in SAVING:
-        plain = costs(way.config, replace(eager, optimizer="adamw_fused"))
-        share = plain.optimizer_bytes / plain.total_bytes
-        if share < _WORTH and _fits(plain, budget):
-            reasons.append(f"{eager.optimizer}: AdamW's state is {share:.1%} of the peak; adamw_fused is used instead")
-            cost, eager = plain, replace(eager, optimizer="adamw_fused")
-    setup = replace(eager, compile=way.setup.compile)
-    if setup.compile and _fits(cost, budget / _COMPILED):
-        cost = costs(way.config, setup)
-    return BudgetPlan(way.config, setup, cost, way.gives_up, tuple(reasons))
+    def search(self, contributions: Contributions) -> list[BudgetPlan]:
+        """The blocks and tokens with the largest gain, for each form and lean level."""
 
+        def measure(way: Way, declined: list[str]) -> Estimate:
+            return self.plan(way, declined).estimate
 
-def _unused(asked: Setup, way: Way) -> list[str]:
-    if asked.gradient_checkpointing in (False, way.setup.gradient_checkpointing):
-        return []
-    what = "offloaded checkpointing" if asked.gradient_checkpointing == "offload" else "gradient checkpointing"
-    return [f"{what}: it fits {'with the inputs on the device' if way.setup.gradient_checkpointing else 'without'}"]
+        found = [
+            replace(next(plan for plan in self.tried if plan.config is choice.way.config), share=choice.share)
+            for choice in choices(
+                self.costs.model, contributions, self.setup, self.dtype, self.budget / _MARGIN, measure
+            )
+        ]
+        return sorted(found, key=lambda plan: (-(plan.share or 0.0), plan.estimate.training_flops))
 
+    def plan(self, way: Way, declined: list[str]) -> BudgetPlan:
+        """The plan of a way, with the optimizer that pays off. Compiled only if it may fit: compiling is slow."""
+        eager, reasons = replace(way.setup, compile=False), list(declined)
+        if self.asked.gradient_checkpointing not in (False, way.setup.gradient_checkpointing):
+            is_offloaded = self.asked.gradient_checkpointing == "offload"
+            what = "offloaded checkpointing" if is_offloaded else "gradient checkpointing"
+            how = "with the inputs on the device" if way.setup.gradient_checkpointing else "without"
+            reasons.append(f"{what}: it fits {how}")
+        cost = self.costs(way.config, eager)
+        if eager.optimizer in SAVING:
+            plain = self.costs(way.config, replace(eager, optimizer="adamw_fused"))
+            share = plain.optimizer_bytes / plain.total_bytes
+            if share < _WORTH and self.fits(plain):
+                why = f"AdamW's state is {share:.1%} of the peak; adamw_fused is used instead"
+                reasons.append(f"{eager.optimizer}: {why}")
+                cost, eager = plain, replace(eager, optimizer="adamw_fused")
+        setup = replace(eager, compile=way.setup.compile)
+        if setup.compile and self.fits(cost, _COMPILED):
+            cost = self.costs(way.config, setup)
+        self.tried.append(BudgetPlan(way.config, setup, cost, way.gives_up, tuple(reasons)))
+        return self.tried[-1]
 
-def _fits(cost: Estimate, budget: float) -> bool:
-    return cost.total_bytes * _MARGIN <= budget
+    def fits(self, cost: Estimate, fraction: float = 1.0) -> bool:
+        """Whether a fraction of the predicted peak fits."""
+        return cost.total_bytes * _MARGIN <= self.budget / fraction
 
 
 def parse_size(memory: str | int) -> int:

@@ -39,7 +39,9 @@ def _fields_of(preset: str, *names: str) -> ConfigFields:
     return cast(ConfigFields, {name: getattr(BSRConfig(preset=preset), name) for name in names})
 
 
-RECOMMENDED = _fields_of("balanced", "trainable_blocks", "keep_rate", "reduction", "trainable")
+_UPPER = _fields_of("balanced", "trainable_blocks", "trainable")
+_MERGE = _fields_of("balanced", "keep_rate", "reduction")
+RECOMMENDED = _UPPER | _MERGE
 LORA = _fields_of("lora", "trainable_blocks", "trainable", "target_modules")
 _LORA_MODULES = frozenset(LORA["target_modules"])
 
@@ -88,21 +90,18 @@ def settings_of(spec: ModelSpec) -> tuple[Setting, ...]:
         spec: Description of the model. If no token can be dropped, all are kept everywhere.
 
     Returns:
-        Settings, ordered by how little they give up.
+        Settings, ordered by how little they give up. The last two, of the last block alone, take the least memory.
     """
     late, three_quarters = max(1, 2 * spec.depth // 3), max(1, round(0.75 * spec.depth))
     tokens = tokens_of(spec)
     whole, at_late, seven, half = tokens if len(tokens) == 4 else tokens * 4
-    merged: _Part = ({"keep_rate": 0.5, "reduction": "merge"}, _MERGED) if spec.no_reduction is None else whole
+    merged = (_MERGE, _MERGED) if spec.no_reduction is None else whole
     every: ConfigFields = {"trainable_blocks": "every:1"}
     low_rank: ConfigFields = {"trainable": "lora"}
     only = "nothing but low-rank updates of"
     fourths: _Part = ({"trainable_blocks": "every:4"}, "3 blocks of 4 stay frozen")
     last_3: _Part = ({"trainable_blocks": "last:3"}, "all but the last 3 blocks stay frozen")
-    upper: _Part = (
-        {"trainable_blocks": "last:75%", **low_rank},
-        f"{only} the last {three_quarters} blocks trains",
-    )
+    upper: _Part = (_UPPER, f"{only} the last {three_quarters} blocks trains")
     parts: list[tuple[_Part, _Part]] = [
         ((every, "the embeddings stay frozen"), whole),
         ((every | low_rank, f"{only} the blocks trains"), whole),

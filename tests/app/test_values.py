@@ -33,7 +33,7 @@ from peft_bsr.app.kept import keep, load, photograph, read_blocks
 from peft_bsr.app.models import KNOWN, config_of, costs_of
 from peft_bsr.app.planning import Question, accuracies_of, fill, known_plans, plans_of, python_of, shell_of
 from peft_bsr.app.results import AXES, choose, pareto, plan_key, points
-from peft_bsr.cost import Setup, count_flops, plan_for_budget
+from peft_bsr.cost import Estimate, Setup, count_flops, plan_for_budget
 from peft_bsr.cost.budget import plan_setting
 from peft_bsr.cost.ways import LORA, RECOMMENDED, settings_of
 from peft_bsr.data import load_processor, to_pixels
@@ -71,6 +71,15 @@ def test_what_is_known_comes_first_and_costs_no_estimate(tiny, monkeypatch):
     monkeypatch.setattr("peft_bsr.cost.plan_costs.estimate", lambda *_: pytest.fail("estimated again"))
     other = replace(question, gib=0.5)
     assert known_plans(other) == [first] and next(plans_of(other)) == [first]
+
+
+def test_that_nothing_fits_is_known_from_the_plans_that_take_least(tiny, monkeypatch):
+    asked = []
+    huge = Estimate(*[2**40] * 6, saved_bytes=0, training_flops=0, batch_size=5, trainable_parameters=1)
+    monkeypatch.setattr("peft_bsr.cost.plan_costs.estimate", lambda _, config, setup: asked.append(config) or huge)
+    with pytest.raises(ConfigError, match="is too little"):
+        list(plans_of(Question(str(tiny), gib=1, batch_size=5)))
+    assert {None if config is None else config.trainable_blocks for config in asked} == {None, "last:1"}
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from peft_bsr import BSRConfig, ConfigError
-from peft_bsr.cost import BudgetPlan, PlanCosts, Setup, estimate, parse_size, plan_for_budget
+from peft_bsr.cost import BudgetPlan, Estimate, PlanCosts, Setup, estimate, parse_size, plan_for_budget
 from peft_bsr.cost.budget import plan_setting
 from peft_bsr.cost.ways import RECOMMENDED, ConfigFields, Way, settings_of, ways_of
 
@@ -129,6 +129,15 @@ def test_too_little_names_the_smallest():
     smallest = int(re.search(r"takes (\d+) MiB", str(error.value)).group(1))
     with pytest.raises(ConfigError, match=rf"takes {smallest} MiB, .*; you gave {smallest - 1} MiB:\n *{smallest} MiB"):
         plan_for_budget(vit(), f"{smallest - 1}.01MiB", batch_size=4)
+
+
+def test_that_nothing_fits_is_known_from_the_plans_that_take_least(monkeypatch):
+    asked = []
+    huge = Estimate(*[2**40] * 6, saved_bytes=0, training_flops=0, batch_size=1, trainable_parameters=1)
+    monkeypatch.setattr("peft_bsr.cost.plan_costs.estimate", lambda _, config, setup: asked.append(config) or huge)
+    with pytest.raises(ConfigError, match="is too little"):
+        plan_for_budget(vit(), "1GB")
+    assert {None if config is None else config.trainable_blocks for config in asked} == {None, "last:1"}
 
 
 @pytest.mark.parametrize("limit", [0, -1])

@@ -137,6 +137,12 @@ def test_checkpointing_keeps_little_and_computes_more():
     assert checkpointed.saved_bytes < 0.2 * stock.saved_bytes
     assert checkpointed.total_bytes < stock.total_bytes
     assert 1.15 < checkpointed.training_flops / stock.training_flops < 1.35
+    every = {"trainable_blocks": "every:1", "reduction_blocks": [], "trainable": "lora"}
+    off, lean = (
+        estimate(on_meta(MODELS["vit"]), BSRConfig(**every, lean=level), batch_size=64, gradient_checkpointing=True)
+        for level in ("off", "exact")
+    )
+    assert lean.total_bytes < off.total_bytes
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a device that is not there")

@@ -155,3 +155,4 @@ def test_ways_that_are_declined_say_why():
     ]
     eager = [way for way in ways_of(setting, Setup(device="cuda"), torch.float32) if isinstance(way, Way)]
     assert [way.setup.gradient_checkpointing for way in eager] == [False, False, False, True, "offload"]
+    assert [way.config.lean for way in eager] == ["exact", "max", "max", "exact", "exact"]

@@ -33,7 +33,6 @@ LABELS = {
     "synqt/queries4": "`SynQTConfig(num_queries=4)`",
 }
 TITLES = {"cifar10": "CIFAR-10", "fashion-mnist": "Fashion-MNIST"}
-SECONDS = 180
 _PLACE = r"(?<=<!-- benchmarks/method_comparison/report\.py{} -->\n\n).*?(?=\n\n<!-- end -->)"
 
 
@@ -54,7 +53,7 @@ def choice_tables(
         by_seconds: Seconds of training -> dataset -> its rows.
     """
     found = {"accuracy": _accuracy(tasks), "memory": _memory(tasks, peaks)}
-    return found | ({"time": _time(by_seconds[SECONDS])} if by_seconds.get(SECONDS) else {})
+    return found | ({"time": _time(by_seconds)} if by_seconds else {})
 
 
 def _accuracy(tasks: Mapping[str, list[Row]]) -> str:
@@ -76,22 +75,21 @@ def _memory(tasks: Mapping[str, list[Row]], peaks: Peaks) -> str:
     return "\n".join(lines)
 
 
-def _time(tasks: Mapping[str, list[Row]]) -> str:
-    tasks = {task: rows for task, rows in tasks.items() if rows}
-    epochs = {
-        (task, row.experiment.name): mean(run["run_info"]["train_config"]["epochs"] for run in row.runs)
+def _time(by_seconds: Mapping[float, Mapping[str, list[Row]]]) -> str:
+    columns = {
+        f"{TITLES.get(task, task)}, {seconds / 60:g} min": rows
+        for seconds, tasks in sorted(by_seconds.items())
         for task, rows in tasks.items()
-        for row in rows
+        if rows
     }
-    lines = [f"| | {_titles(tasks)} |", f"|---|{'---|' * len(tasks)}"]
-    for name, cells in _by_accuracy(tasks, with_range=True).items():
-        seen = [f", {epochs[task, name]:.1f} epochs" if (task, name) in epochs else "" for task in tasks]
-        lines.append(f"| {LABELS[name]} | {' | '.join(map(''.join, zip(cells, seen, strict=True)))} |")
+    lines = [f"| accuracy, % | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
+    for name, cells in _by_accuracy(columns, with_range=True).items():
+        lines.append(f"| {LABELS[name]} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def _by_accuracy(tasks: Mapping[str, list[Row]], with_range: bool = False) -> dict[str, list[str]]:
-    """Name -> accuracy on each dataset as text, by the mean over the first two; an empty cell without results."""
+    """Name -> accuracy in each column as text, by the mean over the first two; an empty cell without results."""
     rows = {task: {row.experiment.name: row for row in rows} for task, rows in tasks.items()}
     found = {name: [of_task.get(name) for of_task in rows.values()] for name in LABELS}
     found = {name: own for name, own in found.items() if any(own)}

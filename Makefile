@@ -16,6 +16,9 @@ PYTEST := -m pytest -n auto --dist worksteal
 demo: $(VENV)/installed
 	$(BIN)/python examples/quickstart.py $(ARGS)
 
+# A worker uses a core: more threads would only wait for each other
+test test-contract test-distributed test-app: export OMP_NUM_THREADS = 1
+
 test: lint $(OLDEST_PEFT)
 	PYTHONPATH=$(OLDEST_PEFT) $(BIN)/python $(PYTEST) -q $(PEFT_TESTS)
 	$(BIN)/python $(PYTEST) $(ARGS)

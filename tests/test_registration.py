@@ -89,6 +89,7 @@ def test_pyproject_pins_the_same_range(package):
     assert first_untested not in pin.specifier and f"{major}.{minor - 1}.99" in pin.specifier
 
 
-def test_importing_needs_no_torchvision():
-    code = "import sys, peft_bsr; sys.exit(any(m.split('.')[0] in ('torchvision', 'timm') for m in sys.modules))"
+def test_importing_registers_and_needs_no_torchvision():
+    code = "import sys, peft_bsr; from peft.utils import PeftType; PeftType.BSR\n"
+    code += "sys.exit(any(m.split('.')[0] in ('torchvision', 'timm') for m in sys.modules))"
     subprocess.run([sys.executable, "-c", code], check=True)

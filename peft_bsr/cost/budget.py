@@ -121,8 +121,8 @@ def plan_for_budget(
         >>> import torch
         >>> from transformers import ViTConfig, ViTForImageClassification
         >>> with torch.device("meta"):
-        ...     vit = ViTForImageClassification(ViTConfig(num_labels=10))
-        >>> plan_for_budget(vit, "0.7GB", batch_size=8, limit=1)[0].gives_up
+        ...     vit = ViTForImageClassification(ViTConfig(num_hidden_layers=4, num_labels=10))
+        >>> plan_for_budget(vit, "0.3GB", batch_size=8, limit=1)[0].gives_up
         'nothing but low-rank updates of the blocks trains; first products are computed twice'
     """
     if limit is not None and limit < 1:

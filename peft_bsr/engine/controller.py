@@ -20,7 +20,7 @@ from peft_bsr.engine.gradient_cut import cut_gradient, inputs_of_stage
 from peft_bsr.engine.plan import BlockPlan, Lean, Plan
 from peft_bsr.engine.resume import stop_or_resume
 from peft_bsr.engine.traced import TracedBlock
-from peft_bsr.engine.watch import Watch, around_blocks
+from peft_bsr.engine.watch import Watch, around_blocks, is_called_again
 from peft_bsr.errors import LeanBlockWarning
 
 if TYPE_CHECKING:
@@ -303,7 +303,9 @@ class BlockController(nn.Module):
         self.aside = {}
         if reason is not None:
             self.step_aside("class token only", reason)
-        int8 = plan.int8 and not (block.gradient_checkpointing or self._is_called_again(block))
+        int8 = plan.int8 and not (
+            block.gradient_checkpointing or is_called_again(self.roots[0], self.spec.blocks[self.index], block)
+        )
         if int8 and isinstance(self.bound(block), TracedBlock):
             self.step_aside("int8", "its halves are compiled")
             int8 = False
@@ -321,16 +323,10 @@ class BlockController(nn.Module):
             outside = now.outside
             if outside is None or outside.root is not now.owner:
                 return _PART
-            if self._is_called_again(block):
+            if is_called_again(self.roots[0], self.spec.blocks[self.index], block):
                 return "gradient checkpointing around its call runs it again outside of the forward"
             hook = self.bound(block).watch.hook or outside.hook
         return f"the hook {hook} reads its output" if hook else None
-
-    def _is_called_again(self, block: nn.Module) -> bool:
-        """Whether the block's call is checkpointed, not its forward: by timm, or by a wrapper such as torch's."""
-        root = self.roots[0]
-        is_wrapped = type(root.get_submodule(self.spec.blocks[self.index])) is not type(block)
-        return is_wrapped or any(getattr(child, "grad_checkpointing", False) for child in root.children())
 
     @torch.compiler.assume_constant_result
     def traced_reader(self) -> str:

@@ -131,6 +131,18 @@ def around_blocks(model: nn.Module, spec: ModelSpec) -> list[nn.Module]:
     ]
 
 
+def is_called_again(model: nn.Module, name: str, block: nn.Module) -> bool:
+    """Whether a block's call is checkpointed, not its forward: by timm, or by a wrapper such as torch's.
+
+    Args:
+        model: The model.
+        name: Name of the block, or of its wrapper.
+        block: The block.
+    """
+    is_wrapped = type(model.get_submodule(name)) is not type(block)
+    return is_wrapped or any(getattr(child, "grad_checkpointing", False) for child in model.children())
+
+
 def _is_foreign(hook: Callable[..., object], own: tuple[object, ...]) -> bool:
     """Whether a hook is not of `own`, of a sharding library or of transformers' output capture."""
     function = getattr(hook, "func", hook)
@@ -144,4 +156,4 @@ def _hooks_of(modules: Iterable[nn.Module]) -> list[dict[int, Callable[..., obje
     return [hooks for module in modules for hooks in hook_dictionaries(module)]
 
 
-__all__ = ["STATE", "Watch", "around_blocks", "without_hooks"]
+__all__ = ["STATE", "Watch", "around_blocks", "is_called_again", "without_hooks"]

@@ -20,7 +20,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from peft_bsr import ALaSTConfig, BSRConfig, MoEConfig, SynQTConfig, TaskConfig
+from peft_bsr import ALaSTConfig, BSRConfig, LoSAConfig, MoEConfig, SynQTConfig, TaskConfig
 
 # wide enough that the base weights under trained copies are offloaded (64 KiB and more)
 SIZES = {"hidden_size": 128, "num_attention_heads": 4, "intermediate_size": 256, "image_size": 32, "patch_size": 8}
@@ -43,6 +43,8 @@ CONFIGS = {
     "bsr_reduced": _bsr,
     "bsr_stock_blocks": lambda: _bsr(lean="off"),
     "bsr_max": lambda: _bsr(lean="max"),
+    "bsr_merged": lambda: _bsr(preset="balanced", reduction_blocks=[1, 2], r=4),
+    "bsr_gradient_tokens": lambda: _bsr(keep_rate=1.0, gradient_tokens=0.5),
     "bsr_int8": lambda: _bsr(saved_activations="int8"),
     "bsr_bfloat16": lambda: _bsr(frozen_weights="bfloat16"),
     "bsr_lora": lambda: _bsr(trainable="lora", r=4),
@@ -51,6 +53,8 @@ CONFIGS = {
     "tasks_lora": lambda: _tasks("lora"),
     "synqt": lambda: SynQTConfig(num_queries=2, bottleneck=4, attention_bottleneck=2, dropout=0.0, drop_path=0.0),
     "synqt_reduced": lambda: SynQTConfig(num_queries=2, bottleneck=4, keep_rate=0.5, dropout=0.0, drop_path=0.0),
+    "losa": lambda: LoSAConfig(init_weights=False),
+    "losa_reduced": lambda: LoSAConfig(layers="every:2", keep_rate=0.5, reduction_blocks=[1], init_weights=False),
     "alast": lambda: ALaSTConfig(trainable_blocks_per_step=2),
     "part": lambda: _bsr(trainable_blocks=[1, 2]),
     "part_lora": lambda: _bsr(trainable_blocks=[1, 2], trainable="lora", r=4),

@@ -28,7 +28,7 @@ PAIRS += [("fsdp2_root", case) for case in ("bsr_reduced", *SYNQT)]
 RESUMED = [
     (how, case)
     for how, case in PAIRS
-    if case in ("bsr_reduced", "bsr_lora", "tasks_full", "synqt", "alast_sample")
+    if case in ("bsr_reduced", "bsr_lora", "tasks_full", "synqt", "losa", "alast_sample")
     and not (how == "fsdp2_root" and case == "bsr_reduced")
 ]
 HALF = STEPS // 2

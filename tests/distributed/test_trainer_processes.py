@@ -13,7 +13,7 @@ from tests.distributed.cases import CONFIGS
 from tests.distributed.launch import launch
 
 pytestmark = pytest.mark.dist
-CASES = ["bsr_reduced", "bsr_lora", "part", "synqt", "alast"]
+CASES = ["bsr_reduced", "bsr_lora", "part", "synqt", "losa", "alast"]
 
 
 @pytest.fixture(scope="module")

@@ -358,6 +358,13 @@ def test_a_model_in_bfloat16_is_left_as_it_is(key, make_vit, caplog):
     model.add_adapter("second", make_config(key, "bfloat16"))
 
 
+def test_it_is_said_that_there_is_nothing_to_round(how, make_vit, caplog):
+    with caplog.at_level(logging.WARNING, logger="peft_bsr"):
+        model = get_peft_model(make_vit(), BSRConfig(preset="lora", frozen_weights=how))
+    assert frozen_linears(model) == []
+    assert f"`frozen_weights={how!r}` rounds nothing, because every block trains" in caplog.text
+
+
 def test_a_model_in_float16_is_refused_as_it_was(key, make_vit, snapshot, assert_unchanged):
     base = make_vit().half()
     before = snapshot(base)

@@ -48,6 +48,8 @@ def linears_to_round(
     how = config.frozen_weights
     if how == "full":
         return {}
+    if len(set(trained)) == spec.depth:
+        logger.warning("%s: `frozen_weights=%r` rounds nothing, because every block trains", type(model).__name__, how)
     names = [
         f"{block}.{leaf}"
         for index, block in enumerate(spec.blocks)

@@ -303,9 +303,8 @@ class BlockController(nn.Module):
         self.aside = {}
         if reason is not None:
             self.step_aside("class token only", reason)
-        int8 = plan.int8 and not (
-            block.gradient_checkpointing or is_called_again(self.roots[0], self.spec.blocks[self.index], block)
-        )
+        int8 = plan.int8 and not block.gradient_checkpointing
+        int8 = int8 and not is_called_again(self.roots[0], self.spec.blocks[self.index], block)
         if int8 and isinstance(self.bound(block), TracedBlock):
             self.step_aside("int8", "its halves are compiled")
             int8 = False

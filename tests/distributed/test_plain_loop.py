@@ -22,9 +22,9 @@ from tests.distributed.cases import (
 from tests.distributed.launch import launch
 
 pytestmark = pytest.mark.dist
-SYNQT = [case for case in CONFIGS if case.startswith("synqt")]
-PAIRS = [(how, case) for how in ("ddp", "fsdp2") for case in CONFIGS if not (how == "fsdp2" and case in SYNQT)]
-PAIRS += [("fsdp2_root", case) for case in ("bsr_reduced", *SYNQT)]
+SIDE = {case: name for case in CONFIGS for name in ("SynQT", "LoSA") if case.startswith(name.lower())}
+PAIRS = [(how, case) for how in ("ddp", "fsdp2") for case in CONFIGS if not (how == "fsdp2" and case in SIDE)]
+PAIRS += [("fsdp2_root", case) for case in ("bsr_reduced", *SIDE)]
 RESUMED = [
     (how, case)
     for how, case in PAIRS
@@ -67,7 +67,7 @@ def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All jobs that end, in three starts of torchrun: 2 processes, then 1, then 2."""
     folder = tmp_path_factory.mktemp("runs")
-    refused = [("fsdp2", case) for case in SYNQT]
+    refused = [("fsdp2", case) for case in SIDE]
     jobs = [{"name": f"whole-{h}-{c}", "case": c, "how": h} for h, c in (*PAIRS, *refused)]
     saves = {(h, c): str(folder / f"by_two-{h}-{c}") for h, c in RESUMED}
     jobs += [{"name": f"begun-{h}-{c}", "case": c, "how": h, "last": HALF, "save": s} for (h, c), s in saves.items()]
@@ -112,10 +112,11 @@ def test_disabled_it_is_the_base_model(runs: Path, how: str, case: str):
         assert torch.equal(part["disabled"], expected)
 
 
-@pytest.mark.parametrize("case", SYNQT)
-def test_blocks_that_queries_read_cannot_be_sharded_by_themselves(runs: Path, case: str):
+@pytest.mark.parametrize("case", SIDE)
+def test_blocks_that_a_side_network_reads_cannot_be_sharded_by_themselves(runs: Path, case: str):
     for part in found_in(runs, f"whole-fsdp2-{case}"):
-        assert part["refused"].startswith("AdapterError: SynQT reads the weights of block 0 outside of the block's own")
+        assert part["refused"].startswith(f"AdapterError: {SIDE[case]} reads the weights of block ")
+        assert "outside of the block's own forward and backward" in part["refused"]
         assert "Call `fully_shard(model)` for the whole model only" in part["refused"]
 
 

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import torch
+from torch import nn
+
 from peft_bsr.backbones import FamilyRule, ModelSpec
 from peft_bsr.core import ForwardContext
+from peft_bsr.errors import AdapterError
 from peft_bsr.tuners.base.layer import AdapterController, drop_saved_name, find_controllers
 from peft_bsr.tuners.base.tuner import MethodTuner
+
+if torch.distributed.is_available():
+    from torch.distributed.fsdp import FSDPModule
 
 
 class ReadingController(AdapterController):
@@ -28,6 +35,24 @@ class ReadingController(AdapterController):
         """The blocks that the active adapter reads."""
         name = self.carried_adapter
         return [] if name is None else self.layers[name]
+
+    def refuse_sharded(self, block: nn.Module, method: str) -> None:
+        """Raise if the block is sharded by itself: the side network needs its weights outside of the block.
+
+        Args:
+            block: The block.
+            method: Name of the method.
+
+        Raises:
+            AdapterError: If `fully_shard` was called on the block.
+        """
+        if torch.distributed.is_available() and isinstance(block, FSDPModule):
+            raise AdapterError(
+                f"{method} reads the weights of block {self.index} outside of the block's own forward and backward, "
+                "but they are sharded: `fully_shard(block)` gathers them for these alone. Call `fully_shard(model)` "
+                "for the whole model only (Accelerate: `fsdp_auto_wrap_policy: NO_WRAP`), or use "
+                "DistributedDataParallel."
+            )
 
 
 class ReadingTuner(MethodTuner):

@@ -100,6 +100,7 @@ class LoSAController(ReadingController):
             StopForwardError: After that block, if the forward only collects tokens.
             ForwardError: If the block was called outside of the model's forward.
             InputError: If the token mixers cannot be interpolated to the patch grid.
+            AdapterError: If the block is sharded by itself.
         """
         if self.context.now.resume_point is not None:
             self._collect(tokens, route)
@@ -130,6 +131,7 @@ class LoSAController(ReadingController):
         is_read, is_last = self.index in self.layers[name], self.index == self.spec.last_read
         if not (is_read or is_last):
             return tokens
+        self.refuse_sharded(block, "LoSA")
         side = self._side(is_first=self.index == self.layers[name][0])
         self._follow(side, route)
         if is_read:

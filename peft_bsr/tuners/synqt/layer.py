@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from peft_bsr.backbones import FamilyRule, ModelSpec
 from peft_bsr.core import ForwardContext, hidden_tokens, pick_tokens
 from peft_bsr.engine import Plan, QueryPath, StopForwardError, attention_mask
-from peft_bsr.errors import AdapterError, ForwardError
+from peft_bsr.errors import ForwardError
 from peft_bsr.tuners.base.layer import SingleAdapterLayer, drop_saved_name
 from peft_bsr.tuners.base.reading import ReadingController
 from peft_bsr.tuners.synqt.config import SynQTConfig
@@ -64,7 +64,6 @@ class SynQTController(ReadingController):
         super().__init__(index, spec, context, rule)
         self.synqt_params = nn.ModuleDict()
         self.paths: dict[str, QueryPath] = {}
-        self._block_class = ""  # name of the block's class at the last check; a controlled class is not pickled
         self.register_buffer("place", torch.empty(0, device=like.device, dtype=like.dtype), persistent=False)
 
     def update_layer(
@@ -105,9 +104,7 @@ class SynQTController(ReadingController):
         layers, resume_point = self.layers[name], self.context.now.resume_point
         starts_after = resume_point is not None and resume_point.starts
         if self.index in layers:
-            if type(block).__name__ != self._block_class:  # `fully_shard(block)` makes it another
-                _refuse_sharded(block, self.index)
-                self._block_class = type(block).__name__
+            self.refuse_sharded(block, "SynQT")
             if resume_point is not None and starts_after:
                 self._read(name, block, resume_point.part(layers.index(self.index)), None)
             else:
@@ -214,16 +211,6 @@ class SynQTHead(nn.Module, SingleAdapterLayer):
 
     def __repr__(self) -> str:
         return "synqt." + super().__repr__()
-
-
-def _refuse_sharded(block: nn.Module, index: int) -> None:
-    """Raise if the block is sharded by itself: FSDP2 gathers its weights only for its own forward."""
-    if any(hasattr(parameter, "full_tensor") for parameter in block.parameters()):
-        raise AdapterError(
-            f"SynQT reads the weights of block {index} outside of the block's own forward, but they are sharded: "
-            "`fully_shard(block)` gathers them for that forward alone. Call `fully_shard(model)` for the whole model "
-            "only (Accelerate: `fsdp_auto_wrap_policy: NO_WRAP`), or use DistributedDataParallel."
-        )
 
 
 def _move(modules: nn.ModuleDict, adapter_name: str, like: Tensor) -> None:

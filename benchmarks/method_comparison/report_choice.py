@@ -27,6 +27,7 @@ LABELS = {
     "bsr/upper-exact": "`BSRConfig(trainable_blocks=[5, 8, 11], keep_rate=0.7)`",
     "bsr/late-exact": '`BSRConfig(trainable_blocks="last:3", reduction_blocks=[8])`',
     "bsr/late-cached": '`BSRConfig(trainable_blocks="last:3", reduction_blocks=[8])`, from a feature cache',
+    "bsr/last8-lora": '`BSRConfig(trainable="lora", trainable_blocks="last:8", reduction_blocks=[8])`',
     "bsr/all-lora-max": '`BSRConfig(trainable="lora", trainable_blocks="every:1", keep_rate=1.0, lean="max")`',
     "alast/default": "`ALaSTConfig(token_multiple=1)`",
     "losa/all": "`LoSAConfig()`",

@@ -106,6 +106,8 @@ def as_here(arguments: list[str], folder: Path) -> list[str]:
             arguments[0] == "export" and re.match("out", word) and before != "--output"
         ):
             word = "adapter"
+        elif before == "--image-size":
+            word = "48"  # the models' own is 32
         elif word in ("DATA", "beans", "photos", "new_photos") or word.endswith(".parquet"):
             word = "images"
         elif re.search(r"\.(jpg|png)$|^IMAGE$", word) and before != "--output":
@@ -148,7 +150,10 @@ def test_the_commands_of_a_page_run(page: Path, folder: Path, capsys: pytest.Cap
     for language, block in FENCE.findall(text):
         if language == "yaml":
             (folder / "run.yaml").write_text(block.replace("facebook/dinov2-small", "dinov2"))
-    run_all(commands_in(text), folder, capsys)
+    commands = commands_in(text)
+    if page.stem not in SLOW:
+        commands = [command for command in commands if command[0] != "export"]  # the help has the same
+    run_all(commands, folder, capsys)
 
 
 @pytest.mark.parametrize(

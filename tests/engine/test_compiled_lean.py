@@ -91,7 +91,7 @@ def assert_same(found, expected, share=1e-5):
         )
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("name", CASES)
 def test_the_whole_model(name):
     settings, allowed = PLANS[name]
@@ -105,6 +105,7 @@ def test_the_whole_model(name):
         assert_same(step(model, compiled), expected)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("lean", ["exact", "max"])
 def test_a_bias_of_pairs_on_fewer_tokens(lean):
     """The running block's route gathers the bias. In several image sizes: tests/export/test_compile.py."""

@@ -78,6 +78,7 @@ def test_export(make_wrapped, family):
     assert_exports(*make_wrapped(family), strict=False)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("family", ["vit", "dinov3", pytest.param("siglip", marks=SLOW)])
 def test_merged_tokens_export(make_wrapped, family):
     assert_exports(*make_wrapped(family, reduction="merge"), strict=False)

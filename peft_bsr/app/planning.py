@@ -13,7 +13,7 @@ from peft_bsr.cli.plan import command_of
 from peft_bsr.cli.sources import changed, trainable_class
 from peft_bsr.cost import BudgetPlan, PlanCosts, Setup, plan_for_budget
 from peft_bsr.cost.budget import missing_estimate, plan_setting
-from peft_bsr.cost.ways import Setting, settings_of, ways_of
+from peft_bsr.cost.ways import SMALLEST, Setting, settings_of, ways_of
 from peft_bsr.errors import UsageError
 from peft_bsr.training import default_learning_rate
 
@@ -110,7 +110,7 @@ def plans_of(question: Question) -> Iterator[list[BudgetPlan]]:
 
     if found:
         yield _in_order(found)
-    for i in range(len(asked))[:-3:-1]:  # what takes the least memory
+    for i in range(len(asked))[SMALLEST]:
         if not found:
             yield from estimated(i)
     if not found:

@@ -13,7 +13,7 @@ from peft_bsr.cost.estimation import Estimate
 from peft_bsr.cost.plan_costs import MissingEstimateError, PlanCosts
 from peft_bsr.cost.selection import choices
 from peft_bsr.cost.setup import SAVING, Setup
-from peft_bsr.cost.ways import RECOMMENDED, ConfigFields, Setting, Way, settings_of, ways_of
+from peft_bsr.cost.ways import RECOMMENDED, SMALLEST, ConfigFields, Setting, Way, settings_of, ways_of
 from peft_bsr.errors import ConfigError
 from peft_bsr.tuners import BSRConfig
 
@@ -183,7 +183,7 @@ class _Planner:
             plan = self.first_that_fits(setting)
             if plan is not None:
                 found.append(plan)
-            elif setting is settings[0] and not any(map(self.first_that_fits, settings[:-3:-1])):
+            elif setting is settings[0] and not any(map(self.first_that_fits, settings[SMALLEST])):
                 break  # nothing fits: not even what takes the least
             if limit is not None and len(found) >= limit:
                 break

@@ -43,6 +43,9 @@ _UPPER = _fields_of("balanced", "trainable_blocks", "trainable")
 _MERGE = _fields_of("balanced", "keep_rate", "reduction")
 RECOMMENDED = _UPPER | _MERGE
 LORA = _fields_of("lora", "trainable_blocks", "trainable", "target_modules")
+SMALLEST = slice(-1, -3, -1)
+"""Which of `settings_of` take the least memory: the last two, of the last block alone."""
+
 _LORA_MODULES = frozenset(LORA["target_modules"])
 
 
@@ -90,7 +93,7 @@ def settings_of(spec: ModelSpec) -> tuple[Setting, ...]:
         spec: Description of the model. If no token can be dropped, all are kept everywhere.
 
     Returns:
-        Settings, ordered by how little they give up. The last two, of the last block alone, take the least memory.
+        Settings, ordered by how little they give up; `SMALLEST` of them take the least memory.
     """
     late, three_quarters = max(1, 2 * spec.depth // 3), max(1, round(0.75 * spec.depth))
     tokens = tokens_of(spec)
@@ -205,4 +208,15 @@ def _why_not_offloaded(setup: Setup) -> str:
     return ""
 
 
-__all__ = ["LORA", "RECOMMENDED", "Allows", "ConfigFields", "Setting", "Way", "settings_of", "tokens_of", "ways_of"]
+__all__ = [
+    "LORA",
+    "RECOMMENDED",
+    "SMALLEST",
+    "Allows",
+    "ConfigFields",
+    "Setting",
+    "Way",
+    "settings_of",
+    "tokens_of",
+    "ways_of",
+]
